@@ -1,0 +1,1 @@
+"""FLoRA: fused forward-backward adapters for Llamas, in JAX."""

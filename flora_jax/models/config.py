@@ -1,0 +1,191 @@
+"""What a Llama is made of: sizes, rotary settings, presets. Nothing here touches an array.
+
+Axis letters used in all model code: B batch, T query length, S key length, D model width, N heads,
+K key/value heads, G heads per key/value head (N / K), H head width, F ffn width, R rank, V vocabulary,
+L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flora_jax.errors import UserError, near_misses
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3 frequency scaling (HF `rope_type: llama3`): long wavelengths are slowed by `factor`."""
+
+    factor: float = 32.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Architecture of one Llama. Field names are those of HF's `config.json`."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # N
+    num_key_value_heads: int  # K
+    head_dim: int  # H; N * H need not equal D
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int = 8192
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise UserError(f"LlamaConfig.{field.name}={value!r} must be a positive integer")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"LlamaConfig.num_key_value_heads={self.num_key_value_heads} must divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"LlamaConfig.head_dim={self.head_dim} must be even for rotary embeddings")
+
+    @property
+    def q_width(self) -> int:
+        """Q: width of the query projection, N * H."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """K * H: width of the key projection and of the value projection."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """`(d_in, d_out)` of each projection of a layer, by its name."""
+        D, Q, KH, F = self.hidden_size, self.q_width, self.kv_width, self.intermediate_size
+        return {
+            "q": (D, Q), "k": (D, KH), "v": (D, KH), "o": (Q, D),
+            "gate": (D, F), "up": (D, F), "down": (F, D),
+        }  # fmt: skip
+
+    @classmethod
+    def preset(cls, name: str) -> LlamaConfig:
+        """The architecture of a named preset; a UserError with near misses if there is none."""
+        if name not in PRESETS:
+            raise UserError(f"model preset {name!r} is unknown; {near_misses(name, PRESETS)}")
+        return PRESETS[name]
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> LlamaConfig:
+        """Reads an HF `config.json` dict, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
+        (`rope_parameters`). Raises UserError for another architecture or an unsupported rotary type."""
+        if hf.get("model_type") != "llama":
+            raise UserError(f"{source}: model_type={hf.get('model_type')!r} is not supported; only 'llama' is")
+        if hf.get("hidden_act", "silu") != "silu":
+            raise UserError(f"{source}: hidden_act={hf['hidden_act']!r} is not supported; only 'silu' is")
+        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                               "num_attention_heads") if k not in hf]  # fmt: skip
+        if missing:
+            raise UserError(f"{source}: field {missing[0]!r} is missing")
+        rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta")}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise UserError(f"{source}: rope_type={kind!r} is not supported; 'default' and 'llama3' are")
+        scaling = None
+        if kind == "llama3":
+            try:
+                scaling = RopeScaling(
+                    factor=float(rope["factor"]),
+                    low_freq_factor=float(rope["low_freq_factor"]),
+                    high_freq_factor=float(rope["high_freq_factor"]),
+                    original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+                )
+            except KeyError as error:
+                raise UserError(f"{source}: rope scaling field {error.args[0]!r} is missing") from None
+        eos = hf.get("eos_token_id")
+        eos = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+        heads = hf["num_attention_heads"]
+        return cls(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_hidden_layers=hf["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta") or 10000.0),
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            attention_bias=bool(hf.get("attention_bias", False)),
+            mlp_bias=bool(hf.get("mlp_bias", False)),
+            max_position_embeddings=hf.get("max_position_embeddings", 2048),
+            bos_token_id=hf.get("bos_token_id"),
+            eos_token_id=eos,
+            pad_token_id=hf.get("pad_token_id"),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The HF `config.json` dict, with `rope_parameters` (transformers 5) and `rope_theta` /
+        `rope_scaling` (older readers) alike."""
+        scaling = None
+        if self.rope_scaling is not None:
+            scaling = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
+        eos = list(self.eos_token_id)
+        hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        hf.update(
+            model_type="llama",
+            architectures=["LlamaForCausalLM"],
+            hidden_act="silu",
+            rope_scaling=scaling,
+            rope_parameters={"rope_type": "default", **(scaling or {}), "rope_theta": self.rope_theta},
+            eos_token_id=None if not eos else eos[0] if len(eos) == 1 else eos,
+        )
+        return hf
+
+
+def _llama3(**sizes: Any) -> LlamaConfig:
+    return LlamaConfig(vocab_size=128256, max_position_embeddings=131072, bos_token_id=128000,
+                       eos_token_id=(128001, 128008, 128009), **sizes)  # fmt: skip
+
+
+def _smollm2(**sizes: Any) -> LlamaConfig:
+    return LlamaConfig(vocab_size=49152, head_dim=64, tie_word_embeddings=True, max_position_embeddings=8192,
+                       bos_token_id=1, eos_token_id=(2,), pad_token_id=2, **sizes)  # fmt: skip
+
+
+PRESETS: dict[str, LlamaConfig] = {
+    "llama3.2-1b": _llama3(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, rope_scaling=RopeScaling(factor=32.0), tie_word_embeddings=True),
+    "llama3.2-3b": _llama3(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, head_dim=128, rope_scaling=RopeScaling(factor=32.0), tie_word_embeddings=True),
+    "llama3.1-8b": _llama3(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, rope_scaling=RopeScaling(factor=8.0)),
+    "smollm2-135m": _smollm2(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, rope_theta=100000.0),
+    "smollm2-360m": _smollm2(
+        hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15,
+        num_key_value_heads=5, rope_theta=100000.0),
+    "smollm2-1.7b": _smollm2(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
+        num_key_value_heads=32, rope_theta=130000.0),
+    # Small enough for seconds on a CPU, with everything a real one has: GQA 3, its own head_dim, and the
+    # built-in byte tokenizer's vocabulary.
+    "tiny": LlamaConfig(
+        vocab_size=320, hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=16, rope_theta=10000.0, tie_word_embeddings=True,
+        max_position_embeddings=2048, bos_token_id=256, eos_token_id=(257,), pad_token_id=258),
+}  # fmt: skip

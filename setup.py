@@ -1,0 +1,44 @@
+"""Packaging of flora_jax: the library, its commands and what they need."""
+
+from setuptools import find_packages, setup
+
+RUNTIME = [
+    "absl-py>=2.1",
+    "array_record>=0.8.3",
+    "flax>=0.12",
+    "gguf>=0.17",
+    "grain>=0.2.14",
+    "huggingface_hub>=1.0",
+    "jax>=0.10",
+    "ml_collections>=1.1",
+    "numpy>=2.0",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.12",
+    "rouge-score>=0.1.2",
+    "safetensors>=0.6",
+    "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.9",
+    "tokenizers>=0.22",
+    "tqdm>=4.66",
+    "transformers>=5.0",
+]
+DEMO = ["reasoning-gym>=0.1.20"]
+# torch and peft are what our numbers are compared against; nothing at run time imports them.
+TEST = [*DEMO, "hypothesis>=6.100", "peft>=0.18", "pytest>=8.0", "torch==2.13.0"]
+
+setup(
+    name="flora_jax",
+    version="0.1.0",
+    description="FLoRA: fused forward-backward adapters for parameter-efficient fine-tuning of Llamas, in JAX",
+    python_requires=">=3.11",
+    packages=find_packages(include=["flora_jax", "flora_jax.*"]),
+    install_requires=RUNTIME,
+    extras_require={
+        "cuda12": ["jax[cuda12]>=0.10"],
+        "demo": DEMO,
+        "test": TEST,
+        # Compiles for H100 / A100 on a machine without a GPU or driver.
+        "gpu-plan": ["jax-cuda12-plugin>=0.10", "jax-cuda12-pjrt>=0.10", "nvidia-cuda-nvcc-cu12>=12.9"],
+        "dev": [*TEST, "matplotlib>=3.9", "ruff>=0.12"],
+    },
+)
