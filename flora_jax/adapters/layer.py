@@ -1,0 +1,183 @@
+"""FusedDense: one of a layer's products, with the adapter that rides in it.
+
+B, T as everywhere; R_f forward channels (pieces of `rank` side by side), R_b backward channels.
+
+On one shape, `ffba` at rank 8 in the attention block of a model with D = 96, Q = 96, K * H = 32:
+
+    qkv:  x [B, T, 96]  ->  q [B, T, 96] += rep(zq), k [B, T, 32] += rep(zk), v [B, T, 32] += rep(zv)
+          z = s · x A,  A [96, 24],  z = (zq | zk | zv) [B, T, 24]
+    o:    attn [B, T, 96], z [B, T, 24]  ->  attn · W + z · B,  B [24, 96]
+
+Base kernels live in the collection `params` under the paths they have without an adapter, the adapter's leaves in
+the collection `adapter` beside them. This is the `split` layout: base and adapter are separate arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from flora_jax.adapters.config import ACTIVATIONS, AdapterConfig
+from flora_jax.adapters.methods import BLOCKS, PRODUCTS
+from flora_jax.errors import UserError
+
+Array = jax.Array
+Initializer = Callable[[Array, Sequence[int], Any], Array]
+
+
+def repeat_and_add(y: Array, z: Array) -> Array:
+    """`y + rep(z)`: z `[..., r]` tiled along the last axis to y's width n (r divides n), then added to y `[..., n]`."""
+    r = z.shape[-1]
+    return (y.reshape(*y.shape[:-1], -1, r) + z[..., None, :]).reshape(y.shape)
+
+
+def adapter_leaves(
+    adapter: AdapterConfig, product: str, widths: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[tuple[int, ...], Initializer]]:
+    """Shape and initialiser of each adapter leaf of one layer's `product`; the only place they are declared.
+
+    `A [d_in, R_f]`, its pieces in the slot's order, and `<projection>_B [rows, d_out]`. Initial values are PAPER.md's:
+    with B zero, A ~ U(−1/√d_in, 1/√d_in); with A zero, B ~ N(0, 1/√rows).
+    """
+    slot, row, rank = adapter.slots[product], adapter.row, adapter.rank
+    d_in = widths[PRODUCTS[product][0]][0]
+
+    def uniform(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+        bound = 1 / math.sqrt(d_in)
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    def normal(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+        return jax.random.normal(key, shape, dtype) / math.sqrt(shape[0])
+
+    zeros = nn.initializers.zeros_init()
+    leaves: dict[str, tuple[tuple[int, ...], Initializer]] = {}
+    if slot.forward:
+        leaves["A"] = ((d_in, rank * len(slot.forward)), zeros if row.zero == "A" else uniform)
+    for rows, names in ((rank, slot.matrix), (slot.backward_rank, slot.backward)):
+        for name in names:
+            leaves[f"{name}_B"] = ((rows, widths[name][1]), zeros if row.zero == "B" else normal)
+    return leaves
+
+
+class FusedDense(nn.Module):
+    """`x [..., D_in]` and, where rows B ride, `z [..., R_b]` to `(ys, z_out)`.
+
+    ys: one array per projection of the product, `[..., d_out]`. z_out: `s · act(x A)`, `[..., R_f]`, already scaled,
+    or None. Arithmetic is in x's dtype; adapter leaves are float32 and cast where they are used.
+
+    Attributes: product, a name of PRODUCTS; widths, (d_in, d_out) by projection; adapter, None for the bare base;
+    use_bias, whether the base projections have one; param_dtype of the base; kernel_init of the base.
+    """
+
+    product: str
+    widths: Mapping[str, tuple[int, int]]
+    adapter: AdapterConfig | None = None
+    use_bias: bool = False
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(
+        self, x: Array, z: Array | None = None, *, deterministic: bool = True
+    ) -> tuple[list[Array], Array | None]:
+        names = PRODUCTS[self.product]
+        ys = []
+        for name in names:
+            y = x @ self.param(f"{name}_kernel", self.kernel_init, self.widths[name], self.param_dtype).astype(x.dtype)
+            if self.use_bias:
+                bias = self.param(f"{name}_bias", nn.initializers.zeros_init(), self.widths[name][1:], self.param_dtype)
+                y = y + bias.astype(x.dtype)
+            ys.append(y)
+        if self.adapter is None:
+            return ys, None
+
+        adapter, slot = self.adapter, self.adapter.slots[self.product]
+        leaves = {
+            leaf: self._leaf(leaf, shape, init).astype(x.dtype)
+            for leaf, (shape, init) in adapter_leaves(adapter, self.product, self.widths).items()
+        }
+        z_out, own = None, {}
+        if slot.forward:
+            read = nn.Dropout(adapter.dropout, rng_collection="dropout")(x, deterministic=deterministic)
+            z_out = adapter.scale * ACTIVATIONS[adapter.activation](read @ leaves["A"])
+            own = dict(zip(slot.forward, jnp.split(z_out, len(slot.forward), axis=-1), strict=True))
+        for i, name in enumerate(names):
+            if name in slot.matrix:
+                ys[i] = ys[i] + own[name] @ leaves[f"{name}_B"]
+            if name in slot.backward:
+                ys[i] = ys[i] + z @ leaves[f"{name}_B"]
+            if name in slot.repeat:
+                piece = own[name] if name in own else z.reshape(*z.shape[:-1], -1, adapter.rank).sum(-2)
+                ys[i] = repeat_and_add(ys[i], piece)
+        return ys, z_out
+
+    def _leaf(self, name: str, shape: tuple[int, ...], init: Initializer) -> Array:
+        value = self.variable("adapter", name, lambda: init(self.make_rng("params"), shape, jnp.float32)).value
+        if value.shape != shape:
+            raise UserError(f"adapter leaf {self.name}/{name} has shape {value.shape}, expected {shape}")
+        return value
+
+
+def init_adapter(rng: Array, config: Any, adapter_config: AdapterConfig) -> dict[str, Any]:
+    """The adapter's initial variables, float32, leaves stacked `[L, …]`; `{}` for fft.
+
+    Each layer draws from a key of its own, so no fan is ever computed on a stacked shape. The base is not touched.
+    `config` needs `widths` and `num_hidden_layers` only. Raises UserError where the rank does not fit.
+    """
+    adapter_config.check(config.widths)
+    layers: dict[str, Any] = {}
+    keys = iter(jax.random.split(rng, 64))
+    for block, products in BLOCKS.items():
+        for product in products:
+            for leaf, (shape, init) in adapter_leaves(adapter_config, product, config.widths).items():
+                skipped = adapter_config.slots[product].skips_first and leaf != "A"
+                each = jax.random.split(next(keys), config.num_hidden_layers - skipped)
+                value = jax.vmap(lambda key, init=init, shape=shape: init(key, shape, jnp.float32))(each)
+                layers.setdefault(block, {}).setdefault(product, {})[leaf] = value
+    return {"layers": layers} if layers else {}
+
+
+def abstract_adapter(config: Any, adapter_config: AdapterConfig) -> dict[str, Any]:
+    """The tree of `init_adapter` as shapes and dtypes; nothing is allocated."""
+    return jax.eval_shape(lambda: init_adapter(jax.random.key(0), config, adapter_config))
+
+
+def check_adapter(adapter: Mapping[str, Any], config: Any, adapter_config: AdapterConfig) -> None:
+    """Raises UserError unless `adapter` has the very leaves and shapes that the configuration gives (flax would
+    ignore extra ones without a word). Stacked leaves only; sets of leaves a layer are checked by their layer."""
+    if "0" in adapter.get("layers", {}):
+        return
+
+    def shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+
+    expected, found = shapes(abstract_adapter(config, adapter_config)), shapes(adapter)
+    for path in sorted(expected.keys() | found.keys()):
+        if expected.get(path) != found.get(path):
+            raise UserError(
+                f"adapter leaf {path!r} is {found.get(path, 'absent')}, but {adapter_config.method} at rank "
+                f"{adapter_config.rank} on this model has {expected.get(path, 'none of that name')}"
+            )
+
+
+def pad_first_layer(layers: dict[str, Any], adapter_config: AdapterConfig) -> dict[str, Any]:
+    """Stacked adapter leaves with zero rows put in front where layer 0 has none, so that every leaf is `[L, …]`."""
+
+    def pad(product: str, leaf: str, value: Array) -> Array:
+        if not (adapter_config.slots[product].skips_first and leaf != "A"):
+            return value
+        return jnp.concatenate([jnp.zeros_like(value, shape=(1, *value.shape[1:])), value])
+
+    return {
+        block: {
+            product: {leaf: pad(product, leaf, value) for leaf, value in leaves.items()}
+            for product, leaves in products.items()
+        }
+        for block, products in layers.items()
+    }

@@ -1,0 +1,371 @@
+"""Llama in flax.linen, pure functional: one layer, stacked and scanned to train, unrolled to serve.
+
+Axis letters: B batch, T query, S key, D model, N heads, K key/value heads, G heads per key/value head, H head width,
+F ffn, R rank, V vocabulary, L layers.
+
+    params/embed_tokens/embedding [V, D]              adapter/layers/<block>/<product>/A           [L, d_in, R_f]
+    params/layers/<block>_norm/scale [L, D]           adapter/layers/<block>/<product>/<proj>_B    [L, R_b, d_out]
+    params/layers/<block>/<product>/<proj>_kernel [L, d_in, d_out]
+    params/final_norm/scale [D]   params/lm_head/kernel [D, V] (untied only)
+
+Norms, softmax and logits are computed in float32 whatever the compute dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from flora_jax.adapters import (
+    AdapterConfig,
+    FusedDense,
+    check_adapter,
+    init_adapter,
+    pad_first_layer,
+    repeat_and_add,
+)
+from flora_jax.errors import UserError
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.rope import rotary_tables, rotate
+
+Array = jax.Array
+Tree = dict[str, Any]
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far.
+
+    k, v: a tuple of L arrays `[B, S, K, H]`; valid `[B, S]` bool, which slots hold real tokens; index, scalar int32,
+    the slot that the next token is written to, the same for every row (positions differ by row, slots do not).
+    """
+
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    valid: Array
+    index: Array
+
+    @classmethod
+    def empty(cls, config: LlamaConfig, batch: int, length: int, dtype: Any = jnp.float32) -> KVCache:
+        """A cache of `length` slots for `batch` rows."""
+        shape = (batch, length, config.num_key_value_heads, config.head_dim)
+        one = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))  # noqa: E731
+        return cls(one(), one(), jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) · scale` in float32, returned in x's dtype. x `[..., D]`."""
+
+    eps: float
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        # Rounded before the scale, as the published models were trained.
+        return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """Attention of q `[B, T, N, H]` over k, v `[B, S, K, H]`; mask `[B, 1, T, S]` bool, None for plain causal (T = S).
+
+    cuDNN's fused attention where it can run (a GPU, half precision), XLA's elsewhere; softmax in float32 in both.
+    """
+    fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=mask is None, implementation="cudnn" if fused else "xla"
+    )
+
+
+class Attention(nn.Module):
+    """qkv, rotary embeddings, attention, o. Returns `(output, z written by o, (k, v))`, k and v with the cache's S."""
+
+    config: LlamaConfig
+    adapter: AdapterConfig | None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, z: Array | None, rotary: tuple[Array, Array], mask: Array | None,
+        past: tuple[Array, Array, Array] | None, deterministic: bool,
+    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:  # fmt: skip
+        config = self.config
+        dense = lambda product: FusedDense(  # noqa: E731
+            product, config.widths, self.adapter, config.attention_bias, self.param_dtype, name=product
+        )
+        (q, k, v), z_in = dense("qkv")(x, z, deterministic=deterministic)
+        heads = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)  # noqa: E731
+        q, k, v = rotate(heads(q), *rotary), rotate(heads(k), *rotary), heads(v)
+        if past is not None:
+            past_k, past_v, index = past
+            k = jax.lax.dynamic_update_slice(past_k, k.astype(past_k.dtype), (0, index, 0, 0))
+            v = jax.lax.dynamic_update_slice(past_v, v.astype(past_v.dtype), (0, index, 0, 0))
+        out = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+        (out,), z_out = dense("o")(out.reshape(*x.shape[:2], -1), z_in, deterministic=deterministic)
+        return out, z_out, None if past is None else (k, v)
+
+
+class MLP(nn.Module):
+    """gate and up, silu(gate) · up, down. Returns `(output, z written by down)`."""
+
+    config: LlamaConfig
+    adapter: AdapterConfig | None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, z: Array | None, deterministic: bool) -> tuple[Array, Array | None]:
+        dense = lambda product: FusedDense(  # noqa: E731
+            product, self.config.widths, self.adapter, self.config.mlp_bias, self.param_dtype, name=product
+        )
+        (gate, up), z_in = dense("gate_up")(x, z, deterministic=deterministic)
+        (out,), z_out = dense("down")(nn.silu(gate) * up, z_in, deterministic=deterministic)
+        return out, z_out
+
+
+class Layer(nn.Module):
+    """One decoder layer over the stream x `[B, T, D]` and, for zflora, its extra channels z `[B, T, R]`."""
+
+    config: LlamaConfig
+    adapter: AdapterConfig | None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, z: Array | None, rotary: tuple[Array, Array], mask: Array | None,
+        past: tuple[Array, Array, Array] | None = None, deterministic: bool = True,
+    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:  # fmt: skip
+        norm = lambda name: RMSNorm(self.config.rms_norm_eps, self.param_dtype, name=name)  # noqa: E731
+        with jax.named_scope("attention"):
+            attention = Attention(self.config, self.adapter, self.param_dtype, name="attention")
+            delta, z_delta, present = attention(norm("attention_norm")(x), z, rotary, mask, past, deterministic)
+            x, z = x + delta, None if z is None else z + z_delta
+        with jax.named_scope("mlp"):
+            mlp = MLP(self.config, self.adapter, self.param_dtype, name="mlp")
+            delta, z_delta = mlp(norm("mlp_norm")(x), z, deterministic)
+            x, z = x + delta, None if z is None else z + z_delta
+        return x, z, present
+
+
+def unstack_layers(variables: Mapping[str, Tree], adapter_config: AdapterConfig | None) -> dict[str, Tree]:
+    """The same variables with one set of leaves a layer (`layers/0/…`) instead of stacked ones: the serving form, in
+    which no step copies weights out of a stack. Leaves are copies."""
+    out = {collection: dict(tree) for collection, tree in variables.items()}
+    for collection, tree in out.items():
+        if "layers" not in tree:
+            continue
+        layers = tree["layers"]
+        if collection == "adapter":
+            layers = pad_first_layer(layers, adapter_config)
+        length = len(jax.tree.leaves(layers)[0])
+        tree["layers"] = {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(length)}
+    return out
+
+
+class Llama(nn.Module):
+    """A Llama with or without an adapter.
+
+    `Llama(config, adapter_config).apply({"params": base, "adapter": adapter}, tokens)` gives logits `[B, T, V]`,
+    float32; `Llama(config, None).apply({"params": base}, tokens)` is the bare base.
+
+    dtype: compute dtype, None for the embedding's. remat: what a layer keeps for the backward pass ("none" keeps all,
+    "full" nothing, "dots" the outputs of its products).
+    """
+
+    config: LlamaConfig
+    adapter: AdapterConfig | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    remat: str = "none"
+
+    def setup(self):
+        config = self.config
+        if self.remat not in REMAT_POLICIES:
+            raise UserError(f"remat={self.remat!r} is unknown; known: {', '.join(REMAT_POLICIES)}")
+        if self.adapter is not None:
+            self.adapter.check(config.widths)
+        self.layer = Layer(config, self.adapter, self.param_dtype, parent=None)
+        self.embed_tokens = nn.Embed(
+            config.vocab_size, config.hidden_size, param_dtype=self.param_dtype,
+            embedding_init=nn.initializers.normal(0.02))  # fmt: skip
+        self.final_norm = RMSNorm(config.rms_norm_eps, self.param_dtype)
+        if self.is_initializing():
+            self.param("layers", self._init_layers)
+            if self._has_adapter:
+                self.variable("adapter", "layers", self._init_adapter)
+        elif not self._has_adapter and self.variables.get("adapter"):
+            raise UserError("variables hold an adapter, but the model was built without one; pass its AdapterConfig")
+        elif self._has_adapter:
+            check_adapter(self.variables.get("adapter", {}), config, self.adapter)
+        if not config.tie_word_embeddings:
+            self.lm_head = LMHead(config, self.param_dtype)
+
+    @property
+    def _has_adapter(self) -> bool:
+        return self.adapter is not None and self.adapter.row.reads is not None
+
+    def _init_layers(self, rng: Array) -> Tree:
+        """Stacked leaves, each layer from a key of its own."""
+        bare = Layer(self.config, None, self.param_dtype, parent=None)
+        x = jnp.zeros((1, 1, self.config.hidden_size))
+        rotary = rotary_tables(self.config, jnp.zeros((1, 1), jnp.int32))
+        keys = jax.random.split(rng, self.config.num_hidden_layers)
+        return jax.vmap(lambda key: bare.init(key, x, None, rotary, None)["params"])(keys)
+
+    def _init_adapter(self) -> Tree:
+        return init_adapter(self.make_rng("params"), self.config, self.adapter)["layers"]
+
+    def __call__(self, tokens: Array, **arguments: Any) -> Array | tuple[Array, KVCache]:
+        """Logits `[B, T, V]`, float32; with a cache, `(logits, cache)`. Arguments as in `hidden`."""
+        hidden, cache = self.hidden(tokens, **arguments)
+        with jax.named_scope("logits"):
+            logits = jnp.einsum(
+                "BTD,VD->BTV", hidden, self.unembedding().astype(hidden.dtype), preferred_element_type=jnp.float32
+            )
+        return logits if cache is None else (logits, cache)
+
+    def unembedding(self) -> Array:
+        """The matrix `[V, D]` that hidden states are scored with."""
+        return self.embed_tokens.embedding if self.config.tie_word_embeddings else self.lm_head().T
+
+    def hidden(
+        self,
+        tokens: Array,
+        *,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        mask: Array | None = None,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Array, KVCache | None]:
+        """Final normed states `[B, T, D]` of tokens `[B, T]` int32, and the cache with them in it.
+
+        positions: `[B, T]` int32 for the rotary embeddings; by default the token's place in its row (with a cache: the
+            number of real tokens before it).
+        segment_ids: `[B, T]` int32; tokens attend within their segment alone. Padding is a segment like any other.
+        mask: `[B, T]` bool, which tokens are real, so that padding on either side is never attended to, or `[B, T, S]`
+            bool, which keys each query may see. Causality holds on top of either.
+        cache: T new tokens follow those of the cache; row by row they need not be at the same position.
+        deterministic: no dropout; otherwise apply needs `rngs={"dropout": key}`.
+        """
+        B, T = tokens.shape
+        if cache is not None and segment_ids is not None:
+            raise UserError("segment_ids are for packed training rows and cannot be combined with a cache")
+        real = mask if mask is not None and mask.ndim == 2 else jnp.ones((B, T), bool)
+        if positions is None:
+            before = 0 if cache is None else cache.valid.sum(-1, keepdims=True)
+            if mask is None and cache is None:
+                positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+            else:
+                positions = jnp.maximum(before + jnp.cumsum(real, -1, dtype=jnp.int32) - 1, 0)
+        seen, cache_valid = self._visible(T, real, segment_ids, mask, cache)
+        rotary = rotary_tables(self.config, positions)
+
+        embedding = self.embed_tokens.embedding
+        x = jnp.take(embedding, tokens, axis=0).astype(embedding.dtype if self.dtype is None else self.dtype)
+        stream = self._has_adapter and self.adapter.row.writes == "stream"
+        z = jnp.zeros((B, T, self.adapter.rank), x.dtype) if stream else None
+        x, z, present = self._layers(x, z, rotary, seen, cache, deterministic)
+        if stream:
+            x = repeat_and_add(x, z)
+        if cache is not None:
+            cache = KVCache(*present, cache_valid, cache.index + T)
+        return self.final_norm(x), cache
+
+    def _visible(
+        self, T: int, real: Array, segment_ids: Array | None, mask: Array | None, cache: KVCache | None
+    ) -> tuple[Array | None, Array | None]:
+        """The mask `[B, 1, T, S]` that attention sees (None: plain causal), and the cache's new `valid`."""
+        if cache is None:
+            if segment_ids is None and mask is None:
+                return None, None
+            seen = jnp.tril(jnp.ones((T, T), bool))[None]
+            if segment_ids is not None:
+                seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
+            if mask is not None:
+                # A padding query sees itself, so that no row of the softmax is empty.
+                seen = seen & (mask if mask.ndim == 3 else mask[:, None, :]) | jnp.eye(T, dtype=bool)[None]
+            return seen[:, None], None
+        S = cache.valid.shape[1]
+        valid = jax.lax.dynamic_update_slice(cache.valid, real, (0, cache.index))
+        slots, queries = jnp.arange(S), cache.index + jnp.arange(T)
+        seen = (slots[None, :] <= queries[:, None])[None] & valid[:, None, :]
+        if mask is not None and mask.ndim == 3:
+            seen = seen & mask
+        return (seen | (slots[None, :] == queries[:, None])[None])[:, None], valid
+
+    def _layers(
+        self, x: Array, z: Array | None, rotary: tuple[Array, Array], seen: Array | None, cache: KVCache | None,
+        deterministic: bool,
+    ) -> tuple[Array, Array | None, tuple[tuple[Array, ...], tuple[Array, ...]]]:  # fmt: skip
+        """All layers: a scan over stacked leaves, or, over one set of leaves a layer or with a cache, unrolled."""
+        variables = {"params": self.get_variable("params", "layers")}
+        if self._has_adapter:
+            variables["adapter"] = self.get_variable("adapter", "layers")
+        stacked = "0" not in variables["params"]
+        L = self.config.num_hidden_layers
+        dropout = self.adapter is not None and self.adapter.dropout > 0 and not deterministic
+        key = self.make_rng("dropout") if dropout else None
+
+        def layer(x, z, variables, index, past):
+            rngs = {"dropout": jax.random.fold_in(key, index)} if dropout else None
+            return self.layer.apply(variables, x, z, rotary, seen, past, not dropout, rngs=rngs)
+
+        if stacked and self._has_adapter:
+            variables["adapter"] = pad_first_layer(variables["adapter"], self.adapter)
+        if stacked and cache is None:
+
+            def body(carry, xs):
+                x, z, _ = layer(*carry, *xs, None)
+                return (x, z), None
+
+            if self.remat != "none":
+                body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            (x, z), _ = jax.lax.scan(body, (x, z), (variables, jnp.arange(L)))
+            return x, z, ((), ())
+        present = []
+        for i in range(L):
+            leaves = {
+                collection: jax.tree.map(lambda leaf, i=i: leaf[i], tree) if stacked else tree[str(i)]
+                for collection, tree in variables.items()
+            }
+            x, z, kv = layer(x, z, leaves, i, None if cache is None else (cache.k[i], cache.v[i], cache.index))
+            present.append(kv)
+        return x, z, tuple(zip(*present, strict=True)) if cache is not None else ((), ())
+
+
+class LMHead(nn.Module):
+    """The unembedding `[D, V]` of an untied model."""
+
+    config: LlamaConfig
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> Array:
+        shape = (self.config.hidden_size, self.config.vocab_size)
+        return self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
+
+
+def abstract_base(config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:
+    """Shapes and dtypes of the base's parameters, as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+    model = Llama(config, None, param_dtype=dtype)
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def init_base(rng: Array, config: LlamaConfig, dtype: Any = jnp.float32, shardings: Any = None) -> Tree:
+    """Random base parameters (HF's initialisation, std 0.02), made straight in their shards where given."""
+    model = Llama(config, None, param_dtype=dtype)
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], out_shardings=shardings)
+    return init(rng)
