@@ -1,0 +1,176 @@
+"""Llama checkpoints in one GGUF file (llama.cpp's format): configuration, weights and tokenizer, without torch.
+
+Tensors are offered under their HF names and in HF's order and orientation, dequantised to float32 a slice at a time.
+llama.cpp rotates neighbouring pairs of a head where HF rotates its two halves, so its files hold the rows of q and k
+interleaved: a head's rows `[a0 b0 a1 b1 …]` are HF's `[a0 a1 … b0 b1 …]`. They are put back here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from flora_jax.errors import UserError
+from flora_jax.models.config import LlamaConfig, RopeScaling
+from flora_jax.models.hf import check_hf_tensors, hf_shapes
+
+
+class GgufTensor:
+    """A tensor of the file in HF orientation; indexing with slices reads and dequantises those rows, float32."""
+
+    def __init__(self, tensor: gguf.ReaderTensor, row_order: np.ndarray | None = None):
+        self.shape = tuple(reversed(tensor.shape.tolist()))
+        self._data, self._type, self._row_order = tensor.data, tensor.tensor_type, row_order
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        rows, *columns = index
+        selected = rows if self._row_order is None else self._row_order[rows]
+        if len(self.shape) == 1:  # a vector's storage has no row axis
+            return gguf.dequantize(self._data, self._type)[selected]
+        return gguf.dequantize(self._data[selected], self._type)[:, *columns]
+
+
+class GgufFile:
+    """An opened file: `config`, and `tensors` (HF name -> GgufTensor). Raises UserError for a file that is truncated,
+    not GGUF, not a Llama, or inconsistent. Weights stay on disk until they are indexed."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        try:
+            self._reader = gguf.GGUFReader(self.path)
+        # What the reader raises on bytes that are no GGUF: it checks little and trips over what it reads.
+        except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
+            raise UserError(f"{self.path}: not a complete GGUF file ({error}); download it again") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if self._reader.byte_order != "I":
+            raise UserError(f"{self.path}: the file has another byte order than this machine; convert it first")
+        self._stored = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._refuse_unsupported()
+        self.config = self._read_config()
+        self.tensors = self._name_tensors()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The metadata value `key` (scalar, str or list), or `default`."""
+        field = self._reader.get_field(key)
+        return default if field is None else field.contents()
+
+    def require(self, key: str) -> Any:
+        """The metadata value `key`; UserError if the file has none."""
+        value = self.get(key)
+        if value is None:
+            raise UserError(f"{self.path}: metadata field {key!r} is missing")
+        return value
+
+    def _refuse_unsupported(self) -> None:
+        architecture = self.require("general.architecture")
+        if architecture != "llama":
+            raise UserError(f"{self.path}: architecture {architecture!r} is not supported; only 'llama' is")
+        if self.get("llama.expert_count", 0):
+            raise UserError(f"{self.path}: llama.expert_count={self.get('llama.expert_count')} is not supported; "
+                            "only dense Llamas are")  # fmt: skip
+        scaling = self.get("llama.rope.scaling.type", "none")
+        if scaling not in ("none", "llama3"):
+            raise UserError(f"{self.path}: llama.rope.scaling.type={scaling!r} is not supported; "
+                            "'none' and Llama 3's rope_freqs are")  # fmt: skip
+        for tensor in {t.tensor_type: t for t in self._stored.values()}.values():
+            try:
+                gguf.dequantize(tensor.data[:1] if len(tensor.shape) > 1 else tensor.data, tensor.tensor_type)
+            except NotImplementedError:
+                raise UserError(f"{self.path}: tensor {tensor.name!r} is quantised as {tensor.tensor_type.name}, which "
+                                "cannot be read; use Q4_0 to Q8_0, a K-quant, BF16, F16 or F32") from None  # fmt: skip
+
+    def _read_config(self) -> LlamaConfig:
+        width, heads = self.require("llama.embedding_length"), self.require("llama.attention.head_count")
+        kv_heads = self.get("llama.attention.head_count_kv", heads)
+        if isinstance(heads, list) or isinstance(kv_heads, list):
+            raise UserError(f"{self.path}: head counts that differ by layer are not supported")
+        head_dim = self.get("llama.attention.key_length") or width // heads
+        for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+            if self.get(key, head_dim) != head_dim:
+                raise UserError(f"{self.path}: {key}={self.get(key)} is not the head width {head_dim}; not supported")
+        if "token_embd.weight" not in self._stored:
+            raise UserError(f"{self.path}: tensor 'token_embd.weight' is missing")
+        vocab_size = int(self._stored["token_embd.weight"].shape[-1])
+        tokens = self._reader.get_field("tokenizer.ggml.tokens")
+        for key, found in (
+            ("llama.vocab_size", self.get("llama.vocab_size", vocab_size)),
+            ("tokenizer.ggml.tokens", vocab_size if tokens is None else len(tokens.data)),
+        ):
+            if found != vocab_size:
+                raise UserError(f"{self.path}: {key} counts {found} tokens, token_embd.weight has {vocab_size} rows")
+        theta = float(self.get("llama.rope.freq_base", 10000.0))
+        # Chat models end a turn with a token of its own, beside the one that ends a document.
+        ends = [self.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+        # Stored as float32: the shortest decimal that gives the same float32 is the number that was meant.
+        eps = float(str(np.float32(self.require("llama.attention.layer_norm_rms_epsilon"))))
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=self.require("llama.feed_forward_length"),
+            num_hidden_layers=self.require("llama.block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=eps,
+            rope_theta=theta,
+            rope_scaling=self._read_rope_scaling(head_dim, theta),
+            tie_word_embeddings="output.weight" not in self._stored,
+            attention_bias="blk.0.attn_q.bias" in self._stored,
+            mlp_bias="blk.0.ffn_gate.bias" in self._stored,
+            max_position_embeddings=self.get("llama.context_length", 2048),
+            bos_token_id=self.get("tokenizer.ggml.bos_token_id"),
+            eos_token_id=tuple(dict.fromkeys(end for end in ends if end is not None)),
+            pad_token_id=self.get("tokenizer.ggml.padding_token_id"),
+        )
+
+    def _read_rope_scaling(self, head_dim: int, theta: float) -> RopeScaling | None:
+        """Llama 3's scaling, which files carry only as its result: a divisor for each of the H/2 frequencies."""
+        if "rope_freqs.weight" not in self._stored:
+            return None
+        divisors = GgufTensor(self._stored["rope_freqs.weight"])[(slice(None),)]
+        if np.all(divisors == 1):
+            return None
+        original = self.get("llama.rope.scaling.original_context_length", 8192)
+        scaling = RopeScaling(factor=float(divisors.max()), original_max_position_embeddings=original)
+        if divisors.shape != (head_dim // 2,) or not np.allclose(
+            divisors, llama3_divisors(scaling, head_dim, theta), rtol=1e-4
+        ):
+            raise UserError(f"{self.path}: tensor 'rope_freqs.weight' is not a Llama 3 scaling with low and high "
+                            f"frequency factors 1 and 4 over {original} positions; not supported")  # fmt: skip
+        return scaling
+
+    def _name_tensors(self) -> dict[str, GgufTensor]:
+        config, tensors = self.config, {}
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+        stored = {name: tensor for name, tensor in self._stored.items() if name != "rope_freqs.weight"}
+        for hf_name in hf_shapes(config):
+            name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+            if name not in stored:
+                raise UserError(f"{self.path}: tensor {name!r} is missing")
+            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+            heads = next((n for projection, n in heads.items() if projection in hf_name), 0)
+            tensors[hf_name] = GgufTensor(stored.pop(name), _hf_row_order(heads, config.head_dim) if heads else None)
+        # What is left goes in under its own name, for the check to name.
+        left = {name: GgufTensor(tensor) for name, tensor in stored.items()}
+        check_hf_tensors(config, {name: t.shape for name, t in (tensors | left).items()}, str(self.path))
+        return tensors
+
+
+def llama3_divisors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
+    """What Llama 3's scaling divides each rotary frequency by, float64 `[H / 2]`: 1 for short wavelengths, `factor`
+    for long ones, and between them a linear blend in the number of turns over the original context."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / (kept + (1 - kept) / scaling.factor)
+
+
+def _hf_row_order(heads: int, head_dim: int) -> np.ndarray:
+    """For each HF row of q or k, the row of the file that holds it, `[heads * H]`: `[0 2 4 … 1 3 5 …]` a head."""
+    return np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)

@@ -1,0 +1,218 @@
+"""Which HF tensor is which leaf of the base parameter tree: one table, read in both directions.
+
+HF stores a projection as `[out, in]`, one tensor a layer; our kernels are `[in, out]` and the leaves of the layers
+are stacked on axis 0. So `model.layers.0 … 29.mlp.up_proj.weight`, 30 tensors of `[1536, 576]`, are the one leaf
+`layers/mlp/gate_up/up_kernel [30, 576, 1536]`. Nothing else is reordered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from flora_jax.errors import UserError, near_misses
+from flora_jax.models.config import LlamaConfig
+
+
+class Row(NamedTuple):
+    """One leaf: its path here, its HF name (`{}` is the layer), its HF shape in letters, and when it exists."""
+
+    path: str
+    hf_name: str
+    shape: str
+    when: str = "always"
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.hf_name
+
+    @property
+    def transposed(self) -> bool:
+        return self.path.endswith("kernel")
+
+
+# Q = heads * head_dim, K = kv heads * head_dim. lm_head stands early: what is read last adds to a nearly full memory.
+HF_TABLE = tuple(Row(*row) for row in (
+    ("embed_tokens/embedding",          "model.embed_tokens.weight",                        "V D"),
+    ("lm_head/kernel",                  "lm_head.weight",                                   "V D", "untied"),
+    ("layers/attention_norm/scale",     "model.layers.{}.input_layernorm.weight",           "D"),
+    ("layers/attention/qkv/q_kernel",   "model.layers.{}.self_attn.q_proj.weight",          "Q D"),
+    ("layers/attention/qkv/k_kernel",   "model.layers.{}.self_attn.k_proj.weight",          "K D"),
+    ("layers/attention/qkv/v_kernel",   "model.layers.{}.self_attn.v_proj.weight",          "K D"),
+    ("layers/attention/o/o_kernel",     "model.layers.{}.self_attn.o_proj.weight",          "D Q"),
+    ("layers/attention/qkv/q_bias",     "model.layers.{}.self_attn.q_proj.bias",            "Q", "attention_bias"),
+    ("layers/attention/qkv/k_bias",     "model.layers.{}.self_attn.k_proj.bias",            "K", "attention_bias"),
+    ("layers/attention/qkv/v_bias",     "model.layers.{}.self_attn.v_proj.bias",            "K", "attention_bias"),
+    ("layers/attention/o/o_bias",       "model.layers.{}.self_attn.o_proj.bias",            "D", "attention_bias"),
+    ("layers/mlp_norm/scale",           "model.layers.{}.post_attention_layernorm.weight",  "D"),
+    ("layers/mlp/gate_up/gate_kernel",  "model.layers.{}.mlp.gate_proj.weight",             "F D"),
+    ("layers/mlp/gate_up/up_kernel",    "model.layers.{}.mlp.up_proj.weight",               "F D"),
+    ("layers/mlp/down/down_kernel",     "model.layers.{}.mlp.down_proj.weight",             "D F"),
+    ("layers/mlp/gate_up/gate_bias",    "model.layers.{}.mlp.gate_proj.bias",               "F", "mlp_bias"),
+    ("layers/mlp/gate_up/up_bias",      "model.layers.{}.mlp.up_proj.bias",                 "F", "mlp_bias"),
+    ("layers/mlp/down/down_bias",       "model.layers.{}.mlp.down_proj.bias",               "D", "mlp_bias"),
+    ("final_norm/scale",                "model.norm.weight",                                "D"),
+))  # fmt: skip
+
+# Rows of an HF tensor copied at a time: bounds what a load holds beside its result and keeps a transpose in cache.
+_BLOCK_ROWS = 256
+
+
+class Tensor(Protocol):
+    """An HF tensor, read slice by slice: an array, or one still lying in a file."""
+
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
+
+
+def _rows(config: LlamaConfig) -> list[tuple[Row, tuple[int, ...]]]:
+    """The rows that `config` has, each with its HF shape."""
+    sizes = {"V": config.vocab_size, "D": config.hidden_size, "F": config.intermediate_size,
+             "Q": config.q_width, "K": config.kv_width}  # fmt: skip
+    flags = {"always": True, "untied": not config.tie_word_embeddings,
+             "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}  # fmt: skip
+    return [(row, tuple(sizes[axis] for axis in row.shape.split())) for row in HF_TABLE if flags[row.when]]
+
+
+def _hf_names(row: Row, config: LlamaConfig) -> list[str]:
+    return [row.hf_name.format(l) for l in range(config.num_hidden_layers)] if row.stacked else [row.hf_name]
+
+
+def leaf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every leaf of the base tree, `layers/…` with L in front."""
+    shapes = {}
+    for row, shape in _rows(config):
+        shape = shape[::-1] if row.transposed else shape
+        shapes[row.path] = (config.num_hidden_layers, *shape) if row.stacked else shape
+    return shapes
+
+
+def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """HF name -> HF shape (`[out, in]`) of every tensor of a checkpoint of this architecture."""
+    return {name: shape for row, shape in _rows(config) for name in _hf_names(row, config)}
+
+
+def check_hf_tensors(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raises UserError unless the tensors of `source` (HF name -> shape) are exactly those that `config` asks for.
+    Stored rotary frequencies, and a stored lm_head of a tied model, are redundant and pass."""
+    expected = hf_shapes(config)
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise UserError(f"{source}: tensor {name!r} is missing; {near_misses(name, shapes)}")
+        if tuple(shapes[name]) != shape:
+            raise UserError(
+                f"{source}: tensor {name!r} has shape {list(shapes[name])}, the configuration asks for {list(shape)}"
+            )
+    for name in shapes:
+        if name not in expected and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
+            raise UserError(
+                f"{source}: unexpected tensor {name!r}; only unquantised Llama checkpoints without adapters are read"
+            )
+
+
+def from_hf_tensors(
+    config: LlamaConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: Any = jnp.float32,
+    *,
+    shardings: Any = None,
+    source: str = "checkpoint",
+) -> dict[str, Any]:
+    """The base parameter tree (flax `params`) from HF tensors, e.g. `{name: np.ndarray}`.
+
+    Args:
+      config: the architecture; `tensors` must be exactly its tensors, in HF orientation.
+      tensors: HF name -> Tensor; read leaf by leaf, block by block, and only the parts that local devices hold.
+      dtype: dtype of every leaf.
+      shardings: a tree of `jax.sharding.Sharding` like the result, or a function path -> Sharding (path as
+        `layers/attention/qkv/q_kernel`); None puts everything, uncommitted, on the default device.
+      source: the name that errors give to the checkpoint.
+
+    Returns: the nested dict of jax arrays. Raises UserError before it allocates anything.
+    """
+    check_hf_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, source)
+    dtype, shapes, rows = _float_dtype(dtype), leaf_shapes(config), dict(_by_path(config))
+    sharding_of = _sharding_lookup(shardings, shapes)
+    leaves = {}
+    for path, shape in shapes.items():
+
+        def read(index: tuple[slice, ...], row: Row = rows[path], shape: tuple[int, ...] = shape) -> np.ndarray:
+            names = _hf_names(row, config)
+            return _read(names, tensors, row, tuple(range(n)[s] for n, s in zip(shape, index, strict=True)), dtype)
+
+        sharding = sharding_of(path)
+        if sharding is None:
+            leaves[path] = jax.device_put(read((slice(None),) * len(shape)))
+        else:
+            leaves[path] = jax.make_array_from_callback(shape, sharding, read)
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def to_hf_tensors(config: LlamaConfig, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields `(HF name, array)` for every tensor, `[out, in]`, contiguous, in the dtype of its leaf; bit-equal to what
+    `from_hf_tensors` read if it read the same dtype. Raises UserError if `params` is not the tree of `config`."""
+    leaves = traverse_util.flatten_dict(dict(params), sep="/")
+    shapes = leaf_shapes(config)
+    for path in shapes.keys() ^ leaves.keys():
+        raise UserError(f"parameter tree: leaf {path!r} is {'missing' if path in shapes else 'not part of this model'}")
+    for path, shape in shapes.items():
+        if leaves[path].shape != shape:
+            raise UserError(f"parameter tree: leaf {path!r} has shape {list(leaves[path].shape)}, not {list(shape)}")
+    for path, row in _by_path(config):
+        leaf = np.asarray(leaves[path])
+        for name, value in zip(_hf_names(row, config), leaf if row.stacked else [leaf], strict=True):
+            yield name, np.ascontiguousarray(value.T if row.transposed else value)
+
+
+def _by_path(config: LlamaConfig) -> list[tuple[str, Row]]:
+    return [(row.path, row) for row, _ in _rows(config)]
+
+
+def _float_dtype(dtype: Any) -> np.dtype:
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise UserError(f"dtype={dtype!r} is unknown; use float32, bfloat16 or float16") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"dtype={dtype.name!r} cannot hold parameters; use float32, bfloat16 or float16")
+    return dtype
+
+
+def _sharding_lookup(shardings: Any, shapes: Mapping[str, Any]) -> Callable[[str], jax.sharding.Sharding | None]:
+    if shardings is None or callable(shardings):
+        return shardings or (lambda path: None)
+    flat = traverse_util.flatten_dict(shardings, sep="/")
+    for path in shapes.keys() ^ flat.keys():
+        raise UserError(f"shardings: {path!r} is {'missing' if path in shapes else 'no leaf of this model'}")
+    return flat.__getitem__
+
+
+def _read(
+    names: list[str], tensors: Mapping[str, Tensor], row: Row, index: tuple[range, ...], dtype: np.dtype
+) -> np.ndarray:
+    """The part `index` of one leaf, read from the HF tensors `names` into one buffer."""
+    buffer = _aligned_empty(tuple(map(len, index)), dtype)
+    layers, axes = (index[0], index[1:]) if row.stacked else (range(1), index)
+    rows, *columns = axes[::-1] if row.transposed else axes
+    columns = [slice(c.start, c.stop) for c in columns]
+    for out, layer in zip(buffer if row.stacked else [buffer], layers, strict=True):
+        out = out.T if row.transposed else out  # a view in HF orientation
+        for start in range(rows.start, rows.stop, _BLOCK_ROWS):
+            stop = min(start + _BLOCK_ROWS, rows.stop)
+            out[start - rows.start : stop - rows.start] = tensors[names[layer]][(slice(start, stop), *columns)]
+    return buffer
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array whose memory starts on a 64-byte boundary: a CPU device then takes it over as it is,
+    where it would copy (and double) any other. Nothing writes to it once JAX has it."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)

