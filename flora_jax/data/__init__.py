@@ -1,0 +1,39 @@
+"""Data: tasks and their records, tokens and loss masks, packing and batches."""
+
+from flora_jax.data.encode import Encoded, EncodeReport, encode, encode_all, encode_prompt
+from flora_jax.data.pipeline import eval_batches, train_iterator
+from flora_jax.data.sources import data_hash, has_split, load_examples, load_records
+from flora_jax.data.tasks import (
+    TASKS,
+    Example,
+    Message,
+    Task,
+    dedupe,
+    get_task,
+    label_request,
+    last_number,
+    lm_eval_request,
+)
+
+__all__ = [
+    "TASKS",
+    "EncodeReport",
+    "Encoded",
+    "Example",
+    "Message",
+    "Task",
+    "data_hash",
+    "dedupe",
+    "encode",
+    "encode_all",
+    "encode_prompt",
+    "eval_batches",
+    "get_task",
+    "has_split",
+    "label_request",
+    "last_number",
+    "lm_eval_request",
+    "load_examples",
+    "load_records",
+    "train_iterator",
+]

@@ -1,0 +1,147 @@
+"""Encoded examples to batches: grain for training (endless, exact to resume), a plain loop for evaluation.
+
+A batch is a dict of numpy arrays `[B, T]`, T always `max_length`:
+
+    tokens         int32    a row holds one example, or with packing several, each n - 1 positions long
+    targets        int32    the token after each, shifted within its example, before any packing
+    loss_weights   float32  1 where the target counts
+    segment_ids    int32    1, 2, … by example within the row, 0 on padding
+    positions      int32    from 0 in every example
+
+For example [5, 6, 7] (7 counting) beside [8, 9] (9 counting) at T = 4: tokens 5 6 8 0, targets 6 7 9 0, weights
+0 1 1 0, segments 1 1 2 0, positions 0 1 0 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from flora_jax.data.encode import Encoded
+from flora_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+# Rows that grain fills side by side. More leave less padding; all are emitted when one more example does not fit.
+_PACKING_BINS = 64
+
+
+def train_iterator(
+    encoded: Sequence[Encoded],
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    packing: bool,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> grain.DatasetIterator:
+    """Endless batches; each epoch is a new order of `seed` and holds every example once, in exactly one shard.
+
+    `batch_size` counts the rows of this process. Batches run across the ends of epochs; packed rows do not, so an
+    epoch's last rows may hold padding. `get_state()` is JSON-able, and `set_state` of it on a new iterator over the
+    same examples continues with the very same batches. Raises UserError for arguments that cannot give a batch.
+    """
+    if batch_size < 1 or seed < 0:
+        field, value, least = ("batch_size", batch_size, 1) if batch_size < 1 else ("seed", seed, 0)
+        raise UserError(f"train.{field}={value} must be at least {least}")
+    if not 0 <= shard_index < shard_count:
+        raise UserError(f"shard_index={shard_index} must be in 0 … shard_count-1={shard_count - 1}")
+    if len(encoded) < shard_count:
+        raise UserError(f"{len(encoded)} examples cannot feed {shard_count} processes; each needs at least one")
+    _check_lengths(encoded, max_length)
+
+    def epoch(number: int) -> grain.IterDataset:
+        order = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        rows = grain.MapDataset.source(encoded).map(_row).shuffle(seed=order)[shard_index::shard_count]
+        # The examples are in memory: threads would only add latency.
+        rows = rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        if not packing:
+            return rows.map(lambda row: _pad(row, max_length))
+        lengths = {name: max_length for name in ("tokens", "targets", "loss_weights")}
+        packed = grain.experimental.FirstFitPackIterDataset(
+            rows, length_struct=lengths, num_packing_bins=_PACKING_BINS, seed=order
+        )
+        return packed.map(_unpack_names)
+
+    return iter(_Epochs(epoch).batch(batch_size))
+
+
+def eval_batches(encoded: Sequence[Encoded], *, batch_size: int, max_length: int) -> Iterator[Batch]:
+    """Every example once, in order, one a row; the last batch is filled with empty rows (segment 0, no weight)."""
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
+    _check_lengths(encoded, max_length)
+    empty = {name: np.zeros(0, dtype) for name, dtype in _DTYPES.items()}
+    for start in range(0, len(encoded), batch_size):
+        rows = [_row(example) for example in encoded[start : start + batch_size]]
+        rows += [empty] * (batch_size - len(rows))
+        padded = [_pad(row, max_length) for row in rows]
+        yield {name: np.stack([row[name] for row in padded]) for name in padded[0]}
+
+
+_DTYPES = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32}
+
+
+def _row(example: Encoded) -> Batch:
+    """The three arrays of one example, each `[n - 1]`."""
+    arrays = (example.tokens[:-1], example.tokens[1:], example.loss[1:])
+    return {name: array.astype(dtype) for (name, dtype), array in zip(_DTYPES.items(), arrays, strict=True)}
+
+
+def _pad(row: Batch, max_length: int) -> Batch:
+    """One example as a row of its own, `[T]`."""
+    n = len(row["tokens"])
+    row = {**row, "segment_ids": np.ones(n, np.int32), "positions": np.arange(n, dtype=np.int32)}
+    return {name: np.pad(array, (0, max_length - n)) for name, array in row.items()}
+
+
+def _unpack_names(packed: dict[str, Any]) -> Batch:
+    """grain numbers segments and positions once a feature; ours are all alike."""
+    row = {name: packed[name] for name in _DTYPES}
+    return {**row, "segment_ids": packed["tokens_segment_ids"], "positions": packed["tokens_positions"]}
+
+
+def _check_lengths(encoded: Sequence[Encoded], max_length: int) -> None:
+    longest = max((len(example.tokens) - 1 for example in encoded), default=0)
+    if longest > max_length:
+        raise UserError(f"data.max_length={max_length} is shorter than an example of {longest} positions")
+
+
+class _Epochs(grain.IterDataset):
+    """One dataset after the other, made by epoch number. grain's own `repeat` cannot do it: after packing it would
+    repeat the first epoch, and before packing it would let rows mix the end of an epoch with the next."""
+
+    def __init__(self, epoch: Callable[[int], grain.IterDataset]):
+        super().__init__()
+        self._epoch = epoch
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _EpochsIterator(self._epoch)
+
+
+class _EpochsIterator(grain.DatasetIterator):
+    def __init__(self, epoch: Callable[[int], grain.IterDataset]):
+        super().__init__()
+        self._make = epoch
+        self._start(0)
+
+    def _start(self, number: int) -> None:
+        self._number, self._rows = number, iter(self._make(number))
+
+    def __next__(self) -> Batch:
+        while True:
+            try:
+                return next(self._rows)
+            except StopIteration:
+                self._start(self._number + 1)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"epoch": self._number, "rows": self._rows.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._start(state["epoch"])
+        self._rows.set_state(state["rows"])

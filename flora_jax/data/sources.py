@@ -1,0 +1,352 @@
+"""Where records come from: files of a data directory or a generator, validated, prepared by TFDS and cached.
+
+A split is read and checked once, written by its TFDS builder (`builders`) as array_record under the cache
+directory, and read back from there as a TFDS data source. The cache key is the content of the source, so
+changed data is prepared anew and unchanged data is found again whatever its path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from flora_jax.data.tasks import ROLES, Example, Task, normalise
+from flora_jax.errors import UserError, near_misses
+
+SPLITS = ("train", "validation", "test")
+_FORMAT = "1"  # part of every cache key: raise it when a builder's features or a reader's output change
+
+Record = dict[str, Any]
+
+
+def load_examples(
+    task: Task, split: str, data_dir: str | Path | None, cache_dir: str | Path | None = None
+) -> list[Example]:
+    """`load_records`, parsed. A record that its task cannot parse is a UserError naming file, record and field."""
+    examples = []
+    for i, record in enumerate(load_records(task, split, data_dir, cache_dir)):
+        try:
+            examples.append(task.parse(record))
+        except UserError as error:
+            raise UserError(f"{_describe(task, split, data_dir)}: record {i} (from 0): {error}") from None
+    return examples
+
+
+def load_records(
+    task: Task, split: str, data_dir: str | Path | None, cache_dir: str | Path | None = None
+) -> Sequence[Record]:
+    """The records of one split of a task ('train', 'validation' or 'test'), in source order.
+
+    Records are dicts of str: `instruction, input, output, answer` of a 'records' task, `question, answer` of a
+    generated one, `messages` (a list of `role, content`) of a 'jsonl' one. `data_dir` may be None for generated
+    tasks. Prepared data is cached in `cache_dir`, by default `$FLORA_CACHE` or else `~/.cache/flora_jax`.
+    Raises UserError for a missing, empty or malformed source, naming the file and the line or record.
+    """
+    directory = _cache_root(cache_dir) / "tfds" / _cache_key(task, split, data_dir)
+    if not directory.exists():
+        _prepare(task, split, _read(task, split, data_dir), directory)
+    import tensorflow_datasets as tfds
+
+    source = tfds.builder_from_directory(next(directory.glob("*/*/*"))).as_data_source(split)
+    return [_decode(source[i]) for i in range(len(source))]
+
+
+def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:
+    """sha256 (hex) of the file that a split is read from, or of everything that determines a generated one."""
+    if task.source == "generated":
+        return hashlib.sha256(_generated_key(task, split).encode()).hexdigest()
+    return hashlib.sha256(_path(task, split, data_dir).read_bytes()).hexdigest()
+
+
+def has_split(task: Task, split: str, data_dir: str | Path | None) -> bool:
+    """Whether `load_records` would find the split."""
+    return task.source == "generated" or any(path.is_file() for path in _candidates(task, split, data_dir))
+
+
+# ---------------------------------------------------------------------------------------------- locating
+
+
+def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Path]:
+    """The files that could hold a split, the first that exists is it."""
+    if split not in SPLITS:
+        hint = " (a sample is never a test set)" if split == "sample" else ""
+        raise UserError(f"split {split!r} of task {task.name!r} is unknown{hint}; {near_misses(split, SPLITS)}")
+    if task.name.endswith(".jsonl"):
+        # The file itself, for the one split that is asked of it. It cannot validate what was trained on it.
+        if split == "validation":
+            return []
+        if Path(task.name).stem == "sample" and split == "test":
+            raise UserError(f"{task.name}: a sample is never a test set; name a file of your own test records")
+        return [Path(task.name), *([Path(data_dir) / task.name] if data_dir else [])]
+    if data_dir is None:
+        raise UserError(f"task {task.name!r} is read from files; set data.dir to the folder that holds them")
+    folder = Path(data_dir) if task.source == "jsonl" else Path(data_dir) / task.name
+    names = [task.files[split]] if split in task.files else [f"{split}.json", f"{split}.jsonl"]
+    return [folder / name for name in names if task.source == "records" or name.endswith(".jsonl")]
+
+
+def _path(task: Task, split: str, data_dir: str | Path | None) -> Path:
+    candidates = _candidates(task, split, data_dir)
+    for path in candidates:
+        if path.is_file():
+            return path
+    if not candidates:
+        raise UserError(f"{task.name}: one file has no validation split; use task 'jsonl' and a folder with one")
+    folder = candidates[0].parent
+    there = sorted(p.name for p in folder.glob("*.json*")) if folder.is_dir() else []
+    never = " (a sample is never a test set)" if any(name.startswith("sample.") for name in there) else ""
+    get = "; the LLM-Adapters repository has the task's files in its folder dataset" if task.source == "records" else ""
+    raise UserError(
+        f"{candidates[0]} is missing: split {split!r} of task {task.name!r}; "
+        f"{folder.name or folder}/ has {', '.join(there) or 'no data files'}{never}{get}"
+    )
+
+
+def _describe(task: Task, split: str, data_dir: str | Path | None) -> str:
+    return f"task {task.name!r}" if task.source == "generated" else str(_path(task, split, data_dir))
+
+
+# ----------------------------------------------------------------------------------------------- reading
+
+
+def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Record]:
+    if task.source == "generated":
+        return _draw(task, split)
+    path = _path(task, split, data_dir)
+    convert = _conversation if task.source == "jsonl" else _adapters_record
+    records = []
+    for where, raw in _raw_records(path):
+        if not isinstance(raw, dict):
+            raise UserError(f"{where}: a record must be a JSON object, not {type(raw).__name__}")
+        records.append(convert(raw, where))
+    if not records:
+        raise UserError(f"{path} holds no records; it needs at least one")
+    return records
+
+
+def _raw_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """`(place, value)` of each record of a `.json` list or a `.jsonl` file; place is `file:line` or names the index."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    if path.suffix == ".jsonl":
+        # Split at newlines alone: JSON strings may hold the other separators that str.splitlines cuts at.
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{path}:{number}", _json(line, path, number)
+    elif text.strip():
+        values = _json(text, path, 1)
+        if not isinstance(values, list):
+            raise UserError(f"{path}: the file must hold a JSON list of records, not {type(values).__name__}")
+        for i, value in enumerate(values):
+            yield f"{path}: record {i} (from 0)", value
+
+
+def _json(text: str, path: Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{path}:{line + error.lineno - 1}"
+        raise UserError(f"{place}: malformed JSON at column {error.colno}: {error.msg}") from None
+
+
+def _field(raw: Mapping[str, Any], name: str, where: str, default: str | None = None, number: bool = False) -> str:
+    """A text field, checked. `default` makes it optional and lets it be empty."""
+    if name not in raw:
+        if default is not None:
+            return default
+        raise UserError(f"{where}: field {name!r} is missing; there are {', '.join(map(repr, raw)) or 'none'}")
+    value = raw[name]
+    if number and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: field {name!r} is {type(value).__name__} {value!r:.40}; it must be a string")
+    if default is None and not value.strip():
+        raise UserError(f"{where}: field {name!r} is empty; it needs text")
+    return value
+
+
+def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:
+    """An LLM-Adapters record. Raw MAWPS (`original_text`, `ans`) and GSM8K's own layout (`question`, `answer` with
+    its number after ####) become one."""
+    if "original_text" in raw:
+        question, answer = _field(raw, "original_text", where), _field(raw, "ans", where, number=True)
+        return {"instruction": question, "input": "", "output": "", "answer": answer}
+    if "question" in raw and "instruction" not in raw:
+        question = _field(raw, "question", where)
+        rationale, mark, answer = _field(raw, "answer", where).rpartition("####")
+        if not mark:
+            raise UserError(f"{where}: field 'answer' has no '####' before its final number")
+        output = re.sub(r"<<.*?>>", "", rationale).strip() + f"\nThe answer is {answer.strip().replace(',', '')}."
+        return {"instruction": question, "input": "", "output": output.strip(), "answer": answer.strip()}
+    return {
+        "instruction": _field(raw, "instruction", where),
+        "input": _field(raw, "input", where, default=""),
+        "output": _field(raw, "output", where, default=""),
+        "answer": _field(raw, "answer", where, number=True),
+    }
+
+
+def _conversation(raw: Mapping[str, Any], where: str) -> Record:
+    """`{"prompt", "completion"}` or `{"messages": [{"role", "content"}, …]}` as messages ending with the assistant."""
+    if "messages" not in raw:
+        if "prompt" not in raw and "completion" not in raw:
+            raise UserError(
+                f"{where}: a record needs 'messages', or 'prompt' and 'completion'; "
+                f"there are {', '.join(map(repr, raw)) or 'no fields'}"
+            )
+        prompt, completion = _field(raw, "prompt", where), _field(raw, "completion", where)
+        return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]}
+    turns = raw["messages"]
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{where}: field 'messages' must be a list of at least one message, not {turns!r:.40}")
+    messages = []
+    for i, turn in enumerate(turns):
+        place = f"{where}: messages[{i}]"
+        if not isinstance(turn, dict):
+            raise UserError(f"{place} must be an object with 'role' and 'content', not {type(turn).__name__}")
+        role = _field(turn, "role", place)
+        if role not in ROLES:
+            raise UserError(f"{place}: role {role!r} is unknown; {near_misses(role, ROLES)}")
+        messages.append({"role": role, "content": _field(turn, "content", place)})
+    roles = [message["role"] for message in messages]
+    if roles[-1] != "assistant":
+        raise UserError(f"{where}: 'messages' ends with role {roles[-1]!r}; the last turn must be the assistant's")
+    if "user" not in roles:
+        raise UserError(f"{where}: 'messages' has no turn with role 'user'; the assistant must answer one")
+    return {"messages": messages}
+
+
+# -------------------------------------------------------------------------------------------- generating
+
+# Item i of reasoning-gym's seed s is Random(s + i), so draws from neighbouring seeds are the same problems:
+# every draw gets a block of seeds to itself. The held-out blocks do not depend on the training seed.
+_BLOCK = 10**8
+_TRIES = 50  # candidates drawn for each problem wanted, before the space of problems counts as too small
+
+
+def _draw(task: Task, split: str) -> list[Record]:
+    """Problems of one split, no question of which is in another: test questions are drawn first and are all
+    different, validation avoids them, and training replaces every draw that is in either."""
+    try:
+        import reasoning_gym
+    except ModuleNotFoundError:
+        raise UserError(f"task {task.name!r} is generated by reasoning-gym; pip install reasoning-gym") from None
+    generator, settings, held_out = task.generator, dict(task.generator.settings), set()
+    for block, drawn in enumerate(("test", "validation", "train")):
+        size, records = getattr(generator, drawn), []
+        if size * _TRIES > _BLOCK:
+            raise UserError(f"generator field {drawn}={size} of task {task.name!r} is above {_BLOCK // _TRIES}")
+        first = _BLOCK * (block + (generator.seed if drawn == "train" else 0))
+        try:
+            problems = reasoning_gym.create_dataset(generator.dataset, seed=first, size=size * _TRIES, **settings)
+        except AssertionError as error:
+            raise UserError(f"task {task.name!r}: generator settings {settings} are refused: {error}") from None
+        for problem in itertools.islice(problems, size * _TRIES):
+            key = normalise(problem["question"])
+            if key not in held_out:
+                records.append({"question": problem["question"], "answer": problem["answer"]})
+                if drawn != "train":
+                    held_out.add(key)
+            if len(records) == size:
+                break
+        if len(records) < size:
+            raise UserError(
+                f"task {task.name!r}: only {len(records)} of {drawn}={size} problems are new under {settings}; "
+                f"ask for fewer or for a wider range of problems"
+            )
+        if drawn == split:
+            return records
+    raise AssertionError(split)
+
+
+def _generated_key(task: Task, split: str) -> str:
+    if split not in SPLITS:
+        raise UserError(f"split {split!r} of task {task.name!r} is unknown; {near_misses(split, SPLITS)}")
+    generator = task.generator
+    key = {"reasoning-gym": importlib.metadata.version("reasoning-gym"), "split": split, "test": generator.test}
+    key |= {"dataset": generator.dataset, "settings": dict(generator.settings)}
+    if split != "test":
+        key |= {"validation": generator.validation}
+    if split == "train":
+        key |= {"train": generator.train, "seed": generator.seed}
+    return json.dumps(key, sort_keys=True)
+
+
+# ----------------------------------------------------------------------------------------------- caching
+
+
+def _cache_root(cache_dir: str | Path | None) -> Path:
+    return Path(cache_dir or os.environ.get("FLORA_CACHE") or "~/.cache/flora_jax").expanduser()
+
+
+def _cache_key(task: Task, split: str, data_dir: str | Path | None) -> str:
+    # The suffix decides how a file's bytes are read, so it is part of the key.
+    suffix = "" if task.source == "generated" else _path(task, split, data_dir).suffix
+    parts = (_FORMAT, task.source, split, suffix, data_hash(task, split, data_dir))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _prepare(task: Task, split: str, records: list[Record], directory: Path) -> None:
+    """Writes `records` with the task's builder and moves the result to `directory` in one step, so that a process
+    that is killed, or another one that prepares the same data, leaves either all of it or nothing."""
+    from flora_jax.data.builders import BUILDERS, SourceConfig
+
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=directory.parent, prefix="preparing-")
+    except OSError as error:
+        why = f"cache directory {directory.parent} cannot be written ({error.strerror})"
+        raise UserError(f"{why}; set FLORA_CACHE to one that can") from None
+    with scratch, _quiet():
+        built = Path(scratch.name) / "built"
+        config = SourceConfig(name=split, split=split, records=records)
+        builder = BUILDERS[task.source](config=config, data_dir=built, file_format="array_record")
+        builder.download_and_prepare()
+        try:
+            built.rename(directory)
+        except OSError:
+            if not directory.exists():  # there it is when another process was first, with the same data
+                raise
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TFDS reports on stdout, which belongs to the command, and draws bars: both only on a terminal's stderr."""
+    import tensorflow_datasets as tfds
+
+    terminal, verbosity = sys.stderr.isatty(), logging.get_verbosity()
+    if not terminal:
+        tfds.disable_progress_bar()
+    logging.set_verbosity(logging.ERROR)  # it warns of every configuration that is made at run time
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stderr if terminal else nowhere):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _decode(value: Any) -> Any:
+    """A TFDS element as plain Python: text from bytes, and a sequence of dicts from TFDS's dict of sequences."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, dict):
+        return {
+            key: [dict(zip(v, map(_decode, turn), strict=True)) for turn in zip(*v.values(), strict=True)]
+            if isinstance(v, dict) else _decode(v)
+            for key, v in value.items()
+        }  # fmt: skip
+    return value

@@ -1,0 +1,299 @@
+"""The task table: what a record of each data set asks, what the right answer is, and how it is scored.
+
+A task is one row of `TASKS`. Adding one is one row, and a parse function if its records look like nothing
+here. A parse function turns one record (a plain dict, as `sources` yields it) into an `Example`, which holds
+everything that training and every evaluation protocol need; nothing downstream looks at a record again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from flora_jax.errors import UserError, near_misses
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `role` is one of `ROLES`."""
+
+    role: str
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One record, parsed. `messages` ends with the assistant's target; the rest is there where the task has it."""
+
+    messages: tuple[Message, ...]
+    choices: tuple[str, ...] = ()  # the texts to choose from
+    gold: int | None = None  # index of the right one
+    answer: str | None = None  # the gold answer as text: a number, a letter, a label word or a whole reply
+    question: str | None = None  # the question alone, without instructions and choices
+    labels: tuple[str, ...] = ()  # the label word of each choice, e.g. answer1, solution2, true
+    requests: tuple[tuple[str, str], ...] = ()  # (context, continuation) of each choice, as lm-eval scores it
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """What a generated (reasoning-gym) task draws. The sizes are those of the splits; `seed` moves the
+    training draw alone, so that every run is tested on the same questions and trained on none of them."""
+
+    dataset: str
+    settings: Mapping[str, Any]
+    train: int = 4000
+    validation: int = 200
+    test: int = 500
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One row: `source` says how records are read ('records', 'generated' or 'jsonl'), `metric` how an answer
+    is scored ('choice', 'number', 'letter' or 'exact'), `parse` makes an `Example` of a record."""
+
+    name: str
+    source: str
+    metric: str
+    parse: Callable[[Mapping[str, Any]], Example]
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # split -> file, unless {split}.json(l)
+    generator: Generator | None = None
+
+
+# ---------------------------------------------------------------------------------------------- parsing
+
+_NUMBER = re.compile(r"(?:(?<![\d.)])-\s?)?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)")
+
+
+def last_number(text: str) -> str | None:
+    """The last number in `text`, canonical (`"... 10 - 3 = $1,080.0."` gives `"1080"`), or None."""
+    found = _NUMBER.findall(text)
+    return canonical_number(found[-1]) if found else None
+
+
+def canonical_number(text: str) -> str:
+    """`"576.0"`, `"1,080"` and `"- 7"` as `"576"`, `"1080"` and `"-7"`; a ValueError if it is no number."""
+    text = text.replace(",", "").replace(" ", "")
+    value = float(text)
+    if value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return text.replace("-.", "-0.") if not text.startswith(".") else "0" + text
+
+
+def normalise(text: str) -> str:
+    """The words, numbers and operators of `text` in lower case, spaced alike: `"It's 3.50 + 4 !"` as
+    `"it s 3.50 + 4"`. Operators stay because a minus for a plus makes another sum."""
+    return " ".join(re.findall(r"\d+(?:\.\d+)?|[^\W\d]+|[-+*/=()<>%^]", text.lower()))
+
+
+def _instruction(record: Mapping[str, Any]) -> str:
+    text = record["instruction"].strip()
+    return f"{text}\n{record['input'].strip()}" if record["input"].strip() else text
+
+
+def _turns(prompt: str, target: str) -> tuple[Message, ...]:
+    return Message("user", prompt), Message("assistant", target)
+
+
+def _parse_choice(record: Mapping[str, Any], requests: Callable[..., Iterable[tuple[str, str]]]) -> Example:
+    """An LLM-Adapters multiple-choice record: `…: QUESTION` and then `Answer1: … Answer2: …` (Solution, Option
+    likewise), then `Answer format: answer1/answer2`; or a question with the answer format `true/false`."""
+    prompt = _instruction(record)
+    body, found, form = prompt.rpartition("Answer format:")
+    if not found:
+        raise UserError("field 'instruction' has no line 'Answer format: …'")
+    labels = tuple(form.strip().split("/"))
+    question = body.partition(": ")[2].strip()
+    if labels == ("true", "false"):
+        choices = ("yes", "no")
+    else:
+        marks = [f"{label.capitalize()}:" for label in labels]
+        start = question.rfind(marks[0])
+        choices, rest = [], question[start + len(marks[0]):] if start >= 0 else ""
+        for mark in marks[1:]:
+            text, found, rest = rest.partition(mark)
+            if not found:
+                raise UserError(f"field 'instruction' has no choice '{mark}' although the answer format names it")
+            choices.append(text.strip())
+        choices = (*choices, rest.strip())
+        question = question[:start].strip()
+    if record["answer"] not in labels:
+        raise UserError(f"field 'answer' is {record['answer']!r}; the answer format allows {', '.join(labels)}")
+    gold = labels.index(record["answer"])
+    return Example(
+        messages=_turns(prompt, _label_target(labels[gold])),
+        choices=choices,
+        gold=gold,
+        answer=labels[gold],
+        question=question,
+        labels=labels,
+        requests=tuple(requests(question, choices)),
+    )
+
+
+def _after(context: str, question: str, choices: Sequence[str]) -> list[tuple[str, str]]:
+    """One context for all choices: `Question: {}\\nAnswer:` continued by each of them."""
+    # boolq's harness prompt brings its own question mark; a record's own must not double it.
+    question = question.rstrip(" ?") if "{}?" in context else question
+    return [(context.format(question), f" {choice}") for choice in choices]
+
+
+def _blank(sentence: str, choices: Sequence[str]) -> list[tuple[str, str]]:
+    """Partial evaluation: each option stands in the blank `_` of the context, and the rest is what is scored."""
+    before, found, after = sentence.partition("_")
+    if not found:
+        raise UserError("field 'instruction' has no blank '_' to fill")
+    return [(before + choice, f" {after.strip()}") for choice in choices]
+
+
+def _choice(context: str) -> Callable[[Mapping[str, Any]], Example]:
+    return functools.partial(_parse_choice, requests=functools.partial(_after, context))
+
+
+def _parse_number(record: Mapping[str, Any]) -> Example:
+    """A word problem. `output` is often a wrong rationale: it is the target only where it ends at the answer."""
+    prompt = _instruction(record)
+    try:
+        answer = canonical_number(record["answer"])
+    except ValueError:
+        raise UserError(f"field 'answer' is {record['answer']!r}; it must be a number") from None
+    rationale = record["output"].strip().removeprefix("A:").strip()
+    found = last_number(rationale)
+    right = found is not None and abs(float(found) - float(answer)) <= 1e-6 * max(1.0, abs(float(answer)))
+    return Example(
+        messages=_turns(prompt, rationale if right else f"The answer is {answer}."), answer=answer, question=prompt
+    )
+
+
+def _parse_letter(record: Mapping[str, Any]) -> Example:
+    """AQuA: `… Answer Choices: (A) … (B) … (E) …`, answered by a letter."""
+    prompt = _instruction(record)
+    question, _, options = prompt.partition("Answer Choices:")
+    parts = re.split(r"\(([A-E])\)", options)
+    letters, choices = parts[1::2], tuple(part.strip() for part in parts[2::2])
+    if not letters or letters != list("ABCDE"[: len(letters)]):
+        raise UserError("field 'instruction' has no 'Answer Choices: (A) … (B) …' in order")
+    if record["answer"] not in letters:
+        raise UserError(f"field 'answer' is {record['answer']!r}; it must be one of {', '.join(letters)}")
+    rationale = record["output"].strip()
+    right = re.findall(r"\(([A-E])\)", rationale)[-1:] == [record["answer"]]
+    return Example(
+        messages=_turns(prompt, rationale if right else f"The answer is ({record['answer']})."),
+        choices=choices,
+        gold=letters.index(record["answer"]),
+        answer=record["answer"],
+        question=question.strip(),
+    )
+
+
+def _parse_generated(record: Mapping[str, Any]) -> Example:
+    """A generated arithmetic problem; the prompt states the answer format, in training and in evaluation alike."""
+    prompt = f"{record['question']}\nGive only the final number."
+    return Example(messages=_turns(prompt, record["answer"]), answer=record["answer"], question=record["question"])
+
+
+def _parse_messages(record: Mapping[str, Any]) -> Example:
+    """People's own conversations; the last assistant turn is the answer."""
+    messages = tuple(Message(m["role"], m["content"]) for m in record["messages"])
+    question = next(m.content for m in reversed(messages) if m.role == "user")
+    return Example(messages=messages, answer=messages[-1].content, question=question)
+
+
+# ------------------------------------------------------------------------------------------------ table
+
+_QA = _choice("Question: {}\nAnswer:")
+_SUMS = MappingProxyType({"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2})
+
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (
+    Task("ARC-Easy", "records", "choice", _QA),
+    Task("ARC-Challenge", "records", "choice", _QA),
+    Task("piqa", "records", "choice", _QA),
+    Task("openbookqa", "records", "choice", _choice("{}")),
+    Task("social_i_qa", "records", "choice", _choice("Q: {}\nA:")),
+    Task("boolq", "records", "choice", _choice("Question: {}?\nAnswer:")),
+    Task("winogrande", "records", "choice", functools.partial(_parse_choice, requests=_blank)),
+    Task("AddSub", "records", "number", _parse_number),
+    Task("MultiArith", "records", "number", _parse_number),
+    Task("SingleEq", "records", "number", _parse_number),
+    Task("SVAMP", "records", "number", _parse_number),
+    Task("gsm8k", "records", "number", _parse_number),
+    # mawps/train.json repeats most questions of the other math test sets word for word.
+    Task("mawps", "records", "number", _parse_number, files={"train": "train_decontaminated.json"}),
+    Task("AQuA", "records", "letter", _parse_letter),
+    Task("chain_sum", "generated", "number", _parse_generated, generator=Generator("chain_sum", _SUMS)),
+    Task("basic_arithmetic", "generated", "number", _parse_generated, generator=Generator("basic_arithmetic", _SUMS)),
+    Task("jsonl", "jsonl", "exact", _parse_messages),
+)})  # fmt: skip
+
+
+def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
+    """The row called `name`; a name ending in `.jsonl` is a task of its own, read from that file.
+
+    `generator` overrides fields of a generated task's `Generator` (`train`, `validation`, `test`, `seed`) and its
+    settings (`max_terms`, …); tasks that are not generated ignore it. Raises UserError for an unknown task or field.
+    """
+    if name.endswith(".jsonl"):
+        return dataclasses.replace(TASKS["jsonl"], name=name)
+    if name not in TASKS:
+        raise UserError(f"task {name!r} is unknown; {near_misses(name, TASKS)} (or a path ending in .jsonl)")
+    task = TASKS[name]
+    if task.generator is None or not generator:
+        return task
+    sizes = ("train", "validation", "test", "seed")
+    for field, value in generator.items():
+        if field not in sizes and field not in task.generator.settings:
+            known = (*sizes, *task.generator.settings)
+            raise UserError(f"task {name!r} has no generator field {field!r}; {near_misses(field, known)}")
+        least = 0 if field == "seed" else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"generator field {field}={value!r} of task {name!r} must be an integer, at least {least}")
+    drawn = {k: v for k, v in generator.items() if k in sizes}
+    settings = {**task.generator.settings, **{k: v for k, v in generator.items() if k not in sizes}}
+    return dataclasses.replace(task, generator=dataclasses.replace(task.generator, settings=settings, **drawn))
+
+
+# --------------------------------------------------------------------------------------------- requests
+
+
+def lm_eval_request(example: Example) -> tuple[tuple[str, str], ...]:
+    """`(context, continuation)` of each choice as the lm-eval harness scores it zero-shot, in order of `choices`.
+
+    Only winogrande's contexts differ between choices (partial evaluation). Raises UserError for an example that
+    offers no choices to score.
+    """
+    if not example.requests:
+        raise UserError(f"protocol lm_eval needs a multiple-choice task; this prompt has none: {_start(example)!r}")
+    return example.requests
+
+
+def label_request(example: Example) -> tuple[str, tuple[str, ...]]:
+    """`(prompt, targets)`: the LLM-Adapters instruction, and the sentence that names each label in turn."""
+    if not example.labels:
+        raise UserError(f"label words need a multiple-choice task; this prompt has none: {_start(example)!r}")
+    return example.messages[0].content, tuple(_label_target(label) for label in example.labels)
+
+
+def _label_target(label: str) -> str:
+    return f"the correct answer is {label}"
+
+
+def _start(example: Example) -> str:
+    return " ".join(example.messages[0].content.split())[:60]
+
+
+def dedupe(train: Sequence[Example], test: Iterable[Example]) -> tuple[list[Example], int]:
+    """`train` without the examples whose prompt (everything before the answer, normalised) is one of `test`'s,
+    and how many were dropped."""
+    held_out = {_prompt_key(example) for example in test}
+    kept = [example for example in train if _prompt_key(example) not in held_out]
+    return kept, len(train) - len(kept)
+
+
+def _prompt_key(example: Example) -> str:
+    return "\n".join(normalise(message.content) for message in example.messages[:-1])
