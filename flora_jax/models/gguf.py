@@ -7,6 +7,7 @@ interleaved: a head's rows `[a0 b0 a1 b1 …]` are HF's `[a0 a1 … b0 b1 …]`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig, RopeScaling
 from flora_jax.models.hf import check_hf_tensors, hf_shapes
+from flora_jax.models.rope import inverse_frequencies
 
 
 class GgufTensor:
@@ -103,12 +105,11 @@ class GgufFile:
         ):
             if found != vocab_size:
                 raise UserError(f"{self.path}: {key} counts {found} tokens, token_embd.weight has {vocab_size} rows")
-        theta = float(self.get("llama.rope.freq_base", 10000.0))
         # Chat models end a turn with a token of its own, beside the one that ends a document.
         ends = [self.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
         # Stored as float32: the shortest decimal that gives the same float32 is the number that was meant.
         eps = float(str(np.float32(self.require("llama.attention.layer_norm_rms_epsilon"))))
-        return LlamaConfig(
+        config = LlamaConfig(
             vocab_size=vocab_size,
             hidden_size=width,
             intermediate_size=self.require("llama.feed_forward_length"),
@@ -117,8 +118,7 @@ class GgufFile:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=eps,
-            rope_theta=theta,
-            rope_scaling=self._read_rope_scaling(head_dim, theta),
+            rope_theta=float(self.get("llama.rope.freq_base", 10000.0)),
             tie_word_embeddings="output.weight" not in self._stored,
             attention_bias="blk.0.attn_q.bias" in self._stored,
             mlp_bias="blk.0.ffn_gate.bias" in self._stored,
@@ -127,22 +127,23 @@ class GgufFile:
             eos_token_id=tuple(dict.fromkeys(end for end in ends if end is not None)),
             pad_token_id=self.get("tokenizer.ggml.padding_token_id"),
         )
+        return self._with_rope_scaling(config)
 
-    def _read_rope_scaling(self, head_dim: int, theta: float) -> RopeScaling | None:
-        """Llama 3's scaling, which files carry only as its result: a divisor for each of the H/2 frequencies."""
+    def _with_rope_scaling(self, config: LlamaConfig) -> LlamaConfig:
+        """Adds Llama 3's scaling, which files carry only as its result: a divisor for each of the H/2 frequencies."""
         if "rope_freqs.weight" not in self._stored:
-            return None
+            return config
         divisors = GgufTensor(self._stored["rope_freqs.weight"])[(slice(None),)]
         if np.all(divisors == 1):
-            return None
+            return config
         original = self.get("llama.rope.scaling.original_context_length", 8192)
         scaling = RopeScaling(factor=float(divisors.max()), original_max_position_embeddings=original)
-        if divisors.shape != (head_dim // 2,) or not np.allclose(
-            divisors, llama3_divisors(scaling, head_dim, theta), rtol=1e-4
-        ):
+        scaled = dataclasses.replace(config, rope_scaling=scaling)
+        expected = inverse_frequencies(config) / inverse_frequencies(scaled)
+        if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
             raise UserError(f"{self.path}: tensor 'rope_freqs.weight' is not a Llama 3 scaling with low and high "
                             f"frequency factors 1 and 4 over {original} positions; not supported")  # fmt: skip
-        return scaling
+        return scaled
 
     def _name_tensors(self) -> dict[str, GgufTensor]:
         config, tensors = self.config, {}
@@ -159,16 +160,6 @@ class GgufFile:
         left = {name: GgufTensor(tensor) for name, tensor in stored.items()}
         check_hf_tensors(config, {name: t.shape for name, t in (tensors | left).items()}, str(self.path))
         return tensors
-
-
-def llama3_divisors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
-    """What Llama 3's scaling divides each rotary frequency by, float64 `[H / 2]`: 1 for short wavelengths, `factor`
-    for long ones, and between them a linear blend in the number of turns over the original context."""
-    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return 1 / (kept + (1 - kept) / scaling.factor)
 
 
 def _hf_row_order(heads: int, head_dim: int) -> np.ndarray:

@@ -60,7 +60,7 @@ HF_TABLE = tuple(Row(*row) for row in (
 ))  # fmt: skip
 
 # Rows of an HF tensor copied at a time: bounds what a load holds beside its result and keeps a transpose in cache.
-_BLOCK_ROWS = 256
+_BLOCK_ROWS = 64
 
 
 class Tensor(Protocol):

@@ -188,7 +188,6 @@ def _refuse_other_formats(directory: Path) -> None:
 
 
 def _from_hub(repository: str, weights: bool) -> Path:
-    import httpx
     from huggingface_hub import errors, snapshot_download
 
     patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else [])]
@@ -200,7 +199,7 @@ def _from_hub(repository: str, weights: bool) -> Path:
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise UserError(f"{repository!r} is neither a local directory nor a hub repository that can be seen; check the "
                         "spelling, or log in with `hf auth login` if it is private") from None  # fmt: skip
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # HTTPError: of whichever HTTP client the hub's library uses
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{repository!r} is no local directory and cannot be had from the hub ({reason}); connect, or "
                         "give a directory or a .gguf file") from None  # fmt: skip

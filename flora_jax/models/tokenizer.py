@@ -1,0 +1,156 @@
+"""The tokenizer that belongs to a checkpoint, from the same sources as its weights, and a built-in byte tokenizer.
+
+Everything returned is a `transformers.PreTrainedTokenizerFast`, so encoding, chat templates and `save_pretrained` are
+transformers' own. GGUF files are read with `gguf` and `tokenizers`: transformers' reader needs torch, and it splits
+SmolLM2's numbers wrongly.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+from tokenizers import decoders, pre_tokenizers
+
+from flora_jax.errors import UserError, near_misses
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.gguf import GgufFile
+from flora_jax.models.loading import resolve_source
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerFast
+
+BYTE_SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>")  # ids 256 to 260
+
+_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# Llama 3's split: contractions, words, numbers of at most three digits, punctuation, line ends, spaces.
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# llama.cpp's token types
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of `source`: whatever `load_pretrained` takes (HF directory, `.gguf` file, preset, hub id), or
+    `random` / `tiny` for the byte tokenizer. Raises UserError where there is none."""
+    if source in ("random", "tiny"):
+        return byte_tokenizer()
+    path = resolve_source(source, weights=False)
+    if path.is_file():
+        return gguf_tokenizer(GgufFile(path))
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"{path}: no tokenizer.json, tokenizer.model or vocab.json in the directory")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UserError(f"{path}: the tokenizer cannot be read ({str(error).strip().splitlines()[0]})") from None
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LlamaConfig) -> None:
+    """Raises UserError if the tokenizer has ids that the model has no embedding for."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer's largest id is {largest}, the model's vocab_size={config.vocab_size}; "
+            f"use the checkpoint's own tokenizer, or a model with vocab_size of at least {largest + 1}"
+        )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer without a file: id = byte for the 256 bytes, then `BYTE_SPECIALS` at 256 to 260, with a ChatML
+    template. Nothing is added to a text; any text decodes back to itself."""
+    # Byte-level BPE writes each byte as a printable character: itself where it is one, else the next after 255.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    itself = {ord(char): char for char in alphabet if ord(char) < 256}
+    others = (char for char in alphabet if ord(char) >= 256)
+    vocabulary = {itself.get(byte) or next(others): byte for byte in range(256)}
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(list(BYTE_SPECIALS))
+    bos, eos, pad, *_ = BYTE_SPECIALS
+    return _wrap(core, bos_token=bos, eos_token=eos, pad_token=pad, chat_template=_CHATML)
+
+
+def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
+    """The byte-level BPE tokenizer of an opened GGUF file, with its special tokens, its rule whether a text begins
+    with bos, and its chat template. Raises UserError for another kind of tokenizer."""
+    kind = file.require("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise UserError(f"{file.path}: tokenizer.ggml.model={kind!r} is not supported; only byte-level BPE ('gpt2') is")
+    pre = file.require("tokenizer.ggml.pre")
+    if pre not in _PRE_TOKENIZERS:
+        known = near_misses(pre, _PRE_TOKENIZERS)
+        raise UserError(f"{file.path}: tokenizer.ggml.pre={pre!r} is not supported; {known}")
+    llama3 = pre in _LLAMA3_NAMES
+    tokens = file.require("tokenizer.ggml.tokens")
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in file.require("tokenizer.ggml.merges")]
+    for merge in merges:
+        if len(merge) != 2 or not vocabulary.keys() >= {*merge, "".join(merge)}:
+            raise UserError(f"{file.path}: tokenizer.ggml.merges holds {' '.join(merge)!r}, which merges no two tokens")
+    if len(vocabulary) != len(tokens):
+        raise UserError(f"{file.path}: tokenizer.ggml.tokens holds a token twice")
+    types = file.get("tokenizer.ggml.token_type", [])
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3))
+    core.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    core.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, types, strict=False):
+        if kind in (_CONTROL, _USER_DEFINED):
+            # Found in a text as it stands, before it is split; control tokens are left out when decoding.
+            added = tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
+            (core.add_special_tokens if kind == _CONTROL else core.add_tokens)([added])
+
+    def special(name: str) -> str | None:
+        id = file.get(f"tokenizer.ggml.{name}_token_id")
+        if id is not None and id >= len(tokens):
+            raise UserError(f"{file.path}: tokenizer.ggml.{name}_token_id={id} is not among the {len(tokens)} tokens")
+        return None if id is None else tokens[id]
+
+    return _wrap(
+        core,
+        bos_token=special("bos"),
+        eos_token=special("eos"),
+        pad_token=special("padding"),
+        unk_token=special("unknown"),
+        add_bos_token=bool(file.get("tokenizer.ggml.add_bos_token", llama3)),
+        add_eos_token=bool(file.get("tokenizer.ggml.add_eos_token", False)),
+        chat_template=file.get("tokenizer.chat_template"),
+        model_max_length=file.config.max_position_embeddings,
+    )
+
+
+def _wrap(core: tokenizers.Tokenizer, **settings: Any) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    settings = {key: value for key, value in settings.items() if value is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **settings)
+
+
+def _byte_level(use_regex: bool = True) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+def _smollm() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
+
+
+def _llama3() -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), behavior="isolated")
+    return pre_tokenizers.Sequence([split, _byte_level(use_regex=False)])
+
+
+# How a text is cut before BPE, by llama.cpp's name for it.
+_LLAMA3_NAMES = ("llama-bpe", "llama-v3", "llama3")
+_PRE_TOKENIZERS = {"smollm": _smollm, "gpt-2": _byte_level, **dict.fromkeys(_LLAMA3_NAMES, _llama3)}
