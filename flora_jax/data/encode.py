@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import jinja2
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from flora_jax.data.tasks import Example, Message
 from flora_jax.errors import UserError, near_misses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Style = Literal["plain", "chat"]
 LossOn = Literal["answer", "all"]
@@ -105,7 +108,7 @@ def _pieces(
     if style not in ("plain", "chat"):
         raise UserError(f"data.prompt_style={style!r} is unknown; {near_misses(str(style), ('plain', 'chat'))}")
     if style == "chat" and not tokenizer.chat_template:
-        raise UserError("data.prompt_style='chat' needs a tokenizer with a chat template; this one has none, use 'plain'")
+        raise UserError("data.prompt_style='chat' needs a chat template and the tokenizer has none; use 'plain'")
     return (_plain if style == "plain" else _chat)(messages, tokenizer)
 
 
@@ -120,7 +123,7 @@ def _plain(messages: Sequence[Message | None], tokenizer: PreTrainedTokenizerFas
     if answer is not None:
         # One space between the two, in the answer's first token, where byte-level vocabularies expect it.
         glue = "" if prompt[-1:].isspace() or answer.content[:1].isspace() else " "
-        pieces.append((_tokens(glue + answer.content, tokenizer) + [tokenizer.eos_token_id], True))
+        pieces.append(([*_tokens(glue + answer.content, tokenizer), tokenizer.eos_token_id], True))
     return pieces
 
 
@@ -128,7 +131,6 @@ def _chat(messages: Sequence[Message | None], tokenizer: PreTrainedTokenizerFast
     """Cuts the rendered conversation before each assistant's content and after its end-of-turn token, by rendering
     it up to the turn and then with it: `…assistant\\n` | `Hello.<|im_end|>` | `\\n<|im_start|>user…`."""
     pieces, done = [], ""  # `done`: the rendered text already in pieces
-
     for i, message in enumerate(messages):
         if message is not None and message.role != "assistant":
             continue
@@ -142,19 +144,21 @@ def _chat(messages: Sequence[Message | None], tokenizer: PreTrainedTokenizerFast
         end = turn.removeprefix(content).rstrip()
         if not turn.startswith(content) or not end:
             raise UserError(
-                f"the tokenizer's chat template renders the assistant's turn {content[:30]!r} as {turn[:40]!r}; it must "
-                f"be the content and then an end-of-turn token (data.prompt_style='plain' needs no template)"
+                f"the tokenizer's chat template renders the assistant's turn {content[:30]!r} as {turn[:40]!r}; it "
+                f"must be the content and then an end-of-turn token (data.prompt_style='plain' needs no template)"
             )
         pieces.append((_tokens(content + end, tokenizer), True))
         done = before + content + end
-    if messages[-1] is not None and done != (whole := _render(messages, tokenizer, add_generation_prompt=False)):
-        pieces.append((_tokens(_suffix(whole, done), tokenizer), False))
-    return pieces
+    return pieces  # what a template puts after the last end-of-turn token is nothing to learn from
 
 
 def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, *, add_generation_prompt: bool) -> str:
     conversation = [dataclasses.asdict(message) for message in messages]
-    return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+    try:
+        return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message.role for message in messages)
+        raise UserError(f"the tokenizer's chat template refuses a conversation of roles {roles}: {error}") from None
 
 
 def _suffix(text: str, prefix: str) -> str:

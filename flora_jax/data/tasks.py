@@ -109,9 +109,9 @@ def _parse_choice(record: Mapping[str, Any], requests: Callable[..., Iterable[tu
     if not found:
         raise UserError("field 'instruction' has no line 'Answer format: …'")
     labels = tuple(form.strip().split("/"))
-    question = body.partition(": ")[2].strip()
+    question = body.partition(": ")[2]
     if labels == ("true", "false"):
-        choices = ("yes", "no")
+        question, choices = question.strip(), ("yes", "no")
     else:
         marks = [f"{label.capitalize()}:" for label in labels]
         start = question.rfind(marks[0])
@@ -120,8 +120,8 @@ def _parse_choice(record: Mapping[str, Any], requests: Callable[..., Iterable[tu
             text, found, rest = rest.partition(mark)
             if not found:
                 raise UserError(f"field 'instruction' has no choice '{mark}' although the answer format names it")
-            choices.append(text.strip())
-        choices = (*choices, rest.strip())
+            choices.append(_between_marks(text))
+        choices = (*choices, _between_marks(rest))
         question = question[:start].strip()
     if record["answer"] not in labels:
         raise UserError(f"field 'answer' is {record['answer']!r}; the answer format allows {', '.join(labels)}")
@@ -135,6 +135,12 @@ def _parse_choice(record: Mapping[str, Any], requests: Callable[..., Iterable[tu
         labels=labels,
         requests=tuple(requests(question, choices)),
     )
+
+
+def _between_marks(text: str) -> str:
+    """A choice without its separators alone: a data set's own trailing space is part of what is scored."""
+    text = text.removeprefix(" ")
+    return text.removesuffix("\n\n") if text.endswith("\n\n") else text.removesuffix(" ")
 
 
 def _after(context: str, question: str, choices: Sequence[str]) -> list[tuple[str, str]]:
