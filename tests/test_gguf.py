@@ -216,6 +216,16 @@ def test_shardings_apply_to_gguf_too(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, placed, plain)
 
 
+def test_a_part_of_a_tensor_is_that_part_of_the_whole(tmp_path):
+    kind = gguf.GGMLQuantizationType.Q8_0
+    file = GgufFile(write_gguf(tmp_path / "m.gguf", SMALL, quantise=kind))
+    for name in ("q_proj.weight", "q_proj.bias", "o_proj.weight"):
+        tensor = file.tensors[f"model.layers.1.self_attn.{name}"]
+        everything = (slice(None),) * len(tensor.shape)
+        part = (slice(3, 70), slice(5, 40))[: len(tensor.shape)]
+        np.testing.assert_array_equal(tensor[part], tensor[everything][part])
+
+
 def test_weights_and_tokenizer_load_without_torch():
     """In a process of its own, whose importer finds no torch."""
     code = """
@@ -263,7 +273,7 @@ def smollm2():
         pytest.skip(str(error))
     config, base = load_pretrained("smollm2-135m-instruct")
     model = LlamaForCausalLM(HfConfig(**json.loads(json.dumps(config.to_hf())))).eval()
-    state = {name: torch.from_numpy(value) for name, value in to_hf_tensors(config, base)}
+    state = {name: torch.tensor(value) for name, value in to_hf_tensors(config, base)}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert missing == ["lm_head.weight"] and not unexpected
     model.tie_weights()

@@ -131,7 +131,7 @@ def test_dtype_is_cast_once(tmp_path):
     kernel = base["layers"]["mlp"]["down"]["down_kernel"]
     expected = tensors["model.layers.1.mlp.down_proj.weight"].T.astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(bits(kernel[1]), bits(expected))
-    for bad in ("flaot32", jnp.int32):
+    for bad in ("flaot32", jnp.int32, np.float64):
         with pytest.raises(UserError, match="dtype="):
             load_pretrained(str(tmp_path), bad)
 

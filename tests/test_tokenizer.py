@@ -1,6 +1,7 @@
 """Tokenizers: the byte tokenizer, those of GGUF files cut and merged as their models expect, saving, refusals."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -173,10 +174,18 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path):
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="no tokenizer\\.json"):
         load_tokenizer(str(tmp_path))
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="the tokenizer cannot be read") as error:
-        load_tokenizer(str(tmp_path))
-    assert "\n" not in str(error.value)
+
+
+def test_a_broken_tokenizer_is_refused_in_one_line(tmp_path):
+    load_tokenizer("tiny").save_pretrained(tmp_path)
+    good = json.loads((tmp_path / "tokenizer.json").read_text())
+    good["model"]["merges"] = ["x not-a-token"]
+    for content, words in (("garbage", "not valid JSON"), ("[]", "expected a JSON object"),
+                           ("{}", "cannot be read"), (json.dumps(good), "out of vocabulary")):  # fmt: skip
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match=words) as error:
+            load_tokenizer(str(tmp_path))
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
 @pytest.mark.slow

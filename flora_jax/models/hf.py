@@ -129,7 +129,7 @@ def from_hf_tensors(
     Args:
       config: the architecture; `tensors` must be exactly its tensors, in HF orientation.
       tensors: HF name -> Tensor; read leaf by leaf, block by block, and only the parts that local devices hold.
-      dtype: dtype of every leaf.
+      dtype: dtype of every leaf: float32, bfloat16 or float16.
       shardings: a tree of `jax.sharding.Sharding` like the result, or a function path -> Sharding (path as
         `layers/attention/qkv/q_kernel`); None puts everything, uncommitted, on the default device.
       source: the name that errors give to the checkpoint.
@@ -175,13 +175,14 @@ def _by_path(config: LlamaConfig) -> list[tuple[str, Row]]:
 
 
 def _float_dtype(dtype: Any) -> np.dtype:
+    known = ("float32", "bfloat16", "float16")
     try:
-        dtype = jnp.dtype(dtype)
+        found = jnp.dtype(dtype)
     except TypeError:
-        raise UserError(f"dtype={dtype!r} is unknown; use float32, bfloat16 or float16") from None
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise UserError(f"dtype={dtype.name!r} cannot hold parameters; use float32, bfloat16 or float16")
-    return dtype
+        raise UserError(f"dtype={dtype!r} is unknown; {near_misses(str(dtype), known)}") from None
+    if found.name not in known:
+        raise UserError(f"dtype={found.name!r} is not for parameters; {near_misses(found.name, known)}")
+    return found
 
 
 def _sharding_lookup(shardings: Any, shapes: Mapping[str, Any]) -> Callable[[str], jax.sharding.Sharding | None]:

