@@ -1,0 +1,61 @@
+"""How the next token is chosen from its logits: greedy, or sampled after temperature, top-k and top-p.
+
+B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.errors import UserError
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Decode settings; hashable, so that a compiled decode loop holds only what its setting needs.
+
+    temperature: 0 takes the best token (and then top_k and top_p are not read). top_k: keep the k best, 0 keeps all.
+    top_p: keep the smallest set of best tokens whose probability reaches p, 1 keeps all.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature={self.temperature!r} must be 0 (greedy) or a positive number")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise UserError(f"top_k={self.top_k!r} must be 0 (all) or a positive integer")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p!r} must be in (0, 1]")
+
+
+def keep_top(logits: Array, top_k: int, top_p: float) -> Array:
+    """`logits` [B, V] with −inf at every token outside the top k, then outside the nucleus p of what is left."""
+    if 0 < top_k < logits.shape[-1]:
+        kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if top_p < 1:
+        best_first = jnp.argsort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(jnp.take_along_axis(logits, best_first, axis=-1), axis=-1)
+        # A token stays while those before it have not reached p, so the best one always does.
+        stays = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+        rows = jnp.arange(logits.shape[0])[:, None]
+        logits = jnp.where(jnp.zeros(logits.shape, bool).at[rows, best_first].set(stays), logits, -jnp.inf)
+    return logits
+
+
+def sample(keys: Array, logits: Array, sampling: Sampling) -> Array:
+    """One token a row, `[B]` int32, from logits `[B, V]`; `keys` `[B]`, a random key a row, so that what a row draws
+    does not depend on the rows beside it. Greedy reads no key."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = keep_top(logits.astype(jnp.float32) / sampling.temperature, sampling.top_k, sampling.top_p)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

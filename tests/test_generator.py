@@ -1,0 +1,236 @@
+"""Generator against transformers' own generate, against itself with other batches, and sampling in closed form."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flora_jax.adapters import AdapterConfig, init_adapter
+from flora_jax.errors import UserError
+from flora_jax.inference import generator as generator_module
+from flora_jax.inference.generator import Generator, bucket
+from flora_jax.inference.sampling import Sampling, keep_top, sample
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.hf import to_hf_tensors
+from flora_jax.models.llama import Llama, init_base
+from flora_jax.models.tokenizer import load_tokenizer
+
+# Initial weights give every token nearly the same logit; a wider spread makes the best token a clear one.
+SPREAD = 8.0
+
+
+def spread(tree):
+    return jax.tree.map(lambda x: x * SPREAD if x.ndim > 2 else x, tree)
+
+
+def random_adapter(config, adapter_config, seed):
+    """Every leaf random, so that no part of the adapter is silent."""
+    adapter = init_adapter(jax.random.key(seed), config, adapter_config)
+    leaves, structure = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return structure.unflatten([0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=())
+    return config, spread(init_base(jax.random.key(0), config))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, n).tolist() for n in (3, 21, 9, 16, 1)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, variables, tokens):
+    return model.apply(variables, tokens)
+
+
+def naive(config, base, prompt, n, adapter=None, adapter_config=None):
+    """Greedy continuation by whole forward passes, padded to one length so that it compiles once."""
+    model = Llama(config, adapter_config)
+    variables = {"params": base, **({"adapter": adapter} if adapter else {})}
+    tokens = list(prompt)
+    for _ in range(n):
+        row = np.zeros((1, 64), np.int32)
+        row[0, : len(tokens)] = tokens
+        tokens.append(int(forward(model, variables, row)[0, len(tokens) - 1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_equals_transformers(tied, prompts):
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig as HFConfig
+    from transformers import LlamaForCausalLM
+
+    config = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=(), tie_word_embeddings=tied)
+    base = spread(init_base(jax.random.key(1), config))
+    settings = config.to_hf()
+    settings.pop("model_type")
+    hf = LlamaForCausalLM(HFConfig(**settings)).eval()
+    state = {name: torch.tensor(np.asarray(value)) for name, value in to_hf_tensors(config, base)}
+    hf.load_state_dict(state, strict=not tied)
+    ours = Generator(config, base, batch_size=8, max_length=128).generate(prompts, 24)
+    for prompt, generation in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
+                             pad_token_id=0, output_logits=True, return_dict_in_generate=True)  # fmt: skip
+        reference = theirs.sequences[0, len(prompt) :].tolist()
+        differs = [i for i, (a, b) in enumerate(zip(generation.tokens, reference, strict=True)) if a != b]
+        if differs:
+            best = theirs.logits[differs[0]][0].topk(2).values
+            assert best[0] - best[1] < 1e-3
+        assert not generation.finished
+    assert len({tuple(g.tokens) for g in ours}) == len(ours)  # the model tells the prompts apart
+
+
+@pytest.mark.parametrize("method", ["ffba_qg_add", "zflora"])
+def test_rows_equal_whole_forward_passes_with_an_adapter(tiny, prompts, method):
+    config, base = tiny
+    adapter_config = AdapterConfig(method, rank=8)
+    adapter = random_adapter(config, adapter_config, 3)
+    generator = Generator(config, base, {"a": adapter}, adapter_config, max_length=64, batch_size=8)
+    found = [g.tokens for g in generator.generate(prompts[:3], 6)]
+    assert found == [naive(config, base, p, 6, adapter, adapter_config) for p in prompts[:3]]
+    generator.use(None)
+    bare = [g.tokens for g in generator.generate(prompts[:3], 6)]
+    assert bare == [naive(config, base, p, 6) for p in prompts[:3]]
+    assert bare != found
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, top_k=40, top_p=0.8)])
+def test_result_does_not_depend_on_batch_size(tiny, prompts, sampling):
+    config, base = tiny
+    prompts = [prompt[:16] for prompt in prompts]
+    together, alone = (
+        Generator(config, base, max_length=128, batch_size=b).generate(prompts, 12, sampling, seed=5) for b in (8, 1)
+    )
+    assert together == alone
+    if sampling.temperature:
+        other = Generator(config, base, max_length=128, batch_size=8).generate(prompts, 12, sampling, seed=6)
+        assert other != together
+        twins = Generator(config, base, max_length=128, batch_size=8).generate([prompts[0]] * 2, 12, sampling)
+        assert twins[0] != twins[1]
+
+
+def test_stop_tokens_end_a_row_and_are_left_out(tiny, prompts):
+    config, base = tiny
+    generator = Generator(config, base, max_length=128, batch_size=8)
+    free = generator.generate(prompts, 12)
+    stop = free[0].tokens[4]
+    for before, after in zip(free, generator.generate(prompts, 12, stop=[stop]), strict=True):
+        n = before.tokens.index(stop) if stop in before.tokens else 12
+        assert after.tokens == before.tokens[:n]
+        assert after.finished == (n < 12)
+    eos = dataclasses.replace(config, eos_token_id=(stop,))
+    assert Generator(eos, base, max_length=128, batch_size=8).generate(prompts, 12) == generator.generate(
+        prompts, 12, stop=[stop]
+    )
+
+
+def test_compilations(tiny, prompts):
+    """One prefill a bucket and one decode a cache length, whatever max_new_tokens, stops, seed or adapter."""
+    config, base = tiny
+    config = dataclasses.replace(config, rms_norm_eps=2e-5)  # a model of its own, so that nothing is compiled yet
+    adapter_config = AdapterConfig("ffba", rank=8)
+    adapters = {name: random_adapter(config, adapter_config, i) for i, name in enumerate("ab")}
+    generator = Generator(config, base, adapters, adapter_config, max_length=128, batch_size=4)
+    sizes = lambda: (generator_module.prefill._cache_size(), generator_module.decode._cache_size())  # noqa: E731
+    start = sizes()
+    first = generator.generate(prompts[:1], 5)
+    assert sizes() == (start[0] + 1, start[1] + 1)
+    generator.generate(prompts[:1] * 3, 7, seed=3, stop=[1, 2])
+    generator.use("b")
+    assert generator.generate(prompts[:1], 5) != first
+    generator.use("a")
+    assert generator.generate(prompts[:1], 5) == first
+    assert sizes() == (start[0] + 1, start[1] + 1)
+    generator.generate(prompts[1:2], 5)  # 21 tokens: the next bucket
+    assert sizes() == (start[0] + 2, start[1] + 2)
+
+
+def test_decode_holds_no_weights_and_no_second_cache(tiny):
+    """The compiled loop: weights come as arguments, and the cache is updated in the memory it came in."""
+    config, base = tiny
+    variables = generator_module.unstack_layers({"params": base}, None)
+    cache = generator_module.KVCache.empty(config, 4, 256)
+    keys = jax.random.split(jax.random.key(0), 4)
+    compiled = generator_module.decode.lower(
+        Llama(config, None), variables, jnp.zeros((4, config.vocab_size)), cache, jnp.zeros(4, bool), jnp.int32(9),
+        jnp.zeros(8, jnp.int32), keys, Sampling()).compile()  # fmt: skip
+    memory = compiled.memory_analysis()
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.k, cache.v)))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    assert memory.argument_size_in_bytes >= weights
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes
+    assert memory.generated_code_size_in_bytes < weights
+
+
+def test_text_prompts_and_ids_agree(tiny):
+    config, base = tiny
+    tokenizer = load_tokenizer("random")
+    generator = Generator(config, base, tokenizer=tokenizer, max_length=64, batch_size=2)
+    text, ids = "ab: éa", list("ab: éa".encode())
+    assert generator.generate([text], 8) == generator.generate([ids], 8)
+    [generation] = generator.generate([text], 8)
+    assert generation.text == tokenizer.decode(generation.tokens, skip_special_tokens=True)
+    # 257 is the byte tokenizer's end of text, which this model's configuration does not name.
+    assert 257 not in generation.tokens
+
+
+def test_bad_input(tiny):
+    config, base = tiny
+    generator = Generator(config, base, max_length=32)
+    for prompts, n, words in [
+        ([[1] * 30], 5, ("30 tokens", "max_length=32", "max_new_tokens=5")),
+        ([[]], 5, ("prompt 0 is empty",)),
+        ([[1], [320]], 5, ("prompt 1", "320")),
+        (["text"], 5, ("no tokenizer",)),
+        ([[1]], 0, ("max_new_tokens=0",)),
+    ]:
+        with pytest.raises(UserError) as error:
+            generator.generate(prompts, n)
+        assert all(word in str(error.value) for word in words), error.value
+    assert len(generator.generate([[1] * 27], 5)[0].tokens) == 5  # exactly max_length
+    with pytest.raises(UserError, match="max_position_embeddings=2048"):
+        Generator(config, base, max_length=4096)
+    with pytest.raises(UserError, match="'x' is not loaded"):
+        generator.use("x")
+    ffba = AdapterConfig("ffba", rank=8)
+    with pytest.raises(UserError, match="adapter leaf"):
+        Generator(config, base, {"a": init_adapter(jax.random.key(0), config, ffba)}, AdapterConfig("ffba", rank=16))
+    for bad in [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]:
+        with pytest.raises(UserError, match=next(iter(bad))):
+            Sampling(**bad)
+
+
+def test_bucket():
+    assert [bucket(n) for n in (1, 16, 17, 32, 33, 1000)] == [16, 16, 32, 32, 64, 1024]
+
+
+def test_top_k_and_top_p_keep_the_right_tokens():
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.7, 0.1, 0.15, 0.05]]))
+    kept = lambda k, p: np.isfinite(keep_top(logits, k, p)).tolist()  # noqa: E731
+    assert kept(2, 1.0) == [[False, True, False, True], [True, False, True, False]]
+    assert kept(0, 0.65) == [[False, True, False, True], [True, False, False, False]]  # .4 + .3; .7
+    assert kept(0, 0.71) == [[False, True, True, True], [True, False, True, False]]  # .4 + .3 + .2; .7 + .15
+    # After top-k 2 the first row's best token has 4/7, so it is a nucleus of 0.5 by itself.
+    assert kept(2, 0.5) == [[False, True, False, False], [True, False, False, False]]
+    assert kept(9, 1.0) == [[True] * 4] * 2
+
+
+def test_sample_draws_the_tempered_distribution():
+    logits = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3]))
+    keys = jax.random.split(jax.random.key(0), 20000)
+    drawn = sample(keys, jnp.broadcast_to(logits, (20000, 4)), Sampling(temperature=2.0, top_k=3))
+    expected = np.sqrt([0.0, 0.4, 0.2, 0.3])
+    found = np.bincount(np.asarray(drawn), minlength=4) / 20000
+    np.testing.assert_allclose(found, expected / expected.sum(), atol=0.015)
+    assert sample(keys[:1], logits[None], Sampling()).tolist() == [1]
