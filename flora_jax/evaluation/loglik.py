@@ -1,0 +1,165 @@
+"""Log-likelihoods of continuations, for multiple-choice questions scored as the lm-eval harness scores them.
+
+All continuations of one context lie in one row behind it, and a mask keeps them from seeing each other, so the context
+is computed once whatever the number of choices:
+
+    tokens     c0 c1 c2 | a0 a1 | b0 b1 b2        context c, continuations a (3 tokens) and b (4 tokens)
+    positions   0  1  2 |  3  4 |  3  4  5        the last token of each predicts nothing and is left out
+    group       0  0  0 |  1  1 |  2  2  2        a token sees its own group and group 0, causally
+
+Only hidden states that predict a token of a continuation are scored against the vocabulary, a chunk at a time.
+B rows, T tokens, D model width, V vocabulary, C chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from flora_jax.adapters import AdapterConfig
+from flora_jax.errors import UserError
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.llama import Llama
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Array = jax.Array
+Tree = dict[str, Any]
+
+_ROW_MULTIPLE = 32  # rows are padded to a multiple of it, so that few lengths are compiled
+_CHUNK = 256  # hidden states scored at a time: 256 * V float32 logits exist at once
+_PADDING = -1  # the group of padding
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A context with its continuations: `owners` says whose score each continuation is."""
+
+    context: list[int]
+    continuations: list[list[int]]
+    owners: list[tuple[int, int]]
+
+    @property
+    def length(self) -> int:
+        return len(self.context) + sum(len(c) - 1 for c in self.continuations)
+
+
+def choice_loglik(
+    config: LlamaConfig,
+    base: Tree,
+    adapter: Tree | None,
+    adapter_config: AdapterConfig | None,
+    tokenizer: PreTrainedTokenizerFast,
+    requests: Sequence[Sequence[tuple[str, str]]],
+    batch_size: int = 16,
+    dtype: Any = None,
+) -> list[list[float]]:
+    """Summed log-likelihood of each continuation after its context: `requests[i][j]` is `(context, continuation)` of
+    choice j of question i, the result has the same shape.
+
+    A pair is tokenised as the harness does: context and continuation together, cut where the context alone would end,
+    with spaces at the end of the context moved to the continuation; special tokens only where the tokenizer adds them.
+    base, adapter: trees as `Llama` takes them; dtype: compute dtype, None for the base's; log-softmax in float32.
+    Raises UserError for a continuation that has no tokens or a pair beyond max_position_embeddings.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be a positive integer")
+    model = Llama(config, adapter_config if adapter is not None else None, dtype=dtype)
+    variables = {"params": base, **({"adapter": adapter} if adapter else {})}
+    rows = _rows(config, tokenizer, requests)
+    rows.sort(key=lambda row: row.length, reverse=True)  # the longest first: memory runs out at once or never
+    out = [[0.0] * len(pairs) for pairs in requests]
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    for batch in tqdm(batches, desc="log-likelihood", disable=len(batches) < 2 or not sys.stderr.isatty()):
+        for (question, choice), score in _score(model, variables, batch, batch_size):
+            out[question][choice] = score
+    return out
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerFast, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens of the context, and of the continuation as it is tokenised behind it. An empty context becomes the
+    tokenizer's bos (or eos) token."""
+    stripped = context.rstrip()
+    context, continuation = stripped, context[len(stripped) :] + continuation
+    encode = lambda text: tokenizer(text, verbose=False)["input_ids"]  # noqa: E731
+    if context:
+        alone = encode(context)
+        return alone, encode(context + continuation)[len(alone) :]
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None:
+        raise UserError("an empty context needs a tokenizer with a bos or eos token to start from")
+    return [start], tokenizer(continuation, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _rows(
+    config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Sequence[tuple[str, str]]]
+) -> list[_Row]:
+    """One row for each distinct context of each question."""
+    rows = []
+    for question, pairs in enumerate(requests):
+        by_context: dict[tuple[int, ...], _Row] = {}
+        for choice, (context, continuation) in enumerate(pairs):
+            before, after = encode_pair(tokenizer, context, continuation)
+            if not after:
+                raise UserError(f"question {question}: continuation {continuation!r} has no tokens of its own")
+            if len(before) + len(after) > config.max_position_embeddings:
+                raise UserError(
+                    f"question {question}: context and continuation have {len(before) + len(after)} tokens, more than "
+                    f"the model's max_position_embeddings={config.max_position_embeddings}"
+                )
+            row = by_context.setdefault(tuple(before), _Row(before, [], []))
+            row.continuations.append(after)
+            row.owners.append((question, choice))
+        rows += by_context.values()
+    return rows
+
+
+def _score(model: Llama, variables: Tree, batch: list[_Row], batch_size: int) -> list[tuple[tuple[int, int], float]]:
+    """`(owner, log-likelihood)` of every continuation of the batch, which is filled up to `batch_size` rows."""
+    T = -(-max(row.length for row in batch) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    tokens, positions = np.zeros((batch_size, T), np.int32), np.zeros((batch_size, T), np.int32)
+    groups = np.full((batch_size, T), _PADDING, np.int32)
+    scored = []  # (row, place, next token) of each hidden state that predicts a continuation's token
+    spans = []  # (owner, start, stop) in `scored`
+    for b, row in enumerate(batch):
+        n = end = len(row.context)
+        tokens[b, :n], positions[b, :n], groups[b, :n] = row.context, np.arange(n), 0
+        for group, (continuation, owner) in enumerate(zip(row.continuations, row.owners, strict=True), 1):
+            read = len(continuation) - 1
+            own = slice(end, end + read)
+            tokens[b, own], positions[b, own], groups[b, own] = continuation[:-1], np.arange(n, n + read), group
+            spans.append((owner, len(scored), len(scored) + len(continuation)))
+            places = [n - 1, *range(end, end + read)]
+            scored += [(b, place, token) for place, token in zip(places, continuation, strict=True)]
+            end += read
+    hidden = _hidden(model, variables, tokens, positions, groups)
+    where = np.zeros((-(-len(scored) // _CHUNK) * _CHUNK, 3), np.int32)
+    where[: len(scored)] = scored
+    chunks = [_token_loglik(model, variables, hidden, chunk) for chunk in np.split(where, len(where) // _CHUNK)]
+    values = np.concatenate(jax.device_get(chunks)).astype(np.float64)
+    return [(owner, float(values[start:stop].sum())) for owner, start, stop in spans]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _hidden(model: Llama, variables: Tree, tokens: Array, positions: Array, groups: Array) -> Array:
+    """Hidden states `[B, T, D]`; a token sees, of those before it, its own group and group 0."""
+    mask = (groups[:, None, :] == groups[:, :, None]) | (groups[:, None, :] == 0)
+    return model.apply(variables, tokens, positions=positions, mask=mask, method="hidden")[0]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _token_loglik(model: Llama, variables: Tree, hidden: Array, where: Array) -> Array:
+    """log p `[C]` of the next tokens `where[:, 2]`, read at `hidden[where[:, 0], where[:, 1]]`."""
+    rows, places, targets = where.T
+    unembedding = model.apply(variables, method="unembedding").astype(hidden.dtype)
+    logits = jnp.einsum("CD,VD->CV", hidden[rows, places], unembedding, preferred_element_type=jnp.float32)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=-1)[:, 0]
