@@ -9,6 +9,7 @@ RUNTIME = [
     "gguf>=0.17",
     "grain>=0.2.14",
     "huggingface_hub>=1.0",
+    "jinja2>=3.1",
     "jax>=0.10",
     "ml_collections>=1.1",
     "numpy>=2.0",

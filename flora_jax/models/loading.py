@@ -76,6 +76,12 @@ def load_pretrained(source: str, dtype: Any = jnp.float32, *, shardings: Any = N
         return config, from_hf_tensors(config, tensors, dtype, shardings=shardings, source=str(path))
 
 
+def load_config(source: str) -> LlamaConfig:
+    """The configuration that `load_pretrained(source)` gives, without reading a weight."""
+    path = resolve_source(source)
+    return GgufFile(path).config if path.is_file() else _read_config(path)
+
+
 def resolve_source(source: str, *, weights: bool = True) -> Path:
     """The local directory or `.gguf` file that `source` stands for, downloaded if need be; `weights=False` leaves out
     a hub repository's weights. Raises UserError if there is none."""

@@ -1,0 +1,206 @@
+"""The base configuration: every field with its meaning, the presets that belong to methods, and the checks.
+
+A file in `configs/` calls `get_config` and states only what differs. A field whose value is unset (a placeholder)
+takes the default named beside it. All checks run before any weight is read and before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from flora_jax.adapters import METHODS, AdapterConfig
+from flora_jax.errors import UserError, near_misses
+from flora_jax.models.config import PRESETS, LlamaConfig
+
+# A zero A with a full B moves the output 18 to 64 times as far in one Adam step as LoRA's zero B does, so the rate
+# belongs to the method (PAPER.md, "Initialisation"). For scale s = 1 and the default schedule.
+LEARNING_RATES: dict[str, float] = {
+    "fft": 5e-5,
+    "lora": 1e-3,
+    "pf_lora": 1e-3,
+    "ffa": 1e-4,
+    "fpa": 1e-3,
+    "parallel": 1e-3,
+    "ffba": 3e-4,
+    "ffba_qg_add": 3e-4,
+    "ffba_qd_add": 3e-4,
+    "zflora": 3e-4,
+}
+DTYPES = ("float32", "bfloat16")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": DTYPES,
+    "model.param_dtype": DTYPES,
+    "model.remat": ("none", "dots", "full"),
+    "data.prompt_style": ("plain", "chat"),
+    "data.loss_on": ("answer", "all"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+    "eval.protocol": ("lm_eval", "llm_adapters"),
+}
+
+
+def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collections.ConfigDict:
+    """The base configuration for a model preset and a method."""
+    config = ml_collections.ConfigDict()
+
+    config.model = ml_collections.ConfigDict()
+    config.model.preset = preset  # architecture, and the published weights if `weights` is unset
+    config.model.weights = placeholder(str)  # HF directory, hub id, .gguf file, preset name, or "random"
+    config.model.param_dtype = "float32"  # dtype the frozen base is stored in; what trains is always float32
+    config.model.dtype = "float32"  # dtype of compute; norms, softmax, logits and loss stay float32
+    config.model.remat = "none"  # what a layer keeps for the backward pass: none (all), dots, full (nothing)
+
+    config.adapter = ml_collections.ConfigDict()
+    config.adapter.method = method  # a row of flora_jax.adapters.METHODS
+    config.adapter.rank = 32  # channels a piece
+    config.adapter.alpha = placeholder(float)  # scale s = alpha / rank; unset: alpha = rank
+    config.adapter.rslora = False  # s = alpha / sqrt(rank)
+    config.adapter.targets = placeholder(str)  # comma-separated projections; unset: all seven
+    config.adapter.add_to = placeholder(str)  # comma-separated, where repeat-and-add adds; unset: the method's row
+    config.adapter.activation = "identity"  # on the parallel path of fpa and parallel
+    config.adapter.dropout = 0.0  # on the adapter's input
+
+    config.data = ml_collections.ConfigDict()
+    config.data.tasks = "chain_sum"  # comma-separated names, or paths ending in .jsonl
+    config.data.dir = placeholder(str)  # folder that holds one folder a task; generated tasks need none
+    config.data.cache_dir = placeholder(str)  # prepared data; unset: $FLORA_CACHE or ~/.cache/flora_jax
+    config.data.max_length = 512  # positions of a row
+    config.data.prompt_style = "plain"  # plain: prompt, a space, answer; chat: the tokenizer's chat template
+    config.data.loss_on = "answer"  # answer: only what the model should say; all: every token
+    config.data.packing = True  # several examples a row, segments kept apart
+    config.data.limit = placeholder(int)  # use only the first N training examples
+    config.data.validation_size = 200  # examples: of the validation split, or held out of train where there is none
+    config.data.generator = ml_collections.ConfigDict()  # reasoning-gym tasks; unset: the task's own
+    for field in ("train", "validation", "test", "seed", "min_terms", "max_terms", "min_digits", "max_digits"):
+        config.data.generator[field] = placeholder(int)  # sizes of the splits, seed of the draw, problem sizes
+
+    config.train = ml_collections.ConfigDict()
+    config.train.steps = 1000  # optimizer steps
+    config.train.batch_size = 16  # rows a step, over all devices and micro-batches
+    config.train.accumulation = 1  # micro-batches a step
+    config.train.seed = 0  # of initialisation, data order and dropout
+    config.train.log_every = 10  # steps
+    config.train.eval_every = 100  # steps between validation losses; 0: never
+    config.train.save_every = 100  # steps between checkpoints
+    config.train.keep = 2  # latest checkpoints kept, beside the best on validation
+    config.train.trainable = ""  # comma-separated path rules of base leaves that train too, e.g. params/.*norm/scale
+    config.train.chunk_tokens = 256  # positions whose logits exist at once
+
+    config.optim = ml_collections.ConfigDict()
+    config.optim.learning_rate = placeholder(float)  # peak; unset: the method's own
+    config.optim.schedule = "cosine"  # cosine, linear or constant, after the warm-up
+    config.optim.warmup_steps = placeholder(int)  # unset: 3 % of the steps
+    config.optim.final_fraction = 0.1  # of the peak, at the end of cosine and linear
+    config.optim.weight_decay = 0.0  # AdamW's, not on norms and biases
+    config.optim.clip_norm = 1.0  # of the global gradient norm; 0: none
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.999
+    config.optim.eps = 1e-8
+    config.optim.rate_rules = ""  # comma-separated PATH_RULE=FACTOR on the rate, e.g. adapter/.*_B=16 (LoRA+)
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.tasks = ""  # comma-separated tasks scored when training ends; empty: none
+    config.eval.protocol = "llm_adapters"  # llm_adapters: generate and extract; lm_eval: likelihood of the choices
+    config.eval.limit = 200  # items a task
+    config.eval.batch_size = 16
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = -1  # devices along each axis; -1: what the others leave
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    config.distributed = ml_collections.ConfigDict()
+    config.distributed.coordinator = placeholder(str)  # host:port of process 0; unset: one process
+    config.distributed.processes = 1
+    config.distributed.process_id = 0
+    return config
+
+
+def adapter_config(config: ml_collections.ConfigDict) -> AdapterConfig:
+    """The AdapterConfig that `config.adapter` describes. Raises UserError."""
+    return AdapterConfig(**config.adapter.to_dict())
+
+
+def names(value: str) -> list[str]:
+    """`"a, b"` as `["a", "b"]`."""
+    return [name.strip() for name in value.split(",") if name.strip()]
+
+
+def weights_source(config: ml_collections.ConfigDict) -> str:
+    """Where the base comes from: `config.model.weights`, or the preset's own weights."""
+    return config.model.weights or config.model.preset
+
+
+def learning_rate(config: ml_collections.ConfigDict) -> float:
+    """The peak rate: the given one, or the method's own."""
+    rate = config.optim.learning_rate
+    return LEARNING_RATES[config.adapter.method] if rate is None else rate
+
+
+def warmup_steps(config: ml_collections.ConfigDict) -> int:
+    """The given number of warm-up steps, or 3 % of all."""
+    given = config.optim.warmup_steps
+    return max(1, round(0.03 * config.train.steps)) if given is None else given
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for the first field whose value cannot work; reads no weights and no data."""
+
+    def check(field: str, ok: bool, what: str) -> None:
+        value = config
+        for part in field.split("."):
+            value = value[part]
+        if not ok:
+            raise UserError(f"config.{field}={value!r} {what}")
+
+    for field, known in CHOICES.items():
+        section, name = field.split(".")
+        value = config[section][name]
+        check(field, value in known, f"is unknown; {near_misses(str(value), known)}")
+    preset = config.model.preset
+    check("model.preset", preset in PRESETS, f"is unknown; {near_misses(str(preset), PRESETS)}")
+    method = config.adapter.method
+    check("adapter.method", method in METHODS, f"is unknown; {near_misses(str(method), METHODS)}")
+    adapter = adapter_config(config)
+    if config.model.weights in (None, "random") or config.model.weights in PRESETS:
+        adapter.check(LlamaConfig.preset(preset).widths)
+    check("data.tasks", bool(names(config.data.tasks)), "names no task")
+    for field in ("data.max_length", "data.validation_size", "train.steps", "train.batch_size", "train.accumulation",
+                  "train.log_every", "train.save_every", "train.keep", "train.chunk_tokens", "eval.limit",
+                  "eval.batch_size", "distributed.processes"):  # fmt: skip
+        section, name = field.split(".")
+        check(field, config[section][name] >= 1, "must be at least 1")
+    for field in ("train.seed", "train.eval_every", "optim.weight_decay", "optim.clip_norm"):
+        section, name = field.split(".")
+        check(field, config[section][name] >= 0, "must not be negative")
+    for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+        value = config.mesh[field.split(".")[1]]
+        check(field, value >= 1 or value == -1, "must be at least 1, or -1 for the rest of the devices")
+    check("data.limit", config.data.limit is None or config.data.limit >= 1, "must be at least 1")
+    rate = learning_rate(config)
+    check("optim.learning_rate", math.isfinite(rate) and rate > 0, "must be a positive number")
+    check("optim.final_fraction", 0 <= config.optim.final_fraction <= 1, "must be in [0, 1]")
+    for field in ("optim.b1", "optim.b2"):
+        check(field, 0 <= config.optim[field.split(".")[1]] < 1, "must be in [0, 1)")
+    check("optim.eps", config.optim.eps > 0, "must be positive")
+    warmup = warmup_steps(config)
+    steps = config.train.steps
+    check("optim.warmup_steps", 0 <= warmup <= steps, f"must be between 0 and train.steps={steps}")
+    rows, micro = config.train.batch_size, config.train.accumulation
+    check("train.accumulation", rows % micro == 0, f"must divide train.batch_size={rows}")
+    processes = config.distributed.processes
+    check("train.batch_size", rows % processes == 0, f"must be a multiple of distributed.processes={processes}")
+    check("distributed.process_id", 0 <= config.distributed.process_id < processes, f"must be in 0 … {processes - 1}")
+    check("distributed.coordinator", processes == 1 or bool(config.distributed.coordinator),
+          "must be host:port of process 0 when distributed.processes > 1")  # fmt: skip
+    data_dir = config.data.dir
+    check("data.dir", data_dir is None or Path(data_dir).is_dir(), "is not a directory")
+
+
+def generator_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The fields of `config.data.generator` that are set."""
+    return {k: v for k, v in config.data.generator.to_dict().items() if v is not None}

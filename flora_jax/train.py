@@ -1,0 +1,90 @@
+"""Fine-tunes a Llama: `python -m flora_jax.train --config configs/ffba_1b.py --workdir DIR [--config.FIELD=VALUE]…`.
+
+The same command on the same workdir resumes. The workdir gets config.json, metrics.jsonl, tensorboard/, checkpoints/,
+adapter/ (the best step's) and eval.json. Exit codes: 0 done, 2 bad input, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from flora_jax.config import check_config, generator_settings, names, weights_source
+from flora_jax.errors import UserError, run_command
+from flora_jax.evaluation.run import evaluate_tasks
+from flora_jax.interop.adapter_files import save_adapter
+from flora_jax.training.loop import Result, Stopped, train
+from flora_jax.training.report import say
+from flora_jax.training.workdir import write_json
+
+FLAGS = flags.FlagValues()
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/; any of its fields can be set as --config.FIELD=VALUE.",
+    lock_config=True, flag_values=FLAGS)  # fmt: skip
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if absent, resumed if it holds this run.",
+                              flag_values=FLAGS)  # fmt: skip
+flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=FLAGS, allow_overwrite=False)
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Trains, writes `adapter/` and `eval.json`, and returns the latter's contents. Raises as `train` does."""
+    workdir = Path(workdir)
+    result = train(config, workdir)
+    summary = dict(result.summary)
+    if jax.process_index() == 0:
+        save_adapter(
+            workdir / "adapter", result.trained, result.run.model_config, result.run.adapter_config,
+            base_model=weights_source(config), fingerprint=result.run.fingerprint)  # fmt: skip
+        summary["tasks"] = score(result)
+        write_json(workdir / "eval.json", summary)
+        say(f"step {summary['step']} is the best; its adapter is in {workdir / 'adapter'}")
+    return summary
+
+
+def score(result: Result) -> dict[str, Any]:
+    """The scores of the tasks in `config.eval.tasks` with the trained adapter."""
+    config = result.run.config
+    if not names(config.eval.tasks):
+        return {}
+    return evaluate_tasks(result, generator_settings(config))
+
+
+def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
+    """The configuration and the workdir of a command line. Raises UserError for whatever is wrong with it."""
+    try:
+        rest = FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, SyntaxError) as error:
+        raise UserError(f"{error}; fields are listed in flora_jax/config.py") from None
+    if FLAGS.help:
+        print(__doc__, FLAGS.get_help(), sep="\n")
+        sys.exit(0)
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; fields are set as --config.FIELD=VALUE")
+    for flag in (CONFIG, WORKDIR):
+        if flag.value is None:
+            raise UserError(f"--{flag.name} is missing")
+    return CONFIG.value, WORKDIR.value
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    config, workdir = parse(argv)
+    check_config(config)
+    if config.distributed.processes > 1:
+        jax.distributed.initialize(
+            config.distributed.coordinator, config.distributed.processes, config.distributed.process_id)  # fmt: skip
+    try:
+        run(config, workdir)
+    except (Stopped, FloatingPointError) as error:
+        say(f"error: {error}" if isinstance(error, FloatingPointError) else str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)

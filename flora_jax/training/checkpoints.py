@@ -1,0 +1,146 @@
+"""Checkpoints of everything that trains, never of the frozen base, and the fingerprint that names that base.
+
+One checkpoint holds `state` (step, trainable leaves, optimizer, key), `data` (the grain iterator, one file a
+process) and `meta` (adapter configuration, base fingerprint, validation losses). It can be restored on another mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import grain.checkpoint
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from flora_jax.adapters import AdapterConfig
+from flora_jax.errors import UserError
+from flora_jax.training.rules import paths
+from flora_jax.training.step import TrainState
+
+FORMAT_VERSION = 1
+
+
+@jax.jit
+def _digest(leaf: jax.Array) -> jax.Array:
+    """Two position-dependent sums of a leaf's bits, uint32 `[2]`: exact, so the same on every mesh."""
+    bits = jax.lax.bitcast_convert_type(leaf, {4: jnp.uint32, 2: jnp.uint16}[leaf.dtype.itemsize]).astype(jnp.uint32)
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    mixed = (bits ^ (place * jnp.uint32(2654435761))) * jnp.uint32(2246822519)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(3266489917)
+    return jnp.stack([mixed.sum(dtype=jnp.uint32), (mixed ^ (mixed >> 13)).sum(dtype=jnp.uint32)])
+
+
+def fingerprint(params: Mapping[str, Any]) -> str:
+    """A hex digest of every base parameter's path, shape, dtype and bits; the same however they are sharded."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(paths(params).items()):
+        digest.update(f"{path} {leaf.shape} {leaf.dtype} {_digest(leaf).tolist()}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+class Checkpoints:
+    """The checkpoints of one run: the `keep` latest, and the best on validation."""
+
+    def __init__(self, directory: Path, keep: int):
+        policies = [
+            checkpoint_managers.LatestN(keep),
+            checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics["validation_loss"], reverse=True, n=1,
+                keep_checkpoints_without_metrics=False),
+        ]  # fmt: skip
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                # Adapters are small: a checkpoint is on disk before the next step starts.
+                enable_async_checkpointing=False,
+            ),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the latest checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether all processes agreed to stop at this step because one of them was told to."""
+        return self._manager.reached_preemption(step)
+
+    def save(
+        self, state: TrainState, data: grain.DatasetIterator, meta: dict[str, Any], validation_loss: float | None = None
+    ) -> None:
+        """Writes a checkpoint at `state.step`, unless there is one; `validation_loss` makes it a candidate for best."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_raw(state)),
+                data=grain.checkpoint.CheckpointSave(data),
+                meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **meta}),
+            ),
+            metrics=None if validation_loss is None else {"validation_loss": validation_loss},
+            force=True,
+        )
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What `save` was given as meta at `step`."""
+        return dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+
+    def restore(self, step: int, like: TrainState, data: grain.DatasetIterator | None = None) -> TrainState:
+        """The state at `step`, with the shapes, dtypes and shardings of `like`; sets `data` to its place then."""
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), _raw(like)
+        )
+        items = {"state": ocp.args.StandardRestore(abstract)}
+        if data is not None:
+            items["data"] = grain.checkpoint.CheckpointRestore(data)
+        state = self._manager.restore(step, args=ocp.args.Composite(**items)).state
+        return TrainState(**{**state, "key": jax.random.wrap_key_data(state["key"])})
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.close()
+
+
+def check_meta(meta: Mapping[str, Any], adapter: AdapterConfig, base: str, where: str) -> None:
+    """Raises UserError unless a checkpoint was written with this adapter configuration over this base."""
+    if meta["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{where}: format_version={meta['format_version']} cannot be read; {FORMAT_VERSION} can")
+    expected = _plain(dataclasses.asdict(adapter))
+    for field, value in expected.items():
+        if meta["adapter"].get(field) != value:
+            raise UserError(
+                f"{where}: it was written with adapter.{field}={meta['adapter'].get(field)!r}, not {value!r}; "
+                "use the same adapter, or another --workdir"
+            )
+    if meta["base_fingerprint"] != base:
+        raise UserError(
+            f"{where}: it was trained on a base with fingerprint {meta['base_fingerprint']}, but "
+            f"config.model.weights has {base}; use the same weights, or another --workdir"
+        )
+
+
+def adapter_meta(adapter: AdapterConfig) -> dict[str, Any]:
+    """The adapter configuration as plain JSON values."""
+    return _plain(dataclasses.asdict(adapter))
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+
+def _raw(state: TrainState) -> dict[str, Any]:
+    """The state as a plain tree, its key as the numbers it is made of."""
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {**fields, "key": jax.random.key_data(fields["key"])}

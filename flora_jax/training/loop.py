@@ -1,0 +1,322 @@
+"""The training loop: everything is checked and placed first, then steps, logs, validation, checkpoints.
+
+`train(config, workdir)` is what `python -m flora_jax.train` runs. Called again on the same directory it resumes, and
+the losses and the adapter that follow are bit-equal to those of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flora_jax.adapters import AdapterConfig, abstract_adapter, init_adapter
+from flora_jax.config import adapter_config as make_adapter_config
+from flora_jax.config import check_config, weights_source
+from flora_jax.data import eval_batches, train_iterator
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.llama import Llama, abstract_base, init_base
+from flora_jax.models.loading import load_config, load_pretrained
+from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
+from flora_jax.training import report
+from flora_jax.training.checkpoints import Checkpoints, adapter_meta, check_meta, fingerprint
+from flora_jax.training.inputs import Inputs, load_inputs
+from flora_jax.training.optimizer import make_optimizer, make_schedule, trains
+from flora_jax.training.rules import partition, paths, tree
+from flora_jax.training.sharding import make_mesh, optimizer_shardings, shard_batch, shardings
+from flora_jax.training.step import TrainState, make_eval_step, make_train_step
+from flora_jax.training.workdir import SCHEMA_VERSION, Metrics, check_workdir, write_json
+
+Tree = dict[str, Any]
+
+
+class Stopped(Exception):
+    """A signal ended the run early, after its checkpoint was written."""
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is checked and placed on its devices, ready to step."""
+
+    config: ml_collections.ConfigDict
+    model_config: LlamaConfig
+    adapter_config: AdapterConfig
+    model: Llama
+    tokenizer: Any
+    inputs: Inputs
+    iterator: grain.DatasetIterator
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    frozen: Tree
+    state: TrainState
+    fingerprint: str
+    compiled_step: Callable[..., Any]
+    compiled_eval: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished run gives: the trained leaves of its best (or last) step, on the host's devices whole.
+
+    trained: `{"adapter": tree, "params": tree}`, base leaves only where they trained. base: the base parameters with
+    those in place. summary: what `eval.json` begins with.
+    """
+
+    run: Run
+    trained: Tree
+    base: Tree
+    summary: dict[str, Any]
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
+    """Checks everything that can be checked without weights, then loads and places them. Raises UserError."""
+    check_config(config)
+    check_workdir(Path(workdir), config)
+    adapter = make_adapter_config(config)
+    source = weights_source(config)
+    random = source == "random"
+    model_config = LlamaConfig.preset(config.model.preset) if random else load_config(source)
+    adapter.check(model_config.widths)
+    mesh = make_mesh(config)
+    tokenizer = load_tokenizer(source)
+    check_tokenizer(tokenizer, model_config)
+    dtype = jnp.dtype(config.model.param_dtype)
+
+    shapes = {"params": abstract_base(model_config, dtype), "adapter": abstract_adapter(model_config, adapter)}
+    trained = trains(config, shapes)
+    placed = shardings(shapes, mesh, model_config, adapter)
+    inputs = load_inputs(config, tokenizer)
+    iterator = train_iterator(
+        inputs.train,
+        batch_size=config.train.batch_size // jax.process_count(),
+        max_length=config.data.max_length,
+        seed=config.train.seed,
+        packing=config.data.packing,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+    )
+
+    base_key, adapter_key, key = jax.random.split(jax.random.key(config.train.seed), 3)
+    if random:
+        base = init_base(base_key, model_config, dtype, placed["params"])
+    else:
+        flat = paths(placed["params"])
+        _, base = load_pretrained(source, dtype, shardings=flat.__getitem__)
+    base_print = fingerprint(base)
+    variables = {"params": base}
+    if shapes["adapter"]:
+        init = jax.jit(lambda k: init_adapter(k, model_config, adapter), out_shardings=placed["adapter"])
+        variables["adapter"] = init(adapter_key)
+    trainable, frozen = partition(variables, trained)
+    # What trains is float32 whatever the base is stored in: an update is far below bfloat16's resolution.
+    trainable = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trainable)
+    optimizer = make_optimizer(config, shapes, trained)
+    trainable_placed, _ = partition(placed, trained)
+    everywhere = NamedSharding(mesh, P())
+    opt_placed = optimizer_shardings(optimizer, trainable, trainable_placed, mesh)
+    state = TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
+        trainable=trainable,
+        optimizer=jax.jit(optimizer.init, out_shardings=opt_placed)(trainable),
+        key=jax.device_put(key, everywhere),
+    )
+    state_placed = TrainState(everywhere, trainable_placed, opt_placed, everywhere)
+
+    compute = jnp.dtype(config.model.dtype)
+    model = Llama(model_config, adapter, dtype=compute, param_dtype=dtype, remat=config.model.remat)
+    step = make_train_step(model, optimizer, config.train.accumulation, config.train.chunk_tokens)
+    compiled_step = jax.jit(step, donate_argnums=0, out_shardings=(state_placed, everywhere))
+    compiled_eval = jax.jit(make_eval_step(model, config.train.chunk_tokens), out_shardings=everywhere)
+    return Run(config, model_config, adapter, model, tokenizer, inputs, iterator, mesh, optimizer, frozen, state,
+               base_print, compiled_step, compiled_eval)  # fmt: skip
+
+
+def validation_loss(run: Run) -> float:
+    """Mean loss over the counted tokens of the validation examples."""
+    config, processes = run.config, jax.process_count()
+    rows = config.train.batch_size // config.train.accumulation // processes
+    longest = max(len(example.tokens) - 1 for example in run.inputs.validation)
+    length = min(config.data.max_length, -(-longest // 64) * 64)
+    # Every process scores its share. Shares may differ by one example, so the shorter ones end on an empty batch.
+    mine = run.inputs.validation[jax.process_index() :: processes]
+    batches = eval_batches(mine, batch_size=rows, max_length=length)
+    names = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
+    empty = {name: np.zeros((rows, length), np.float32 if name == "loss_weights" else np.int32) for name in names}
+    total = count = 0.0
+    for _ in range(math.ceil(math.ceil(len(run.inputs.validation) / processes) / rows)):
+        batch = shard_batch(next(batches, empty), run.mesh)
+        loss, weight = run.compiled_eval(run.state.trainable, run.frozen, batch)
+        total, count = total + float(loss), count + float(weight)
+    return total / max(count, 1.0)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT are noted in instead of ending the process in the middle of a step."""
+    noted: list[int] = []
+    handle = lambda number, _: noted.append(number)  # noqa: E731
+    try:
+        before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread, as in some notebooks: signals stay as they are
+        before = {}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
+    """Trains (or goes on training) in `workdir` and returns the best step's adapter.
+
+    Raises UserError for bad input, FloatingPointError with its step when the loss is not finite, Stopped after a
+    SIGTERM or SIGINT once a checkpoint is written.
+    """
+    workdir = Path(workdir)
+    run = prepare(config, workdir)
+    main = jax.process_index() == 0
+    if main and not (workdir / "config.json").exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", {"schema_version": SCHEMA_VERSION, "config": config.to_dict()})
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
+    latest = checkpoints.latest
+    validated: dict[int, float] = {}
+    if latest is not None:
+        meta = checkpoints.meta(latest)
+        check_meta(meta, run.adapter_config, run.fingerprint, f"checkpoint {latest} of --workdir={workdir}")
+        run.state = checkpoints.restore(latest, run.state, run.iterator)
+        validated = {int(step): loss for step, loss in meta["validation_losses"].items()}
+    start = int(run.state.step)
+    if main:
+        report.print_start(run, start)
+    metrics = Metrics(workdir, start) if main else None
+    try:
+        _steps(run, checkpoints, metrics, start, validated)
+    finally:
+        checkpoints.close()
+        if metrics:
+            metrics.close()
+    return _result(run, workdir, validated)
+
+
+def _steps(
+    run: Run, checkpoints: Checkpoints, metrics: Metrics | None, start: int, validated: dict[int, float]
+) -> None:
+    config, steps = run.config, run.config.train.steps
+    schedule = make_schedule(config)
+    alone = jax.process_count() == 1
+
+    def save(loss: float | None = None) -> None:
+        meta = {
+            "adapter": adapter_meta(run.adapter_config),
+            "base_fingerprint": run.fingerprint,
+            "validation_losses": {str(step): value for step, value in validated.items()},
+        }
+        checkpoints.save(run.state, run.iterator, meta, loss)
+
+    def validate(step: int) -> float:
+        validated[step] = loss = validation_loss(run)
+        if metrics:
+            metrics.write(step, {"validation_loss": loss})
+        return loss
+
+    bar = report.Progress(start, steps)
+    clock, tokens = time.perf_counter(), 0
+    with _signals() if alone else contextlib.nullcontext([]) as signals, bar:
+        if start == 0 and config.train.eval_every:
+            bar.say(f"step 0: validation loss {validate(0):.4f}")
+            clock = time.perf_counter()
+        before: tuple[int, jax.Array] | None = None
+        for step in range(start + 1, steps + 1):
+            host_batch = next(run.iterator)
+            tokens += int((host_batch["segment_ids"] > 0).sum()) * jax.process_count()
+            run.state, values = run.compiled_step(run.state, run.frozen, shard_batch(host_batch, run.mesh))
+            # The step before is looked at while this one runs.
+            if before is not None:
+                _check_finite(*before)
+            before = (step, values["loss"])
+            stop = bool(signals) if alone else checkpoints.reached_preemption(step)
+            logs = step % config.train.log_every == 0
+            evaluates = bool(config.train.eval_every) and (step % config.train.eval_every == 0 or step == steps)
+            saves = step % config.train.save_every == 0 or step == steps
+            if logs or evaluates or saves or stop:
+                loss = _check_finite(*before)
+            if logs:
+                elapsed = time.perf_counter() - clock
+                line = {
+                    "loss": loss,
+                    "learning_rate": float(schedule(step - 1)),
+                    "gradient_norm": float(values["gradient_norm"]),
+                    "tokens_in_loss": float(values["tokens"]),
+                    "tokens_per_second": tokens / elapsed,
+                }
+                if metrics:
+                    metrics.write(step, line)
+                bar.log(step, line)
+                clock, tokens = time.perf_counter(), 0
+            bar.advance(step)
+            validation = None
+            if evaluates:
+                validation = validate(step)
+                bar.say(f"step {step}: validation loss {validation:.4f}")
+            if saves or stop or (validation is not None and step == _best(validated)):
+                save(validation)
+            if evaluates or saves:
+                clock, tokens = time.perf_counter(), 0
+            if stop and step < steps:
+                raise Stopped(f"stopped by a signal after step {step}, which is saved; the same command resumes")
+
+
+def _best(validated: dict[int, float]) -> int | None:
+    """The trained step of lowest validation loss, the latest among equals; None if none was validated."""
+    return min((step for step in validated if step), key=lambda step: (validated[step], -step), default=None)
+
+
+def _check_finite(step: int, loss: jax.Array) -> float:
+    value = float(loss)
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the loss is {value} at step {step}; lower config.optim.learning_rate or raise config.optim.warmup_steps, "
+            "then start in a new --workdir, or resume from the last checkpoint of this one"
+        )
+    return value
+
+
+def _result(run: Run, workdir: Path, validated: dict[int, float]) -> Result:
+    """The best step's leaves by validation loss (the last step's where nothing was validated), gathered whole."""
+    best = _best(validated) or int(run.state.step)
+    state = run.state
+    if best != int(state.step):
+        checkpoints = Checkpoints(workdir / "checkpoints", run.config.train.keep)
+        state = checkpoints.restore(best, state)
+        checkpoints.close()
+    everywhere = NamedSharding(run.mesh, P())
+    whole = jax.jit(lambda tree: tree, out_shardings=everywhere)
+    trained = whole(state.trainable)
+    frozen = paths(run.frozen.get("params", {}))
+    base = tree({**frozen, **paths(trained.get("params", {}))})
+    summary = {
+        "schema_version": SCHEMA_VERSION,
+        "step": best,
+        "validation_losses": {str(step): loss for step, loss in validated.items()},
+        "data": run.inputs.account,
+        "base_fingerprint": run.fingerprint,
+        "adapter": adapter_meta(run.adapter_config),
+        "seed": run.config.train.seed,
+    }
+    return Result(run, {"adapter": {}, "params": {}, **trained}, base, summary)
+

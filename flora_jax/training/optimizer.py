@@ -1,0 +1,77 @@
+"""AdamW over what trains: schedule, clipping, and path rules for decay and rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+
+from flora_jax.config import learning_rate, names, warmup_steps
+from flora_jax.errors import UserError
+from flora_jax.training.rules import decide, paths, tree
+
+# Whether AdamW's decay applies. Every model has norms, so no rule is ever idle.
+DECAY_RULES: list[tuple[str, bool]] = [(r".*(norm/scale|_bias)", False), (r".*", True)]
+
+
+def trains(config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> dict[str, bool]:
+    """For every path among the variables, whether it trains: the adapter (all of the base for fft), and the base
+    leaves that `config.train.trainable` names."""
+    rules = [(pattern, True) for pattern in names(config.train.trainable)]
+    if config.adapter.method == "fft":
+        if rules:
+            raise UserError(f"config.train.trainable={config.train.trainable!r}: fft trains every leaf already")
+        rules = [(r"params/.*", True)]
+    else:
+        rules += [(r"adapter/.*", True), (r"params/.*", False)]
+    return decide(rules, list(paths(variables)), "config.train.trainable")
+
+
+def make_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0 to the peak, then cosine, linear or constant."""
+    peak, warmup, steps = learning_rate(config), warmup_steps(config), config.train.steps
+    rest = max(1, steps - warmup)
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.optim.final_fraction),
+        "linear": optax.linear_schedule(peak, peak * config.optim.final_fraction, rest),
+        "constant": optax.constant_schedule(peak),
+    }[config.optim.schedule]
+    if warmup == 0:
+        return after
+    # One step up the ramp already at step 0: a rate of zero would waste that batch.
+    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, variables: Mapping[str, Any], trained: Mapping[str, bool]
+) -> optax.GradientTransformation:
+    """The gradient transformation for the leaves of `variables` (arrays or shapes) that `trained` names."""
+    leaves = [path for path, does in trained.items() if does]
+    decays = decide(DECAY_RULES, list(paths(variables)), "weight decay")
+    decays = tree({path: decays[path] for path in leaves})
+    optim = config.optim
+    chain = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm else []
+    chain += [
+        optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps),
+        optax.add_decayed_weights(optim.weight_decay, mask=decays),
+    ]
+    if optim.rate_rules:
+        rules = [_rate_rule(rule) for rule in names(optim.rate_rules)]
+        factors = tree(decide([*rules, (r".*", 1.0)], leaves, "config.optim.rate_rules"))
+        chain.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors)))
+    return optax.chain(*chain, optax.scale_by_learning_rate(make_schedule(config)))
+
+
+def _rate_rule(rule: str) -> tuple[str, float]:
+    pattern, _, factor = rule.rpartition("=")
+    try:
+        value = float(factor)
+    except ValueError:
+        value = -1.0
+    if not pattern or not value >= 0:
+        raise UserError(f"config.optim.rate_rules: {rule!r} is not PATH_RULE=FACTOR with a factor of at least 0")
+    return pattern, value

@@ -1,0 +1,104 @@
+"""What a run says: a table of parameters and memory at its start, then a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+from tqdm import tqdm
+
+from flora_jax.config import learning_rate
+from flora_jax.training.rules import paths
+
+if TYPE_CHECKING:
+    from flora_jax.training.loop import Run
+
+
+def say(message: str) -> None:
+    """A line on stderr that does not break a progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def _count(tree: Any) -> tuple[int, int, int]:
+    """Parameters, bytes, and bytes on this process's first device."""
+    leaves = jax.tree.leaves(tree)
+    device = jax.local_devices()[0]
+    held = sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards if s.device == device)
+    return sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves), held
+
+
+def parameter_table(run: Run) -> str:
+    """Rows of frozen base, what trains by collection and projection group, optimizer state; % trainable below."""
+    rows = [("frozen base", *_count(run.frozen))]
+    for collection, tree in run.state.trainable.items():
+        groups: dict[str, list[Any]] = {}
+        for path, leaf in paths(tree).items():
+            groups.setdefault("/".join(path.split("/")[:3]) if path.startswith("layers/") else path, []).append(leaf)
+        if collection == "adapter":
+            rows += [(f"adapter {name.removeprefix('layers/')}", *_count(leaves)) for name, leaves in groups.items()]
+        else:
+            rows.append(("trained base", *_count(tree)))
+    trainable = _count(run.state.trainable)
+    total = rows[0][1] + trainable[0]
+    moments = _count(run.state.optimizer)
+    rows += [("all that trains", *trainable), ("optimizer state", *moments)]
+    lines = [f"{'':24}{'parameters':>14}{'MB':>11}{'MB/device':>11}"]
+    lines += [f"{name:24}{n:>14,}{size / 1e6:>11.1f}{held / 1e6:>11.1f}" for name, n, size, held in rows]
+    lines.append(f"trainable: {trainable[0]:,} of {total:,} ({100 * trainable[0] / total:.3f} %)")
+    return "\n".join(lines)
+
+
+def print_start(run: Run, start: int) -> None:
+    """The table, the data's account, and where the run starts."""
+    config, data = run.config, run.inputs.account
+    mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    say(f"{config.adapter.method}, rank {config.adapter.rank}, scale {run.adapter_config.scale:g}, "
+        f"learning rate {learning_rate(config):g}; mesh {mesh}")  # fmt: skip
+    say(parameter_table(run))
+    for part in ("train", "validation"):
+        counts = data[part]
+        say(f"{part}: {counts['kept']:,} examples, {counts['loss_tokens']:,} tokens in the loss; "
+            f"{counts['too_long']:,} longer than data.max_length={config.data.max_length} left out")  # fmt: skip
+    if data["dropped_as_in_test"]:
+        say(f"{data['dropped_as_in_test']:,} training records dropped: they are in a validation or test set")
+    if start:
+        say(f"resuming after step {start}")
+
+
+class Progress:
+    """A tqdm bar on a terminal, plain log lines elsewhere, both with rate and time left; the first process alone."""
+
+    def __init__(self, start: int, steps: int):
+        self._start, self._steps, self._main = start, steps, jax.process_index() == 0
+        self._terminal = sys.stderr.isatty()
+        self._clock = time.perf_counter()
+        self._bar = tqdm(
+            initial=start, total=steps, unit="step", dynamic_ncols=True, file=sys.stderr,
+            disable=not (self._main and self._terminal))  # fmt: skip
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def say(self, message: str) -> None:
+        """A line of its own."""
+        if self._main:
+            say(message)
+
+    def log(self, step: int, line: dict[str, float]) -> None:
+        """The logged values: beside the bar, or as a line."""
+        rate = f"{line['tokens_per_second']:.0f}"
+        if self._terminal:
+            self._bar.set_postfix({"loss": f"{line['loss']:.4f}", "tokens/s": rate})
+        else:
+            left = (time.perf_counter() - self._clock) / (step - self._start) * (self._steps - step)
+            self.say(f"step {step}/{self._steps}: loss {line['loss']:.4f}, {rate} tokens/s, "
+                     f"learning rate {line['learning_rate']:.2e}, {tqdm.format_interval(left)} left")  # fmt: skip
+
+    def advance(self, step: int) -> None:
+        """All steps up to `step` are done."""
+        self._bar.update(step - self._bar.n)

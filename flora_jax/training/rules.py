@@ -1,0 +1,65 @@
+"""Ordered path rules: what trains, what decays, at which rate, on which mesh axes. First match wins.
+
+A path is the leaf's place among the variables, such as `params/layers/attention/qkv/q_kernel` or
+`adapter/layers/mlp/down/down_B`; a rule is a regular expression that must match the whole of it. A path that no rule
+covers, and a rule that decides nothing, are errors: both are how misspelt names hide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flora_jax.errors import UserError, near_misses
+
+T = TypeVar("T")
+Tree = dict[str, Any]
+
+
+def paths(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a variable tree by path."""
+    return flatten_dict(variables, sep="/")
+
+
+def tree(leaves: Mapping[str, Any]) -> Tree:
+    """The inverse of `paths`."""
+    return unflatten_dict(leaves, sep="/")
+
+
+def decide(rules: Sequence[tuple[str, T]], names: Sequence[str], what: str) -> dict[str, T]:
+    """The value of the first rule that matches each path; UserError on an uncovered path or an idle rule."""
+    for pattern, _ in rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{what}: {pattern!r} is not a regular expression: {error}") from None
+    decided, used = {}, set()
+    for name in names:
+        for i, (pattern, value) in enumerate(rules):
+            if re.fullmatch(pattern, name):
+                decided[name] = value
+                used.add(i)
+                break
+        else:
+            raise UserError(f"{what}: no rule covers {name!r}")
+    for i, (pattern, _) in enumerate(rules):
+        if i not in used:
+            raise UserError(f"{what}: rule {pattern!r} decides no leaf; {near_misses(pattern, names)}")
+    return decided
+
+
+def partition(variables: Mapping[str, Any], trains: Mapping[str, bool]) -> tuple[Tree, Tree]:
+    """`(trainable, frozen)`: the variables split by `trains`, a decision for every path."""
+    leaves = paths(variables)
+    return (
+        tree({name: leaf for name, leaf in leaves.items() if trains[name]}),
+        tree({name: leaf for name, leaf in leaves.items() if not trains[name]}),
+    )
+
+
+def combine(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Tree:
+    """The inverse of `partition`."""
+    return tree({**paths(frozen), **paths(trainable)})

@@ -1,0 +1,105 @@
+"""The training step and the validation loss, as pure functions.
+
+The loss of a batch is the sum of its tokens' losses over the sum of their weights, however many micro-batches it is
+cut into: k micro-batches give the gradient of one big batch. Gradients are taken with respect to the trainable tree
+alone; the frozen one is an argument of the step, never closed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax.models.llama import Llama
+from flora_jax.training.loss import chunked_cross_entropy
+from flora_jax.training.rules import combine
+
+Array = jax.Array
+Tree = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes. key is the run's; each step and micro-batch folds its number into it."""
+
+    step: Array
+    trainable: Tree
+    optimizer: optax.OptState
+    key: Array
+
+
+def token_losses(
+    model: Llama, variables: Tree, batch: dict[str, Array], chunk_tokens: int, key: Array | None = None
+) -> tuple[Array, Array]:
+    """`(sum of weighted losses, sum of weights)` of a batch of `[B, T]` arrays (tokens, targets, loss_weights,
+    segment_ids, positions). With a key, dropout is on. At most `chunk_tokens` positions are scored at once."""
+    hidden, _ = model.apply(
+        variables,
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        deterministic=key is None,
+        rngs=None if key is None else {"dropout": key},
+        method="hidden",
+    )
+    unembedding = model.apply(variables, method="unembedding")
+    chunk = max(1, min(chunk_tokens // hidden.shape[0], hidden.shape[1]))
+    loss = chunked_cross_entropy(hidden, unembedding, batch["targets"], batch["loss_weights"], chunk)
+    return loss, batch["loss_weights"].sum()
+
+
+def make_train_step(
+    model: Llama, optimizer: optax.GradientTransformation, accumulation: int = 1, chunk_tokens: int = 256
+) -> Callable[[TrainState, Tree, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
+    """`step(state, frozen, batch) -> (state, metrics)`; batch leaves `[B, T]`, cut into `accumulation` micro-batches.
+
+    metrics: loss (mean over counted tokens), tokens (counted), gradient_norm; float32 scalars.
+    """
+
+    def train_step(state: TrainState, frozen: Tree, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        def micro_loss(trainable: Tree, micro: dict[str, Array], key: Array) -> tuple[Array, Array]:
+            return token_losses(model, combine(trainable, frozen), micro, chunk_tokens, key)
+
+        gradient = jax.value_and_grad(micro_loss, has_aux=True)
+        key = jax.random.fold_in(state.key, state.step)
+        if accumulation == 1:
+            (loss, count), grads = gradient(state.trainable, batch, key)
+        else:
+            # Micro-batch i takes every k-th row, so that rows stay on the devices that hold them.
+            micros = jax.tree.map(
+                lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch
+            )
+
+            def body(total, xs):
+                (loss, count), grads = gradient(state.trainable, xs[0], jax.random.fold_in(key, xs[1]))
+                return jax.tree.map(jnp.add, total, (loss, count, grads)), None
+
+            zero = jnp.zeros((), jnp.float32)
+            start = (zero, zero, jax.tree.map(jnp.zeros_like, state.trainable))
+            (loss, count, grads), _ = jax.lax.scan(body, start, (micros, jnp.arange(accumulation)))
+        # A batch without a counted token has zero gradients; dividing by one keeps them so.
+        count = jnp.maximum(count, 1.0)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": loss / count, "tokens": count, "gradient_norm": optax.global_norm(grads)}
+        return state.replace(step=state.step + 1, trainable=trainable, optimizer=opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(
+    model: Llama, chunk_tokens: int = 256
+) -> Callable[[Tree, Tree, dict[str, Array]], tuple[Array, Array]]:
+    """`step(trainable, frozen, batch) -> (sum of losses, sum of weights)`, without dropout."""
+
+    def eval_step(trainable: Tree, frozen: Tree, batch: dict[str, Array]) -> tuple[Array, Array]:
+        return token_losses(model, combine(trainable, frozen), batch, chunk_tokens)
+
+    return eval_step

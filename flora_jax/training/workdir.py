@@ -1,0 +1,90 @@
+"""A run's directory: config.json, metrics.jsonl, TensorBoard events, and the refusal to mix two runs in one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from tensorboardX import SummaryWriter
+
+from flora_jax.errors import UserError
+
+SCHEMA_VERSION = 1
+# Fields that a resumed run may change: they do not enter its numbers.
+FREE_FIELDS = ("mesh.", "distributed.", "eval.", "train.keep", "train.save_every", "train.log_every")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Raises UserError if the directory cannot be written or holds anything but a run of this configuration."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is not a directory")
+    parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={workdir} cannot be written: no permission in {parent}")
+    path = workdir / "config.json"
+    if not path.exists():
+        if workdir.exists() and any(workdir.iterdir()):
+            raise UserError(f"--workdir={workdir} is not empty and holds no run (no config.json); name another")
+        return
+    try:
+        there = _flat(json.loads(path.read_text())["config"])
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        raise UserError(f"{path} is not the configuration of a run; name another --workdir") from None
+    here = _flat(json.loads(json.dumps(config.to_dict())))
+    for field in sorted(there.keys() | here.keys()):
+        if there.get(field) != here.get(field) and not field.startswith(FREE_FIELDS):
+            raise UserError(
+                f"--workdir={workdir} holds a run with config.{field}={there.get(field)!r}, not {here.get(field)!r}; "
+                "resume with the same configuration, or name another --workdir"
+            )
+
+
+class Metrics:
+    """`metrics.jsonl` (one object a line) and TensorBoard events; both cut back to the step that a run resumes at."""
+
+    def __init__(self, workdir: Path, resume_step: int):
+        path = workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the line that was being written when the run was killed
+                break
+            if record["step"] > resume_step:
+                break
+            kept.append(line + "\n")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends one line and flushes it, so that a kill loses nothing that was logged."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._file.close()
+        self._board.close()
