@@ -21,8 +21,10 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -33,6 +35,11 @@ from flora_jax.adapters import BLOCKS, PRODUCTS, PROJECTIONS, AdapterConfig, abs
 from flora_jax.errors import UserError, near_misses
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import abstract_base
+from flora_jax.models.loading import load_pretrained
+from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Tree = dict[str, Any]
 
@@ -137,6 +144,37 @@ def load_adapter(
         split[collection][rest] = value
     _check_leaves(split["adapter"], split["params"], config, adapter_config, str(directory / WEIGHTS))
     return adapter_config, {name: unflatten_dict(leaves, sep="/") for name, leaves in split.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A base with its tokenizer and, where there is one, the adapter over it; `fingerprint` is the base's own."""
+
+    config: LlamaConfig
+    base: Tree
+    tokenizer: PreTrainedTokenizerFast
+    fingerprint: str
+    adapter_config: AdapterConfig | None = None
+    adapter: Tree | None = None
+
+
+def load_adapted(source: str, directory: str | os.PathLike | None, dtype: Any = np.float32) -> Adapted:
+    """Base and tokenizer of `source` (as `load_pretrained`), and the adapter of `directory`, which may be None; base
+    leaves that trained with the adapter replace the base's. Raises UserError where they do not belong together."""
+    if directory is not None and not (Path(directory) / CONFIG).is_file():  # before a model is loaded
+        raise UserError(f"{directory}: there is no adapter here; an adapter directory has {CONFIG} and {WEIGHTS}")
+    tokenizer = load_tokenizer(source)
+    config, base = load_pretrained(source, dtype)
+    check_tokenizer(tokenizer, config)
+    fingerprint = base_fingerprint(config, base)
+    if directory is None:
+        return Adapted(config, base, tokenizer, fingerprint)
+    adapter_config, trained = load_adapter(directory, config, fingerprint)
+    leaves = _flat(base)
+    for path, value in _flat(trained["params"]).items():
+        leaves[path] = jnp.asarray(value, leaves[path].dtype)
+    adapter = jax.tree.map(jnp.asarray, trained["adapter"])
+    return Adapted(config, unflatten_dict(leaves, sep="/"), tokenizer, fingerprint, adapter_config, adapter)
 
 
 def _flat(tree: Tree) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""Scores a model, with or without an adapter, on benchmark tasks; the result goes to stdout and to a JSON file.
+
+    python -m flora_jax.evaluate --model smollm2-135m-instruct --tasks ARC-Easy,piqa --data_dir DIR --limit 200
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flora_jax.errors import UserError, run_command
+from flora_jax.generate import DTYPES
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flora_jax.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="HF directory, hub id, .gguf file or preset name")
+    parser.add_argument("--adapter", help="adapter directory")
+    parser.add_argument("--tasks", required=True, help="comma-separated task names, or a path ending in .jsonl")
+    parser.add_argument("--data_dir", help="folder with one folder a task; generated tasks need none")
+    parser.add_argument("--protocol", choices=("lm_eval", "llm_adapters"), default="lm_eval")
+    parser.add_argument("--prompt_style", choices=("plain", "chat"), default="plain")
+    parser.add_argument("--num_fewshot", type=int, default=0, help="solved training examples before each question")
+    parser.add_argument("--limit", type=int, help="score the first N test examples of each task; default all")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--max_length", type=int, default=1024, help="tokens of prompt and generated answer together")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--seed", type=int, default=0, help="draws the few-shot examples")
+    parser.add_argument("--out", help="result file, JSON")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = _parser().parse_args(argv[1:])
+    # After the arguments are read: these imports take seconds.
+    from flora_jax.evaluation.run import evaluate_tasks, load_task_data, write_result
+    from flora_jax.interop.adapter_files import load_adapted
+
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size} must be a positive integer")
+    if args.out and Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a directory; name a file")
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    tasks = load_task_data(
+        names, args.data_dir, protocol=args.protocol, prompt_style=args.prompt_style, limit=args.limit,
+        num_fewshot=args.num_fewshot, seed=args.seed)  # fmt: skip
+    model = load_adapted(args.model, args.adapter, args.dtype)
+    result = evaluate_tasks(
+        tasks, model.config, model.base, model.tokenizer, adapter=model.adapter, adapter_config=model.adapter_config,
+        protocol=args.protocol, prompt_style=args.prompt_style, batch_size=args.batch_size, max_length=args.max_length,
+        about={"model": args.model, "adapter": args.adapter, "base_fingerprint": model.fingerprint, "seed": args.seed,
+               "limit": args.limit})  # fmt: skip
+    for name, scores in result["tasks"].items():
+        norm = f"  norm {scores['accuracy_norm']:.4f}" if "accuracy_norm" in scores else ""
+        print(f"{name:16} {scores['accuracy']:.4f} ± {scores['stderr']:.4f}{norm}  n {scores['n']}")
+    if args.out:
+        write_result(args.out, result)
+
+
+if __name__ == "__main__":
+    run_command(main)

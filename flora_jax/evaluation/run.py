@@ -1,0 +1,241 @@
+"""Evaluates a model on tasks and writes the result: scores, and everything needed to get them again.
+
+Two protocols. `lm_eval`: choice tasks by the log-likelihood of the choices, as the lm-eval harness; the others by
+generating and matching the final answer. `llm_adapters`: the instruction prompt that adapters are trained on, a
+generated answer, and the label word, number or letter in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from flora_jax.adapters import AdapterConfig
+from flora_jax.data.encode import encode_prompt
+from flora_jax.data.sources import data_hash, load_examples
+from flora_jax.data.tasks import Example, Message, Task, get_task, lm_eval_request
+from flora_jax.errors import UserError, near_misses
+from flora_jax.evaluation.answers import is_right
+from flora_jax.evaluation.loglik import choice_loglik
+from flora_jax.inference.generator import Generator
+from flora_jax.models.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Tree = dict[str, Any]
+
+SCHEMA_VERSION = 1
+PROTOCOLS = ("lm_eval", "llm_adapters")
+STYLES = ("plain", "chat")
+
+# New tokens for an answer: a sentence with a label word, or reasoning that ends in a number or letter.
+_NEW_TOKENS = {"choice": 32, "number": 256, "letter": 256, "exact": 256}
+_SHOT_BREAK = "\n\n"  # between the examples of a plain few-shot prompt; a generated answer ends at it
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """One task, ready to be asked: its test examples, and examples of its training split shown before each."""
+
+    task: Task
+    examples: Sequence[Example]
+    shots: Sequence[Example]
+    data_hash: str
+
+
+def load_task_data(
+    names: Sequence[str],
+    data_dir: str | os.PathLike | None,
+    *,
+    protocol: str = "lm_eval",
+    prompt_style: str = "plain",
+    limit: int | None = None,
+    num_fewshot: int = 0,
+    seed: int = 0,
+    generator: Mapping[str, Any] | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> list[TaskData]:
+    """The test split of each task (its first `limit` examples) and `num_fewshot` training examples drawn by `seed`.
+
+    `generator` overrides fields of generated tasks (see `get_task`). Needs no model, so bad input is a UserError
+    before one is loaded: unknown task, protocol or style, missing or malformed data, counts out of range.
+    """
+    for field, value, known in (("protocol", protocol, PROTOCOLS), ("prompt_style", prompt_style, STYLES)):
+        if value not in known:
+            raise UserError(f"{field}={value!r} is unknown; {near_misses(value, known)}")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit} must be a positive integer (leave it out for all examples)")
+    if num_fewshot < 0:
+        raise UserError(f"num_fewshot={num_fewshot} must be 0 or a positive integer")
+    if not names:
+        raise UserError("tasks is empty; name at least one")
+    if len(set(names)) < len(names):
+        raise UserError(f"tasks={','.join(names)} names a task twice")
+    tasks = [get_task(name, generator) for name in names]
+    for task in tasks:
+        if prompt_style == "chat" and protocol == "lm_eval" and task.metric == "choice":
+            raise UserError(
+                f"prompt_style='chat': protocol lm_eval scores the choices of {task.name} as plain text; "
+                "use prompt_style 'plain' or protocol 'llm_adapters'"
+            )
+    out = []
+    for task in tasks:
+        examples = load_examples(task, "test", data_dir, cache_dir)[:limit]
+        shots: list[Example] = []
+        if num_fewshot:
+            pool = load_examples(task, "train", data_dir, cache_dir)
+            if num_fewshot > len(pool):
+                raise UserError(f"num_fewshot={num_fewshot}: the train split of {task.name} has {len(pool)} examples")
+            shots = random.Random(seed).sample(pool, num_fewshot)
+        out.append(TaskData(task, examples, shots, data_hash(task, "test", data_dir)))
+    return out
+
+
+def evaluate_tasks(
+    tasks: Sequence[TaskData],
+    config: LlamaConfig,
+    base: Tree,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    adapter: Tree | None = None,
+    adapter_config: AdapterConfig | None = None,
+    protocol: str = "lm_eval",
+    prompt_style: str = "plain",
+    batch_size: int = 16,
+    max_length: int = 1024,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The result as a JSON-ready dict: what ran (`about`, e.g. model and adapter, goes in as it is), versions, and by
+    task `accuracy` and `stderr` (sqrt(p (1 − p) / n)), `accuracy_norm` and `stderr_norm` where choices are scored, `n`,
+    `scoring`, `decode` settings, `data_hash`, one whole `prompt` as an example, and `seconds`.
+
+    base, adapter: trees as `Llama` takes them; arithmetic in the base's dtype. max_length: prompt and new tokens of
+    generated answers. Raises UserError for a prompt that does not fit.
+    """
+    results: dict[str, Any] = {}
+    generator = None
+    for data in tasks:
+        start = time.perf_counter()
+        if protocol == "lm_eval" and data.task.metric == "choice":
+            result = _score_choices(data, config, base, adapter, adapter_config, tokenizer, batch_size)
+        else:
+            if generator is None:
+                adapters = {"adapter": adapter} if adapter is not None else None
+                generator = Generator(config, base, adapters, adapter_config, tokenizer, max_length, batch_size)
+            result = _generate_answers(data, generator, prompt_style)
+        results[data.task.name] = {
+            **result,
+            "n": len(data.examples),
+            "num_fewshot": len(data.shots),
+            "data_hash": data.data_hash,
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **(about or {}),
+        "adapter_config": None if adapter_config is None else dataclasses.asdict(adapter_config),
+        "protocol": protocol,
+        "prompt_style": prompt_style,
+        "split": "test",
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "dtype": str(base["embed_tokens"]["embedding"].dtype),
+        "mask": "explicit; padding is never attended to and never scored",
+        "device": jax.devices()[0].device_kind,
+        "versions": _versions(),
+        "tasks": results,
+    }
+
+
+def write_result(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
+    """Writes a result as JSON; the file appears complete or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        whole = Path(scratch) / path.name
+        whole.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(whole, path)
+
+
+def few_shot_requests(example: Example, shots: Sequence[Example]) -> list[tuple[str, str]]:
+    """`lm_eval_request` with solved examples, a blank line apart, before each context."""
+    solved = []
+    for shot in shots:
+        context, continuation = lm_eval_request(shot)[shot.gold]
+        solved.append(context + continuation + _SHOT_BREAK)
+    return [("".join(solved) + context, continuation) for context, continuation in lm_eval_request(example)]
+
+
+def few_shot_messages(example: Example, shots: Sequence[Example], style: str) -> list[Message]:
+    """The conversation to answer: solved examples are earlier turns ('chat') or text before the question ('plain')."""
+    before = [message for shot in shots for message in shot.messages]
+    asked = list(example.messages[:-1])
+    if style == "chat" or not shots:
+        return before + asked
+    solved = [
+        "\n".join(m.content for m in shot.messages[:-1]) + " " + shot.messages[-1].content for shot in shots
+    ]
+    return [Message("user", _SHOT_BREAK.join([*solved, *(m.content for m in asked)]))]
+
+
+def _score_choices(
+    data: TaskData, config: LlamaConfig, base: Tree, adapter: Tree | None, adapter_config: AdapterConfig | None,
+    tokenizer: PreTrainedTokenizerFast, batch_size: int,
+) -> dict[str, Any]:  # fmt: skip
+    requests = [few_shot_requests(example, data.shots) for example in data.examples]
+    scores = choice_loglik(config, base, adapter, adapter_config, tokenizer, requests, batch_size)
+    right, right_norm = [], []
+    for example, loglik in zip(data.examples, scores, strict=True):
+        characters = [len(choice) for choice in example.choices]
+        right.append(int(np.argmax(loglik)) == example.gold)
+        right_norm.append(int(np.argmax(np.divide(loglik, characters))) == example.gold)
+    return {
+        **_accuracy("accuracy", "stderr", right),
+        **_accuracy("accuracy_norm", "stderr_norm", right_norm),
+        "scoring": "log-likelihood of each choice; accuracy_norm divides by its characters",
+        "decode": None,
+        "prompt": "".join(requests[0][0]),
+    }
+
+
+def _generate_answers(data: TaskData, generator: Generator, style: str) -> dict[str, Any]:
+    metric, tokenizer = data.task.metric, generator.tokenizer
+    prompts = [
+        encode_prompt(few_shot_messages(example, data.shots, style), tokenizer, style) for example in data.examples
+    ]
+    new_tokens = _NEW_TOKENS[metric]
+    generations = generator.generate(prompts, new_tokens)
+    stop_text = _SHOT_BREAK if data.shots and style == "plain" else None
+    texts = [g.text.lstrip().split(stop_text)[0] if stop_text else g.text for g in generations]
+    right = [is_right(metric, t, e.answer, e.labels) for t, e in zip(texts, data.examples, strict=True)]
+    return {
+        **_accuracy("accuracy", "stderr", right),
+        "scoring": f"generated text, final answer by metric {metric!r}",
+        "decode": {"temperature": 0.0, "max_new_tokens": new_tokens, "stop_text": stop_text},
+        "finished": sum(g.finished for g in generations) / len(generations),
+        "prompt": tokenizer.decode(prompts[0]),
+    }
+
+
+def _accuracy(name: str, error_name: str, right: Sequence[bool]) -> dict[str, float]:
+    p = sum(right) / len(right)
+    return {name: p, error_name: math.sqrt(p * (1 - p) / len(right))}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("flora_jax", "jax", "flax", "transformers", "tokenizers", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}

@@ -1,0 +1,364 @@
+"""Evaluation: answers in texts, log-likelihoods against PyTorch's, results and commands end to end on tiny models."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from flora_jax.adapters import AdapterConfig, init_adapter
+from flora_jax.data.tasks import Example, Message, get_task, lm_eval_request
+from flora_jax.errors import UserError, run_command
+from flora_jax.evaluation.answers import final_label, final_letter, final_number, is_right, same_number
+from flora_jax.evaluation.loglik import choice_loglik, encode_pair
+from flora_jax.evaluation.run import few_shot_messages, few_shot_requests, load_task_data
+from flora_jax.inference.generator import Generator
+from flora_jax.interop.adapter_files import base_fingerprint, load_adapted, save_adapter
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.hf import to_hf_tensors
+from flora_jax.models.llama import init_base
+from flora_jax.models.tokenizer import load_tokenizer
+
+TINY = LlamaConfig.preset("tiny")
+ROOT = Path(__file__).parents[1]
+
+NUMBERS = [
+    ("The answer is 5.", "5"), ("1,234", "1234"), ("It is −1,234.50 $.", "-1234.50"), ("5-3", "3"), ("5 - 3", "3"),
+    ("5 -3", "3"), ("x = -3", "-3"), ("= - 7", "7"), ("costs $12.50.", "12.50"), ("-$5", "-5"), ("$-5", "-5"),
+    ("50%", "50"), ("3/4", "3/4"), ("8/2 = 4", "4"), ("answer2", None), ("H2O", None), ("the 3rd", None),
+    ("1,2", "2"), ("1,2,3", "3"), ("10,000,000 people", "10000000"), (".5", ".5"), ("0.50", "0.50"),
+    ("no digits", None), ("", None), ("COVID-19", "19"), ("2 - -3", "-3"), ("2--3", "-3"), ("(5)-3", "3"),
+    ("5km", "5"), (r"\boxed{42}", "42"), ("#### 72", "72"), ("5 + 3 = 8.", "8"), ("is -5 degrees", "-5"),
+    ("between 3–5", "5"), ("1e3", "1e3"), ("3.14.", "3.14"), ("-0.5", "-0.5"), ("x-3", "3"), ("so\n-5", "-5"),
+    ("$1,080.00", "1080.00"), ("**18**", "18"), ("2*9=18", "18"), ("'7'", "7"), ("on 1/2/2020", "1/2/2020"),
+    ("-.5", "-.5"), ("3,000.", "3000"), ("60 - 12 = 48 apples", "48"), ("loses 100%-5%", "5"),
+]  # fmt: skip
+
+LETTERS = [
+    ("B", "B"), ("(B)", "B"), ("B) 12", "B"), ("B.", "B"), ("The answer is B.", "B"), ("the answer is (C)", "C"),
+    ("Because it is (D)", "D"), ("A train goes. The answer is E", "E"), ("(A) 1 (B) 2 (C) 3 (D) 4 (E) 5", None),
+    ("(A) 1 (B) 2 (C) 3 (D) 4 (E) 5 so it is (B)", "B"), ("(A) 1 (B) 2 (C) 3 (D) 4 (E) 5. The answer is D", "D"),
+    ("answer choice is (b)", "B"), ("Because", None), ("A train left", None), ("The correct option is option C", "C"),
+    ("Not (A), but (B)", "B"), ("The answer is a number", None), ("The answer is A train", None), ("Answer: C", "C"),
+    ("**Answer:** D", "D"), ("The answer is: (E) 12", "E"), ("I choose option B because", "B"), ("", None),
+    ("The answer is (A). No, the answer is (B).", "B"), ("A) 1 B) 2 C) 3 D) 4 E) 5\nThe answer is C) 3", "C"),
+    ("Answer Choices: (A) 5 (B) 6 (C) 7", None), (r"The answer is $\boxed{C}$", "C"), ("answer is C because", "C"),
+]  # fmt: skip
+
+ANSWERS, TRUTH = ("answer1", "answer2", "answer3"), ("true", "false")
+LABELS = [
+    ("the correct answer is answer2", ANSWERS, "answer2"), ("Answer2", ANSWERS, "answer2"),
+    ("answer12", ANSWERS, None), ("answer1 is wrong, so answer2", ANSWERS, "answer2"),
+    ("The correct answer is answer1. Not answer2.", ANSWERS, "answer1"), ("Answer1: cat Answer2: dog", ANSWERS, None),
+    ("Answer1: cat Answer2: dog the correct answer is answer1", ANSWERS, "answer1"), ("untrue", TRUTH, None),
+    ("True.", TRUTH, "true"), ("the correct answer is false", TRUTH, "false"), ("", TRUTH, None),
+    ("the answer is: **true**", TRUTH, "true"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, expected", NUMBERS)
+def test_final_number(text, expected):
+    assert final_number(text) == expected
+
+
+@pytest.mark.parametrize("text, expected", LETTERS)
+def test_final_letter(text, expected):
+    assert final_letter(text) == expected
+
+
+@pytest.mark.parametrize("text, labels, expected", LABELS)
+def test_final_label(text, labels, expected):
+    assert final_label(text, labels) == expected
+
+
+@pytest.mark.parametrize(
+    "found, answer, equal",
+    [("5", "5.0", True), ("1e3", "1,000", True), ("0.3333", "0.333", True), ("5", "6", False), (None, "5", False),
+     ("3/4", "3/4", True), ("3/4", "4", False), ("-5", "5", False)],
+)  # fmt: skip
+def test_same_number(found, answer, equal):
+    assert same_number(found, answer) is equal
+
+
+def test_is_right_by_metric():
+    assert is_right("number", "It is 5.", "5.0") and not is_right("number", "It is 5.", "4")
+    assert is_right("letter", "The answer is (B).", "B") and not is_right("letter", "The answer is (B).", "A")
+    assert is_right("choice", "the correct answer is true", "true", TRUTH)
+    assert is_right("exact", " yes\n", "yes") and not is_right("exact", "yes.", "yes")
+    with pytest.raises(UserError, match="rouge"):
+        is_right("rouge", "a", "a")
+
+
+# ------------------------------------------------------------------------------------------------ log-likelihood
+
+REQUESTS = [
+    [("Question: why?\nAnswer:", c) for c in (" yes", " because it is so", " n")],
+    [("The sky ", "is blue"), ("The sea ", "is blue")],  # contexts of their own, spaces at their end
+    [("", "no context"), ("", "at all")],
+    [("x" * 70, " long context"), ("x" * 70, " y")],
+]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    base = init_base(jax.random.key(0), TINY)
+    base = jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, base)
+    return base, load_tokenizer("random")
+
+
+@pytest.fixture(scope="module")
+def scores(tiny):
+    base, tokenizer = tiny
+    return choice_loglik(TINY, base, None, None, tokenizer, REQUESTS, batch_size=16)
+
+
+def test_loglik_equals_pytorch(tiny, scores):
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig as HFConfig
+    from transformers import LlamaForCausalLM
+
+    base, _ = tiny
+    settings = TINY.to_hf()
+    settings.pop("model_type")
+    model = LlamaForCausalLM(HFConfig(**settings)).eval()
+    state = {name: torch.tensor(np.asarray(value)) for name, value in to_hf_tensors(TINY, base)}
+    model.load_state_dict(state, strict=False)
+    for pairs, found in zip(REQUESTS, scores, strict=True):
+        for (context, continuation), score in zip(pairs, found, strict=True):
+            before = list(context.rstrip().encode()) or [TINY.bos_token_id]
+            after = list((context[len(context.rstrip()) :] + continuation).encode())
+            with torch.no_grad():
+                logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
+            expected = logits.log_softmax(-1)[range(len(after)), after].sum().item()
+            assert score == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", [None, "ffba"])
+def test_loglik_does_not_depend_on_batch(tiny, scores, method):
+    base, tokenizer = tiny
+    adapter_config = method and AdapterConfig(method, 8)
+    adapter = method and jax.tree.map(lambda x: x + 0.05, init_adapter(jax.random.key(1), TINY, adapter_config))
+    score = lambda requests, b: choice_loglik(TINY, base, adapter, adapter_config, tokenizer, requests, b)  # noqa: E731
+    together = score(REQUESTS, 16)
+    for alone in (score(REQUESTS, 1), [score([pairs], 2)[0] for pairs in REQUESTS]):
+        np.testing.assert_allclose(np.concatenate(alone), np.concatenate(together), atol=1e-3)
+    difference = np.abs(np.concatenate(together) - np.concatenate(scores)).max()
+    assert difference > 0.1 if method else difference == 0
+
+
+def test_pairs_are_cut_where_the_context_ends(tiny):
+    _, tokenizer = tiny
+    assert encode_pair(tokenizer, "ab ", "c") == (list(b"ab"), list(b" c"))
+    assert encode_pair(tokenizer, "ab", " c") == (list(b"ab"), list(b" c"))
+    assert encode_pair(tokenizer, "", "c") == ([256], list(b"c"))
+    base, _ = tiny
+    with pytest.raises(UserError, match="has no tokens"):
+        choice_loglik(TINY, base, None, None, tokenizer, [[("a", "")]])
+    with pytest.raises(UserError, match="max_position_embeddings=2048"):
+        choice_loglik(TINY, base, None, None, tokenizer, [[("a" * 3000, " b")]])
+
+
+def _folder(variable, name):
+    folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / name)
+    if not folder.is_dir():
+        pytest.skip(f"{variable} is unset and ../shared/{name} is absent")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ARC-Easy", "piqa", "openbookqa"])
+def test_smollm2_equals_an_independent_harness(name):
+    """First 200 questions, within one example and 0.02 a choice of a PyTorch harness on the same weights."""
+    from flora_jax.data.sources import load_examples
+    from flora_jax.models.loading import load_pretrained
+
+    reference = json.loads((_folder("FLORA_REFERENCE", "reference") / "smollm2_mc_loglik.json").read_text())[name]
+    examples = load_examples(get_task(name), "test", _folder("FLORA_DATA", "data"))[:200]
+    config, base = load_pretrained("smollm2-135m-instruct")
+    tokenizer = load_tokenizer("smollm2-135m-instruct")
+    found = choice_loglik(config, base, None, None, tokenizer, [lm_eval_request(e) for e in examples])
+    for doc, loglik in zip(reference["docs"], found, strict=True):
+        np.testing.assert_allclose(loglik, doc["ll"], atol=0.02)
+    right = sum(int(np.argmax(ll)) == e.gold for ll, e in zip(found, examples, strict=True))
+    norm = [np.argmax(np.divide(ll, [len(c) for c in e.choices])) for ll, e in zip(found, examples, strict=True)]
+    assert abs(right - 200 * reference["acc"]) <= 1
+    right_norm = sum(int(n) == e.gold for n, e in zip(norm, examples, strict=True))
+    assert abs(right_norm - 200 * reference["acc_norm"]) <= 1
+
+
+# ------------------------------------------------------------------------------------------------------- tasks
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+
+    def choice(i):
+        text = f"Please choose the correct answer to the question: Which is {i}?\n\n"
+        text += f"Answer1: {i} Answer2: {i + 1} Answer3: a long one\n\nAnswer format: answer1/answer2/answer3"
+        return {"instruction": text, "input": "", "output": "", "answer": f"answer{1 + i % 3}"}
+
+    def math_problem(i):
+        return {"instruction": f"What is {i} + 1?", "input": "", "output": f"{i + 1}", "answer": str(i + 1)}
+
+    for task, make in (("ARC-Easy", choice), ("gsm8k", math_problem)):
+        (folder / task).mkdir()
+        for split, numbers in (("train", range(10, 15)), ("test", range(6))):
+            (folder / task / f"{split}.json").write_text(json.dumps([make(i) for i in numbers]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny, tmp_path_factory):
+    """A tiny HF checkpoint, and an adapter for it whose base leaves trained too."""
+    base, tokenizer = tiny
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(TINY.to_hf()))
+    save_file({name: np.ascontiguousarray(v) for name, v in to_hf_tensors(TINY, base)}, folder / "model.safetensors")
+    tokenizer.save_pretrained(folder)
+    adapter_config = AdapterConfig("ffba", 8)
+    adapter = jax.tree.map(lambda x: x + 0.1, init_adapter(jax.random.key(1), TINY, adapter_config))
+    trained = {"adapter": adapter, "params": {"final_norm": {"scale": 2 * base["final_norm"]["scale"]}}}
+    save_adapter(folder / "adapter", trained, TINY, adapter_config, str(folder), base_fingerprint(TINY, base))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FLORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def command(name, *arguments):
+    """Exit code of a command run here."""
+    module = __import__(f"flora_jax.{name}", fromlist=["main"])
+    try:
+        run_command(module.main, [name, *map(str, arguments)])
+    except SystemExit as exit:
+        return exit.code
+    return 0
+
+
+def test_few_shot_prompts(data_dir):
+    [data] = load_task_data(["ARC-Easy"], data_dir, num_fewshot=2, seed=3)
+    context, continuation = few_shot_requests(data.examples[0], data.shots)[1]
+    shown = [int(shot.question.removeprefix("Which is ").rstrip("?")) for shot in data.shots]
+    texts = [shot.choices[shot.gold] for shot in data.shots]
+    assert context == "".join(
+        f"Question: Which is {i}?\nAnswer: {text}\n\n" for i, text in zip(shown, texts, strict=True)
+    ) + "Question: Which is 0?\nAnswer:"
+    assert continuation == " 1"
+    assert load_task_data(["ARC-Easy"], data_dir, num_fewshot=2, seed=3)[0].shots == data.shots
+    assert load_task_data(["ARC-Easy"], data_dir, num_fewshot=2, seed=4)[0].shots != data.shots
+
+    shot = Example((Message("user", "1 + 1?"), Message("assistant", "2")))
+    asked = Example((Message("user", "2 + 2?"), Message("assistant", "4")))
+    assert few_shot_messages(asked, [shot], "plain") == [Message("user", "1 + 1? 2\n\n2 + 2?")]
+    chat = few_shot_messages(asked, [shot], "chat")
+    assert [m.content for m in chat] == ["1 + 1?", "2", "2 + 2?"]
+    assert few_shot_messages(asked, [], "plain") == [Message("user", "2 + 2?")]
+
+
+def test_evaluate_command(checkpoint, data_dir, tiny, tmp_path, capsys):
+    base, tokenizer = tiny
+    out = tmp_path / "new" / "result.json"
+    arguments = ["--model", checkpoint, "--tasks", "ARC-Easy", "--data_dir", data_dir, "--limit", 5]
+    assert command("evaluate", *arguments, "--out", out) == 0
+    result = json.loads(out.read_text())
+    scores = result["tasks"]["ARC-Easy"]
+    [data] = load_task_data(["ARC-Easy"], data_dir, limit=5)
+    loglik = choice_loglik(TINY, base, None, None, tokenizer, [lm_eval_request(e) for e in data.examples])
+    right = [int(np.argmax(ll)) == e.gold for ll, e in zip(loglik, data.examples, strict=True)]
+    norm = [
+        int(np.argmax([v / len(c) for v, c in zip(ll, e.choices, strict=True)])) == e.gold
+        for ll, e in zip(loglik, data.examples, strict=True)
+    ]
+    p = sum(right) / 5
+    assert scores["n"] == 5 and scores["accuracy"] == p and scores["accuracy_norm"] == sum(norm) / 5
+    assert scores["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 5))
+    assert scores["prompt"] == "Question: Which is 0?\nAnswer: 0"
+    assert result["schema_version"] == 1 and result["protocol"] == "lm_eval" and result["adapter"] is None
+    assert {"seed", "versions", "dtype", "mask", "base_fingerprint"} <= result.keys()
+    assert os.listdir(out.parent) == ["result.json"]
+
+    assert command("evaluate", *arguments, "--adapter", checkpoint / "adapter", "--out", out) == 0
+    adapted = json.loads(out.read_text())
+    assert adapted["adapter_config"]["method"] == "ffba"
+    assert "ARC-Easy" in capsys.readouterr().out
+
+
+def test_llm_adapters_protocol_and_math(checkpoint, data_dir, tmp_path, monkeypatch):
+    """The answers are put into the generator's mouth; what is checked is that they are asked for, read and counted."""
+    from flora_jax.evaluation import run
+    from flora_jax.inference.generator import Generation
+
+    asked = []
+
+    def generate(self, prompts, max_new_tokens):
+        asked.append([self.tokenizer.decode(p) for p in prompts])
+        replies = ["the correct answer is answer1", "It is 2.", "the correct answer is answer3\n\n7", "", "5", "no"]
+        return [Generation(reply, [1], True) for reply in replies[: len(prompts)]]
+
+    monkeypatch.setattr(Generator, "generate", generate)
+    arguments = ["--model", checkpoint, "--tasks", "ARC-Easy,gsm8k", "--data_dir", data_dir]
+    out = tmp_path / "result.json"
+    assert command("evaluate", *arguments, "--protocol", "llm_adapters", "--prompt_style", "chat", "--out", out) == 0
+    tasks = json.loads(out.read_text())["tasks"]
+    assert tasks["ARC-Easy"]["accuracy"] == 2 / 6 and "accuracy_norm" not in tasks["ARC-Easy"]
+    assert tasks["gsm8k"]["accuracy"] == 2 / 6  # "It is 2." to 1 + 1, "5" to 4 + 1
+    assert tasks["gsm8k"]["decode"] == {"temperature": 0.0, "max_new_tokens": 256, "stop_text": None}
+    assert asked[1][0].endswith("What is 0 + 1?<|im_end|>\n<|im_start|>assistant\n")
+    assert command("evaluate", *arguments, "--protocol", "llm_adapters", "--num_fewshot", 2, "--out", out) == 0
+    assert asked[3][0].count("What is") == 3 and asked[3][0].endswith("\n\nWhat is 0 + 1?")
+    assert json.loads(out.read_text())["tasks"]["ARC-Easy"]["decode"]["stop_text"] == run._SHOT_BREAK
+
+
+def test_generate_command(checkpoint, tiny, capsys):
+    base, tokenizer = tiny
+    adapted = load_adapted(str(checkpoint), checkpoint / "adapter")
+    np.testing.assert_array_equal(adapted.base["final_norm"]["scale"], 2 * base["final_norm"]["scale"])
+    np.testing.assert_array_equal(adapted.base["embed_tokens"]["embedding"], base["embed_tokens"]["embedding"])
+
+    prompt, chat = "ab", "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
+    bare = Generator(TINY, base, None, None, tokenizer, max_length=128, batch_size=1)
+    with_adapter = Generator(TINY, adapted.base, {"a": adapted.adapter}, adapted.adapter_config, tokenizer, 128, 1)
+    expected = [g.generate([p], 16)[0] for g, p in ((bare, prompt), (bare, chat), (with_adapter, prompt))]
+    assert len({tuple(g.tokens) for g in expected}) == 3
+    for generation, flags in zip(expected, [[], ["--chat"], ["--adapter", checkpoint / "adapter"]], strict=True):
+        assert command("generate", "--model", checkpoint, "--prompt", prompt, "--max_new_tokens", 16, *flags) == 0
+        assert capsys.readouterr().out == generation.text + "\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--tasks", "ARC-Esy"], "ARC-Easy"),
+        (["--tasks", "piqa"], "piqa"),
+        (["--tasks", "ARC-Easy,ARC-Easy"], "twice"),
+        (["--tasks", ","], "tasks is empty"),
+        (["--tasks", "ARC-Easy", "--limit", "0"], "limit=0"),
+        (["--tasks", "ARC-Easy", "--num_fewshot", "-1"], "num_fewshot=-1"),
+        (["--tasks", "ARC-Easy", "--num_fewshot", "9"], "5 examples"),
+        (["--tasks", "ARC-Easy", "--batch_size", "0"], "batch_size"),
+        (["--tasks", "ARC-Easy", "--prompt_style", "chat"], "llm_adapters"),
+        (["--tasks", "ARC-Easy", "--protocol", "x"], "protocol"),
+        (["--tasks", "ARC-Easy", "--adapter", "missing"], "missing"),
+        (["--tasks", "ARC-Easy"], "nowhere"),
+    ],
+)
+def test_bad_input_exits_with_2_before_a_model_is_loaded(data_dir, capsys, arguments, words):
+    assert command("evaluate", "--model", "./nowhere", "--data_dir", data_dir, *arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+
+
+def test_commands_explain_themselves():
+    done = subprocess.run([sys.executable, "-m", "flora_jax.generate", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--max_new_tokens" in done.stdout
+    done = subprocess.run([sys.executable, "-m", "flora_jax.generate"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--model" in done.stderr
