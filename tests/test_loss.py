@@ -51,9 +51,9 @@ def assert_same(found, expected, tolerance=2e-6):
         assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1e-30)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-    shape=st.sampled_from([(1, 1), (2, 7), (3, 12)]), chunk=st.sampled_from([1, 5, 12, 40]),
+    shape=st.sampled_from([(1, 1), (2, 7), (3, 12)]), chunk=st.sampled_from([1, 5, 40]),
     counted=st.sampled_from([0.0, 0.2, 0.9]), seed=st.integers(0, 99), zero_row=st.booleans(),
 )  # fmt: skip
 def test_value_and_gradients_are_optaxs(shape, chunk, counted, seed, zero_row):
@@ -66,10 +66,11 @@ def test_value_and_gradients_are_optaxs(shape, chunk, counted, seed, zero_row):
 
 
 def test_gradient_scales_with_its_cotangent():
-    *arguments, chunk = *draw(0, 2, 7), 5
-    scaled = jax.grad(lambda h, U: -2.5 * chunked_cross_entropy(h, U, *arguments[2:], chunk), argnums=(0, 1))
+    arguments = draw(0, 2, 7)
+    scaled = jax.grad(lambda *arguments: -2.5 * chunked_cross_entropy(*arguments, 5), argnums=(0, 1))
     _, gradients = expected_parts(*arguments)
-    assert_same(scaled(*arguments[:2]), jax.tree.map(lambda g: -2.5 * g, gradients))
+    found = jax.jit(scaled, compiler_options=FAST_COMPILE)(*arguments)
+    assert_same(found, jax.tree.map(lambda g: np.asarray(-2.5 * g), gradients))
 
 
 def test_huge_logits_stay_finite():
@@ -94,14 +95,14 @@ def test_bfloat16_hidden():
 
 def test_loss_of_uniform_logits():
     _, unembedding, targets, weights = draw(3, 2, 7)
-    loss = chunked_cross_entropy(np.zeros((2, 7, D), np.float32), unembedding, targets, weights, 4)
+    loss, _ = parts(np.zeros((2, 7, D), np.float32), unembedding, targets, weights, 5)
     assert loss == pytest.approx(weights.sum() * math.log(V), rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The compiled program. B · T · V = 4848 > V · D = B · chunk · V = 808.
+# The compiled program. B · T · V = 4848, V · D = 808, B · chunk · V = 606.
 
-B, T, CHUNK = 2, 24, 4
+B, T, CHUNK = 2, 24, 3
 
 
 def program(function, *arguments):

@@ -51,7 +51,7 @@ def _softmax_parts(h: Array, U: Array, y: Array) -> tuple[Array, Array, Array]:
 
 
 def _forward(hidden, unembedding, targets, weights, chunk):
-    U = unembedding.astype(hidden.dtype)
+    U = jnp.asarray(unembedding, hidden.dtype)
     order, cut = _cut(hidden, targets, weights, chunk)
 
     def score(h, y, w):
@@ -76,7 +76,7 @@ def _forward(hidden, unembedding, targets, weights, chunk):
 
 def _backward(chunk, residuals, cotangent):
     gradient, hidden, unembedding, targets, weights = residuals
-    U = unembedding.astype(hidden.dtype)
+    U = jnp.asarray(unembedding, hidden.dtype)
     _, cut = _cut(hidden, targets, weights, chunk)
 
     def body(total, xs):
