@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,8 +27,8 @@ def trains(config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> d
             raise UserError(f"config.train.trainable={config.train.trainable!r}: fft trains every leaf already")
         rules = [(r"params/.*", True)]
     else:
-        rules += [(r"adapter/.*", True), (r"params/.*", False)]
-    return decide(rules, list(paths(variables)), "config.train.trainable")
+        rules.append((r"adapter/.*", True))
+    return decide(rules, list(paths(variables)), "config.train.trainable", default=False)
 
 
 def make_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
@@ -61,7 +62,7 @@ def make_optimizer(
     ]
     if optim.rate_rules:
         rules = [_rate_rule(rule) for rule in names(optim.rate_rules)]
-        factors = tree(decide([*rules, (r".*", 1.0)], leaves, "config.optim.rate_rules"))
+        factors = tree(decide(rules, leaves, "config.optim.rate_rules", default=1.0))
         chain.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors)))
     return optax.chain(*chain, optax.scale_by_learning_rate(make_schedule(config)))
 
@@ -72,6 +73,6 @@ def _rate_rule(rule: str) -> tuple[str, float]:
         value = float(factor)
     except ValueError:
         value = -1.0
-    if not pattern or not value >= 0:
+    if not pattern or not 0 <= value < math.inf:
         raise UserError(f"config.optim.rate_rules: {rule!r} is not PATH_RULE=FACTOR with a factor of at least 0")
     return pattern, value

@@ -83,12 +83,12 @@ def make_train_step(
             start = (zero, zero, jax.tree.map(jnp.zeros_like, state.trainable))
             (loss, count, grads), _ = jax.lax.scan(body, start, (micros, jnp.arange(accumulation)))
         # A batch without a counted token has zero gradients; dividing by one keeps them so.
-        count = jnp.maximum(count, 1.0)
-        grads = jax.tree.map(lambda g: g / count, grads)
+        divisor = jnp.where(count > 0, count, 1.0)
+        grads = jax.tree.map(lambda g: g / divisor, grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": loss / count, "tokens": count, "gradient_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss / divisor, "tokens": count, "gradient_norm": optax.global_norm(grads)}
         return state.replace(step=state.step + 1, trainable=trainable, optimizer=opt_state), metrics
 
     return train_step
