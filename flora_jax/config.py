@@ -31,6 +31,10 @@ LEARNING_RATES: dict[str, float] = {
     "ffba_qd_add": 3e-4,
     "zflora": 3e-4,
 }
+# What a model preset changes in the base configuration: the Llamas are for GPUs, where bfloat16 is native and
+# recomputing what is not a product costs little beside the memory it saves.
+_GPU = {"model.param_dtype": "bfloat16", "model.dtype": "bfloat16", "model.remat": "dots"}
+PRESET_SETTINGS: dict[str, dict[str, Any]] = {"llama3.2-1b": _GPU, "llama3.2-3b": _GPU, "llama3.1-8b": _GPU}
 DTYPES = ("float32", "bfloat16")
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
@@ -65,7 +69,7 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config.adapter.dropout = 0.0  # on the adapter's input
 
     config.data = ml_collections.ConfigDict()
-    config.data.tasks = "chain_sum"  # comma-separated names, or paths ending in .jsonl
+    config.data.tasks = "ARC-Easy,ARC-Challenge,openbookqa,boolq"  # comma-separated names, or paths ending in .jsonl
     config.data.dir = placeholder(str)  # folder that holds one folder a task; generated tasks need none
     config.data.cache_dir = placeholder(str)  # prepared data; unset: $FLORA_CACHE or ~/.cache/flora_jax
     config.data.max_length = 512  # positions of a row
@@ -117,6 +121,10 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config.distributed.coordinator = placeholder(str)  # host:port of process 0; unset: one process
     config.distributed.processes = 1
     config.distributed.process_id = 0
+
+    for field, value in PRESET_SETTINGS.get(preset, {}).items():
+        section, name = field.split(".")
+        config[section][name] = value
     return config
 
 
@@ -197,6 +205,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     check("distributed.process_id", 0 <= config.distributed.process_id < processes, f"must be in 0 … {processes - 1}")
     check("distributed.coordinator", processes == 1 or bool(config.distributed.coordinator),
           "must be host:port of process 0 when distributed.processes > 1")  # fmt: skip
+    check("eval.tasks", processes == 1 or not config.eval.tasks,
+          "needs distributed.processes=1; score the adapter with flora_jax.evaluate instead")  # fmt: skip
     data_dir = config.data.dir
     check("data.dir", data_dir is None or Path(data_dir).is_dir(), "is not a directory")
 

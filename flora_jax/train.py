@@ -17,9 +17,9 @@ from ml_collections import config_flags
 
 from flora_jax.config import check_config, generator_settings, names, weights_source
 from flora_jax.errors import UserError, run_command
-from flora_jax.evaluation.run import evaluate_tasks
+from flora_jax.evaluation.run import evaluate_tasks, load_task_data
 from flora_jax.interop.adapter_files import save_adapter
-from flora_jax.training.loop import Result, Stopped, train
+from flora_jax.training.loop import Stopped, train
 from flora_jax.training.report import say
 from flora_jax.training.workdir import write_json
 
@@ -34,25 +34,28 @@ flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=
 
 def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Trains, writes `adapter/` and `eval.json`, and returns the latter's contents. Raises as `train` does."""
+    check_config(config)
     workdir = Path(workdir)
+    style = "plain" if config.eval.protocol == "lm_eval" else config.data.prompt_style
+    tasks = names(config.eval.tasks) and load_task_data(
+        names(config.eval.tasks), config.data.dir, protocol=config.eval.protocol, prompt_style=style,
+        limit=config.eval.limit, generator=generator_settings(config), cache_dir=config.data.cache_dir)  # fmt: skip
     result = train(config, workdir)
-    summary = dict(result.summary)
-    if jax.process_index() == 0:
-        save_adapter(
-            workdir / "adapter", result.trained, result.run.model_config, result.run.adapter_config,
-            base_model=weights_source(config), fingerprint=result.run.fingerprint)  # fmt: skip
-        summary["tasks"] = score(result)
-        write_json(workdir / "eval.json", summary)
-        say(f"step {summary['step']} is the best; its adapter is in {workdir / 'adapter'}")
+    prepared, summary = result.run, dict(result.summary)
+    if jax.process_index() != 0:
+        return summary
+    save_adapter(
+        workdir / "adapter", result.trained, prepared.model_config, prepared.adapter_config,
+        base_model=weights_source(config), fingerprint=prepared.fingerprint)  # fmt: skip
+    if tasks:
+        scores = evaluate_tasks(
+            tasks, prepared.model_config, result.base, prepared.tokenizer,
+            adapter=result.trained["adapter"] or None, adapter_config=prepared.adapter_config,
+            protocol=config.eval.protocol, prompt_style=style, batch_size=config.eval.batch_size)  # fmt: skip
+        summary["evaluation"] = scores
+    write_json(workdir / "eval.json", summary)
+    say(f"step {summary['step']} is the best; its adapter is in {workdir / 'adapter'}")
     return summary
-
-
-def score(result: Result) -> dict[str, Any]:
-    """The scores of the tasks in `config.eval.tasks` with the trained adapter."""
-    config = result.run.config
-    if not names(config.eval.tasks):
-        return {}
-    return evaluate_tasks(result, generator_settings(config))
 
 
 def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:

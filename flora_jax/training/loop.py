@@ -70,10 +70,10 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a finished run gives: the trained leaves of its best (or last) step, on the host's devices whole.
+    """What a finished run gives: the leaves of its best step (its last, where nothing was validated).
 
-    trained: `{"adapter": tree, "params": tree}`, base leaves only where they trained. base: the base parameters with
-    those in place. summary: what `eval.json` begins with.
+    trained: `{"adapter": tree, "params": tree}` of numpy arrays, base leaves only where they trained. base: the base
+    parameters with those in place. summary: what `eval.json` begins with.
     """
 
     run: Run
@@ -304,11 +304,10 @@ def _result(run: Run, workdir: Path, validated: dict[int, float]) -> Result:
         checkpoints = Checkpoints(workdir / "checkpoints", run.config.train.keep)
         state = checkpoints.restore(best, state)
         checkpoints.close()
-    everywhere = NamedSharding(run.mesh, P())
-    whole = jax.jit(lambda tree: tree, out_shardings=everywhere)
-    trained = whole(state.trainable)
-    frozen = paths(run.frozen.get("params", {}))
-    base = tree({**frozen, **paths(trained.get("params", {}))})
+    # Leaf by leaf onto the host: a whole copy on each device may not fit.
+    whole = jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(run.mesh, P()))
+    trained = jax.tree.map(lambda leaf: np.asarray(whole(leaf)), state.trainable)
+    base = tree({**paths(run.frozen.get("params", {})), **paths(trained.get("params", {}))})
     summary = {
         "schema_version": SCHEMA_VERSION,
         "step": best,

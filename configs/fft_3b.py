@@ -1,0 +1,16 @@
+"""Full fine-tuning, the reference; on Llama-3.2-3B-Instruct.
+
+    python -m flora_jax.train --config configs/fft_3b.py --workdir runs/fft_3b --config.data.dir=DIR
+
+Trains every parameter, in float32 with float32 moments: about 16 bytes a parameter. The rate is the method's own,
+found on SmolLM2-135M; on this model it is a starting point.
+"""
+
+from flora_jax.config import get_config as base_config
+
+
+def get_config():
+    config = base_config("llama3.2-3b", "fft")
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    return config

@@ -1,0 +1,201 @@
+"""Training speed and memory beside PEFT's LoRA (transformers, torch): same weights, batch, length and optimizer.
+
+    python -m experiments.train_throughput --out experiments/results/train_throughput
+
+Steps of PEFT and of each of our methods alternate in one process, and ratios are taken round by round, so that what
+slows the machine for a while slows all of them. Peak memory is taken in a process of its own for each. Needs the
+extra `test` (torch, peft).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MODEL = "smollm2-135m-instruct"
+# Equal budgets of about 5.5 M parameters.
+RANKS = {"lora": 18, "ffba": 32, "ffba_qg_add": 32, "fpa": 80}
+
+
+def make_batch(rows: int, length: int, vocab: int, answers: float) -> dict[str, np.ndarray]:
+    """Random tokens; the last `answers` of each row's targets count in the loss."""
+    tokens = np.random.default_rng(0).integers(0, vocab, (rows, length + 1), dtype=np.int32)
+    weights = np.zeros((rows, length), np.float32)
+    weights[:, length - round(answers * length) :] = 1
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": weights,
+        "segment_ids": np.ones((rows, length), np.int32),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)),
+    }
+
+
+def jax_stepper(method: str, weights: tuple[Any, Any] | None = None) -> Callable[[dict[str, np.ndarray]], float]:
+    """A function that does one optimizer step of ours and returns the loss."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from flora_jax.adapters import AdapterConfig, init_adapter
+    from flora_jax.models.llama import Llama
+    from flora_jax.models.loading import load_pretrained
+    from flora_jax.training.step import TrainState, make_train_step
+
+    config, base = weights or load_pretrained(MODEL)
+    adapter_config = AdapterConfig(method, RANKS[method])
+    trainable = {"adapter": init_adapter(jax.random.key(0), config, adapter_config)}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key(1))
+    step = jax.jit(make_train_step(Llama(config, adapter_config), optimizer), donate_argnums=0)
+    frozen = {"params": base}
+
+    def one(batch: dict[str, np.ndarray]) -> float:
+        nonlocal state
+        state, metrics = step(state, frozen, batch)
+        return float(metrics["loss"])
+
+    return one
+
+
+def peft_stepper(weights: tuple[Any, Any] | None = None) -> Callable[[dict[str, np.ndarray]], float]:
+    """The same step by transformers + PEFT's LoRA on all seven projections, eager torch."""
+    import peft
+    import torch
+    import transformers
+
+    from flora_jax.models.hf import to_hf_tensors
+    from flora_jax.models.loading import load_pretrained
+
+    config, base = weights or load_pretrained(MODEL)
+    hf = {k: v for k, v in config.to_hf().items() if k not in ("model_type", "architectures")}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf))
+    state = {name: torch.tensor(value) for name, value in to_hf_tensors(config, base)}
+    model.load_state_dict(state, strict=False)
+    del state, base
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    rank = RANKS["lora"]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=projections))
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def one(batch: dict[str, np.ndarray]) -> float:
+        targets = np.where(batch["loss_weights"] > 0, batch["targets"], -100)
+        # transformers shifts labels itself.
+        labels = np.concatenate([np.full((len(targets), 1), -100), targets], axis=1)[:, :-1]
+        out = model(input_ids=torch.tensor(batch["tokens"], dtype=torch.long), labels=torch.tensor(labels))
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return out.loss.item()
+
+    return one
+
+
+def measure_memory(name: str, batch: dict[str, np.ndarray]) -> dict[str, float]:
+    """Run alone in this process: peak resident memory (GB) of two steps, seconds from start to the first one done."""
+    start = time.perf_counter()
+    step = peft_stepper() if name == "peft" else jax_stepper(name)
+    step(batch)
+    first = time.perf_counter() - start
+    step(batch)
+    # VmHWM, since getrusage's peak is inherited from the process that started this one.
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return {"peak_gb": int(peak) / 1e6, "first_step_s": first}
+
+
+def compare(rows: int, length: int, rounds: int, answers: float) -> dict[str, Any]:
+    """Interleaved steps; tokens/s of each, and its ratio to PEFT's round by round."""
+    from tqdm import tqdm
+
+    from flora_jax.models.loading import load_pretrained
+
+    weights = load_pretrained(MODEL)
+    batch = make_batch(rows, length, weights[0].vocab_size, answers)
+    steppers = {"peft lora": peft_stepper(weights), **{m: jax_stepper(m, weights) for m in RANKS}}
+    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    for step in steppers.values():
+        step(batch), step(batch)
+    for _ in tqdm(range(rounds), unit="round", disable=not sys.stderr.isatty()):
+        for name, step in steppers.items():
+            start = time.perf_counter()
+            step(batch)
+            seconds[name].append(time.perf_counter() - start)
+    peer = seconds["peft lora"]
+    result = {}
+    for name, times in seconds.items():
+        ratios = sorted(p / t for p, t in zip(peer, times, strict=True))
+        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        result[name] = {
+            "tokens_per_second": rows * length / statistics.median(times),
+            "ratio": statistics.median(ratios),
+            "ratio_quartiles": [quartiles[0], quartiles[2]],
+        }
+    return result
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.train_throughput", description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--answers", type=float, default=0.1, help="share of counted targets in the second comparison")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)  # one name, measured in this process
+    args = parser.parse_args(argv[1:])
+    if args.memory:
+        print(json.dumps(measure_memory(args.memory, make_batch(args.rows, args.length, 49152, 1.0))))
+        return
+
+    result: dict[str, Any] = {"model": MODEL, "rows": args.rows, "length": args.length, "rounds": args.rounds}
+    for loss, answers in (("all tokens", 1.0), ("answers alone", args.answers)):
+        result[loss] = compare(args.rows, args.length, args.rounds, answers)
+    names = ["peft", *RANKS]
+    sizes = ["--rows", str(args.rows), "--length", str(args.length)]
+    result["alone"] = {
+        name: json.loads(
+            subprocess.run(
+                [sys.executable, "-m", "experiments.train_throughput", "--memory", name, *sizes],
+                check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        for name in names
+    }  # fmt: skip
+
+    from experiments.report import header, provenance
+
+    result["provenance"] = about = provenance("torch", "transformers", "peft")
+    lines = [header("Training speed beside PEFT", about)]
+    lines.append(f"{MODEL}, float32, {args.rows} rows of {args.length} tokens, about 5.5 M trained parameters each, "
+                 f"{args.rounds} interleaved rounds; ratio: PEFT's time over ours, median [quartiles].\n")  # fmt: skip
+    lines.append("| | rank | all tokens in the loss | ratio | answers alone | ratio | peak GB | first step s |")
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for name, alone in zip(["peft lora", *RANKS], names, strict=True):
+        cells = [name, str(RANKS.get(name, RANKS["lora"]))]
+        for loss in ("all tokens", "answers alone"):
+            r = result[loss][name]
+            low, high = r["ratio_quartiles"]
+            cells += [f"{r['tokens_per_second']:.0f} tokens/s", f"{r['ratio']:.2f} [{low:.2f}, {high:.2f}]"]
+        cells += [f"{result['alone'][alone]['peak_gb']:.2f}", f"{result['alone'][alone]['first_step_s']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+        args.out.with_suffix(".md").write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv)
