@@ -175,6 +175,7 @@ def test_damaged_or_foreign_directories_are_refused(tmp_path):
     refused(tmp_path / "empty", "adapter_config.json is missing")
     save()
     refused(path, "another base", "abc", "xyz", "'src'", fingerprint="xyz")
+    load_adapter(path, TINY, "bf16:xyz")  # another recipe: nothing to compare
     deeper = dataclasses.replace(TINY, num_hidden_layers=3)
     refused(path, "adapter/layers/attention/o/o_B", "(3, 24, 96)", "(2, 24, 96)", config=deeper)
 

@@ -101,7 +101,7 @@ REQUESTS = [
     [("Question: why?\nAnswer:", c) for c in (" yes", " because it is so", " n")],
     [("The sky ", "is blue"), ("The sea ", "is blue")],  # contexts of their own, spaces at their end
     [("", "no context"), ("", "at all")],
-    [("x" * 70, " long context"), ("x" * 70, " y")],
+    [("x" * 40, " long context"), ("x" * 40, " y")],
 ]
 
 
@@ -146,8 +146,7 @@ def test_loglik_does_not_depend_on_batch(tiny, scores, method):
     adapter = method and jax.tree.map(lambda x: x + 0.05, init_adapter(jax.random.key(1), TINY, adapter_config))
     score = lambda requests, b: choice_loglik(TINY, base, adapter, adapter_config, tokenizer, requests, b)  # noqa: E731
     together = score(REQUESTS, 16)
-    for alone in (score(REQUESTS, 1), [score([pairs], 2)[0] for pairs in REQUESTS]):
-        np.testing.assert_allclose(np.concatenate(alone), np.concatenate(together), atol=1e-3)
+    np.testing.assert_allclose(np.concatenate(score(REQUESTS, 1)), np.concatenate(together), atol=1e-3)
     difference = np.abs(np.concatenate(together) - np.concatenate(scores)).max()
     assert difference > 0.1 if method else difference == 0
 
@@ -230,8 +229,10 @@ def checkpoint(tiny, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("FLORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def cache(request, tmp_path_factory, monkeypatch):
+    """Prepared data goes to a temporary place; slow tests keep the cache that holds real weights."""
+    if "slow" not in request.keywords:
+        monkeypatch.setenv("FLORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def command(name, *arguments):
@@ -316,6 +317,17 @@ def test_llm_adapters_protocol_and_math(checkpoint, data_dir, tmp_path, monkeypa
     assert command("evaluate", *arguments, "--protocol", "llm_adapters", "--num_fewshot", 2, "--out", out) == 0
     assert asked[3][0].count("What is") == 3 and asked[3][0].endswith("\n\nWhat is 0 + 1?")
     assert json.loads(out.read_text())["tasks"]["ARC-Easy"]["decode"]["stop_text"] == run._SHOT_BREAK
+
+
+def test_adapter_of_another_base_is_refused(checkpoint, tiny, tmp_path, capsys):
+    base, _ = tiny
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    other = {name: np.ascontiguousarray(v) for name, v in to_hf_tensors(TINY, jax.tree.map(lambda x: 1.1 * x, base))}
+    save_file(other, tmp_path / "model.safetensors")
+    assert command("generate", "--model", tmp_path, "--prompt", "a", "--adapter", checkpoint / "adapter") == 2
+    error = capsys.readouterr().err
+    assert "another base" in error and str(checkpoint) in error
 
 
 def test_generate_command(checkpoint, tiny, capsys):

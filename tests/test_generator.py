@@ -36,7 +36,7 @@ def random_adapter(config, adapter_config, seed):
 
 @pytest.fixture(scope="module")
 def tiny():
-    config = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=())
+    config = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=(), num_hidden_layers=1)
     return config, spread(init_base(jax.random.key(0), config))
 
 
@@ -63,19 +63,19 @@ def naive(config, base, prompt, n, adapter=None, adapter_config=None):
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_greedy_equals_transformers(tied, prompts):
+def test_greedy_equals_transformers(prompts):
+    """Two layers and an unembedding of its own; the other tests have tied ones."""
     torch = pytest.importorskip("torch")
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM
 
-    config = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=(), tie_word_embeddings=tied)
+    config = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=(), tie_word_embeddings=False)
     base = spread(init_base(jax.random.key(1), config))
     settings = config.to_hf()
     settings.pop("model_type")
     hf = LlamaForCausalLM(HFConfig(**settings)).eval()
     state = {name: torch.tensor(np.asarray(value)) for name, value in to_hf_tensors(config, base)}
-    hf.load_state_dict(state, strict=not tied)
+    hf.load_state_dict(state, strict=True)
     ours = Generator(config, base, batch_size=8, max_length=128).generate(prompts, 24)
     for prompt, generation in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
@@ -90,10 +90,11 @@ def test_greedy_equals_transformers(tied, prompts):
     assert len({tuple(g.tokens) for g in ours}) == len(ours)  # the model tells the prompts apart
 
 
-@pytest.mark.parametrize("method", ["ffba_qg_add", "zflora"])
-def test_rows_equal_whole_forward_passes_with_an_adapter(tiny, prompts, method):
-    config, base = tiny
-    adapter_config = AdapterConfig(method, rank=8)
+def test_rows_equal_whole_forward_passes_with_an_adapter(prompts):
+    """zflora's channels cross layers, so it has two of them."""
+    config = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=())
+    base = spread(init_base(jax.random.key(0), config))
+    adapter_config = AdapterConfig("zflora", rank=8)
     adapter = random_adapter(config, adapter_config, 3)
     generator = Generator(config, base, {"a": adapter}, adapter_config, max_length=64, batch_size=8)
     found = [g.tokens for g in generator.generate(prompts[:3], 6)]
@@ -159,7 +160,7 @@ def test_decode_holds_no_weights_and_no_second_cache(tiny):
     """The compiled loop: weights come as arguments, and the cache is updated in the memory it came in."""
     config, base = tiny
     variables = generator_module.unstack_layers({"params": base}, None)
-    cache = generator_module.KVCache.empty(config, 4, 256)
+    cache = generator_module.KVCache.empty(config, 4, 1024)
     keys = jax.random.split(jax.random.key(0), 4)
     compiled = generator_module.decode.lower(
         Llama(config, None), variables, jnp.zeros((4, config.vocab_size)), cache, jnp.zeros(4, bool), jnp.int32(9),
@@ -176,10 +177,10 @@ def test_decode_holds_no_weights_and_no_second_cache(tiny):
 def test_text_prompts_and_ids_agree(tiny):
     config, base = tiny
     tokenizer = load_tokenizer("random")
-    generator = Generator(config, base, tokenizer=tokenizer, max_length=64, batch_size=2)
+    generator = Generator(config, base, tokenizer=tokenizer, max_length=64, batch_size=8)
     text, ids = "ab: éa", list("ab: éa".encode())
-    assert generator.generate([text], 8) == generator.generate([ids], 8)
-    [generation] = generator.generate([text], 8)
+    assert generator.generate([text], 12) == generator.generate([ids], 12)
+    [generation] = generator.generate([text], 12)
     assert generation.text == tokenizer.decode(generation.tokens, skip_special_tokens=True)
     # 257 is the byte tokenizer's end of text, which this model's configuration does not name.
     assert 257 not in generation.tokens

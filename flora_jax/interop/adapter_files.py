@@ -65,13 +65,13 @@ _PEFT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def base_fingerprint(config: LlamaConfig, base: Tree) -> str:
     """A short hash that tells bases apart: sizes, and up to 1024 evenly spread values of each leaf, rounded to bfloat16
-    so that the same checkpoint loaded in another dtype is the same base."""
+    so that the same checkpoint loaded in another dtype is the same base. The part before ":" names the recipe."""
     digest = hashlib.sha256(json.dumps(config.to_hf(), sort_keys=True).encode())
     for path, leaf in sorted(flatten_dict(base, sep="/").items()):
         stride = max(1, leaf.size // 1024)
         values = np.asarray(leaf.reshape(-1)[::stride][:1024]).astype(ml_dtypes.bfloat16)
         digest.update(f"{path} {leaf.shape}".encode() + values.tobytes())
-    return digest.hexdigest()[:32]
+    return f"bf16:{digest.hexdigest()[:32]}"
 
 
 def save_adapter(
@@ -111,8 +111,9 @@ def load_adapter(
     """`(adapter_config, trained)` from a directory of `save_adapter`, or from anybody's PEFT LoRA of a Llama.
 
     trained: {"adapter": tree, "params": tree}, numpy float32. `fingerprint`, where given, is compared with the stored
-    one (a PEFT directory of others has none). Raises UserError, with one line, for a directory that is missing,
-    damaged, of another format or base, or that does not fit `config`, and for PEFT features that are not ours.
+    one if that is of the same recipe (a PEFT directory of others has none). Raises UserError, with one line, for a
+    directory that is missing, damaged, of another format or base, or that does not fit `config`, and for PEFT features
+    that are not ours.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -126,7 +127,7 @@ def load_adapter(
     if about and about.get("format_version") != FORMAT_VERSION:
         version = about.get("format_version")
         raise UserError(f"{directory / name}: format_version={version!r} is unknown; {FORMAT_VERSION} is what is read")
-    if fingerprint is not None and about.get("fingerprint", fingerprint) != fingerprint:
+    if fingerprint is not None and _another_base(about.get("fingerprint", fingerprint), fingerprint):
         base_model = stored.get("base_model_name_or_path")
         raise UserError(
             f"{directory}: the adapter was trained on another base, {base_model!r} with fingerprint "
@@ -175,6 +176,12 @@ def load_adapted(source: str, directory: str | os.PathLike | None, dtype: Any = 
         leaves[path] = jnp.asarray(value, leaves[path].dtype)
     adapter = jax.tree.map(jnp.asarray, trained["adapter"])
     return Adapted(config, unflatten_dict(leaves, sep="/"), tokenizer, fingerprint, adapter_config, adapter)
+
+
+def _another_base(stored: str, fingerprint: str) -> bool:
+    """Whether two fingerprints differ; those of two recipes ("bf16:…" and a bare hash) say nothing of each other."""
+    recipe = lambda text: text.rpartition(":")[0]  # noqa: E731
+    return stored != fingerprint and recipe(stored) == recipe(fingerprint)
 
 
 def _flat(tree: Tree) -> dict[str, Any]:
