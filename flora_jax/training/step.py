@@ -88,7 +88,7 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": loss / divisor, "tokens": count, "gradient_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss / divisor, "tokens": count, "gradient_norm": optax.tree.norm(grads)}
         return state.replace(step=state.step + 1, trainable=trainable, optimizer=opt_state), metrics
 
     return train_step
