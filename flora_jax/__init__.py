@@ -1,18 +1,27 @@
-"""FLoRA: fused forward-backward adapters for Llamas, in JAX."""
+"""FLoRA: fused forward-backward adapters for Llamas, in JAX.
 
-from flora_jax.adapters import AdapterConfig, init_adapter
-from flora_jax.inference.generator import Generator
-from flora_jax.models.config import LlamaConfig
-from flora_jax.models.llama import Llama
-from flora_jax.models.loading import load_pretrained
-from flora_jax.models.tokenizer import load_tokenizer
+The public names are imported when first used, so that `python -m flora_jax.COMMAND --help` answers at once.
+"""
 
-__all__ = [
-    "AdapterConfig",
-    "Generator",
-    "Llama",
-    "LlamaConfig",
-    "init_adapter",
-    "load_pretrained",
-    "load_tokenizer",
-]
+import importlib
+
+_HOMES = {
+    "AdapterConfig": "flora_jax.adapters",
+    "Generator": "flora_jax.inference.generator",
+    "Llama": "flora_jax.models.llama",
+    "LlamaConfig": "flora_jax.models.config",
+    "init_adapter": "flora_jax.adapters",
+    "load_pretrained": "flora_jax.models.loading",
+    "load_tokenizer": "flora_jax.models.tokenizer",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flora_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
