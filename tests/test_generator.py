@@ -156,9 +156,11 @@ def test_compilations(tiny, prompts):
     assert sizes() == (start[0] + 2, start[1] + 2)
 
 
-def test_decode_holds_no_weights_and_no_second_cache(tiny):
-    """The compiled loop: weights come as arguments, and the cache is updated in the memory it came in."""
-    config, base = tiny
+def test_decode_holds_no_weights_and_no_second_cache():
+    """The compiled loop: weights come as arguments, and the cache is updated in the memory it came in. Attention
+    reorders the keys and values of the layer at hand, one of four."""
+    config = dataclasses.replace(LlamaConfig.preset("tiny"), num_hidden_layers=4)
+    base = init_base(jax.random.key(0), config)
     variables = generator_module.unstack_layers({"params": base}, None)
     cache = generator_module.KVCache.empty(config, 4, 1024)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -170,7 +172,7 @@ def test_decode_holds_no_weights_and_no_second_cache(tiny):
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
     assert memory.argument_size_in_bytes >= weights
     assert memory.alias_size_in_bytes >= cache_bytes
-    assert memory.temp_size_in_bytes < cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 2
     assert memory.generated_code_size_in_bytes < weights
 
 
