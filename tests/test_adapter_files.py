@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from flora_jax.adapters import AdapterConfig, init_adapter
 from flora_jax.errors import UserError
-from flora_jax.interop.adapter_files import base_fingerprint, load_adapter, save_adapter
+from flora_jax.interop.adapter_files import load_adapter, save_adapter
 from flora_jax.models.config import LlamaConfig
+from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import Llama, init_base
 
@@ -175,7 +176,7 @@ def test_damaged_or_foreign_directories_are_refused(tmp_path):
     refused(tmp_path / "empty", "adapter_config.json is missing")
     save()
     refused(path, "another base", "abc", "xyz", "'src'", fingerprint="xyz")
-    load_adapter(path, TINY, "bf16:xyz")  # another recipe: nothing to compare
+    load_adapter(path, TINY, "abc")
     deeper = dataclasses.replace(TINY, num_hidden_layers=3)
     refused(path, "adapter/layers/attention/o/o_B", "(3, 24, 96)", "(2, 24, 96)", config=deeper)
 
@@ -253,7 +254,11 @@ def test_save_keeps_what_is_not_ours(tmp_path):
 
 
 def test_fingerprint_tells_bases_apart_but_not_dtypes(base):
-    first = base_fingerprint(TINY, base)
-    assert first == base_fingerprint(TINY, jax.tree.map(lambda x: x.astype(jnp.bfloat16), base))
-    assert first != base_fingerprint(TINY, init_base(jax.random.key(1), TINY))
-    assert first != base_fingerprint(dataclasses.replace(TINY, rope_theta=5e5), base)
+    first = base_fingerprint(base)
+    assert first == base_fingerprint(jax.tree.map(lambda x: x.astype(jnp.bfloat16), base))
+    assert first != base_fingerprint(init_base(jax.random.key(1), TINY))
+    # One value moved, or two swapped: every bit and every place counts.
+    kernel = base["layers"]["mlp"]["down"]["down_kernel"]
+    for changed in (kernel.at[1, 5, 7].multiply(1.01), kernel.at[0, :2].set(kernel[0, 1::-1])):
+        mlp = {**base["layers"]["mlp"], "down": {"down_kernel": changed}}
+        assert first != base_fingerprint({**base, "layers": {**base["layers"], "mlp": mlp}})

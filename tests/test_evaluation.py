@@ -19,8 +19,9 @@ from flora_jax.evaluation.answers import final_label, final_letter, final_number
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
 from flora_jax.evaluation.run import few_shot_messages, few_shot_requests, load_task_data
 from flora_jax.inference.generator import Generator
-from flora_jax.interop.adapter_files import base_fingerprint, load_adapted, save_adapter
+from flora_jax.interop.adapter_files import load_adapted, save_adapter
 from flora_jax.models.config import LlamaConfig
+from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import init_base
 from flora_jax.models.tokenizer import load_tokenizer
@@ -224,7 +225,7 @@ def checkpoint(tiny, tmp_path_factory):
     adapter_config = AdapterConfig("ffba", 8)
     adapter = jax.tree.map(lambda x: x + 0.1, init_adapter(jax.random.key(1), TINY, adapter_config))
     trained = {"adapter": adapter, "params": {"final_norm": {"scale": 2 * base["final_norm"]["scale"]}}}
-    save_adapter(folder / "adapter", trained, TINY, adapter_config, str(folder), base_fingerprint(TINY, base))
+    save_adapter(folder / "adapter", trained, TINY, adapter_config, str(folder), base_fingerprint(base))
     return folder
 
 

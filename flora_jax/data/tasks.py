@@ -64,6 +64,7 @@ class Task:
     parse: Callable[[Mapping[str, Any]], Example]
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # split -> file, unless {split}.json(l)
     generator: Generator | None = None
+    new_tokens: int = 256  # of a generated answer: room for reasoning before it, unless the answer stands alone
 
 
 # ---------------------------------------------------------------------------------------------- parsing
@@ -217,13 +218,13 @@ _QA = _choice("Question: {}\nAnswer:")
 _SUMS = MappingProxyType({"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2})
 
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (
-    Task("ARC-Easy", "records", "choice", _QA),
-    Task("ARC-Challenge", "records", "choice", _QA),
-    Task("piqa", "records", "choice", _QA),
-    Task("openbookqa", "records", "choice", _choice("{}")),
-    Task("social_i_qa", "records", "choice", _choice("Q: {}\nA:")),
-    Task("boolq", "records", "choice", _choice("Question: {}?\nAnswer:")),
-    Task("winogrande", "records", "choice", functools.partial(_parse_choice, requests=_blank)),
+    Task("ARC-Easy", "records", "choice", _QA, new_tokens=32),
+    Task("ARC-Challenge", "records", "choice", _QA, new_tokens=32),
+    Task("piqa", "records", "choice", _QA, new_tokens=32),
+    Task("openbookqa", "records", "choice", _choice("{}"), new_tokens=32),
+    Task("social_i_qa", "records", "choice", _choice("Q: {}\nA:"), new_tokens=32),
+    Task("boolq", "records", "choice", _choice("Question: {}?\nAnswer:"), new_tokens=32),
+    Task("winogrande", "records", "choice", functools.partial(_parse_choice, requests=_blank), new_tokens=32),
     Task("AddSub", "records", "number", _parse_number),
     Task("MultiArith", "records", "number", _parse_number),
     Task("SingleEq", "records", "number", _parse_number),
@@ -232,8 +233,9 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (
     # mawps/train.json repeats most questions of the other math test sets word for word.
     Task("mawps", "records", "number", _parse_number, files={"train": "train_decontaminated.json"}),
     Task("AQuA", "records", "letter", _parse_letter),
-    Task("chain_sum", "generated", "number", _parse_generated, generator=Generator("chain_sum", _SUMS)),
-    Task("basic_arithmetic", "generated", "number", _parse_generated, generator=Generator("basic_arithmetic", _SUMS)),
+    Task("chain_sum", "generated", "number", _parse_generated, generator=Generator("chain_sum", _SUMS), new_tokens=32),
+    Task("basic_arithmetic", "generated", "number", _parse_generated, generator=Generator("basic_arithmetic", _SUMS),
+         new_tokens=32),
     Task("jsonl", "jsonl", "exact", _parse_messages),
 )})  # fmt: skip
 

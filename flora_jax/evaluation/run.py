@@ -42,8 +42,6 @@ SCHEMA_VERSION = 1
 PROTOCOLS = ("lm_eval", "llm_adapters")
 STYLES = ("plain", "chat")
 
-# New tokens for an answer: a sentence with a label word, or reasoning that ends in a number or letter.
-_NEW_TOKENS = {"choice": 32, "number": 256, "letter": 256, "exact": 256}
 _SHOT_BREAK = "\n\n"  # between the examples of a plain few-shot prompt; a generated answer ends at it
 
 
@@ -213,11 +211,10 @@ def _score_choices(
 
 
 def _generate_answers(data: TaskData, generator: Generator, style: str) -> dict[str, Any]:
-    metric, tokenizer = data.task.metric, generator.tokenizer
+    metric, new_tokens, tokenizer = data.task.metric, data.task.new_tokens, generator.tokenizer
     prompts = [
         encode_prompt(few_shot_messages(example, data.shots, style), tokenizer, style) for example in data.examples
     ]
-    new_tokens = _NEW_TOKENS[metric]
     generations = generator.generate(prompts, new_tokens)
     stop_text = _SHOT_BREAK if data.shots and style == "plain" else None
     texts = [g.text.lstrip().split(stop_text)[0] if stop_text else g.text for g in generations]

@@ -15,7 +15,6 @@ One of PEFT's tensors and where it lies here, at rank 8 in a layer with D = 96 a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import tempfile
@@ -25,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
@@ -34,6 +32,7 @@ from safetensors.numpy import save_file
 from flora_jax.adapters import BLOCKS, PRODUCTS, PROJECTIONS, AdapterConfig, abstract_adapter
 from flora_jax.errors import UserError, near_misses
 from flora_jax.models.config import LlamaConfig
+from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import abstract_base
 from flora_jax.models.loading import load_pretrained
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
@@ -61,17 +60,6 @@ _PEFT_REFUSED = (
 )  # fmt: skip
 # Initialisations that change the base: the adapter means nothing on the base as published.
 _PEFT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def base_fingerprint(config: LlamaConfig, base: Tree) -> str:
-    """A short hash that tells bases apart: sizes, and up to 1024 evenly spread values of each leaf, rounded to bfloat16
-    so that the same checkpoint loaded in another dtype is the same base. The part before ":" names the recipe."""
-    digest = hashlib.sha256(json.dumps(config.to_hf(), sort_keys=True).encode())
-    for path, leaf in sorted(flatten_dict(base, sep="/").items()):
-        stride = max(1, leaf.size // 1024)
-        values = np.asarray(leaf.reshape(-1)[::stride][:1024]).astype(ml_dtypes.bfloat16)
-        digest.update(f"{path} {leaf.shape}".encode() + values.tobytes())
-    return f"bf16:{digest.hexdigest()[:32]}"
 
 
 def save_adapter(
@@ -111,9 +99,8 @@ def load_adapter(
     """`(adapter_config, trained)` from a directory of `save_adapter`, or from anybody's PEFT LoRA of a Llama.
 
     trained: {"adapter": tree, "params": tree}, numpy float32. `fingerprint`, where given, is compared with the stored
-    one if that is of the same recipe (a PEFT directory of others has none). Raises UserError, with one line, for a
-    directory that is missing, damaged, of another format or base, or that does not fit `config`, and for PEFT features
-    that are not ours.
+    one (a PEFT directory of others has none). Raises UserError, with one line, for a directory that is missing,
+    damaged, of another format or base, or that does not fit `config`, and for PEFT features that are not ours.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -127,7 +114,7 @@ def load_adapter(
     if about and about.get("format_version") != FORMAT_VERSION:
         version = about.get("format_version")
         raise UserError(f"{directory / name}: format_version={version!r} is unknown; {FORMAT_VERSION} is what is read")
-    if fingerprint is not None and _another_base(about.get("fingerprint", fingerprint), fingerprint):
+    if fingerprint is not None and about.get("fingerprint", fingerprint) != fingerprint:
         base_model = stored.get("base_model_name_or_path")
         raise UserError(
             f"{directory}: the adapter was trained on another base, {base_model!r} with fingerprint "
@@ -167,7 +154,7 @@ def load_adapted(source: str, directory: str | os.PathLike | None, dtype: Any = 
     tokenizer = load_tokenizer(source)
     config, base = load_pretrained(source, dtype)
     check_tokenizer(tokenizer, config)
-    fingerprint = base_fingerprint(config, base)
+    fingerprint = base_fingerprint(base)
     if directory is None:
         return Adapted(config, base, tokenizer, fingerprint)
     adapter_config, trained = load_adapter(directory, config, fingerprint)
@@ -176,12 +163,6 @@ def load_adapted(source: str, directory: str | os.PathLike | None, dtype: Any = 
         leaves[path] = jnp.asarray(value, leaves[path].dtype)
     adapter = jax.tree.map(jnp.asarray, trained["adapter"])
     return Adapted(config, unflatten_dict(leaves, sep="/"), tokenizer, fingerprint, adapter_config, adapter)
-
-
-def _another_base(stored: str, fingerprint: str) -> bool:
-    """Whether two fingerprints differ; those of two recipes ("bf16:…" and a bare hash) say nothing of each other."""
-    recipe = lambda text: text.rpartition(":")[0]  # noqa: E731
-    return stored != fingerprint and recipe(stored) == recipe(fingerprint)
 
 
 def _flat(tree: Tree) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints of everything that trains, never of the frozen base, and the fingerprint that names that base.
+"""Checkpoints of everything that trains, never of the frozen base.
 
 One checkpoint holds `state` (step, trainable leaves, optimizer, key), `data` (the grain iterator, one file a
 process) and `meta` (adapter configuration, base fingerprint, validation losses). It can be restored on another mesh.
@@ -7,7 +7,6 @@ process) and `meta` (adapter configuration, base fingerprint, validation losses)
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,36 +14,14 @@ from typing import Any
 import grain
 import grain.checkpoint
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from flora_jax.adapters import AdapterConfig
 from flora_jax.errors import UserError
-from flora_jax.training.rules import paths
 from flora_jax.training.step import TrainState
 
 FORMAT_VERSION = 1
-
-
-@jax.jit
-def _digest(leaf: jax.Array) -> jax.Array:
-    """Two position-dependent sums of a leaf's bits, uint32 `[2]`: exact, so the same on every mesh."""
-    bits = jax.lax.bitcast_convert_type(leaf, {4: jnp.uint32, 2: jnp.uint16}[leaf.dtype.itemsize]).astype(jnp.uint32)
-    place = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(leaf.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    mixed = (bits ^ (place * jnp.uint32(2654435761))) * jnp.uint32(2246822519)
-    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(3266489917)
-    return jnp.stack([mixed.sum(dtype=jnp.uint32), (mixed ^ (mixed >> 13)).sum(dtype=jnp.uint32)])
-
-
-def fingerprint(params: Mapping[str, Any]) -> str:
-    """A hex digest of every base parameter's path, shape, dtype and bits; the same however they are sharded."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(paths(params).items()):
-        digest.update(f"{path} {leaf.shape} {leaf.dtype} {_digest(leaf).tolist()}\n".encode())
-    return digest.hexdigest()[:32]
 
 
 class Checkpoints:

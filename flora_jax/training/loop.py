@@ -29,11 +29,12 @@ from flora_jax.config import adapter_config as make_adapter_config
 from flora_jax.config import check_config, weights_source
 from flora_jax.data import eval_batches, train_iterator
 from flora_jax.models.config import LlamaConfig
+from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import Llama, abstract_base, init_base
 from flora_jax.models.loading import load_config, load_pretrained
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
 from flora_jax.training import report
-from flora_jax.training.checkpoints import Checkpoints, adapter_meta, check_meta, fingerprint
+from flora_jax.training.checkpoints import Checkpoints, adapter_meta, check_meta
 from flora_jax.training.inputs import Inputs, load_inputs
 from flora_jax.training.optimizer import make_optimizer, make_schedule, trains
 from flora_jax.training.rules import partition, paths, tree
@@ -116,7 +117,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
     else:
         flat = paths(placed["params"])
         _, base = load_pretrained(source, dtype, shardings=flat.__getitem__)
-    base_print = fingerprint(base)
+    fingerprint = base_fingerprint(base)
     variables = {"params": base}
     if shapes["adapter"]:
         init = jax.jit(lambda k: init_adapter(k, model_config, adapter), out_shardings=placed["adapter"])
@@ -142,7 +143,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
     compiled_step = jax.jit(step, donate_argnums=0, out_shardings=(state_placed, everywhere))
     compiled_eval = jax.jit(make_eval_step(model, config.train.chunk_tokens), out_shardings=everywhere)
     return Run(config, model_config, adapter, model, tokenizer, inputs, iterator, mesh, optimizer, frozen, state,
-               base_print, compiled_step, compiled_eval)  # fmt: skip
+               fingerprint, compiled_step, compiled_eval)  # fmt: skip
 
 
 def validation_loss(run: Run) -> float:
