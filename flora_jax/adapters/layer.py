@@ -148,16 +148,20 @@ def abstract_adapter(config: Any, adapter_config: AdapterConfig) -> dict[str, An
     return jax.eval_shape(lambda: init_adapter(jax.random.key(0), config, adapter_config))
 
 
-def check_adapter(adapter: Mapping[str, Any], config: Any, adapter_config: AdapterConfig) -> None:
+def check_adapter(adapter: Mapping[str, Any], config: Any, adapter_config: AdapterConfig, stacked: bool = True) -> None:
     """Raises UserError unless `adapter` has the very leaves and shapes that the configuration gives (flax would
-    ignore extra ones without a word). Stacked leaves only; sets of leaves a layer are checked by their layer."""
-    if "0" in adapter.get("layers", {}):
-        return
+    ignore extra ones without a word): `[L, …]` if stacked, else one set of leaves a layer under `layers/0/…`."""
 
     def shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
 
     expected, found = shapes(abstract_adapter(config, adapter_config)), shapes(adapter)
+    if not stacked:
+        expected = {
+            path.replace("layers", f"layers/{i}", 1): shape[1:]
+            for path, shape in expected.items()
+            for i in range(config.num_hidden_layers)
+        }
     for path in sorted(expected.keys() | found.keys()):
         if expected.get(path) != found.get(path):
             raise UserError(
