@@ -85,9 +85,13 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     cuDNN's fused attention where it can run (a GPU, half precision), XLA's elsewhere; softmax in float32 in both.
     """
     fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=mask is None, implementation="cudnn" if fused else "xla"
-    )
+
+    def attention(q: Array, k: Array, v: Array) -> Array:
+        implementation = "cudnn" if fused else "xla"
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation=implementation)
+
+    # As cuDNN does, XLA's recomputes the softmax in the backward pass: no `[B, N, T, S]` array outlives its layer.
+    return attention(q, k, v) if fused else jax.checkpoint(attention, prevent_cse=False)(q, k, v)
 
 
 class Attention(nn.Module):
@@ -208,7 +212,8 @@ class Llama(nn.Module):
         elif not self._has_adapter and self.variables.get("adapter"):
             raise UserError("variables hold an adapter, but the model was built without one; pass its AdapterConfig")
         elif self._has_adapter:
-            check_adapter(self.variables.get("adapter", {}), config, self.adapter)
+            stacked = "0" not in self.get_variable("params", "layers")
+            check_adapter(self.variables.get("adapter", {}), config, self.adapter, stacked)
         if not config.tie_word_embeddings:
             self.lm_head = LMHead(config, self.param_dtype)
 
