@@ -7,6 +7,8 @@ takes the default named beside it. All checks run before any weight is read and 
 from __future__ import annotations
 
 import math
+import runpy
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,32 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     return config
 
 
+def read_config(path: str | Path) -> ml_collections.ConfigDict:
+    """What `get_config()` of a configuration file returns. Raises UserError for a file that cannot be read or run."""
+    where = f"--config={path}"
+    if not Path(path).is_file():
+        raise UserError(f"{where}: there is no such file; configs/ has one for each method and model")
+    try:
+        made = runpy.run_path(str(path)).get("get_config", lambda: None)()
+    except Exception as error:  # whatever the file raises is the file's own
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f", line {lines[-1]}" if lines else ""
+        reason = str(error).strip() or "no message"
+        raise UserError(f"{where}{place}: {type(error).__name__}: {reason}") from None
+    if not isinstance(made, ml_collections.ConfigDict):
+        raise UserError(f"{where}: get_config() must return the configuration of flora_jax.config.get_config, changed")
+    return made.lock()
+
+
+def fields(config: ml_collections.ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values by name, such as `train.steps`."""
+    flat = {}
+    for key, value in config.items():
+        section = isinstance(value, ml_collections.ConfigDict | dict)
+        flat.update(fields(value, f"{prefix}{key}.") if section else {f"{prefix}{key}": value})
+    return flat
+
+
 def adapter_config(config: ml_collections.ConfigDict) -> AdapterConfig:
     """The AdapterConfig that `config.adapter` describes. Raises UserError."""
     return AdapterConfig(**config.adapter.to_dict())
@@ -165,6 +193,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         if not ok:
             raise UserError(f"config.{field}={value!r} {what}")
 
+    expected, there = fields(get_config()).keys(), fields(config).keys()
+    for field in sorted(expected ^ there):
+        if field in there:
+            raise UserError(f"config.{field} is no field; {near_misses(field, expected)}")
+        raise UserError(f"config.{field} is missing; start from flora_jax.config.get_config()")
     for field, known in CHOICES.items():
         section, name = field.split(".")
         value = config[section][name]

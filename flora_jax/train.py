@@ -6,6 +6,7 @@ adapter/ (the best step's) and eval.json. Exit codes: 0 done, 2 bad input, 1 any
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,13 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from flora_jax.config import check_config, generator_settings, names, weights_source
-from flora_jax.errors import UserError, run_command
+from flora_jax.config import check_config, fields, generator_settings, names, read_config, weights_source
+from flora_jax.errors import UserError, near_misses, run_command
 from flora_jax.evaluation.run import evaluate_tasks, load_task_data
 from flora_jax.interop.adapter_files import save_adapter
 from flora_jax.training.loop import Stopped, train
 from flora_jax.training.report import say
 from flora_jax.training.workdir import write_json
-
-FLAGS = flags.FlagValues()
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/; any of its fields can be set as --config.FIELD=VALUE.",
-    lock_config=True, flag_values=FLAGS)  # fmt: skip
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if absent, resumed if it holds this run.",
-                              flag_values=FLAGS)  # fmt: skip
-flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=FLAGS, allow_overwrite=False)
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -60,19 +53,39 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
 
 def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     """The configuration and the workdir of a command line. Raises UserError for whatever is wrong with it."""
+    first, known = flags.FlagValues(), flags.FlagValues()
+    path = flags.DEFINE_string("config", None, "A file of configs/.", flag_values=first)
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Directory of the run; made if absent, resumed if it holds this run.", flag_values=known
+    )
+    flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=known, allow_overwrite=False)
+    config = None
     try:
-        rest = FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, SyntaxError) as error:
+        for values in (first, known):
+            values.set_gnu_getopt()  # flags may stand after an argument that is none, which is then named below
+        rest = first(argv, known_only=True)
+        if path.value is not None:
+            config = read_config(path.value)
+            _check_names(rest, list(fields(config)))
+            config_flags.DEFINE_config_dict("config", config, flag_values=known, sys_argv=rest)
+        rest = known(rest)
+    except flags.Error as error:
         raise UserError(f"{error}; fields are listed in flora_jax/config.py") from None
-    if FLAGS.help:
-        print(__doc__, FLAGS.get_help(), sep="\n")
+    if known.help:
+        print(__doc__, "--config FILE", "--config.FIELD=VALUE", known.get_help(), sep="\n")
         sys.exit(0)
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; fields are set as --config.FIELD=VALUE")
-    for flag in (CONFIG, WORKDIR):
+    for flag in (path, workdir):
         if flag.value is None:
             raise UserError(f"--{flag.name} is missing")
-    return CONFIG.value, WORKDIR.value
+    return config, workdir.value
+
+
+def _check_names(argv: list[str], known: list[str]) -> None:
+    for argument in argv[1:]:
+        if (found := re.match(r"--?(?:no)?config\.([^=]*)", argument)) and found[1] not in known:
+            raise UserError(f"config.{found[1]} is no field; {near_misses(found[1], known)}")
 
 
 def main(argv: list[str]) -> None:

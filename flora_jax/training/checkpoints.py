@@ -7,7 +7,7 @@ process) and `meta` (adapter configuration, base fingerprint, validation losses)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,26 @@ from flora_jax.training.step import TrainState
 FORMAT_VERSION = 1
 
 
+class _Best(checkpoint_managers.PreservationPolicy):
+    """Keeps one step. orbax's own BestN forgets, in a run that is resumed, how good the steps before were."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run: the `keep` latest, and the best on validation."""
 
     def __init__(self, directory: Path, keep: int):
-        policies = [
-            checkpoint_managers.LatestN(keep),
-            checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics["validation_loss"], reverse=True, n=1,
-                keep_checkpoints_without_metrics=False),
-        ]  # fmt: skip
+        self._best = _Best()
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                    [checkpoint_managers.LatestN(keep), self._best]
+                ),
                 # Adapters are small: a checkpoint is on disk before the next step starts.
                 enable_async_checkpointing=False,
             ),
@@ -52,11 +58,10 @@ class Checkpoints:
         """Whether all processes agreed to stop at this step because one of them was told to."""
         return self._manager.reached_preemption(step)
 
-    def save(
-        self, state: TrainState, data: grain.DatasetIterator, meta: dict[str, Any], validation_loss: float | None = None
-    ) -> None:
-        """Writes a checkpoint at `state.step`, unless there is one; `validation_loss` makes it a candidate for best."""
+    def save(self, state: TrainState, data: grain.DatasetIterator, meta: dict[str, Any], best: int | None) -> None:
+        """Writes a checkpoint at `state.step`, unless there is one, and keeps that of step `best` beside the latest."""
         step = int(state.step)
+        self._best.step = best
         if step in self._manager.all_steps():
             return
         self._manager.save(
@@ -66,7 +71,6 @@ class Checkpoints:
                 data=grain.checkpoint.CheckpointSave(data),
                 meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **meta}),
             ),
-            metrics=None if validation_loss is None else {"validation_loss": validation_loss},
             force=True,
         )
 
@@ -90,8 +94,11 @@ class Checkpoints:
         self._manager.close()
 
 
-def check_meta(meta: Mapping[str, Any], adapter: AdapterConfig, base: str, where: str) -> None:
-    """Raises UserError unless a checkpoint was written with this adapter configuration over this base."""
+def check_meta(
+    meta: Mapping[str, Any], adapter: AdapterConfig, base: str, data: Mapping[str, str], where: str
+) -> None:
+    """Raises UserError unless a checkpoint was written with this adapter configuration, base and data (sha256 by name
+    of what is trained and validated on)."""
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(f"{where}: format_version={meta['format_version']} cannot be read; {FORMAT_VERSION} can")
     expected = _plain(dataclasses.asdict(adapter))
@@ -106,6 +113,12 @@ def check_meta(meta: Mapping[str, Any], adapter: AdapterConfig, base: str, where
             f"{where}: it was trained on a base with fingerprint {meta['base_fingerprint']}, but "
             f"config.model.weights has {base}; use the same weights, or another --workdir"
         )
+    for name, digest in data.items():
+        if meta["data"].get(name) != digest:
+            raise UserError(
+                f"{where}: the records of {name} have changed since (sha256 {meta['data'].get(name)}, now {digest}); "
+                "use the same data, or another --workdir"
+            )
 
 
 def adapter_meta(adapter: AdapterConfig) -> dict[str, Any]:

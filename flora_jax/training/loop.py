@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -190,6 +191,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     workdir = Path(workdir)
     run = prepare(config, workdir)
     main = jax.process_index() == 0
+    if jax.process_count() > 1:  # no process writes before all have seen what the directory holds
+        multihost_utils.sync_global_devices("checked")
     if main and not (workdir / "config.json").exists():
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", {"schema_version": SCHEMA_VERSION, "config": config.to_dict()})
@@ -198,13 +201,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     validated: dict[int, float] = {}
     if latest is not None:
         meta = checkpoints.meta(latest)
-        check_meta(meta, run.adapter_config, run.fingerprint, f"checkpoint {latest} of --workdir={workdir}")
+        where = f"checkpoint {latest} of --workdir={workdir}"
+        check_meta(meta, run.adapter_config, run.fingerprint, run.inputs.account["sha256"], where)
         run.state = checkpoints.restore(latest, run.state, run.iterator)
         validated = {int(step): loss for step, loss in meta["validation_losses"].items()}
     start = int(run.state.step)
     if main:
         report.print_start(run, start)
-    metrics = Metrics(workdir, start) if main else None
+    metrics = Metrics(workdir, start) if main and start < config.train.steps else None
     try:
         _steps(run, checkpoints, metrics, start, validated)
     finally:
@@ -221,27 +225,28 @@ def _steps(
     schedule = make_schedule(config)
     alone = jax.process_count() == 1
 
-    def save(loss: float | None = None) -> None:
+    def save() -> None:
         meta = {
             "adapter": adapter_meta(run.adapter_config),
             "base_fingerprint": run.fingerprint,
+            "data": run.inputs.account["sha256"],
             "validation_losses": {str(step): value for step, value in validated.items()},
         }
-        checkpoints.save(run.state, run.iterator, meta, loss)
+        checkpoints.save(run.state, run.iterator, meta, _best(validated))
 
-    def validate(step: int) -> float:
-        validated[step] = loss = validation_loss(run)
+    def validate(step: int) -> None:
+        validated[step] = loss = _check_finite(step, {"validation loss": validation_loss(run)})
         if metrics:
             metrics.write(step, {"validation_loss": loss})
-        return loss
+        bar.say(f"step {step}: validation loss {loss:.4f}")
 
     bar = report.Progress(start, steps)
     clock, tokens = time.perf_counter(), 0
     with _signals() if alone else contextlib.nullcontext([]) as signals, bar:
         if start == 0 and config.train.eval_every:
-            bar.say(f"step 0: validation loss {validate(0):.4f}")
+            validate(0)
             clock = time.perf_counter()
-        before: tuple[int, jax.Array] | None = None
+        before: tuple[int, dict[str, Any]] | None = None
         for step in range(start + 1, steps + 1):
             host_batch = next(run.iterator)
             tokens += int((host_batch["segment_ids"] > 0).sum()) * jax.process_count()
@@ -249,7 +254,7 @@ def _steps(
             # The step before is looked at while this one runs.
             if before is not None:
                 _check_finite(*before)
-            before = (step, values["loss"])
+            before = (step, {name: values[name] for name in ("loss", "gradient_norm")})
             stop = bool(signals) if alone else checkpoints.reached_preemption(step)
             logs = step % config.train.log_every == 0
             evaluates = bool(config.train.eval_every) and (step % config.train.eval_every == 0 or step == steps)
@@ -270,12 +275,10 @@ def _steps(
                 bar.log(step, line)
                 clock, tokens = time.perf_counter(), 0
             bar.advance(step)
-            validation = None
             if evaluates:
-                validation = validate(step)
-                bar.say(f"step {step}: validation loss {validation:.4f}")
-            if saves or stop or (validation is not None and step == _best(validated)):
-                save(validation)
+                validate(step)
+            if saves or stop or step == _best(validated):
+                save()
             if evaluates or saves:
                 clock, tokens = time.perf_counter(), 0
             if stop and step < steps:
@@ -287,14 +290,16 @@ def _best(validated: dict[int, float]) -> int | None:
     return min((step for step in validated if step), key=lambda step: (validated[step], -step), default=None)
 
 
-def _check_finite(step: int, loss: jax.Array) -> float:
-    value = float(loss)
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"the loss is {value} at step {step}; lower config.optim.learning_rate or raise config.optim.warmup_steps, "
-            "then start in a new --workdir, or resume from the last checkpoint of this one"
-        )
-    return value
+def _check_finite(step: int, values: dict[str, Any]) -> float:
+    """The first of the values by name, as a float; FloatingPointError if one of them is not finite."""
+    floats = {name: float(value) for name, value in values.items()}
+    for name, value in floats.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {name.replace('_', ' ')} is {value} at step {step}; lower config.optim.learning_rate or raise "
+                "config.optim.warmup_steps, and start in a new --workdir"
+            )
+    return next(iter(floats.values()))
 
 
 def _result(run: Run, workdir: Path, validated: dict[int, float]) -> Result:

@@ -10,11 +10,14 @@ from typing import Any
 import ml_collections
 from tensorboardX import SummaryWriter
 
+from flora_jax.config import fields
 from flora_jax.errors import UserError
 
 SCHEMA_VERSION = 1
-# Fields that a resumed run may change: they do not enter its numbers.
-FREE_FIELDS = ("mesh.", "distributed.", "eval.", "train.keep", "train.save_every", "train.log_every")
+# Fields that a resumed run may change: they do not enter its numbers. (eval.tasks does: training records that are also
+# in those tests are dropped. distributed.processes does: each process reads its share of the data.)
+FREE_FIELDS = ("mesh.", "distributed.coordinator", "distributed.process_id", "eval.protocol", "eval.limit",
+               "eval.batch_size", "data.cache_dir", "train.keep", "train.save_every", "train.log_every")  # fmt: skip
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -22,13 +25,6 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     temporary.replace(path)
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in config.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -44,10 +40,10 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
             raise UserError(f"--workdir={workdir} is not empty and holds no run (no config.json); name another")
         return
     try:
-        there = _flat(json.loads(path.read_text())["config"])
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        there = fields(json.loads(path.read_text())["config"])
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(f"{path} is not the configuration of a run; name another --workdir") from None
-    here = _flat(json.loads(json.dumps(config.to_dict())))
+    here = fields(json.loads(json.dumps(config.to_dict())))
     for field in sorted(there.keys() | here.keys()):
         if there.get(field) != here.get(field) and not field.startswith(FREE_FIELDS):
             raise UserError(
@@ -68,7 +64,7 @@ class Metrics:
                 record = json.loads(line)
             except json.JSONDecodeError:  # the line that was being written when the run was killed
                 break
-            if record["step"] > resume_step:
+            if record["step"] > resume_step or resume_step == 0:  # a run that starts over validates step 0 again
                 break
             kept.append(line + "\n")
         temporary = path.with_suffix(".tmp")
