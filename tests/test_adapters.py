@@ -501,6 +501,24 @@ def test_dropout_is_on_the_adapters_input_alone(method):
     np.testing.assert_array_equal(base_only, apply(None, {}))
 
 
+def test_each_layer_draws_its_own_mask():
+    """Two equal layers, of which the base adds nothing and the adapter one at a time: only the mask can differ."""
+    adapter_config = AdapterConfig("lora", 8, targets="o", dropout=0.5)
+    base, adapter = by_path(base_tree()), by_path(random_adapter(adapter_config))
+    for leaves in (base, adapter):
+        for path, leaf in leaves.items():
+            if "layers" in path:
+                leaves[path] = np.stack([leaf[0]] * 2) * (not path.endswith(("o_kernel", "down_kernel")))
+    path = "layers/attention/o/o_B"
+    only = [{**adapter, path: adapter[path] * np.eye(2, dtype=np.float32)[l][:, None, None]} for l in range(2)]
+    first, second = (
+        {"params": unflatten_dict(base, sep="/"), "adapter": unflatten_dict(leaves, sep="/")} for leaves in only
+    )
+    np.testing.assert_array_equal(compiled(adapter_config)(first), compiled(adapter_config)(second))
+    key = jax.random.key(0)
+    assert np.abs(dropped(adapter_config)(first, key) - dropped(adapter_config)(second, key)).max() > 0.1
+
+
 def fused_dense(method, rate):
     rng = np.random.default_rng(4)
     adapter_config = AdapterConfig(method, 8, dropout=rate)
