@@ -19,12 +19,12 @@ from flora_jax.training.rules import combine, partition, paths
 from flora_jax.training.step import TrainState, make_eval_step, make_train_step
 
 TINY = LlamaConfig.preset("tiny")
-# The same rows of the table, or the same trees, under other names: held to the same, but not on every run.
-DOUBLES = ("pf_lora", "parallel", "ffba_qg_add", "ffba_qd_add")
-ALL = [pytest.param(method, marks=pytest.mark.slow) if method in DOUBLES else method for method in METHODS]
-HALF = [pytest.param(method, marks=[] if method in ("lora", "ffba", "zflora") else pytest.mark.slow)
-        for method in METHODS if method != "fft"]  # fmt: skip
 FAST_COMPILE = {"xla_backend_optimization_level": 0}  # the values are the same, and compiling is what takes the time
+
+
+def methods(*fast):
+    """All methods; those not named are held to the same, but not on every run: each costs a compilation."""
+    return [pytest.param(method, marks=[] if method in fast else pytest.mark.slow) for method in METHODS]
 
 
 def draw(method, config=TINY, rank=8, zero_side=True):
@@ -97,7 +97,7 @@ def trained_run(method):
     return variables, states, frozen, metrics, batch
 
 
-@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("method", methods("fft", "lora", "ffa", "ffba", "zflora"))
 def test_training_moves_the_adapter_and_nothing_else(method):
     before, states, frozen, metrics, batch = trained_run(method)
     # Every leaf has a gradient by step 2: its first moment is no longer zero.
@@ -233,7 +233,7 @@ def test_differentiating_the_base_would_show():
     assert len(dots(compiled_step("ffba", True)) & KERNEL_SHAPES) == len(KERNEL_SHAPES)
 
 
-@pytest.mark.parametrize("method", HALF)
+@pytest.mark.parametrize("method", methods("ffba", "zflora")[1:])
 def test_the_base_costs_no_gradient(method):
     """No product of the program is a kernel's gradient; memory lies below that of a step which differentiates the base
     too (ffba's, for all) by at least the kernels, and below the kernels themselves."""
