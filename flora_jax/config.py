@@ -236,8 +236,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     processes = config.distributed.processes
     check("train.batch_size", rows % processes == 0, f"must be a multiple of distributed.processes={processes}")
     check("distributed.process_id", 0 <= config.distributed.process_id < processes, f"must be in 0 … {processes - 1}")
-    check("distributed.coordinator", processes == 1 or bool(config.distributed.coordinator),
-          "must be host:port of process 0 when distributed.processes > 1")  # fmt: skip
+    check("distributed.coordinator", bool(config.distributed.coordinator) == (processes > 1),
+          f"must be host:port of process 0 for several processes and unset for one; there are {processes}")  # fmt: skip
     check("eval.tasks", processes == 1 or not config.eval.tasks,
           "needs distributed.processes=1; score the adapter with flora_jax.evaluate instead")  # fmt: skip
     data_dir = config.data.dir

@@ -1,0 +1,201 @@
+"""Stopping and going on: killed, told to stop, or finished, a run ends as if nothing had happened; and a workdir is
+never mixed with another run."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import jax
+import pytest
+
+from flora_jax.config import fields
+from flora_jax.errors import UserError
+from flora_jax.train import run
+from flora_jax.training.workdir import Metrics
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """Packing, dropout and accumulation on; saved more seldom than logged, and validated at other steps."""
+    return [
+        "--config", "configs/tiny.py", "--config.data.generator.train=60", "--config.data.generator.validation=10",
+        "--config.data.generator.test=6", "--config.data.validation_size=8", "--config.data.max_length=256",
+        "--config.train.batch_size=4", "--config.train.accumulation=2", "--config.adapter.dropout=0.1",
+        f"--config.train.steps={STEPS}", "--config.train.log_every=1", "--config.train.eval_every=4",
+        "--config.train.save_every=6", "--config.train.keep=1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(command, flags, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "w"
+    done = command(*flags, "--workdir", workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def numbers(workdir):
+    """What a run computed: the lines of metrics.jsonl without their speed, and the files of its adapter and result."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("tokens_per_second", None)
+    adapter = {file.name: file.read_bytes() for file in (workdir / "adapter").iterdir()}
+    return lines, adapter, json.loads((workdir / "eval.json").read_text())
+
+
+def wait_for(process, workdir, step):
+    """Returns once the running process has logged this step."""
+    metrics = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"ended before step {step}: {process.communicate()[1]}")
+
+
+def test_a_killed_run_goes_on_bit_equal(command, flags, uninterrupted, tmp_path):
+    """Killed before its first checkpoint and again later, at steps drawn from a seed, the second time in a line."""
+    draw, workdir = random.Random(0), tmp_path / "w"
+    for step in (draw.randint(1, 3), draw.randint(8, STEPS - 4)):
+        process = command.start(*flags, "--workdir", workdir)
+        wait_for(process, workdir, step)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and not (workdir / "adapter").exists()
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 23, "loss": 3.')
+    done = command(*flags, "--workdir", workdir)
+    assert done.returncode == 0 and "resuming after step" in done.stderr, done.stderr
+    assert numbers(workdir) == numbers(uninterrupted)
+
+
+def test_a_run_told_to_stop_saves_and_goes_on_bit_equal(command, flags, uninterrupted, tmp_path):
+    workdir = tmp_path / "w"
+    process = command.start(*flags, "--workdir", workdir)
+    wait_for(process, workdir, 9)
+    process.send_signal(signal.SIGTERM)
+    told = time.monotonic()
+    error = process.communicate(timeout=60)[1]
+    assert time.monotonic() - told < 30 and process.returncode == 1
+    last = error.splitlines()[-1]
+    stopped = int(last.split("stopped by a signal after step ")[1].split(",")[0])
+    assert "Traceback" not in error and 9 <= stopped < STEPS and (workdir / f"checkpoints/{stopped}").is_dir()
+    done = command(*flags, "--workdir", workdir)
+    assert done.returncode == 0 and f"resuming after step {stopped}" in done.stderr, done.stderr
+    assert numbers(workdir) == numbers(uninterrupted)
+
+
+def test_a_finished_run_started_again_changes_nothing(command, flags, uninterrupted, tree_hash):
+    before = tree_hash(uninterrupted)
+    done = command(*flags, "--workdir", uninterrupted)
+    assert done.returncode == 0, done.stderr
+    assert tree_hash(uninterrupted) == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small, quick_compile, hf_directory):
+    """A run on a checkpoint directory and a file of records: `(folder, its configuration's fields)`."""
+    folder = tmp_path_factory.mktemp("finished")
+    records = folder / "mine.jsonl"
+    records.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": f"it is {i}"}) + "\n" for i in range(9)))
+    values = {"model.weights": str(hf_directory(folder / "model")), "data.tasks": str(records), "train.steps": 2}
+    run(small(**values), folder / "w")
+    return folder, values
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("adapter.rank", 4), ("adapter.method", "ffba"), ("train.seed", 1), ("optim.learning_rate", 2e-2),
+     ("train.steps", 3), ("data.limit", 5), ("eval.tasks", "chain_sum"), ("model.weights", "random")],
+)  # fmt: skip
+def test_another_configuration_is_refused(finished, small, tree_hash, field, value):
+    folder, values = finished
+    before, config = tree_hash(folder), small(**values)
+    with pytest.raises(UserError, match=f"holds a run with config.{field}=") as error:
+        run(small(**{**values, field: value}), folder / "w")
+    assert repr(fields(config)[field]) in str(error.value) and repr(value) in str(error.value)
+    assert tree_hash(folder) == before
+
+
+def test_another_base_and_other_records_are_refused(finished, small, tree_hash, hf_directory):
+    folder, values = finished
+    records, weights = folder / "mine.jsonl", folder / "model/model.safetensors"
+    for file, change, words in (
+        (records, lambda: records.write_text(records.read_text().replace("it is 3", "it is 4")), "mine.jsonl/train"),
+        (weights, lambda: hf_directory(folder / "model", seed=1), "trained on a base with fingerprint"),
+    ):
+        original = file.read_bytes()
+        change()
+        before = tree_hash(folder)
+        with pytest.raises(UserError, match=words) as error:
+            run(small(**values), folder / "w")
+        assert "\n" not in str(error.value) and tree_hash(folder) == before
+        file.write_bytes(original)
+    run(small(**values), folder / "w")
+
+
+def test_refusals_exit_with_2_and_one_line(command, flags, uninterrupted, tree_hash):
+    before = tree_hash(uninterrupted)
+    done = command(*flags, "--config.adapter.rank=8", "--workdir", uninterrupted)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and "config.adapter.rank=16, not 8" in done.stderr
+    assert done.stderr.count("\n") == 1 and tree_hash(uninterrupted) == before
+
+
+def test_what_a_resumed_run_may_change(finished, small, tree_hash, tmp_path):
+    """Where prepared data lies, how often it logs and saves: nothing that enters its numbers."""
+    folder, values = finished
+    before = tree_hash(folder / "w")
+    free = {"data.cache_dir": str(tmp_path), "train.log_every": 7, "train.save_every": 5, "train.keep": 9,
+            "eval.limit": 3, "eval.batch_size": 2, "eval.protocol": "lm_eval", "mesh.data": 1}  # fmt: skip
+    run(small(**{**values, **free}), folder / "w")
+    assert tree_hash(folder / "w") == before
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
+    lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 5, "lo')
+    Metrics(tmp_path, 3).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:4])
+    metrics = Metrics(tmp_path, 0)
+    metrics.write(0, {"loss": 2.0})
+    metrics.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": 2.0}
+
+
+def test_the_best_checkpoint_outlives_a_resume(finished, small, monkeypatch, tmp_path):
+    """Best at step 2, stopped, and twice more saved: its adapter is still the one that comes out."""
+    from flora_jax.interop.adapter_files import load_adapter
+    from flora_jax.models.config import LlamaConfig
+    from flora_jax.training import loop
+
+    validation = {0: 9.0, 2: 1.0, 4: 2.0, 6: 2.0, 8: 3.0}
+    monkeypatch.setattr(loop, "validation_loss", lambda run: validation[int(run.state.step)])
+    config = small(**{"train.steps": 8, "train.keep": 1})
+    run(config, tmp_path / "whole")
+    write = Metrics.write
+
+    def stop(self, step, values):
+        write(self, step, values)
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Metrics, "write", stop)
+        with pytest.raises(loop.Stopped):
+            run(config, tmp_path / "w")
+    assert {p.name for p in (tmp_path / "w/checkpoints").iterdir()} > {"2"}
+    summary = run(config, tmp_path / "w")
+    assert summary["step"] == 2
+    assert {p.name for p in (tmp_path / "w/checkpoints").iterdir()} == {"2", "8"}
+    tiny = LlamaConfig.preset("tiny")
+    _, a = load_adapter(tmp_path / "w/adapter", tiny)
+    _, b = load_adapter(tmp_path / "whole/adapter", tiny)
+    assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), a, b))
+    shutil.rmtree(tmp_path / "w/adapter")  # it can be had again
+    run(config, tmp_path / "w")
+    assert (tmp_path / "w/adapter/adapter_config.json").exists()
