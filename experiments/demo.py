@@ -39,21 +39,20 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(config.model.weights)
     style = config.data.prompt_style
 
-    def score(shots: int, adapter: Any = None, adapter_config: Any = None) -> dict[str, Any]:
+    def score_base(shots: int) -> dict[str, Any]:
         tasks = load_task_data(
             [config.data.tasks], None, protocol=config.eval.protocol, prompt_style=style, limit=config.eval.limit,
             num_fewshot=shots, generator=generator_settings(config))  # fmt: skip
         scored = evaluate_tasks(
-            tasks, model_config, base, tokenizer, adapter=adapter, adapter_config=adapter_config,
-            protocol=config.eval.protocol, prompt_style=style, batch_size=40)  # fmt: skip
+            tasks, model_config, base, tokenizer, protocol=config.eval.protocol, prompt_style=style,
+            batch_size=config.eval.batch_size)  # fmt: skip
         return scored["tasks"][config.data.tasks]
 
     print(f"Scoring the base on {config.eval.limit} unseen problems, with no and with 4 examples …", flush=True)
-    before, few_shot = score(0), score(4)
+    before, few_shot = score_base(0), score_base(4)
     print("Fine-tuning …", flush=True)
-    run(config, workdir)
+    after = run(config, workdir)["evaluation"]["tasks"][config.data.tasks]
     adapter_config, trained = load_adapter(workdir / "adapter", model_config)
-    after = score(0, trained["adapter"], adapter_config)
 
     print(f"\naccuracy on {after['n']} unseen problems (± one standard error)")
     for name, result in (("base", before), ("base, 4 examples", few_shot), (f"base + {adapter_config.method}", after)):

@@ -42,8 +42,8 @@ def configuration(method: str, data_dir: str, steps: int) -> Any:
     config.data.max_length = 256
     config.data.validation_size = 100
     config.train.steps = steps
-    config.train.batch_size = 4
-    config.train.eval_every = config.train.save_every = max(1, steps // 3)
+    config.train.batch_size = 2
+    config.train.eval_every = config.train.save_every = max(1, steps // 2)
     return config
 
 
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     data = results[0]["data"]
     lines = [
         header("ARC-Easy + openbookqa, label words, 60 steps", about),
-        f"{MODEL}, float32, batch of 4 packed rows of 256 tokens, one seed; {data['train']['kept']:,} training "
+        f"{MODEL}, float32, batch of 2 packed rows of 256 tokens, one seed; {data['train']['kept']:,} training "
         f"examples, validation loss over {data['validation']['kept']} held-out ones (answer tokens alone), accuracy of "
         f"the label sentence by log-likelihood on the first {args.limit} test questions of each task.\n",
         "| method | rank | rate | validation loss before | after | " + " | ".join(TASKS) + " |",
