@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up all they need in .venv; nothing else has to be done before them.
-PYTHON ?= python3.11
+PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test test-slow lint clean
