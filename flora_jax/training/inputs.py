@@ -53,6 +53,9 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
             held_out = load_examples(task, "validation", data.dir, data.cache_dir)[:share]
             hashes[f"{task.name}/validation"] = data_hash(task, "validation", data.dir)
         else:
+            if len(examples) < 2:
+                raise UserError(f"task {task.name!r}: one record is too few, since it has no validation split and some "
+                                "records are held out; give more, or a folder with a validation file")  # fmt: skip
             order = np.random.default_rng(0).permutation(len(examples))
             chosen = set(order[: min(share, max(1, len(examples) // 10))].tolist())
             held_out = [examples[i] for i in sorted(chosen)]

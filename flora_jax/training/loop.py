@@ -100,6 +100,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
 
     shapes = {"params": abstract_base(model_config, dtype), "adapter": abstract_adapter(model_config, adapter)}
     trained = trains(config, shapes)
+    optimizer = make_optimizer(config, shapes, trained)
     placed = shardings(shapes, mesh, model_config, adapter)
     inputs = load_inputs(config, tokenizer)
     iterator = train_iterator(
@@ -126,22 +127,19 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
     trainable, frozen = partition(variables, trained)
     # What trains is float32 whatever the base is stored in: an update is far below bfloat16's resolution.
     trainable = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trainable)
-    optimizer = make_optimizer(config, shapes, trained)
     trainable_placed, _ = partition(placed, trained)
     everywhere = NamedSharding(mesh, P())
     opt_placed = optimizer_shardings(optimizer, trainable, trainable_placed, mesh)
-    state = TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
-        trainable=trainable,
-        optimizer=jax.jit(optimizer.init, out_shardings=opt_placed)(trainable),
-        key=jax.device_put(key, everywhere),
-    )
+    # By jit rather than device_put, which takes no key to the devices of other processes.
+    step, key = jax.jit(lambda key: (jnp.zeros((), jnp.int32), key), out_shardings=everywhere)(key)
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_placed)(trainable)
+    state = TrainState(step, trainable, opt_state, key)
     state_placed = TrainState(everywhere, trainable_placed, opt_placed, everywhere)
 
     compute = jnp.dtype(config.model.dtype)
     model = Llama(model_config, adapter, dtype=compute, param_dtype=dtype, remat=config.model.remat)
-    step = make_train_step(model, optimizer, config.train.accumulation, config.train.chunk_tokens)
-    compiled_step = jax.jit(step, donate_argnums=0, out_shardings=(state_placed, everywhere))
+    train_step = make_train_step(model, optimizer, config.train.accumulation, config.train.chunk_tokens)
+    compiled_step = jax.jit(train_step, donate_argnums=0, out_shardings=(state_placed, everywhere))
     compiled_eval = jax.jit(make_eval_step(model, config.train.chunk_tokens), out_shardings=everywhere)
     return Run(config, model_config, adapter, model, tokenizer, inputs, iterator, mesh, optimizer, frozen, state,
                fingerprint, compiled_step, compiled_eval)  # fmt: skip

@@ -29,9 +29,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Raises UserError if the directory cannot be written or holds anything but a run of this configuration."""
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is not a directory")
     parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"--workdir={workdir} cannot be made: {parent} is not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"--workdir={workdir} cannot be written: no permission in {parent}")
     path = workdir / "config.json"

@@ -1,0 +1,95 @@
+"""What tests/test_sharding.py runs in processes of their own, where XLA is told how many devices there are.
+
+    python tests/sharded_runs.py meshes FOLDER lora-8x1x1,fft-2x2x2    these runs, a method on a mesh
+    python tests/sharded_runs.py others FOLDER                         a run on two meshes, weights into shards
+    python tests/sharded_runs.py process FOLDER CONFIG I               process I of a run of several
+
+FOLDER/METHOD.json is a configuration; bytes and the like go to FOLDER as JSON.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from flora_jax.adapters import AdapterConfig
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.llama import abstract_base
+from flora_jax.models.loading import load_pretrained
+from flora_jax.train import run
+from flora_jax.training import loop
+from flora_jax.training.rules import paths
+from flora_jax.training.sharding import AXES, make_mesh, shardings
+
+
+def meshes(folder: Path, names: list[str]) -> None:
+    """Runs, and writes by leaf the bytes on one device and in all to FOLDER/RUN/held.json."""
+    held = {}
+    prepare = loop.prepare
+
+    def measured(config, workdir):
+        made = prepare(config, workdir)
+        device = jax.devices()[-1]
+        held[workdir] = {
+            kind: {path: [sum(s.data.nbytes for s in leaf.addressable_shards if s.device == device), leaf.nbytes]
+                   for path, leaf in paths(tree).items()}
+            for kind, tree in (("frozen", made.frozen), ("trainable", made.state.trainable))
+        }  # fmt: skip
+        return made
+
+    loop.prepare = measured
+    for name in names:
+        method, mesh = name.split("-")
+        run(config_of(folder / f"{method}.json", tuple(map(int, mesh.split("x")))), folder / name)
+        (folder / name / "held.json").write_text(json.dumps(held[folder / name]))
+
+
+def resumed(folder: Path) -> None:
+    """The run of lora on 1x8x1, put back to its checkpoint in the middle, ends on another mesh."""
+    shutil.copytree(folder / "lora-1x8x1", folder / "lora-resumed")
+    shutil.rmtree(folder / "lora-resumed/checkpoints/10")
+    run(config_of(folder / "lora.json", (2, 2, 2)), folder / "lora-resumed")
+
+
+def loaded(folder: Path) -> None:
+    """Weights read straight into shards: which leaves differ from those read whole, and what one device has."""
+    model = LlamaConfig.preset("tiny")
+    mesh = make_mesh(config_of(folder / "fft.json", (1, 8, 1)))
+    placed = shardings({"params": abstract_base(model)}, mesh, model, AdapterConfig("fft", 1))
+    _, sharded = load_pretrained(str(folder / "model"), shardings=placed["params"])
+    _, whole = load_pretrained(str(folder / "model"))
+    whole = paths(whole)
+    result = {
+        "differ": [path for path, leaf in paths(sharded).items() if not np.array_equal(leaf, whole[path])],
+        "devices": {path: [len(leaf.sharding.device_set), leaf.addressable_shards[0].data.size, leaf.size]
+                    for path, leaf in paths(sharded).items()},
+    }  # fmt: skip
+    (folder / "loaded.json").write_text(json.dumps(result))
+
+
+def config_of(path: Path, sizes: tuple[int, ...]) -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict(json.loads(path.read_text()))
+    config.mesh = dict(zip(AXES, sizes, strict=True))
+    return config
+
+
+def process(folder: Path, name: str, number: int) -> None:
+    config = ml_collections.ConfigDict(json.loads((folder / f"{name}.json").read_text()))
+    config.distributed.process_id = number
+    jax.distributed.initialize(config.distributed.coordinator, config.distributed.processes, number)
+    run(config, folder / name)
+
+
+if __name__ == "__main__":
+    what, where = sys.argv[1], Path(sys.argv[2])
+    if what == "process":
+        process(where, sys.argv[3], int(sys.argv[4]))
+    elif what == "meshes":
+        meshes(where, sys.argv[3].split(","))
+    else:
+        resumed(where)
+        loaded(where)

@@ -1,0 +1,179 @@
+"""Training on several devices and in several processes computes what one device computes, and holds what it should."""
+
+import json
+import math
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from flora_jax.errors import UserError
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.hf import leaf_shapes
+from flora_jax.train import run
+
+TINY = LlamaConfig.preset("tiny")
+METHODS = ("lora", "ffba", "fft")
+MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x1x2")  # data, fsdp, tensor
+# Each compiles for seconds, so not every method on every mesh by default.
+FAST = ("lora-8x1x1", "lora-1x8x1", "lora-2x2x2", "lora-1x1x2", "ffba-2x2x2", "fft-2x2x2")
+SLOW = tuple(f"{method}-{mesh}" for mesh in MESHES for method in METHODS if f"{method}-{mesh}" not in FAST)
+NAMES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+def devices(count):
+    """XLA's flags for this many CPU devices. Its concurrent scheduler starts independent collectives in another order
+    on each device, and with fewer cores than devices they can wait for each other for ever."""
+    return f"--xla_force_host_platform_device_count={count} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def processes(names):
+    """The runs by the number of devices they need."""
+    return {count: [name for name in names if math.prod(sizes(name)) == count] for count in (2, 8)}
+
+
+def sizes(name):
+    return [int(size) for size in name.split("-")[1].split("x")]
+
+
+@pytest.fixture(scope="module")
+def script(environment):
+    """Runs tests/sharded_runs.py on this many devices."""
+
+    def run_it(count, *arguments):
+        command = [sys.executable, str(ROOT / "tests/sharded_runs.py"), *map(str, arguments)]
+        variables = {**environment, "XLA_FLAGS": devices(count)}
+        return subprocess.Popen(command, cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True)
+
+    return run_it
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, small, quick_compile):
+    """Ten steps of each method on one device."""
+    folder = tmp_path_factory.mktemp("meshes")
+    settings = {"train.batch_size": 8, "train.steps": 10, "train.eval_every": 0, "train.save_every": 5,
+                "optim.learning_rate": 3e-3}  # fmt: skip
+    for method in METHODS:
+        config = small(method, **settings)
+        (folder / f"{method}.json").write_text(json.dumps(config.to_dict()))
+        run(config, folder / method)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(folder, script):
+    """`ran(name)` makes sure of a run: the first asked for brings all of its kind, in one process a device count."""
+
+    def ensure(name):
+        if not (folder / name).exists():
+            names = processes(FAST if name in FAST else SLOW)[math.prod(sizes(name))]
+            process = script(math.prod(sizes(name)), "meshes", folder, ",".join(names))
+            error = process.communicate(timeout=400)[1]
+            assert process.returncode == 0, error
+        return folder / name
+
+    return ensure
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_mesh_computes_the_same(folder, ran, name):
+    alone = losses(folder / name.split("-")[0])
+    assert len(alone) == 10 and alone[-1] < alone[0]
+    np.testing.assert_allclose(losses(ran(name)), alone, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_device_holds(ran, name):
+    """Kernels and embedding whole over fsdp times tensor, norms whole everywhere, adapters over fsdp alone."""
+    _, fsdp, tensor = sizes(name)
+    held = json.loads((ran(name) / "held.json").read_text())
+    leaves = held["frozen"] | held["trainable"]
+    assert {path for path in leaves if path.startswith("params")} == {f"params/{path}" for path in leaf_shapes(TINY)}
+    assert {path.startswith("params") for path in held["trainable"]} == {name.startswith("fft")}
+    for path, (here, whole) in leaves.items():
+        cuts = fsdp if path.startswith("adapter") else 1 if path.endswith("norm/scale") else fsdp * tensor
+        assert here == whole / cuts, path
+
+
+@pytest.fixture(scope="module")
+def others(folder, ran, script, hf_directory):
+    hf_directory(folder / "model")
+    ran("lora-1x8x1")
+    process = script(8, "others", folder)
+    error = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, error
+    return folder
+
+
+def test_a_run_goes_on_on_another_mesh(others):
+    resumed = losses(others / "lora-resumed")
+    assert resumed[:5] == losses(others / "lora-1x8x1")[:5]
+    np.testing.assert_allclose(resumed, losses(others / "lora"), rtol=1e-4)
+
+
+def test_weights_are_read_straight_into_shards(others):
+    result = json.loads((others / "loaded.json").read_text())
+    assert result["differ"] == []
+    for path, (devices, here, whole) in result["devices"].items():
+        assert devices == 8 and here == (whole if path.endswith("norm/scale") else whole / 8), path
+
+
+def test_a_mesh_that_does_not_fit_is_refused(small, tmp_path):
+    for mesh, words in (
+        ({"mesh.data": 2}, "does not fit 1 device"),
+        ({"mesh.data": -1, "mesh.fsdp": -1}, "only one axis may be -1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(small(**mesh), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "fields", "words"),
+    [(8, {"train.batch_size": 4}, "config.train.batch_size=4 in 1 micro-batch(es) of 4 rows"),
+     (5, {"mesh.fsdp": 5, "train.batch_size": 5}, "config.mesh.fsdp=5 does not divide"),
+     (5, {"mesh.tensor": 5}, "config.mesh.tensor=5 does not divide")],
+)  # fmt: skip
+def test_what_does_not_divide_is_refused(command, tmp_path, count, fields, words):
+    done = command("--config", "configs/tiny.py", "--workdir", tmp_path / "w",
+                   *(f"--config.{name}={value}" for name, value in fields.items()),
+                   XLA_FLAGS=devices(count))  # fmt: skip
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_two_processes_stop_and_go_on_together(small, script, tmp_path):
+    """Two processes of two devices; put back to the checkpoint in the middle they end bit-equal."""
+
+    def both(name):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        config = small("lora", **{
+            "train.batch_size": 8, "train.steps": 8, "train.eval_every": 4, "train.save_every": 4, "mesh.data": 2,
+            "mesh.fsdp": 2, "distributed.processes": 2, "distributed.coordinator": address})  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(config.to_dict()))
+        running = [script(2, "process", tmp_path, name, i) for i in range(2)]
+        errors = [process.communicate(timeout=300)[1] for process in running]
+        assert [process.returncode for process in running] == [0, 0], errors
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line.get("loss"), line.get("validation_loss")) for line in lines], errors
+
+    whole, _ = both("a")
+    assert [step for step, loss, _ in whole if loss] == list(range(1, 9)) and whole[-2][1] < whole[1][1]
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/checkpoints/8")
+    again, errors = both("b")
+    assert "resuming after step 4" in errors[0] and again == whole
+    adapters = [(tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert adapters[0] == adapters[1]
