@@ -147,19 +147,21 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
 
 def validation_loss(run: Run) -> float:
     """Mean loss over the counted tokens of the validation examples."""
-    config, processes = run.config, jax.process_count()
-    rows = config.train.batch_size // config.train.accumulation // processes
-    longest = max(len(example.tokens) - 1 for example in run.inputs.validation)
-    length = min(config.data.max_length, -(-longest // 64) * 64)
-    # Every process scores its share. Shares may differ by one example, so the shorter ones end on an empty batch.
-    mine = run.inputs.validation[jax.process_index() :: processes]
-    batches = eval_batches(mine, batch_size=rows, max_length=length)
-    names = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
-    empty = {name: np.zeros((rows, length), np.float32 if name == "loss_weights" else np.int32) for name in names}
+    config, process, processes = run.config, jax.process_index(), jax.process_count()
+    rows = config.train.batch_size // config.train.accumulation
+    # By length, in batches as long as their longest example needs (a multiple of 64): little is padding. Every
+    # process cuts the same batches and holds every n-th row of each.
+    examples = sorted(run.inputs.validation, key=lambda example: len(example.tokens))
     total = count = 0.0
-    for _ in range(math.ceil(math.ceil(len(run.inputs.validation) / processes) / rows)):
-        batch = shard_batch(next(batches, empty), run.mesh)
-        loss, weight = run.compiled_eval(run.state.trainable, run.frozen, batch)
+    for start in range(0, len(examples), rows):
+        batch = examples[start : start + rows]
+        length = min(config.data.max_length, -(-(len(batch[-1].tokens) - 1) // 64) * 64)
+        # The shortest stands in where the last batch leaves a process without a row, and then counts nothing.
+        mine = batch[process::processes] or examples[:1]
+        (local,) = eval_batches(mine, batch_size=rows // processes, max_length=length)
+        if process >= len(batch):
+            local["loss_weights"][:] = 0
+        loss, weight = run.compiled_eval(run.state.trainable, run.frozen, shard_batch(local, run.mesh))
         total, count = total + float(loss), count + float(weight)
     return total / max(count, 1.0)
 
