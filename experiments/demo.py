@@ -9,14 +9,13 @@ the adapter lies. Run again on the same workdir, it resumes.
 
 from __future__ import annotations
 
-import argparse
 import runpy
 import time
 from pathlib import Path
 from typing import Any
 
 from flora_jax.config import generator_settings
-from flora_jax.errors import run_command
+from flora_jax.errors import CommandParser, run_command
 from flora_jax.evaluation.run import evaluate_tasks, load_task_data
 from flora_jax.inference.generator import Generator
 from flora_jax.interop.adapter_files import load_adapter
@@ -29,7 +28,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.demo", description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m experiments.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--workdir", default="runs/demo")
     workdir = Path(parser.parse_args(argv[1:]).workdir)
     config = runpy.run_path(str(CONFIG))["get_config"]()

@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 from experiments.report import header, provenance
-from flora_jax.config import LEARNING_RATES, get_config
+from flora_jax.config import LEARNING_RATES, get_config, names
 from flora_jax.data import get_task, label_request, load_examples
-from flora_jax.errors import run_command
+from flora_jax.errors import CommandParser, UserError, near_misses, run_command
 from flora_jax.evaluation.loglik import choice_loglik
 from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.train import run
@@ -68,14 +68,17 @@ def label_accuracy(adapter: Path | None, data_dir: str, limit: int) -> dict[str,
 def one(method: str, args: argparse.Namespace) -> dict[str, Any]:
     """Trains and scores one method, or reads what an earlier call has left."""
     workdir = args.workdir / method
-    done = workdir / "result.json"
+    done, settings = workdir / "result.json", {"steps": args.steps, "limit": args.limit, "rank": RANKS[method]}
     if done.exists():
-        return json.loads(done.read_text())
+        result = json.loads(done.read_text())
+        if result["settings"] != settings:
+            raise UserError(f"{done} is of settings {result['settings']}, not {settings}; name another --workdir")
+        return result
     start = time.perf_counter()
     summary = run(configuration(method, args.data_dir, args.steps), workdir)
     result = {
         "method": method,
-        "rank": RANKS[method],
+        "settings": settings,
         "learning_rate": LEARNING_RATES[method],
         "validation_losses": summary["validation_losses"],
         "accuracy": label_accuracy(workdir / "adapter", args.data_dir, args.limit),
@@ -89,7 +92,7 @@ def one(method: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.real_text", description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m experiments.real_text", description=__doc__.split("\n")[0])
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--workdir", type=Path, default=Path("runs/real_text"))
     parser.add_argument("--methods", default=",".join(RANKS))
@@ -97,14 +100,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     args = parser.parse_args(argv[1:])
-    results = [one(method, args) for method in args.methods.split(",")]
+    for method in names(args.methods):
+        if method not in RANKS:
+            raise UserError(f"--methods: {method!r} is unknown; {near_misses(method, RANKS)}")
+    results = [one(method, args) for method in names(args.methods)]
     base = label_accuracy(None, args.data_dir, args.limit)
 
     about = provenance("orbax-checkpoint", "grain")
     about["command"] = about["command"].replace(args.data_dir, "DIR")
     data = results[0]["data"]
     lines = [
-        header("ARC-Easy + openbookqa, label words, 60 steps", about),
+        header(f"ARC-Easy + openbookqa, label words, {args.steps} steps", about),
         f"{MODEL}, float32, batch of 2 packed rows of 256 tokens, one seed; {data['train']['kept']:,} training "
         f"examples, validation loss over {data['validation']['kept']} held-out ones (answer tokens alone), accuracy of "
         f"the label sentence by log-likelihood on the first {args.limit} test questions of each task.\n",
@@ -114,7 +120,7 @@ def main(argv: list[str]) -> None:
     ]
     for r in results:
         losses = list(r["validation_losses"].values())
-        cells = [r["method"], "" if r["method"] == "fft" else str(r["rank"]), f"{r['learning_rate']:g}"]
+        cells = [r["method"], "" if r["method"] == "fft" else str(r["settings"]["rank"]), f"{r['learning_rate']:g}"]
         cells += [f"{losses[0]:.3f}", f"{min(losses[1:]):.3f}"]
         cells += [f"{r['accuracy'][name]:.2f}" for name in TASKS]
         lines.append(f"| {' | '.join(cells)} |")

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from flora_jax.errors import CommandParser, run_command
+
 MODEL = "smollm2-135m-instruct"
 # Equal budgets of about 5.5 M parameters.
 RANKS = {"lora": 18, "ffba": 32, "ffba_qg_add": 32, "fpa": 80}
@@ -148,7 +150,7 @@ def compare(rows: int, length: int, rounds: int, answers: float) -> dict[str, An
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.train_throughput", description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m experiments.train_throughput", description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=8)
@@ -198,4 +200,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    run_command(main)

@@ -17,7 +17,7 @@ from ml_collections.config_dict import placeholder
 
 from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.errors import UserError, near_misses
-from flora_jax.models.config import PRESETS, LlamaConfig
+from flora_jax.models.config import DTYPES, PRESETS, LlamaConfig
 
 # A zero A with a full B moves the output 18 to 64 times as far in one Adam step as LoRA's zero B does, so the rate
 # belongs to the method (PAPER.md, "Initialisation"). For scale s = 1 and the default schedule.
@@ -37,7 +37,6 @@ LEARNING_RATES: dict[str, float] = {
 # recomputing what is not a product costs little beside the memory it saves.
 _GPU = {"model.param_dtype": "bfloat16", "model.dtype": "bfloat16", "model.remat": "dots"}
 PRESET_SETTINGS: dict[str, dict[str, Any]] = {"llama3.2-1b": _GPU, "llama3.2-3b": _GPU, "llama3.1-8b": _GPU}
-DTYPES = ("float32", "bfloat16")
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
@@ -110,9 +109,10 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
 
     config.eval = ml_collections.ConfigDict()
     config.eval.tasks = ""  # comma-separated tasks scored when training ends; empty: none
-    config.eval.protocol = "llm_adapters"  # llm_adapters: generate and extract; lm_eval: likelihood of the choices
+    config.eval.protocol = "llm_adapters"  # llm_adapters: generate and extract; lm_eval: choices by likelihood, plain
     config.eval.limit = 200  # items a task
     config.eval.batch_size = 16
+    config.eval.max_length = 1024  # tokens of prompt and answer; longer prompts are counted, and wrong
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # devices along each axis; -1: what the others leave
@@ -207,12 +207,16 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     method = config.adapter.method
     check("adapter.method", method in METHODS, f"is unknown; {near_misses(str(method), METHODS)}")
     adapter = adapter_config(config)
-    if config.model.weights in (None, "random") or config.model.weights in PRESETS:
-        adapter.check(LlamaConfig.preset(preset).widths)
+    weights = config.model.weights
+    if weights in (None, "random", *PRESETS):
+        adapter.check(LlamaConfig.preset(weights if weights in PRESETS else preset).widths)
     check("data.tasks", bool(names(config.data.tasks)), "names no task")
+    for field in ("data.tasks", "eval.tasks"):
+        tasks = names(config[field.split(".")[0]].tasks)
+        check(field, len(tasks) == len(set(tasks)), "names a task twice")
     for field in ("data.max_length", "data.validation_size", "train.steps", "train.batch_size", "train.accumulation",
                   "train.log_every", "train.save_every", "train.keep", "train.chunk_tokens", "eval.limit",
-                  "eval.batch_size", "distributed.processes"):  # fmt: skip
+                  "eval.batch_size", "eval.max_length", "distributed.processes"):  # fmt: skip
         section, name = field.split(".")
         check(field, config[section][name] >= 1, "must be at least 1")
     for field in ("train.seed", "train.eval_every", "optim.weight_decay", "optim.clip_norm"):

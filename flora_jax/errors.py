@@ -7,9 +7,13 @@ line on stderr and exit with 2; anything else is a defect of ours and keeps its 
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -25,6 +29,25 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(known)}"
 
 
+class Stopped(Exception):
+    """A signal ended the run early, after its checkpoint was written."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser whose refusals are UserErrors: one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError with argparse's own message."""
+        raise UserError(f"{message}; {self.prog} --help lists all flags")
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Raises UserError unless `path` can be made or written: its nearest existing parent is a directory and ours."""
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}={path} cannot be written: {parent} is no directory that may be written to")
+
+
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Runs a command's `main` and exits: 0 done, 2 bad input (one line on stderr), 1 anything else."""
     try:
@@ -32,3 +55,6 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except (Stopped, FloatingPointError) as end:  # ends of a run that its message explains
+        print(end, file=sys.stderr)
+        sys.exit(1)

@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from flora_jax.errors import UserError, run_command
-from flora_jax.generate import DTYPES
+from flora_jax.errors import CommandParser, UserError, check_writable, run_command
+from flora_jax.models.config import DTYPES
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flora_jax.evaluate", description=__doc__.splitlines()[0])
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="flora_jax.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="HF directory, hub id, .gguf file or preset name")
     parser.add_argument("--adapter", help="adapter directory")
     parser.add_argument("--tasks", required=True, help="comma-separated task names, or a path ending in .jsonl")
@@ -21,6 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--protocol", choices=("lm_eval", "llm_adapters"), default="lm_eval")
     parser.add_argument("--prompt_style", choices=("plain", "chat"), default="plain")
     parser.add_argument("--num_fewshot", type=int, default=0, help="solved training examples before each question")
+    parser.add_argument("--generator", default="", help="of generated tasks, FIELD=NUMBER,… such as max_terms=2")
     parser.add_argument("--limit", type=int, help="score the first N test examples of each task; default all")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_length", type=int, default=1024, help="tokens of prompt and generated answer together")
@@ -40,16 +40,24 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--batch_size {args.batch_size} must be a positive integer")
     if args.out and Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a directory; name a file")
+    if args.out:
+        check_writable(Path(args.out), "--out")
+    generator = {}
+    for pair in args.generator.split(",") if args.generator else []:
+        field, _, number = pair.partition("=")
+        if not number.strip().isdigit():
+            raise UserError(f"--generator {pair!r} is not FIELD=NUMBER")
+        generator[field.strip()] = int(number)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     tasks = load_task_data(
         names, args.data_dir, protocol=args.protocol, prompt_style=args.prompt_style, limit=args.limit,
-        num_fewshot=args.num_fewshot, seed=args.seed)  # fmt: skip
+        num_fewshot=args.num_fewshot, seed=args.seed, generator=generator)  # fmt: skip
     model = load_adapted(args.model, args.adapter, args.dtype)
     result = evaluate_tasks(
         tasks, model.config, model.base, model.tokenizer, adapter=model.adapter, adapter_config=model.adapter_config,
         protocol=args.protocol, prompt_style=args.prompt_style, batch_size=args.batch_size, max_length=args.max_length,
         about={"model": args.model, "adapter": args.adapter, "base_fingerprint": model.fingerprint, "seed": args.seed,
-               "limit": args.limit})  # fmt: skip
+               "limit": args.limit, "generator": generator})  # fmt: skip
     for name, scores in result["tasks"].items():
         norm = f"  norm {scores['accuracy_norm']:.4f}" if "accuracy_norm" in scores else ""
         print(f"{name:16} {scores['accuracy']:.4f} ± {scores['stderr']:.4f}{norm}  n {scores['n']}")

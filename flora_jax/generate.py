@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import argparse
-
-from flora_jax.errors import UserError, run_command
-
-DTYPES = ("float32", "bfloat16", "float16")
+from flora_jax.errors import CommandParser, UserError, run_command
+from flora_jax.models.config import DTYPES
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flora_jax.generate", description=__doc__.splitlines()[0])
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="flora_jax.generate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="HF directory, hub id, .gguf file or preset name")
     parser.add_argument("--adapter", help="adapter directory")
     parser.add_argument("--prompt", required=True)

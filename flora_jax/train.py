@@ -20,7 +20,8 @@ from flora_jax.config import check_config, fields, generator_settings, names, re
 from flora_jax.errors import UserError, near_misses, run_command
 from flora_jax.evaluation.run import evaluate_tasks, load_task_data
 from flora_jax.interop.adapter_files import save_adapter
-from flora_jax.training.loop import Stopped, train
+from flora_jax.models.loading import PUBLISHED
+from flora_jax.training.loop import train
 from flora_jax.training.report import say
 from flora_jax.training.workdir import write_json
 
@@ -37,17 +38,20 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     prepared, summary = result.run, dict(result.summary)
     if jax.process_index() != 0:
         return summary
+    source = weights_source(config)
     save_adapter(
         workdir / "adapter", result.trained, prepared.model_config, prepared.adapter_config,
-        base_model=weights_source(config), fingerprint=prepared.fingerprint)  # fmt: skip
-    if tasks:
-        scores = evaluate_tasks(
-            tasks, prepared.model_config, result.base, prepared.tokenizer,
-            adapter=result.trained["adapter"] or None, adapter_config=prepared.adapter_config,
-            protocol=config.eval.protocol, prompt_style=style, batch_size=config.eval.batch_size)  # fmt: skip
-        summary["evaluation"] = scores
+        base_model=str(Path(source).absolute()) if Path(source).exists() else PUBLISHED.get(source, source),
+        fingerprint=prepared.fingerprint)  # fmt: skip
     write_json(workdir / "eval.json", summary)
     say(f"step {summary['step']} is the best; its adapter is in {workdir / 'adapter'}")
+    if tasks:
+        summary["evaluation"] = evaluate_tasks(
+            tasks, prepared.model_config, result.variables["params"], prepared.tokenizer,
+            adapter=result.variables.get("adapter"), adapter_config=prepared.adapter_config,
+            protocol=config.eval.protocol, prompt_style=style, batch_size=config.eval.batch_size,
+            max_length=min(config.eval.max_length, prepared.model_config.max_position_embeddings))  # fmt: skip
+        write_json(workdir / "eval.json", summary)
     return summary
 
 
@@ -95,11 +99,7 @@ def main(argv: list[str]) -> None:
     if config.distributed.processes > 1:
         jax.distributed.initialize(
             config.distributed.coordinator, config.distributed.processes, config.distributed.process_id)  # fmt: skip
-    try:
-        run(config, workdir)
-    except (Stopped, FloatingPointError) as error:
-        say(f"error: {error}" if isinstance(error, FloatingPointError) else str(error))
-        sys.exit(1)
+    run(config, workdir)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ class AdapterConfig:
 
     method: a name of METHODS.
     rank: r, channels a piece. `fft` ignores it.
-    alpha: the scale is s = alpha / rank (alpha / sqrt(rank) with rslora); default alpha = rank, so s = 1.
+    alpha: the scale is s = alpha / rank (alpha / sqrt(rank) with rslora); default alpha = rank, so that s = 1
+        (sqrt(rank) with rslora).
     targets: the projections adapted; default all seven. Methods that go around a block need it whole.
     add_to: where repeat-and-add adds; default the method's own row.
     activation: `act` on the path around the block (fpa, parallel).

@@ -155,7 +155,10 @@ def _chat(messages: Sequence[Message | None], tokenizer: PreTrainedTokenizerFast
 def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, *, add_generation_prompt: bool) -> str:
     conversation = [dataclasses.asdict(message) for message in messages]
     try:
-        return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+        # Llama 3's template names a date; without this one, its own fallback, the same data would change every day.
+        return tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=add_generation_prompt, date_string="26 Jul 2024"
+        )
     except jinja2.TemplateError as error:
         roles = ", ".join(message.role for message in messages)
         raise UserError(f"the tokenizer's chat template refuses a conversation of roles {roles}: {error}") from None

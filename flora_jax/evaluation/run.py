@@ -122,7 +122,7 @@ def evaluate_tasks(
     `scoring`, `decode` settings, `data_hash`, one whole `prompt` as an example, and `seconds`.
 
     base, adapter: trees as `Llama` takes them; arithmetic in the base's dtype. max_length: prompt and new tokens of
-    generated answers. Raises UserError for a prompt that does not fit.
+    generated answers; a prompt that leaves no room counts as wrong and in `too_long`. Raises UserError if none fits.
     """
     results: dict[str, Any] = {}
     generator = None
@@ -215,15 +215,26 @@ def _generate_answers(data: TaskData, generator: Generator, style: str) -> dict[
     prompts = [
         encode_prompt(few_shot_messages(example, data.shots, style), tokenizer, style) for example in data.examples
     ]
-    generations = generator.generate(prompts, new_tokens)
+    fits = [len(prompt) <= generator.max_length - new_tokens for prompt in prompts]
+    asked = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
+    if not asked:
+        raise UserError(
+            f"max_length={generator.max_length} leaves no room for {new_tokens} new tokens after any prompt of "
+            f"{data.task.name}; the shortest has {min(map(len, prompts))} tokens"
+        )
+    generations = generator.generate(asked, new_tokens)
     stop_text = _SHOT_BREAK if data.shots and style == "plain" else None
-    texts = [g.text.lstrip().split(stop_text)[0] if stop_text else g.text for g in generations]
-    right = [is_right(metric, t, e.answer, e.labels) for t, e in zip(texts, data.examples, strict=True)]
+    texts = iter([g.text.lstrip().split(stop_text)[0] if stop_text else g.text for g in generations])
+    right = [
+        fit and is_right(metric, next(texts), example.answer, example.labels)
+        for fit, example in zip(fits, data.examples, strict=True)
+    ]
     return {
         **_accuracy("accuracy", "stderr", right),
         "scoring": f"generated text, final answer by metric {metric!r}",
         "decode": {"temperature": 0.0, "max_new_tokens": new_tokens, "stop_text": stop_text},
         "finished": sum(g.finished for g in generations) / len(generations),
+        "too_long": len(prompts) - len(asked),
         "prompt": tokenizer.decode(prompts[0]),
     }
 

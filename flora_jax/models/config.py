@@ -12,6 +12,8 @@ from typing import Any
 
 from flora_jax.errors import UserError, near_misses
 
+DTYPES = ("float32", "bfloat16")  # of parameters and of compute
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:

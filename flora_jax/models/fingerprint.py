@@ -26,7 +26,7 @@ def _digest(leaf: jax.Array) -> jax.Array:
 def base_fingerprint(params: Mapping[str, Any]) -> str:
     """A hex digest of every base parameter's path, shape and value; the same however the leaves are sharded.
 
-    Values are rounded to bfloat16 first, so that one checkpoint loaded in two dtypes is one base.
+    Values are rounded to bfloat16 first, so that one checkpoint loaded in float32 or in bfloat16 is one base.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten_dict(params, sep="/").items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import ml_collections
@@ -12,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from flora_jax.config import generator_settings, names
 from flora_jax.data import (
     Encoded,
-    EncodeReport,
     Example,
     data_hash,
     dedupe,
@@ -30,15 +30,15 @@ class Inputs:
 
     train: list[Encoded]
     validation: list[Encoded]
-    report: EncodeReport
     account: dict[str, Any]
 
 
 def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast) -> Inputs:
     """Reads, de-duplicates and encodes the tasks of `config.data`.
 
-    A task without a validation split gives a fixed sample of its training records. Training records whose prompt is
-    also one of the validation set's or of a test set in `config.eval.tasks` are dropped and counted. Raises UserError.
+    A task without a validation split gives a fixed sample of its training records. Records whose prompt is also in a
+    test set, of `config.eval.tasks` or of a trained task itself, are dropped from both and counted; so are training
+    records that are in the validation set. Raises UserError.
     """
     data = config.data
     tasks = [get_task(name, generator_settings(config)) for name in names(data.tasks)]
@@ -63,9 +63,15 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
         train += examples
         validation += held_out
     tests: list[Example] = []
-    for name in names(config.eval.tasks):
-        tests += load_examples(get_task(name, generator_settings(config)), "test", data.dir, data.cache_dir)
+    scored = [get_task(name, generator_settings(config)) for name in names(config.eval.tasks)]
+    # One file given by its path is a test set only where it is to be scored.
+    beside = [task for task in tasks if not task.name.endswith(".jsonl") and has_split(task, "test", data.dir)]
+    for task in {task.name: task for task in (*scored, *beside)}.values():
+        tests += load_examples(task, "test", data.dir, data.cache_dir)
     before = len(train)
+    validation, dropped_validation = dedupe(validation, tests)
+    if not validation:
+        raise UserError(f"config.data.tasks={data.tasks}: each validation record is also in a test set")
     train, dropped = dedupe(train, [*validation, *tests])
     if not train:
         raise UserError(f"config.data.tasks={data.tasks}: each of {before} training records is also in a test set")
@@ -77,9 +83,18 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
     validation_encoded, validation_report = encode_all(validation, tokenizer, **settings)
     account = {
         "tasks": [task.name for task in tasks],
-        "sha256": hashes,
+        "sha256": {**hashes, "tokens": _tokens_hash(encoded), "validation tokens": _tokens_hash(validation_encoded)},
         "train": dataclasses.asdict(report),
         "validation": dataclasses.asdict(validation_report),
         "dropped_as_in_test": dropped,
+        "dropped_from_validation": dropped_validation,
     }
-    return Inputs(encoded, validation_encoded, report, account)
+    return Inputs(encoded, validation_encoded, account)
+
+
+def _tokens_hash(encoded: list[Encoded]) -> str:
+    """sha256 of tokens and loss masks: another tokenizer or chat template is other data."""
+    digest = hashlib.sha256()
+    for example in encoded:
+        digest.update(example.tokens.tobytes() + example.loss.tobytes() + b"|")
+    return digest.hexdigest()

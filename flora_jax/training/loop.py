@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,6 +28,7 @@ from flora_jax.adapters import AdapterConfig, abstract_adapter, init_adapter
 from flora_jax.config import adapter_config as make_adapter_config
 from flora_jax.config import check_config, weights_source
 from flora_jax.data import eval_batches, train_iterator
+from flora_jax.errors import Stopped
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import Llama, abstract_base, init_base
@@ -38,16 +38,12 @@ from flora_jax.training import report
 from flora_jax.training.checkpoints import Checkpoints, adapter_meta, check_meta
 from flora_jax.training.inputs import Inputs, load_inputs
 from flora_jax.training.optimizer import make_optimizer, make_schedule, trains
-from flora_jax.training.rules import partition, paths, tree
+from flora_jax.training.rules import combine, partition, paths
 from flora_jax.training.sharding import make_mesh, optimizer_shardings, shard_batch, shardings
 from flora_jax.training.step import TrainState, make_eval_step, make_train_step
 from flora_jax.training.workdir import SCHEMA_VERSION, Metrics, check_workdir, write_json
 
 Tree = dict[str, Any]
-
-
-class Stopped(Exception):
-    """A signal ended the run early, after its checkpoint was written."""
 
 
 @dataclasses.dataclass
@@ -57,12 +53,10 @@ class Run:
     config: ml_collections.ConfigDict
     model_config: LlamaConfig
     adapter_config: AdapterConfig
-    model: Llama
     tokenizer: Any
     inputs: Inputs
     iterator: grain.DatasetIterator
     mesh: Mesh
-    optimizer: optax.GradientTransformation
     frozen: Tree
     state: TrainState
     fingerprint: str
@@ -74,13 +68,13 @@ class Run:
 class Result:
     """What a finished run gives: the leaves of its best step (its last, where nothing was validated).
 
-    trained: `{"adapter": tree, "params": tree}` of numpy arrays, base leaves only where they trained. base: the base
-    parameters with those in place. summary: what `eval.json` begins with.
+    trained: `{"adapter": tree, "params": tree}` of numpy arrays, base leaves only where they trained. variables: base
+    and adapter together, on the devices. summary: what `eval.json` begins with.
     """
 
     run: Run
     trained: Tree
-    base: Tree
+    variables: Tree
     summary: dict[str, Any]
 
 
@@ -141,7 +135,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
     train_step = make_train_step(model, optimizer, config.train.accumulation, config.train.chunk_tokens)
     compiled_step = jax.jit(train_step, donate_argnums=0, out_shardings=(state_placed, everywhere))
     compiled_eval = jax.jit(make_eval_step(model, config.train.chunk_tokens), out_shardings=everywhere)
-    return Run(config, model_config, adapter, model, tokenizer, inputs, iterator, mesh, optimizer, frozen, state,
+    return Run(config, model_config, adapter, tokenizer, inputs, iterator, mesh, frozen, state,
                fingerprint, compiled_step, compiled_eval)  # fmt: skip
 
 
@@ -313,7 +307,7 @@ def _result(run: Run, workdir: Path, validated: dict[int, float]) -> Result:
     # Leaf by leaf onto the host: a whole copy on each device may not fit.
     whole = jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(run.mesh, P()))
     trained = jax.tree.map(lambda leaf: np.asarray(whole(leaf)), state.trainable)
-    base = tree({**paths(run.frozen.get("params", {})), **paths(trained.get("params", {}))})
+    variables = combine(state.trainable, run.frozen)
     summary = {
         "schema_version": SCHEMA_VERSION,
         "step": best,
@@ -323,5 +317,5 @@ def _result(run: Run, workdir: Path, validated: dict[int, float]) -> Result:
         "adapter": adapter_meta(run.adapter_config),
         "seed": run.config.train.seed,
     }
-    return Result(run, {"adapter": {}, "params": {}, **trained}, base, summary)
+    return Result(run, {"adapter": {}, "params": {}, **trained}, variables, summary)
 

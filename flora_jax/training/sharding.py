@@ -40,6 +40,11 @@ def make_mesh(config: ml_collections.ConfigDict, devices: list[Any] | None = Non
             f"config.mesh data,fsdp,tensor={','.join(map(str, sizes))} does not fit {len(devices)} device(s): "
             "the axes must multiply to that number"
         )
+    if sizes[0] * sizes[1] % jax.process_count():
+        raise UserError(
+            f"config.mesh data x fsdp = {sizes[0] * sizes[1]} must be a multiple of {jax.process_count()} processes, "
+            "since each feeds rows of its own; keep the tensor axis within one process"
+        )
     rows = config.train.batch_size // config.train.accumulation
     if rows % (sizes[0] * sizes[1]):
         raise UserError(
@@ -61,9 +66,10 @@ def sharding_rules(config: LlamaConfig, adapter: AdapterConfig) -> list[tuple[st
         rules.append((r"params/layers/.*_bias", P()))
     if not config.tie_word_embeddings:
         rules.append((r"params/lm_head/kernel", P("fsdp", "tensor")))
-    if adapter.row.reads:
+    slots = adapter.slots.values()
+    if any(slot.forward for slot in slots):
         rules.append((r"adapter/layers/.*/A", P(None, "fsdp", None)))
-    if adapter.row.adds == "matrix" or adapter.row.writes:
+    if any(slot.matrix or slot.backward for slot in slots):
         rules.append((r"adapter/layers/.*_B", P(None, None, "fsdp")))
     return rules
 
