@@ -40,7 +40,7 @@ def configuration(method: str, data_dir: str, steps: int) -> Any:
     config.data.tasks = ",".join(TASKS)
     config.data.dir = data_dir
     config.data.max_length = 256
-    config.data.validation_size = 100
+    config.data.validation_size = 60
     config.train.steps = steps
     config.train.batch_size = 2
     config.train.eval_every = config.train.save_every = max(1, steps // 2)
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/real_text"))
     parser.add_argument("--methods", default=",".join(RANKS))
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     args = parser.parse_args(argv[1:])
     for method in names(args.methods):
