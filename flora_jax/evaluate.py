@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     generator = {}
     for pair in args.generator.split(",") if args.generator else []:
         field, _, number = pair.partition("=")
-        if not number.strip().isdigit():
+        if not number.strip().isdecimal():
             raise UserError(f"--generator {pair!r} is not FIELD=NUMBER")
         generator[field.strip()] = int(number)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]

@@ -1,6 +1,7 @@
 """Tokens and loss masks: the answer and its end count, nothing else; training and generation see one prompt."""
 
 import dataclasses
+import datetime
 
 import numpy as np
 import pytest
@@ -155,6 +156,31 @@ def test_a_template_that_strips_is_followed(byte):
     tokenizer.chat_template = CHATML.replace("message['content']", "message['content'] | trim")
     encoded = encode(talk("Hi", " Hello\n"), tokenizer, style="chat", **ANSWER)
     assert trained_text(encoded, tokenizer) == "Hello<|im_end|>"
+
+
+DATED = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+
+
+@pytest.mark.parametrize("day", [1, 2])
+def test_a_template_that_names_the_date_gives_the_same_tokens_every_day(day, monkeypatch):
+    """As Llama 3's does, whose own date for want of a clock is this one."""
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 5, day)
+
+    monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Clock)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = DATED + "Today Date: {{ date_string }}\n" + CHATML
+    conversation = [{"role": "user", "content": "Hi"}]
+    assert f"Today Date: 0{day} May 2031" in tokenizer.apply_chat_template(conversation, tokenize=False)
+    example = talk("Hi", "Hello")
+    encoded = encode(example, tokenizer, style="chat", **ANSWER)
+    text = "Today Date: 26 Jul 2024\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(encoded.tokens) == text + "Hello<|im_end|>"
+    assert trained_text(encoded, tokenizer) == "Hello<|im_end|>"
+    assert tokenizer.decode(encode_prompt(example, tokenizer, "chat")) == text
 
 
 def test_what_a_style_cannot_express(byte):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from flora_jax.errors import UserError, run_command
 from flora_jax.evaluation.answers import final_label, final_letter, final_number, is_right, same_number
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
 from flora_jax.evaluation.run import few_shot_messages, few_shot_requests, load_task_data
-from flora_jax.inference.generator import Generator
+from flora_jax.inference.generator import Generation, Generator
 from flora_jax.interop.adapter_files import load_adapted, save_adapter
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
@@ -297,7 +298,6 @@ def test_evaluate_command(checkpoint, data_dir, tiny, tmp_path, capsys):
 def test_llm_adapters_protocol_and_math(checkpoint, data_dir, tmp_path, monkeypatch):
     """The answers are put into the generator's mouth; what is checked is that they are asked for, read and counted."""
     from flora_jax.evaluation import run
-    from flora_jax.inference.generator import Generation
 
     asked = []
 
@@ -318,6 +318,70 @@ def test_llm_adapters_protocol_and_math(checkpoint, data_dir, tmp_path, monkeypa
     assert command("evaluate", *arguments, "--protocol", "llm_adapters", "--num_fewshot", 2, "--out", out) == 0
     assert asked[3][0].count("What is") == 3 and asked[3][0].endswith("\n\nWhat is 0 + 1?")
     assert json.loads(out.read_text())["tasks"]["ARC-Easy"]["decode"]["stop_text"] == run._SHOT_BREAK
+
+
+def write_problems(folder, texts):
+    (folder / "gsm8k").mkdir()
+    records = [{"instruction": text, "input": "", "output": "", "answer": "7"} for text in texts]
+    (folder / "gsm8k/test.json").write_text(json.dumps(records))
+    return ["--tasks", "gsm8k", "--data_dir", folder, "--protocol", "llm_adapters"]
+
+
+def put_words_into(monkeypatch, reply):
+    """Every prompt is answered with `reply`; the prompts asked come into the list that is returned."""
+    asked = []
+
+    def generate(self, prompts, max_new_tokens):
+        asked.extend(self.tokenizer.decode(p) for p in prompts)
+        return [Generation(reply, [1], True) for _ in prompts]
+
+    monkeypatch.setattr(Generator, "generate", generate)
+    return asked
+
+
+def test_prompts_that_are_too_long_are_wrong_and_counted(checkpoint, tmp_path, monkeypatch, capsys):
+    """With 256 new tokens, 280 leave 24 for a prompt: exactly 24 fit, 25 do not."""
+    asked = put_words_into(monkeypatch, "It is 7.")
+    texts = ["short", "x" * 25, "y" * 24, "z" * 100]
+    arguments = ["--model", checkpoint, *write_problems(tmp_path, texts)]
+    out = tmp_path / "result.json"
+    assert command("evaluate", *arguments, "--max_length", 280, "--out", out) == 0
+    result = json.loads(out.read_text())
+    scores = result["tasks"]["gsm8k"]
+    assert asked == ["short", "y" * 24] and result["max_length"] == 280
+    assert (scores["accuracy"], scores["n"], scores["too_long"], scores["finished"]) == (0.5, 4, 2, 1.0)
+    assert scores["stderr"] == 0.25
+    capsys.readouterr()
+    assert command("evaluate", *arguments, "--max_length", 260, "--out", tmp_path / "none.json") == 2
+    error = capsys.readouterr().err
+    assert "max_length=260 leaves no room for 256 new tokens" in error and "the shortest has 5 tokens" in error
+    assert error.count("\n") == 1 and not (tmp_path / "none.json").exists()
+    assert command("evaluate", *arguments, "--max_length", 1024, "--out", out) == 0
+    assert json.loads(out.read_text())["tasks"]["gsm8k"]["too_long"] == 0
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_the_model_is_loaded(data_dir, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    arguments = ["--model", "./nowhere", "--tasks", "ARC-Easy", "--data_dir", data_dir]
+    for out in (tmp_path / "file/result.json", tmp_path / "file/deeper/result.json", tmp_path):
+        assert command("evaluate", *arguments, "--out", out) == 2
+        error = capsys.readouterr().err
+        assert "--out" in error and str(out) in error and "nowhere" not in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_generator_settings_reach_the_task_and_the_result(checkpoint, tmp_path, monkeypatch):
+    asked = put_words_into(monkeypatch, "none")
+    arguments = ["--model", checkpoint, "--tasks", "chain_sum", "--out", tmp_path / "result.json"]
+    terms = {}
+    for settings in ("max_terms=2, test=8", "test=8"):
+        asked.clear()
+        assert command("evaluate", *arguments, "--generator", settings) == 0
+        terms[settings] = {len(re.findall(r"\d+", prompt)) for prompt in asked}
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert len(asked) == result["tasks"]["chain_sum"]["n"] == 8
+        assert result["generator"] == ({"max_terms": 2, "test": 8} if "terms" in settings else {"test": 8})
+    assert list(terms.values()) == [{2}, {2, 3}]
 
 
 def test_adapter_of_another_base_is_refused(checkpoint, tiny, tmp_path, capsys):
@@ -362,16 +426,27 @@ def test_generate_command(checkpoint, tiny, capsys):
         (["--tasks", "ARC-Easy", "--protocol", "x"], "protocol"),
         (["--tasks", "ARC-Easy", "--adapter", "missing"], "missing"),
         (["--tasks", "ARC-Easy"], "nowhere"),
+        (["--tasks", "chain_sum", "--generator", "max_terms"], "'max_terms' is not FIELD=NUMBER"),
+        (["--tasks", "chain_sum", "--generator", "max_terms=two"], "'max_terms=two' is not FIELD=NUMBER"),
+        (["--tasks", "chain_sum", "--generator", "max_terms=²"], "'max_terms=²' is not FIELD=NUMBER"),
+        (["--tasks", "chain_sum", "--generator", "test=4,"], "'' is not FIELD=NUMBER"),
+        (["--tasks", "chain_sum", "--generator", "max_term=2"], "did you mean 'max_terms'"),
+        (["--tasks", "chain_sum", "--generator", "max_terms=1"], "max_terms must be >= min_terms"),
+        (["--tasks", "ARC-Easy", "--limit", "few"], "--limit: invalid int value: 'few'"),
+        (["--tasks", "ARC-Easy", "--dtype", "float16"], "--dtype: invalid choice: 'float16'"),
+        (["--tasks", "ARC-Easy", "--lmit", "3"], "unrecognized arguments: --lmit 3"),
+        ([], "--tasks"),
     ],
 )
 def test_bad_input_exits_with_2_before_a_model_is_loaded(data_dir, capsys, arguments, words):
     assert command("evaluate", "--model", "./nowhere", "--data_dir", data_dir, *arguments) == 2
     error = capsys.readouterr().err
-    assert words in error and "Traceback" not in error
+    assert words in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_commands_explain_themselves():
     done = subprocess.run([sys.executable, "-m", "flora_jax.generate", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--max_new_tokens" in done.stdout
     done = subprocess.run([sys.executable, "-m", "flora_jax.generate"], capture_output=True, text=True)
-    assert done.returncode == 2 and "--model" in done.stderr
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: the following arguments are required: --model, --prompt")

@@ -74,7 +74,9 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
         raise UserError(f"config.data.tasks={data.tasks}: each validation record is also in a test set")
     train, dropped = dedupe(train, [*validation, *tests])
     if not train:
-        raise UserError(f"config.data.tasks={data.tasks}: each of {before} training records is also in a test set")
+        raise UserError(
+            f"config.data.tasks={data.tasks}: each of {before} training records is also in a test or the validation set"
+        )
     if data.limit is not None and data.limit < len(train):
         chosen = np.sort(np.random.default_rng(1).permutation(len(train))[: data.limit])
         train = [train[i] for i in chosen]

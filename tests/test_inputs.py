@@ -1,0 +1,134 @@
+"""What a run trains on: never a record of a test set or of the validation set, every drop counted, all of it hashed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from flora_jax.config import check_config
+from flora_jax.errors import UserError
+from flora_jax.models.tokenizer import byte_tokenizer
+from flora_jax.training.inputs import load_inputs
+
+
+@pytest.fixture
+def inputs(small, tmp_path):
+    """`inputs(**{"data.limit": 3})`: the inputs of this configuration over the folder `tmp_path`."""
+
+    def load(tokenizer=None, **fields):
+        config = small(**{"data.dir": str(tmp_path), "data.tasks": "gsm8k", "data.validation_size": 20, **fields})
+        return load_inputs(config, tokenizer or byte_tokenizer())
+
+    return load
+
+
+@pytest.fixture
+def write(tmp_path):
+    """`write("gsm8k", train=range(9))` writes the problems "What is i + 1?" of these numbers."""
+
+    def files(task, **splits):
+        (tmp_path / task).mkdir(exist_ok=True)
+        for split, numbers in splits.items():
+            # Test questions differ in case and spaces, as copies in other data sets do.
+            text = "what is  {} +1 ?" if split == "test" else "What is {} + 1?"
+            records = [{"instruction": text.format(i), "output": f"It is {i + 1}.", "answer": str(i + 1)}
+                       for i in numbers]  # fmt: skip
+            (tmp_path / task / f"{split}.json").write_text(json.dumps(records))
+
+    return files
+
+
+def asked(encoded):
+    """The numbers of the problems, in order, read off the tokens."""
+    return [int(bytes(e.tokens[:-1].tolist()).decode().split(" ")[2]) for e in encoded]
+
+
+def counts(account):
+    return account["dropped_as_in_test"], account["dropped_from_validation"]
+
+
+def test_records_of_test_and_validation_sets_are_dropped_and_counted(inputs, write):
+    write("gsm8k", train=range(20), validation=range(16, 25), test=(0, 1, 24, 99))
+    write("AddSub", train=range(50, 53), test=(2, 17))
+    alone = inputs()
+    assert asked(alone.train) == list(range(2, 16))  # 0 and 1 are tested, 16 to 19 validated
+    assert asked(alone.validation) == list(range(16, 24)) and counts(alone.account) == (6, 1)
+    # A task that is only scored keeps its test set out too; 17 is then tested, not validated.
+    scored = inputs(**{"eval.tasks": "AddSub"})
+    assert asked(scored.train) == list(range(3, 16))
+    assert asked(scored.validation) == [16, *range(18, 24)] and counts(scored.account) == (7, 2)
+    # So does a task trained beside it, whose own records are held out where it has no validation split.
+    both = inputs(**{"data.tasks": "gsm8k,AddSub"})
+    [held_out] = set(range(50, 53)) & set(asked(both.validation))
+    assert asked(both.train) == [*range(3, 16), *sorted({50, 51, 52} - {held_out})]
+    assert counts(both.account) == (7, 2)
+    for found in (alone, scored, both):
+        assert found.account["train"]["kept"] == len(found.train)
+        assert found.account["validation"]["kept"] == len(found.validation)
+
+
+def test_one_task_does_not_train_on_what_validates_another(inputs, write):
+    write("gsm8k", train=range(10), validation=(30, 31), test=(90,))
+    write("AddSub", train=range(29, 39), validation=(9, 40), test=(91,))
+    found = inputs(**{"data.tasks": "gsm8k,AddSub"})
+    assert asked(found.train) == [*range(9), 29, *range(32, 39)] and counts(found.account) == (3, 0)
+
+
+def test_nothing_left_is_refused(inputs, write):
+    write("gsm8k", train=range(5), validation=range(5, 7), test=range(5))
+    with pytest.raises(UserError, match=r"data\.tasks=gsm8k: each of 5 training records is also in a test"):
+        inputs()
+    write("gsm8k", test=range(5, 7))
+    with pytest.raises(UserError, match=r"data\.tasks=gsm8k: each validation record is also in a test set"):
+        inputs()
+    write("gsm8k", validation=range(5), test=(9,))
+    with pytest.raises(UserError, match=r"each of 5 training records is also in a test or the validation set"):
+        inputs()
+
+
+def test_one_file_is_a_test_set_only_where_it_is_scored(inputs, tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps({"prompt": f"What is {i} + 1?", "completion": "?"}) + "\n" for i in range(20)))
+    found = inputs(**{"data.tasks": str(mine)})
+    assert sorted(asked(found.train) + asked(found.validation)) == list(range(20)) and counts(found.account) == (0, 0)
+    with pytest.raises(UserError, match="is also in a test set"):
+        inputs(**{"data.tasks": str(mine), "eval.tasks": str(mine)})
+
+
+@pytest.mark.parametrize("field", ["data.tasks", "eval.tasks"])
+def test_a_task_named_twice_is_refused(small, field):
+    with pytest.raises(UserError, match=rf"config\.{field}='chain_sum, chain_sum' names a task twice"):
+        check_config(small(**{field: "chain_sum, chain_sum"}))
+
+
+def test_the_hashes_tell_templates_and_tokenizers_apart(inputs, write):
+    """A run goes on only on the same hashes (see test_resume)."""
+    write("gsm8k", train=range(20), test=(99,))
+    other_template, other_tokens = byte_tokenizer(), byte_tokenizer()
+    other_template.chat_template = other_template.chat_template.replace("\n", "\n\n")
+    other_tokens.add_tokens(["What"])
+    hashes = {
+        (name, style): inputs(tokenizer, **{"data.prompt_style": style}).account["sha256"]
+        for name, tokenizer in (("byte", None), ("template", other_template), ("tokens", other_tokens))
+        for style in ("plain", "chat")
+    }
+    assert len({h["gsm8k/train"] for h in hashes.values()}) == 1
+    for key in ("tokens", "validation tokens"):
+        # Plain prompts read no template.
+        assert hashes["byte", "plain"][key] == hashes["template", "plain"][key]
+        assert len({h[key] for h in hashes.values()}) == 5
+    assert hashes["byte", "plain"] == inputs().account["sha256"]
+    # What counts in the loss enters too, though the tokens are the same.
+    assert hashes["byte", "plain"]["tokens"] != inputs(**{"data.loss_on": "all"}).account["sha256"]["tokens"]
+
+
+def test_limit(inputs, write):
+    """N of the records that are left, in their order and not simply the first; the same ones every time."""
+    write("gsm8k", train=range(40), validation=(50,), test=range(10))
+    everything, some = inputs(), inputs(**{"data.limit": 7})
+    numbers = asked(some.train)
+    assert len(numbers) == some.account["train"]["kept"] == 7 and numbers == sorted(set(numbers))
+    assert set(numbers) < set(asked(everything.train)) == set(range(10, 40)) and numbers != list(range(10, 17))
+    assert asked(inputs(**{"data.limit": 7}).train) == numbers and asked(some.validation) == [50]
+    whole = inputs(**{"data.limit": 30}).train
+    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, everything.train, strict=True))
