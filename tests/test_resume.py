@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from flora_jax.config import fields
-from flora_jax.errors import UserError
+from flora_jax.errors import Stopped, UserError
 from flora_jax.train import run
 from flora_jax.training.workdir import Metrics
 
@@ -151,9 +151,36 @@ def test_what_a_resumed_run_may_change(finished, small, tree_hash, tmp_path):
     folder, values = finished
     before = tree_hash(folder / "w")
     free = {"data.cache_dir": str(tmp_path), "train.log_every": 7, "train.save_every": 5, "train.keep": 9,
-            "eval.limit": 3, "eval.batch_size": 2, "eval.protocol": "lm_eval", "mesh.data": 1}  # fmt: skip
+            "eval.limit": 3, "eval.batch_size": 2, "eval.max_length": 99, "eval.protocol": "lm_eval",
+            "mesh.data": 1}  # fmt: skip
     run(small(**{**values, **free}), folder / "w")
     assert tree_hash(folder / "w") == before
+
+
+def test_resumed_in_the_middle_with_other_free_fields(small, quick_compile, monkeypatch, tmp_path):
+    """Told to stop after step 5 and gone on with other intervals: the losses and the adapter are bit-equal."""
+    values = {"train.steps": 10, "adapter.dropout": 0.1, "train.eval_every": 4}
+    run(small(**values), tmp_path / "whole")
+    write = Metrics.write
+
+    def stop(self, step, numbers):
+        write(self, step, numbers)
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Metrics, "write", stop)
+        with pytest.raises(Stopped, match="after step 5"):
+            run(small(**values), tmp_path / "w")
+    free = {"train.save_every": 3, "train.log_every": 2, "train.keep": 1, "eval.limit": 3, "eval.protocol": "lm_eval",
+            "eval.batch_size": 2, "data.cache_dir": str(tmp_path / "cache")}  # fmt: skip
+    run(small(**values, **free), tmp_path / "w")
+    (whole, *results), (parts, *again) = numbers(tmp_path / "whole"), numbers(tmp_path / "w")
+    unlogged = [7, 9]
+    assert [line["step"] for line in parts if "loss" in line] == [1, 2, 3, 4, 5, 6, 8, 10]
+    assert parts == [line for line in whole if line["step"] not in unlogged] and again == results
+    steps = {int(path.name) for path in (tmp_path / "w/checkpoints").iterdir()}
+    assert 10 in steps and len(steps) <= 2  # the last, and the best if it is another
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
@@ -186,7 +213,7 @@ def test_the_best_checkpoint_outlives_a_resume(finished, small, monkeypatch, tmp
 
     with monkeypatch.context() as patched:
         patched.setattr(Metrics, "write", stop)
-        with pytest.raises(loop.Stopped):
+        with pytest.raises(Stopped):
             run(config, tmp_path / "w")
     assert {p.name for p in (tmp_path / "w/checkpoints").iterdir()} > {"2"}
     summary = run(config, tmp_path / "w")

@@ -1,5 +1,6 @@
 """Training on several devices and in several processes computes what one device computes, and holds what it should."""
 
+import itertools
 import json
 import math
 import re
@@ -8,24 +9,31 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT
 from jax.sharding import AbstractMesh
 
-from flora_jax.adapters import AdapterConfig
+from flora_jax.adapters import BLOCKS, PROJECTIONS, AdapterConfig, abstract_adapter
+from flora_jax.adapters import METHODS as ROWS
+from flora_jax.adapters.layer import adapter_leaves
+from flora_jax.data import train_iterator
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import leaf_shapes
 from flora_jax.models.llama import abstract_base
+from flora_jax.models.tokenizer import load_tokenizer
 from flora_jax.train import run
-from flora_jax.training.sharding import AXES, make_mesh, shardings
+from flora_jax.training.inputs import load_inputs
+from flora_jax.training.rules import decide, paths
+from flora_jax.training.sharding import AXES, make_mesh, sharding_rules, shardings
 
 TINY = LlamaConfig.preset("tiny")
 METHODS = ("lora", "ffba", "fft")
 MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x1x2")  # data, fsdp, tensor
 # Each compiles for seconds, so not every method on every mesh by default.
-FAST = ("ffba-8x1x1", "lora-1x8x1", "lora-2x2x2", "fft-2x2x2", "lora-1x1x2")
+FAST = ("ffba-8x1x1", "lora-1x8x1", "lora-2x2x2", "fft-2x2x2")
 SLOW = tuple(f"{method}-{mesh}" for mesh in MESHES for method in METHODS if f"{method}-{mesh}" not in FAST)
 NAMES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
@@ -146,6 +154,44 @@ def test_a_mesh_that_does_not_fit_is_refused(small, count, fields, words):
         make_mesh(small(**fields), [object()] * count)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "processes"), [((2, 1, 4), 4), ((1, 2, 4), 4), ((2, 2, 2), 8), ((8, 1, 1), 3), ((1, 1, 8), 2)]
+)
+def test_each_process_feeds_rows_of_its_own(small, monkeypatch, sizes, processes):
+    """Data times fsdp is a multiple of the processes, or refused: a tensor axis would cross them."""
+    config = small(**{f"mesh.{axis}": size for axis, size in zip(AXES, sizes, strict=True)}, **{"train.batch_size": 16})
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    words = f"data x fsdp = {sizes[0] * sizes[1]} must be a multiple of {processes} processes"
+    with pytest.raises(UserError, match=words):
+        make_mesh(config, [object()] * 8)
+    monkeypatch.setattr(jax, "process_count", lambda: sizes[0] * sizes[1])
+    assert tuple(make_mesh(config, jax.devices() * 8).shape.values()) == sizes
+
+
+def test_rules_fit_whatever_adapter_is_accepted():
+    """Every method with every choice of targets and of add_to that AdapterConfig takes: each leaf of the model has a
+    rule, and each rule a leaf."""
+    base = [f"params/{path}" for path in leaf_shapes(TINY)]
+    accepted = set()
+    choices = [c for n in range(8) for c in itertools.combinations(PROJECTIONS, n)]
+    for method, targets in itertools.product(ROWS, choices):
+        within = ROWS[method].reads == "input"  # other methods add to every target or to none
+        for add_to in [None, *(c for c in choices if within and set(c) <= set(targets))]:
+            try:
+                adapter = AdapterConfig(method, 8, targets=targets, add_to=add_to)
+            except UserError:
+                continue
+            names = [f"adapter/layers/{block}/{product}/{leaf}" for block, products in BLOCKS.items()
+                     for product in products for leaf in adapter_leaves(adapter, product, TINY.widths)]  # fmt: skip
+            assert decide(sharding_rules(TINY, adapter), base + names, "sharding rules").keys() == {*base, *names}
+            accepted.add((method, targets, add_to))
+    assert {("lora", ("q",), None), ("ffba", ("q", "k", "v"), None), ("ffba", PROJECTIONS, ()),
+            ("ffba_qd_add", ("q", "o"), ())} <= accepted  # fmt: skip
+    # The names are those of the tree.
+    adapter = AdapterConfig("ffba", 8, targets="q,k,v")
+    assert set(paths(abstract_adapter(TINY, adapter))) == {"layers/attention/qkv/A"}
+
+
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
 def test_an_axis_that_does_not_divide_is_refused(axis):
     sizes = [5 if name == axis else 1 for name in AXES]
@@ -158,6 +204,16 @@ def test_the_command_refuses_a_mesh_with_one_line(command, tmp_path):
                    XLA_FLAGS=devices(5))  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "config.mesh.tensor=5 does not divide" in done.stderr and not (tmp_path / "w").exists()
+
+
+def first_tokens(config, shards):
+    """Counted tokens of the first batch of all shards together, read as each process reads its own."""
+    encoded = load_inputs(config, load_tokenizer("random")).train
+    settings = {"batch_size": config.train.batch_size // shards, "max_length": config.data.max_length,
+                "seed": config.train.seed, "packing": config.data.packing, "shard_count": shards}  # fmt: skip
+    batches = [next(train_iterator(encoded, shard_index=i, **settings)) for i in range(shards)]
+    assert not np.array_equal(batches[0]["tokens"], batches[1]["tokens"])
+    return sum(batch["loss_weights"].sum() for batch in batches)
 
 
 def test_two_processes_stop_and_go_on_together(small, script, tmp_path):
@@ -175,10 +231,12 @@ def test_two_processes_stop_and_go_on_together(small, script, tmp_path):
         errors = [process.communicate(timeout=300)[1] for process in running]
         assert [process.returncode for process in running] == [0, 0], errors
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        return [(line["step"], line.get("loss"), line.get("validation_loss")) for line in lines], errors
+        fields = ("step", "loss", "validation_loss", "tokens_in_loss")
+        return [tuple(map(line.get, fields)) for line in lines], errors
 
     whole, _ = both("a")
-    assert [step for step, loss, _ in whole if loss] == list(range(1, 9)) and whole[-2][1] < whole[1][1]
+    assert [count for *_, count in whole if count][:1] == [first_tokens(small("lora", **{"train.batch_size": 8}), 2)]
+    assert [step for step, loss, *_ in whole if loss] == list(range(1, 9)) and whole[-2][1] < whole[1][1]
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b/checkpoints/8")
     again, errors = both("b")

@@ -6,9 +6,10 @@ import json
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT
+from conftest import ROOT, silent_pieces
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
@@ -16,10 +17,11 @@ from flora_jax import train as command
 from flora_jax.adapters import METHODS
 from flora_jax.config import check_config, fields, get_config, read_config
 from flora_jax.errors import UserError, run_command
-from flora_jax.interop.adapter_files import load_adapter
+from flora_jax.interop.adapter_files import load_adapted, load_adapter
 from flora_jax.models.config import LlamaConfig
 from flora_jax.train import main, run
 from flora_jax.training import loop
+from flora_jax.training.rules import paths
 from flora_jax.training.sharding import shard_batch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -100,8 +102,24 @@ def test_lora_is_saved_as_peft(tmp_path, small):
 @pytest.mark.parametrize(
     "method", [pytest.param(m, marks=pytest.mark.slow) if m in DOUBLES else m for m in OTHERS]
 )
-def test_every_method_trains(tmp_path, small, method):
-    summary = run(small(method, **{"train.steps": 3, "train.eval_every": 0}), tmp_path / "w")
+def test_every_method_trains(tmp_path, small, monkeypatch, method):
+    """Every piece of the adapter in every layer has a gradient; the frozen base keeps its bits under weight decay."""
+    runs, prepare = [], loop.prepare
+
+    def noted(config, workdir):
+        made = prepare(config, workdir)
+        runs.append((made, jax.tree.map(np.array, made.frozen)))
+        return made
+
+    monkeypatch.setattr(loop, "prepare", noted)
+    fields = {"train.steps": 3, "train.eval_every": 0, "optim.weight_decay": 0.1}
+    summary = run(small(method, **fields), tmp_path / "w")
+    [(made, before)] = runs
+    assert not silent_pieces(optax.tree.get(made.state.optimizer, "mu"), 8)
+    after = paths(made.frozen)
+    assert paths(before).keys() == after.keys() and bool(after) == (method != "fft")
+    for path, leaf in paths(before).items():
+        assert leaf.tobytes() == np.asarray(after[path]).tobytes(), path
     assert summary["step"] == 3 and losses(tmp_path / "w")[-1] < losses(tmp_path / "w")[0]
     loaded, trained = load_adapter(tmp_path / "w/adapter", TINY, summary["base_fingerprint"])
     assert loaded.method == method and bool(trained["params"]) == (method == "fft")
@@ -109,8 +127,10 @@ def test_every_method_trains(tmp_path, small, method):
 
 
 def test_bfloat16_base_and_compute(tmp_path, small, hf_directory):
-    """A checkpoint directory, within bfloat16's resolution of float32; what trains stays float32."""
-    settings = {"model.weights": str(hf_directory(tmp_path / "model")), "train.steps": 3, "train.eval_every": 0}
+    """A checkpoint directory, within bfloat16's resolution of float32; what trains stays float32. The other commands
+    take the adapter of either over this base, in either dtype, and over another base refuse it."""
+    model = str(hf_directory(tmp_path / "model"))
+    settings = {"model.weights": model, "train.steps": 3, "train.eval_every": 0}
     run(small(**settings), tmp_path / "a")
     run(small(**settings, **{"model.param_dtype": "bfloat16", "model.dtype": "bfloat16"}), tmp_path / "b")
     np.testing.assert_allclose(losses(tmp_path / "b"), losses(tmp_path / "a"), rtol=2e-2)
@@ -118,6 +138,19 @@ def test_bfloat16_base_and_compute(tmp_path, small, hf_directory):
     assert all(leaf.dtype == np.float32 for leaf in checkpoint(tmp_path / "b", 3).values())
     a, b = (json.loads((tmp_path / name / "eval.json").read_text())["base_fingerprint"] for name in "ab")
     assert a == b  # the same base
+    other = str(hf_directory(tmp_path / "other", seed=1))
+    for name in "ab":
+        for dtype in ("float32", "bfloat16"):
+            adapted = load_adapted(model, tmp_path / name / "adapter", dtype)
+            assert adapted.fingerprint == a and adapted.adapter_config == loop.make_adapter_config(small())
+            assert {leaf.dtype for leaf in jax.tree.leaves(adapted.base)} == {np.dtype(dtype)}
+            loaded, saved = paths({"adapter": adapted.adapter}), checkpoint(tmp_path / name, 3)
+            assert loaded.keys() == saved.keys()
+            for path, leaf in loaded.items():
+                np.testing.assert_array_equal(leaf, saved[path], err_msg=path)
+        with pytest.raises(UserError, match=r"another base") as error:
+            load_adapted(other, tmp_path / name / "adapter")
+        assert model in str(error.value) and "\n" not in str(error.value)
 
 
 def test_peoples_own_jsonl(tmp_path, small):
@@ -144,7 +177,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path, small, 
     with pytest.raises(SystemExit) as stopped:
         run_command(main, ["train"])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 1 and error.startswith("error: the ") and "step 2" in error
+    assert stopped.value.code == 1 and "is nan at step 2; lower config.optim.learning_rate" in error
     assert not (tmp_path / "b/adapter").exists() and not (tmp_path / "b/eval.json").exists()
     # Not on validation either: a checkpoint with such parameters is never written.
     monkeypatch.setattr(loop, "validation_loss", lambda run: 1.0 if run.state.step < 2 else float("nan"))
@@ -188,7 +221,7 @@ REFUSED = {  # on one device, for a linear method
 }  # fmt: skip
 ELSEWHERE = {
     "data.generator.test", "data.cache_dir", "train.log_every", "train.eval_every", "train.save_every", "train.keep",
-    "eval.protocol", "eval.limit", "eval.batch_size",
+    "eval.protocol", "eval.limit", "eval.batch_size", "eval.max_length",
 }  # fmt: skip
 
 
@@ -236,6 +269,7 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     values = {
         "train.steps": 6, "train.log_every": 4, "train.eval_every": 5, "train.save_every": 3, "train.keep": 3,
         "eval.tasks": "chain_sum", "eval.protocol": "lm_eval", "eval.limit": 5, "eval.batch_size": 3,
+        "eval.max_length": 300,
         "data.cache_dir": str(tmp_path / "cache"),
     }  # fmt: skip
     run(small(**values), tmp_path / "w")
@@ -243,7 +277,7 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     assert [r["step"] for r in records if "loss" in r] == [4]
     assert [r["step"] for r in records if "validation_loss" in r] == [0, 5, 6]
     assert {int(p.name) for p in (tmp_path / "w/checkpoints").iterdir()} == {3, 5, 6}
-    assert (asked["protocol"], asked["n"], asked["batch_size"]) == ("lm_eval", 5, 3)
+    assert (asked["protocol"], asked["n"], asked["batch_size"], asked["max_length"]) == ("lm_eval", 5, 3, 300)
     assert list((tmp_path / "cache").iterdir())
     run(small(**{**values, "eval.limit": 50, "data.generator.test": 4}), tmp_path / "v")
     assert asked["n"] == 4

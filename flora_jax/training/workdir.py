@@ -17,7 +17,8 @@ SCHEMA_VERSION = 1
 # Fields that a resumed run may change: they do not enter its numbers. (eval.tasks does: training records that are also
 # in those tests are dropped. distributed.processes does: each process reads its share of the data.)
 FREE_FIELDS = ("mesh.", "distributed.coordinator", "distributed.process_id", "eval.protocol", "eval.limit",
-               "eval.batch_size", "data.cache_dir", "train.keep", "train.save_every", "train.log_every")  # fmt: skip
+               "eval.batch_size", "eval.max_length", "data.cache_dir", "train.keep", "train.save_every",
+               "train.log_every")  # fmt: skip
 
 
 def write_json(path: Path, value: Any) -> None:
