@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from flora_jax.config import get_config
@@ -24,6 +26,18 @@ _COMPILE = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
+
+
+def silent_pieces(variables, rank):
+    """The parts of a tree that are zero throughout, by path: of stacked leaves each layer, and of an adapter's leaves
+    each piece of `rank` channels, columns of A and rows of B."""
+    silent = []
+    for path, leaf in flatten_dict(variables, sep="/").items():
+        for i, layer in enumerate(np.asarray(leaf) if "/layers/" in path else [np.asarray(leaf)]):
+            count = layer.shape[-1 if path.endswith("/A") else 0] // rank if path.startswith("adapter") else 1
+            pieces = np.split(layer, count, axis=-1 if path.endswith("/A") else 0)
+            silent += [f"{path}[{i}], piece {n}" for n, piece in enumerate(pieces) if not piece.any()]
+    return silent
 
 
 @pytest.fixture(scope="session")

@@ -163,9 +163,9 @@ def test_resumed_in_the_middle_with_other_free_fields(small, quick_compile, monk
     run(small(**values), tmp_path / "whole")
     write = Metrics.write
 
-    def stop(self, step, numbers):
-        write(self, step, numbers)
-        if step == 5:
+    def stop(self, step, line):
+        write(self, step, line)
+        if step == 4:  # noticed once the next step is done
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patched:
@@ -173,7 +173,7 @@ def test_resumed_in_the_middle_with_other_free_fields(small, quick_compile, monk
         with pytest.raises(Stopped, match="after step 5"):
             run(small(**values), tmp_path / "w")
     free = {"train.save_every": 3, "train.log_every": 2, "train.keep": 1, "eval.limit": 3, "eval.protocol": "lm_eval",
-            "eval.batch_size": 2, "data.cache_dir": str(tmp_path / "cache")}  # fmt: skip
+            "eval.batch_size": 2, "eval.max_length": 99, "data.cache_dir": str(tmp_path / "cache")}  # fmt: skip
     run(small(**values, **free), tmp_path / "w")
     (whole, *results), (parts, *again) = numbers(tmp_path / "whole"), numbers(tmp_path / "w")
     unlogged = [7, 9]
