@@ -4,6 +4,10 @@ The public names are imported when first used, so that `python -m flora_jax.COMM
 """
 
 import importlib
+import os
+
+# transformers serves for its tokenizers alone: its notice that torch is absent would only puzzle.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HOMES = {
     "AdapterConfig": "flora_jax.adapters",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from flora_jax.config import generator_settings, names
 from flora_jax.data import (
@@ -22,6 +21,9 @@ from flora_jax.data import (
     load_examples,
 )
 from flora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclasses.dataclass(frozen=True)
