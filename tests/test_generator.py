@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from flora_jax.adapters import AdapterConfig, init_adapter
+from flora_jax.data.encode import encode_prompt
+from flora_jax.data.tasks import Message
 from flora_jax.errors import UserError
 from flora_jax.inference import generator as generator_module
 from flora_jax.inference.generator import Generator, bucket
@@ -16,6 +19,7 @@ from flora_jax.inference.sampling import Sampling, keep_top, sample
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import Llama, init_base
+from flora_jax.models.loading import load_pretrained
 from flora_jax.models.tokenizer import load_tokenizer
 
 # Initial weights give every token nearly the same logit; a wider spread makes the best token a clear one.
@@ -88,6 +92,41 @@ def test_greedy_equals_transformers(prompts):
             assert best[0] - best[1] < 1e-3
         assert not generation.finished
     assert len({tuple(g.tokens) for g in ours}) == len(ours)  # the model tells the prompts apart
+
+
+@pytest.mark.slow
+def test_smollm2_equals_transformers():
+    """Real weights: 64 tokens of five unequal prompts in one batch. Each is the best in transformers' logits after
+    the same text, each prompt alone, which is what its greedy generate is; one whole forward pass shows all 64."""
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig as HFConfig
+    from transformers import LlamaForCausalLM
+
+    try:
+        config, base = load_pretrained("smollm2-135m-instruct")
+    except UserError as error:
+        pytest.skip(str(error))
+    tokenizer = load_tokenizer("smollm2-135m-instruct")
+    hf = LlamaForCausalLM(HFConfig(**json.loads(json.dumps(config.to_hf())))).eval()
+    state = {name: torch.tensor(value) for name, value in to_hf_tensors(config, base)}
+    assert hf.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]
+    hf.tie_weights()
+    questions = ["Hi", "What is the capital of France?", "Count from 1 to 20.", "Tell me about the sea. " * 5, "Why?"]
+    prompts = [encode_prompt([Message("user", q)], tokenizer, "chat") for q in questions]
+    assert len({len(prompt) for prompt in prompts}) >= 4
+    ours = Generator(config, base, tokenizer=tokenizer, max_length=256, batch_size=5).generate(prompts, 64)
+    lengths, ties = [], 0
+    for prompt, generation in zip(prompts, ours, strict=True):
+        found = [*generation.tokens, *config.eos_token_id[: generation.finished]]  # ours leaves the stop token out
+        with torch.no_grad():
+            logits = hf(torch.tensor([prompt + found])).logits[0, len(prompt) - 1 : -1]
+        for row, token in zip(logits, found, strict=True):
+            if row.argmax() != token:
+                best = row.topk(2)
+                assert token == best.indices[1] and best.values[0] - best.values[1] < 1e-3, generation.text
+                ties += 1
+        lengths.append(len(found))
+    assert max(lengths) == 64 and ties <= 1
 
 
 def test_rows_equal_whole_forward_passes_with_an_adapter(prompts):
