@@ -17,6 +17,7 @@ _HOMES = {
     "init_adapter": "flora_jax.adapters",
     "load_pretrained": "flora_jax.models.loading",
     "load_tokenizer": "flora_jax.models.tokenizer",
+    "merge": "flora_jax.adapters",
 }
 __all__ = sorted(_HOMES)
 

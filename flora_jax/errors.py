@@ -43,8 +43,9 @@ class CommandParser(argparse.ArgumentParser):
 
 def check_writable(path: Path, flag: str) -> None:
     """Raises UserError unless `path` can be made or written: its nearest existing parent is a directory and ours."""
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    # os.path, since Path.exists raises below a directory that may not be read.
+    parent = next(p for p in path.absolute().parents if os.path.exists(p))
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{flag}={path} cannot be written: {parent} is no directory that may be written to")
 
 

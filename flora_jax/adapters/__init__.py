@@ -9,6 +9,7 @@ from flora_jax.adapters.layer import (
     pad_first_layer,
     repeat_and_add,
 )
+from flora_jax.adapters.layouts import merge
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, PROJECTIONS, Method
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "abstract_adapter",
     "check_adapter",
     "init_adapter",
+    "merge",
     "pad_first_layer",
     "repeat_and_add",
 ]

@@ -30,8 +30,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Raises UserError if the directory cannot be written or holds anything but a run of this configuration."""
-    parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    if not parent.is_dir():
+    # os.path, since Path.exists raises below a directory that may not be read.
+    parent = next(p for p in (workdir, *workdir.absolute().parents) if os.path.exists(p))
+    if not os.path.isdir(parent):
         raise UserError(f"--workdir={workdir} cannot be made: {parent} is not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"--workdir={workdir} cannot be written: no permission in {parent}")
