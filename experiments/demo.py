@@ -2,7 +2,7 @@
 
     python -m experiments.demo --workdir runs/demo        (make demo)
 
-Prints the accuracy on 200 unseen problems of the base (zero-shot, and with 3 worked examples in its prompt) and of the
+Prints the accuracy on 200 unseen problems of the base (zero-shot, and with 4 worked examples in its prompt) and of the
 adapted model, all three with the same prompt, decoding and answer extraction; one problem answered by both; and where
 the adapter lies. Run again on the same workdir, it resumes.
 """
@@ -47,14 +47,14 @@ def main(argv: list[str]) -> None:
             batch_size=config.eval.batch_size)  # fmt: skip
         return scored["tasks"][config.data.tasks]
 
-    print(f"Scoring the base on {config.eval.limit} unseen problems, with no and with 3 examples …", flush=True)
-    before, few_shot = score_base(0), score_base(3)
+    print(f"Scoring the base on {config.eval.limit} unseen problems, with no and with 4 examples …", flush=True)
+    before, few_shot = score_base(0), score_base(4)
     print("Fine-tuning …", flush=True)
     after = run(config, workdir)["evaluation"]["tasks"][config.data.tasks]
     adapter_config, trained = load_adapter(workdir / "adapter", model_config)
 
     print(f"\naccuracy on {after['n']} unseen problems (± one standard error)")
-    for name, result in (("base", before), ("base, 3 examples", few_shot), (f"base + {adapter_config.method}", after)):
+    for name, result in (("base", before), ("base, 4 examples", few_shot), (f"base + {adapter_config.method}", after)):
         print(f"  {name:20} {100 * result['accuracy']:5.1f} % ± {100 * result['stderr']:.1f}")
     generator = Generator(
         model_config, base, {"adapter": trained["adapter"]}, adapter_config, tokenizer, max_length=128, batch_size=1
