@@ -53,11 +53,17 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
         if (path / name).is_file():
             read_json(path / name)
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    # What it warns of (ids beside the vocabulary, say) is checked by us and said in one line.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # `tokenizers` raises no narrower class for a file that it cannot use
         raise UserError(f"{path}: the tokenizer cannot be read ({' '.join(str(error).split())[:200]})") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LlamaConfig) -> None:
