@@ -2,8 +2,7 @@
 
     python -m flora_jax.train --config configs/ffba_qd_add_1b.py --workdir runs/ffba_qd_add_1b --config.data.dir=DIR
 
-Trains 20,971,520 parameters in the start table. The rate is the method's own, found on SmolLM2-135M; on this model it
-is a starting point.
+Trains 20,971,520 parameters in the start table. The rate is a first guess, tuned on no model yet.
 """
 
 from flora_jax.config import get_config as base_config

@@ -2,8 +2,7 @@
 
     python -m flora_jax.train --config configs/ffba_qd_add_3b.py --workdir runs/ffba_qd_add_3b --config.data.dir=DIR
 
-Trains 55,050,240 parameters in the start table. The rate is the method's own, found on SmolLM2-135M; on this model it
-is a starting point.
+Trains 55,050,240 parameters in the start table. The rate is a first guess, tuned on no model yet.
 """
 
 from flora_jax.config import get_config as base_config
