@@ -33,7 +33,8 @@ def _parser() -> CommandParser:
 def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv[1:])
     # After the arguments are read: these imports take seconds.
-    from flora_jax.evaluation.run import evaluate_tasks, load_task_data, write_result
+    from flora_jax.evaluation.run import evaluate_tasks, load_task_data
+    from flora_jax.files import write_json
     from flora_jax.interop.adapter_files import load_adapted
 
     if args.batch_size < 1:
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
         norm = f"  norm {scores['accuracy_norm']:.4f}" if "accuracy_norm" in scores else ""
         print(f"{name:16} {scores['accuracy']:.4f} ± {scores['stderr']:.4f}{norm}  n {scores['n']}")
     if args.out:
-        write_result(args.out, result)
+        write_json(Path(args.out), result)
 
 
 if __name__ == "__main__":

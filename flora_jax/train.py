@@ -19,11 +19,11 @@ from ml_collections import config_flags
 from flora_jax.config import check_config, fields, generator_settings, names, read_config, weights_source
 from flora_jax.errors import UserError, near_misses, run_command
 from flora_jax.evaluation.run import evaluate_tasks, load_task_data
+from flora_jax.files import write_json
 from flora_jax.interop.adapter_files import save_adapter
 from flora_jax.models.loading import PUBLISHED
 from flora_jax.training.loop import train
 from flora_jax.training.report import say
-from flora_jax.training.workdir import write_json
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from absl import logging
 
 from flora_jax.data.tasks import ROLES, Example, Task, normalise
 from flora_jax.errors import UserError, near_misses
+from flora_jax.files import cache_root
 
 SPLITS = ("train", "validation", "test")
 _FORMAT = "1"  # part of every cache key: raise it when a builder's features or a reader's output change
@@ -54,7 +55,7 @@ def load_records(
     tasks. Prepared data is cached in `cache_dir`, by default `$FLORA_CACHE` or else `~/.cache/flora_jax`.
     Raises UserError for a missing, empty or malformed source, naming the file and the line or record.
     """
-    directory = _cache_root(cache_dir) / "tfds" / _cache_key(task, split, data_dir)
+    directory = cache_root(cache_dir) / "tfds" / _cache_key(task, split, data_dir)
     if not directory.exists():
         _prepare(task, split, _read(task, split, data_dir), directory)
     import tensorflow_datasets as tfds
@@ -287,10 +288,6 @@ def _generated_key(task: Task, split: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------- caching
-
-
-def _cache_root(cache_dir: str | Path | None) -> Path:
-    return Path(cache_dir or os.environ.get("FLORA_CACHE") or "~/.cache/flora_jax").expanduser()
 
 
 def _cache_key(task: Task, split: str, data_dir: str | Path | None) -> str:

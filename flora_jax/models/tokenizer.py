@@ -13,9 +13,10 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
 from flora_jax.errors import UserError, near_misses
+from flora_jax.files import read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
-from flora_jax.models.loading import read_json, resolve_source
+from flora_jax.models.loading import resolve_source
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast

@@ -29,6 +29,7 @@ from flora_jax.config import adapter_config as make_adapter_config
 from flora_jax.config import check_config, weights_source
 from flora_jax.data import eval_batches, train_iterator
 from flora_jax.errors import Stopped
+from flora_jax.files import write_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import Llama, abstract_base, init_base
@@ -41,7 +42,7 @@ from flora_jax.training.optimizer import make_optimizer, make_schedule, trains
 from flora_jax.training.rules import combine, partition, paths
 from flora_jax.training.sharding import make_mesh, optimizer_shardings, shard_batch, shardings
 from flora_jax.training.step import TrainState, make_eval_step, make_train_step
-from flora_jax.training.workdir import SCHEMA_VERSION, Metrics, check_workdir, write_json
+from flora_jax.training.workdir import SCHEMA_VERSION, Metrics, check_workdir
 
 Tree = dict[str, Any]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 from tensorboardX import SummaryWriter
@@ -19,13 +18,6 @@ SCHEMA_VERSION = 1
 FREE_FIELDS = ("mesh.", "distributed.coordinator", "distributed.process_id", "eval.protocol", "eval.limit",
                "eval.batch_size", "eval.max_length", "data.cache_dir", "train.keep", "train.save_every",
                "train.log_every")  # fmt: skip
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
 
 
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:

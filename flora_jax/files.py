@@ -1,0 +1,36 @@
+"""Files that several rooms read or write: JSON objects, whole or not at all, and the cache folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from flora_jax.errors import UserError
+
+
+def cache_root(given: str | os.PathLike | None = None) -> Path:
+    """The folder for downloaded weights and prepared data: `given`, or `$FLORA_CACHE`, or `~/.cache/flora_jax`."""
+    return Path(given or os.environ.get("FLORA_CACHE") or "~/.cache/flora_jax").expanduser()
+
+
+def read_json(path: Path, hint: str = "") -> dict[str, Any]:
+    """The JSON object in `path`; UserError if there is none, with `hint` behind the line for an absent file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file{hint}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON; the file appears complete or not at all, and its folder is made if absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
