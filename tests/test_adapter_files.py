@@ -173,7 +173,7 @@ def test_damaged_or_foreign_directories_are_refused(tmp_path):
 
     refused(path, "no such adapter directory")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "adapter_config.json is missing")
+    refused(tmp_path / "empty", "adapter_config.json: there is no such file", "adapter_model.safetensors")
     save()
     refused(path, "another base", "abc", "xyz", "'src'", fingerprint="xyz")
     load_adapter(path, TINY, "abc")
@@ -219,7 +219,7 @@ def test_damaged_or_foreign_directories_are_refused(tmp_path):
     config_file.write_text(json.dumps({k: v for k, v in stored.items() if k != "alpha"}))
     refused(path, "'alpha' is missing")
     config_file.write_text("{")
-    refused(path, "malformed JSON")
+    refused(path, "adapter_config.json: not valid JSON (")
 
 
 def test_peft_tensor_missing_or_misshapen(tmp_path):
