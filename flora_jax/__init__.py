@@ -14,10 +14,12 @@ _HOMES = {
     "Generator": "flora_jax.inference.generator",
     "Llama": "flora_jax.models.llama",
     "LlamaConfig": "flora_jax.models.config",
+    "fuse": "flora_jax.adapters",
     "init_adapter": "flora_jax.adapters",
     "load_pretrained": "flora_jax.models.loading",
     "load_tokenizer": "flora_jax.models.tokenizer",
     "merge": "flora_jax.adapters",
+    "split": "flora_jax.adapters",
 }
 __all__ = sorted(_HOMES)
 

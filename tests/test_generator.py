@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flora_jax.adapters import AdapterConfig, init_adapter
+from flora_jax.adapters import AdapterConfig, fuse, init_adapter
 from flora_jax.data.encode import encode_prompt
 from flora_jax.data.tasks import Message
 from flora_jax.errors import UserError
@@ -200,12 +200,13 @@ def test_decode_holds_no_weights_and_no_second_cache():
     reorders the keys and values of the layer at hand, one of four."""
     config = dataclasses.replace(LlamaConfig.preset("tiny"), num_hidden_layers=4)
     base = init_base(jax.random.key(0), config)
-    variables = generator_module.unstack_layers({"params": base}, None)
+    params = fuse(base, None, config, None)
     cache = generator_module.KVCache.empty(config, 4, 1024)
     keys = jax.random.split(jax.random.key(0), 4)
-    compiled = generator_module.decode.lower(
-        Llama(config, None), variables, jnp.zeros((4, config.vocab_size)), cache, jnp.zeros(4, bool), jnp.int32(9),
-        jnp.zeros(8, jnp.int32), keys, Sampling()).compile()  # fmt: skip
+    stop, rows = jnp.zeros(8, jnp.int32), jnp.zeros(4, bool)
+    logits = jnp.zeros((4, config.vocab_size))
+    state = jax.eval_shape(lambda: generator_module.begin(logits, cache, rows, stop, keys, Sampling()))
+    compiled = generator_module.decode.lower(Llama(config), params, state, jnp.int32(9), stop, keys).compile()
     memory = compiled.memory_analysis()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.k, cache.v)))
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
@@ -225,6 +226,20 @@ def test_text_prompts_and_ids_agree(tiny):
     assert generation.text == tokenizer.decode(generation.tokens, skip_special_tokens=True)
     # 257 is the byte tokenizer's end of text, which this model's configuration does not name.
     assert 257 not in generation.tokens
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.2, top_k=30)])
+def test_stream_gives_the_text_of_generate(tiny, sampling):
+    config, base = tiny
+    generator = Generator(config, base, tokenizer=load_tokenizer("random"), max_length=64, batch_size=1)
+    [whole] = generator.generate(["ab: éa"], 20, sampling, seed=3)
+    pieces = list(generator.stream("ab: éa", 20, sampling, seed=3))
+    assert "".join(pieces) == whole.text and all(pieces)
+    stop = [whole.tokens[5]]
+    [short] = generator.generate(["ab: éa"], 20, sampling, seed=3, stop=stop)
+    assert "".join(generator.stream("ab: éa", 20, sampling, seed=3, stop=stop)) == short.text
+    with pytest.raises(UserError, match="no tokenizer"):
+        next(Generator(config, base, max_length=64).stream([1], 4))
 
 
 def test_bad_input(tiny):

@@ -1,21 +1,37 @@
-"""`merge` against the adapted model, and against the arithmetic of one kernel."""
+"""`merge`, `fuse`, `split` and `apart` against the adapted model in the split layout (itself held to NumPy in
+test_adapters), and `merge` against the arithmetic of one kernel."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from flora_jax.adapters import METHODS, AdapterConfig, init_adapter, merge
+from flora_jax.adapters import METHODS, AdapterConfig, apart, fuse, init_adapter, make_room, merge, split, widen
+from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama, init_base
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TINY = LlamaConfig.preset("tiny")
+# Two heads of 24 to one key/value head, a width of the heads' own, untied, biases everywhere.
+ODD = dataclasses.replace(
+    TINY, hidden_size=64, intermediate_size=120, num_attention_heads=2, num_key_value_heads=1, head_dim=24,
+    tie_word_embeddings=False, attention_bias=True, mlp_bias=True,
+)  # fmt: skip
+ADAPTED = [m for m in METHODS if m != "fft"]
+TOKENS = jax.random.randint(jax.random.key(3), (2, 12), 0, TINY.vocab_size)
 
 
-def random_adapter(adapter_config):
-    shapes = init_adapter(jax.random.key(1), TINY, adapter_config)
+def random_adapter(adapter_config, config=TINY, seed=2):
+    shapes = init_adapter(jax.random.key(1), config, adapter_config)
     leaves, structure = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
     return structure.unflatten([0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
@@ -74,3 +90,155 @@ def test_an_adapter_of_another_rank_is_refused():
     base, adapter = init_base(jax.random.key(0), TINY), random_adapter(AdapterConfig("lora", 8))
     with pytest.raises(ValueError, match="rank 4"):
         merge(base, adapter, TINY, AdapterConfig("lora", 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# fuse and split
+
+
+@functools.cache
+def random_base(config, dtype=jnp.float32):
+    """With biases and norms that are not at their initial zeros and ones."""
+    leaves, structure = jax.tree.flatten(init_base(jax.random.key(0), config))
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    moved = [x + 0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.map(lambda x: x.astype(dtype), structure.unflatten(moved))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def logits(config, adapter_config, variables, select=None):
+    return Llama(config, adapter_config).apply(variables, TOKENS, select=select)
+
+
+def assert_same_tree(found, expected, ulp=0):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        difference = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))
+        assert (difference <= ulp * np.spacing(np.abs(np.asarray(b, np.float32)))).all()
+
+
+@pytest.mark.parametrize("config", [TINY, ODD], ids=["tiny", "odd"])
+@pytest.mark.parametrize("method", ADAPTED)
+def test_fused_equals_split_and_is_undone(config, method):
+    """With s = 1.5 and rows filled to 128; then `split` gives both back."""
+    activation = "silu" if METHODS[method].activation else "identity"
+    adapter_config = AdapterConfig(method, 8, alpha=12.0, activation=activation)
+    base, adapter = random_base(config), random_adapter(adapter_config, config)
+    expected = logits(config, adapter_config, {"params": base, "adapter": adapter})
+    atol = 1e-5 * float(jnp.abs(expected).max())
+    assert jnp.abs(expected - logits(config, None, {"params": base})).max() > 0.1
+    trees = [fuse(base, adapter, config, adapter_config, multiple) for multiple in (1, 128)]
+    if method.startswith("ffba"):
+        trees.append(fuse(base, adapter, config, adapter_config, fold_adds=True))
+    if method != "zflora":
+        trees += [apart(base, adapter, config, adapter_config, merged) for merged in (True, False)]
+    for tree in trees:
+        np.testing.assert_allclose(logits(config, adapter_config, {"params": tree}), expected, atol=atol)
+    for tree in trees[:2]:
+        found_base, found_adapter = split(tree, config, adapter_config)
+        assert_same_tree(found_base, base)
+        assert_same_tree(found_adapter, adapter, ulp=2)
+
+
+@pytest.mark.parametrize("method", ADAPTED)
+def test_the_arrays_are_those_of_the_design(method):
+    """Rows and columns of a layer's four arrays at r = 8: D 96, Q 96, K·H 32, F 192; and what else is there."""
+    r, D, Q, qkv, F = 8, 96, 96, 160, 192
+    shapes = {
+        "ffa": [(D, qkv + 3 * r), (Q, D + r), (D, 2 * F + 2 * r), (F, D + r)],
+        "fpa": [(D, qkv + r), (Q + r, D), (D, 2 * F + r), (F + r, D)],
+        "ffba": [(D, qkv + 3 * r), (Q + 3 * r, D), (D, 2 * F + 2 * r), (F + 2 * r, D)],
+        "zflora": [(D + r, qkv), (Q, D + r), (D + r, 2 * F), (F, D + r)],
+    }
+    shapes["lora"] = shapes["pf_lora"] = shapes["ffa"]
+    shapes["parallel"], shapes["ffba_qg_add"], shapes["ffba_qd_add"] = shapes["fpa"], shapes["ffba"], shapes["ffba"]
+    adapter_config = AdapterConfig(method, r, alpha=16.0)
+    assert (TINY.hidden_size, TINY.q_width, TINY.q_width + 2 * TINY.kv_width, TINY.intermediate_size) == (D, Q, qkv, F)
+    adapter = random_adapter(adapter_config)
+    tree = fuse(random_base(TINY), adapter, TINY, adapter_config)
+    for layer in tree["layers"].values():
+        products = {**layer["attention"], **layer["mlp"]}
+        assert [products[name]["kernel"].shape for name in ("qkv", "o", "gate_up", "down")] == shapes[method]
+        further = sum(len(leaves) - 1 for leaves in products.values())
+        assert further == (7 if method in ("lora", "pf_lora") else 0)
+    assert_same_tree(split(tree, TINY, adapter_config)[1], adapter)  # s = 2: to the bit
+    zeros = fuse(random_base(TINY), jax.tree.map(jnp.zeros_like, adapter), TINY, adapter_config)
+    assert_same_tree(make_room(tree, TINY, adapter_config, 1), zeros)
+
+
+def test_the_bare_base_has_four_arrays_a_layer():
+    tree = fuse(random_base(ODD), None, ODD, None)
+    assert tree["layers"]["0"]["attention"]["qkv"]["kernel"].shape == (64, 48 + 2 * 24)
+    np.testing.assert_allclose(
+        logits(ODD, None, {"params": tree}), logits(ODD, None, {"params": random_base(ODD)}), atol=2e-6
+    )
+    base, adapter = split(tree, ODD, None)
+    assert adapter == {}
+    assert_same_tree(base, random_base(ODD))
+
+
+@pytest.mark.parametrize("method", ["lora", "ffba_qg_add", "zflora"])
+def test_bfloat16(method):
+    """Fused and split in bfloat16, each against float32: both are rounded, neither more than the other."""
+    adapter_config = AdapterConfig(method, 8, alpha=16.0)
+    base, adapter = random_base(TINY, jnp.bfloat16), random_adapter(adapter_config)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), base)
+    exact = logits(TINY, adapter_config, {"params": wide, "adapter": adapter})
+    of_split = jnp.abs(logits(TINY, adapter_config, {"params": base, "adapter": adapter}) - exact).max()
+    fused = fuse(base, adapter, TINY, adapter_config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(fused)} == {jnp.dtype(jnp.bfloat16)}
+    found = jnp.abs(logits(TINY, adapter_config, {"params": fused}) - exact).max()
+    scale = float(jnp.abs(exact).max())
+    assert found < max(1.5 * of_split, 0.02 * scale) and found < 0.04 * scale
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    method=st.sampled_from(["lora", "fpa", "ffba_qg_add", "zflora"]),
+    rank=st.sampled_from([1, 2, 4]),
+    times=st.integers(1, 4),
+    rslora=st.booleans(),
+)
+def test_a_wider_adapter_is_the_same_function(method, rank, times, rslora):
+    adapter_config = AdapterConfig(method, rank, alpha=3.0, rslora=rslora)
+    adapter = random_adapter(adapter_config)
+    times = 2 ** (times - 1) if METHODS[method].adds == "repeat" or method == "zflora" else times
+    wide, wide_config = widen(adapter, adapter_config, rank * times)
+    assert wide_config.rank == rank * times and np.isclose(wide_config.scale, adapter_config.scale)
+    expected = logits(TINY, adapter_config, {"params": random_base(TINY), "adapter": adapter})
+    found = logits(TINY, wide_config, {"params": random_base(TINY), "adapter": wide})
+    np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_what_cannot_be_laid_out_is_refused():
+    ffba, base = AdapterConfig("ffba", 8), random_base(TINY)
+    adapter = random_adapter(ffba)
+    for make, words in [
+        (lambda: fuse(base, adapter, TINY, None), "without the adapter_config"),
+        (lambda: fuse(base, None, TINY, ffba), "of ffba, but no adapter was given"),
+        (lambda: fuse(base, adapter, TINY, AdapterConfig("ffba", 4)), "rank 4"),
+        (lambda: fuse(base, adapter, TINY, ffba, row_multiple=0), "row_multiple=0"),
+        (lambda: fuse(base, [adapter, adapter], TINY, ffba, fold_adds=True), "fold_adds takes one adapter"),
+        (lambda: split(fuse(base, adapter, TINY, ffba, fold_adds=True), TINY, ffba), "were folded"),
+        (lambda: split(fuse(base, None, TINY, None), TINY, ffba), "ffba has (96, 184) there"),
+        (lambda: split(base, TINY, None), "no fused tree"),
+        (lambda: widen(adapter, ffba, 12), "multiple of 8"),
+        (lambda: apart(base, random_adapter(AdapterConfig("zflora", 8)), TINY, AdapterConfig("zflora", 8)), "fuse it"),
+        (
+            lambda: fuse(base, random_adapter(AdapterConfig("fpa", 8)), TINY, AdapterConfig("fpa", 8), fold_adds=True),
+            "ffba, ffba_qg_add, ffba_qd_add have",
+        ),
+    ]:
+        with pytest.raises(UserError) as error:
+            make()
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tensor_parallel_base_is_refused():
+    class OnMesh:
+        shape = (2, 96)
+        sharding = type("Sharding", (), {"mesh": type("Mesh", (), {"shape": {"data": 1, "tensor": 2}})})
+
+    with pytest.raises(UserError, match="final_norm/scale lies on a mesh with tensor=2"):
+        fuse({"final_norm": {"scale": OnMesh()}}, None, TINY, None)

@@ -12,11 +12,11 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter
+from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter, fuse
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import leaf_shapes
-from flora_jax.models.llama import KVCache, Llama, abstract_base, init_base, unstack_layers
+from flora_jax.models.llama import KVCache, Llama, abstract_base, init_base
 
 TINY = LlamaConfig.preset("tiny")
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
@@ -154,7 +154,7 @@ def decode(adapter_config, variables, tokens, prompt, mask=None):
      for m in METHODS],
 )  # fmt: skip
 def test_decoding_is_one_forward_pass(method):
-    """Prefill and six single steps, over stacked leaves and over one set of leaves a layer."""
+    """Prefill and six single steps, over stacked leaves and over fused ones."""
     adapter_config = None if method is None else AdapterConfig(method, 8, alpha=4.0)
     variables, forward = model_of(adapter_config)
     whole = forward(variables, TOKENS)
@@ -162,8 +162,8 @@ def test_decoding_is_one_forward_pass(method):
     assert_close(found, whole)
     assert int(cache.index) == 10
     np.testing.assert_array_equal(cache.valid, np.arange(13)[None].repeat(2, 0) < 10)
-    unstacked = jax.tree.map(np.asarray, unstack_layers(variables, adapter_config))
-    assert_close(decode(adapter_config, unstacked, TOKENS, prompt=4)[0], whole)
+    fused = {"params": fuse(variables["params"], variables.get("adapter"), TINY, adapter_config)}
+    assert_close(decode(adapter_config, fused, TOKENS, prompt=4)[0], whole)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -176,23 +176,6 @@ def test_decoding_after_padded_prompts(side):
     for row in range(2):
         tokens = TOKENS[row : row + 1, keep[row]]
         assert_close(found[row : row + 1, keep[row]], forward(variables, tokens))
-
-
-@pytest.mark.parametrize("method", ["lora", "zflora"])
-def test_one_set_of_leaves_a_layer(method):
-    """Without a cache, too; `unstack_layers` cuts the very leaves, zflora's missing first rows being zeros."""
-    adapter_config = AdapterConfig(method, 8, alpha=4.0)
-    variables, forward = model_of(adapter_config)
-    unstacked = unstack_layers(variables, adapter_config)
-    assert_close(forward(unstacked, TOKENS), forward(variables, TOKENS))
-    stacked, cut = (flatten_dict(tree, sep="/") for tree in (variables, unstacked))
-    for path, leaf in stacked.items():
-        if "/layers/" not in path:
-            continue
-        layers = [cut[path.replace("layers/", f"layers/{i}/")] for i in range(2)]
-        if len(leaf) == 1:
-            leaf = np.concatenate([np.zeros_like(leaf), leaf])
-        np.testing.assert_array_equal(np.stack(layers), leaf)
 
 
 def test_segments_with_a_cache_are_refused():
@@ -305,24 +288,30 @@ def change(leaves, case):
         ("all", "is absent, but ffba at rank 8"),
     ],
 )
-@pytest.mark.parametrize("unstacked", [False, True])
-def test_a_tree_of_another_adapter_is_refused(case, words, unstacked):
+def test_a_tree_of_another_adapter_is_refused(case, words):
     variables = change(flatten_dict(model_of(FFBA)[0], sep="/"), case)
-    if unstacked:
-        variables = jax.eval_shape(functools.partial(unstack_layers, adapter_config=FFBA), variables)
-        words = words.replace("(2, ", "(").replace("layers/attention", "layers/0/attention")
     with pytest.raises(UserError) as error:
         jax.eval_shape(lambda v: Llama(TINY, FFBA).apply(v, TOKENS), variables)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_stacked_and_unstacked_leaves_do_not_mix():
-    stacked = model_of(FFBA)[0]
-    unstacked = jax.eval_shape(functools.partial(unstack_layers, adapter_config=FFBA), stacked)
-    for one, other in ((stacked, unstacked), (unstacked, stacked)):
-        mixed = {"params": one["params"], "adapter": other["adapter"]}
-        with pytest.raises(UserError, match="adapter leaf 'layers/"):
-            jax.eval_shape(lambda v: Llama(TINY, FFBA).apply(v, TOKENS), mixed)
+@pytest.mark.parametrize(
+    "served_by, places, words",
+    [
+        (None, None, "'qkv' is (96, 184), but the bare base has (96, 160)"),
+        (AdapterConfig("ffba", 4), None, "ffba at rank 4, places=1, has (96, 172)"),
+        (AdapterConfig("lora", 8), None, "q_B of 'qkv' is absent, but lora at rank 8"),
+        (AdapterConfig("zflora", 8), None, "zflora at rank 8"),
+        (FFBA, 2, "ffba at rank 8, places=2, has (96, 208)"),
+    ],
+)
+def test_a_fused_tree_of_another_adapter_is_refused(served_by, places, words):
+    variables = model_of(FFBA)[0]
+    fused = {"params": fuse(variables["params"], variables["adapter"], TINY, FFBA)}
+    select = None if places is None else jnp.ones((2, places), bool)
+    with pytest.raises(UserError) as error:
+        jax.eval_shape(lambda v: Llama(TINY, served_by).apply(v, TOKENS, select=select), fused)
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_adapter_without_its_config_is_refused():

@@ -9,7 +9,17 @@ from flora_jax.adapters.layer import (
     pad_first_layer,
     repeat_and_add,
 )
-from flora_jax.adapters.layouts import merge
+from flora_jax.adapters.layouts import (
+    adapter_riders,
+    apart,
+    check_fused,
+    fuse,
+    make_room,
+    merge,
+    split,
+    widen,
+    write_adapter,
+)
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, PROJECTIONS, Method
 
 __all__ = [
@@ -22,9 +32,17 @@ __all__ = [
     "Method",
     "Slot",
     "abstract_adapter",
+    "adapter_riders",
+    "apart",
     "check_adapter",
+    "check_fused",
+    "fuse",
     "init_adapter",
+    "make_room",
     "merge",
     "pad_first_layer",
     "repeat_and_add",
+    "split",
+    "widen",
+    "write_adapter",
 ]

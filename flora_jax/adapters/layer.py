@@ -8,8 +8,12 @@ On one shape, `ffba` at rank 8 in the attention block of a model with D = 96, Q 
           z = s · x A,  A [96, 24],  z = (zq | zk | zv) [B, T, 24]
     o:    attn [B, T, 96], z [B, T, 24]  ->  attn · W + z · B,  B [24, 96]
 
-Base kernels live in the collection `params` under the paths they have without an adapter, the adapter's leaves in
-the collection `adapter` beside them. This is the `split` layout: base and adapter are separate arrays.
+In the `split` layout (training) base kernels live in the collection `params` under the paths they have without an
+adapter, the adapter's leaves in the collection `adapter` beside them. In the `fused` layout (serving; layouts.py makes
+it) one array does both, in `params`:
+
+    qkv:  kernel [96, 96 + 32 + 32 + 24] = [Wq | Wk | Wv | s · A]     x · kernel = (q | k | v | z)
+    o:    kernel [96 + 24, 96] = [W ; B]                              (attn | z) · kernel
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
-from flora_jax.adapters.config import ACTIVATIONS, AdapterConfig
+from flora_jax.adapters.config import ACTIVATIONS, AdapterConfig, Slot
 from flora_jax.adapters.methods import BLOCKS, PRODUCTS
 from flora_jax.errors import UserError
 
@@ -35,6 +40,15 @@ def repeat_and_add(y: Array, z: Array) -> Array:
     """`y + rep(z)`: z `[..., r]` tiled along the last axis to y's width n (r divides n), then added to y `[..., n]`."""
     r = z.shape[-1]
     return (y.reshape(*y.shape[:-1], -1, r) + z[..., None, :]).reshape(y.shape)
+
+
+def keep_own(y: Array, start: int, width: int, select: Array) -> Array:
+    """y `[B, T, C]` with zeros in those of the N blocks of `width` channels from `start` on that `select` `[B, N]` does
+    not choose; channels before them are kept."""
+    before = jnp.ones((*select.shape[:-1], start), bool)
+    after = y.shape[-1] - start - width * select.shape[-1]
+    chosen = [before, jnp.repeat(select, width, axis=-1), jnp.ones((*select.shape[:-1], after), bool)]
+    return jnp.where(jnp.concatenate(chosen, axis=-1)[:, None, :], y, 0)
 
 
 @jax.custom_vjp
@@ -88,11 +102,16 @@ def adapter_leaves(
 class FusedDense(nn.Module):
     """`x [..., D_in]` and, where rows B ride, `z [..., R_b]` to `(ys, z_out)`.
 
-    ys: one array per projection of the product, `[..., d_out]`. z_out: `s · act(x A)`, `[..., R_f]`, already scaled,
-    or None. Arithmetic is in x's dtype; adapter leaves are float32 and cast where they are used.
+    ys: one array per projection of the product, `[..., d_out]`. z_out: `act(x A)`, `[..., R_f]`, or None, scaled by s
+    (in the fused layout: where s is in A). Arithmetic is in x's dtype; leaves are cast where they are used.
+
+    Fused, with `select` `[B, N]` bool, the arrays hold a bank of N adapters side by side: z is N times as wide, and of
+    each row only the channels of its own adapter are kept. zflora's product reads the stream `[x | z]` as one x, rows B
+    and all, and writes it as one y.
 
     Attributes: product, a name of PRODUCTS; widths, (d_in, d_out) by projection; adapter, None for the bare base;
-    use_bias, whether the base projections have one; param_dtype of the base; kernel_init of the base.
+    use_bias, whether the base projections have one; param_dtype of the base; fused, which layout the leaves have;
+    kernel_init of the base.
     """
 
     product: str
@@ -100,12 +119,15 @@ class FusedDense(nn.Module):
     adapter: AdapterConfig | None = None
     use_bias: bool = False
     param_dtype: Any = jnp.float32
+    fused: bool = False
     kernel_init: Initializer = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(
-        self, x: Array, z: Array | None = None, *, deterministic: bool = True
+        self, x: Array, z: Array | None = None, *, select: Array | None = None, deterministic: bool = True
     ) -> tuple[list[Array], Array | None]:
+        if self.fused:
+            return self._fused(x, z, select)
         names = PRODUCTS[self.product]
         ys = []
         for name in names:
@@ -136,6 +158,72 @@ class FusedDense(nn.Module):
                 piece = own[name] if name in own else z.reshape(*z.shape[:-1], -1, adapter.rank).sum(-2)
                 ys[i] = repeat_and_add(ys[i], piece)
         return ys, z_out
+
+    def _fused(self, x: Array, z: Array | None, select: Array | None) -> tuple[list[Array], Array | None]:
+        """The product over the leaves of layouts.py: `kernel` with what rides in it, or, for the baselines of a
+        measurement, `<projection>_kernel`, `<piece>_A` and `<projection>_B` apart."""
+        names, adapter = PRODUCTS[self.product], self.adapter
+        slot = Slot() if adapter is None else adapter.slots[self.product]
+        leaves = {name: leaf.astype(x.dtype) for name, leaf in self.variables["params"].items()}
+        edges = np.cumsum([self.widths[name][1] for name in names])
+        riding, apart = None, any(f"{piece}_A" in leaves for piece in slot.forward)
+        if "kernel" in leaves:
+            inputs = [x] if z is None or not slot.backward or f"{names[0]}_B" in leaves else [x, z]
+            rows = sum(part.shape[-1] for part in inputs)
+            self._check_kernel(leaves, rows, 0 if apart else len(slot.forward), select)
+            if fill := leaves["kernel"].shape[0] - rows:
+                inputs.append(jnp.zeros((*x.shape[:-1], fill), x.dtype))
+            y = (jnp.concatenate(inputs, axis=-1) if len(inputs) > 1 else x) @ leaves["kernel"]
+            if slot.forward and adapter.row.writes == "stream":
+                if "bias" in leaves:
+                    y = y + jnp.pad(leaves["bias"], (0, y.shape[-1] - edges[-1]))
+                return [y if select is None else keep_own(y, edges[-1], adapter.rank, select)], None
+            *ys, riding = jnp.split(y, edges, axis=-1)
+        else:
+            ys = [x @ leaves[f"{name}_kernel"] for name in names]
+        if "bias" in leaves:
+            ys = [y + bias for y, bias in zip(ys, jnp.split(leaves["bias"], edges[:-1]), strict=True)]
+        z_out, own = None, {}
+        if slot.forward:
+            if apart:
+                riding = jnp.concatenate([x @ leaves[f"{piece}_A"] for piece in slot.forward], axis=-1)
+            z_out = ACTIVATIONS[adapter.activation](riding)
+            if select is not None:
+                z_out = keep_own(z_out, 0, adapter.rank * len(slot.forward), select)
+            pieces = z_out.reshape(*x.shape[:-1], -1, len(slot.forward), adapter.rank)
+            own = {name: pieces[..., i, :] for i, name in enumerate(slot.forward)}
+        for i, name in enumerate(names):
+            if name in slot.matrix:
+                ys[i] = ys[i] + own[name].reshape(*x.shape[:-1], -1) @ leaves[f"{name}_B"]
+            elif f"{name}_B" in leaves:
+                ys[i] = ys[i] + z @ leaves[f"{name}_B"]
+            if name in slot.repeat:
+                piece = own[name] if name in own else z.reshape(*z.shape[:-1], -1, adapter.rank)
+                ys[i] = repeat_and_add(ys[i], piece.sum(-2))
+        return ys, z_out
+
+    def _check_kernel(self, leaves: Mapping[str, Array], rows: int, pieces: int, select: Array | None) -> None:
+        """Raises UserError unless the fused kernel has `rows`, the columns of `pieces` pieces a place, and its B's."""
+        adapter, places = self.adapter, 1 if select is None else select.shape[-1]
+        names = PRODUCTS[self.product]
+        d_in, columns = self.widths[names[0]][0], sum(self.widths[name][1] for name in names)
+        slot, stream = Slot(), False
+        if adapter is not None:
+            slot, stream = adapter.slots[self.product], adapter.row.writes == "stream"
+            columns += places * pieces * adapter.rank
+        expected = {"kernel": (max(rows, d_in), columns)}
+        expected |= {f"{p}_B": (places * adapter.rank, self.widths[p][1]) for p in slot.matrix}
+        for leaf, shape in expected.items():
+            found = leaves[leaf].shape if leaf in leaves else "absent"
+            # Rows B, and a stream, may be filled up with zeros.
+            fills = leaf == "kernel" and ((slot.backward and rows > d_in, False) if not stream else (False, pieces > 0))
+            fits = found != "absent" and all(
+                n == wanted or (may and n > wanted)
+                for n, wanted, may in zip(found, shape, fills or (False, False), strict=True)
+            )
+            if not fits:
+                what = "the bare base" if adapter is None else f"{adapter.method} at rank {adapter.rank}, {places=},"
+                raise UserError(f"fused {leaf} of {self.product!r} is {found}, but {what} has {shape} there")
 
     def _leaf(self, name: str, shape: tuple[int, ...], init: Initializer) -> Array:
         value = self.variable("adapter", name, lambda: init(self.make_rng("params"), shape, jnp.float32)).value

@@ -1,17 +1,363 @@
-"""From one layout of the weights to another, by pure functions of variable trees."""
+"""From one layout of the weights to another, by pure functions of variable trees.
+
+    split   base and adapter apart, leaves stacked [L, …]: what is trained
+    fused   four arrays a layer, one set of leaves a layer: what is served (`fuse`, undone by `split`)
+    apart   one set of leaves a layer, products apart: what a server without fused adapters runs, the baseline
+
+A fused product is `[W | A1 … AN]` or `[W ; B1 … BN]` for a bank of N adapters, N = 1 as a rule. d_in, d_out are the
+base's rows and columns, R_f forward channels and R_b backward channels of one adapter.
+
+    layers/<i>/<block>/<product>/kernel [d_in (+ N R_b + fill), d_out (+ N R_f)], bias [d_out]
+    layers/<i>/<block>/<product>/<projection>_B [N r, width]     lora and pf_lora alone
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from flora_jax.adapters.config import AdapterConfig
-from flora_jax.adapters.layer import check_adapter
-from flora_jax.adapters.methods import BLOCKS, METHODS
+from flora_jax.adapters.config import AdapterConfig, Slot
+from flora_jax.adapters.layer import check_adapter, pad_first_layer
+from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS
 from flora_jax.errors import UserError
 
+Array = jax.Array
 Tree = dict[str, Any]
+
+
+def _riders(layers: Tree, adapter_config: AdapterConfig) -> Tree:
+    """What of a stacked adapter goes into each product, by block and product: `columns` [L, d_in, R_f], `rows`
+    [L, R_b, d_out], `<projection>_B` [L, r, width]. The scale is in the side that starts at zero, as PAPER.md has it:
+    in A for ffa, ffba* and zflora, in B for the others."""
+    scaled = lambda leaf, side: leaf * (adapter_config.scale if adapter_config.row.zero == side else 1)  # noqa: E731
+    out: Tree = {}
+    for block, products in pad_first_layer(layers, adapter_config).items():
+        for product, leaves in products.items():
+            slot = adapter_config.slots[product]
+            riders = out.setdefault(block, {}).setdefault(product, {})
+            if slot.forward:
+                riders["columns"] = scaled(leaves["A"], "A")
+            if slot.backward:
+                riders["rows"] = scaled(jnp.concatenate([leaves[f"{p}_B"] for p in slot.backward], axis=-1), "B")
+            riders.update({f"{p}_B": scaled(leaves[f"{p}_B"], "B") for p in slot.matrix})
+    return out
+
+
+def _has_adapter(adapter_config: AdapterConfig | None) -> bool:
+    return adapter_config is not None and adapter_config.row.reads is not None
+
+
+def _extent(
+    config: Any, adapter_config: AdapterConfig | None, product: str, places: int, row_multiple: int = 1
+) -> tuple[int, int]:
+    """Rows and columns of a fused kernel with room for `places` adapters, filled up to the multiple."""
+    names = PRODUCTS[product]
+    rows, columns = config.widths[names[0]][0], sum(config.widths[name][1] for name in names)
+    if not _has_adapter(adapter_config):
+        return rows, columns
+    slot, fill = adapter_config.slots[product], lambda n: -(-n // row_multiple) * row_multiple
+    if adapter_config.row.writes == "stream":
+        width = fill(config.hidden_size + places * adapter_config.rank)
+        return (width, columns) if slot.backward else (rows, width)
+    backward = places * slot.backward_rank
+    return fill(rows + backward) if backward else rows, columns + places * adapter_config.rank * len(slot.forward)
+
+
+def _refuse_tensor_parallel(base: Tree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(base):
+        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        if mesh is not None and dict(mesh.shape).get("tensor", 1) > 1:
+            raise UserError(
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')} lies on a mesh with tensor="
+                f"{mesh.shape['tensor']}: the fused layout has no tensor parallelism yet; gather the base on one device"
+            )
+
+
+def fuse(
+    base: Tree,
+    adapter: Tree | Sequence[Tree] | None,
+    config: Any,
+    adapter_config: AdapterConfig | None,
+    row_multiple: int = 1,
+    fold_adds: bool = False,
+) -> Tree:
+    """The serving layout: `Llama(config, adapter_config).apply({"params": fused}, tokens)`.
+
+    base, adapter: trees in the split layout; of a sequence of N adapters, all of `adapter_config`, a bank is made (then
+    `apply` needs `select`). `{}` or None, with `adapter_config` None or fft: the bare base with merged projections.
+    Arrays are in the base's dtype. row_multiple: products with rows B (for zflora: the whole stream) are filled up with
+    zeros to a multiple of it; 128 or 256 keep a GPU's compiler from padding at run time, on a CPU it is wasted
+    bandwidth. fold_adds (ffba*): repeat-and-adds are folded into W and B, so that ffba runs at fpa's operations; the
+    tree says so itself, and neither `split` nor `write_adapter` take it. Raises UserError for trees that do not fit, a
+    tensor-parallel base, and fold_adds of another method.
+    """
+    _refuse_tensor_parallel(base)
+    if row_multiple < 1:
+        raise UserError(f"row_multiple={row_multiple} must be a positive integer")
+    adapters = [adapter] if adapter and not isinstance(adapter, Sequence) else list(adapter or [])
+    if adapters and not _has_adapter(adapter_config):
+        raise UserError("an adapter was given without the adapter_config that it belongs to")
+    if _has_adapter(adapter_config) and not adapters:
+        raise UserError(f"adapter_config is of {adapter_config.method}, but no adapter was given; pass None for both")
+    for one in adapters:
+        check_adapter(one, config, adapter_config)
+    if fold_adds:
+        if len(adapters) != 1:
+            raise UserError(f"fold_adds takes one adapter, {len(adapters)} were given: it changes the base")
+        base, adapters[0], adapter_config = _folded(base, adapters[0], adapter_config)
+    banks = [_riders(one["layers"], adapter_config) for one in adapters]
+
+    def product(i: int, block: str, name: str) -> Tree:
+        leaves = {path: leaf[i] for path, leaf in base["layers"][block][name].items()}
+        riders = [
+            {path: leaf[i].astype(next(iter(leaves.values())).dtype) for path, leaf in bank[block][name].items()}
+            for bank in banks
+            if name in bank.get(block, {})
+        ]
+        kernel = jnp.concatenate([leaves[f"{p}_kernel"] for p in PRODUCTS[name]], axis=-1)
+        out: Tree = {}
+        for path in riders[0] if riders else ():
+            parts = [rider[path] for rider in riders]
+            if path in ("columns", "rows"):
+                kernel = jnp.concatenate([kernel, *parts], axis=-1 if path == "columns" else 0)
+            else:
+                out[path] = jnp.concatenate(parts, axis=0)
+        out["kernel"] = _pad_to(kernel, _extent(config, adapter_config, name, len(adapters), row_multiple))
+        if f"{PRODUCTS[name][0]}_bias" in leaves:
+            out["bias"] = jnp.concatenate([leaves[f"{p}_bias"] for p in PRODUCTS[name]])
+        return out
+
+    fused = {name: leaf for name, leaf in base.items() if name != "layers"}
+    fused["layers"] = _each_layer(base, config, product)
+    return {**fused, "folded": {}} if fold_adds else fused
+
+
+def _pad_to(array: Array, shape: Sequence[int]) -> Array:
+    """`array` with zeros behind it up to `shape`."""
+    if array.shape == tuple(shape):
+        return array
+    return jnp.pad(array, [(0, to - n) for n, to in zip(array.shape, shape, strict=True)])
+
+
+def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: int, row_multiple: int = 1) -> Tree:
+    """The fused tree of the same base with zeros where `places` adapters of `adapter_config` will be written; whatever
+    adapter was in it is dropped. What was there is copied layer by layer."""
+
+    def product(name: str, leaves: Tree) -> Tree:
+        d_in, d_out = _extent(config, None, name, 0)
+        kernel = leaves["kernel"][:d_in, :d_out]
+        out = {"kernel": _pad_to(kernel, _extent(config, adapter_config, name, places, row_multiple))}
+        for p in adapter_config.slots[name].matrix:
+            out[f"{p}_B"] = jnp.zeros((places * adapter_config.rank, config.widths[p][1]), kernel.dtype)
+        return out | ({"bias": leaves["bias"]} if "bias" in leaves else {})
+
+    layers = {
+        i: layer
+        | {block: {name: product(name, layer[block][name]) for name in names} for block, names in BLOCKS.items()}
+        for i, layer in fused["layers"].items()
+    }
+    return {**fused, "layers": layers}
+
+
+def _each_layer(base: Tree, config: Any, product: Any) -> Tree:
+    """Leaves of every layer by its number: `product(i, block, name)` of the four products, norms cut from the stack."""
+    return {
+        str(i): {
+            **{name: {"scale": leaf["scale"][i]} for name, leaf in base["layers"].items() if name not in BLOCKS},
+            **{block: {name: product(i, block, name) for name in products} for block, products in BLOCKS.items()},
+        }
+        for i in range(config.num_hidden_layers)
+    }
+
+
+def apart(
+    base: Tree, adapter: Tree | None, config: Any, adapter_config: AdapterConfig | None, merged: bool = True
+) -> Tree:
+    """The baseline's layout: every A and B a product of its own, as PEFT and multi-LoRA servers run them, beside the
+    base's four merged products or (`merged=False`) its seven. Served as `fuse`'s trees are; not for zflora, whose
+    channels exist only in the fused stream."""
+    if _has_adapter(adapter_config):
+        if adapter_config.row.writes == "stream":
+            raise UserError(f"{adapter_config.method} has no products apart; fuse it")
+        check_adapter(adapter, config, adapter_config)
+    riders = _riders(adapter["layers"], adapter_config) if _has_adapter(adapter_config) else {}
+
+    def product(i: int, block: str, name: str) -> Tree:
+        leaves = {path: leaf[i] for path, leaf in base["layers"][block][name].items()}
+        dtype, names = next(iter(leaves.values())).dtype, PRODUCTS[name]
+        kernels = {f"{p}_kernel": leaves[f"{p}_kernel"] for p in names}
+        out = {"kernel": jnp.concatenate(list(kernels.values()), axis=-1)} if merged else kernels
+        if f"{names[0]}_bias" in leaves:
+            out["bias"] = jnp.concatenate([leaves[f"{p}_bias"] for p in names])
+        for path, leaf in riders.get(block, {}).get(name, {}).items():
+            slot, leaf = adapter_config.slots[name], leaf[i].astype(dtype)
+            if path == "columns":
+                pieces = jnp.split(leaf, len(slot.forward), axis=-1)
+                out.update({f"{piece}_A": A for piece, A in zip(slot.forward, pieces, strict=True)})
+            else:
+                out[f"{slot.backward[0]}_B" if path == "rows" else path] = leaf
+        return out
+
+    out = {name: leaf for name, leaf in base.items() if name != "layers"}
+    return {**out, "layers": _each_layer(base, config, product)}
+
+
+def split(fused: Tree, config: Any, adapter_config: AdapterConfig | None, place: int = 0) -> tuple[Tree, Tree]:
+    """`(base, adapter)` of a fused tree, stacked again; of a bank, the adapter at `place`.
+
+    The base is bit-equal to what was fused; so is the adapter where s is a power of two (else within 2 ulp) and the
+    base's dtype is the adapter's. Raises UserError for a tree whose adds were folded, or of another configuration.
+    """
+    if "folded" in fused:
+        raise UserError("the repeat-and-adds of this tree were folded into its base: split cannot take them out again")
+    check_fused(fused, config, adapter_config)
+    scale = lambda leaf, side: (  # noqa: E731
+        leaf / adapter_config.scale if adapter_config.row.zero == side else leaf
+    ).astype(jnp.float32)
+    base: Tree = {name: leaf for name, leaf in fused.items() if name != "layers"}
+    layers = [fused["layers"][str(i)] for i in range(config.num_hidden_layers)]
+    base["layers"] = {
+        name: {"scale": jnp.stack([layer[name]["scale"] for layer in layers])}
+        for name in layers[0]
+        if name not in BLOCKS
+    }
+    adapter: Tree = {}
+    for block, products in BLOCKS.items():
+        for product in products:
+            names, leaves = PRODUCTS[product], base["layers"].setdefault(block, {}).setdefault(product, {})
+            stacked = {path: jnp.stack([x[block][product][path] for x in layers]) for path in layers[0][block][product]}
+            d_in, edge = config.widths[names[0]][0], 0
+            for name in names:
+                width = config.widths[name][1]
+                leaves[f"{name}_kernel"] = stacked["kernel"][:, :d_in, edge : edge + width]
+                if "bias" in stacked:
+                    leaves[f"{name}_bias"] = stacked["bias"][:, edge : edge + width]
+                edge += width
+            if not _has_adapter(adapter_config):
+                continue
+            slot, r, own = adapter_config.slots[product], adapter_config.rank, {}
+            if slot.forward:
+                n = r * len(slot.forward)
+                own["A"] = scale(stacked["kernel"][:, :d_in, edge + place * n : edge + (place + 1) * n], "A")
+            for name in slot.matrix:
+                own[f"{name}_B"] = scale(stacked[f"{name}_B"][:, place * r : (place + 1) * r], "B")
+            edge = 0
+            for name in slot.backward:
+                width, start = config.widths[name][1], d_in + place * slot.backward_rank
+                rows = stacked["kernel"][int(slot.skips_first) :, start : start + slot.backward_rank]
+                own[f"{name}_B"] = scale(rows[..., edge : edge + width], "B")
+                edge += width
+            if own:
+                adapter.setdefault("layers", {}).setdefault(block, {})[product] = own
+    return base, adapter
+
+
+def check_fused(fused: Tree, config: Any, adapter_config: AdapterConfig | None, places: int = 1) -> None:
+    """Raises UserError unless the fused arrays have room for `places` adapters of the configuration."""
+    method = adapter_config.method if _has_adapter(adapter_config) else "the bare base"
+    for i in range(config.num_hidden_layers):
+        for block, products in BLOCKS.items():
+            for product in products:
+                path = f"layers/{i}/{block}/{product}/kernel"
+                kernel = fused.get("layers", {}).get(str(i), {}).get(block, {}).get(product, {}).get("kernel")
+                if kernel is None:
+                    raise UserError(f"{path} is absent: this is no fused tree; `fuse` makes one")
+                expected = _extent(config, adapter_config, product, places)
+                # Rows B, and a stream, may be filled up with zeros.
+                fills = _has_adapter(adapter_config) and adapter_config.slots[product] != Slot()
+                small = any(found < wanted for found, wanted in zip(kernel.shape, expected, strict=True))
+                if small or (not fills and kernel.shape != expected):
+                    raise UserError(f"{path} is {kernel.shape}, but {method} has {expected} there")
+
+
+def adapter_riders(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
+    """What `write_adapter` writes, for every layer at once: small leaves `[L, …]` that a host can hold by the
+    hundred. Raises UserError for an adapter of another configuration."""
+    check_adapter(adapter, config, adapter_config)
+    return _riders(adapter["layers"], adapter_config)
+
+
+def write_adapter(fused_layers: Tree, riders: Tree, config: Any, adapter_config: AdapterConfig, place: Array) -> Tree:
+    """`fused_layers` (a fused tree's `layers`) with the adapter of `riders` at `place` of the bank, scalar int32.
+
+    Only the adapter's columns and rows are written (`dynamic_update_slice`: in place where the argument is donated).
+    """
+    out = jax.tree.map(lambda leaf: leaf, fused_layers)
+    for block, products in riders.items():
+        for product, leaves in products.items():
+            d_in = config.widths[PRODUCTS[product][0]][0]
+            d_out = sum(config.widths[name][1] for name in PRODUCTS[product])
+            for i in range(config.num_hidden_layers):
+                there = out[str(i)][block][product]
+                for path, leaf in leaves.items():
+                    target = "kernel" if path in ("columns", "rows") else path
+                    value = leaf[i].astype(there[target].dtype)
+                    start = {
+                        "columns": (0, d_out + place * value.shape[1]),
+                        "rows": (d_in + place * value.shape[0], 0),
+                    }.get(path, (place * value.shape[0], 0))
+                    there[target] = jax.lax.dynamic_update_slice(there[target], value, start)
+    return out
+
+
+def _folded(base: Tree, adapter: Tree, adapter_config: AdapterConfig) -> tuple[Tree, Tree, AdapterConfig]:
+    """Base, adapter and configuration with every repeat-and-add of an ffba folded: into W where z is read beside
+    (`W + s rep(A)`), into B where it is added to the block's output (`B` plus stacked tilings of the identity)."""
+    row, r = adapter_config.row, adapter_config.rank
+    if row.adds != "repeat" or row.writes != "block":
+        able = ", ".join(name for name, other in METHODS.items() if other.adds == "repeat" and other.writes == "block")
+        raise UserError(f"fold_adds: {adapter_config.method} has no adds beside a path around the block; {able} have")
+    layers = jax.tree.map(lambda leaf: leaf, base["layers"])
+    trained = jax.tree.map(lambda leaf: leaf, adapter["layers"])
+    for block, (inputs, output) in BLOCKS.items():
+        slot = adapter_config.slots[inputs]
+        for i, name in enumerate(slot.forward):
+            if name in slot.repeat:
+                kernel = layers[block][inputs][f"{name}_kernel"]
+                change = jnp.tile(trained[block][inputs]["A"][..., i * r : (i + 1) * r], kernel.shape[-1] // r)
+                change = kernel.astype(jnp.float32) + adapter_config.scale * change
+                layers[block][inputs][f"{name}_kernel"] = change.astype(kernel.dtype)
+        if output in adapter_config.slots[output].repeat:
+            B = trained[block][output][f"{output}_B"]
+            identity = jnp.tile(jnp.eye(r, dtype=B.dtype), (B.shape[1] // r, B.shape[2] // r))
+            trained[block][output][f"{output}_B"] = B + identity
+    return {**base, "layers": layers}, {"layers": trained}, dataclasses.replace(adapter_config, add_to=())
+
+
+def widen(adapter: Tree, adapter_config: AdapterConfig, rank: int) -> tuple[Tree, AdapterConfig]:
+    """The same function at a larger rank, so that adapters of several ranks share a bank.
+
+    New rows of B are zeros. New channels of A are zeros too, or, for a method that repeats z, copies of the old ones,
+    since the tiling's period grows: `rank` must then be a multiple of the adapter's. Raises UserError otherwise.
+    """
+    r, row = adapter_config.rank, adapter_config.row
+    repeats = row.adds == "repeat" or row.writes == "stream"
+    if rank < r or (repeats and rank % r):
+        need = f"a multiple of {r}, since {adapter_config.method} tiles z" if repeats else f"at least {r}"
+        raise UserError(f"an adapter of rank {r} cannot be widened to rank {rank}; it must be {need}")
+
+    def grown(path: str, leaf: Array) -> Array:
+        axis = leaf.ndim - 1 if path == "A" else leaf.ndim - 2
+        pieces = jnp.split(leaf, leaf.shape[axis] // r, axis=axis)
+        if path == "A" and repeats:
+            pieces = [jnp.concatenate([piece] * (rank // r), axis=axis) for piece in pieces]
+        else:
+            room = [(0, rank - r) if i == axis else (0, 0) for i in range(leaf.ndim)]
+            pieces = [jnp.pad(piece, room) for piece in pieces]
+        return jnp.concatenate(pieces, axis=axis)
+
+    layers = {
+        block: {
+            product: {path: grown(path, leaf) for path, leaf in leaves.items()} for product, leaves in products.items()
+        }
+        for block, products in adapter["layers"].items()
+    }
+    alpha = adapter_config.scale * (rank**0.5 if adapter_config.rslora else rank)
+    return {"layers": layers}, dataclasses.replace(adapter_config, rank=rank, alpha=alpha)
 
 
 def merge(base: Tree, adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:

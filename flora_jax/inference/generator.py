@@ -1,10 +1,11 @@
 """Generator: prompts in, text out, with the base and any of its adapters.
 
-B batch, P prompt bucket, S slots of the key/value cache, V vocabulary. Prompts are padded on the right to a bucket P (a
-power of two); generated tokens follow from slot P on, whatever each row's own length, and positions are counted over
-real tokens alone. Weights are arguments of the compiled functions, one set of leaves a layer.
+B batch, P prompt bucket, S slots of the key/value cache, V vocabulary, N adapters in the arrays. Weights are served in
+the fused layout and are arguments of the compiled functions. Prompts are padded on the right to a bucket P (a power of
+two); generated tokens follow from slot P on, whatever each row's own length, and positions are counted over real tokens
+alone.
 
-    prompts of 5, 9, 14 tokens, 40 new ones:  prefill [B, 16] -> cache of 16 slots -> grown to 64 -> decode loop
+    prompts of 5, 9, 14 tokens, 40 new ones:  prefill [B, 16] -> cache of 16 slots -> grown to 64 -> begin -> decode
 
 `prefill` compiles once per P, the decode loop once per S; the number of new tokens, stop tokens and seed are data.
 """
@@ -14,19 +15,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from flora_jax.adapters import AdapterConfig, check_adapter
+from flora_jax.adapters import AdapterConfig, adapter_riders, check_adapter, fuse, make_room, widen, write_adapter
 from flora_jax.errors import UserError, near_misses
 from flora_jax.inference.sampling import Sampling, sample
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.llama import KVCache, Llama, unstack_layers
+from flora_jax.models.llama import KVCache, Llama
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,9 +55,11 @@ def bucket(length: int) -> int:
     return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-def _last_logits(model: Llama, tokens: Array, mask: Array, cache: KVCache) -> tuple[Array, KVCache]:
+def _last_logits(
+    model: Llama, tokens: Array, mask: Array, cache: KVCache, select: Array | None
+) -> tuple[Array, KVCache]:
     """float32 logits `[B, V]` after the last real token of each row, and no other's."""
-    hidden, cache = model.hidden(tokens, mask=mask, cache=cache)
+    hidden, cache = model.hidden(tokens, mask=mask, cache=cache, select=select)
     last = jnp.maximum(mask.sum(-1) - 1, 0)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     unembedding = model.unembedding().astype(hidden.dtype)
@@ -63,13 +67,15 @@ def _last_logits(model: Llama, tokens: Array, mask: Array, cache: KVCache) -> tu
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def prefill(model: Llama, variables: Tree, tokens: Array, lengths: Array) -> tuple[Array, KVCache]:
-    """Logits `[B, V]` after prompts `tokens` `[B, P]` of `lengths` `[B]`, and the cache of P slots that holds them."""
+def prefill(
+    model: Llama, params: Tree, tokens: Array, lengths: Array, select: Array | None = None
+) -> tuple[Array, KVCache]:
+    """Logits `[B, V]` after prompts `tokens` `[B, P]` of `lengths` `[B]`, and the cache of P slots that holds them.
+    params: a fused tree; select `[B, N]` bool, of a bank."""
     B, P = tokens.shape
-    dtype = variables["params"]["embed_tokens"]["embedding"].dtype
-    cache = KVCache.empty(model.config, B, P, dtype)
+    cache = KVCache.empty(model.config, B, P, params["embed_tokens"]["embedding"].dtype)
     mask = jnp.arange(P) < lengths[:, None]
-    return model.apply(variables, tokens, mask, cache, method=_last_logits)
+    return model.apply({"params": params}, tokens, mask, cache, select, method=_last_logits)
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -83,48 +89,116 @@ def grow(cache: KVCache, slots: int) -> KVCache:
     return KVCache(*jax.tree.map(pad, (cache.k, cache.v, cache.valid)), cache.index)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
+@flax.struct.dataclass
+class State:
+    """Between two tokens: step, scalar int32; token `[B]`, the last one chosen; out `[B, S]`, those chosen so far;
+    count `[B]`, how many of them a row keeps; done `[B]` bool; cache, without the last token."""
+
+    step: Array
+    token: Array
+    out: Array
+    count: Array
+    done: Array
+    cache: KVCache
+
+
+def _choose(state: State, logits: Array, stop: Array, keys: Array, sampling: Sampling) -> State:
+    """The state with the next token, from its logits `[B, V]`."""
+    token = sample(jax.vmap(jax.random.fold_in, (0, None))(keys, state.step), logits, sampling)
+    done = state.done | (token[:, None] == stop).any(-1)
+    return state.replace(
+        step=state.step + 1, token=token, out=jax.lax.dynamic_update_slice(state.out, token[:, None], (0, state.step)),
+        count=jnp.where(done, state.count, state.step + 1), done=done,
+    )  # fmt: skip
+
+
+def _advance(
+    model: Llama, params: Tree, state: State, stop: Array, keys: Array, select: Array | None, sampling: Sampling
+) -> State:
+    """One token further: the model reads the last one and the next is chosen."""
+    real = jnp.ones((len(state.token), 1), bool)
+    logits, cache = model.apply(
+        {"params": params}, state.token[:, None], real, state.cache, select, method=_last_logits
+    )
+    return _choose(state.replace(cache=cache), logits, stop, keys, sampling)
+
+
+@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
+def begin(logits: Array, cache: KVCache, done: Array, stop: Array, keys: Array, sampling: Sampling) -> State:
+    """The state after the first token, chosen from the prompts' logits `[B, V]`; `done` `[B]` marks rows that are not
+    asked for. The cache (S slots) is consumed."""
+    B, S = cache.valid.shape
+    zero = jnp.zeros((), jnp.int32)
+    state = State(zero, jnp.zeros(B, jnp.int32), jnp.zeros((B, S), jnp.int32), jnp.zeros(B, jnp.int32), done, cache)
+    return _choose(state, logits, stop, keys, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
 def decode(
-    model: Llama, variables: Tree, logits: Array, cache: KVCache, done: Array, max_new_tokens: Array, stop: Array,
-    keys: Array, sampling: Sampling,
-) -> tuple[Array, Array, Array, KVCache]:  # fmt: skip
-    """Continues every row until it emits one of `stop` or has `max_new_tokens`, in one loop on the device.
+    model: Llama, params: Tree, state: State, max_new_tokens: Array, stop: Array, keys: Array,
+    select: Array | None = None, sampling: Sampling = Sampling(),  # noqa: B008 - immutable
+) -> State:  # fmt: skip
+    """Continues every row until it emits one of `stop` or has `max_new_tokens` in all, in one loop on the device. The
+    state is consumed; keys `[B]`, one a row; select as in `prefill`."""
 
-    logits `[B, V]` and cache (S slots, consumed) are those of the prompts; done `[B]` marks rows that are not asked
-    for; keys `[B]`, one a row. Returns tokens `[B, S]` int32 and their counts `[B]` without the stop token, finished
-    `[B]`, and the cache, which is only there for its memory to be used in place.
-    """
+    def go_on(state: State) -> Array:
+        return (state.step < max_new_tokens) & ~state.done.all()
 
-    def choose(step: Array, logits: Array, out: Array, count: Array, done: Array) -> tuple[Array, ...]:
-        token = sample(jax.vmap(jax.random.fold_in, (0, None))(keys, step), logits, sampling)
-        out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
-        done = done | (token[:, None] == stop).any(-1)
-        return step + 1, token, out, jnp.where(done, count, step + 1), done
+    def body(state: State) -> State:
+        return _advance(model, params, state, stop, keys, select, sampling)
 
-    def go_on(state: tuple) -> Array:
-        step, _, _, _, done, _ = state
-        return (step < max_new_tokens) & ~done.all()
+    return jax.lax.while_loop(go_on, body, state)
 
-    def body(state: tuple) -> tuple:
-        step, token, out, count, done, cache = state
-        real = jnp.ones((len(token), 1), bool)
-        logits, cache = model.apply(variables, token[:, None], real, cache, method=_last_logits)
-        return *choose(step, logits, out, count, done), cache
 
-    out = jnp.zeros(cache.valid.shape, jnp.int32)
-    first = choose(jnp.zeros((), jnp.int32), logits, out, jnp.zeros(len(done), jnp.int32), done)
-    _, _, out, count, done, cache = jax.lax.while_loop(go_on, body, (*first, cache))
-    return out, count, done, cache
+@functools.partial(jax.jit, static_argnames=("config", "adapter_config"), donate_argnums=0)
+def _write(layers: Tree, riders: Tree, place: Array, config: LlamaConfig, adapter_config: AdapterConfig) -> Tree:
+    return write_adapter(layers, riders, config, adapter_config, place)
+
+
+def _share(
+    config: LlamaConfig, adapters: Mapping[str, Tree], configs: AdapterConfig | Mapping[str, AdapterConfig] | None
+) -> tuple[AdapterConfig | None, dict[str, Tree]]:
+    """The configuration of all adapters once the smaller ranks are widened, and what each writes, on the host."""
+    if not adapters:
+        return None, {}
+    if not isinstance(configs, Mapping):
+        configs = dict.fromkeys(adapters, configs)
+    for name in adapters:
+        if configs.get(name) is None:
+            raise UserError(f"adapter {name!r} needs its adapter_config")
+    first = configs[next(iter(adapters))]
+    # What is laid out the same, whatever the names, the scale and what only training reads.
+    shape = lambda one: (one.row, one.targets, one.add_to, one.activation)  # noqa: E731
+    shared, riders = max((configs[name] for name in adapters), key=lambda one: one.rank), {}
+    for name, adapter in adapters.items():
+        own = configs[name]
+        if shape(own) != shape(first):
+            raise UserError(
+                f"adapter {name!r} ({own.method}, targets={','.join(own.targets)}, add_to={','.join(own.add_to)}, "
+                f"activation={own.activation}) is not laid out as the first is ({first.method}, "
+                f"targets={','.join(first.targets)}, add_to={','.join(first.add_to)}, activation={first.activation}); "
+                "adapters of one Generator are alike but for rank and alpha"
+            )
+        check_adapter(adapter, config, own)
+        if own.rank < shared.rank:
+            adapter, own = widen(adapter, own, shared.rank)
+        riders[name] = jax.device_get(adapter_riders(adapter, config, own))
+    return shared, riders
 
 
 class Generator:
     """Text from a base and its adapters.
 
-    base, adapters: trees in the `split` layout, leaves stacked (`load_pretrained`, `init_adapter`). Adapters go by name
-    and share one `adapter_config`; the first is in use, without any it is the bare base. tokenizer: needed for prompts
-    given as text and for the text of the result. max_length: tokens of prompt and continuation together. batch_size:
-    prompts computed side by side; fewer are filled up with dummies. Arithmetic is in the dtype of the base. Raises
-    UserError where trees and configurations disagree.
+    base, adapters: trees in the `split` layout, leaves stacked (`load_pretrained`, `init_adapter`); they are copied
+    into fused arrays. Adapters go by name; adapter_config is theirs, or one for each by name: of one method, ranks and
+    alpha may differ (smaller ranks are widened). The first is in use, without any it is the bare base. tokenizer:
+    needed for prompts given as text and for the text of the result. max_length: tokens of prompt and continuation
+    together. batch_size: prompts computed side by side; fewer are filled up with dummies. Arithmetic is in the dtype of
+    the base. Raises UserError where trees and configurations disagree.
+
+    One adapter is in the arrays at a time and `use` writes another one over it, in place. `generate(adapter_names=…)`
+    with several lays them all side by side once, as a bank; from then on a switch costs nothing and every token N
+    adapters' bytes.
     """
 
     def __init__(
@@ -132,7 +206,7 @@ class Generator:
         config: LlamaConfig,
         base: Tree,
         adapters: Mapping[str, Tree] | None = None,
-        adapter_config: AdapterConfig | None = None,
+        adapter_config: AdapterConfig | Mapping[str, AdapterConfig] | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
         max_length: int = 1024,
         batch_size: int = 8,
@@ -142,24 +216,46 @@ class Generator:
             raise UserError(f"max_length={max_length} must be from 2 to the model's max_position_embeddings={limit}")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be a positive integer")
-        if adapters and adapter_config is None:
-            raise UserError(f"adapters {', '.join(adapters)} need their adapter_config")
-        self._bare = {"params": unstack_layers({"params": base}, None)["params"]}
-        self._adapters: dict[str, Tree] = {}
-        for name, adapter in (adapters or {}).items():
-            check_adapter(adapter, config, adapter_config)
-            self._adapters[name] = unstack_layers({"adapter": adapter}, adapter_config)
-        self.config, self.adapter_config, self.tokenizer = config, adapter_config, tokenizer
+        self.config, self.tokenizer = config, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
-        self.use(next(iter(self._adapters), None))
+        self.adapter_config, self._riders = _share(config, adapters or {}, adapter_config)
+        self._row_multiple = 128 if jax.default_backend() == "gpu" else 1
+        self.params = fuse(base, None, config, None)
+        self._model = Llama(config, self.adapter_config)
+        self._places: list[str | None] = [None]  # whose columns and rows the arrays hold, place by place
+        self._bank = False
+        self._name: str | None = None
+        if self._riders:
+            self.params = make_room(self.params, config, self.adapter_config, 1, self._row_multiple)
+            self.use(next(iter(self._riders)))
 
     def use(self, name: str | None) -> None:
-        """Switches to the adapter `name`, or with None to the bare base. Adapters share what is compiled."""
-        if name is not None and name not in self._adapters:
-            known = near_misses(name, self._adapters) if self._adapters else "none is"
+        """Switches to the adapter `name`, or with None to the bare base: writes its columns and rows into the arrays
+        (for None zeros), which everything compiled goes on using. In a bank nothing is written."""
+        self._check_name(name)
+        self._arrange({name})
+        self._name = name
+
+    def _check_name(self, name: str | None) -> None:
+        if name is not None and name not in self._riders:
+            known = near_misses(name, self._riders) if self._riders else "none is"
             raise UserError(f"adapter {name!r} is not loaded; {known}")
-        self._model = Llama(self.config, None if name is None else self.adapter_config)
-        self._variables = {**self._bare, **({} if name is None else self._adapters[name])}
+
+    def _arrange(self, names: set[str | None]) -> None:
+        """Sees to it that the arrays hold the adapters of `names`: one by writing it, several by becoming a bank."""
+        if self._bank or (len(names) == 1 and set(self._places) == names):
+            return
+        if len(names) > 1:
+            places = len(self._riders)
+            self.params = make_room(self.params, self.config, self.adapter_config, places, self._row_multiple)
+            self._bank, self._places = True, [None] * places
+            names = self._riders
+        for place, name in enumerate(names):
+            riders = (
+                jax.tree.map(np.zeros_like, next(iter(self._riders.values()))) if name is None else self._riders[name]
+            )
+            layers = _write(self.params["layers"], riders, jnp.int32(place), self.config, self.adapter_config)
+            self.params["layers"], self._places[place] = layers, name
 
     def generate(
         self,
@@ -168,28 +264,63 @@ class Generator:
         sampling: Sampling = Sampling(),  # noqa: B008 - immutable
         seed: int = 0,
         stop: Sequence[int] = (),
+        adapter_names: Sequence[str | None] | None = None,
     ) -> list[Generation]:
         """Continues each prompt (text, or token ids as they are) by at most `max_new_tokens`, in the order given.
 
-        A row ends at the model's or the tokenizer's end-of-text token or one of `stop` (ids). What prompt i draws
+        adapter_names: the adapter of each prompt, None for the bare base; by default all take the one in `use`. A row
+        ends at the model's or the tokenizer's end-of-text token or one of `stop` (ids). What prompt i draws
         depends on `seed` and i alone. Raises UserError for a prompt that is empty, has ids outside the vocabulary, or
-        is longer than max_length − max_new_tokens.
+        is longer than max_length − max_new_tokens, and for an adapter that is not loaded.
         """
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={max_new_tokens} must be a positive integer")
         rows = [self._encode(i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
-        stop_ids = sorted({*self.config.eos_token_id, *stop} | self._tokenizer_eos())
-        stop_ids = np.array(stop_ids + [-1] * (_STOP_SLOTS - len(stop_ids) % _STOP_SLOTS), np.int32)
+        names = [self._name] * len(rows) if adapter_names is None else list(adapter_names)
+        if len(names) != len(rows):
+            raise UserError(f"adapter_names has {len(names)} names for {len(rows)} prompts; give one each")
+        for name in set(names):
+            self._check_name(name)
+        self._arrange(set(names))
+        stop_ids = self._stop(stop)
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         batches = [by_length[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         out: list[Generation | None] = [None] * len(rows)
         for batch in tqdm(batches, desc="generate", disable=len(batches) < 2 or not sys.stderr.isatty()):
-            generations = self._batch(rows, batch, max_new_tokens, sampling, seed, stop_ids)
+            generations = self._batch(rows, names, batch, max_new_tokens, sampling, seed, stop_ids)
             for i, generation in zip(batch, generations, strict=True):
                 out[i] = generation
         return out
 
+    def stream(
+        self, prompt: str | Sequence[int], max_new_tokens: int, sampling: Sampling = Sampling(), seed: int = 0,  # noqa: B008
+        stop: Sequence[int] = (),
+    ) -> Iterator[str]:  # fmt: skip
+        """The text of `generate([prompt], …)` with the adapter in use, piece by piece as tokens come; a piece ends
+        where characters are whole. Returns to Python after every token."""
+        if self.tokenizer is None:
+            raise UserError("stream gives text, but there is no tokenizer")
+        row, stop_ids, shown = self._encode(0, prompt, max_new_tokens), self._stop(stop), ""
+        state, *settings = self._start([row], [self._name], [0], max_new_tokens, sampling, seed, stop_ids, batch_size=1)
+        while True:
+            tokens = np.asarray(state.out)[0, : int(state.count[0])].tolist()
+            last = bool(state.done[0]) or int(state.step) >= max_new_tokens
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            if last or not text.endswith("\ufffd"):
+                if len(text) > len(shown):
+                    yield text[len(shown) :]
+                shown = text
+            if last:
+                return
+            state = decode(self._model, self.params, state, state.step + 1, *settings, sampling=sampling)
+
+    def _stop(self, stop: Sequence[int]) -> np.ndarray:
+        """Ids that end a row, filled up so that one more of them compiles nothing."""
+        eos = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        ids = sorted({*self.config.eos_token_id, *stop, *(() if eos is None else (eos,))})
+        return np.array(ids + [-1] * (_STOP_SLOTS - len(ids) % _STOP_SLOTS), np.int32)
+
     def _encode(self, i: int, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens} must be a positive integer")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError(f"prompt {i} is text, but there is no tokenizer; give token ids")
@@ -209,27 +340,33 @@ class Generator:
             )
         return tokens
 
-    def _tokenizer_eos(self) -> set[int]:
-        eos = None if self.tokenizer is None else self.tokenizer.eos_token_id
-        return set() if eos is None else {eos}
-
-    def _batch(
-        self, rows: list[list[int]], batch: list[int], max_new_tokens: int, sampling: Sampling, seed: int,
-        stop: np.ndarray,
-    ) -> list[Generation]:  # fmt: skip
-        """The generations of the prompts `batch` (indices into rows)."""
+    def _start(
+        self, rows: list[list[int]], names: list[str | None], batch: list[int], max_new_tokens: int, sampling: Sampling,
+        seed: int, stop: np.ndarray, batch_size: int,
+    ) -> tuple[State, np.ndarray, Array, Array | None]:  # fmt: skip
+        """The state after the first token of the prompts `batch` (indices into rows and names), and the stop ids, keys
+        and select that `decode` goes on with."""
         P = bucket(max(len(rows[i]) for i in batch))
-        tokens, lengths = np.zeros((self.batch_size, P), np.int32), np.zeros(self.batch_size, np.int32)
+        tokens, lengths = np.zeros((batch_size, P), np.int32), np.zeros(batch_size, np.int32)
+        select = np.zeros((batch_size, len(self._places)), bool)
         for b, i in enumerate(batch):
             tokens[b, : len(rows[i])], lengths[b] = rows[i], len(rows[i])
-        indices = np.array(batch + [0] * (self.batch_size - len(batch)))
+            select[b] = [names[i] is not None and names[i] == place for place in self._places]
+        select = jnp.asarray(select) if self._bank else None
+        indices = np.array(batch + [0] * (batch_size - len(batch)))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
-        logits, cache = prefill(self._model, self._variables, tokens, lengths)
-        out, counts, finished, _ = decode(
-            self._model, self._variables, logits, grow(cache, bucket(P + max_new_tokens)), jnp.asarray(lengths == 0),
-            jnp.int32(max_new_tokens), stop, keys, sampling,
-        )  # fmt: skip
-        out, counts, finished = jax.device_get((out, counts, finished))
+        logits, cache = prefill(self._model, self.params, tokens, lengths, select)
+        state = begin(logits, grow(cache, bucket(P + max_new_tokens)), jnp.asarray(lengths == 0), stop, keys, sampling)
+        return state, stop, keys, select
+
+    def _batch(
+        self, rows: list[list[int]], names: list[str | None], batch: list[int], max_new_tokens: int, sampling: Sampling,
+        seed: int, stop: np.ndarray,
+    ) -> list[Generation]:  # fmt: skip
+        """The generations of the prompts `batch`."""
+        state, *settings = self._start(rows, names, batch, max_new_tokens, sampling, seed, stop, self.batch_size)
+        state = decode(self._model, self.params, state, jnp.int32(max_new_tokens), *settings, sampling=sampling)
+        out, counts, finished = jax.device_get((state.out, state.count, state.done))
         return [self._generation(out[b, : counts[b]].tolist(), bool(finished[b])) for b in range(len(batch))]
 
     def _generation(self, tokens: list[int], finished: bool) -> Generation:

@@ -13,7 +13,7 @@ Norms, softmax and logits are computed in float32 whatever the compute dtype.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -65,18 +65,23 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) · scale` in float32, returned in x's dtype. x `[..., D]`."""
+    """`x / rms(x) · scale` in float32, returned in x's dtype. x `[..., D]`, or with further channels behind the D,
+    which pass as they are."""
 
+    width: int
     eps: float
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
+        scale = self.param("scale", nn.initializers.ones_init(), (self.width,), self.param_dtype).astype(x.dtype)
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        factor = jax.lax.rsqrt(jnp.mean(jnp.square(y[..., : self.width]), axis=-1, keepdims=True) + self.eps)
+        if x.shape[-1] > self.width:
+            factor = jnp.where(jnp.arange(x.shape[-1]) < self.width, factor, 1)
+            scale = jnp.pad(scale, (0, x.shape[-1] - self.width), constant_values=1)
         # Rounded before the scale, as the published models were trained.
-        return y.astype(x.dtype) * scale.astype(x.dtype)
+        return (y * factor).astype(x.dtype) * scale
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
@@ -100,17 +105,18 @@ class Attention(nn.Module):
     config: LlamaConfig
     adapter: AdapterConfig | None
     param_dtype: Any = jnp.float32
+    fused: bool = False
 
     @nn.compact
     def __call__(
         self, x: Array, z: Array | None, rotary: tuple[Array, Array], mask: Array | None,
-        past: tuple[Array, Array, Array] | None, deterministic: bool,
+        past: tuple[Array, Array, Array] | None, select: Array | None, deterministic: bool,
     ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:  # fmt: skip
         config = self.config
         dense = lambda product: FusedDense(  # noqa: E731
-            product, config.widths, self.adapter, config.attention_bias, self.param_dtype, name=product
+            product, config.widths, self.adapter, config.attention_bias, self.param_dtype, self.fused, name=product
         )
-        (q, k, v), z_in = dense("qkv")(x, z, deterministic=deterministic)
+        (q, k, v), z_in = dense("qkv")(x, z, select=select, deterministic=deterministic)
         heads = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)  # noqa: E731
         q, k, v = rotate(heads(q), *rotary), rotate(heads(k), *rotary), heads(v)
         if past is not None:
@@ -118,7 +124,7 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_update_slice(past_k, k.astype(past_k.dtype), (0, index, 0, 0))
             v = jax.lax.dynamic_update_slice(past_v, v.astype(past_v.dtype), (0, index, 0, 0))
         out = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask)
-        (out,), z_out = dense("o")(out.reshape(*x.shape[:2], -1), z_in, deterministic=deterministic)
+        (out,), z_out = dense("o")(out.reshape(*x.shape[:2], -1), z_in, select=select, deterministic=deterministic)
         return out, z_out, None if past is None else (k, v)
 
 
@@ -128,61 +134,54 @@ class MLP(nn.Module):
     config: LlamaConfig
     adapter: AdapterConfig | None
     param_dtype: Any = jnp.float32
+    fused: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, z: Array | None, deterministic: bool) -> tuple[Array, Array | None]:
+    def __call__(
+        self, x: Array, z: Array | None, select: Array | None, deterministic: bool
+    ) -> tuple[Array, Array | None]:
+        config = self.config
         dense = lambda product: FusedDense(  # noqa: E731
-            product, self.config.widths, self.adapter, self.config.mlp_bias, self.param_dtype, name=product
+            product, config.widths, self.adapter, config.mlp_bias, self.param_dtype, self.fused, name=product
         )
-        (gate, up), z_in = dense("gate_up")(x, z, deterministic=deterministic)
-        (out,), z_out = dense("down")(nn.silu(gate) * up, z_in, deterministic=deterministic)
+        (gate, up), z_in = dense("gate_up")(x, z, select=select, deterministic=deterministic)
+        (out,), z_out = dense("down")(nn.silu(gate) * up, z_in, select=select, deterministic=deterministic)
         return out, z_out
 
 
 class Layer(nn.Module):
-    """One decoder layer over the stream x `[B, T, D]` and, for zflora, its extra channels z `[B, T, R]`."""
+    """One decoder layer over the stream x `[B, T, D]` and, for zflora, its extra channels z `[B, T, R]`; fused, those
+    are the last channels of x."""
 
     config: LlamaConfig
     adapter: AdapterConfig | None
     param_dtype: Any = jnp.float32
+    fused: bool = False
 
     @nn.compact
     def __call__(
         self, x: Array, z: Array | None, rotary: tuple[Array, Array], mask: Array | None,
-        past: tuple[Array, Array, Array] | None = None, deterministic: bool = True,
+        past: tuple[Array, Array, Array] | None = None, select: Array | None = None, deterministic: bool = True,
     ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:  # fmt: skip
-        norm = lambda name: RMSNorm(self.config.rms_norm_eps, self.param_dtype, name=name)  # noqa: E731
+        config, parts = self.config, (self.config, self.adapter, self.param_dtype, self.fused)
+        norm = lambda name: RMSNorm(config.hidden_size, config.rms_norm_eps, self.param_dtype, name=name)  # noqa: E731
         with jax.named_scope("attention"):
-            attention = Attention(self.config, self.adapter, self.param_dtype, name="attention")
-            delta, z_delta, present = attention(norm("attention_norm")(x), z, rotary, mask, past, deterministic)
+            attention = Attention(*parts, name="attention")
+            delta, z_delta, present = attention(norm("attention_norm")(x), z, rotary, mask, past, select, deterministic)
             x, z = x + delta, None if z is None else z + z_delta
         with jax.named_scope("mlp"):
-            mlp = MLP(self.config, self.adapter, self.param_dtype, name="mlp")
-            delta, z_delta = mlp(norm("mlp_norm")(x), z, deterministic)
+            mlp = MLP(*parts, name="mlp")
+            delta, z_delta = mlp(norm("mlp_norm")(x), z, select, deterministic)
             x, z = x + delta, None if z is None else z + z_delta
         return x, z, present
-
-
-def unstack_layers(variables: Mapping[str, Tree], adapter_config: AdapterConfig | None) -> dict[str, Tree]:
-    """The same variables with one set of leaves a layer (`layers/0/…`) instead of stacked ones: the serving form, in
-    which no step copies weights out of a stack. Leaves are copies."""
-    out = {collection: dict(tree) for collection, tree in variables.items()}
-    for collection, tree in out.items():
-        if "layers" not in tree:
-            continue
-        layers = tree["layers"]
-        if collection == "adapter":
-            layers = pad_first_layer(layers, adapter_config)
-        length = len(jax.tree.leaves(layers)[0])
-        tree["layers"] = {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(length)}
-    return out
 
 
 class Llama(nn.Module):
     """A Llama with or without an adapter.
 
     `Llama(config, adapter_config).apply({"params": base, "adapter": adapter}, tokens)` gives logits `[B, T, V]`,
-    float32; `Llama(config, None).apply({"params": base}, tokens)` is the bare base.
+    float32; `Llama(config, None).apply({"params": base}, tokens)` is the bare base. What `fuse` gives is
+    served by `Llama(config, adapter_config).apply({"params": fused}, tokens)`: the tree tells its layout.
 
     dtype: compute dtype, None for the embedding's. remat: what a layer keeps for the backward pass ("none" keeps all,
     "full" nothing, "dots" the outputs of its products).
@@ -200,26 +199,33 @@ class Llama(nn.Module):
             raise UserError(f"remat={self.remat!r} is unknown; known: {', '.join(REMAT_POLICIES)}")
         if self.adapter is not None:
             self.adapter.check(config.widths)
-        self.layer = Layer(config, self.adapter, self.param_dtype, parent=None)
+        served = self.adapter
+        if self._fused and "folded" in self.variables["params"]:
+            served = dataclasses.replace(served, add_to=())
+        self.layer = Layer(config, served, self.param_dtype, self._fused, parent=None)
         self.embed_tokens = nn.Embed(
             config.vocab_size, config.hidden_size, param_dtype=self.param_dtype,
             embedding_init=nn.initializers.normal(0.02))  # fmt: skip
-        self.final_norm = RMSNorm(config.rms_norm_eps, self.param_dtype)
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.param_dtype)
         if self.is_initializing():
             self.param("layers", self._init_layers)
             if self._has_adapter:
                 self.variable("adapter", "layers", self._init_adapter)
         elif not self._has_adapter and self.variables.get("adapter"):
             raise UserError("variables hold an adapter, but the model was built without one; pass its AdapterConfig")
-        elif self._has_adapter:
-            stacked = "0" not in self.get_variable("params", "layers")
-            check_adapter(self.variables.get("adapter", {}), config, self.adapter, stacked)
+        elif self._has_adapter and not self._fused:
+            check_adapter(self.variables.get("adapter", {}), config, self.adapter)
         if not config.tie_word_embeddings:
             self.lm_head = LMHead(config, self.param_dtype)
 
     @property
     def _has_adapter(self) -> bool:
         return self.adapter is not None and self.adapter.row.reads is not None
+
+    @property
+    def _fused(self) -> bool:
+        """Whether the leaves are those of layouts.py, one set a layer, rather than stacked and split ones."""
+        return "0" in self.variables.get("params", {}).get("layers", {})
 
     def _init_layers(self, rng: Array) -> Tree:
         """Stacked leaves, each layer from a key of its own."""
@@ -253,6 +259,7 @@ class Llama(nn.Module):
         segment_ids: Array | None = None,
         mask: Array | None = None,
         cache: KVCache | None = None,
+        select: Array | None = None,
         deterministic: bool = True,
     ) -> tuple[Array, KVCache | None]:
         """Final normed states `[B, T, D]` of tokens `[B, T]` int32, and the cache with them in it.
@@ -263,6 +270,7 @@ class Llama(nn.Module):
         mask: `[B, T]` bool, which tokens are real, so that padding on either side is never attended to, or `[B, T, S]`
             bool, which keys each query may see. Causality holds on top of either.
         cache: T new tokens follow those of the cache; row by row they need not be at the same position.
+        select: `[B, N]` bool, which of a fused bank's N adapters each row uses; a row of False is the bare base.
         deterministic: no dropout; otherwise apply needs `rngs={"dropout": key}`.
         """
         B, T = tokens.shape
@@ -281,8 +289,16 @@ class Llama(nn.Module):
         embedding = self.embed_tokens.embedding
         x = jnp.take(embedding, tokens, axis=0).astype(embedding.dtype if self.dtype is None else self.dtype)
         stream = self._has_adapter and self.adapter.row.writes == "stream"
-        z = jnp.zeros((B, T, self.adapter.rank), x.dtype) if stream else None
-        x, z, present = self._layers(x, z, rotary, seen, cache, deterministic)
+        z = None
+        if stream and self._fused:
+            width = self.variables["params"]["layers"]["0"]["attention"]["qkv"]["kernel"].shape[0]
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[-1])))
+        elif stream:
+            z = jnp.zeros((B, T, self.adapter.rank), x.dtype)
+        x, z, present = self._layers(x, z, rotary, seen, cache, select, deterministic)
+        if stream and self._fused:
+            D, R, N = self.config.hidden_size, self.adapter.rank, 1 if select is None else select.shape[-1]
+            x, z = x[..., :D], x[..., D : D + N * R].reshape(B, T, N, R).sum(-2)
         if stream:
             x = repeat_and_add(x, z)
         if cache is not None:
@@ -313,24 +329,21 @@ class Llama(nn.Module):
 
     def _layers(
         self, x: Array, z: Array | None, rotary: tuple[Array, Array], seen: Array | None, cache: KVCache | None,
-        deterministic: bool,
+        select: Array | None, deterministic: bool,
     ) -> tuple[Array, Array | None, tuple[tuple[Array, ...], tuple[Array, ...]]]:  # fmt: skip
-        """All layers: a scan over stacked leaves, or, over one set of leaves a layer or with a cache, unrolled."""
+        """All layers: a scan over stacked leaves, or, over fused ones or with a cache, unrolled."""
         variables = {"params": self.get_variable("params", "layers")}
-        if self._has_adapter:
-            variables["adapter"] = self.get_variable("adapter", "layers")
-        stacked = "0" not in variables["params"]
+        if self._has_adapter and not self._fused:
+            variables["adapter"] = pad_first_layer(self.get_variable("adapter", "layers"), self.adapter)
         L = self.config.num_hidden_layers
         dropout = self.adapter is not None and self.adapter.dropout > 0 and not deterministic
         key = self.make_rng("dropout") if dropout else None
 
         def layer(x, z, variables, index, past):
             rngs = {"dropout": jax.random.fold_in(key, index)} if dropout else None
-            return self.layer.apply(variables, x, z, rotary, seen, past, not dropout, rngs=rngs)
+            return self.layer.apply(variables, x, z, rotary, seen, past, select, not dropout, rngs=rngs)
 
-        if stacked and self._has_adapter:
-            variables["adapter"] = pad_first_layer(variables["adapter"], self.adapter)
-        if stacked and cache is None:
+        if not self._fused and cache is None:
 
             def body(carry, xs):
                 x, z, _ = layer(*carry, *xs, None)
@@ -343,7 +356,7 @@ class Llama(nn.Module):
         present = []
         for i in range(L):
             leaves = {
-                collection: jax.tree.map(lambda leaf, i=i: leaf[i], tree) if stacked else tree[str(i)]
+                collection: tree[str(i)] if self._fused else jax.tree.map(lambda leaf, i=i: leaf[i], tree)
                 for collection, tree in variables.items()
             }
             x, z, kv = layer(x, z, leaves, i, None if cache is None else (cache.k[i], cache.v[i], cache.index))
