@@ -1,0 +1,112 @@
+"""What is measured beside what: the ways of serving a base with an adapter, as a table.
+
+Every variant is a model and the tree it serves, made from the same base: `base` is the reference of all ratios (four
+merged products a layer), `lora` and `parallel` keep their products apart, everything else rides in the base's arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.adapters import AdapterConfig, abstract_adapter, apart, fuse, merge
+from flora_jax.errors import UserError, near_misses
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.llama import Llama
+
+Tree = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way of serving. method: whose adapter, None for the bare base. layout: "fused"; "apart", its products beside
+    the merged base's; "apart_7", beside the seven products of a base as it is published; "merged" into W."""
+
+    method: str | None
+    layout: str = "fused"
+    fold_adds: bool = False
+
+
+VARIANTS: dict[str, Variant] = {
+    "base": Variant(None),
+    "base_7": Variant(None, "apart_7"),
+    "lora": Variant("lora", "apart"),
+    "lora_7": Variant("lora", "apart_7"),
+    "lora_merged": Variant("lora", "merged"),
+    "pf_lora": Variant("pf_lora"),
+    "ffa": Variant("ffa"),
+    "ffa_merged": Variant("ffa", "merged"),
+    "fpa": Variant("fpa"),
+    "parallel": Variant("parallel", "apart"),
+    "ffba": Variant("ffba"),
+    "ffba_folded": Variant("ffba", fold_adds=True),
+    "ffba_qg_add": Variant("ffba_qg_add"),
+    "ffba_qg_add_folded": Variant("ffba_qg_add", fold_adds=True),
+    "ffba_qd_add": Variant("ffba_qd_add"),
+    "ffba_qd_add_folded": Variant("ffba_qd_add", fold_adds=True),
+    "zflora": Variant("zflora"),
+}
+
+
+def get_variant(name: str) -> Variant:
+    """A row of VARIANTS; a UserError with near misses if there is none."""
+    if name not in VARIANTS:
+        raise UserError(f"method {name!r} is unknown here; {near_misses(name, VARIANTS)}")
+    return VARIANTS[name]
+
+
+def trained_parameters(config: LlamaConfig, adapter_config: AdapterConfig) -> int:
+    """How many numbers the adapter has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_adapter(config, adapter_config)))
+
+
+def rank_for(method: str, config: LlamaConfig, parameters: int) -> int:
+    """The rank at which `method` comes nearest to a number of trained parameters; one that divides where it must."""
+    one = trained_parameters(config, AdapterConfig(method, 1))
+
+    def fits(rank: int) -> bool:
+        try:
+            AdapterConfig(method, rank).check(config.widths)
+        except UserError:
+            return False
+        return True
+
+    nearest = max(1, round(parameters / one))
+    ranks = [rank for rank in range(1, 4 * nearest + 1) if fits(rank)]
+    return min(ranks, key=lambda rank: abs(trained_parameters(config, AdapterConfig(method, rank)) - parameters))
+
+
+def random_adapter(key: jax.Array, config: LlamaConfig, adapter_config: AdapterConfig, std: float = 0.02) -> Tree:
+    """An adapter with every leaf drawn from N(0, std), float32: one that has been trained, as far as time can tell."""
+    leaves, structure = jax.tree.flatten(abstract_adapter(config, adapter_config))
+    keys = jax.random.split(key, max(1, len(leaves)))
+    drawn = [std * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=False)]
+    return structure.unflatten(drawn)
+
+
+def serve(
+    name: str, base: Tree, config: LlamaConfig, adapter_config: AdapterConfig | None, adapter: Tree | None,
+    row_multiple: int = 1,
+) -> tuple[Llama, Tree]:  # fmt: skip
+    """`(model, params)` of a variant: `model.apply({"params": params}, tokens)`. base, adapter: split trees, and
+    `adapter_config` of the variant's method, None for the bare base. Shapes alone pass through `jax.eval_shape`."""
+    variant = get_variant(name)
+    if variant.layout == "merged":
+        base, adapter, adapter_config = merge(base, adapter, config, adapter_config), None, None
+    if variant.layout.startswith("apart"):
+        tree = apart(base, adapter, config, adapter_config, merged=variant.layout == "apart")
+    else:
+        tree = fuse(base, adapter, config, adapter_config, row_multiple, variant.fold_adds)
+    return Llama(config, adapter_config), tree
+
+
+def read_bytes(params: Mapping[str, Any], config: LlamaConfig) -> int:
+    """Bytes of weights that one decode step reads: all but an embedding table of which only single rows are looked up
+    (a tied one is the unembedding too)."""
+    size = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
+    embedding = params["embed_tokens"]["embedding"]
+    return size if config.tie_word_embeddings else size - embedding.size * jnp.dtype(embedding.dtype).itemsize
