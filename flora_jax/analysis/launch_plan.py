@@ -1,0 +1,394 @@
+"""What a GPU would be asked to do for one decode step, known without a GPU.
+
+XLA compiles for a described device on a machine that has neither the device nor its driver. Of the compiled step this
+module reads two things: the launch list (each entry one kernel, library call or copy that is enqueued) and the
+optimised HLO (which launch waits for which, and what each reads and writes). Nothing runs, so nothing here is a time,
+except the model in `modelled_ms`, which says so. The autotuner cannot run either: on a device it picks Triton or cuBLAS
+product by product, and the two MODES bracket what it would choose.
+
+    plan = plan_step("ffba", config, AdapterConfig("ffba", 32), target="h100", mode="triton", batch=8)
+    plan.launches, plan.chain, plan.copies["weights"]
+
+Attention is planned as XLA writes it: cuDNN's needs the device at compile time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from flora_jax.adapters import AdapterConfig, abstract_adapter
+from flora_jax.analysis.variants import VARIANTS, serve
+from flora_jax.errors import UserError
+from flora_jax.inference.generator import _last_logits
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.llama import KVCache, abstract_base
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A device as XLA's cost models know it. Figures: XLA's own descriptions, openxla/xla
+    `xla/backends/gpu/target_config/specs/{h100_sxm,a100_sxm_80}.txtpb`; bandwidth in bytes a second."""
+
+    name: str
+    capability: str
+    cores: int
+    fpus_per_core: int
+    clock_ghz: float
+    bandwidth: int
+    l2_bytes: int
+    memory_bytes: int
+    shared_per_core: int
+    shared_per_block: int
+
+    @property
+    def description(self) -> str:
+        """The text form of XLA's GpuTargetConfigProto."""
+        return f"""
+            platform_name: "CUDA"  device_description_str: "{self.name}"
+            dnn_version_info {{ major: 9 minor: 10 }}  runtime_version {{ major: 12 minor: 8 }}
+            gpu_device_info {{
+              cuda_compute_capability {{ {self.capability} }}
+              core_count: {self.cores}  fpus_per_core: {self.fpus_per_core}  clock_rate_ghz: {self.clock_ghz}
+              memory_bandwidth: {self.bandwidth}  l2_cache_size: {self.l2_bytes}
+              device_memory_size: {self.memory_bytes}
+              shared_memory_per_core: {self.shared_per_core}  shared_memory_per_block: 49152
+              shared_memory_per_block_optin: {self.shared_per_block}
+              threads_per_warp: 32  threads_per_block_limit: 1024  threads_per_core_limit: 2048
+              registers_per_core_limit: 65536  registers_per_block_limit: 65536
+              block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+              thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
+              driver_version: "13.0.0"  runtime_version: "12.8.0"
+              compile_time_toolkit_version: "12.8.0"  dnn_version: "9.10.0"
+            }}"""
+
+
+TARGETS = {
+    "h100": Target(
+        "NVIDIA H100 80GB HBM3", "major: 9 feature_extension: ACCELERATED_FEATURES", 132, 128, 1.98,
+        3352320000000, 52428800, 84942979072, 233472, 232448),
+    "a100": Target(
+        "NVIDIA A100-SXM4-80GB", "major: 8", 108, 64, 1.41,
+        2039040000000, 41943040, 85100068864, 167936, 166912),
+}  # fmt: skip
+
+# Compiler options by who computes the products.
+MODES = {"triton": {}, "cublas": {"xla_gpu_enable_triton_gemm": False}}
+DOT_MERGER_OFF = {"xla_gpu_dot_merger_threshold_mb": 0}
+
+_ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
+_DUMPS = {"sequence": "thunk_sequence", "after": "thunk_sequence_after_thunk_passes", "metadata": "thunk_metadata"}
+_COPYING = ("copy", "pad", "concatenate", "transpose")
+_ARGUMENTS = {"weights": "params", "cache": "cache"}  # what arguments hold, by what the planned step calls them
+_PARTIAL = ("slice", "dynamic-slice", "gather")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of HLO: name, opcode, the bytes of each result, the text of its type, operands by name, the computation
+    it calls (a fusion), and whether it is the root of its own."""
+
+    name: str
+    opcode: str
+    sizes: tuple[int, ...]
+    type: str
+    operands: tuple[str, ...]
+    calls: str | None
+    root: bool
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes)
+
+
+_LINE = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*?)\)(?:,|$)")
+_HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
+
+
+def parse_hlo(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """The computations of an HLO module's text, each its instructions by name in order, and the entry's name."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            current = computations.setdefault(head[2], {})
+            entry = head[2] if head[1] else entry
+        elif current is not None and (match := _LINE.match(re.sub(r"/\*.*?\*/", "", line))):
+            root, name, type_, opcode, operands = match.groups()
+            sizes = tuple(_size(dtype, dims) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", type_))
+            calls = re.search(r"calls=%([\w.\-]+)", line)
+            names = (operands,) if opcode == "parameter" else tuple(re.findall(r"%([\w.\-]+)", operands))
+            current[name] = Instruction(name, opcode, sizes, type_, names, calls and calls[1], bool(root))
+    return computations, entry
+
+
+def _size(dtype: str, dims: str) -> int:
+    bits = _ITEM_BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
+    return math.prod(int(n) for n in dims.split(",") if n) * bits // 8
+
+
+def parse_launches(sequence: str, metadata: str) -> list[tuple[str, str]]:
+    """`(kind, HLO instruction)` of every launch, in order, from XLA's dumped launch list and its metadata. Loops and
+    command buffers contain launches and are none themselves."""
+    found = re.findall(r'profile_annotation: "(.*?)"\s+thunk_id: (\d+)', metadata)
+    names = {int(number): name for name, number in found}
+    rows = re.findall(r"^( *)(\d+): (k\w+)", sequence, re.MULTILINE)
+    return [
+        (kind, names.get(int(number), ""))
+        for (indent, number, kind), (following, *_) in zip(rows, [*rows[1:], ("",)], strict=True)
+        if len(following) <= len(indent)
+    ]
+
+
+def longest_chain(entry: Mapping[str, Instruction], launches: Mapping[str, int]) -> int:
+    """Launches that have to wait for one another: the longest path through the entry computation, each instruction
+    counted as often as it launches."""
+    depth: dict[str, int] = {}
+    for name, instruction in entry.items():
+        depth[name] = launches.get(name, 0) + max((depth.get(o, 0) for o in instruction.operands), default=0)
+    return max(depth.values(), default=0)
+
+
+def moved_bytes(
+    instruction: Instruction, entry: Mapping[str, Instruction], computations: Mapping[str, Mapping[str, Instruction]]
+) -> int:
+    """Bytes that one launch reads and writes. Of an array that a fusion only looks up or slices, what is taken; of one
+    updated in place, the update; a library call's workspace is not counted."""
+    operands = [entry[name].bytes for name in instruction.operands if name in entry]
+    if instruction.calls is None:
+        return sum(operands) + instruction.sizes[0]
+    body = computations[instruction.calls]
+    read = 0
+    for inner in body.values():
+        if inner.opcode == "parameter":
+            read += min(operands[int(inner.operands[0])], _read(inner.name, body))
+    return read + sum(_written(root, body) for root in _roots(body))
+
+
+def _read(name: str, body: Mapping[str, Instruction]) -> int:
+    """Bytes of `name` that the instructions of a fusion take."""
+    total = 0
+    for user in body.values():
+        if name not in user.operands:
+            continue
+        if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            continue
+        if user.opcode == "bitcast":
+            total += _read(user.name, body)
+        elif user.opcode in _PARTIAL and user.operands[0] == name:
+            total += user.bytes
+        else:
+            return body[name].bytes
+    return total
+
+
+def _roots(body: Mapping[str, Instruction]) -> list[Instruction]:
+    root = next(one for one in body.values() if one.root)
+    return [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+
+
+def _written(root: Instruction, body: Mapping[str, Instruction]) -> int:
+    while root.opcode == "bitcast":
+        root = body[root.operands[0]]
+    return body[root.operands[1]].bytes if root.opcode == "dynamic-update-slice" else root.bytes
+
+
+def large_copies(
+    computations: Mapping[str, Mapping[str, Instruction]], entry: str, launched: Iterable[str], products: Iterable[str],
+    threshold: int,
+) -> dict[str, list[str]]:  # fmt: skip
+    """What is moved about in pieces of at least `threshold` bytes, as `opcode type`, by what it was made from:
+    "weights", "cache" or "activations".
+
+    Copies, pads, concatenates and transposes, inside fusions too; and whatever other launch writes as much without
+    being one of the `products` (such as `x · W` spelt out, before it is summed).
+    """
+    out: dict[str, list[str]] = {"weights": [], "cache": [], "activations": []}
+    body, launched, products = computations[entry], set(launched), set(products)
+    made_of: dict[str, set[str]] = {}
+    for name, one in body.items():
+        if one.opcode == "parameter":
+            made_of[name] = {kind for kind, argument in _ARGUMENTS.items() if name.startswith(argument)}
+            continue
+        # Small operands are left out: every activation is made of weights in the end.
+        reads = set().union(*(made_of[o] for o in one.operands if o in body and body[o].bytes >= threshold // 2))
+        made_of[name] = set() if name in products else reads
+        if name in launched:
+            kind = next((kind for kind in _ARGUMENTS if kind in reads), "activations")
+            out[kind] += _large(one, computations, threshold, name in products)
+    return out
+
+
+def _large(
+    one: Instruction, computations: Mapping[str, Mapping[str, Instruction]], threshold: int, product: bool
+) -> list[str]:
+    if one.calls is None:
+        large = not product and one.opcode != "custom-call" and one.bytes >= threshold
+        return [f"{one.opcode} {one.type}"] if large else []
+    inside, todo = [], [one.calls]
+    while todo:
+        for inner in computations[todo.pop()].values():
+            todo += [inner.calls] if inner.calls else []
+            inside += [inner] if inner.opcode in _COPYING and inner.bytes >= threshold else []
+    body = computations[one.calls]
+    if not inside and not product:
+        inside = [root for root in _roots(body) if _written(root, body) >= threshold]
+    return [f"{inner.opcode} {inner.type}" for inner in inside]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One compiled decode step, counted. launches: everything enqueued; gemms: of these, kernels and library calls that
+    the compiler itself calls a GEMM; products: launches that read a matrix of weights, whatever the compiler calls them
+    (at batch 1 some are sums); chain: launches that have to wait for one another; moved: bytes read and written; copies
+    as in `large_copies`; temporary: bytes; graphs: CUDA graphs that the launches are recorded in, and `in_graphs`, how
+    many of them."""
+
+    launches: int
+    gemms: int
+    products: int
+    chain: int
+    moved: int
+    copies: dict[str, list[str]]
+    temporary: int
+    graphs: int
+    in_graphs: int
+
+
+@functools.cache
+def _device(target: str) -> Any:
+    description = TARGETS[target].description
+    return topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1").devices[0]
+
+
+def compile_for(
+    target: str, function: Any, *arguments: Any, options: Mapping[str, Any] | None = None, donate: tuple[int, ...] = ()
+) -> tuple[Any, dict[str, str]]:
+    """`function` compiled for a target from shapes and dtypes: the compiled object and the compiler's dumped texts,
+    "sequence" (launches), "after" (the same, recorded in graphs) and "metadata"."""
+    # An argument without the device's sharding would silently compile for this machine's CPU.
+    sharding = SingleDeviceSharding(_device(target))
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = jax.jit(function, donate_argnums=donate).lower(*shapes).compile({**dump, **(options or {})})
+        text = lambda name: "".join(path.read_text() for path in Path(folder).glob(f"*{name}.txt"))  # noqa: E731
+        texts = {name: text(file) for name, file in _DUMPS.items()}
+    return compiled, texts
+
+
+def read_plan(compiled: Any, texts: Mapping[str, str], threshold: int) -> Plan:
+    """Counts a compiled function whose arguments are called `params`, `cache` and otherwise; `threshold` in bytes as in
+    `large_copies`."""
+    launches = parse_launches(texts["sequence"], texts["metadata"])
+    computations, entry = parse_hlo(compiled.as_text())
+    body, counts = computations[entry], Counter(name for _, name in launches)
+    gemms = [name for kind, name in launches if re.search(r"Cublas|kGemm|kCuDnn", kind) or "gemm_fusion" in name]
+    matrices = {n for n, one in body.items() if n.startswith("params") and re.match(r"\w+\[\d+,\d+\]", one.type)}
+    for name, one in body.items():
+        if one.opcode == "bitcast" and one.operands[0] in matrices:
+            matrices.add(name)
+    return Plan(
+        launches=len(launches),
+        gemms=len(gemms),
+        products=sum(bool(matrices.intersection(body[name].operands)) for _, name in launches),
+        chain=longest_chain(body, counts),
+        moved=sum(moved_bytes(body[name], body, computations) for name in counts),
+        copies=large_copies(computations, entry, counts, gemms, threshold),
+        temporary=compiled.memory_analysis().temp_size_in_bytes,
+        graphs=len(re.findall("kCommandBuffer", texts["after"])),
+        in_graphs=len(re.findall(r"^ +\d+: k", texts["after"], re.MULTILINE)),
+    )
+
+
+def smallest_kernel(config: LlamaConfig, dtype: Any) -> int:
+    """Bytes of the base's smallest projection, as it is published: from here on a copy is as large as a weight."""
+    return min(d_in * d_out for d_in, d_out in config.widths.values()) * jnp.dtype(dtype).itemsize
+
+
+def check_bank(name: str, adapters: int) -> None:
+    """Raises UserError for several adapters side by side in a variant that holds one."""
+    banks = [n for n, v in VARIANTS.items() if v.method and v.layout == "fused" and not v.fold_adds]
+    if adapters > 1 and name not in banks and VARIANTS[name].method is not None:
+        raise UserError(f"{name} cannot hold a bank of {adapters} adapters; {', '.join(banks)} can")
+
+
+def plan_step(
+    name: str, config: LlamaConfig, adapter_config: AdapterConfig | None, *, target: str, mode: str, batch: int,
+    dtype: Any = jnp.bfloat16, cache_length: int = 1024, row_multiple: int = 128, adapters: int = 1,
+    dot_merger: bool = True,
+) -> Plan:  # fmt: skip
+    """The plan of one decode step of a variant: one new token a row over a cache of `cache_length` slots, which it
+    updates in place, and the next token chosen greedily. adapters: how many lie in the bank, with the mask that selects
+    among them. Raises UserError for a bank of a variant that cannot be one."""
+    check_bank(name, adapters)
+    variant = VARIANTS[name]
+    base = abstract_base(config, dtype)
+    adapter = None if variant.method is None else abstract_adapter(config, adapter_config)
+    model = None
+
+    def layout(base: Any, adapter: Any) -> Any:
+        nonlocal model
+        bank = adapter if adapter is None or adapters == 1 else [adapter] * adapters
+        model, params = serve(name, base, config, adapter_config, bank, row_multiple)
+        return params
+
+    params = jax.eval_shape(layout, base, adapter)
+    cache = jax.eval_shape(lambda: KVCache.empty(config, batch, cache_length, dtype))
+    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    bank = variant.method is not None and adapters > 1
+    select = jax.ShapeDtypeStruct((batch, adapters), jnp.bool_) if bank else None
+
+    def step(params: Any, tokens: jax.Array, cache: KVCache, select: jax.Array | None) -> tuple[jax.Array, KVCache]:
+        real = jnp.ones(tokens.shape, bool)
+        logits, cache = model.apply({"params": params}, tokens, real, cache, select, method=_last_logits)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+    options = MODES[mode] | ({} if dot_merger else DOT_MERGER_OFF)
+    compiled, texts = compile_for(target, step, params, tokens, cache, select, options=options, donate=(2,))
+    return read_plan(compiled, texts, smallest_kernel(config, dtype))
+
+
+_PLANNED = (2, 4)  # layers; enough for one layer's share, whatever the first and the last cost
+
+
+def plan_model(name: str, config: LlamaConfig, adapter_config: AdapterConfig | None, **settings: Any) -> dict[str, Any]:
+    """A row of the table: `plan_step` at two depths, told apart into one layer's share and the whole model's step.
+
+    `layer` and `step` hold launches, gemms, products, chain, moved and the numbers of weight_copies, cache_copies and
+    activation_copies; a step of all L layers is extrapolated. Temporary bytes, graphs and copies are the deeper plan's.
+    """
+    shallow, deep = (
+        plan_step(name, dataclasses.replace(config, num_hidden_layers=n), adapter_config, **settings) for n in _PLANNED
+    )
+
+    def counts(plan: Plan) -> dict[str, int]:
+        copies = {f"{kind.removesuffix('s')}_copies": len(found) for kind, found in plan.copies.items()}
+        return {key: getattr(plan, key) for key in ("launches", "gemms", "products", "chain", "moved")} | copies
+
+    few, many = counts(shallow), counts(deep)
+    layer = {key: (many[key] - few[key]) / (_PLANNED[1] - _PLANNED[0]) for key in few}
+    step = {key: few[key] + (config.num_hidden_layers - _PLANNED[0]) * layer[key] for key in few}
+    copies = {kind: dict(Counter(found)) for kind, found in deep.copies.items() if found}
+    return {
+        "layer": layer, "step": step, "copies": copies, "temporary": deep.temporary, "graphs": deep.graphs,
+        "in_graphs": deep.in_graphs / deep.launches,
+    }  # fmt: skip
+
+
+def modelled_ms(moved: float, chain: float, bandwidth: float, launch_us: float) -> float:
+    """A model, no measurement: milliseconds to move `moved` bytes at the device's full bandwidth, and `launch_us` for
+    every launch that waits for the one before it."""
+    return 1e3 * moved / bandwidth + 1e-3 * launch_us * chain
