@@ -11,6 +11,7 @@ RUNTIME = [
     "huggingface_hub>=1.0",
     "jinja2>=3.1",
     "jax>=0.10",
+    "matplotlib>=3.9",
     "ml_collections>=1.1",
     "numpy>=2.0",
     "optax>=0.2.6",
@@ -40,6 +41,6 @@ setup(
         "test": TEST,
         # Compiles for H100 / A100 on a machine without a GPU or driver.
         "gpu-plan": ["jax-cuda12-plugin>=0.10", "jax-cuda12-pjrt>=0.10", "nvidia-cuda-nvcc-cu12>=12.9"],
-        "dev": [*TEST, "matplotlib>=3.9", "ruff>=0.12"],
+        "dev": [*TEST, "ruff>=0.12"],
     },
 )

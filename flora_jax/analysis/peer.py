@@ -1,0 +1,126 @@
+"""The peer beside which our times are taken: transformers with PEFT's LoRA, unmerged, on the same weights.
+
+torch, transformers and peft are imported here alone, and only when a peer is asked for (extra `test`). Two ways of
+running it: "peft", eager with the cache that grows; "peft_compiled", `torch.compile` of the decode step over a cache of
+fixed size, which is how `generate` does it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from flora_jax.analysis.timing import Seconds, Setting
+from flora_jax.errors import UserError
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.hf import to_hf_tensors
+
+PACKAGES = ("torch", "transformers", "peft")
+
+
+def check_peer() -> None:
+    """Raises UserError unless the peer can be run here."""
+    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if absent:
+        raise UserError(f"--peer peft needs {' and '.join(absent)}; pip install 'flora_jax[test]' brings them")
+    if jax.default_backend() == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(f"--peer peft: JAX runs on the GPU, but torch {torch.__version__} sees none; "
+                            "install torch with CUDA, or run both on the CPU with JAX_PLATFORMS=cpu")  # fmt: skip
+
+
+class Peer:
+    """LoRA of `rank` on all seven projections of `base` (split layout, leaves of any array type, its dtype kept)."""
+
+    def __init__(self, config: LlamaConfig, base: Mapping[str, Any], rank: int):
+        import peft
+        import torch
+        import transformers
+
+        self._torch, self._device = torch, "cuda" if jax.default_backend() == "gpu" else "cpu"
+        dtype = getattr(torch, str(base["embed_tokens"]["embedding"].dtype))
+        fields = {k: v for k, v in config.to_hf().items() if k not in ("model_type", "architectures")}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).to(dtype)
+        with torch.no_grad():
+            for name, value in to_hf_tensors(config, base):  # one at a time: there is never a second copy of them
+                bits = torch.tensor(value.view(np.uint16) if value.dtype.itemsize == 2 else value)
+                model.get_parameter(name).copy_(bits.view(dtype))
+        projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=projections, init_lora_weights=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what it renamed
+            model = peft.get_peft_model(model, lora)
+        self.model = model.to(self._device, dtype).eval()
+        self.parameters = sum(p.numel() for n, p in self.model.named_parameters() if "lora_" in n)
+        # A shape that is not compiled for is an error, not a quiet return to eager.
+        torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
+        self._compiled = torch.compile(self.model, dynamic=False)
+        self.not_compiled: str | None = None
+        self._caches: dict[Setting, Any] = {}
+
+    def ways(self, setting: Setting, prompts: np.ndarray) -> dict[str, Callable[[], Seconds]]:
+        """What can be timed at a setting, by name, warmed up; without "peft_compiled" where torch cannot compile the
+        decode step, and then `not_compiled` says why."""
+        self.run(setting, prompts, new_tokens=2)
+        ways = {"peft": functools.partial(self.run, setting, prompts)}
+        try:
+            # The step after a prompt and those after it may differ in what they are compiled for.
+            self.run(setting, prompts, new_tokens=4, compiled=True)
+            self.run(setting, prompts, new_tokens=4, compiled=True)
+        except (self._torch._dynamo.exc.TorchDynamoException, self._torch._inductor.exc.InductorError) as error:
+            self.not_compiled = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        else:
+            ways["peft_compiled"] = functools.partial(self.run, setting, prompts, compiled=True)
+        return ways
+
+    def run(
+        self, setting: Setting, prompts: np.ndarray, new_tokens: int | None = None, compiled: bool = False
+    ) -> Seconds:
+        """One generation of greedy tokens after `prompts` `[B, prompt_length]`: TTFT and TPOT in seconds."""
+
+        torch, total = self._torch, new_tokens or setting.new_tokens
+        step = self._compiled if compiled else self.model
+        with torch.inference_mode():
+            ids = torch.tensor(prompts, dtype=torch.long, device=self._device)
+            cache = self._cache(setting, compiled)
+
+            def choose(model: Any, ids: Any) -> Any:
+                logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                return logits[:, -1].argmax(-1, keepdim=True)
+
+            self._wait()
+            start = time.perf_counter()
+            ids = choose(self.model, ids)
+            self._wait()
+            first = time.perf_counter()
+            for _ in range(total - 1):
+                ids = choose(step, ids)
+            self._wait()
+            end = time.perf_counter()
+        return first - start, (end - first) / (total - 1)
+
+    def _cache(self, setting: Setting, compiled: bool) -> Any:
+        import transformers
+
+        if not compiled:
+            return transformers.DynamicCache(config=self.model.config)
+        # What is compiled holds on to the arrays of its cache, so there is one for each setting.
+        if setting not in self._caches:
+            slots = setting.prompt_length + setting.new_tokens
+            self._caches[setting] = transformers.StaticCache(config=self.model.config, max_cache_len=slots)
+        else:
+            self._caches[setting].reset()
+        return self._caches[setting]
+
+    def _wait(self) -> None:
+        if self._device == "cuda":
+            self._torch.cuda.synchronize()

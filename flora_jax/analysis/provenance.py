@@ -1,0 +1,35 @@
+"""Where and with what a measurement was taken: the command, the machine, the versions, the date."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def provenance(module: str, arguments: list[str], packages: tuple[str, ...] = ()) -> dict[str, Any]:
+    """JSON-ready; `packages` are named beside jax, jaxlib, flax and numpy."""
+    names = ("jax", "jaxlib", "flax", "numpy", *packages)
+    device = jax.devices()[0]
+    return {
+        "command": shlex.join(["python", "-m", module, *arguments]),
+        "device": f"{os.cpu_count()} cores, {_processor()}" if device.platform == "cpu" else device.device_kind,
+        "platform": device.platform,
+        "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}},
+        # How many processes wanted a core in the last minute: above 0 before it starts, a CPU was not idle.
+        "load_average": os.getloadavg()[0],
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

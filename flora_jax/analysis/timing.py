@@ -1,0 +1,170 @@
+"""Time to first token (TTFT) and time per output token (TPOT), of models side by side.
+
+B batch, P prompt bucket, S cache slots, N new tokens. What is timed are the Generator's own compiled functions:
+
+    TTFT  prefill [B, P], grow the cache to S slots, begin: until the first token is there
+    TPOT  decode, one loop on the device with no stop tokens, divided by the N - 1 tokens that it adds
+
+A machine slows for a while and speeds up again, so times are compared within a round, in which every contestant runs
+once on the same prompts, in an order that turns around from one round to the next; ratios are taken round by round.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.inference.generator import begin, bucket, decode, grow, prefill
+from flora_jax.inference.sampling import Sampling
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.llama import Llama
+
+Array = jax.Array
+Tree = dict[str, Any]
+Seconds = tuple[float, float]  # TTFT and TPOT of one run
+
+_STOP = np.full(8, -1, np.int32)  # ids that no row ever emits, as many as the Generator passes
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is asked of a model: prompts of `prompt_length` tokens, `batch_size` of them, `new_tokens` (>= 2) more."""
+
+    prompt_length: int
+    batch_size: int
+    new_tokens: int
+
+    def prompts(self, config: LlamaConfig, seed: int = 0) -> np.ndarray:
+        """Random ids `[B, prompt_length]`, int32, the same for every model of a vocabulary."""
+        shape = (self.batch_size, self.prompt_length)
+        return np.random.default_rng(seed).integers(0, config.vocab_size, shape, dtype=np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The four functions compiled for one model and setting; they take its weights as an argument.
+
+    compile_seconds: of the decode loop, tracing and lowering with it; cached: it came from the persistent cache."""
+
+    setting: Setting
+    prefill: Callable[..., Any]
+    grow: Callable[..., Any]
+    begin: Callable[..., Any]
+    decode: Callable[..., Any]
+    compile_seconds: float
+    cached: bool
+
+    def run(
+        self, params: Tree, prompts: np.ndarray, new_tokens: int | None = None, select: Array | None = None
+    ) -> Seconds:
+        """One generation of greedy tokens after `prompts` `[B, prompt_length]`, with a fresh cache: TTFT and TPOT in
+        seconds. new_tokens: fewer than the setting's, to warm up; select `[B, N]` bool, of a bank."""
+        total, (rows, length) = new_tokens or self.setting.new_tokens, prompts.shape
+        tokens = jnp.zeros((rows, bucket(length)), jnp.int32).at[:, :length].set(prompts)
+        lengths, done = jnp.full(rows, length, jnp.int32), jnp.zeros(rows, bool)
+        keys, limit = _keys(rows), jnp.int32(total)
+        jax.block_until_ready((tokens, lengths, done, keys, limit))
+        start = time.perf_counter()
+        logits, cache = self.prefill(params, tokens, lengths, select)
+        state = jax.block_until_ready(self.begin(logits, self.grow(cache), done, _STOP, keys))
+        first = time.perf_counter()
+        state = jax.block_until_ready(self.decode(params, state, limit, _STOP, keys, select))
+        end = time.perf_counter()
+        if int(state.step) != total:
+            raise RuntimeError(f"decode made {int(state.step)} tokens where {total} were asked for")
+        return first - start, (end - first) / (total - 1)
+
+
+def _keys(rows: int) -> Array:
+    return jax.random.split(jax.random.key(0), rows)
+
+
+def compile_programs(
+    model: Llama, params: Tree, setting: Setting, select: Array | None = None, options: Mapping[str, Any] | None = None
+) -> Programs:
+    """Programs of a model; only the shapes of `params` are read. options: XLA's, by name, on top of its defaults."""
+    B, P, options = setting.batch_size, bucket(setting.prompt_length), dict(options or {})
+    S, shape = bucket(P + setting.new_tokens), jax.ShapeDtypeStruct
+    tokens, row = shape((B, P), jnp.int32), shape((B,), jnp.int32)
+    done, keys = shape((B,), jnp.bool_), _keys(B)
+    hits: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        hits.extend([event] * (event == _CACHE_HIT))
+
+    first = prefill.lower(model, params, tokens, row, select)
+    logits, cache = first.out_info
+    grown = grow.lower(cache, S)
+    begun = begin.lower(logits, grown.out_info, done, _STOP, keys, sampling=Sampling())
+    three = [lowered.compile(compiler_options=options) for lowered in (first, grown, begun)]
+    jax.monitoring.register_event_listener(listen)
+    start = time.perf_counter()
+    loop = decode.lower(model, params, begun.out_info, jnp.int32(2), _STOP, keys, select, sampling=Sampling())
+    loop = loop.compile(compiler_options=options)
+    seconds = time.perf_counter() - start
+    jax.monitoring.unregister_event_listener(listen)
+    return Programs(setting, *three, loop, seconds, bool(hits))
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], Seconds]], rounds: int
+) -> Iterator[dict[str, Seconds]]:
+    """Yields each round's times by name: all contestants once, in the order given and then the other way about."""
+    names = list(contestants)
+    for i in range(rounds):
+        yield {name: contestants[name]() for name in (names if i % 2 == 0 else reversed(names))}
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles (linear between the values) of at least one value."""
+    low, middle, high = (float(np.quantile(values, q)) for q in (0.25, 0.5, 0.75))
+    return {"median": middle, "quartiles": [low, high]}
+
+
+def paired_ratio(own: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """Summary of `own / other`, round by round."""
+    return summary([a / b for a, b in zip(own, other, strict=True)])
+
+
+def claims(ratio: float, lora: float) -> dict[str, float | None]:
+    """Both readings of the paper's claim, from the times of a method and of LoRA over the merged base's.
+
+    less_than_lora: `1 - T_m / T_lora`. overhead_removed: `(T_lora - T_m) / (T_lora - T_base)`, None where LoRA has no
+    overhead that could be removed."""
+    return {
+        "less_than_lora": 1 - ratio / lora,
+        "overhead_removed": (lora - ratio) / (lora - 1) if lora > 1 else None,
+    }
+
+
+def read_bandwidth(size: int = 2**30, runs: int = 3) -> dict[str, Any]:
+    """How fast the device reads memory, GB/s: the best of `runs` reads of `size` bytes; on a CPU by one thread a core,
+    each a dot product of its part with itself, which is the fastest plain read there is from numpy."""
+    on_cpu = jax.default_backend() == "cpu"
+    threads = os.cpu_count() or 1 if on_cpu else 0
+    if on_cpu:
+        parts = np.array_split(np.ones(size // 4, np.float32), threads)
+        pool = concurrent.futures.ThreadPoolExecutor(threads)
+        read = lambda: list(pool.map(lambda part: np.dot(part, part), parts))  # noqa: E731
+    else:
+        array, total = jnp.ones(size // 4, jnp.float32), jax.jit(jnp.sum)
+        read = lambda: total(array).block_until_ready()  # noqa: E731
+    read()  # starts the threads, or compiles
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        read()
+        seconds.append(time.perf_counter() - start)
+    if on_cpu:
+        pool.shutdown()
+    speeds = [size / s / 1e9 for s in seconds]
+    return {"gb_per_s": max(speeds), "runs_gb_per_s": speeds, "bytes": size, "threads": threads}

@@ -1,0 +1,186 @@
+"""Times each method beside the merged base: time to first token (TTFT) and time per output token (TPOT).
+
+    python -m flora_jax.latency --model smollm2-135m-instruct --methods base,lora,ffba --out DIR
+    python -m flora_jax.latency --model random --preset llama3.2-1b --peer peft --out DIR
+
+DIR gets `latency.json`, `latency.md`, and the figure as `latency.png` and `latency.pdf`, complete for the methods done
+so far after each of them. Runs on whatever device JAX sees. Compiled programs are kept in the cache folder.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from argparse import BooleanOptionalAction, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flora_jax.errors import CommandParser, UserError, check_writable, run_command
+from flora_jax.files import cache_root, read_json, write_json
+from flora_jax.models.config import DTYPES, LlamaConfig
+
+if TYPE_CHECKING:
+    from flora_jax.analysis.timing import Setting
+
+SCHEMA_VERSION = 1
+METHODS = ("base,base_7,lora,lora_7,lora_merged,pf_lora,ffa,fpa,ffba,ffba_folded,ffba_qg_add,ffba_qg_add_folded,"
+           "zflora")  # fmt: skip
+RESULT = "latency.json"
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="flora_jax.latency", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="random", help="HF directory, hub id, .gguf file, preset name, or random")
+    parser.add_argument("--preset", help="architecture of --model random")
+    parser.add_argument("--methods", default=METHODS, help="comma-separated ways of serving; default %(default)s")
+    parser.add_argument("--prompt_lengths", default="128,512", help="tokens, comma-separated")
+    parser.add_argument("--batch_sizes", default="1,8", help="comma-separated")
+    parser.add_argument("--rank", type=int, default=32, help="of ffba, or with --no-equal_parameters of all methods")
+    parser.add_argument("--equal_parameters", action=BooleanOptionalAction, default=True,
+                        help="each method at the rank nearest to ffba's parameters")  # fmt: skip
+    parser.add_argument("--new_tokens", type=int, default=33, help="the first belongs to TTFT, the others to TPOT")
+    parser.add_argument("--dtype", default="float32", help=" or ".join(DTYPES))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--peer", choices=("peft",), help="time transformers + PEFT's unmerged LoRA in the same rounds")
+    parser.add_argument("--out", type=Path, required=True, help="new or empty directory, or one of this very command")
+    return parser
+
+
+def _integers(text: str, flag: str) -> list[int]:
+    """Positive integers, comma-separated, each once."""
+    values = [value.strip() for value in text.split(",") if value.strip()]
+    for value in values:
+        if not value.isdecimal() or int(value) < 1:
+            raise UserError(f"{flag} {text}: {value!r} is not a positive integer")
+    if not values:
+        raise UserError(f"{flag} is empty; give positive integers, comma-separated")
+    return list(dict.fromkeys(map(int, values)))
+
+
+def _check(args: Namespace) -> tuple[LlamaConfig, list[str], list[Setting], dict[str, Any]]:
+    """The architecture, variants, settings, and the arguments as the result records them. Nothing is compiled yet."""
+    from flora_jax.analysis.timing import Setting
+    from flora_jax.errors import near_misses
+    from flora_jax.models.loading import load_config
+
+    for flag, least in (("rank", 1), ("rounds", 1), ("new_tokens", 2)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag} {getattr(args, flag)} must be an integer of at least {least}")
+    if args.dtype not in DTYPES:
+        raise UserError(f"--dtype {args.dtype!r} is unknown; {near_misses(args.dtype, DTYPES)}")
+    methods = list(dict.fromkeys(name.strip() for name in args.methods.split(",") if name.strip()))
+    if not methods:
+        raise UserError("--methods is empty; give names, comma-separated")
+    settings = [Setting(length, batch, args.new_tokens)
+                for batch in _integers(args.batch_sizes, "--batch_sizes")
+                for length in _integers(args.prompt_lengths, "--prompt_lengths")]  # fmt: skip
+    arguments = {name: value for name, value in vars(args).items() if name != "out"}
+    _check_out(args.out, arguments)
+    if args.model == "random" and not args.preset:
+        raise UserError("--model random needs --preset, the architecture to fill with random weights")
+    preset = LlamaConfig.preset(args.preset) if args.preset else None
+    config = preset if args.model == "random" else load_config(args.model)
+    sizes = lambda c: (c.widths, c.num_hidden_layers, c.num_attention_heads, c.vocab_size)  # noqa: E731
+    if preset and sizes(preset) != sizes(config):
+        raise UserError(f"--preset {args.preset} is another architecture than that of --model {args.model}; leave it "
+                        "out, it is for --model random")  # fmt: skip
+    longest = max(setting.prompt_length for setting in settings)
+    if longest + args.new_tokens > config.max_position_embeddings:
+        raise UserError(f"--prompt_lengths {longest} with --new_tokens {args.new_tokens} are more than the model's "
+                        f"max_position_embeddings={config.max_position_embeddings}; lower one")  # fmt: skip
+    return config, methods, settings, arguments
+
+
+def _check_out(out: Path, arguments: dict[str, Any]) -> None:
+    """Refuses a directory that holds anything but what the same command wrote there."""
+    check_writable(out / RESULT, "--out")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / RESULT).exists():
+        raise UserError(f"--out {out} is not empty and has no {RESULT}; name a new or empty directory")
+    before = read_json(out / RESULT).get("arguments")
+    if before != arguments:
+        raise UserError(f"--out {out} holds the result of another command; name a new or empty directory")
+
+
+def _write(result: dict[str, Any], out: Path) -> None:
+    from flora_jax.analysis.latency_report import markdown, plot
+
+    write_json(out / RESULT, result)
+    (out / "latency.md").write_text(markdown(result), encoding="utf-8")
+    for suffix in ("png", "pdf"):
+        plot(result, out / f"latency.{suffix}")
+
+
+def main(argv: list[str]) -> None:
+    args = _parser().parse_args(argv[1:])
+    if args.peer:
+        # Set before JAX starts, which would otherwise take three quarters of a GPU for itself.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+    from tqdm import tqdm
+
+    from flora_jax.analysis import comparison
+    from flora_jax.analysis.provenance import provenance
+    from flora_jax.analysis.timing import read_bandwidth
+    from flora_jax.models.llama import abstract_base, init_base
+    from flora_jax.models.loading import load_pretrained
+
+    config, methods, settings, arguments = _check(args)
+    configs = comparison.adapter_configs(methods, config, args.rank, args.equal_parameters)
+    packages: tuple[str, ...] = ()
+    if args.peer:
+        from flora_jax.analysis.peer import PACKAGES, Peer, check_peer
+
+        check_peer()
+        packages = PACKAGES
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "programs"))
+    sizes = comparison.sizes(config, abstract_base(config, args.dtype), configs)
+    result: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "provenance": provenance("flora_jax.latency", argv[1:], packages),
+        "arguments": arguments,
+        "bandwidth": read_bandwidth(),
+        "left_out": {},
+        "rows": [],
+    }
+    say = lambda line: tqdm.write(line, file=sys.stderr)  # noqa: E731
+    say(f"{result['provenance']['device']} reads {result['bandwidth']['gb_per_s']:.1f} GB/s")
+    for name, adapter in configs.items():
+        if adapter is not None:
+            say(f"{name}: rank {adapter.rank}, {sizes[name].parameters:,} parameters")
+
+    total, start, measurements = len(configs) * len(settings) * args.rounds, time.perf_counter(), []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tqdm(total=total, unit="round", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar,
+    ):
+        base = (init_base(jax.random.key(0), config, args.dtype) if args.model == "random"
+                else load_pretrained(args.model, args.dtype)[1])  # fmt: skip
+        base, peer = comparison.on_disk(base, Path(folder)), None
+        if args.peer:
+            rank = comparison.lora_rank(config, args.rank, args.equal_parameters)
+            peer = Peer(config, base, rank)
+            extra = peer.parameters * jax.numpy.dtype(args.dtype).itemsize
+            theirs = comparison.Size(rank, peer.parameters, sizes[comparison.REFERENCE].read_bytes + extra)
+            sizes |= {"peft": theirs, "peft_compiled": theirs}
+        for one in comparison.compare(config, base, configs, settings, args.rounds, peer, bar.update):
+            measurements.append(one)
+            if peer and peer.not_compiled:
+                result["left_out"]["peft_compiled"] = peer.not_compiled
+            result["rows"] = comparison.table(measurements, sizes, result["bandwidth"]["gb_per_s"])
+            row = comparison.table([one], sizes, result["bandwidth"]["gb_per_s"])[0]
+            left = (time.perf_counter() - start) * (len(configs) * len(settings) / len(measurements) - 1)
+            say(f"{one.name}, prompt {one.setting.prompt_length}, batch {one.setting.batch_size}: TTFT "
+                f"{1e3 * row['ttft']['median']:.1f} ms, TPOT {1e3 * row['tpot']['median']:.2f} ms, "
+                f"{row['tpot_ratio']['median']:.3f} of the base's; {tqdm.format_interval(left)} left")  # fmt: skip
+            if one.setting == settings[-1]:
+                _write(result, args.out)
+    print((args.out / "latency.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run_command(main)
