@@ -1,0 +1,248 @@
+"""The GPU launch plan: what is read out of a compiled step, on text whose counts are known; the command; and, where the
+extra `gpu-plan` is installed, real compilations held to what the methods promise."""
+
+import importlib.util
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flora_jax import AdapterConfig, LlamaConfig, launches
+from flora_jax.analysis import launch_plan
+from flora_jax.errors import UserError, run_command
+
+# x [8, 64] times W [64, 128]: a pad of W, a copy of the cache, an update of the cache in place, and a slice read.
+HLO = """HloModule jit_step
+
+%fused_pad (param_0.1: bf16[64,128]) -> bf16[128,128] {
+  %param_0.1 = bf16[64,128]{1,0} parameter(0)
+  %zero.1 = bf16[] constant(0)
+  ROOT %pad.1 = bf16[128,128]{1,0} pad(%param_0.1, %zero.1), padding=0_64x0_0
+}
+
+%fused_update (param_0.2: bf16[8,32,64], param_1.2: bf16[8,64], param_2.2: s32[]) -> bf16[8,32,64] {
+  %param_0.2 = bf16[8,32,64]{2,1,0} parameter(0)
+  %param_1.2 = bf16[8,64]{1,0} parameter(1)
+  %bitcast.2 = bf16[8,1,64]{2,1,0} bitcast(%param_1.2)
+  %zero.2 = s32[] constant(0)
+  %param_2.2 = s32[] parameter(2)
+  ROOT %update.2 = bf16[8,32,64]{2,1,0} dynamic-update-slice(%param_0.2, %bitcast.2, %zero.2, %param_2.2, %zero.2)
+}
+
+%fused_slice (param_0.3: f32[8,128]) -> (f32[8,64], /*index=1*/bf16[8,64]) {
+  %param_0.3 = f32[8,128]{1,0} parameter(0)
+  %slice.3 = f32[8,64]{1,0} slice(%param_0.3), slice={[0:8], [0:64]}
+  %convert.3 = bf16[8,64]{1,0} convert(%slice.3)
+  ROOT %tuple.3 = (f32[8,64]{1,0}, bf16[8,64]{1,0}) tuple(%slice.3, %convert.3)
+}
+
+ENTRY %main.9 (params__w.1: bf16[64,128], x.1: bf16[8,128], cache_k.1: bf16[8,32,64], i.1: s32[]) -> bf16[8,32,64] {
+  %params__w.1 = bf16[64,128]{1,0} parameter(0), metadata={op_name="params['w']"}
+  %x.1 = bf16[8,128]{1,0} parameter(1)
+  %cache_k.1 = bf16[8,32,64]{2,1,0} parameter(2)
+  %i.1 = s32[] parameter(3)
+  %wide = bf16[128,128]{1,0} fusion(%params__w.1), kind=kLoop, calls=%fused_pad
+  %call = (f32[8,128]{1,0}, s8[4194304]{0}) custom-call(%x.1, %wide), custom_call_target="__cublas$lt$matmul"
+  %y = f32[8,128]{1,0} get-tuple-element(%call), index=0
+  %parts = (f32[8,64]{1,0}, bf16[8,64]{1,0}) fusion(%y), kind=kLoop, calls=%fused_slice
+  %part = bf16[8,64]{1,0} get-tuple-element(%parts), index=1
+  %again = bf16[8,32,64]{2,1,0} copy(%cache_k.1)
+  %new = bf16[8,64]{1,0} bitcast(%part)
+  ROOT %grown = bf16[8,32,64]{2,1,0} fusion(%again, %new, %i.1), kind=kLoop, calls=%fused_update
+}
+"""
+SEQUENCE = """001: kCustomKernel   [source | next=002 (1)] fused_pad grid: [1, 1, 1]
+002: kCublasLtMatmul [prev=001 (1) | next=003 (1)] kCublasLtMatmul
+003: kCustomKernel   [prev=002 (1) | sink] fused_slice grid: [1, 1, 1]
+004: kWhile          [source | sink]
+  condition:
+    005: kCustomKernel [source | sink] less
+  body:
+    006: kCopy         [source | sink] kCopy
+007: kCustomKernel   [prev=004 (1) | sink] fused_update grid: [1, 1, 1]
+"""
+NAMES = {1: "wide", 2: "call", 3: "parts", 5: "less", 6: "again", 7: "grown"}
+METADATA = "".join(
+    f'thunk_metadata {{\n  thunk_info {{\n    profile_annotation: "{name}"\n    thunk_id: {i}\n  }}\n}}\n'
+    for i, name in NAMES.items()
+)
+
+planner = pytest.mark.skipif(
+    not importlib.util.find_spec("jax_plugins") or not importlib.util.find_spec("jax_plugins.xla_cuda12"),
+    reason="needs the extra gpu-plan",
+)
+
+
+def test_parse_hlo():
+    computations, entry = launch_plan.parse_hlo(HLO)
+    assert entry == "main.9" and list(computations) == ["fused_pad", "fused_update", "fused_slice", "main.9"]
+    call = computations[entry]["call"]
+    assert (call.opcode, call.operands, call.sizes) == ("custom-call", ("x.1", "wide"), (4096, 4194304))
+    grown = computations[entry]["grown"]
+    assert (grown.opcode, grown.calls, grown.bytes, grown.root) == ("fusion", "fused_update", 8 * 32 * 64 * 2, True)
+    assert computations["fused_update"]["param_2.2"].operands == ("2",)
+
+
+def test_parse_launches_counts_leaves_alone():
+    found = launch_plan.parse_launches(SEQUENCE, METADATA)
+    assert found == [
+        ("kCustomKernel", "wide"), ("kCublasLtMatmul", "call"), ("kCustomKernel", "parts"), ("kCustomKernel", "less"),
+        ("kCopy", "again"), ("kCustomKernel", "grown"),
+    ]  # fmt: skip
+
+
+def test_longest_chain():
+    computations, entry = launch_plan.parse_hlo(HLO)
+    launched = dict.fromkeys(("wide", "call", "parts", "again", "grown"), 1)
+    assert launch_plan.longest_chain(computations[entry], launched) == 4  # wide, call, parts, grown; again beside them
+    assert launch_plan.longest_chain(computations[entry], launched | {"again": 7}) == 8
+
+
+def test_moved_bytes():
+    computations, entry = launch_plan.parse_hlo(HLO)
+    body = computations[entry]
+    moved = {name: launch_plan.moved_bytes(body[name], body, computations) for name in NAMES.values() if name in body}
+    assert moved == {
+        "wide": 64 * 128 * 2 + 128 * 128 * 2,
+        "call": 8 * 128 * 2 + 128 * 128 * 2 + 8 * 128 * 4,  # without the workspace
+        "parts": 8 * 64 * 4 + 8 * 64 * 4 + 8 * 64 * 2,  # of 128 columns, 64
+        "again": 2 * 8 * 32 * 64 * 2,
+        "grown": 8 * 64 * 2 + 8 * 64 * 2 + 4,  # the update and its index, not the cache
+    }
+
+
+@pytest.mark.parametrize("threshold, weights, cache", [
+    (128 * 128 * 2, ["pad bf16[128,128]{1,0}"], ["copy bf16[8,32,64]{2,1,0}"]),
+    (128 * 128 * 2 + 1, [], []),
+])  # fmt: skip
+def test_large_copies(threshold, weights, cache):
+    computations, entry = launch_plan.parse_hlo(HLO)
+    launched = ["wide", "call", "parts", "again", "grown"]
+    found = launch_plan.large_copies(computations, entry, launched, ["call"], threshold)
+    assert found == {"weights": weights, "cache": cache, "activations": []}
+
+
+def test_a_product_spelt_out_is_a_large_copy():
+    text = HLO.replace("pad(%param_0.1, %zero.1), padding=0_64x0_0", "multiply(%param_0.1, %param_0.1)")
+    computations, entry = launch_plan.parse_hlo(text)
+    found = launch_plan.large_copies(computations, entry, ["wide", "call"], ["call"], 30000)
+    assert found["weights"] == ["multiply bf16[128,128]{1,0}"]
+
+
+def test_model_of_time():
+    # 3.3 GB at 3.3 TB/s is a millisecond; 250 launches at 2 µs are half of one.
+    assert launch_plan.modelled_ms(3.3e9, 250, 3.3e12, 2.0) == pytest.approx(1.5)
+
+
+def run(*flags):
+    with pytest.raises(SystemExit) as end:
+        run_command(launches.main, ["launches", *flags])
+    return end.value.code
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--targets", "h10"], "--targets 'h10' is unknown; did you mean 'h100'"),
+    (["--modes", "cudnn"], "--modes 'cudnn' is unknown"),
+    (["--methods", "base,lorra"], "method 'lorra' is unknown here; did you mean"),
+    (["--preset", "llama3.2-2b"], "preset 'llama3.2-2b' is unknown; did you mean"),
+    (["--batch_sizes", "1,0"], "--batch_sizes '0' must be a positive integer"),
+    (["--cache_length", "-5"], "--cache_length '-5' must be a positive integer"),
+    (["--methods", "ffba", "--rank", "7"], "rank"),
+    (["--methods", "lora", "--adapters", "1,4"], "lora cannot hold a bank of 4 adapters; pf_lora,"),
+    (["--launch_us", "nan"], "--launch_us nan must be zero or more"),
+    (["--dtype", "float8"], "--dtype"),
+])  # fmt: skip
+def test_bad_input_is_one_line(flags, line, capsys, monkeypatch):
+    monkeypatch.setattr(launches, "require_compiler", lambda: None)
+    assert run(*flags) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run("--methods", "base", "--out", str(tmp_path / "out")) == 2
+    assert "pip install 'flora_jax[gpu-plan]'" in capsys.readouterr().err
+    assert not os.path.exists(tmp_path / "out")
+
+
+def test_rows_and_table(monkeypatch, tmp_path, capsys):
+    """From counts at two depths to a row: 10 + 4 L launches a step, one weight copy a layer."""
+
+    def plan_step(name, config, adapter_config, **settings):
+        L = config.num_hidden_layers
+        copies = {"weights": ["pad"] * L, "cache": [], "activations": ["copy"]}
+        return launch_plan.Plan(10 + 4 * L, 2 * L + 1, 3, 8 + 3 * L, 1000 * L + 500, copies, 7000000, 1, 10 + 4 * L)
+
+    monkeypatch.setattr(launch_plan, "plan_step", plan_step)
+    monkeypatch.setattr(launches, "require_compiler", lambda: None)
+    launches.main(["launches", "--preset", "llama3.2-1b", "--methods", "base,lora", "--targets", "h100",
+                   "--modes", "cublas", "--batch_sizes", "8", "--launch_us", "1", "--out", str(tmp_path)])  # fmt: skip
+    result = json.loads((tmp_path / "launches.json").read_text())
+    assert result["schema_version"] == 1 and result["smallest_kernel"] == 2048 * 512 * 2
+    assert [row["label"] for row in result["rows"]] == ["base", "lora", "lora, dot merger off"]
+    row = result["rows"][0]
+    assert row["layer"] == {"launches": 4, "gemms": 2, "products": 0, "chain": 3, "moved": 1000, "weight_copies": 1,
+                            "cache_copies": 0, "activation_copies": 0}  # fmt: skip
+    assert row["step"]["launches"] == 10 + 4 * 16 and row["step"]["activation_copies"] == 1
+    assert row["copies"] == {"weights": {"pad": 4}, "activations": {"copy": 1}} and row["in_graphs"] == 1
+    assert row["model_ms"] == pytest.approx(1e3 * 16500 / 3.35232e12 + 1e-3 * 56)
+    text = (tmp_path / "launches.md").read_text()
+    assert "| base | 4 (2) |" in text and "| 74 | 33 | 3 | 56 | 0 | 16 / 0 / 1 | 7 | 1 | 0.056 |" in text
+    assert text in capsys.readouterr().out
+
+
+def shape(*dims):
+    return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
+
+
+@planner
+@pytest.mark.parametrize("target", launch_plan.TARGETS)
+def test_a_single_product(target):
+    """One launch, one GEMM, and the bytes of x, W and y; with W padded first, a copy of a weight."""
+    params = {"w": shape(1024, 2048)}
+    plan = {}
+    for name, step in {
+        "plain": lambda params, x: x @ params["w"],
+        "padded": lambda params, x: jnp.pad(x, ((0, 0), (0, 24))) @ jnp.pad(params["w"], ((0, 24), (0, 0))) * 2,
+    }.items():
+        compiled = launch_plan.compile_for(target, step, params, shape(16, 1024), options=launch_plan.MODES["cublas"])
+        plan[name] = launch_plan.read_plan(*compiled, threshold=1024 * 2048 * 2)
+    plain = plan["plain"]
+    assert (plain.launches, plain.gemms, plain.products, plain.chain) == (1, 1, 1, 1)
+    assert plain.moved == 2 * (16 * 1024 + 1024 * 2048 + 16 * 2048)
+    assert not any(plain.copies.values())
+    assert any(copy.startswith("pad bf16[1048,2048]") for copy in plan["padded"].copies["weights"])
+
+
+@planner
+@pytest.mark.parametrize("mode", launch_plan.MODES)
+def test_methods_keep_what_they_promise(mode):
+    """A small model whose weights outweigh what else there is: at most one launch a layer more than the base, as many
+    GEMMs, and nothing of a weight's size moved about; lora needs ten more."""
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)  # fmt: skip
+    plan = lambda name, method: launch_plan.plan_model(  # noqa: E731
+        name, config, method and AdapterConfig(method, 16), target="h100", mode=mode, batch=8, cache_length=32)
+    base, lora = plan("base", None), plan("lora", "lora")
+    assert lora["layer"]["launches"] >= base["layer"]["launches"] + 10
+    for name in ("ffba", "fpa"):
+        row = plan(name, name)
+        assert row["layer"]["launches"] <= base["layer"]["launches"] + 1
+        assert row["layer"]["gemms"] == base["layer"]["gemms"] and "weights" not in row["copies"]
+        assert row["step"]["moved"] > base["step"]["moved"]
+
+
+@planner
+def test_a_bank_is_planned_with_its_mask():
+    config = LlamaConfig.preset("tiny")
+    one, four = (
+        launch_plan.plan_step("ffba", config, AdapterConfig("ffba", 8), target="h100", mode="triton", batch=4,
+                              cache_length=16, adapters=n) for n in (1, 4)
+    )  # fmt: skip
+    assert four.moved > one.moved and four.gemms == one.gemms
+    with pytest.raises(UserError, match="lora cannot hold a bank of 2"):
+        launch_plan.check_bank("lora", 2)
