@@ -19,7 +19,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{about['command']}`  ",
         f"{about['device']}; {versions}; {about['date']}; load average at the start {about['load_average']:.2f}\n",
         f"{arguments['preset'] or arguments['model']}{' at random' if arguments['model'] == 'random' else ''}, "
-        f"{arguments['dtype']}; {ranks} ffba at rank {arguments['rank']}; {arguments['rounds']} rounds, {arguments['new_tokens']} new tokens. Medians [quartiles]; "
+        f"{arguments['dtype']}; {ranks} ffba at rank {arguments['rank']}; {arguments['rounds']} rounds, "
+        f"{arguments['new_tokens']} new tokens. Medians [quartiles]; "
         "ratios are to the base with four merged products a layer, run in the same round (the row `base` is that base "
         "beside itself: the noise). bytes: weights that a decode step reads, over the base's. bandwidth: those bytes "
         f"over TPOT, as a share of {memory['gb_per_s']:.1f} GB/s, the best of {len(memory['runs_gb_per_s'])} reads of "

@@ -16,7 +16,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from flora_jax.models.llama import Llama
 
 Array = jax.Array
 Tree = dict[str, Any]
+T = TypeVar("T")
 Seconds = tuple[float, float]  # TTFT and TPOT of one run
 
 _STOP = np.full(8, -1, np.int32)  # ids that no row ever emits, as many as the Generator passes
@@ -115,9 +116,7 @@ def compile_programs(
     return Programs(setting, *three, loop, seconds, bool(hits))
 
 
-def interleave(
-    contestants: Mapping[str, Callable[[], Seconds]], rounds: int
-) -> Iterator[dict[str, Seconds]]:
+def interleave(contestants: Mapping[str, Callable[[], T]], rounds: int) -> Iterator[dict[str, T]]:
     """Yields each round's times by name: all contestants once, in the order given and then the other way about."""
     names = list(contestants)
     for i in range(rounds):

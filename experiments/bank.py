@@ -1,0 +1,196 @@
+"""What a bank of adapters costs: N adapters side by side in the fused arrays, every row of a batch with its own.
+
+    python -m experiments.bank --model random --preset llama3.2-1b --out experiments/results/bank
+
+TPOT of a bank of N ffba adapters beside one adapter's at the same batch size; beside N separate batches, which a server
+without a bank runs one after another (rows / N rows each, the switch between them not counted); and beside a LoRA of
+equal parameters whose A and B are gathered for each row from a stack of N, as multi-LoRA servers do. All in the same
+rounds, ratios round by round.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from experiments.report import header, provenance
+from flora_jax.adapters import AdapterConfig, apart, fuse
+from flora_jax.analysis.comparison import on_disk
+from flora_jax.analysis.timing import Programs, Setting, compile_programs, interleave, paired_ratio, summary
+from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
+from flora_jax.errors import CommandParser, UserError, check_writable, run_command
+from flora_jax.inference.generator import bucket
+from flora_jax.models.config import DTYPES, LlamaConfig
+from flora_jax.models.llama import KVCache, Llama, init_base
+from flora_jax.models.loading import load_pretrained
+
+Array = jax.Array
+Tree = dict[str, Any]
+
+
+def stack_lora(
+    base: Tree, adapters: list[Tree], config: LlamaConfig, adapter_config: AdapterConfig
+) -> tuple[Tree, Tree]:
+    """Leaves by path: those all rows share, and the A's and B's `[N, …]`."""
+    shared, riders = {}, []
+    for adapter in adapters:
+        leaves = flatten_dict(apart(base, adapter, config, adapter_config), keep_empty_nodes=True)
+        riders.append({path: leaf for path, leaf in leaves.items() if path[-1].endswith(("_A", "_B"))})
+        shared = shared or {path: jnp.asarray(leaf) for path, leaf in leaves.items() if path not in riders[0]}
+    return shared, {path: jnp.stack([one[path] for one in riders]) for path in riders[0]}
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def decode_gathered(
+    model: Llama, shared: Tree, riders: Tree, ids: Array, token: Array, cache: KVCache, steps: Array
+) -> tuple[Array, KVCache]:
+    """`steps` greedy tokens after `token` `[B]`; row b runs with adapter `ids[b]`, whose A and B are gathered anew for
+    every token. Written for one row and mapped: the base's products still see all rows at once."""
+
+    def row(own: Tree, token: Array, k: Any, v: Any, valid: Array, index: Array) -> tuple[Array, KVCache]:
+        one = KVCache(*jax.tree.map(lambda leaf: leaf[None], (k, v, valid)), index)
+        variables = {"params": unflatten_dict({**shared, **own})}
+        logits, one = model.apply(variables, token[None, None], cache=one)
+        token = jnp.argmax(logits[0, 0]).astype(jnp.int32)
+        return token, jax.tree.map(lambda leaf: leaf[0] if leaf.ndim else leaf, one)
+
+    rows = jax.vmap(row, (0, 0, 0, 0, 0, None), (0, KVCache(0, 0, 0, None)))
+
+    def body(_: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+        token, cache = carry
+        own = jax.tree.map(lambda leaf: leaf[ids], riders)
+        return rows(own, token, cache.k, cache.v, cache.valid, cache.index)
+
+    return jax.lax.fori_loop(0, steps, body, (token, cache))
+
+
+def run_gathered(
+    programs: Programs, served: Tree, prompts: Array, model: Llama, shared: Tree, riders: Tree, ids: Array,
+    new_tokens: int,
+) -> float:  # fmt: skip
+    """TPOT of `decode_gathered`; the prompt is read by `programs` with the tree `served`, outside the clock."""
+    B, length = prompts.shape
+    tokens = jnp.zeros((B, bucket(length)), jnp.int32).at[:, :length].set(prompts)
+    logits, cache = programs.prefill(served, tokens, jnp.full(B, length, jnp.int32), None)
+    token, cache = jnp.argmax(logits, -1).astype(jnp.int32), programs.grow(cache)
+    jax.block_until_ready((token, cache))
+    start = time.perf_counter()
+    jax.block_until_ready(decode_gathered(model, shared, riders, ids, token, cache, jnp.int32(new_tokens - 1)))
+    return (time.perf_counter() - start) / (new_tokens - 1)
+
+
+def measure(
+    base: Tree, config: LlamaConfig, setting: Setting, adapter_config: AdapterConfig, lora: AdapterConfig, places: int,
+    rounds: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Times of a bank of `places` adapters and of what it stands beside."""
+    B, row_multiple = setting.batch_size, 128 if jax.default_backend() == "gpu" else 1
+    draw = lambda own: [random_adapter(jax.random.key(i), config, own) for i in range(places)]  # noqa: E731
+    adapters, ids = draw(adapter_config), jnp.arange(B) % places
+    on_device = lambda tree: jax.tree.map(jnp.asarray, tree)  # noqa: E731
+    one = on_device(fuse(base, adapters[0], config, adapter_config, row_multiple))
+    bank = one if places == 1 else on_device(fuse(base, adapters, config, adapter_config, row_multiple))
+    shared, riders = stack_lora(base, draw(lora), config, lora)
+    select = None if places == 1 else jax.nn.one_hot(ids, places, dtype=bool)
+    batches = min(places, B)
+    few = Setting(setting.prompt_length, B // batches, setting.new_tokens)
+
+    model, prompts = Llama(config, adapter_config), setting.prompts(config)
+    single, few_rows = (compile_programs(model, one, s) for s in (setting, few))
+    many = compile_programs(model, bank, setting, select)
+    gathered = functools.partial(run_gathered, single, one, prompts, Llama(config, lora), shared, riders, ids)
+    contestants = {
+        "one adapter": lambda: single.run(one, prompts)[1],
+        "bank": lambda: many.run(bank, prompts, select=select)[1],
+        "separate batches": lambda: sum(few_rows.run(one, prompts[: few.batch_size])[1] for _ in range(batches)),
+        "gathered lora": lambda: gathered(setting.new_tokens),
+    }
+    for run in contestants.values():
+        run()
+    times = list(interleave(contestants, rounds))
+    out: dict[str, Any] = {"adapters": places, "batches": batches}
+    for name in contestants:
+        out[name] = summary([t[name] for t in times]) | {"rounds": [t[name] for t in times]}
+        if name != "bank":
+            out[f"bank over {name}"] = paired_ratio([t["bank"] for t in times], [t[name] for t in times])
+    return out
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    parser = CommandParser(prog="python -m experiments.bank", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes, or random")
+    parser.add_argument("--preset", help="architecture of --model random")
+    parser.add_argument("--adapters", default="1,4,16")
+    parser.add_argument("--method", default="ffba")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--prompt_length", type=int, default=128)
+    parser.add_argument("--new_tokens", type=int, default=33)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    args = parser.parse_args(argv[1:])
+    places = [int(n) if n.isdecimal() else 0 for n in args.adapters.split(",")]
+    if min(places) < 1 or args.batch_size < 1 or any(args.batch_size % min(n, args.batch_size) for n in places):
+        raise UserError(f"--adapters {args.adapters}: give positive numbers, comma-separated, that divide --batch_size "
+                        f"{args.batch_size} or are larger")  # fmt: skip
+    if args.new_tokens < 2 or args.rounds < 1 or args.prompt_length < 1:
+        raise UserError("--new_tokens must be at least 2, --rounds and --prompt_length at least 1")
+    if args.model == "random" and not args.preset:
+        raise UserError("--model random needs --preset")
+    if args.out:
+        check_writable(args.out, "--out")
+
+    if args.model == "random":
+        config = LlamaConfig.preset(args.preset)
+        base = init_base(jax.random.key(0), config, args.dtype)
+    else:
+        config, base = load_pretrained(args.model, args.dtype)
+    adapter_config = AdapterConfig(args.method, args.rank)
+    adapter_config.check(config.widths)
+    parameters = trained_parameters(config, adapter_config)
+    lora = AdapterConfig("lora", rank_for("lora", config, parameters))
+    setting = Setting(args.prompt_length, args.batch_size, args.new_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        base, results = on_disk(base, Path(folder)), []
+        for n in places:
+            results.append(measure(base, config, setting, adapter_config, lora, n, args.rounds))
+            print(f"{n} adapters done", file=sys.stderr)
+
+    about = provenance()
+    lines = [header("A bank of adapters", about),
+             f"{args.preset or args.model}, {args.dtype}, prompt {args.prompt_length}, batch {args.batch_size}, "
+             f"{args.rounds} interleaved rounds; {args.method} at rank {args.rank} ({parameters:,} parameters an "
+             f"adapter), lora at rank {lora.rank} ({trained_parameters(config, lora):,}). Times: TPOT in ms, a "
+             "token for every row; ratios: the bank over each, in the same round; medians [quartiles].\n",
+             "| adapters | bank | one adapter | ratio | separate batches | ratio | LoRA gathered by row | ratio |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for one in results:
+        cells = [str(one["adapters"]), f"{1e3 * one['bank']['median']:.2f}"]
+        for name in ("one adapter", "separate batches", "gathered lora"):
+            ratio = one[f"bank over {name}"]
+            low, high = ratio["quartiles"]
+            cells += [f"{1e3 * one[name]['median']:.2f}", f"{ratio['median']:.3f} [{low:.3f}, {high:.3f}]"]
+        lines.append(f"| {' | '.join(cells)} |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if args.out:
+        result = {"schema_version": 1, "provenance": about, "arguments": {**vars(args), "out": str(args.out)},
+                  "parameters": parameters, "lora_rank": lora.rank, "results": results}  # fmt: skip
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+        args.out.with_suffix(".md").write_text(text)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,105 @@
+"""Switching an adapter in a Generator beside merging a LoRA of the same budget.
+
+    python -m experiments.switching --model random --preset llama3.2-1b --out experiments/results/switching
+
+`Generator.use` writes the adapter's columns and rows over those that are there. Merging computes `W + s A B` for every
+projection in one compiled function, from a base that is kept beside it for the purpose; laying the result out to be
+served is not counted. Both are timed until the last array is there, in turns.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import jax
+
+from experiments.report import header, provenance
+from flora_jax.adapters import AdapterConfig, merge
+from flora_jax.analysis.timing import interleave, paired_ratio, summary
+from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
+from flora_jax.errors import CommandParser, UserError, check_writable, run_command
+from flora_jax.inference.generator import Generator
+from flora_jax.models.config import DTYPES, LlamaConfig
+from flora_jax.models.llama import init_base
+from flora_jax.models.loading import load_pretrained
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    parser = CommandParser(prog="python -m experiments.switching", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes, or random")
+    parser.add_argument("--preset", help="architecture of --model random")
+    parser.add_argument("--method", default="ffba")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    args = parser.parse_args(argv[1:])
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds} must be a positive integer")
+    if args.model == "random" and not args.preset:
+        raise UserError("--model random needs --preset")
+    if args.out:
+        check_writable(args.out, "--out")
+
+    if args.model == "random":
+        config = LlamaConfig.preset(args.preset)
+        base = init_base(jax.random.key(0), config, args.dtype)
+    else:
+        config, base = load_pretrained(args.model, args.dtype)
+    own = AdapterConfig(args.method, args.rank)
+    own.check(config.widths)
+    lora = AdapterConfig("lora", rank_for("lora", config, trained_parameters(config, own)))
+    loras = [random_adapter(jax.random.key(i), config, lora) for i in range(2)]
+    adapters = {name: random_adapter(jax.random.key(i), config, own) for i, name in enumerate("ab")}
+    generator = Generator(config, base, adapters, own, max_length=64, batch_size=1)
+    merged, turn = jax.jit(lambda base, adapter: merge(base, adapter, config, lora)["layers"]), 0
+
+    def switch() -> float:
+        start = time.perf_counter()
+        generator.use("ab"[turn % 2])
+        jax.block_until_ready(generator.params)
+        return time.perf_counter() - start
+
+    def merging() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(merged(base, loras[turn % 2]))
+        return time.perf_counter() - start
+
+    contestants = {"switch": switch, "merge": merging}
+    for _ in range(2):  # compiled, and each adapter written once
+        turn += 1
+        switch(), merging()
+    times = []
+    for one in interleave(contestants, args.rounds):
+        turn += 1
+        times.append(one)
+    seconds = {name: [one[name] for one in times] for name in contestants}
+    share = paired_ratio(seconds["switch"], seconds["merge"])
+
+    about = provenance()
+    lines = [header("Switching an adapter beside merging a LoRA", about),
+             f"{args.preset or args.model}, {args.dtype}, {args.rounds} rounds in turns; medians [quartiles].\n",
+             "| | rank | parameters | ms |", "|---|---|---|---|"]  # fmt: skip
+    for name, label, adapter_config in (("switch", f"use, {args.method}", own), ("merge", "merge, lora", lora)):
+        value = summary(seconds[name])
+        low, high = value["quartiles"]
+        lines.append(f"| {label} | {adapter_config.rank} | {trained_parameters(config, adapter_config):,} | "
+                     f"{1e3 * value['median']:.2f} [{1e3 * low:.2f}, {1e3 * high:.2f}] |")  # fmt: skip
+    low, high = share["quartiles"]
+    lines.append(f"\nA switch takes {share['median']:.2%} [{low:.2%}, {high:.2%}] of the merge's time.")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if args.out:
+        result = {"schema_version": 1, "provenance": about, "arguments": {**vars(args), "out": str(args.out)},
+                  "lora_rank": lora.rank, "share": share,
+                  **{name: summary(values) | {"rounds": values} for name, values in seconds.items()}}  # fmt: skip
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+        args.out.with_suffix(".md").write_text(text)
+
+
+if __name__ == "__main__":
+    run_command(main)
