@@ -212,8 +212,8 @@ def large_copies(
     """What is moved about in pieces of at least `threshold` bytes, as `opcode type`, by what it was made from:
     "weights", "cache" or "activations".
 
-    Copies, pads, concatenates and transposes, inside fusions too; and whatever other launch writes as much without
-    being one of the `products` (such as `x · W` spelt out, before it is summed).
+    Copies, pads, concatenates and transposes, inside fusions too; and what else a launch makes of weights or the cache
+    and writes out without being one of the `products` (such as `x · W` spelt out, before it is summed).
     """
     out: dict[str, list[str]] = {"weights": [], "cache": [], "activations": []}
     body, launched, products = computations[entry], set(launched), set(products)
@@ -227,15 +227,17 @@ def large_copies(
         made_of[name] = set() if name in products else reads
         if name in launched:
             kind = next((kind for kind in _ARGUMENTS if kind in reads), "activations")
-            out[kind] += _large(one, computations, threshold, name in products)
+            exempt = name in products or kind == "activations"
+            out[kind] += _large(one, computations, threshold, exempt)
     return out
 
 
 def _large(
-    one: Instruction, computations: Mapping[str, Mapping[str, Instruction]], threshold: int, product: bool
+    one: Instruction, computations: Mapping[str, Mapping[str, Instruction]], threshold: int, exempt: bool
 ) -> list[str]:
+    """What of one launch is large; its own result only counts unless it is exempt, or a copy."""
     if one.calls is None:
-        large = not product and one.opcode != "custom-call" and one.bytes >= threshold
+        large = one.bytes >= threshold and (one.opcode in _COPYING or not (exempt or one.opcode == "custom-call"))
         return [f"{one.opcode} {one.type}"] if large else []
     inside, todo = [], [one.calls]
     while todo:
@@ -243,7 +245,7 @@ def _large(
             todo += [inner.calls] if inner.calls else []
             inside += [inner] if inner.opcode in _COPYING and inner.bytes >= threshold else []
     body = computations[one.calls]
-    if not inside and not product:
+    if not inside and not exempt:
         inside = [root for root in _roots(body) if _written(root, body) >= threshold]
     return [f"{inner.opcode} {inner.type}" for inner in inside]
 
