@@ -121,18 +121,19 @@ def assert_same_tree(found, expected, ulp=0):
 @pytest.mark.parametrize("config", [TINY, ODD], ids=["tiny", "odd"])
 @pytest.mark.parametrize("method", ADAPTED)
 def test_fused_equals_split_and_is_undone(config, method):
-    """With s = 1.5 and rows filled to 128; then `split` gives both back."""
+    """With s = 1.5, rows filled to 128 and arrays transposed; then `split` gives both back."""
     activation = "silu" if METHODS[method].activation else "identity"
     adapter_config = AdapterConfig(method, 8, alpha=12.0, activation=activation)
     base, adapter = random_base(config), random_adapter(adapter_config, config)
     expected = logits(config, adapter_config, {"params": base, "adapter": adapter})
     atol = 1e-5 * float(jnp.abs(expected).max())
     assert jnp.abs(expected - logits(config, None, {"params": base})).max() > 0.1
-    trees = [fuse(base, adapter, config, adapter_config, multiple) for multiple in (1, 128)]
+    trees = [fuse(base, adapter, config, adapter_config, 128)]
+    trees.append(fuse(base, adapter, config, adapter_config, transposed=True))
     if method.startswith("ffba"):
         trees.append(fuse(base, adapter, config, adapter_config, fold_adds=True))
     if method != "zflora":
-        trees += [apart(base, adapter, config, adapter_config, merged) for merged in (True, False)]
+        trees += [apart(base, adapter, config, adapter_config, *how) for how in ((True, False), (False, True))]
     for tree in trees:
         np.testing.assert_allclose(logits(config, adapter_config, {"params": tree}), expected, atol=atol)
     for tree in trees[:2]:
@@ -165,6 +166,12 @@ def test_the_arrays_are_those_of_the_design(method):
     assert_same_tree(split(tree, TINY, adapter_config)[1], adapter)  # s = 2: to the bit
     zeros = fuse(random_base(TINY), jax.tree.map(jnp.zeros_like, adapter), TINY, adapter_config)
     assert_same_tree(make_room(tree, TINY, adapter_config, 1), zeros)
+    transposed = fuse(random_base(TINY), adapter, TINY, adapter_config, transposed=True)
+    for i, layer in transposed["layers"].items():
+        for block in ("attention", "mlp"):
+            for product, leaves in layer[block].items():
+                for name, leaf in tree["layers"][i][block][product].items():
+                    np.testing.assert_array_equal(leaves[{"kernel": "weight"}.get(name, name)], leaf.T)
 
 
 def test_the_bare_base_has_four_arrays_a_layer():

@@ -6,6 +6,7 @@ from flora_jax.adapters.layer import (
     abstract_adapter,
     check_adapter,
     init_adapter,
+    multiply_transposed,
     pad_first_layer,
     repeat_and_add,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "init_adapter",
     "make_room",
     "merge",
+    "multiply_transposed",
     "pad_first_layer",
     "repeat_and_add",
     "split",

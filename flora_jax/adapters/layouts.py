@@ -9,6 +9,8 @@ base's rows and columns, R_f forward channels and R_b backward channels of one a
 
     layers/<i>/<block>/<product>/kernel [d_in (+ N R_b + fill), d_out (+ N R_f)], bias [d_out]
     layers/<i>/<block>/<product>/<projection>_B [N r, width]     lora and pf_lora alone
+
+Transposed, all of these but the bias are, and the kernel is called `weight`.
 """
 
 from __future__ import annotations
@@ -84,6 +86,7 @@ def fuse(
     adapter_config: AdapterConfig | None,
     row_multiple: int = 1,
     fold_adds: bool = False,
+    transposed: bool = False,
 ) -> Tree:
     """The serving layout: `Llama(config, adapter_config).apply({"params": fused}, tokens)`.
 
@@ -92,7 +95,8 @@ def fuse(
     Arrays are in the base's dtype. row_multiple: products with rows B (for zflora: the whole stream) are filled up with
     zeros to a multiple of it; 128 or 256 keep a GPU's compiler from padding at run time, on a CPU it is wasted
     bandwidth. fold_adds (ffba*): repeat-and-adds are folded into W and B, so that ffba runs at fpa's operations; the
-    tree says so itself, and neither `split` nor `write_adapter` take it. Raises UserError for trees that do not fit, a
+    tree says so itself, and `split` does not take it. transposed: `weight [d_out, d_in]` for `kernel [d_in, d_out]`,
+    which a CPU reads faster (`multiply_transposed`). Raises UserError for trees that do not fit, a
     tensor-parallel base, and fold_adds of another method.
     """
     _refuse_tensor_parallel(base)
@@ -129,11 +133,22 @@ def fuse(
         out["kernel"] = _pad_to(kernel, _extent(config, adapter_config, name, len(adapters), row_multiple))
         if f"{PRODUCTS[name][0]}_bias" in leaves:
             out["bias"] = jnp.concatenate([leaves[f"{p}_bias"] for p in PRODUCTS[name]])
-        return out
+        return _turned(out) if transposed else out
 
     fused = {name: leaf for name, leaf in base.items() if name != "layers"}
     fused["layers"] = _each_layer(base, config, product)
     return {**fused, "folded": {}} if fold_adds else fused
+
+
+def _turned(leaves: Tree) -> Tree:
+    """A product's leaves transposed, `kernel` to `weight` or back."""
+    swap = {"kernel": "weight", "weight": "kernel"}
+
+    def name(path: str) -> str:
+        *piece, kind = path.split("_")
+        return "_".join([*piece, swap.get(kind, kind)])
+
+    return {name(path): leaf if path == "bias" else leaf.T for path, leaf in leaves.items()}
 
 
 def _pad_to(array: Array, shape: Sequence[int]) -> Array:
@@ -148,12 +163,14 @@ def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: i
     adapter was in it is dropped. What was there is copied layer by layer."""
 
     def product(name: str, leaves: Tree) -> Tree:
-        d_in, d_out = _extent(config, None, name, 0)
+        transposed, (d_in, d_out) = "weight" in leaves, _extent(config, None, name, 0)
+        leaves = _turned(leaves) if transposed else leaves
         kernel = leaves["kernel"][:d_in, :d_out]
         out = {"kernel": _pad_to(kernel, _extent(config, adapter_config, name, places, row_multiple))}
         for p in adapter_config.slots[name].matrix:
             out[f"{p}_B"] = jnp.zeros((places * adapter_config.rank, config.widths[p][1]), kernel.dtype)
-        return out | ({"bias": leaves["bias"]} if "bias" in leaves else {})
+        out |= {"bias": leaves["bias"]} if "bias" in leaves else {}
+        return _turned(out) if transposed else out
 
     layers = {
         i: layer
@@ -175,7 +192,12 @@ def _each_layer(base: Tree, config: Any, product: Any) -> Tree:
 
 
 def apart(
-    base: Tree, adapter: Tree | None, config: Any, adapter_config: AdapterConfig | None, merged: bool = True
+    base: Tree,
+    adapter: Tree | None,
+    config: Any,
+    adapter_config: AdapterConfig | None,
+    merged: bool = True,
+    transposed: bool = False,
 ) -> Tree:
     """The baseline's layout: every A and B a product of its own, as PEFT and multi-LoRA servers run them, beside the
     base's four merged products or (`merged=False`) its seven. Served as `fuse`'s trees are; not for zflora, whose
@@ -200,7 +222,7 @@ def apart(
                 out.update({f"{piece}_A": A for piece, A in zip(slot.forward, pieces, strict=True)})
             else:
                 out[f"{slot.backward[0]}_B" if path == "rows" else path] = leaf
-        return out
+        return _turned(out) if transposed else out
 
     out = {name: leaf for name, leaf in base.items() if name != "layers"}
     return {**out, "layers": _each_layer(base, config, product)}
@@ -229,7 +251,9 @@ def split(fused: Tree, config: Any, adapter_config: AdapterConfig | None, place:
     for block, products in BLOCKS.items():
         for product in products:
             names, leaves = PRODUCTS[product], base["layers"].setdefault(block, {}).setdefault(product, {})
-            stacked = {path: jnp.stack([x[block][product][path] for x in layers]) for path in layers[0][block][product]}
+            each = [layer[block][product] for layer in layers]
+            each = [_turned(one) for one in each] if "weight" in each[0] else each
+            stacked = {path: jnp.stack([one[path] for one in each]) for path in each[0]}
             d_in, edge = config.widths[names[0]][0], 0
             for name in names:
                 width = config.widths[name][1]
@@ -263,15 +287,17 @@ def check_fused(fused: Tree, config: Any, adapter_config: AdapterConfig | None, 
         for block, products in BLOCKS.items():
             for product in products:
                 path = f"layers/{i}/{block}/{product}/kernel"
-                kernel = fused.get("layers", {}).get(str(i), {}).get(block, {}).get(product, {}).get("kernel")
-                if kernel is None:
+                leaves = fused.get("layers", {}).get(str(i), {}).get(block, {}).get(product, {})
+                shape = leaves["kernel"].shape if "kernel" in leaves else None
+                shape = leaves["weight"].shape[::-1] if "weight" in leaves else shape
+                if shape is None:
                     raise UserError(f"{path} is absent: this is no fused tree; `fuse` makes one")
                 expected = _extent(config, adapter_config, product, places)
                 # Rows B, and a stream, may be filled up with zeros.
                 fills = _has_adapter(adapter_config) and adapter_config.slots[product] != Slot()
-                small = any(found < wanted for found, wanted in zip(kernel.shape, expected, strict=True))
-                if small or (not fills and kernel.shape != expected):
-                    raise UserError(f"{path} is {kernel.shape}, but {method} has {expected} there")
+                small = any(found < wanted for found, wanted in zip(shape, expected, strict=True))
+                if small or (not fills and shape != expected):
+                    raise UserError(f"{path} is {shape}, but {method} has {expected} there")
 
 
 def adapter_riders(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
@@ -293,13 +319,16 @@ def write_adapter(fused_layers: Tree, riders: Tree, config: Any, adapter_config:
             d_out = sum(config.widths[name][1] for name in PRODUCTS[product])
             for i in range(config.num_hidden_layers):
                 there = out[str(i)][block][product]
+                kernel = "weight" if "weight" in there else "kernel"
                 for path, leaf in leaves.items():
-                    target = "kernel" if path in ("columns", "rows") else path
+                    target = kernel if path in ("columns", "rows") else path
                     value = leaf[i].astype(there[target].dtype)
                     start = {
                         "columns": (0, d_out + place * value.shape[1]),
                         "rows": (d_in + place * value.shape[0], 0),
                     }.get(path, (place * value.shape[0], 0))
+                    if kernel == "weight":
+                        value, start = value.T, start[::-1]
                     there[target] = jax.lax.dynamic_update_slice(there[target], value, start)
     return out
 
