@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from experiments.report import header, provenance
 from flora_jax.adapters import AdapterConfig, apart, fuse
-from flora_jax.analysis.comparison import on_disk
+from flora_jax.analysis.comparison import device_layout, on_disk
 from flora_jax.analysis.timing import Programs, Setting, compile_programs, interleave, paired_ratio, summary
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
 from flora_jax.errors import CommandParser, UserError, check_writable, run_command
@@ -41,9 +41,9 @@ def stack_lora(
     base: Tree, adapters: list[Tree], config: LlamaConfig, adapter_config: AdapterConfig
 ) -> tuple[Tree, Tree]:
     """Leaves by path: those all rows share, and the A's and B's `[N, …]`."""
-    shared, riders = {}, []
+    shared, riders, transposed = {}, [], device_layout()["transposed"]
     for adapter in adapters:
-        leaves = flatten_dict(apart(base, adapter, config, adapter_config), keep_empty_nodes=True)
+        leaves = flatten_dict(apart(base, adapter, config, adapter_config, transposed=transposed))
         riders.append({path: leaf for path, leaf in leaves.items() if path[-1].endswith(("_A", "_B"))})
         shared = shared or {path: jnp.asarray(leaf) for path, leaf in leaves.items() if path not in riders[0]}
     return shared, {path: jnp.stack([one[path] for one in riders]) for path in riders[0]}
@@ -93,12 +93,12 @@ def measure(
     rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Times of a bank of `places` adapters and of what it stands beside."""
-    B, row_multiple = setting.batch_size, 128 if jax.default_backend() == "gpu" else 1
+    B, layout = setting.batch_size, device_layout()
     draw = lambda own: [random_adapter(jax.random.key(i), config, own) for i in range(places)]  # noqa: E731
     adapters, ids = draw(adapter_config), jnp.arange(B) % places
     on_device = lambda tree: jax.tree.map(jnp.asarray, tree)  # noqa: E731
-    one = on_device(fuse(base, adapters[0], config, adapter_config, row_multiple))
-    bank = one if places == 1 else on_device(fuse(base, adapters, config, adapter_config, row_multiple))
+    one = on_device(fuse(base, adapters[0], config, adapter_config, **layout))
+    bank = one if places == 1 else on_device(fuse(base, adapters, config, adapter_config, **layout))
     shared, riders = stack_lora(base, draw(lora), config, lora)
     select = None if places == 1 else jax.nn.one_hot(ids, places, dtype=bool)
     batches = min(places, B)

@@ -98,11 +98,16 @@ def on_disk(tree: Tree, folder: Path) -> Tree:
     return structure.unflatten([move(i, leaf) for i, leaf in enumerate(leaves)])
 
 
+def device_layout() -> dict[str, Any]:
+    """The arguments of `fuse` with which the Generator lays weights out on this device."""
+    backend = jax.default_backend()
+    return {"row_multiple": 128 if backend == "gpu" else 1, "transposed": backend == "cpu"}
+
+
 def build(name: str, base: Tree, config: LlamaConfig, adapter_config: AdapterConfig | None) -> tuple[Llama, Tree]:
     """`(model, params)` of a variant with a random adapter, on the device; base in the split layout, from anywhere."""
     adapter = None if adapter_config is None else random_adapter(jax.random.key(1), config, adapter_config)
-    row_multiple = 128 if jax.default_backend() == "gpu" else 1  # as the Generator has it
-    model, params = serve(name, base, config, adapter_config, adapter, row_multiple)
+    model, params = serve(name, base, config, adapter_config, adapter, **device_layout())
     return model, jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), params)
 
 
