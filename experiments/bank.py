@@ -56,19 +56,22 @@ def decode_gathered(
     """`steps` greedy tokens after `token` `[B]`; row b runs with adapter `ids[b]`, whose A and B are gathered anew for
     every token. Written for one row and mapped: the base's products still see all rows at once."""
 
-    def row(own: Tree, token: Array, k: Any, v: Any, valid: Array, index: Array) -> tuple[Array, KVCache]:
-        one = KVCache(*jax.tree.map(lambda leaf: leaf[None], (k, v, valid)), index)
-        variables = {"params": unflatten_dict({**shared, **own})}
-        logits, one = model.apply(variables, token[None, None], cache=one)
-        token = jnp.argmax(logits[0, 0]).astype(jnp.int32)
-        return token, jax.tree.map(lambda leaf: leaf[0] if leaf.ndim else leaf, one)
+    B = len(token)
+    by_row = lambda leaves: tuple(leaf.reshape(B, -1, *leaf.shape[1:]) for leaf in leaves)  # noqa: E731
+    together = lambda leaves: tuple(leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves)  # noqa: E731
 
-    rows = jax.vmap(row, (0, 0, 0, 0, 0, None), (0, KVCache(0, 0, 0, None)))
+    def row(own: Tree, token: Array, k: Any, v: Any, valid: Array, index: Array) -> tuple[Array, Any, Any, Array]:
+        variables = {"params": unflatten_dict({**shared, **own})}
+        logits, one = model.apply(variables, token[None, None], cache=KVCache(k, v, valid[None], index))
+        return jnp.argmax(logits[0, 0]).astype(jnp.int32), one.k, one.v, one.valid[0]
+
+    rows = jax.vmap(row, (0, 0, 0, 0, 0, None))
 
     def body(_: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
         token, cache = carry
         own = jax.tree.map(lambda leaf: leaf[ids], riders)
-        return rows(own, token, cache.k, cache.v, cache.valid, cache.index)
+        token, k, v, valid = rows(own, token, by_row(cache.k), by_row(cache.v), cache.valid, cache.index)
+        return token, KVCache(together(k), together(v), valid, cache.index + 1)
 
     return jax.lax.fori_loop(0, steps, body, (token, cache))
 

@@ -43,6 +43,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--new_tokens", type=int, default=33, help="the first belongs to TTFT, the others to TPOT")
     parser.add_argument("--dtype", default="float32", help=" or ".join(DTYPES))
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--prefill_rounds", type=int, help="rounds that read the prompts anew; default all of them")
     parser.add_argument("--peer", choices=("peft",), help="time transformers + PEFT's unmerged LoRA in the same rounds")
     parser.add_argument("--out", type=Path, required=True, help="new or empty directory, or one of this very command")
     return parser
@@ -68,6 +69,8 @@ def _check(args: Namespace) -> tuple[LlamaConfig, list[str], list[Setting], dict
     for flag, least in (("rank", 1), ("rounds", 1), ("new_tokens", 2)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag} {getattr(args, flag)} must be an integer of at least {least}")
+    if args.prefill_rounds is not None and not 1 <= args.prefill_rounds <= args.rounds:
+        raise UserError(f"--prefill_rounds {args.prefill_rounds} must be from 1 to --rounds {args.rounds}")
     if args.dtype not in DTYPES:
         raise UserError(f"--dtype {args.dtype!r} is unknown; {near_misses(args.dtype, DTYPES)}")
     methods = list(dict.fromkeys(name.strip() for name in args.methods.split(",") if name.strip()))
@@ -167,7 +170,8 @@ def main(argv: list[str]) -> None:
             extra = peer.parameters * jax.numpy.dtype(args.dtype).itemsize
             theirs = comparison.Size(rank, peer.parameters, sizes[comparison.REFERENCE].read_bytes + extra)
             sizes |= {"peft": theirs, "peft_compiled": theirs}
-        for one in comparison.compare(config, base, configs, settings, args.rounds, peer, bar.update):
+        prefills = args.prefill_rounds or args.rounds
+        for one in comparison.compare(config, base, configs, settings, args.rounds, prefills, peer, bar.update):
             measurements.append(one)
             if peer and peer.not_compiled:
                 result["left_out"]["peft_compiled"] = peer.not_compiled

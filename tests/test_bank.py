@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from flora_jax.adapters import METHODS, AdapterConfig, apart, fuse, init_adapter, merge
+from flora_jax.adapters import METHODS, AdapterConfig, apart, device_layout, fuse, init_adapter, merge
 from flora_jax.errors import UserError
 from flora_jax.inference.generator import Generator
 from flora_jax.models.config import LlamaConfig
@@ -97,8 +97,7 @@ def test_a_thousand_switches_leave_the_base_alone(two_layers, prompts):
     assert generator.generate(prompts[:2], 6) == first[last]
     for name, adapter in adapters.items():
         generator.use(name)
-        transposed = jax.default_backend() == "cpu"
-        expected = fuse(base, adapter, config, adapter_config, generator._row_multiple, transposed=transposed)
+        expected = fuse(base, adapter, config, adapter_config, **device_layout())
         same = jax.tree.map(lambda a, b: bool((a == b).all()), generator.params, expected)
         assert jax.tree.all(same)
     assert len({tuple(g[0].tokens) for g in first.values()}) == 4

@@ -109,6 +109,26 @@ def test_what_is_timed_is_the_generator(base):
     assert max(len(generation.tokens) for generation in expected) == 6
 
 
+def test_prompts_are_read_in_the_first_rounds_only(base):
+    """And what is decoded after a copied state is what was decoded before."""
+    model, params = comparison.build("base", base, TINY, None)
+    setting = Setting(prompt_length=5, batch_size=2, new_tokens=6)
+    programs, prompts, seen = timing.compile_programs(model, params, setting), setting.prompts(TINY), []
+
+    def watch(*arguments):
+        seen.append(programs.decode(*arguments))
+        return seen[-1]
+
+    watched = timing.Programs(setting, programs.prefill, programs.grow, programs.begin, watch, 0.0, False)
+    contestant = timing.Contestant(watched, params, prompts, prefills=2)
+    times = [contestant() for _ in range(4)]
+    assert [ttft is None for ttft, _ in times] == [False, False, True, True]
+    assert min(tpot for _, tpot in times) > 0
+    for state in seen:
+        np.testing.assert_array_equal(state.out, seen[0].out)
+    assert timing.paired_ratio([2.0, None, 6.0], [1.0, 5.0, None])["median"] == 2.0
+
+
 def test_arithmetic_in_closed_form():
     """Synthetic rounds in which the machine slows to half its speed: times double, ratios stay."""
     setting = Setting(16, 4, 9)
@@ -172,7 +192,8 @@ def test_gathered_lora_is_lora(base):
         expected.append(generator.generate(prompts.tolist(), 6)[row].tokens)
         logits, cache = prefill(model, generator.params, prompts, jnp.full(4, 16))
         first.append(logits[row : row + 1].argmax(-1))
-        caches.append(jax.tree.map(lambda leaf, row=row: leaf[row : row + 1] if leaf.ndim else leaf, grow(cache, 32)))
+        own = lambda leaf, row=row: jnp.split(leaf, 4)[row] if leaf.ndim else leaf  # noqa: E731
+        caches.append(jax.tree.map(own, grow(cache, 32)))
     shared, riders = stack_lora(base, adapters, TINY, config)
     cache = jax.tree.map(lambda *rows: jnp.concatenate(rows) if rows[0].ndim else rows[0], *caches)
     token = jnp.concatenate(first).astype(jnp.int32)

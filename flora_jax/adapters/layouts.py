@@ -136,7 +136,8 @@ def fuse(
         return _turned(out) if transposed else out
 
     fused = {name: leaf for name, leaf in base.items() if name != "layers"}
-    fused["layers"] = _each_layer(base, config, product)
+    stream = _extent(config, adapter_config, "qkv", len(adapters), row_multiple)[0]
+    fused["layers"] = _each_layer(base, config, product, stream)
     return {**fused, "folded": {}} if fold_adds else fused
 
 
@@ -172,23 +173,42 @@ def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: i
         out |= {"bias": leaves["bias"]} if "bias" in leaves else {}
         return _turned(out) if transposed else out
 
+    stream = _extent(config, adapter_config, "qkv", places, row_multiple)[0]
     layers = {
-        i: layer
-        | {block: {name: product(name, layer[block][name]) for name in names} for block, names in BLOCKS.items()}
+        i: {
+            **{
+                name: {"scale": _pad_to(leaf["scale"][: config.hidden_size], (stream,))}
+                for name, leaf in layer.items()
+                if name not in BLOCKS
+            },
+            **{block: {name: product(name, layer[block][name]) for name in names} for block, names in BLOCKS.items()},
+        }
         for i, layer in fused["layers"].items()
     }
     return {**fused, "layers": layers}
 
 
-def _each_layer(base: Tree, config: Any, product: Any) -> Tree:
-    """Leaves of every layer by its number: `product(i, block, name)` of the four products, norms cut from the stack."""
+def _each_layer(base: Tree, config: Any, product: Any, stream: int) -> Tree:
+    """Leaves of every layer by its number: `product(i, block, name)` of the four products, norms cut from the stack and
+    filled up to the width of the stream that they act on."""
     return {
         str(i): {
-            **{name: {"scale": leaf["scale"][i]} for name, leaf in base["layers"].items() if name not in BLOCKS},
+            **{
+                name: {"scale": _pad_to(leaf["scale"][i], (stream,))}
+                for name, leaf in base["layers"].items()
+                if name not in BLOCKS
+            },
             **{block: {name: product(i, block, name) for name in products} for block, products in BLOCKS.items()},
         }
         for i in range(config.num_hidden_layers)
     }
+
+
+def device_layout() -> dict[str, Any]:
+    """The arguments of `fuse` with which this device's compiler reads the arrays fastest and copies none of them: rows
+    in blocks on a GPU, transposed arrays on a CPU."""
+    backend = jax.default_backend()
+    return {"row_multiple": 128 if backend == "gpu" else 1, "transposed": backend == "cpu"}
 
 
 def apart(
@@ -225,7 +245,7 @@ def apart(
         return _turned(out) if transposed else out
 
     out = {name: leaf for name, leaf in base.items() if name != "layers"}
-    return {**out, "layers": _each_layer(base, config, product)}
+    return {**out, "layers": _each_layer(base, config, product, config.hidden_size)}
 
 
 def split(fused: Tree, config: Any, adapter_config: AdapterConfig | None, place: int = 0) -> tuple[Tree, Tree]:
@@ -243,7 +263,7 @@ def split(fused: Tree, config: Any, adapter_config: AdapterConfig | None, place:
     base: Tree = {name: leaf for name, leaf in fused.items() if name != "layers"}
     layers = [fused["layers"][str(i)] for i in range(config.num_hidden_layers)]
     base["layers"] = {
-        name: {"scale": jnp.stack([layer[name]["scale"] for layer in layers])}
+        name: {"scale": jnp.stack([layer[name]["scale"][: config.hidden_size] for layer in layers])}
         for name in layers[0]
         if name not in BLOCKS
     }

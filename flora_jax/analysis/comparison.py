@@ -8,7 +8,6 @@ merged base is built anew beside each variant, so that building takes no more me
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import AdapterConfig
+from flora_jax.adapters import AdapterConfig, device_layout
 from flora_jax.analysis.timing import (
+    Contestant,
     Programs,
     Seconds,
     Setting,
@@ -98,12 +98,6 @@ def on_disk(tree: Tree, folder: Path) -> Tree:
     return structure.unflatten([move(i, leaf) for i, leaf in enumerate(leaves)])
 
 
-def device_layout() -> dict[str, Any]:
-    """The arguments of `fuse` with which the Generator lays weights out on this device."""
-    backend = jax.default_backend()
-    return {"row_multiple": 128 if backend == "gpu" else 1, "transposed": backend == "cpu"}
-
-
 def build(name: str, base: Tree, config: LlamaConfig, adapter_config: AdapterConfig | None) -> tuple[Llama, Tree]:
     """`(model, params)` of a variant with a random adapter, on the device; base in the split layout, from anywhere."""
     adapter = None if adapter_config is None else random_adapter(jax.random.key(1), config, adapter_config)
@@ -129,13 +123,15 @@ def compare(
     configs: Mapping[str, AdapterConfig | None],
     settings: Sequence[Setting],
     rounds: int,
+    prefills: int,
     peer: Peer | None = None,
     done: Callable[[], Any] = lambda: None,
 ) -> Iterator[Measurement]:
     """Yields the measurement of each variant at each setting.
 
-    base: the split layout, best from `on_disk`. peer: timed in every round too. On a GPU LoRA's products apart are
-    timed with XLA's dot merger and without. done: called after every round.
+    base: the split layout, best from `on_disk`. prefills: of the rounds, how many read the prompts anew. peer: timed in
+    every round too, and reads them in each. On a GPU LoRA's products apart are timed with XLA's dot merger and without.
+    done: called after every round.
     """
     compiled: dict[tuple[str, Setting], Programs] = {}
     for name, adapter_config in configs.items():
@@ -154,7 +150,7 @@ def compare(
                     compiled[key, setting] = compile_programs(model, params, setting, options=options)
                 programs = compiled[key, setting]
                 programs.run(params, prompts, new_tokens=2)
-                contestants[entrant] = functools.partial(programs.run, params, prompts)
+                contestants[entrant] = Contestant(programs, params, prompts, prefills)
                 if entrant != REFERENCE:
                     seconds[entrant] = (programs.compile_seconds, programs.cached)
             if peer is not None:
@@ -209,7 +205,8 @@ def _row(
     row: dict[str, Any] = {"method": name, **dataclasses.asdict(setting), **dataclasses.asdict(size)}
     times = lambda who, i: [one[who][i] for one in rounds]  # noqa: E731
     for i, what in enumerate(("ttft", "tpot")):
-        row[what] = summary(times(name, i)) | {"rounds": times(name, i)}
+        taken = [seconds for seconds in times(name, i) if seconds is not None]
+        row[what] = summary(taken) | {"rounds": taken}
         row[f"{what}_ratio"] = paired_ratio(times(name, i), times(REFERENCE, i))
         others = [peer for peer in peers if peer != name and peer in rounds[0]]
         row[f"{what}_over_peer"] = {peer: paired_ratio(times(name, i), times(peer, i)) for peer in others}

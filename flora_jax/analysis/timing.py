@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.inference.generator import begin, bucket, decode, grow, prefill
+from flora_jax.inference.generator import State, begin, bucket, decode, grow, prefill
 from flora_jax.inference.sampling import Sampling
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
@@ -30,7 +30,7 @@ from flora_jax.models.llama import Llama
 Array = jax.Array
 Tree = dict[str, Any]
 T = TypeVar("T")
-Seconds = tuple[float, float]  # TTFT and TPOT of one run
+Seconds = tuple[float | None, float]  # TTFT and TPOT of one run; no TTFT where the prompts were not read again
 
 _STOP = np.full(8, -1, np.int32)  # ids that no row ever emits, as many as the Generator passes
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
@@ -69,20 +69,51 @@ class Programs:
     ) -> Seconds:
         """One generation of greedy tokens after `prompts` `[B, prompt_length]`, with a fresh cache: TTFT and TPOT in
         seconds. new_tokens: fewer than the setting's, to warm up; select `[B, N]` bool, of a bank."""
-        total, (rows, length) = new_tokens or self.setting.new_tokens, prompts.shape
+        state, ttft = self.start(params, prompts, select)
+        return ttft, self.go_on(params, state, new_tokens, select)
+
+    def start(self, params: Tree, prompts: np.ndarray, select: Array | None = None) -> tuple[State, float]:
+        """The state after the first token, and TTFT."""
+        rows, length = prompts.shape
         tokens = jnp.zeros((rows, bucket(length)), jnp.int32).at[:, :length].set(prompts)
-        lengths, done = jnp.full(rows, length, jnp.int32), jnp.zeros(rows, bool)
-        keys, limit = _keys(rows), jnp.int32(total)
-        jax.block_until_ready((tokens, lengths, done, keys, limit))
+        lengths, done, keys = jnp.full(rows, length, jnp.int32), jnp.zeros(rows, bool), _keys(rows)
+        jax.block_until_ready((tokens, lengths, done, keys))
         start = time.perf_counter()
         logits, cache = self.prefill(params, tokens, lengths, select)
         state = jax.block_until_ready(self.begin(logits, self.grow(cache), done, _STOP, keys))
-        first = time.perf_counter()
+        return state, time.perf_counter() - start
+
+    def go_on(
+        self, params: Tree, state: State, new_tokens: int | None = None, select: Array | None = None
+    ) -> float:
+        """TPOT of the tokens after the first; the state is consumed."""
+        total = new_tokens or self.setting.new_tokens
+        keys, limit = _keys(len(state.done)), jnp.int32(total)
+        jax.block_until_ready((keys, limit))
+        start = time.perf_counter()
         state = jax.block_until_ready(self.decode(params, state, limit, _STOP, keys, select))
         end = time.perf_counter()
         if int(state.step) != total:
             raise RuntimeError(f"decode made {int(state.step)} tokens where {total} were asked for")
-        return first - start, (end - first) / (total - 1)
+        return (end - start) / (total - 1)
+
+
+class Contestant:
+    """A model at its programs' setting that runs whenever it is called. It reads the prompts in the first `prefills`
+    calls; those after them decode from a copy of the last such state, since reading a long prompt takes many times as
+    long as what is timed after it."""
+
+    def __init__(self, programs: Programs, params: Tree, prompts: np.ndarray, prefills: int):
+        self._programs, self._params, self._prompts, self._prefills = programs, params, prompts, prefills
+        self._state: State | None = None
+
+    def __call__(self) -> Seconds:
+        ttft = None
+        if self._prefills > 0:
+            self._prefills, self._state = self._prefills - 1, None
+            self._state, ttft = self._programs.start(self._params, self._prompts)
+        state = jax.block_until_ready(jax.tree.map(jnp.copy, self._state))
+        return ttft, self._programs.go_on(self._params, state)
 
 
 def _keys(rows: int) -> Array:
@@ -129,9 +160,9 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     return {"median": middle, "quartiles": [low, high]}
 
 
-def paired_ratio(own: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    """Summary of `own / other`, round by round."""
-    return summary([a / b for a, b in zip(own, other, strict=True)])
+def paired_ratio(own: Sequence[float | None], other: Sequence[float | None]) -> dict[str, Any]:
+    """Summary of `own / other`, round by round, where both were timed."""
+    return summary([a / b for a, b in zip(own, other, strict=True) if a is not None and b is not None])
 
 
 def claims(ratio: float, lora: float) -> dict[str, float | None]:

@@ -24,7 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from flora_jax.adapters import AdapterConfig, adapter_riders, check_adapter, fuse, make_room, widen, write_adapter
+from flora_jax.adapters import (
+    AdapterConfig,
+    adapter_riders,
+    check_adapter,
+    device_layout,
+    fuse,
+    make_room,
+    widen,
+    write_adapter,
+)
 from flora_jax.errors import UserError, near_misses
 from flora_jax.inference.sampling import Sampling, sample
 from flora_jax.models.config import LlamaConfig
@@ -84,7 +93,7 @@ def grow(cache: KVCache, slots: int) -> KVCache:
     def pad(leaf: Array, axis: int) -> Array:
         return jnp.pad(leaf, [(0, slots - n if i == axis else 0) for i, n in enumerate(leaf.shape)])
 
-    k, v = tuple(pad(leaf, 3) for leaf in cache.k), tuple(pad(leaf, 2) for leaf in cache.v)
+    k, v = tuple(pad(leaf, 2) for leaf in cache.k), tuple(pad(leaf, 1) for leaf in cache.v)
     return KVCache(k, v, pad(cache.valid, 1), cache.index)
 
 
@@ -218,9 +227,9 @@ class Generator:
         self.config, self.tokenizer = config, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
         self.adapter_config, self._riders = _share(config, adapters or {}, adapter_config)
-        # What the compilers read fastest without copying: rows in blocks on a GPU, the transposed arrays on a CPU.
-        self._row_multiple = 128 if jax.default_backend() == "gpu" else 1
-        self.params = fuse(base, None, config, None, transposed=jax.default_backend() == "cpu")
+        layout = device_layout()
+        self._row_multiple = layout["row_multiple"]
+        self.params = fuse(base, None, config, None, **layout)
         self._model = Llama(config, self.adapter_config)
         self._places: list[str | None] = [None]  # whose columns and rows the arrays hold, place by place
         self._bank = False

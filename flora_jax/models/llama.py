@@ -48,10 +48,10 @@ REMAT_POLICIES = {
 class KVCache:
     """Keys and values of the tokens seen so far.
 
-    k: a tuple of L arrays `[B, K, H, S]`; v: of L arrays `[B, K, S, H]`, so that a decode step's two products over them
-    run along rows of memory (on a CPU six times as fast as over `[B, S, K, H]`). valid `[B, S]` bool, which slots hold
-    real tokens; index, scalar int32, the slot that the next token is written to, the same for every row (positions
-    differ by row, slots do not).
+    k: a tuple of L arrays `[B·K, H, S]`; v: of L arrays `[B·K, S, H]`: as the two products of a decode step want them,
+    with no reshaping between, so that a step writes its slot in place and copies nothing. valid `[B, S]` bool, which
+    slots hold real tokens; index, scalar int32, the slot that the next token is written to, the same for every row
+    (positions differ by row, slots do not).
     """
 
     k: tuple[Array, ...]
@@ -62,15 +62,15 @@ class KVCache:
     @classmethod
     def empty(cls, config: LlamaConfig, batch: int, length: int, dtype: Any = jnp.float32) -> KVCache:
         """A cache of `length` slots for `batch` rows."""
-        K, H, L = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
-        k = tuple(jnp.zeros((batch, K, H, length), dtype) for _ in range(L))
-        v = tuple(jnp.zeros((batch, K, length, H), dtype) for _ in range(L))
+        BK, H, L = batch * config.num_key_value_heads, config.head_dim, config.num_hidden_layers
+        k = tuple(jnp.zeros((BK, H, length), dtype) for _ in range(L))
+        v = tuple(jnp.zeros((BK, length, H), dtype) for _ in range(L))
         return cls(k, v, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
 
 
 class RMSNorm(nn.Module):
     """`x / rms(x) · scale` in float32, returned in x's dtype. x `[..., D]`, or with further channels behind the D,
-    which pass as they are."""
+    which pass as they are; scale is as wide as x."""
 
     width: int
     eps: float
@@ -78,14 +78,17 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones_init(), (self.width,), self.param_dtype).astype(x.dtype)
-        y = x.astype(jnp.float32)
-        factor = jax.lax.rsqrt(jnp.mean(jnp.square(y[..., : self.width]), axis=-1, keepdims=True) + self.eps)
+        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], self.param_dtype).astype(x.dtype)
+        passing = None
         if x.shape[-1] > self.width:
-            factor = jnp.where(jnp.arange(x.shape[-1]) < self.width, factor, 1)
-            scale = jnp.pad(scale, (0, x.shape[-1] - self.width), constant_values=1)
+            # Set apart first: what is left is a norm that XLA knows how to make one kernel of.
+            own = jnp.arange(x.shape[-1]) < self.width
+            passing, x = jnp.where(own, 0, x), jnp.where(own, x, 0)
+        y = x.astype(jnp.float32)
+        factor = jax.lax.rsqrt(jnp.square(y).sum(axis=-1, keepdims=True) / self.width + self.eps)
         # Rounded before the scale, as the published models were trained.
-        return (y * factor).astype(x.dtype) * scale
+        y = (y * factor).astype(x.dtype) * scale
+        return y if passing is None else y + passing
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
@@ -104,13 +107,14 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
 
 def attend_one(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Attention of one token a row, q `[B, 1, N, H]`, over the cache's k `[B, K, H, S]` and v `[B, K, S, H]`; mask
+    """Attention of one token a row, q `[B, 1, N, H]`, over the cache's k `[B·K, H, S]` and v `[B·K, S, H]`; mask
     `[B, 1, 1, S]` bool. The heads of a group read their k and v once; softmax in float32."""
     B, _, N, H = q.shape
-    groups = q.reshape(B, k.shape[1], -1, H)
-    scores = jnp.einsum("BKGH,BKHS->BKGS", groups, k, preferred_element_type=jnp.float32) * H**-0.5
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGS,BKSH->BKGH", weights, v).reshape(B, 1, N, H)
+    groups = q.reshape(k.shape[0], -1, H)
+    scores = jnp.einsum("bGH,bHS->bGS", groups, k, preferred_element_type=jnp.float32) * H**-0.5
+    seen = jnp.repeat(mask[:, 0], k.shape[0] // B, axis=0)
+    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
+    return jnp.einsum("bGS,bSH->bGH", weights, v).reshape(B, 1, N, H)
 
 
 class Attention(nn.Module):
@@ -137,14 +141,16 @@ class Attention(nn.Module):
             out, present = attend(q, k, v, mask), None
         else:
             past_k, past_v, index = past
-            k, v = k.transpose(0, 2, 3, 1).astype(past_k.dtype), v.swapaxes(1, 2).astype(past_v.dtype)
-            k = jax.lax.dynamic_update_slice(past_k, k, (0, 0, 0, index))
-            v = jax.lax.dynamic_update_slice(past_v, v, (0, 0, index, 0))
-            present, (kq, vq) = (k, v), (k.astype(q.dtype), v.astype(q.dtype))
-            if q.shape[1] == 1:
-                out = attend_one(q, kq, vq, mask)
+            B, T, K, H = k.shape
+            k, v = k.transpose(0, 2, 3, 1).reshape(B * K, H, T), v.swapaxes(1, 2).reshape(B * K, T, H)
+            k = jax.lax.dynamic_update_slice(past_k, k.astype(past_k.dtype), (0, 0, index))
+            v = jax.lax.dynamic_update_slice(past_v, v.astype(past_v.dtype), (0, index, 0))
+            present, (k, v) = (k, v), (k.astype(q.dtype), v.astype(q.dtype))
+            if T == 1:
+                out = attend_one(q, k, v, mask)
             else:
-                out = attend(q, kq.transpose(0, 3, 1, 2), vq.swapaxes(1, 2), mask)
+                k, v = k.reshape(B, K, H, -1).transpose(0, 3, 1, 2), v.reshape(B, K, -1, H).swapaxes(1, 2)
+                out = attend(q, k, v, mask)
         (out,), z_out = dense("o")(out.reshape(*x.shape[:2], -1), z_in, select=select, deterministic=deterministic)
         return out, z_out, present
 
