@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
             extra = peer.parameters * jax.numpy.dtype(args.dtype).itemsize
             theirs = comparison.Size(rank, peer.parameters, sizes[comparison.REFERENCE].read_bytes + extra)
             sizes |= {"peft": theirs, "peft_compiled": theirs}
-        prefills = args.prefill_rounds or args.rounds
+        prefills = args.rounds if args.prefill_rounds is None else args.prefill_rounds
         for one in comparison.compare(config, base, configs, settings, args.rounds, prefills, peer, bar.update):
             measurements.append(one)
             if peer and peer.not_compiled:

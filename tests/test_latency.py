@@ -120,10 +120,14 @@ def test_prompts_are_read_in_the_first_rounds_only(base):
         return seen[-1]
 
     watched = timing.Programs(setting, programs.prefill, programs.grow, programs.begin, watch, 0.0, False)
-    contestant = timing.Contestant(watched, params, prompts, prefills=2)
-    times = [contestant() for _ in range(4)]
-    assert [ttft is None for ttft, _ in times] == [False, False, True, True]
-    assert min(tpot for _, tpot in times) > 0
+    for prefills in (1, 2):
+        contestant = timing.Contestant(watched, params, prompts, prefills)
+        contestant.warm_up()
+        assert int(seen.pop().step) == 2
+        times = [contestant() for _ in range(4)]
+        assert [ttft is None for ttft, _ in times] == [i >= prefills for i in range(4)]
+        assert min(tpot for _, tpot in times) > 0
+    assert len(seen) == 8
     for state in seen:
         np.testing.assert_array_equal(state.out, seen[0].out)
     assert timing.paired_ratio([2.0, None, 6.0], [1.0, 5.0, None])["median"] == 2.0

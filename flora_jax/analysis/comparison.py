@@ -149,8 +149,8 @@ def compare(
                 if (key, setting) not in compiled:
                     compiled[key, setting] = compile_programs(model, params, setting, options=options)
                 programs = compiled[key, setting]
-                programs.run(params, prompts, new_tokens=2)
                 contestants[entrant] = Contestant(programs, params, prompts, prefills)
+                contestants[entrant].warm_up()
                 if entrant != REFERENCE:
                     seconds[entrant] = (programs.compile_seconds, programs.cached)
             if peer is not None:
