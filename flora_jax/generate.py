@@ -21,6 +21,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stream", action="store_true", help="print the text as it comes")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     return parser
 
@@ -46,6 +47,11 @@ def main(argv: list[str]) -> None:
     generator = Generator(
         model.config, model.base, adapters, model.adapter_config, model.tokenizer, args.max_length, batch_size=1
     )
+    if args.stream:
+        for piece in generator.stream(prompt, args.max_new_tokens, sampling, args.seed):
+            print(piece, end="", flush=True)
+        print()
+        return
     [generation] = generator.generate([prompt], args.max_new_tokens, sampling, args.seed)
     print(generation.text)
 

@@ -140,3 +140,13 @@ def test_adapters_that_do_not_go_together_are_refused(two_layers):
         generator.generate([[1], [2]], 2, adapter_names=["a"])
     with pytest.raises(UserError, match="'x' is not loaded"):
         generator.generate([[1]], 2, adapter_names=["x"])
+
+
+def test_full_fine_tuning_is_its_base(two_layers, prompts):
+    """fft has no adapter to write: under any name it is the base that was given."""
+    config, base = two_layers
+    plain = Generator(config, base, max_length=64, batch_size=8).generate(prompts, 4)
+    generator = Generator(config, base, {"a": {}}, AdapterConfig("fft", 1), max_length=64, batch_size=8)
+    assert generator.generate(prompts, 4) == plain
+    generator.use("a")
+    assert generator.generate(prompts, 4, adapter_names=["a", None, "a", "a", None]) == plain

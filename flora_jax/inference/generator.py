@@ -166,7 +166,8 @@ def _write(layers: Tree, riders: Tree, place: Array, config: LlamaConfig, adapte
 def _share(
     config: LlamaConfig, adapters: Mapping[str, Tree], configs: AdapterConfig | Mapping[str, AdapterConfig] | None
 ) -> tuple[AdapterConfig | None, dict[str, Tree]]:
-    """The configuration of all adapters once the smaller ranks are widened, and what each writes, on the host."""
+    """The configuration of all adapters once the smaller ranks are widened, and what each writes, on the host; None
+    where the method has no adapter, the base being what was trained."""
     if not adapters:
         return None, {}
     if not isinstance(configs, Mapping):
@@ -178,6 +179,8 @@ def _share(
     # What is laid out the same, whatever the names, the scale and what only training reads.
     shape = lambda one: (one.row, one.targets, one.add_to, one.activation)  # noqa: E731
     shared, riders = max((configs[name] for name in adapters), key=lambda one: one.rank), {}
+    if shared.row.reads is None:
+        return None, {name: {} for name in adapters}
     for name, adapter in adapters.items():
         own = configs[name]
         if shape(own) != shape(first):
@@ -234,7 +237,7 @@ class Generator:
         self._places: list[str | None] = [None]  # whose columns and rows the arrays hold, place by place
         self._bank = False
         self._name: str | None = None
-        if self._riders:
+        if self.adapter_config is not None:
             self.params = make_room(self.params, config, self.adapter_config, 1, self._row_multiple)
             self.use(next(iter(self._riders)))
 
@@ -252,7 +255,7 @@ class Generator:
 
     def _arrange(self, names: set[str | None]) -> None:
         """Sees to it that the arrays hold the adapters of `names`: one by writing it, several by becoming a bank."""
-        if self._bank or (len(names) == 1 and set(self._places) == names):
+        if self._bank or self.adapter_config is None or (len(names) == 1 and set(self._places) == names):
             return
         if len(names) > 1:
             places = len(self._riders)
