@@ -125,6 +125,7 @@ def test_adapters_that_do_not_go_together_are_refused(two_layers):
     for one, other, words in [
         (make("ffba"), make("ffba_qg_add"), ("'b' (ffba_qg_add", "add_to=q,gate", "add_to=q,k,v,gate,up")),
         (make("fpa"), make("fpa", activation="relu"), ("activation=relu", "activation=identity")),
+        (make("lora"), AdapterConfig("fft", 16), ("'b' (fft", "as the first is (lora")),
         (AdapterConfig("ffba_qg_add", 6), AdapterConfig("ffba_qg_add", 8), ("rank 6", "rank 8", "multiple of 6")),
     ]:
         configs = {"a": one, "b": other}

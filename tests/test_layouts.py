@@ -142,6 +142,30 @@ def test_fused_equals_split_and_is_undone(config, method):
         assert_same_tree(found_adapter, adapter, ulp=2)
 
 
+@pytest.mark.parametrize("places", [1, 4, 16])
+@pytest.mark.parametrize("method", ["pf_lora", "ffa", "fpa", "ffba", "ffba_qd_add", "zflora"])
+def test_each_row_of_a_bank_has_its_adapters_logits(method, places):
+    """Of adapters whose logits are far apart; and `split` finds each of them at its place."""
+    adapter_config = AdapterConfig(method, 8, alpha=16.0)
+    base, rows = random_base(TINY), len(TOKENS)
+    adapters = [random_adapter(adapter_config, seed=seed) for seed in range(places)]
+    bank = fuse(base, adapters, TINY, adapter_config, 128 if places == 4 else 1, transposed=places == 16)
+    alone = [logits(TINY, adapter_config, {"params": base, "adapter": adapter}) for adapter in adapters[:rows]]
+    bare = logits(TINY, None, {"params": base})
+    own = [0, places - 1]  # the first row has the first adapter, the second the last
+    expected = [alone[0][0], logits(TINY, adapter_config, {"params": base, "adapter": adapters[-1]})[1]]
+    found = logits(TINY, adapter_config, {"params": bank}, jax.nn.one_hot(jnp.array(own), places, dtype=bool))
+    nobody = logits(TINY, adapter_config, {"params": bank}, jnp.zeros((rows, places), bool))
+    atol = 1e-5 * float(jnp.abs(jnp.stack(expected)).max())
+    np.testing.assert_allclose(found, jnp.stack(expected), atol=atol)
+    np.testing.assert_allclose(nobody, bare, atol=atol)
+    assert min(float(jnp.abs(expected[row] - bare[row]).max()) for row in range(rows)) > 0.1
+    if places > 1:
+        assert jnp.abs(alone[0] - alone[1]).max() > 0.1
+    for place in {0, places - 1}:
+        assert_same_tree(split(bank, TINY, adapter_config, place)[1], adapters[place])
+
+
 @pytest.mark.parametrize("method", ADAPTED)
 def test_the_arrays_are_those_of_the_design(method):
     """Rows and columns of a layer's four arrays at r = 8: D 96, Q 96, K·H 32, F 192; and what else is there."""
@@ -229,6 +253,8 @@ def test_what_cannot_be_laid_out_is_refused():
         (lambda: fuse(base, [adapter, adapter], TINY, ffba, fold_adds=True), "fold_adds takes one adapter"),
         (lambda: split(fuse(base, adapter, TINY, ffba, fold_adds=True), TINY, ffba), "were folded"),
         (lambda: split(fuse(base, None, TINY, None), TINY, ffba), "ffba has (96, 184) there"),
+        (lambda: split(fuse(base, adapter, TINY, ffba), TINY, ffba, place=1), "ffba has (96, 208) there"),
+        (lambda: split(fuse(base, adapter, TINY, ffba), TINY, ffba, place=-1), "place=-1"),
         (lambda: split(base, TINY, None), "no fused tree"),
         (lambda: widen(adapter, ffba, 12), "multiple of 8"),
         (lambda: apart(base, random_adapter(AdapterConfig("zflora", 8)), TINY, AdapterConfig("zflora", 8)), "fuse it"),

@@ -252,11 +252,14 @@ def split(fused: Tree, config: Any, adapter_config: AdapterConfig | None, place:
     """`(base, adapter)` of a fused tree, stacked again; of a bank, the adapter at `place`.
 
     The base is bit-equal to what was fused; so is the adapter where s is a power of two (else within 2 ulp) and the
-    base's dtype is the adapter's. Raises UserError for a tree whose adds were folded, or of another configuration.
+    base's dtype is the adapter's. Raises UserError for a tree whose adds were folded, of another configuration, or
+    without such a place.
     """
     if "folded" in fused:
         raise UserError("the repeat-and-adds of this tree were folded into its base: split cannot take them out again")
-    check_fused(fused, config, adapter_config)
+    if place < 0:
+        raise UserError(f"place={place} must be 0 or more")
+    check_fused(fused, config, adapter_config, place + 1)
     scale = lambda leaf, side: (  # noqa: E731
         leaf / adapter_config.scale if adapter_config.row.zero == side else leaf
     ).astype(jnp.float32)

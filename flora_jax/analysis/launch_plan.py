@@ -32,7 +32,7 @@ from jax.sharding import SingleDeviceSharding
 from flora_jax.adapters import AdapterConfig, abstract_adapter
 from flora_jax.analysis.variants import VARIANTS, serve
 from flora_jax.errors import UserError
-from flora_jax.inference.generator import _last_logits
+from flora_jax.inference.generator import last_logits
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import KVCache, abstract_base
 
@@ -355,7 +355,7 @@ def plan_step(
 
     def step(params: Any, tokens: jax.Array, cache: KVCache, select: jax.Array | None) -> tuple[jax.Array, KVCache]:
         real = jnp.ones(tokens.shape, bool)
-        logits, cache = model.apply({"params": params}, tokens, real, cache, select, method=_last_logits)
+        logits, cache = model.apply({"params": params}, tokens, real, cache, select, method=last_logits)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
     options = MODES[mode] | ({} if dot_merger else DOT_MERGER_OFF)

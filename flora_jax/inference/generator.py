@@ -64,7 +64,7 @@ def bucket(length: int) -> int:
     return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-def _last_logits(
+def last_logits(
     model: Llama, tokens: Array, mask: Array, cache: KVCache, select: Array | None
 ) -> tuple[Array, KVCache]:
     """float32 logits `[B, V]` after the last real token of each row, and no other's."""
@@ -83,7 +83,7 @@ def prefill(
     B, P = tokens.shape
     cache = KVCache.empty(model.config, B, P, params["embed_tokens"]["embedding"].dtype)
     mask = jnp.arange(P) < lengths[:, None]
-    return model.apply({"params": params}, tokens, mask, cache, select, method=_last_logits)
+    return model.apply({"params": params}, tokens, mask, cache, select, method=last_logits)
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -126,7 +126,7 @@ def _advance(
     """One token further: the model reads the last one and the next is chosen."""
     real = jnp.ones((len(state.token), 1), bool)
     logits, cache = model.apply(
-        {"params": params}, state.token[:, None], real, state.cache, select, method=_last_logits
+        {"params": params}, state.token[:, None], real, state.cache, select, method=last_logits
     )
     return _choose(state.replace(cache=cache), logits, stop, keys, sampling)
 
@@ -178,10 +178,7 @@ def _share(
     first = configs[next(iter(adapters))]
     # What is laid out the same, whatever the names, the scale and what only training reads.
     shape = lambda one: (one.row, one.targets, one.add_to, one.activation)  # noqa: E731
-    shared, riders = max((configs[name] for name in adapters), key=lambda one: one.rank), {}
-    if shared.row.reads is None:
-        return None, {name: {} for name in adapters}
-    for name, adapter in adapters.items():
+    for name in adapters:
         own = configs[name]
         if shape(own) != shape(first):
             raise UserError(
@@ -190,6 +187,11 @@ def _share(
                 f"targets={','.join(first.targets)}, add_to={','.join(first.add_to)}, activation={first.activation}); "
                 "adapters of one Generator are alike but for rank and alpha"
             )
+    if first.row.reads is None:
+        return None, {name: {} for name in adapters}
+    shared, riders = max((configs[name] for name in adapters), key=lambda one: one.rank), {}
+    for name, adapter in adapters.items():
+        own = configs[name]
         check_adapter(adapter, config, own)
         if own.rank < shared.rank:
             adapter, own = widen(adapter, own, shared.rank)
