@@ -11,7 +11,6 @@ rounds, ratios round by round.
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import tempfile
 import time
@@ -22,16 +21,15 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from experiments.report import header, provenance
+from experiments.report import add_model_flags, header, load_model, provenance, write_result
 from flora_jax.adapters import AdapterConfig, apart, fuse
 from flora_jax.analysis.comparison import device_layout, on_disk
 from flora_jax.analysis.timing import Programs, Setting, compile_programs, interleave, paired_ratio, summary
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
-from flora_jax.errors import CommandParser, UserError, check_writable, run_command
+from flora_jax.errors import CommandParser, UserError, run_command
 from flora_jax.inference.generator import bucket
-from flora_jax.models.config import DTYPES, LlamaConfig
-from flora_jax.models.llama import KVCache, Llama, init_base
-from flora_jax.models.loading import load_pretrained
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.llama import KVCache, Llama
 
 Array = jax.Array
 Tree = dict[str, Any]
@@ -131,17 +129,12 @@ def measure(
 def main(argv: list[str]) -> None:
     """The command."""
     parser = CommandParser(prog="python -m experiments.bank", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes, or random")
-    parser.add_argument("--preset", help="architecture of --model random")
+    add_model_flags(parser)
     parser.add_argument("--adapters", default="1,4,16")
-    parser.add_argument("--method", default="ffba")
-    parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--prompt_length", type=int, default=128)
     parser.add_argument("--new_tokens", type=int, default=33)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     args = parser.parse_args(argv[1:])
     places = [int(n) if n.isdecimal() else 0 for n in args.adapters.split(",")]
     if min(places) < 1 or args.batch_size < 1 or any(args.batch_size % min(n, args.batch_size) for n in places):
@@ -149,16 +142,7 @@ def main(argv: list[str]) -> None:
                         f"{args.batch_size} or are larger")  # fmt: skip
     if args.new_tokens < 2 or args.rounds < 1 or args.prompt_length < 1:
         raise UserError("--new_tokens must be at least 2, --rounds and --prompt_length at least 1")
-    if args.model == "random" and not args.preset:
-        raise UserError("--model random needs --preset")
-    if args.out:
-        check_writable(args.out, "--out")
-
-    if args.model == "random":
-        config = LlamaConfig.preset(args.preset)
-        base = init_base(jax.random.key(0), config, args.dtype)
-    else:
-        config, base = load_pretrained(args.model, args.dtype)
+    config, base = load_model(args)
     adapter_config = AdapterConfig(args.method, args.rank)
     adapter_config.check(config.widths)
     parameters = trained_parameters(config, adapter_config)
@@ -186,13 +170,7 @@ def main(argv: list[str]) -> None:
             cells += [f"{1e3 * one[name]['median']:.2f}", f"{ratio['median']:.3f} [{low:.3f}, {high:.3f}]"]
         lines.append(f"| {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        result = {"schema_version": 1, "provenance": about, "arguments": {**vars(args), "out": str(args.out)},
-                  "parameters": parameters, "lora_rank": lora.rank, "results": results}  # fmt: skip
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        args.out.with_suffix(".md").write_text(text)
+    write_result(args, about, text, parameters=parameters, lora_rank=lora.rank, results=results)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,59 @@
-"""What every result file carries: the command, the machine, the versions, the date."""
+"""What experiments share: the model that they are asked for, and what every result file carries (the command, the
+machine, the versions, the date)."""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
+import jax
+
 from flora_jax.analysis.provenance import provenance as record
+from flora_jax.errors import UserError, check_writable
+from flora_jax.files import write_json
+from flora_jax.models.config import DTYPES, LlamaConfig
+from flora_jax.models.llama import init_base
+from flora_jax.models.loading import load_pretrained
 
 
 def provenance(*packages: str) -> dict[str, Any]:
     """Where and with what this process ran; `packages` are named beside jax and flax."""
     module = sys.modules["__main__"].__spec__
     return record(module.name if module else sys.argv[0], sys.argv[1:], packages)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--model, --preset, --method, --rank, --dtype and --out."""
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes, or random")
+    parser.add_argument("--preset", help="architecture of --model random")
+    parser.add_argument("--method", default="ffba")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+
+
+def load_model(args: argparse.Namespace) -> tuple[LlamaConfig, dict[str, Any]]:
+    """`(config, base)` of `add_model_flags`, split layout. Raises UserError where it cannot be, or OUT not written."""
+    if args.out:
+        check_writable(args.out, "--out")
+    if args.model != "random":
+        return load_pretrained(args.model, args.dtype)
+    if not args.preset:
+        raise UserError("--model random needs --preset")
+    config = LlamaConfig.preset(args.preset)
+    return config, init_base(jax.random.key(0), config, args.dtype)
+
+
+def write_result(args: argparse.Namespace, about: dict[str, Any], text: str, **fields: Any) -> None:
+    """OUT.json with the arguments and `fields`, and OUT.md with `text`, where --out is given; `text` to stdout."""
+    print(text)
+    if args.out:
+        result = {"schema_version": 1, "provenance": about, "arguments": {**vars(args), "out": str(args.out)}, **fields}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out.with_suffix(".json"), result)
+        args.out.with_suffix(".md").write_text(text)
 
 
 def header(title: str, about: dict[str, Any]) -> str:

@@ -9,46 +9,27 @@ served is not counted. Both are timed until the last array is there, in turns.
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 
 import jax
 
-from experiments.report import header, provenance
+from experiments.report import add_model_flags, header, load_model, provenance, write_result
 from flora_jax.adapters import AdapterConfig, merge
 from flora_jax.analysis.timing import interleave, paired_ratio, summary
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
-from flora_jax.errors import CommandParser, UserError, check_writable, run_command
+from flora_jax.errors import CommandParser, UserError, run_command
 from flora_jax.inference.generator import Generator
-from flora_jax.models.config import DTYPES, LlamaConfig
-from flora_jax.models.llama import init_base
-from flora_jax.models.loading import load_pretrained
 
 
 def main(argv: list[str]) -> None:
     """The command."""
     parser = CommandParser(prog="python -m experiments.switching", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes, or random")
-    parser.add_argument("--preset", help="architecture of --model random")
-    parser.add_argument("--method", default="ffba")
-    parser.add_argument("--rank", type=int, default=32)
+    add_model_flags(parser)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     args = parser.parse_args(argv[1:])
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds} must be a positive integer")
-    if args.model == "random" and not args.preset:
-        raise UserError("--model random needs --preset")
-    if args.out:
-        check_writable(args.out, "--out")
-
-    if args.model == "random":
-        config = LlamaConfig.preset(args.preset)
-        base = init_base(jax.random.key(0), config, args.dtype)
-    else:
-        config, base = load_pretrained(args.model, args.dtype)
+    config, base = load_model(args)
     own = AdapterConfig(args.method, args.rank)
     own.check(config.widths)
     lora = AdapterConfig("lora", rank_for("lora", config, trained_parameters(config, own)))
@@ -91,14 +72,8 @@ def main(argv: list[str]) -> None:
     low, high = share["quartiles"]
     lines.append(f"\nA switch takes {share['median']:.2%} [{low:.2%}, {high:.2%}] of the merge's time.")
     text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        result = {"schema_version": 1, "provenance": about, "arguments": {**vars(args), "out": str(args.out)},
-                  "lora_rank": lora.rank, "share": share,
-                  **{name: summary(values) | {"rounds": values} for name, values in seconds.items()}}  # fmt: skip
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        args.out.with_suffix(".md").write_text(text)
+    each = {name: summary(values) | {"rounds": values} for name, values in seconds.items()}
+    write_result(args, about, text, lora_rank=lora.rank, share=share, **each)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,15 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists all flags")
 
 
+def positive_integers(flag: str, text: str) -> list[int]:
+    """The integers of a comma-separated flag, each once. Raises UserError unless all are positive."""
+    items = [item.strip() for item in text.split(",")]
+    for item in items:
+        if not item.isdecimal() or int(item) < 1:
+            raise UserError(f"{flag} {item!r} must be a positive integer, or several with commas between")
+    return list(dict.fromkeys(map(int, items)))
+
+
 def check_writable(path: Path, flag: str) -> None:
     """Raises UserError unless `path` can be made or written: its nearest existing parent is a directory and ours."""
     # os.path, since Path.exists raises below a directory that may not be read.

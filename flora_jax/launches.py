@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
+from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, positive_integers, run_command
 from flora_jax.files import write_json
 from flora_jax.models.config import DTYPES, LlamaConfig
 
@@ -39,14 +39,6 @@ def _parser() -> CommandParser:
     parser.add_argument("--launch_us", type=float, default=2.0, help="of the time model: cost of a dependent launch")
     parser.add_argument("--out", help="folder for launches.json and launches.md; default: the table is printed only")
     return parser
-
-
-def _numbers(flag: str, text: str) -> list[int]:
-    items = [item.strip() for item in text.split(",")]
-    for item in items:
-        if not item.isdecimal() or int(item) < 1:
-            raise UserError(f"{flag} {item!r} must be a positive integer, or several with commas between")
-    return [int(item) for item in items]
 
 
 def _names(flag: str, text: str, known: Any) -> list[str]:
@@ -141,9 +133,10 @@ def main(argv: list[str]) -> None:
 
     config = LlamaConfig.preset(args.preset)
     targets, modes = _names("--targets", args.targets, TARGETS), _names("--modes", args.modes, MODES)
-    batches, banks = _numbers("--batch_sizes", args.batch_sizes), _numbers("--adapters", args.adapters)
+    batches = positive_integers("--batch_sizes", args.batch_sizes)
+    banks = positive_integers("--adapters", args.adapters)
     for flag in ("cache_length", "row_multiple"):
-        _numbers(f"--{flag}", str(getattr(args, flag)))
+        positive_integers(f"--{flag}", str(getattr(args, flag)))
     if not args.launch_us >= 0:
         raise UserError(f"--launch_us {args.launch_us} must be zero or more microseconds")
     methods = []  # (label, variant, its AdapterConfig, dot merger)

@@ -13,6 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
+from flora_jax.adapters import abstract_adapter
 from flora_jax.config import get_config
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import to_hf_tensors
@@ -26,6 +27,26 @@ _COMPILE = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
+
+
+def random_adapter(config, adapter_config, seed, std=0.1):
+    """Every leaf random, so that no part of the adapter is silent."""
+    shapes = abstract_adapter(config, adapter_config)
+    leaves, structure = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return structure.unflatten([std * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+def spread(base):
+    """Initial weights give every token nearly the same logit; wider ones make the best token a clear one."""
+    return jax.tree.map(lambda x: x * 8.0 if x.ndim > 2 else x, base)
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Of unequal lengths, token ids of the tiny preset."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, n).tolist() for n in (3, 21, 9, 16, 1)]
 
 
 def silent_pieces(variables, rank):

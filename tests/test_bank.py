@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from conftest import random_adapter, spread
 
 from flora_jax.adapters import METHODS, AdapterConfig, apart, device_layout, fuse, init_adapter, merge
 from flora_jax.errors import UserError
@@ -13,28 +14,6 @@ from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import init_base
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-# Initial weights give every token nearly the same logit; a wider spread makes the best token a clear one.
-SPREAD = 8.0
-
-
-def spread(tree):
-    return jax.tree.map(lambda x: x * SPREAD if x.ndim > 2 else x, tree)
-
-
-def random_adapter(config, adapter_config, seed):
-    """Every leaf random, so that no part of the adapter is silent."""
-    adapter = init_adapter(jax.random.key(seed), config, adapter_config)
-    leaves, structure = jax.tree.flatten(adapter)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return structure.unflatten([0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, 256, n).tolist() for n in (3, 21, 9, 16, 1)]
-
 
 ADAPTED = [m for m in METHODS if m != "fft"]
 

@@ -4,6 +4,7 @@ test_adapters), and `merge` against the arithmetic of one kernel."""
 import dataclasses
 import functools
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.adapters import METHODS, AdapterConfig, apart, fuse, init_adapter, make_room, merge, split, widen
+from flora_jax.adapters import METHODS, AdapterConfig, apart, fuse, make_room, merge, split, widen
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama, init_base
@@ -29,10 +30,7 @@ TOKENS = jax.random.randint(jax.random.key(3), (2, 12), 0, TINY.vocab_size)
 
 
 def random_adapter(adapter_config, config=TINY, seed=2):
-    shapes = init_adapter(jax.random.key(1), config, adapter_config)
-    leaves, structure = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return structure.unflatten([0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+    return conftest.random_adapter(config, adapter_config, seed)
 
 
 @pytest.mark.parametrize(
