@@ -17,7 +17,7 @@ from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flora_jax.errors import CommandParser, UserError, check_writable, run_command
+from flora_jax.errors import CommandParser, UserError, check_writable, positive_integers, run_command
 from flora_jax.files import cache_root, read_json, write_json
 from flora_jax.models.config import DTYPES, LlamaConfig
 
@@ -49,21 +49,15 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _integers(text: str, flag: str) -> list[int]:
-    """Positive integers, comma-separated, each once."""
-    values = [value.strip() for value in text.split(",") if value.strip()]
-    for value in values:
-        if not value.isdecimal() or int(value) < 1:
-            raise UserError(f"{flag} {text}: {value!r} is not a positive integer")
-    if not values:
-        raise UserError(f"{flag} is empty; give positive integers, comma-separated")
-    return list(dict.fromkeys(map(int, values)))
-
-
 def _check(args: Namespace) -> tuple[LlamaConfig, list[str], list[Setting], dict[str, Any]]:
     """The architecture, variants, settings, and the arguments as the result records them. Nothing is compiled yet."""
+    import jax
+    import jax.numpy as jnp
+
     from flora_jax.analysis.timing import Setting
     from flora_jax.errors import near_misses
+    from flora_jax.inference.generator import check_fits
+    from flora_jax.models.llama import abstract_base
     from flora_jax.models.loading import load_config
 
     for flag, least in (("rank", 1), ("rounds", 1), ("new_tokens", 2)):
@@ -77,8 +71,8 @@ def _check(args: Namespace) -> tuple[LlamaConfig, list[str], list[Setting], dict
     if not methods:
         raise UserError("--methods is empty; give names, comma-separated")
     settings = [Setting(length, batch, args.new_tokens)
-                for batch in _integers(args.batch_sizes, "--batch_sizes")
-                for length in _integers(args.prompt_lengths, "--prompt_lengths")]  # fmt: skip
+                for batch in positive_integers("--batch_sizes", args.batch_sizes)
+                for length in positive_integers("--prompt_lengths", args.prompt_lengths)]  # fmt: skip
     arguments = {name: value for name, value in vars(args).items() if name != "out"}
     _check_out(args.out, arguments)
     if args.model == "random" and not args.preset:
@@ -93,6 +87,9 @@ def _check(args: Namespace) -> tuple[LlamaConfig, list[str], list[Setting], dict
     if longest + args.new_tokens > config.max_position_embeddings:
         raise UserError(f"--prompt_lengths {longest} with --new_tokens {args.new_tokens} are more than the model's "
                         f"max_position_embeddings={config.max_position_embeddings}; lower one")  # fmt: skip
+    weights = sum(leaf.size for leaf in jax.tree.leaves(abstract_base(config))) * jnp.dtype(args.dtype).itemsize
+    for setting in settings:
+        check_fits(config, setting.batch_size, setting.prompt_length + args.new_tokens, weights, args.dtype)
     return config, methods, settings, arguments
 
 

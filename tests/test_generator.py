@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_adapter, spread
 
 from flora_jax.adapters import AdapterConfig, fuse, init_adapter
 from flora_jax.data.encode import encode_prompt
@@ -22,32 +23,11 @@ from flora_jax.models.llama import Llama, init_base
 from flora_jax.models.loading import load_pretrained
 from flora_jax.models.tokenizer import load_tokenizer
 
-# Initial weights give every token nearly the same logit; a wider spread makes the best token a clear one.
-SPREAD = 8.0
-
-
-def spread(tree):
-    return jax.tree.map(lambda x: x * SPREAD if x.ndim > 2 else x, tree)
-
-
-def random_adapter(config, adapter_config, seed):
-    """Every leaf random, so that no part of the adapter is silent."""
-    adapter = init_adapter(jax.random.key(seed), config, adapter_config)
-    leaves, structure = jax.tree.flatten(adapter)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return structure.unflatten([0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
-
 
 @pytest.fixture(scope="module")
 def tiny():
     config = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=(), num_hidden_layers=1)
     return config, spread(init_base(jax.random.key(0), config))
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, 256, n).tolist() for n in (3, 21, 9, 16, 1)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -258,6 +238,9 @@ def test_bad_input(tiny):
     assert len(generator.generate([[1] * 27], 5)[0].tokens) == 5  # exactly max_length
     with pytest.raises(UserError, match="max_position_embeddings=2048"):
         Generator(config, base, max_length=4096)
+    # One layer's key and value of 32 channels in 4 bytes are 256 bytes a slot.
+    with pytest.raises(UserError, match=r"batch_size=1000000000 with 32 tokens a row needs a cache of 8192.0 GB"):
+        Generator(config, base, max_length=32, batch_size=10**9)
     with pytest.raises(UserError, match="'x' is not loaded"):
         generator.use("x")
     ffba = AdapterConfig("ffba", rank=8)

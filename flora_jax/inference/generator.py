@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,20 @@ class Generation:
 def bucket(length: int) -> int:
     """The smallest power of two that holds `length`, at least 16."""
     return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def check_fits(config: LlamaConfig, batch_size: int, length: int, weights: int, dtype: Any) -> None:
+    """Raises UserError where `weights` bytes and a key/value cache of `batch_size` rows of `length` tokens, whose slots
+    are a power of two, are more than the device has."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    slot = 2 * config.num_hidden_layers * config.kv_width * jnp.dtype(dtype).itemsize
+    cache = batch_size * bucket(length) * slot
+    if weights + cache > memory:
+        raise UserError(
+            f"batch_size={batch_size} with {length} tokens a row needs a cache of {cache / 1e9:.1f} GB beside "
+            f"{weights / 1e9:.1f} GB of weights, more than the device's {memory / 1e9:.1f} GB; lower one of them"
+        )
 
 
 def last_logits(
@@ -207,7 +222,7 @@ class Generator:
     alpha may differ (smaller ranks are widened). The first is in use, without any it is the bare base. tokenizer:
     needed for prompts given as text and for the text of the result. max_length: tokens of prompt and continuation
     together. batch_size: prompts computed side by side; fewer are filled up with dummies. Arithmetic is in the dtype of
-    the base. Raises UserError where trees and configurations disagree.
+    the base. Raises UserError where trees and configurations disagree, and where the cache would not fit.
 
     One adapter is in the arrays at a time and `use` writes another one over it, in place. `generate(adapter_names=…)`
     with several lays them all side by side once, as a bank; from then on a switch costs nothing and every token N
@@ -229,6 +244,8 @@ class Generator:
             raise UserError(f"max_length={max_length} must be from 2 to the model's max_position_embeddings={limit}")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be a positive integer")
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+        check_fits(config, batch_size, max_length, weights, base["embed_tokens"]["embedding"].dtype)
         self.config, self.tokenizer = config, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
         self.adapter_config, self._riders = _share(config, adapters or {}, adapter_config)
