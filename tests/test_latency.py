@@ -56,7 +56,7 @@ def test_the_command(tmp_path, small_reads, capsys):
     rows = {row["method"]: row for row in result["rows"]}
     assert list(rows) == ["base", "lora", "ffba_folded"]
 
-    # Sizes in closed form: parameters as PAPER.md counts them, each of 4 bytes read once.
+    # Sizes in closed form: parameters as the README counts them, each of 4 bytes read once.
     D, Q, K, F, L = 96, 96, 32, 192, 2
     whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(init_base(jax.random.key(0), TINY)))
     counts = {"base": 0, "lora": 5 * L * (7 * D + 2 * Q + 2 * K + 3 * F), "ffba_folded": 8 * L * 10 * D}

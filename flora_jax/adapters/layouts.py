@@ -33,7 +33,7 @@ Tree = dict[str, Any]
 
 def _riders(layers: Tree, adapter_config: AdapterConfig) -> Tree:
     """What of a stacked adapter goes into each product, by block and product: `columns` [L, d_in, R_f], `rows`
-    [L, R_b, d_out], `<projection>_B` [L, r, width]. The scale is in the side that starts at zero, as PAPER.md has it:
+    [L, R_b, d_out], `<projection>_B` [L, r, width]. The scale is in the side that starts at zero:
     in A for ffa, ffba* and zflora, in B for the others."""
     scaled = lambda leaf, side: leaf * (adapter_config.scale if adapter_config.row.zero == side else 1)  # noqa: E731
     out: Tree = {}
@@ -88,7 +88,8 @@ def fuse(
     fold_adds: bool = False,
     transposed: bool = False,
 ) -> Tree:
-    """The serving layout: `Llama(config, adapter_config).apply({"params": fused}, tokens)`.
+    """The serving layout: `Llama(config, adapter_config).apply({"params": fused}, tokens)`. Forward adapters are columns
+    and backward adapters rows of the base's arrays (FLoRA, arXiv 2511.00050; zflora: arXiv 2510.25784).
 
     base, adapter: trees in the split layout; of a sequence of N adapters, all of `adapter_config`, a bank is made (then
     `apply` needs `select`). `{}` or None, with `adapter_config` None or fft: the bare base with merged projections.

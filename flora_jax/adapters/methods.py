@@ -27,7 +27,7 @@ PROJECTIONS: tuple[str, ...] = tuple(p for names in PRODUCTS.values() for p in n
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One row of the family's table (PAPER.md, "The family")."""
+    """One row of the family's table (README, "The family"; FLoRA, arXiv 2511.00050)."""
 
     # Who owns an A: every projection; every projection of a block's input; the block's input once; the block's
     # output projection; nobody.
