@@ -88,9 +88,9 @@ def adapter_leaves(
 ) -> dict[str, tuple[tuple[int, ...], Initializer]]:
     """Shape and initialiser of each adapter leaf of one layer's `product`; the only place they are declared.
 
-    `A [d_in, R_f]`, its pieces in the slot's order, and `<projection>_B [rows, d_out]`. Initial values, so that
-    step 0 is the base's (the choice is ours; LoRA's is PEFT's):
-    with B zero, A ~ U(−1/√d_in, 1/√d_in); with A zero, B ~ N(0, 1/√rows).
+    `A [d_in, R_f]`, its pieces in the slot's order, and `<projection>_B [rows, d_out]`. Initial values, which
+    make step 0 the base's (our choice; LoRA's is PEFT's): with B zero, A ~ U(−1/√d_in, 1/√d_in); with A zero,
+    B ~ N(0, 1/√rows).
     """
     slot, row, rank = adapter.slots[product], adapter.row, adapter.rank
     d_in = widths[PRODUCTS[product][0]][0]

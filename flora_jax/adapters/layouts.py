@@ -88,8 +88,8 @@ def fuse(
     fold_adds: bool = False,
     transposed: bool = False,
 ) -> Tree:
-    """The serving layout: `Llama(config, adapter_config).apply({"params": fused}, tokens)`. Forward adapters are columns
-    and backward adapters rows of the base's arrays (FLoRA, arXiv 2511.00050; zflora: arXiv 2510.25784).
+    """The serving layout: `Llama(config, adapter_config).apply({"params": fused}, tokens)`. Forward adapters are
+    columns and backward adapters rows of the base's arrays (FLoRA, arXiv 2511.00050; zflora: arXiv 2510.25784).
 
     base, adapter: trees in the split layout; of a sequence of N adapters, all of `adapter_config`, a bank is made (then
     `apply` needs `select`). `{}` or None, with `adapter_config` None or fft: the bare base with merged projections.
