@@ -34,6 +34,7 @@ setup(
     description="FLoRA: fused forward-backward adapters for parameter-efficient fine-tuning of Llamas, in JAX",
     python_requires=">=3.11",
     packages=find_packages(include=["flora_jax", "flora_jax.*"]),
+    package_data={"flora_jax.interop": ["remote_code/*.py"]},
     install_requires=RUNTIME,
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10"],

@@ -1,9 +1,12 @@
-"""Files that several rooms read or write: JSON objects, whole or not at all, and the cache folder."""
+"""Files that several rooms read or write: JSON objects and directories, whole or not at all, and the cache folder."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +37,26 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A scratch directory that becomes `directory` when the block ends; after an error nothing of it is left.
+
+    Its parents are made; a directory that stands there is replaced, and stays if that fails. A process killed outright
+    leaves a hidden directory with "unfinished" in its name.
+    """
+    directory = directory.absolute()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.unfinished-") as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        yield new
+        if directory.exists():
+            os.rename(directory, old)
+        try:
+            os.rename(new, directory)
+        except OSError:
+            if old.exists():
+                os.rename(old, directory)
+            raise

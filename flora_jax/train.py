@@ -21,7 +21,7 @@ from flora_jax.errors import UserError, near_misses, run_command
 from flora_jax.evaluation.run import evaluate_tasks, load_task_data
 from flora_jax.files import write_json
 from flora_jax.interop.adapter_files import save_adapter
-from flora_jax.models.loading import PUBLISHED
+from flora_jax.models.loading import base_name
 from flora_jax.training.loop import train
 from flora_jax.training.report import say
 
@@ -38,11 +38,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     prepared, summary = result.run, dict(result.summary)
     if jax.process_index() != 0:
         return summary
-    source = weights_source(config)
     save_adapter(
         workdir / "adapter", result.trained, prepared.model_config, prepared.adapter_config,
-        base_model=str(Path(source).absolute()) if Path(source).exists() else PUBLISHED.get(source, source),
-        fingerprint=prepared.fingerprint)  # fmt: skip
+        base_model=base_name(weights_source(config)), fingerprint=prepared.fingerprint)  # fmt: skip
     write_json(workdir / "eval.json", summary)
     say(f"step {summary['step']} is the best; its adapter is in {workdir / 'adapter'}")
     if tasks:

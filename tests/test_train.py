@@ -20,7 +20,7 @@ from flora_jax.errors import UserError, run_command
 from flora_jax.interop.adapter_files import load_adapted, load_adapter
 from flora_jax.models.config import LlamaConfig
 from flora_jax.train import main, run
-from flora_jax.training import loop
+from flora_jax.training import loop, runs
 from flora_jax.training.rules import paths
 from flora_jax.training.sharding import shard_batch
 
@@ -241,7 +241,7 @@ def test_no_field_is_read_by_nothing(tmp_path, small, subtests, monkeypatch):
     # A field of the base configuration that is in no list below is one nobody proved.
     assert fields(get_config()).keys() == COMPUTED.keys() | REFUSED.keys() | ELSEWHERE
     assert not (tmp_path / "absent").exists()
-    made, init = {}, loop.init_base
+    made, init = {}, runs.init_base
 
     def init_once(key, model_config, dtype, placed):
         name = (np.asarray(jax.random.key_data(key)).tobytes(), dtype)
@@ -249,7 +249,7 @@ def test_no_field_is_read_by_nothing(tmp_path, small, subtests, monkeypatch):
             made[name] = init(key, model_config, dtype, placed)
         return made[name]
 
-    monkeypatch.setattr(loop, "init_base", init_once)
+    monkeypatch.setattr(runs, "init_base", init_once)
     first = list(prepared(small(), tmp_path))
     assert first == list(prepared(small(), tmp_path))
     for field, value in COMPUTED.items():

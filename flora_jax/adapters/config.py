@@ -69,17 +69,20 @@ class AdapterConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.method not in METHODS:
+        if self.method not in list(METHODS):  # a list compares what a dict could not hash
             raise UserError(f"adapter.method={self.method!r} is unknown; {near_misses(str(self.method), METHODS)}")
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise UserError(f"adapter.rank={self.rank!r} must be a positive integer")
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
-        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
+        number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)  # noqa: E731
+        if not (number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0):
             raise UserError(f"adapter.alpha={self.alpha!r} must be a positive number")
-        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
+        if not (number(self.dropout) and 0 <= self.dropout < 1):
             raise UserError(f"adapter.dropout={self.dropout!r} must be in [0, 1)")
-        if self.activation not in ACTIVATIONS:
+        if not isinstance(self.rslora, bool):
+            raise UserError(f"adapter.rslora={self.rslora!r} must be true or false")
+        if self.activation not in list(ACTIVATIONS):
             known = near_misses(str(self.activation), ACTIVATIONS)
             raise UserError(f"adapter.activation={self.activation!r} is unknown; {known}")
         if self.activation != "identity" and not self.row.activation:

@@ -16,7 +16,7 @@ Transposed, all of these but the bias are, and the kernel is called `weight`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,6 +100,23 @@ def fuse(
     which a CPU reads faster (`multiply_transposed`). Raises UserError for trees that do not fit, a
     tensor-parallel base, and fold_adds of another method.
     """
+    fused = {name: leaf for name, leaf in base.items() if name != "layers"}
+    fused["layers"] = dict(fused_layers(base, adapter, config, adapter_config, row_multiple, fold_adds, transposed))
+    return {**fused, "folded": {}} if fold_adds else fused
+
+
+def fused_layers(
+    base: Tree,
+    adapter: Tree | Sequence[Tree] | None,
+    config: Any,
+    adapter_config: AdapterConfig | None,
+    row_multiple: int = 1,
+    fold_adds: bool = False,
+    transposed: bool = False,
+    dtype: Any = None,
+) -> Iterator[tuple[str, Tree]]:
+    """The layers of `fuse`'s tree by number, each made when it is asked for; arguments and errors as there. dtype: of
+    the arrays, default the base's."""
     _refuse_tensor_parallel(base)
     if row_multiple < 1:
         raise UserError(f"row_multiple={row_multiple} must be a positive integer")
@@ -118,8 +135,10 @@ def fuse(
 
     def product(i: int, block: str, name: str) -> Tree:
         leaves = {path: leaf[i] for path, leaf in base["layers"][block][name].items()}
+        kind = next(iter(leaves.values())).dtype if dtype is None else dtype
+        leaves = {path: leaf.astype(kind) for path, leaf in leaves.items()}
         riders = [
-            {path: leaf[i].astype(next(iter(leaves.values())).dtype) for path, leaf in bank[block][name].items()}
+            {path: leaf[i].astype(kind) for path, leaf in bank[block][name].items()}
             for bank in banks
             if name in bank.get(block, {})
         ]
@@ -136,10 +155,7 @@ def fuse(
             out["bias"] = jnp.concatenate([leaves[f"{p}_bias"] for p in PRODUCTS[name]])
         return _turned(out) if transposed else out
 
-    fused = {name: leaf for name, leaf in base.items() if name != "layers"}
-    stream = _extent(config, adapter_config, "qkv", len(adapters), row_multiple)[0]
-    fused["layers"] = _each_layer(base, config, product, stream)
-    return {**fused, "folded": {}} if fold_adds else fused
+    return _each_layer(base, config, product, _extent(config, adapter_config, "qkv", len(adapters), row_multiple)[0])
 
 
 def _turned(leaves: Tree) -> Tree:
@@ -189,20 +205,17 @@ def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: i
     return {**fused, "layers": layers}
 
 
-def _each_layer(base: Tree, config: Any, product: Any, stream: int) -> Tree:
+def _each_layer(base: Tree, config: Any, product: Any, stream: int) -> Iterator[tuple[str, Tree]]:
     """Leaves of every layer by its number: `product(i, block, name)` of the four products, norms cut from the stack and
     filled up to the width of the stream that they act on."""
-    return {
-        str(i): {
-            **{
-                name: {"scale": _pad_to(leaf["scale"][i], (stream,))}
-                for name, leaf in base["layers"].items()
-                if name not in BLOCKS
-            },
-            **{block: {name: product(i, block, name) for name in products} for block, products in BLOCKS.items()},
+    for i in range(config.num_hidden_layers):
+        norms = {
+            name: {"scale": _pad_to(leaf["scale"][i], (stream,))}
+            for name, leaf in base["layers"].items()
+            if name not in BLOCKS
         }
-        for i in range(config.num_hidden_layers)
-    }
+        blocks = {block: {name: product(i, block, name) for name in products} for block, products in BLOCKS.items()}
+        yield str(i), {**norms, **blocks}
 
 
 def device_layout() -> dict[str, Any]:
@@ -246,7 +259,7 @@ def apart(
         return _turned(out) if transposed else out
 
     out = {name: leaf for name, leaf in base.items() if name != "layers"}
-    return {**out, "layers": _each_layer(base, config, product, config.hidden_size)}
+    return {**out, "layers": dict(_each_layer(base, config, product, config.hidden_size))}
 
 
 def split(fused: Tree, config: Any, adapter_config: AdapterConfig | None, place: int = 0) -> tuple[Tree, Tree]:
@@ -430,17 +443,41 @@ def merge(base: Tree, adapter: Tree, config: Any, adapter_config: AdapterConfig)
     for block, products in BLOCKS.items():
         layers[block] = dict(layers[block])
         for product in products:
-            slot = adapter_config.slots[product]
-            leaves = adapter["layers"].get(block, {}).get(product, {})
             kernels = layers[block][product] = dict(layers[block][product])
-            for i, name in enumerate(slot.forward):
-                kernel = kernels[f"{name}_kernel"]
-                r = adapter_config.rank
-                change = leaves["A"][..., i * r : (i + 1) * r]
-                if name in slot.matrix:
-                    change = change @ leaves[f"{name}_B"]
-                else:
-                    change = jnp.tile(change, kernel.shape[-1] // r)
-                merged = kernel.astype(jnp.float32) + adapter_config.scale * change
-                kernels[f"{name}_kernel"] = merged.astype(kernel.dtype)
+            for name in adapter_config.slots[product].forward:
+                leaves = adapter["layers"][block][product]
+                kernels[f"{name}_kernel"] = merged_kernel(kernels[f"{name}_kernel"], leaves, adapter_config, name)
     return {**base, "layers": layers}
+
+
+def merged_kernel(kernel: Array, leaves: Mapping[str, Array], adapter_config: AdapterConfig, projection: str) -> Array:
+    """`W + s A B` or `W + s rep(A)` of one projection, in the kernel's dtype: kernel `[…, d_in, d_out]` and the
+    adapter leaves of its product, of all layers or of one. Sums are taken in float32 and cast once."""
+    slot = next(slot for product, slot in adapter_config.slots.items() if projection in PRODUCTS[product])
+    start, r = slot.forward.index(projection) * adapter_config.rank, adapter_config.rank
+    change = leaves["A"][..., start : start + r]
+    if projection in slot.matrix:
+        change = change @ leaves[f"{projection}_B"]
+    else:
+        change = jnp.tile(change, kernel.shape[-1] // r)
+    return (kernel.astype(jnp.float32) + adapter_config.scale * change).astype(kernel.dtype)
+
+
+def as_lora(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> tuple[Tree, AdapterConfig]:
+    """The same function as a `lora`: a lora or pf_lora as it is, an ffa with the fixed tiling `[I I … I]` as its B's.
+    Raises UserError for a method that is no change of W, and for an adapter of another configuration."""
+    row = adapter_config.row
+    if not row.mergeable:
+        raise UserError(f"{adapter_config.method} is no LoRA: it is no change of W")
+    check_adapter(adapter, config, adapter_config)
+    layers: Tree = {}
+    for block, products in BLOCKS.items():
+        for product in products:
+            for name in adapter_config.slots[product].forward:
+                leaves = layers.setdefault(block, {}).setdefault(product, dict(adapter["layers"][block][product]))
+                if row.adds == "repeat":
+                    shape = (adapter_config.rank, config.widths[name][1])
+                    tiling = jnp.tile(jnp.eye(shape[0], dtype=leaves["A"].dtype), shape[1] // shape[0])
+                    leaves[f"{name}_B"] = jnp.broadcast_to(tiling, (config.num_hidden_layers, *shape))
+    add_to = () if row.adds == "repeat" else adapter_config.add_to
+    return {"layers": layers}, dataclasses.replace(adapter_config, method="lora", add_to=add_to)

@@ -15,9 +15,7 @@ One of PEFT's tensors and where it lies here, at rank 8 in a layer with D = 96 a
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +29,7 @@ from safetensors.numpy import save_file
 
 from flora_jax.adapters import BLOCKS, PRODUCTS, PROJECTIONS, AdapterConfig, abstract_adapter
 from flora_jax.errors import UserError, near_misses
-from flora_jax.files import read_json
+from flora_jax.files import new_directory, read_json, write_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import abstract_base
@@ -47,13 +45,12 @@ FORMAT_VERSION = 1
 CONFIG, WEIGHTS, EXTRAS = "adapter_config.json", "adapter_model.safetensors", "flora_config.json"
 _HAS = f"; an adapter directory has {CONFIG} and {WEIGHTS}"
 
-_PEFT_MODULES = {
+# Projection -> its module in a layer, as transformers and PEFT name it.
+PEFT_MODULES = {
     p: f"{'self_attn' if block == 'attention' else 'mlp'}.{p}_proj"
     for block, products in BLOCKS.items() for product in products for p in PRODUCTS[product]
 }  # fmt: skip
-_PLACES = {
-    p: (block, product) for block, products in BLOCKS.items() for product in products for p in PRODUCTS[product]
-}
+_PLACES = {p: (block, product) for block, products in BLOCKS.items() for product in products for p in PRODUCTS[product]}
 # What a LoRA of PEFT's may do that ours does not; each is off where its value is false, empty or "none".
 _PEFT_REFUSED = (
     "use_dora", "modules_to_save", "bias", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out",
@@ -81,8 +78,23 @@ def save_adapter(
     directory = Path(directory)
     if directory.exists() and not _is_ours(directory):
         raise UserError(f"{directory} exists and is no adapter directory of ours; name a new one")
+    leaves = [_flat(trained.get(collection, {})) for collection in ("adapter", "params")]
+    _check_leaves(*leaves, config, adapter_config, str(directory))
+    with new_directory(directory) as new:
+        write_adapter_files(new, trained, config, adapter_config, base_model, fingerprint)
+
+
+def write_adapter_files(
+    directory: Path,
+    trained: Mapping[str, Tree],
+    config: LlamaConfig,
+    adapter_config: AdapterConfig,
+    base_model: str,
+    fingerprint: str,
+    dtype: Any = np.float32,
+) -> None:
+    """The files of `save_adapter`, in a directory that is there; dtype: of the tensors."""
     adapter, params = trained.get("adapter", {}), trained.get("params", {})
-    _check_leaves(_flat(adapter), _flat(params), config, adapter_config, str(directory))
     about = {"format_version": FORMAT_VERSION, "method": adapter_config.method, "fingerprint": fingerprint}
     if adapter_config.method in ("lora", "pf_lora") and not params:
         files = {CONFIG: _peft_config(adapter_config, base_model), EXTRAS: about}
@@ -91,8 +103,10 @@ def save_adapter(
         fields = dataclasses.asdict(adapter_config)
         files = {CONFIG: {"peft_type": "FLORA", **about, "base_model_name_or_path": base_model, **fields}}
         tensors = _flat({"adapter": adapter, "params": params})
-    tensors = {name: np.ascontiguousarray(np.asarray(value), np.float32) for name, value in tensors.items()}
-    _replace(directory, files, tensors)
+    tensors = {name: np.ascontiguousarray(np.asarray(value), dtype) for name, value in tensors.items()}
+    for name, content in files.items():
+        write_json(directory / name, content)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
 def load_adapter(
@@ -176,7 +190,10 @@ def _check_leaves(
     where: str,
 ) -> None:  # fmt: skip
     """Raises UserError unless the adapter's leaves are exactly the method's, and `params` some of the base's."""
-    adapter_config.check(config.widths)
+    try:
+        adapter_config.check(config.widths)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     for name, found, expected, whole in (
         ("adapter", adapter, _flat(abstract_adapter(config, adapter_config)), True),
         ("params", params, _flat(abstract_base(config)), False),
@@ -192,7 +209,7 @@ def _check_leaves(
 
 
 def _peft_name(layer: int, projection: str, side: str) -> str:
-    return f"base_model.model.model.layers.{layer}.{_PEFT_MODULES[projection]}.lora_{side}.weight"
+    return f"base_model.model.model.layers.{layer}.{PEFT_MODULES[projection]}.lora_{side}.weight"
 
 
 def _peft_config(adapter_config: AdapterConfig, base_model: str) -> dict[str, Any]:
@@ -242,7 +259,7 @@ def _from_peft(
         raise UserError(f"{directory / EXTRAS}: method={method!r} is not a LoRA; lora and pf_lora are")
     adapter_config = _make_config(
         where, method=method, rank=stored.get("r"), alpha=stored.get("lora_alpha"),
-        rslora=bool(stored.get("use_rslora", False)), targets=_peft_targets(where, stored, tensors),
+        rslora=stored.get("use_rslora") or False, targets=_peft_targets(where, stored, tensors),
         dropout=stored.get("lora_dropout", 0.0))  # fmt: skip
     r, expected = adapter_config.rank, {}
     for projection in adapter_config.targets:
@@ -273,7 +290,7 @@ def _peft_targets(where: Path, stored: Mapping[str, Any], tensors: Mapping[str, 
     """The projections adapted: those of `target_modules`, or where that is a pattern those that have tensors."""
     modules = stored.get("target_modules")
     if isinstance(modules, str):
-        return tuple(p for p in PROJECTIONS if any(f".{_PEFT_MODULES[p]}." in name for name in tensors))
+        return tuple(p for p in PROJECTIONS if any(f".{PEFT_MODULES[p]}." in name for name in tensors))
     if not isinstance(modules, list) or not modules:
         raise UserError(f"{where}: target_modules={modules!r} must name projections such as 'q_proj'")
     names = {f"{p}_proj": p for p in PROJECTIONS}
@@ -310,24 +327,6 @@ def _is_ours(directory: Path) -> bool:
     if not (directory / CONFIG).is_file():
         return False
     return (directory / EXTRAS).is_file() or read_json(directory / CONFIG, _HAS).get("peft_type") == "FLORA"
-
-
-def _replace(directory: Path, files: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
-        new.mkdir()
-        for name, content in files.items():
-            (new / name).write_text(json.dumps(content, indent=2) + "\n")
-        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
-        if directory.exists():
-            os.rename(directory, old)
-        try:
-            os.rename(new, directory)
-        except OSError:
-            if old.exists():
-                os.rename(old, directory)
-            raise
 
 
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:

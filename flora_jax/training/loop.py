@@ -32,14 +32,15 @@ from flora_jax.errors import Stopped
 from flora_jax.files import write_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
-from flora_jax.models.llama import Llama, abstract_base, init_base
-from flora_jax.models.loading import load_config, load_pretrained
+from flora_jax.models.llama import Llama, abstract_base
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
 from flora_jax.training import report
 from flora_jax.training.checkpoints import Checkpoints, adapter_meta, check_meta
 from flora_jax.training.inputs import Inputs, load_inputs
 from flora_jax.training.optimizer import make_optimizer, make_schedule, trains
-from flora_jax.training.rules import combine, partition, paths
+from flora_jax.training.rules import combine, partition
+from flora_jax.training.runs import load_base, run_keys
+from flora_jax.training.runs import model_config as make_model_config
 from flora_jax.training.sharding import make_mesh, optimizer_shardings, shard_batch, shardings
 from flora_jax.training.step import TrainState, make_eval_step, make_train_step
 from flora_jax.training.workdir import SCHEMA_VERSION, Metrics, check_workdir
@@ -84,12 +85,10 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
     check_config(config)
     check_workdir(Path(workdir), config)
     adapter = make_adapter_config(config)
-    source = weights_source(config)
-    random = source == "random"
-    model_config = LlamaConfig.preset(config.model.preset) if random else load_config(source)
+    model_config = make_model_config(config)
     adapter.check(model_config.widths)
     mesh = make_mesh(config)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(weights_source(config))
     check_tokenizer(tokenizer, model_config)
     dtype = jnp.dtype(config.model.param_dtype)
 
@@ -108,12 +107,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
         shard_count=jax.process_count(),
     )
 
-    base_key, adapter_key, key = jax.random.split(jax.random.key(config.train.seed), 3)
-    if random:
-        base = init_base(base_key, model_config, dtype, placed["params"])
-    else:
-        flat = paths(placed["params"])
-        _, base = load_pretrained(source, dtype, shardings=flat.__getitem__)
+    _, adapter_key, key = run_keys(config)
+    base = load_base(config, placed["params"])
     fingerprint = base_fingerprint(base)
     variables = {"params": base}
     if shapes["adapter"]:

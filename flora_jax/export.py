@@ -1,0 +1,151 @@
+"""Writes a trained model as what others load: a plain Llama, a PEFT LoRA, or a transformers model of its own.
+
+python -m flora_jax.export --workdir runs/demo --format transformers --out exported
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flora_jax.errors import CommandParser, Stopped, UserError, check_writable, run_command
+from flora_jax.models.config import DTYPES
+
+if TYPE_CHECKING:
+    from flora_jax.adapters import AdapterConfig
+    from flora_jax.interop.formats import Trained
+    from flora_jax.models.config import LlamaConfig
+
+Tree = dict[str, Any]
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="flora_jax.export", description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", help="of a run of flora_jax.train")
+    parser.add_argument("--step", type=int, help="a step that the run kept; default the best on validation")
+    parser.add_argument("--model", help="in place of --workdir: HF directory, hub id, .gguf file or preset name …")
+    parser.add_argument("--adapter", help="… and the adapter directory that belongs to it, ours or a PEFT LoRA")
+    parser.add_argument(
+        "--format", required=True, dest="form", help="merged, peft or transformers: README, 'Hand it over'"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights written; default what the base is stored in")
+    parser.add_argument("--out", required=True, type=Path, help="new directory")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    return parser
+
+
+def load_run(workdir: Path, step: int | None, form: str, dtype: str | None) -> tuple[Trained, dict[str, Any], str]:
+    """What a run trained, at its best step or at one that it kept; its `eval.json`, as far as that is about the same
+    step; the source of its base. Raises UserError, before any weights are loaded if the format cannot hold it."""
+    from flora_jax.config import adapter_config as make_adapter_config
+    from flora_jax.config import weights_source
+    from flora_jax.files import read_json
+    from flora_jax.interop.adapter_files import load_adapter
+    from flora_jax.interop.exports import check_format
+    from flora_jax.models.tokenizer import load_tokenizer
+    from flora_jax.training.runs import load_base, load_trained, model_config, read_run
+
+    config = read_run(workdir)
+    adapter_config, architecture, source = make_adapter_config(config), model_config(config), weights_source(config)
+    if step is None and not (workdir / "adapter").is_dir():
+        raise UserError(f"--workdir={workdir}: the run has not ended (no adapter/); let it end, or name a kept --step")
+    summary = read_json(workdir / "eval.json") if (workdir / "eval.json").exists() else {}
+    if step is None:
+        _, trained = load_adapter(workdir / "adapter", architecture)
+    else:
+        trained, fingerprint = load_trained(workdir, config, adapter_config, step)
+        if summary.get("step") != step:  # its scores are those of another step
+            summary = {**{k: summary[k] for k in ("data", "validation_losses") if k in summary}, "step": step}
+    check_format(form, dtype or config.model.param_dtype, adapter_config, trained["params"])
+    tokenizer, base = load_tokenizer(source), load_base(config)
+    result = _trained(source, architecture, base, adapter_config, trained, tokenizer)
+    if step is None:
+        load_adapter(workdir / "adapter", architecture, result.fingerprint)
+    elif result.fingerprint != fingerprint:
+        raise UserError(f"checkpoint {step} of --workdir={workdir} was trained on a base with fingerprint "
+                        f"{fingerprint}, but {source!r} now has {result.fingerprint}")  # fmt: skip
+    return result, summary, source
+
+
+def load_pair(source: str, directory: Path, form: str, dtype: str | None) -> Trained:
+    """A base and an adapter directory, ours or a PEFT LoRA's. Raises UserError as `load_run` does."""
+    from flora_jax.interop.adapter_files import load_adapter
+    from flora_jax.interop.exports import check_format
+    from flora_jax.models.loading import load_config, load_pretrained
+    from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
+
+    config, tokenizer = load_config(source), load_tokenizer(source)
+    check_tokenizer(tokenizer, config)
+    adapter_config, trained = load_adapter(directory, config)
+    dtype = dtype or DTYPES[0]
+    check_format(form, dtype, adapter_config, trained["params"])
+    result = _trained(source, config, load_pretrained(source, dtype)[1], adapter_config, trained, tokenizer)
+    load_adapter(directory, config, result.fingerprint)
+    return result
+
+
+def _trained(
+    source: str, config: LlamaConfig, base: Tree, adapter_config: AdapterConfig, trained: Tree, tokenizer: Any
+) -> Trained:
+    from flora_jax.interop.formats import Trained
+    from flora_jax.models.fingerprint import base_fingerprint
+    from flora_jax.models.loading import base_name, resolve_source
+
+    path = None if source == "random" else resolve_source(source, weights=False)
+    files = path if path is not None and path.is_dir() else None
+    about = (tokenizer, base_name(source), base_fingerprint(base), files)
+    return Trained(config, base, adapter_config, trained["adapter"], trained["params"], *about)
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    args = _parser().parse_args(argv[1:])
+    if bool(args.workdir) == bool(args.model):
+        raise UserError("give either --workdir, or --model with --adapter")
+    if args.workdir and args.adapter:
+        raise UserError("--adapter goes with --model; a --workdir has its own")
+    if args.model and (args.step is not None or not args.adapter):
+        raise UserError("--model needs --adapter" if not args.adapter else "--step goes with --workdir")
+    # After the arguments are read: these imports take seconds.
+    from flora_jax.interop.exports import check_directory
+
+    check_directory(args.out, args.overwrite)
+    check_writable(args.out, "--out")
+    # A termination, too, clears away what is half written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _export(args, argv)
+    except KeyboardInterrupt:
+        raise Stopped("stopped by a signal; nothing was written") from None
+
+
+def _export(args: argparse.Namespace, argv: list[str]) -> None:
+    from flora_jax.analysis.provenance import provenance
+    from flora_jax.interop.exports import export
+    from flora_jax.interop.model_card import model_card
+    from flora_jax.models.loading import find_licence
+
+    if args.workdir:
+        trained, summary, source = load_run(Path(args.workdir), args.step, args.form, args.dtype)
+    else:
+        trained, summary, source = load_pair(args.model, Path(args.adapter), args.form, args.dtype), {}, args.model
+    made = provenance("flora_jax.export", argv[1:], ("transformers", "safetensors"))
+    card = functools.partial(
+        model_card, trained, licence=None if source == "random" else find_licence(source), command=made["command"],
+        versions=made["versions"], summary=summary)  # fmt: skip
+    dtype = args.dtype or trained.base["embed_tokens"]["embedding"].dtype.name
+    report = export(trained, args.out, args.form, dtype=dtype, card=card, overwrite=args.overwrite)
+    logits = report["logits"]
+    if "changed" in report:
+        print(f"{report['changed']} of {report['tensors']} tensors differ from the base; {report['targeted']} trained")
+    print(f"logits: training moves them by up to {logits['moved_by_training']:.4g}; the export differs from what was "
+          f"trained by up to {logits['max_change']:.3g}, {logits['mean_change']:.3g} on average (bound "
+          f"{logits['bound']:.3g}, on {logits['sample_tokens']} tokens)")  # fmt: skip
+    print(f"{args.form}, {dtype}: {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

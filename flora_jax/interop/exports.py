@@ -1,0 +1,131 @@
+"""A trained model as a directory that others load, in one of the formats of formats.py.
+
+Weights go tensor by tensor into a scratch directory, are read back from there and compared, in logits on a sample, with
+what was trained. Only then does the directory get its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.adapters import AdapterConfig
+from flora_jax.errors import UserError, near_misses
+from flora_jax.files import new_directory, read_json, write_json
+from flora_jax.interop.formats import FORMATS, Trained
+from flora_jax.models.config import DTYPES, LlamaConfig
+from flora_jax.models.llama import Llama
+
+Tree = dict[str, Any]
+
+SCHEMA_VERSION = 1
+MARKER = "flora_export.json"  # the report, by which a directory is known as ours
+# How far an export's logits may lie from those of what was trained, as a share of the largest |logit|, by the dtype of
+# its weights: float32 only sums in another order, bfloat16 rounds every weight to 8 bits.
+LOGIT_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}
+_SAMPLE = (
+    "The capital of France is Paris, and the river that runs through it is the Seine. Ann has 17 apples and gives 5 of "
+    "them away: how many are left? 17 - 5 = 12. Summarize the following dialogue in one sentence."
+)
+_SAMPLE_TOKENS = 64
+_BLOCK = 8192  # rows of the unembedding that are scored with at a time
+
+
+def check_format(form: str, dtype: str, adapter_config: AdapterConfig, params: Tree) -> None:
+    """Raises UserError for an unknown format or dtype, and for a format that cannot hold the method or, `params`, the
+    base leaves that trained."""
+    if form not in FORMATS:
+        raise UserError(f"--format {form!r} is unknown; {near_misses(form, FORMATS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype!r} is unknown; {near_misses(dtype, DTYPES)}")
+    if why := FORMATS[form].refuse(adapter_config, params):
+        able = [name for name, other in FORMATS.items() if other.refuse(adapter_config, params) is None]
+        raise UserError(f"--format {form}: {why}; --format {' or '.join(able)} can hold it")
+
+
+def check_directory(directory: Path, overwrite: bool) -> None:
+    """Raises UserError if something stands at `directory`, unless `overwrite` is set, it is an export of ours, and
+    nothing was added to it."""
+    if not os.path.lexists(directory):
+        return
+    if not overwrite:
+        raise UserError(f"--out {directory} exists; name a new one, or --overwrite to replace an export")
+    if directory.is_symlink() or not (directory / MARKER).is_file():
+        raise UserError(f"--out {directory} is no directory that this command wrote (no {MARKER}) and is not replaced")
+    known = read_json(directory / MARKER).get("files")
+    added = {path.name for path in directory.iterdir()} - set(known if isinstance(known, list) else ())
+    if added:
+        raise UserError(f"--out {directory} is not replaced: it holds {min(added)!r}, which this command did not write")
+
+
+def export(
+    trained: Trained,
+    directory: str | os.PathLike,
+    form: str,
+    *,
+    dtype: str = "float32",
+    card: Callable[[Mapping[str, Any]], str] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes `trained` to `directory` in a format of FORMATS and returns the report, its `flora_export.json`.
+
+    dtype: of the tensors, a name of DTYPES; sums are taken in float32 and cast once. card: from the report to the text
+    of README.md. Raises UserError, with nothing left behind, for what `check_format` and `check_directory` refuse, for
+    an adapter without effect, weights that are not finite, and an export that is not what was trained: logits must
+    agree within LOGIT_BOUNDS, and of a merged one exactly the tensors that trained may differ from the base's.
+    """
+    directory = Path(directory)
+    check_format(form, dtype, trained.adapter_config, trained.params)
+    check_directory(directory, overwrite)
+    tokens = np.asarray([trained.tokenizer(_SAMPLE, add_special_tokens=False).input_ids[:_SAMPLE_TOKENS]])
+    own = {"params": trained.full_base, "adapter": trained.adapter}
+    wanted = _logits(trained.config, trained.adapter_config, own, tokens)
+    effect = np.abs(wanted - _logits(trained.config, None, {"params": trained.base}, tokens)).max()
+    if effect == 0:
+        raise UserError(f"what {trained.adapter_config.method} trained changes no logit of the base: train it first")
+    with new_directory(directory) as new:
+        report = {"schema_version": SCHEMA_VERSION, "format": form, "dtype": dtype}
+        report |= FORMATS[form].write(trained, new, jnp.dtype(dtype))
+        change = np.abs(_logits(trained.config, *FORMATS[form].read(trained, new), tokens) - wanted)
+        report["logits"] = {
+            "sample_tokens": int(tokens.size),
+            "largest": float(np.abs(wanted).max()),
+            "moved_by_training": float(effect),
+            "max_change": float(change.max()),
+            "mean_change": float(change.mean()),
+            "bound": float(LOGIT_BOUNDS[dtype] * np.abs(wanted).max()),
+        }
+        if not report["logits"]["max_change"] <= report["logits"]["bound"]:
+            raise UserError(
+                f"--format {form}: in {dtype} the export's logits differ from those of what was trained by up to "
+                f"{change.max():.3g}, the bound is {report['logits']['bound']:.3g}; nothing was written"
+            )
+        if card is not None:
+            (new / "README.md").write_text(card(report), encoding="utf-8")
+        files = sorted({MARKER, *(path.name for path in new.iterdir())})
+        write_json(new / MARKER, {**report, "files": files})
+    return report
+
+
+def _logits(
+    config: LlamaConfig, adapter_config: AdapterConfig | None, variables: Tree, tokens: np.ndarray
+) -> np.ndarray:
+    """Logits `[T, V]`, float32, of tokens `[1, T]`. Little is held beside the variables, which may be mapped files: the
+    embedding gives only the rows that occur, and the unembedding is gone through block by block."""
+    params = dict(variables["params"])
+    embedding = np.asarray(params["embed_tokens"]["embedding"])
+    unembedding = embedding if config.tie_word_embeddings else np.asarray(params.pop("lm_head")["kernel"]).T
+    ids, places = np.unique(tokens, return_inverse=True)
+    params["embed_tokens"] = {"embedding": jnp.asarray(embedding[ids], jnp.float32)}
+    config = dataclasses.replace(config, vocab_size=len(ids), tie_word_embeddings=True)
+    model = Llama(config, adapter_config, dtype=jnp.float32)
+    places = jnp.asarray(places.reshape(tokens.shape), jnp.int32)
+    hidden = np.asarray(model.apply({**variables, "params": params}, places, method="hidden")[0][0])
+    blocks = (unembedding[i : i + _BLOCK].astype(np.float32) for i in range(0, len(unembedding), _BLOCK))
+    return np.concatenate([hidden @ block.T for block in blocks], axis=-1)

@@ -1,0 +1,308 @@
+"""The three formats of an export: what each can hold, how it is written, how our own model reads it back.
+
+    merged         a plain LlamaForCausalLM: the adapter is in its weights      any reader of Llamas
+    peft           a LoRA over the base                                         PEFT, transformers, vLLM
+    transformers   the fused projections in PyTorch, with their modelling code  transformers, trust_remote_code=True
+
+A fused product is one Linear there, its weight `[out, in]` what `fuse(…, transposed=True)` gives:
+
+    layers/3/attention/qkv/weight    model.layers.3.self_attn.qkv_proj.weight
+    layers/3/attention/qkv/q_B       model.layers.3.self_attn.qkv_proj.B.q.weight     lora and pf_lora alone
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flora_jax.adapters import BLOCKS, PRODUCTS, AdapterConfig, as_lora, fused_layers, merged_kernel
+from flora_jax.errors import UserError
+from flora_jax.files import write_json
+from flora_jax.interop.adapter_files import PEFT_MODULES, load_adapter, write_adapter_files
+from flora_jax.interop.shards import map_shards, write_shards
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.hf import hf_names, hf_shapes, to_hf_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Tree = dict[str, Any]
+
+_REMOTE_CODE = Path(__file__).parent / "remote_code"
+_ACT2FN = {"gelu": "gelu_pytorch_tanh"}  # transformers' name for the gelu that is ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What is exported.
+
+    base: the base's parameters as they were before training; adapter: the adapter's leaves, `{}` for fft; params: base
+    leaves that trained, `{}` if none; base_model: the name that readers know the base by; fingerprint: the base's;
+    base_files: the HF directory that the base came from, None where it came from none.
+    """
+
+    config: LlamaConfig
+    base: Tree
+    adapter_config: AdapterConfig
+    adapter: Tree
+    params: Tree
+    tokenizer: PreTrainedTokenizerFast
+    base_model: str
+    fingerprint: str
+    base_files: Path | None = None
+
+    @property
+    def full_base(self) -> Tree:
+        """The base with the leaves that trained in place of its own."""
+        return unflatten_dict({**_flat(self.base), **_flat(self.params)}, sep="/")
+
+
+def _flat(tree: Tree) -> dict[str, Any]:
+    return flatten_dict(tree, sep="/")
+
+
+def _outside(path: str) -> bool:
+    """Whether a leaf of the base belongs to none of the four products: embedding, norms, lm_head."""
+    return path.split("/")[1] not in BLOCKS
+
+
+def _module(layer: int | str, product: str) -> str:
+    block = next(block for block, products in BLOCKS.items() if product in products)
+    return f"model.layers.{layer}.{'self_attn' if block == 'attention' else 'mlp'}.{product}_proj"
+
+
+def _write_model_files(trained: Trained, directory: Path, dtype: Any, **fields: Any) -> None:
+    """config.json with `fields` in it, generation_config.json (the base's own, where it came with one), tokenizer."""
+    config = trained.config.to_hf()
+    # transformers 5 reads `dtype`, those before `torch_dtype`.
+    write_json(directory / "config.json", {**config, "dtype": dtype.name, "torch_dtype": dtype.name, **fields})
+    own = trained.base_files and trained.base_files / "generation_config.json"
+    if own and own.is_file():
+        shutil.copyfile(own, directory / own.name)
+    else:
+        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        write_json(directory / "generation_config.json", {name: id for name, id in ids.items() if id is not None})
+    trained.tokenizer.save_pretrained(directory)
+
+
+def _read_outside(trained: Trained, tensors: dict[str, np.ndarray], stream: int) -> Tree:
+    """The leaves of none of the products, in a fused tree's shapes, from HF tensors; stream: channels behind D."""
+    leaves = {}
+    for path, names in hf_names(trained.config).items():
+        if path.startswith("layers/"):
+            for i, name in enumerate(names if _outside(path) else ()):
+                leaves[path.replace("layers", f"layers/{i}", 1)] = np.pad(tensors[name], (0, stream))
+        else:
+            leaves[path] = tensors[names[0]].T if path.endswith("kernel") else tensors[names[0]]
+    return leaves
+
+
+# ------------------------------------------------------------------------------------------------ merged
+
+
+def _refuse_merged(adapter_config: AdapterConfig, params: Tree) -> str | None:
+    if adapter_config.row.reads is not None and not adapter_config.row.mergeable:
+        return f"{adapter_config.method} goes around the blocks and is no change of W"
+    return None
+
+
+def _targets(trained: Trained) -> dict[str, tuple[str, str, str, int]]:
+    """HF name -> block, product, projection and layer of each tensor that the adapter changes."""
+    places = [
+        (block, product, p) for block, products in BLOCKS.items() for product in products for p in PRODUCTS[product]
+        if p in trained.adapter_config.targets and trained.adapter
+    ]  # fmt: skip
+    layers = range(trained.config.num_hidden_layers)
+    return {f"model.layers.{i}.{PEFT_MODULES[place[2]]}.weight": (*place, i) for place in places for i in layers}
+
+
+def _write_merged(trained: Trained, directory: Path, dtype: Any) -> dict[str, Any]:
+    targets = _targets(trained)
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, value in to_hf_tensors(trained.config, trained.full_base):
+            if name in targets:
+                block, product, projection, layer = targets[name]
+                leaves = {path: leaf[layer] for path, leaf in trained.adapter["layers"][block][product].items()}
+                kernel = value.T.astype(np.float32)
+                merged = np.asarray(merged_kernel(kernel, leaves, trained.adapter_config, projection))
+                if np.array_equal(merged, kernel):
+                    raise UserError(f"{name}: the adapter of {projection!r} changes nothing there; was it trained?")
+                value = merged.T
+            yield name, value
+
+    write_shards(directory, hf_shapes(trained.config), dtype, tensors())
+    _write_model_files(trained, directory, dtype)
+    # Tensor by tensor against the base: what was to change may have, all else must be the base's own.
+    names = hf_names(trained.config)
+    changing = {*targets, *(name for path in _flat(trained.params) for name in names[path])}
+    there, changed = map_shards(directory), 0
+    for name, value in to_hf_tensors(trained.config, trained.base):
+        same = np.array_equal(there[name], value.astype(dtype))
+        if not same and name not in changing:
+            raise UserError(f"{name}: the export changed it, but it is no target of the adapter")
+        changed += not same
+    if not changed:
+        raise UserError(f"no tensor differs from the base's in {dtype.name}; --dtype float32 keeps small changes")
+    return {"tensors": len(there), "targeted": len(changing), "changed": changed}
+
+
+def _read_merged(trained: Trained, directory: Path) -> tuple[None, Tree]:
+    """As a tree of seven products a layer, which are stored in HF's own orientation."""
+    tensors = map_shards(directory)
+    leaves = _read_outside(trained, tensors, stream=0)
+    for i in range(trained.config.num_hidden_layers):
+        for block, products in BLOCKS.items():
+            for product in products:
+                modules = {p: f"model.layers.{i}.{PEFT_MODULES[p]}" for p in PRODUCTS[product]}
+                for p, module in modules.items():
+                    leaves[f"layers/{i}/{block}/{product}/{p}_weight"] = tensors[f"{module}.weight"]
+                biases = [tensors[f"{m}.bias"] for m in modules.values() if f"{m}.bias" in tensors]
+                if biases:
+                    leaves[f"layers/{i}/{block}/{product}/bias"] = np.concatenate(biases)
+    return None, {"params": unflatten_dict(leaves, sep="/")}
+
+
+# -------------------------------------------------------------------------------------------------- peft
+
+
+def _refuse_peft(adapter_config: AdapterConfig, params: Tree) -> str | None:
+    if not adapter_config.row.mergeable:
+        return f"{adapter_config.method} is no LoRA"
+    if params:
+        return f"a LoRA has no place for base leaves, and {next(iter(_flat(params)))} trained"
+    return None
+
+
+def _write_peft(trained: Trained, directory: Path, dtype: Any) -> dict[str, Any]:
+    adapter, lora = as_lora(trained.adapter, trained.config, trained.adapter_config)
+    about = (trained.config, lora, trained.base_model, trained.fingerprint)
+    write_adapter_files(directory, {"adapter": adapter}, *about, dtype)
+    return {}
+
+
+def _read_peft(trained: Trained, directory: Path) -> tuple[AdapterConfig, Tree]:
+    lora, found = load_adapter(directory, trained.config, trained.fingerprint)
+    return lora, {"params": trained.base, "adapter": found["adapter"]}
+
+
+# ------------------------------------------------------------------------------------------ transformers
+
+
+def _refuse_transformers(adapter_config: AdapterConfig, params: Tree) -> str | None:
+    if adapter_config.row.reads is None:
+        return f"{adapter_config.method} has no adapter: what it gives is a plain Llama"
+    return None
+
+
+def _linears(layers: Tree) -> Iterator[tuple[str, Any]]:
+    """Name and value of every tensor of the Linears that fused, transposed layers are; a bias is as wide as the
+    Linear's outputs, those of the adapter included."""
+    for i, layer in layers.items():
+        for products in (layer[block] for block in BLOCKS):
+            for product, leaves in products.items():
+                module = _module(i, product)
+                yield f"{module}.weight", leaves["weight"]
+                for p in PRODUCTS[product]:
+                    if f"{p}_B" in leaves:
+                        yield f"{module}.B.{p}.weight", leaves[f"{p}_B"]
+                if "bias" in leaves:
+                    yield (
+                        f"{module}.bias",
+                        jax.numpy.pad(leaves["bias"], (0, len(leaves["weight"]) - len(leaves["bias"]))),
+                    )
+
+
+def _write_transformers(trained: Trained, directory: Path, dtype: Any) -> dict[str, Any]:
+    config, adapter_config, base = trained.config, trained.adapter_config, trained.full_base
+
+    def layers(base: Tree, adapter: Tree) -> Iterator[tuple[str, Tree]]:
+        return fused_layers(base, adapter, config, adapter_config, transposed=True, dtype=dtype)
+
+    linears = jax.eval_shape(lambda *trees: dict(_linears(dict(layers(*trees)))), base, trained.adapter)
+    outside = {name for path, names in hf_names(config).items() if _outside(path) for name in names}
+    shapes = {name: shape for name, shape in hf_shapes(config).items() if name in outside}
+    shapes |= {name: value.shape for name, value in linears.items()}
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        yield from to_hf_tensors(config, base, _outside)
+        for i, layer in layers(base, trained.adapter):
+            yield from _linears({i: layer})
+
+    write_shards(directory, shapes, dtype, tensors())
+    for file in sorted(_REMOTE_CODE.glob("*.py")):
+        shutil.copyfile(file, directory / file.name)
+    _write_model_files(trained, directory, dtype, **_remote_config(adapter_config))
+    return {}
+
+
+def _remote_config(adapter_config: AdapterConfig) -> dict[str, Any]:
+    """The fields of config.json that remote_code reads."""
+    stream, activation = adapter_config.row.writes == "stream", adapter_config.activation
+    products = {
+        product: {
+            # A stream is wider for every product alike: nothing is cut off it or joined to it there.
+            "forward": [] if stream else list(slot.forward),
+            "matrix": list(slot.matrix),
+            "repeat": list(slot.repeat),
+            "backward": 0 if stream else slot.backward_rank,
+        }
+        for product, slot in adapter_config.slots.items()
+    }
+    return {
+        "model_type": "flora_llama",
+        "architectures": ["FloraLlamaForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_flora_llama.FloraLlamaConfig",
+            "AutoModelForCausalLM": "modeling_flora_llama.FloraLlamaForCausalLM",
+        },
+        "flora": {
+            "method": adapter_config.method,
+            "rank": adapter_config.rank,
+            "activation": _ACT2FN.get(activation, activation),
+            "stream": adapter_config.rank if stream else 0,
+            "products": products,
+        },
+    }
+
+
+def _read_transformers(trained: Trained, directory: Path) -> tuple[AdapterConfig, Tree]:
+    """As a fused tree, stored as PyTorch stores it."""
+    config, adapter_config, tensors = trained.config, trained.adapter_config, map_shards(directory)
+    leaves = _read_outside(trained, tensors, adapter_config.rank if adapter_config.row.writes == "stream" else 0)
+    for i in range(config.num_hidden_layers):
+        for block, products in BLOCKS.items():
+            for product in products:
+                path, module = f"layers/{i}/{block}/{product}", _module(i, product)
+                leaves[f"{path}/weight"] = tensors[f"{module}.weight"]
+                for p in adapter_config.slots[product].matrix:
+                    leaves[f"{path}/{p}_B"] = tensors[f"{module}.B.{p}.weight"]
+                if f"{module}.bias" in tensors:
+                    columns = sum(config.widths[p][1] for p in PRODUCTS[product])
+                    leaves[f"{path}/bias"] = tensors[f"{module}.bias"][:columns]
+    return adapter_config, {"params": unflatten_dict(leaves, sep="/")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """refuse: why it cannot hold a method (with base leaves that trained), None if it can. write: the files, in a
+    directory that is there, in a dtype; returns what it can say about them. read: configuration and variables that our
+    own Llama computes with, the weights mapped from the files."""
+
+    refuse: Callable[[AdapterConfig, Tree], str | None]
+    write: Callable[[Trained, Path, Any], dict[str, Any]]
+    read: Callable[[Trained, Path], tuple[AdapterConfig | None, Tree]]
+
+
+FORMATS = {
+    "merged": Format(_refuse_merged, _write_merged, _read_merged),
+    "peft": Format(_refuse_peft, _write_peft, _read_peft),
+    "transformers": Format(_refuse_transformers, _write_transformers, _read_transformers),
+}

@@ -1,0 +1,118 @@
+"""The README.md of an export: what it is, where it comes from, how it was made, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from huggingface_hub import ModelCardData
+
+from flora_jax.interop.formats import Trained
+
+_LOAD = {
+    "merged": """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")""",
+    "peft": """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_DIRECTORY")""",
+    "transformers": """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")""",
+}
+_PAPER = {
+    "zflora": "zFLoRA, [arXiv 2510.25784](https://arxiv.org/abs/2510.25784)",
+    "lora": "LoRA, [arXiv 2106.09685](https://arxiv.org/abs/2106.09685)",
+    "fft": "full fine-tuning",
+}
+_FLORA = "FLoRA, [arXiv 2511.00050](https://arxiv.org/abs/2511.00050)"
+
+
+def model_card(
+    trained: Trained,
+    report: Mapping[str, Any],
+    *,
+    licence: str | None,
+    command: str,
+    versions: Mapping[str, str],
+    summary: Mapping[str, Any],
+) -> str:
+    """Markdown with the hub's header. report: of the export; summary: of the run, as `eval.json` has it, {} if there is
+    none."""
+    adapter, logits = trained.adapter_config, report["logits"]
+    published = re.fullmatch(r"[\w.-]+/[\w.-]+", trained.base_model) is not None
+    base = trained.base_model if published else Path(trained.base_model).name  # no path of this machine
+    header = ModelCardData(
+        base_model=trained.base_model if published else None,
+        license=licence,
+        library_name="peft" if report["format"] == "peft" else "transformers",
+        pipeline_tag="text-generation",
+        tags=["flora_jax", adapter.method],
+    )
+    count = sum(leaf.size for leaf in jax.tree.leaves((trained.adapter, trained.params)))
+    total = sum(leaf.size for leaf in jax.tree.leaves((trained.base, trained.adapter)))
+    rows = [
+        ("base model", base),
+        ("licence of the base", licence or "not stated in its files: ask those who published it"),
+        ("method", f"`{adapter.method}` ({_PAPER.get(adapter.method, _FLORA)})"),
+    ]
+    if trained.adapter:
+        scale = f"scale {adapter.scale:g}{' (rsLoRA)' if adapter.rslora else ''}"
+        rows += [("rank", f"{adapter.rank}, {scale}"), ("projections", ", ".join(adapter.targets))]
+    if adapter.add_to:
+        rows.append(("repeat-and-add on", ", ".join(adapter.add_to)))
+    rows.append(("trained parameters", f"{count:,} of {total:,} ({100 * count / total:.3f} %)"))
+    if "step" in summary:
+        rows.append(("step", summary["step"]))
+    rows += [("weights", report["dtype"]), ("command", f"`{command}`")]
+    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    load = _LOAD[report["format"]].format(base=base)
+    return f"""---
+{header.to_yaml()}
+---
+
+# {base}, fine-tuned with {adapter.method}
+
+| | |
+|---|---|
+{table}
+
+## Load
+
+```python
+{load}
+```
+
+On a sample of {logits["sample_tokens"]} tokens, training moved the base's logits by up to \
+{logits["moved_by_training"]:.3g}; those of this export lie within {logits["max_change"]:.2g} of what was trained.
+
+{_results(summary)}"""
+
+
+def _results(summary: Mapping[str, Any]) -> str:
+    """Data and scores, as Markdown."""
+    parts = []
+    if data := summary.get("data"):
+        lines = [f"- {name}: sha256 `{digest}`" for name, digest in data.get("sha256", {}).items()]
+        counts = data.get("train", {})
+        if "kept" in counts:
+            lines.insert(0, f"- {counts['kept']:,} training examples, {counts['loss_tokens']:,} tokens in the loss")
+        parts.append("## Data\n\n" + "\n".join(lines) + "\n")
+    scores = []
+    if (losses := summary.get("validation_losses")) and str(summary.get("step")) in losses:
+        scores.append(f"- validation loss {losses[str(summary['step'])]:.4f}"
+                      + (f" ({losses['0']:.4f} before training)" if "0" in losses else ""))  # fmt: skip
+    evaluation = summary.get("evaluation") or {}
+    for task, result in evaluation.get("tasks", {}).items():
+        scores.append(f"- {task} ({evaluation['protocol']}, {evaluation['split']}, n = {result['n']}): accuracy "
+                      f"{result['accuracy']:.4f} ± {result['stderr']:.4f}")  # fmt: skip
+    if scores:
+        parts.append("## Scores\n\n" + "\n".join(scores) + "\n")
+    return "\n".join(parts)

@@ -1,0 +1,151 @@
+"""Llama with a fused adapter of the FLoRA family (arXiv 2511.00050; zflora: arXiv 2510.25784).
+
+Forward adapters are extra outputs, backward adapters extra inputs of the projections that Llama runs anyway. All else
+is transformers' own Llama. `config.flora` says what rides where; scales are in the weights.
+"""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.models.llama import modeling_llama as llama
+
+from .configuration_flora_llama import FloraLlamaConfig
+
+
+class FusedLinear(nn.Linear):
+    """The projections of one input and the adapter's channels in one product: `[x | z] · W -> [ys | z_out]`.
+
+    forward(x, z) gives the list of ys, one for each of `widths`, and z_out, None where nothing rides as outputs.
+    """
+
+    def __init__(self, config, product, d_in, widths, bias):
+        flora, rider = config.flora, config.flora["products"][product]
+        riding = flora["rank"] * len(rider["forward"])
+        super().__init__(d_in + rider["backward"], sum(widths.values()) + riding, bias=bias)
+        self.rider, self.rank, self.names = rider, flora["rank"], list(widths)
+        self.sizes = [*widths.values(), riding]
+        self.act = nn.Identity() if flora["activation"] == "identity" else ACT2FN[flora["activation"]]
+        self.B = nn.ModuleDict({name: nn.Linear(self.rank, widths[name], bias=False) for name in rider["matrix"]})
+
+    def forward(self, x, z=None):
+        y = super().forward(torch.cat([x, z], -1) if self.rider["backward"] else x)
+        if not self.rider["forward"] and not self.rider["repeat"]:
+            return list(y.split(self.sizes[:-1], -1)), None
+        *ys, out = y.split(self.sizes, -1)
+        out = self.act(out)
+        own = dict(zip(self.rider["forward"], out.split(self.rank, -1), strict=False))
+        for i, name in enumerate(self.names):
+            if name in self.B:
+                ys[i] = ys[i] + self.B[name](own[name])
+            if name in self.rider["repeat"]:  # a piece of its own, or the sum of those that came in
+                piece = own[name] if name in own else z.unflatten(-1, (-1, self.rank)).sum(-2)
+                ys[i] = repeat_and_add(ys[i], piece)
+        return ys, out
+
+
+def repeat_and_add(y, z):
+    """y and z tiled along the last axis to y's width."""
+    return (y.unflatten(-1, (-1, z.shape[-1])) + z.unsqueeze(-2)).flatten(-2)
+
+
+class FloraLlamaRMSNorm(llama.LlamaRMSNorm):
+    """Norm of the hidden_size own channels of the stream; those behind them pass."""
+
+    def forward(self, hidden_states):
+        width = self.weight.shape[0]
+        if hidden_states.shape[-1] == width:
+            return super().forward(hidden_states)
+        x, z = hidden_states.split([width, hidden_states.shape[-1] - width], -1)
+        return torch.cat([super().forward(x), z], -1)
+
+
+class FinalNorm(llama.LlamaRMSNorm):
+    """Norm of the stream's own channels with those behind them repeat-and-added."""
+
+    def forward(self, hidden_states):
+        width = self.weight.shape[0]
+        x, z = hidden_states.split([width, hidden_states.shape[-1] - width], -1)
+        return super().forward(repeat_and_add(x, z) if z.shape[-1] else x)
+
+
+class FloraLlamaAttention(llama.LlamaAttention):
+    """Attention with q, k and v in one product."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        del self.q_proj, self.k_proj, self.v_proj
+        D, bias = config.hidden_size + config.flora["stream"], config.attention_bias
+        Q, K = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.qkv_proj = FusedLinear(config, "qkv", D, {"q": Q, "k": K, "v": K}, bias)
+        self.o_proj = FusedLinear(config, "o", Q, {"o": D}, bias)
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+        shape = hidden_states.shape[:-1]
+        ys, z = self.qkv_proj(hidden_states)
+        q, k, v = (y.view(*shape, -1, self.head_dim).transpose(1, 2) for y in ys)
+        q, k = llama.apply_rotary_pos_emb(q, k, *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        implementation = self.config._attn_implementation
+        attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, llama.eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        (out,), _ = self.o_proj(out.reshape(*shape, -1).contiguous(), z)
+        return out, weights
+
+
+class FloraLlamaMLP(nn.Module):
+    """SwiGLU with gate and up in one product."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, F, bias = config.hidden_size + config.flora["stream"], config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = FusedLinear(config, "gate_up", D, {"gate": F, "up": F}, bias)
+        self.down_proj = FusedLinear(config, "down", F, {"down": D}, bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x):
+        (gate, up), z = self.gate_up_proj(x)
+        (out,), _ = self.down_proj(self.act_fn(gate) * up, z)
+        return out
+
+
+class FloraLlamaDecoderLayer(llama.LlamaDecoderLayer):
+    """Llama's layer with its parts replaced."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.self_attn, self.mlp = FloraLlamaAttention(config, layer_idx), FloraLlamaMLP(config)
+        self.input_layernorm = FloraLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = FloraLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class FloraLlamaModel(llama.LlamaModel):
+    """Llama's stack, its stream as wide as the adapter needs it."""
+
+    config_class = FloraLlamaConfig
+    _no_split_modules = ["FloraLlamaDecoderLayer"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList(FloraLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = FinalNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_init()
+
+    def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = nn.functional.pad(inputs_embeds, (0, self.config.flora["stream"]))
+        return super().forward(inputs_embeds=inputs_embeds, **kwargs)
+
+
+class FloraLlamaForCausalLM(llama.LlamaForCausalLM):
+    """What AutoModelForCausalLM gives."""
+
+    config_class = FloraLlamaConfig
+    _no_split_modules = ["FloraLlamaDecoderLayer"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = FloraLlamaModel(config)
+        self.post_init()

@@ -1,0 +1,112 @@
+"""Safetensors files written and read one tensor at a time.
+
+The library's own writer wants all of a file's tensors in memory at once, and its reader copies what it reads; a model
+as large as the machine's memory allows is exported with neither. The format is a length, a JSON header and the bytes of
+the tensors: https://github.com/safetensors/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+from tqdm import tqdm
+
+from flora_jax.errors import UserError
+from flora_jax.files import read_json, write_json
+
+SHARD_BYTES = 4_900_000_000  # with its header a file stays under 5 GB
+INDEX = "model.safetensors.index.json"
+_KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def write_shards(
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: Any,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes `model.safetensors`, or shards with their index, to `directory`.
+
+    shapes: of all tensors, in any order; tensors: `(name, array)`, asked for one after another and cast to `dtype`, so
+    that no more than one is held. Raises UserError for a tensor that has another shape or is not finite.
+    """
+    dtype = jnp.dtype(dtype)
+    sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in shapes.items()}
+    plan = split_state_dict_into_shards_factory(
+        sizes, get_storage_size=lambda size: size, filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes)  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        files, places = {}, {}
+        for file, names in plan.filename_to_tensors.items():
+            files[file] = stack.enter_context((directory / file).open("wb"))
+            places |= _begin(files[file], {name: shapes[name] for name in names}, sizes, _KINDS[dtype.name])
+        for name, value in _with_progress(tensors, sizes):
+            value = np.asarray(value, dtype)
+            if name not in places or value.shape != tuple(shapes[name]):
+                raise UserError(f"tensor {name!r} has shape {value.shape}, expected {shapes.get(name, 'none')}")
+            if not np.isfinite(value).all():
+                raise UserError(f"tensor {name!r} holds values that are not finite in {dtype.name}")
+            file = files[plan.tensor_to_filename[name]]
+            file.seek(places.pop(name))
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    if places:
+        raise UserError(f"tensor {next(iter(places))!r} was never given")
+    if plan.is_sharded:
+        write_json(directory / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+
+
+def _begin(
+    file: BinaryIO, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], kind: str
+) -> dict[str, int]:
+    """Writes the header; where in the file each tensor begins."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + sizes[name]]}
+        end += sizes[name]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
+
+
+def _with_progress(tensors: Iterable[tuple[str, np.ndarray]], sizes: Mapping[str, int]) -> Iterable[Any]:
+    """The tensors, with a bar of bytes written on a terminal and elsewhere a line every ten seconds."""
+    total, said = sum(sizes.values()), time.monotonic()
+    with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=not sys.stderr.isatty()) as bar:
+        done, start = 0, said
+        for name, value in tensors:
+            yield name, value
+            done += sizes.get(name, 0)
+            bar.update(sizes.get(name, 0))
+            if bar.disable and time.monotonic() - said > 10:
+                said = time.monotonic()
+                left = tqdm.format_interval((said - start) / done * (total - done))
+                tqdm.write(f"export: {done / 1e9:.2f} of {total / 1e9:.2f} GB, "
+                           f"{done / 1e6 / (said - start):.0f} MB/s, {left} left", file=sys.stderr)  # fmt: skip
+
+
+def map_shards(directory: Path) -> dict[str, np.ndarray]:
+    """The tensors of what `write_shards` wrote, by name, as views of the mapped files: nothing is read before it is
+    used, and nothing is held after."""
+    index = directory / INDEX
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    dtypes = {kind: jnp.dtype(name) for name, kind in _KINDS.items()}
+    tensors = {}
+    for file in files:
+        memory = np.memmap(directory / file, np.uint8, mode="r")
+        start = 8 + int.from_bytes(memory[:8].tobytes(), "little")
+        for name, entry in json.loads(memory[8:start].tobytes()).items():
+            if name != "__metadata__":
+                a, b = entry["data_offsets"]
+                tensors[name] = memory[start + a : start + b].view(dtypes[entry["dtype"]]).reshape(entry["shape"])
+    return tensors

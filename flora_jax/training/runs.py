@@ -1,0 +1,76 @@
+"""A run's directory read back: its configuration, its base, and what had trained at any step that was kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from flora_jax.adapters import AdapterConfig, abstract_adapter
+from flora_jax.config import weights_source
+from flora_jax.errors import UserError
+from flora_jax.files import read_json
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.llama import abstract_base, init_base
+from flora_jax.models.loading import load_config, load_pretrained
+from flora_jax.training.checkpoints import Checkpoints, check_meta
+from flora_jax.training.optimizer import trains
+from flora_jax.training.rules import partition, paths
+
+Tree = dict[str, Any]
+
+
+def read_run(workdir: Path) -> ml_collections.ConfigDict:
+    """The configuration of the run in `workdir`. Raises UserError if it holds none."""
+    if not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: there is no such directory")
+    stored = read_json(workdir / "config.json", "; a run of flora_jax.train has one").get("config")
+    config = ml_collections.ConfigDict(stored if isinstance(stored, dict) else {})
+    for section in ("model", "adapter", "data", "train"):
+        if not isinstance(config.get(section), ml_collections.ConfigDict):
+            raise UserError(f"{workdir / 'config.json'}: section {section!r} is missing; a run's configuration has it")
+    return config
+
+
+def model_config(config: ml_collections.ConfigDict) -> LlamaConfig:
+    """The architecture that a run trains."""
+    source = weights_source(config)
+    return LlamaConfig.preset(config.model.preset) if source == "random" else load_config(source)
+
+
+def load_base(config: ml_collections.ConfigDict, shardings: Tree | None = None) -> Tree:
+    """The base's parameters as a run starts from them: loaded, or drawn from its seed."""
+    dtype, source = jnp.dtype(config.model.param_dtype), weights_source(config)
+    if source == "random":
+        return init_base(run_keys(config)[0], model_config(config), dtype, shardings)
+    return load_pretrained(source, dtype, shardings=None if shardings is None else paths(shardings).__getitem__)[1]
+
+
+def run_keys(config: ml_collections.ConfigDict) -> jax.Array:
+    """The run's three keys: of a random base, of the adapter's start, of dropout."""
+    return jax.random.split(jax.random.key(config.train.seed), 3)
+
+
+def load_trained(
+    workdir: Path, config: ml_collections.ConfigDict, adapter: AdapterConfig, step: int
+) -> tuple[dict[str, Tree], str]:
+    """`{"adapter": tree, "params": base leaves that trained}`, float32, of the checkpoint at `step`, and its base's
+    fingerprint. Raises UserError if it was not kept, or is of another adapter."""
+    directory = workdir / "checkpoints"
+    steps = []
+    if directory.is_dir():  # opening makes one
+        checkpoints = Checkpoints(directory, config.train.keep)
+        steps = checkpoints.steps
+    if step not in steps:
+        there = f"those of steps {', '.join(map(str, steps))} are" if steps else "none is"
+        raise UserError(f"--step {step}: there is no such checkpoint in {directory}; {there} there")
+    meta = checkpoints.meta(step)
+    check_meta(meta, adapter, meta["base_fingerprint"], {}, f"checkpoint {step} of --workdir={workdir}")
+    architecture = model_config(config)
+    shapes = {"params": abstract_base(architecture), "adapter": abstract_adapter(architecture, adapter)}
+    trained = checkpoints.trained(step, partition(shapes, trains(config, shapes))[0])
+    checkpoints.close()
+    return {"adapter": {}, "params": {}, **trained}, meta["base_fingerprint"]

@@ -1,0 +1,288 @@
+"""`python -m flora_jax.export`: runs and adapter directories in, directories for others out; what it refuses."""
+
+import json
+import os
+import pickle
+import struct
+
+import jax
+import numpy as np
+import pytest
+from conftest import random_adapter
+from flax.traverse_util import flatten_dict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from flora_jax.adapters import AdapterConfig
+from flora_jax.errors import UserError, run_command
+from flora_jax.export import main
+from flora_jax.interop.adapter_files import load_adapter, save_adapter
+from flora_jax.interop.exports import MARKER
+from flora_jax.models.config import LlamaConfig
+from flora_jax.train import run
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+TINY = LlamaConfig.preset("tiny")
+
+
+@pytest.fixture(scope="module")
+def lora_run(small, tmp_path_factory):
+    """A run of 6 steps with a checkpoint every second step."""
+    workdir = tmp_path_factory.mktemp("lora") / "run"
+    settings = {"train.steps": 6, "train.keep": 3, "optim.schedule": "constant", "eval.tasks": "chain_sum",
+                "eval.limit": 4, "eval.batch_size": 4}  # fmt: skip
+    run(small("lora", **settings), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def ffba_run(small, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("ffba") / "run"
+    run(small("ffba", **{"train.trainable": "params/.*norm/scale"}), workdir)
+    return workdir
+
+
+def command(*flags):
+    main(["export", *map(str, flags)])
+
+
+def test_every_format_of_a_run(lora_run, tmp_path, capsys):
+    for form in ("merged", "peft", "transformers"):
+        command("--workdir", lora_run, "--format", form, "--out", tmp_path / form)
+        said = capsys.readouterr().out
+        assert "logits: training moves them by up to" in said and str(tmp_path / form) in said
+        report = json.loads((tmp_path / form / MARKER).read_text())
+        assert report["schema_version"] == 1 and report["format"] == form
+        assert sorted(report["files"]) == sorted(path.name for path in (tmp_path / form).iterdir())
+        card = (tmp_path / form / "README.md").read_text()
+        assert card.startswith("---\n") and "`lora` (LoRA," in card and "rank | 8" in card
+        assert "flora_jax.export --workdir" in card and "jax " in card and "chain_sum (llm_adapters" in card
+        summary = json.loads((lora_run / "eval.json").read_text())
+        loss = summary["validation_losses"][str(summary["step"])]
+        assert f"validation loss {loss:.4f}" in card and summary["data"]["sha256"]["chain_sum/train"] in card
+        assert ".from_pretrained(" in card
+    _, trained = load_adapter(tmp_path / "peft", TINY)
+    own = flatten_dict(load_adapter(lora_run / "adapter", TINY)[1], sep="/")
+    for path, value in flatten_dict(trained, sep="/").items():
+        np.testing.assert_array_equal(value, own[path])
+
+
+def test_a_step_of_several(lora_run, small, tmp_path):
+    """Step 2 of 6 is what a run of two steps ends with."""
+    settings = {"train.steps": 2, "train.keep": 1, "optim.schedule": "constant", "optim.warmup_steps": 1}
+    run(small("lora", **settings), tmp_path / "two")
+    wanted = load_file(tmp_path / "two/adapter/adapter_model.safetensors")
+    for step in (2, 4):
+        command("--workdir", lora_run, "--step", step, "--format", "peft", "--out", tmp_path / f"step{step}")
+        found = load_file(tmp_path / f"step{step}/adapter_model.safetensors")
+        assert found.keys() == wanted.keys()
+        same = [np.array_equal(found[name], wanted[name]) for name in wanted]
+        assert all(same) if step == 2 else not any(same)
+        assert f"| step | {step} |" in (tmp_path / f"step{step}/README.md").read_text()
+    assert "chain_sum (llm_adapters" not in (tmp_path / "step4/README.md").read_text()  # scores of another step
+
+
+def test_a_method_of_its_own_with_trained_norms(ffba_run, tmp_path):
+    command("--workdir", ffba_run, "--format", "transformers", "--dtype", "bfloat16", "--out", tmp_path / "out")
+    norms = load_adapter(ffba_run / "adapter", TINY)[1]["params"]
+    stored = load_file(tmp_path / "out/model.safetensors")
+    for i in range(2):
+        trained = norms["layers"]["mlp_norm"]["scale"][i]
+        assert trained.std() > 0
+        np.testing.assert_array_equal(
+            stored[f"model.layers.{i}.post_attention_layernorm.weight"], trained.astype(jax.numpy.bfloat16)
+        )
+
+
+@pytest.fixture
+def refused(tmp_path, tree_hash, capsys):
+    def check(words, *flags):
+        before = tree_hash(tmp_path)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_command(main, ["export", *map(str, flags)])
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 2, err
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+        for word in words:
+            assert word in err, (word, err)
+        assert tree_hash(tmp_path) == before
+
+    return check
+
+
+def test_what_is_refused(refused, lora_run, ffba_run, small, tmp_path):
+    out = ("--out", tmp_path / "new/out")
+    both = ("--format", "merged", *out)
+    refused(["--format"], "--workdir", lora_run, *out)
+    refused(["--format 'megred'", "'merged'"], "--workdir", lora_run, "--format", "megred", *out)
+    refused(["--workdir", "--model"], *both)
+    refused(["--adapter goes with --model"], "--workdir", lora_run, "--adapter", lora_run / "adapter", *both)
+    refused(["--model needs --adapter"], "--model", tmp_path, *both)
+    refused(["--step goes with --workdir"], "--model", tmp_path, "--adapter", tmp_path, "--step", 1, *both)
+    refused(["--step 3", "steps 2, 4, 6"], "--workdir", lora_run, "--step", 3, *both)
+    refused(["no such directory"], "--workdir", tmp_path / "nothing", *both)
+    refused(["config.json", "a run of flora_jax.train has one"], "--workdir", tmp_path, *both)
+    refused(["ffba goes around", "--format transformers"], "--workdir", ffba_run, *both)
+    refused(["exists"], "--workdir", lora_run, "--format", "merged", "--out", tmp_path)
+    refused(["cannot be written"], "--workdir", lora_run, "--format", "merged", "--out", lora_run / "config.json/out")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"config": {"model": 3}}')
+    refused(["config.json", "section 'model'"], "--workdir", tmp_path / "run", *both)
+    (tmp_path / "run/config.json").write_bytes((lora_run / "config.json").read_bytes())
+    refused(["has not ended", "--step"], "--workdir", tmp_path / "run", *both)
+    refused(["--step 1", "none is there"], "--workdir", tmp_path / "run", "--step", 1, *both)
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_base_or_adapter_is_refused(refused, lora_run, tmp_path):
+    stored = json.loads((lora_run / "config.json").read_text())
+    for field, value, words in [
+        ("seed", 5, ["another base"]),
+        ("method", "pf_lora", ["adapter.method='lora'", "'pf_lora'"]),
+    ]:
+        workdir = tmp_path / field
+        workdir.mkdir()
+        config = json.loads(json.dumps(stored))
+        config["config"]["train" if field == "seed" else "adapter"][field] = value
+        (workdir / "config.json").write_text(json.dumps(config))
+        for name in ("adapter", "checkpoints", "eval.json"):
+            os.symlink(lora_run / name, workdir / name)
+        step = () if field == "seed" else ("--step", 4)
+        refused(words, "--workdir", workdir, *step, "--format", "merged", "--out", tmp_path / "out")
+    refused(
+        ["fingerprint"], "--workdir", tmp_path / "seed", "--step", 4, "--format", "merged", "--out", tmp_path / "out"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- hostile input
+
+
+class Payload:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (self.mark,))
+
+
+@pytest.fixture
+def lora_directory(tmp_path):
+    """As PEFT writes one: it says nothing of the base but its name."""
+    config = AdapterConfig("lora", 4)
+    trained = {"adapter": random_adapter(TINY, config, 1), "params": {}}
+    save_adapter(tmp_path / "a", trained, TINY, config, "base", "f")
+    (tmp_path / "a/flora_config.json").unlink()
+    return tmp_path / "a"
+
+
+def test_pickles_are_never_opened(refused, hf_directory, lora_directory, tmp_path):
+    mark = str(tmp_path / "executed")
+    payload = pickle.dumps(Payload(mark))
+    base = hf_directory(tmp_path / "base")
+    flags = ("--format", "merged", "--out", tmp_path / "out")
+    # Beside what is read, and in its place.
+    (base / "pytorch_model.bin").write_bytes(payload)
+    (lora_directory / "adapter_model.bin").write_bytes(payload)
+    main(["export", "--model", str(base), "--adapter", str(lora_directory), *map(str, flags)])
+    (lora_directory / "adapter_model.safetensors").rename(tmp_path / "kept.safetensors")
+    refused(
+        ["adapter_model.bin is a pickle"],
+        "--model",
+        base,
+        "--adapter",
+        lora_directory,
+        "--format",
+        "peft",
+        "--out",
+        tmp_path / "b",
+    )
+    (lora_directory / "adapter_model.safetensors").write_bytes(payload)
+    refused(
+        ["not a complete safetensors file"],
+        "--model",
+        base,
+        "--adapter",
+        lora_directory,
+        "--format",
+        "peft",
+        "--out",
+        tmp_path / "b",
+    )
+    (lora_directory / "adapter_model.safetensors").write_bytes((tmp_path / "kept.safetensors").read_bytes())
+    (base / "model.safetensors").unlink()
+    refused(
+        ["pytorch_model.bin is a pickle"],
+        "--model",
+        base,
+        "--adapter",
+        lora_directory,
+        "--format",
+        "peft",
+        "--out",
+        tmp_path / "b",
+    )
+    assert not os.path.exists(mark)
+    pickle.loads(payload)
+    assert os.path.exists(mark)  # the payload does work
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\x00" * 7, struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 200_000_000) + b"{}",
+        struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 20) + b'{"a": {"dtype": "F3',
+        struct.pack("<Q", 64) + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,99999999999]}}',
+    ],
+)  # fmt: skip
+def test_damaged_safetensors(refused, hf_directory, lora_directory, tmp_path, content):
+    base = hf_directory(tmp_path / "base")
+    flags = ("--model", base, "--adapter", lora_directory, "--format", "peft", "--out", tmp_path / "out")
+    whole = (lora_directory / "adapter_model.safetensors").read_bytes()
+    (lora_directory / "adapter_model.safetensors").write_bytes(content)
+    refused([str(lora_directory / "adapter_model.safetensors"), "safetensors file"], *flags)
+    (lora_directory / "adapter_model.safetensors").write_bytes(whole)
+    (base / "model.safetensors").write_bytes(content)
+    refused([str(base / "model.safetensors"), "safetensors file"], *flags)
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "a/../../x.safetensors"])
+def test_shards_outside_the_directory(refused, hf_directory, lora_directory, tmp_path, shard):
+    base = hf_directory(tmp_path / "base")
+    names = load_file(base / "model.safetensors").keys()
+    (base / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    refused([repr(shard), "outside the checkpoint's directory"], "--model", base, "--adapter", lora_directory,
+            "--format", "merged", "--out", tmp_path / "out")  # fmt: skip
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2), max_leaves=4,
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_value_in_an_adapter_config_loads_or_is_refused(tmp_path_factory, data):
+    method = data.draw(st.sampled_from(["lora", "ffba"]))
+    path = tmp_path_factory.getbasetemp() / f"any-{method}"
+    if not path.exists():
+        config = AdapterConfig(method, 8)
+        save_adapter(path, {"adapter": random_adapter(TINY, config, 1), "params": {}}, TINY, config, "base", "f")
+        (path / "whole.json").write_bytes((path / "adapter_config.json").read_bytes())
+    stored = json.loads((path / "whole.json").read_text())
+    field = data.draw(
+        st.sampled_from([*stored, "rank_pattern", "use_dora", "init_lora_weights", "layers_to_transform"])
+    )
+    (path / "adapter_config.json").write_text(json.dumps({**stored, field: data.draw(ANYTHING)}))
+    try:
+        found, _ = load_adapter(path, TINY, "f")
+    except UserError as error:
+        assert str(path) in str(error)
+    else:
+        assert found.rank == 8 and isinstance(found.rslora, bool)

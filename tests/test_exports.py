@@ -1,0 +1,498 @@
+"""Exports against their real consumers: transformers, PEFT, safetensors; our own logits and text are what they owe."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, random_adapter, spread
+from flax.traverse_util import flatten_dict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from flora_jax.adapters import METHODS, AdapterConfig, merge
+from flora_jax.errors import UserError
+from flora_jax.inference.generator import Generator
+from flora_jax.interop import exports, formats, shards
+from flora_jax.interop.adapter_files import load_adapter
+from flora_jax.interop.exports import MARKER, export
+from flora_jax.interop.formats import FORMATS, Trained
+from flora_jax.models.config import LlamaConfig, RopeScaling
+from flora_jax.models.fingerprint import base_fingerprint
+from flora_jax.models.hf import hf_shapes, to_hf_tensors
+from flora_jax.models.llama import Llama, init_base
+from flora_jax.models.loading import load_pretrained
+from flora_jax.models.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+TINY = LlamaConfig.preset("tiny")
+# What the preset has not: an untied head, biases, llama3 scaling, another grouping.
+OTHER = dataclasses.replace(
+    TINY, tie_word_embeddings=False, attention_bias=True, mlp_bias=True, num_key_value_heads=3, rope_theta=5e5,
+    rope_scaling=RopeScaling(factor=8.0, original_max_position_embeddings=64), num_hidden_layers=3)  # fmt: skip
+ADAPTERS = {
+    "lora": AdapterConfig("lora", 4, alpha=6.0),
+    "pf_lora": AdapterConfig("pf_lora", 4, targets="q,v,down", rslora=True),
+    "ffa": AdapterConfig("ffa", 8, alpha=4.0),
+    "fpa": AdapterConfig("fpa", 8, activation="gelu"),
+    "parallel": AdapterConfig("parallel", 4, activation="silu", targets="q,k,v,o"),
+    "ffba": AdapterConfig("ffba", 8, alpha=12.0),
+    "ffba_qg_add": AdapterConfig("ffba_qg_add", 16),
+    "ffba_qd_add": AdapterConfig("ffba_qd_add", 8),
+    "zflora": AdapterConfig("zflora", 8),
+}
+assert {*ADAPTERS, "fft"} == set(METHODS)
+
+
+@pytest.fixture(scope="module")
+def bases():
+    def base(config):
+        params = spread(init_base(jax.random.key(0), config))
+        # Biases and norms that do something.
+        return jax.tree.map(
+            lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape) * (x.ndim < 3), params
+        )
+
+    return {config: base(config) for config in (TINY, OTHER)}
+
+
+def make(base, config, adapter_config, params=None, seed=1):
+    adapter = random_adapter(config, adapter_config, seed)
+    return Trained(
+        config, base, adapter_config, adapter, params or {}, load_tokenizer("tiny"), "base", base_fingerprint(base)
+    )
+
+
+def our_logits(trained, tokens, **arguments):
+    variables = {"params": trained.full_base, "adapter": trained.adapter}
+    return np.asarray(Llama(trained.config, trained.adapter_config).apply(variables, jnp.asarray(tokens), **arguments))
+
+
+def torch_model(path, **arguments):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        path, trust_remote_code=True, output_loading_info=True, **arguments)  # fmt: skip
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+def torch_logits(model, tokens, **arguments):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(tokens), **arguments).logits.float().numpy()
+
+
+TOKENS = np.random.default_rng(0).integers(0, 256, (2, 100))
+MERGEABLE = [name for name in ADAPTERS if METHODS[name].mergeable]
+
+
+@pytest.mark.parametrize(
+    "config, method",
+    [*((TINY, method) for method in ADAPTERS), *((OTHER, method) for method in ("lora", "ffba_qd_add", "zflora"))],
+    ids=lambda value: value if isinstance(value, str) else ("tied" if value.tie_word_embeddings else "biased"),
+)
+def test_transformers_export_gives_our_logits(tmp_path, bases, config, method):
+    trained = make(bases[config], config, ADAPTERS[method])
+    report = export(trained, tmp_path / "out", "transformers")
+    assert report["logits"]["max_change"] <= report["logits"]["bound"]
+    model, ours = torch_model(tmp_path / "out"), our_logits(trained, TOKENS)
+    assert np.abs(torch_logits(model, TOKENS) - ours).max() <= 2e-4
+    off = np.asarray(Llama(config, None).apply({"params": trained.base}, jnp.asarray(TOKENS)))
+    assert np.abs(ours - off).max() > 0.1
+    # One Linear a fused product, and nothing else but the B's of a LoRA.
+    import torch
+
+    parts = model.model.layers[0].named_modules()
+    linears = [name for name, part in parts if isinstance(part, torch.nn.Linear) and ".B." not in name]
+    assert linears == ["self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+    stored = json.loads((tmp_path / "out/config.json").read_text())
+    assert stored["rope_parameters"]["rope_theta"] == stored["rope_theta"] == config.rope_theta
+    assert (stored["rope_scaling"] is None) == (config.rope_scaling is None)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("method", MERGEABLE)
+def test_exports_of_a_lora_give_our_logits_and_text(tmp_path, bases, hf_base, method, form):
+    """Logits, and greedy text in batches padded on either side, of every format that can hold the method."""
+    torch = pytest.importorskip("torch")
+    trained = make(bases[TINY], TINY, ADAPTERS[method])
+    export(trained, tmp_path / "out", form)
+    if form == "peft":
+        peft = pytest.importorskip("peft")
+        model = peft.PeftModel.from_pretrained(torch_model(hf_base), str(tmp_path / "out")).eval()
+    else:
+        model = torch_model(tmp_path / "out")
+    ours = our_logits(trained, TOKENS)
+    assert np.abs(torch_logits(model, TOKENS) - ours).max() <= 2e-4
+    lengths = [100, 37]
+    for side in ("left", "right"):
+        mask = np.array([[i >= 100 - n if side == "left" else i < n for i in range(100)] for n in lengths])
+        positions = np.maximum(np.cumsum(mask, -1) - 1, 0)
+        theirs = torch_logits(model, TOKENS, attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions))
+        padded = our_logits(trained, TOKENS, mask=jnp.asarray(mask))
+        assert np.abs(theirs - padded)[mask].max() <= 2e-4
+    assert_same_text(model, trained)
+
+
+@pytest.mark.parametrize("method", ["fpa", "ffba", "zflora"])
+def test_transformers_export_generates_our_text(tmp_path, bases, method):
+    trained = make(bases[TINY], TINY, ADAPTERS[method])
+    export(trained, tmp_path / "out", "transformers")
+    assert_same_text(torch_model(tmp_path / "out"), trained)
+
+
+def assert_same_text(model, trained):
+    """Greedy, 64 tokens, a batch of unequal prompts padded on the left, as transformers wants it."""
+    import torch
+
+    prompts = [TOKENS[0, :40].tolist(), TOKENS[1, :7].tolist()]
+    pad = trained.tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (40 - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (40 - len(p)) + [1] * len(p) for p in prompts])
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=pad)
+    generator = Generator(trained.config, trained.full_base, {"a": trained.adapter}, trained.adapter_config,
+                          trained.tokenizer, max_length=128, batch_size=2)  # fmt: skip
+    for row, ours in zip(out[:, 40:].tolist(), generator.generate(prompts, 64), strict=True):
+        end = row.index(257) + 1 if 257 in row else len(row)  # what follows the end is padding
+        assert [t for t in row[:end] if t != 257] == [t for t in ours.tokens if t != 257]
+
+
+@pytest.fixture(scope="module")
+def hf_base(bases, tmp_path_factory):
+    """The tiny base as an HF directory."""
+    path = tmp_path_factory.mktemp("base")
+    save_file(dict(to_hf_tensors(TINY, bases[TINY])), path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(TINY.to_hf()))
+    load_tokenizer("tiny").save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("method", MERGEABLE)
+def test_merged_equals_merge_and_peft(tmp_path, bases, hf_base, method):
+    peft = pytest.importorskip("peft")
+    trained = make(bases[TINY], TINY, ADAPTERS[method])
+    report = export(trained, tmp_path / "merged", "merged")
+    export(trained, tmp_path / "peft", "peft")
+    ours = load_file(tmp_path / "merged/model.safetensors")
+    theirs = (
+        peft.PeftModel.from_pretrained(torch_model(hf_base), str(tmp_path / "peft")).merge_and_unload().state_dict()
+    )
+    base = dict(to_hf_tensors(TINY, trained.base))
+    in_memory = dict(to_hf_tensors(TINY, merge(trained.base, trained.adapter, TINY, trained.adapter_config)))
+    changed = set()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name].numpy(), atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(value, in_memory[name], atol=1e-6, err_msg=name)
+        if not np.array_equal(value, base[name]):
+            changed.add(name)
+    assert changed == set(formats._targets(trained))
+    assert (
+        report["changed"]
+        == report["targeted"]
+        == len(changed)
+        == TINY.num_hidden_layers * len(trained.adapter_config.targets)
+    )
+    # Our own reader takes it for the Llama that it is.
+    config, base = load_pretrained(str(tmp_path / "merged"))
+    assert dataclasses.replace(config, bos_token_id=256) == TINY
+    logits = np.asarray(Llama(config, None).apply({"params": base}, jnp.asarray(TOKENS)))
+    assert np.abs(logits - our_logits(trained, TOKENS)).max() <= 1e-4
+
+
+def test_full_fine_tuning_and_trained_norms(tmp_path, bases):
+    """Base leaves that trained are in merged and transformers exports; a LoRA has no place for them."""
+    moved = jax.tree.map(lambda x: x + 0.05, bases[TINY])
+    fft = Trained(TINY, bases[TINY], AdapterConfig("fft", 1), {}, moved, load_tokenizer("tiny"), "base", "f")
+    report = export(fft, tmp_path / "fft", "merged")
+    assert report["changed"] == report["targeted"] == report["tensors"]
+    assert np.abs(torch_logits(torch_model(tmp_path / "fft"), TOKENS) - our_logits(fft, TOKENS)).max() <= 2e-4
+    for form in ("peft", "transformers"):
+        with pytest.raises(UserError, match="--format merged can hold it"):
+            export(fft, tmp_path / form, form)
+
+    norms = {"final_norm": moved["final_norm"], "layers": {"mlp_norm": moved["layers"]["mlp_norm"]}}
+    lora = make(bases[TINY], TINY, ADAPTERS["pf_lora"], norms)
+    with pytest.raises(UserError, match="final_norm/scale trained; --format merged or transformers can hold it"):
+        export(lora, tmp_path / "peft", "peft")
+    report = export(lora, tmp_path / "merged", "merged")
+    assert report["targeted"] == 2 * 3 + 2 + 1
+    export(lora, tmp_path / "remote", "transformers")
+    for path in ("merged", "remote"):
+        assert np.abs(torch_logits(torch_model(tmp_path / path), TOKENS) - our_logits(lora, TOKENS)).max() <= 2e-4
+
+
+@pytest.mark.parametrize(
+    "method, form", [("lora", "merged"), ("lora", "peft"), ("ffba", "transformers"), ("zflora", "transformers")]
+)
+def test_bfloat16(tmp_path, bases, hf_base, method, form):
+    """Within the bound that LOGIT_BOUNDS states, as transformers computes it in bfloat16 throughout, too."""
+    torch = pytest.importorskip("torch")
+    trained = make(bases[TINY], TINY, ADAPTERS[method])
+    report = export(trained, tmp_path / "out", form, dtype="bfloat16")
+    file = "adapter_model.safetensors" if form == "peft" else "model.safetensors"
+    with safe_open(tmp_path / "out" / file, framework="np") as opened:
+        assert {opened.get_slice(name).get_dtype() for name in opened.keys()} == {"BF16"}  # noqa: SIM118
+    ours = our_logits(trained, TOKENS)
+    assert 1e-5 < report["logits"]["max_change"] <= report["logits"]["bound"]
+    if form == "peft":
+        return
+    model = torch_model(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert (
+        np.abs(torch_logits(model.float(), TOKENS) - ours).max()
+        <= exports.LOGIT_BOUNDS["bfloat16"] * np.abs(ours).max()
+    )
+
+
+def test_saved_again_piped_and_recorded(tmp_path, bases):
+    """save_pretrained of what AutoModelForCausalLM gave, a pipeline, and hidden states of every layer."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    trained = make(bases[TINY], TINY, ADAPTERS["ffba_qg_add"])
+    export(trained, tmp_path / "out", "transformers")
+    first = torch_model(tmp_path / "out")
+    first.save_pretrained(tmp_path / "again")
+    again = torch_model(tmp_path / "again")
+    np.testing.assert_array_equal(torch_logits(again, TOKENS), torch_logits(first, TOKENS))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == trained.tokenizer.chat_template
+    pipe = transformers.pipeline(
+        "text-generation", model=str(tmp_path / "out"), trust_remote_code=True, dtype=torch.float32
+    )
+    text = pipe("The capital of France", max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
+    generator = Generator(TINY, trained.base, {"a": trained.adapter}, trained.adapter_config, trained.tokenizer, 64, 1)
+    prompt = trained.tokenizer("The capital of France").input_ids
+    assert text == generator.generate([prompt], 5)[0].text
+    with torch.no_grad():
+        out = first(torch.tensor(TOKENS), output_hidden_states=True, use_cache=True)
+    assert len(out.hidden_states) == TINY.num_hidden_layers + 1
+    assert out.past_key_values.get_seq_length() == TOKENS.shape[1]
+
+
+def files(path):
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def test_peft_round_trips(tmp_path, bases, hf_base):
+    """PEFT -> ours -> PEFT and ours -> PEFT -> ours to the bit; an ffa comes back as a lora of equal logits."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    fields = dict(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    for use_rslora in (False, True):
+        torch.manual_seed(0)
+        theirs = tmp_path / f"peft{use_rslora}"
+        model = peft.get_peft_model(
+            torch_model(hf_base), peft.LoraConfig(use_rslora=use_rslora, init_lora_weights=False, **fields)
+        )
+        model.save_pretrained(theirs)
+        adapter_config, trained = load_adapter(theirs, TINY)
+        out = tmp_path / f"back{use_rslora}"
+        export(
+            Trained(
+                TINY, bases[TINY], adapter_config, trained["adapter"], {}, load_tokenizer("tiny"), str(hf_base), "f"
+            ),
+            out,
+            "peft",
+        )
+        before, after = load_file(theirs / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            np.testing.assert_array_equal(value, after[name], err_msg=name)
+        first, second = (json.loads((d / "adapter_config.json").read_text()) for d in (theirs, out))
+        for field in ("r", "lora_alpha", "use_rslora", "peft_type", "task_type", "bias"):
+            assert first[field] == second[field], field
+        assert sorted(first["target_modules"]) == sorted(second["target_modules"])
+
+    for method in ("lora", "pf_lora"):
+        ours = make(bases[TINY], TINY, ADAPTERS[method])
+        export(ours, tmp_path / method, "peft")
+        # What PEFT itself writes after reading it.
+        again = peft.PeftModel.from_pretrained(torch_model(hf_base), str(tmp_path / method))
+        again.save_pretrained(tmp_path / f"{method}_again")
+        found, trained = load_adapter(tmp_path / f"{method}_again", TINY)
+        assert found == dataclasses.replace(ours.adapter_config, method="lora")
+        a, b = flatten_dict(ours.adapter, sep="/"), flatten_dict(trained["adapter"], sep="/")
+        assert a.keys() == b.keys()
+        for path in a:
+            np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+    ffa = make(bases[TINY], TINY, ADAPTERS["ffa"])
+    export(ffa, tmp_path / "ffa", "peft")
+    found, trained = load_adapter(tmp_path / "ffa", TINY)
+    assert found.method == "lora"
+    logits = Llama(TINY, found).apply({"params": ffa.base, "adapter": trained["adapter"]}, jnp.asarray(TOKENS))
+    assert np.abs(np.asarray(logits) - our_logits(ffa, TOKENS)).max() <= 1e-4
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_exists_is_kept(tmp_path, bases, tree_hash):
+    trained = make(bases[TINY], TINY, ADAPTERS["lora"])
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("x")
+    for overwrite, words in ((False, "exists"), (True, "no directory that this command wrote")):
+        with pytest.raises(UserError, match=words):
+            export(trained, out, "merged", overwrite=overwrite)
+    assert tree_hash(tmp_path).keys() == {"out/thesis.tex"}
+    (out / "thesis.tex").unlink()
+    out.rmdir()
+
+    export(trained, out, "merged")
+    before = tree_hash(out)
+    with pytest.raises(UserError, match="--overwrite"):
+        export(trained, out, "peft")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"'notes.txt'"):
+        export(trained, out, "peft", overwrite=True)
+    (out / "notes.txt").unlink()
+    assert tree_hash(out) == before
+    export(trained, out, "peft", overwrite=True)
+    assert (out / "adapter_config.json").exists() and not (out / "config.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_that_is_not_what_was_trained_is_not_written(tmp_path, bases, monkeypatch):
+    base = bases[TINY]
+    silent = dataclasses.replace(make(base, TINY, ADAPTERS["lora"]))
+    silent = dataclasses.replace(silent, adapter=jax.tree.map(jnp.zeros_like, silent.adapter))
+    with pytest.raises(UserError, match="changes no logit of the base"):
+        export(silent, tmp_path / "out", "peft")
+    trained = make(base, TINY, ADAPTERS["lora"])
+    half = jax.tree.map(lambda x: x, trained.adapter)
+    half["layers"]["mlp"]["down"]["down_B"] = half["layers"]["mlp"]["down"]["down_B"].at[1].set(0)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight: the adapter of 'down' changes nothing"):
+        export(dataclasses.replace(trained, adapter=half), tmp_path / "out", "merged")
+    broken = jax.tree.map(lambda x: x.at[0].set(jnp.inf) if x.ndim > 2 else x, trained.adapter)
+    with pytest.raises(UserError):
+        export(dataclasses.replace(trained, adapter=broken), tmp_path / "out", "transformers")
+
+    # A writer that loses the scale: caught by the logits. One that touches a norm: caught by name.
+    def wrong(kernel, leaves, adapter_config, projection):
+        return formats_merged(kernel, leaves, dataclasses.replace(adapter_config, alpha=1.0), projection)
+
+    formats_merged = formats.merged_kernel
+    with monkeypatch.context() as patch:
+        patch.setattr(formats, "merged_kernel", wrong)
+        with pytest.raises(UserError, match="logits differ from those of what was trained"):
+            export(trained, tmp_path / "out", "merged")
+    with monkeypatch.context() as patch:
+        written = formats.write_shards
+
+        def touched(directory, shapes, dtype, tensors):
+            written(directory, shapes, dtype, ((n, v + 1 if n == "model.norm.weight" else v) for n, v in tensors))
+
+        patch.setattr(formats, "write_shards", touched)
+        with pytest.raises(UserError, match=r"model\.norm\.weight: the export changed it"):
+            export(trained, tmp_path / "out", "merged")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "method, form, words",
+    [
+        ("ffba", "merged", "ffba goes around the blocks and is no change of W; --format transformers can hold it"),
+        ("zflora", "peft", "zflora is no LoRA; --format transformers can hold it"),
+        ("lora", "gguf", "'gguf' is unknown; known: merged, peft, transformers"),
+    ],
+)
+def test_formats_that_cannot_hold_a_method(tmp_path, bases, method, form, words):
+    with pytest.raises(UserError, match=words):
+        export(make(bases[TINY], TINY, ADAPTERS[method]), tmp_path / "out", form)
+    assert not list(tmp_path.iterdir())
+
+
+def test_killed_half_way(tmp_path):
+    """SIGKILL in the middle of the weights: nothing of the name asked for, nor anything that looks finished."""
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from test_exports import *
+given = formats.write_shards
+def dies(directory, shapes, dtype, tensors):
+    def some():
+        for i, pair in enumerate(tensors):
+            if i == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield pair
+    given(directory, shapes, dtype, some())
+formats.write_shards = dies
+trained = make(spread(init_base(jax.random.key(0), TINY)), TINY, ADAPTERS["ffba"])
+export(trained, {str(tmp_path / "out")!r}, "transformers")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    [left] = tmp_path.iterdir()
+    assert left.name.startswith(".out.unfinished-")
+    assert not list(left.rglob("config.json")) and not list(left.rglob(MARKER))
+
+
+# --------------------------------------------------------------------------------------------------- shards
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_shards_are_safetensors(tmp_path_factory, data):
+    """Whatever the sizes and the order, the library reads back what was written, and so does `map_shards`."""
+    path = tmp_path_factory.mktemp("shards")
+    dtype = data.draw(st.sampled_from(["float32", "bfloat16"]))
+    shapes = {
+        f"t{i}": tuple(s)
+        for i, s in enumerate(data.draw(st.lists(st.lists(st.integers(1, 5), max_size=3), min_size=1, max_size=8)))
+    }
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    order = data.draw(st.permutations(list(shapes)))
+    shards.write_shards(path, shapes, dtype, ((name, tensors[name]) for name in order), data.draw(st.integers(40, 400)))
+    found, mapped = {}, shards.map_shards(path)
+    for file in path.glob("*.safetensors"):
+        found |= load_file(file)
+    assert found.keys() == mapped.keys() == shapes.keys()
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(found[name], value.astype(jnp.dtype(dtype)))
+        np.testing.assert_array_equal(mapped[name], found[name])
+    index = path / shards.INDEX
+    if index.exists():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        assert weight_map.keys() == shapes.keys() and {*weight_map.values()} == {
+            f.name for f in path.glob("*.safetensors")
+        }
+    else:
+        assert [f.name for f in path.iterdir()] == ["model.safetensors"]
+
+
+def test_sharded_export_loads(tmp_path, bases, monkeypatch):
+    trained = make(bases[OTHER], OTHER, ADAPTERS["lora"])
+    given = formats.write_shards
+    monkeypatch.setattr(formats, "write_shards", lambda *arguments: given(*arguments, shard_bytes=200_000))
+    export(trained, tmp_path / "out", "merged")
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3
+    ours = our_logits(trained, TOKENS)
+    assert np.abs(torch_logits(torch_model(tmp_path / "out"), TOKENS) - ours).max() <= 2e-4
+    config, base = load_pretrained(str(tmp_path / "out"))
+    assert {name: value.shape for name, value in to_hf_tensors(config, base)} == hf_shapes(OTHER)
+
+
+def test_shards_refuse_what_was_not_announced(tmp_path):
+    for tensors, words in [
+        ([("a", np.zeros(3))], "'a' has shape"),
+        ([("b", np.zeros(2))], "'b'"),
+        ([("a", np.array([1, np.nan]))], "'a' holds values that are not finite"),
+        ([("a", np.array([1, 1e39]))], "not finite in float32"),
+        ([], "'a' was never given"),
+    ]:
+        with pytest.raises(UserError, match=words), np.errstate(over="ignore"):
+            shards.write_shards(tmp_path, {"a": (2,)}, "float32", iter(tensors))
