@@ -5,9 +5,9 @@ python -m flora_jax.export --workdir runs/demo --format transformers --out expor
 
 from __future__ import annotations
 
-import argparse
 import functools
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,42 @@ def _trained(
     return Trained(config, base, adapter_config, trained["adapter"], trained["params"], *about)
 
 
+def export_run(
+    workdir: Path, form: str, out: Path, *, step: int | None = None, dtype: str | None = None, overwrite: bool = False,
+    arguments: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Exports what a run of `flora_jax.train` trained, at its best step or at one that it kept; the report, as `export`
+    returns it. arguments: of the command, for the model card."""
+    trained, summary, source = load_run(Path(workdir), step, form, dtype)
+    return _export(trained, summary, source, form, Path(out), dtype, overwrite, arguments)
+
+
+def export_pair(
+    model: str, adapter: Path, form: str, out: Path, *, dtype: str | None = None, overwrite: bool = False,
+    arguments: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """`export_run` of an adapter directory, ours or a PEFT LoRA's, and the model that it belongs to."""
+    trained = load_pair(model, Path(adapter), form, dtype)
+    return _export(trained, {}, model, form, Path(out), dtype, overwrite, arguments)
+
+
+def _export(
+    trained: Trained, summary: dict[str, Any], source: str, form: str, out: Path, dtype: str | None, overwrite: bool,
+    arguments: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    from flora_jax.analysis.provenance import provenance
+    from flora_jax.interop.exports import export
+    from flora_jax.interop.model_card import model_card
+    from flora_jax.models.loading import find_licence
+
+    made = provenance("flora_jax.export", list(arguments), ("transformers", "safetensors"))
+    card = functools.partial(
+        model_card, trained, licence=None if source == "random" else find_licence(source), command=made["command"],
+        versions=made["versions"], summary=summary)  # fmt: skip
+    dtype = dtype or trained.base["embed_tokens"]["embedding"].dtype.name
+    return export(trained, out, form, dtype=dtype, card=card, overwrite=overwrite)
+
+
 def main(argv: list[str]) -> None:
     """The command."""
     args = _parser().parse_args(argv[1:])
@@ -116,35 +152,21 @@ def main(argv: list[str]) -> None:
     check_writable(args.out, "--out")
     # A termination, too, clears away what is half written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    common = {"dtype": args.dtype, "overwrite": args.overwrite, "arguments": argv[1:]}
     try:
-        _export(args, argv)
+        if args.workdir:
+            report = export_run(args.workdir, args.form, args.out, step=args.step, **common)
+        else:
+            report = export_pair(args.model, args.adapter, args.form, args.out, **common)
     except KeyboardInterrupt:
         raise Stopped("stopped by a signal; nothing was written") from None
-
-
-def _export(args: argparse.Namespace, argv: list[str]) -> None:
-    from flora_jax.analysis.provenance import provenance
-    from flora_jax.interop.exports import export
-    from flora_jax.interop.model_card import model_card
-    from flora_jax.models.loading import find_licence
-
-    if args.workdir:
-        trained, summary, source = load_run(Path(args.workdir), args.step, args.form, args.dtype)
-    else:
-        trained, summary, source = load_pair(args.model, Path(args.adapter), args.form, args.dtype), {}, args.model
-    made = provenance("flora_jax.export", argv[1:], ("transformers", "safetensors"))
-    card = functools.partial(
-        model_card, trained, licence=None if source == "random" else find_licence(source), command=made["command"],
-        versions=made["versions"], summary=summary)  # fmt: skip
-    dtype = args.dtype or trained.base["embed_tokens"]["embedding"].dtype.name
-    report = export(trained, args.out, args.form, dtype=dtype, card=card, overwrite=args.overwrite)
     logits = report["logits"]
     if "changed" in report:
         print(f"{report['changed']} of {report['tensors']} tensors differ from the base; {report['targeted']} trained")
     print(f"logits: training moves them by up to {logits['moved_by_training']:.4g}; the export differs from what was "
           f"trained by up to {logits['max_change']:.3g}, {logits['mean_change']:.3g} on average (bound "
           f"{logits['bound']:.3g}, on {logits['sample_tokens']} tokens)")  # fmt: skip
-    print(f"{args.form}, {dtype}: {args.out}")
+    print(f"{args.form}, {report['dtype']}: {args.out}")
 
 
 if __name__ == "__main__":

@@ -44,22 +44,16 @@ class Peer:
     def __init__(self, config: LlamaConfig, base: Mapping[str, Any], rank: int):
         import peft
         import torch
-        import transformers
 
-        self._torch, self._device = torch, "cuda" if jax.default_backend() == "gpu" else "cpu"
-        dtype = getattr(torch, str(base["embed_tokens"]["embedding"].dtype))
-        fields = {k: v for k, v in config.to_hf().items() if k not in ("model_type", "architectures")}
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).to(dtype)
-        with torch.no_grad():
-            for name, value in to_hf_tensors(config, base):  # one at a time: there is never a second copy of them
-                bits = torch.tensor(value.view(np.uint16) if value.dtype.itemsize == 2 else value)
-                model.get_parameter(name).copy_(bits.view(dtype))
+        self._torch = torch
+        model = torch_llama(config, base)
+        device, dtype = model.device, model.dtype
         projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=projections, init_lora_weights=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what it renamed
             model = peft.get_peft_model(model, lora)
-        self.model = model.to(self._device, dtype).eval()
+        self.model = model.to(device, dtype).eval()
         self.parameters = sum(p.numel() for n, p in self.model.named_parameters() if "lora_" in n)
         # A shape that is not compiled for is an error, not a quiet return to eager.
         torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
@@ -86,27 +80,8 @@ class Peer:
         self, setting: Setting, prompts: np.ndarray, new_tokens: int | None = None, compiled: bool = False
     ) -> Seconds:
         """One generation of greedy tokens after `prompts` `[B, prompt_length]`: TTFT and TPOT in seconds."""
-
-        torch, total = self._torch, new_tokens or setting.new_tokens
-        step = self._compiled if compiled else self.model
-        with torch.inference_mode():
-            ids = torch.tensor(prompts, dtype=torch.long, device=self._device)
-            cache = self._cache(setting, compiled)
-
-            def choose(model: Any, ids: Any) -> Any:
-                logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-                return logits[:, -1].argmax(-1, keepdim=True)
-
-            self._wait()
-            start = time.perf_counter()
-            ids = choose(self.model, ids)
-            self._wait()
-            first = time.perf_counter()
-            for _ in range(total - 1):
-                ids = choose(step, ids)
-            self._wait()
-            end = time.perf_counter()
-        return first - start, (end - first) / (total - 1)
+        step, cache = (self._compiled if compiled else self.model), self._cache(setting, compiled)
+        return time_torch(self.model, prompts, new_tokens or setting.new_tokens, cache, step)
 
     def _cache(self, setting: Setting, compiled: bool) -> Any:
         import transformers
@@ -121,6 +96,43 @@ class Peer:
             self._caches[setting].reset()
         return self._caches[setting]
 
-    def _wait(self) -> None:
-        if self._device == "cuda":
-            self._torch.cuda.synchronize()
+
+def torch_llama(config: LlamaConfig, base: Mapping[str, Any]) -> Any:
+    """transformers' own model of `base` (split layout, leaves of any array type, its dtype kept), on JAX's device."""
+    import torch
+    import transformers
+
+    dtype = getattr(torch, str(base["embed_tokens"]["embedding"].dtype))
+    fields = {k: v for k, v in config.to_hf().items() if k not in ("model_type", "architectures")}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).to(dtype)
+    with torch.no_grad():
+        for name, value in to_hf_tensors(config, base):  # one at a time: there is never a second copy of them
+            bits = torch.tensor(value.view(np.uint16) if value.dtype.itemsize == 2 else value)
+            model.get_parameter(name).copy_(bits.view(dtype))
+    return model.to("cuda" if jax.default_backend() == "gpu" else "cpu").eval()
+
+
+def time_torch(model: Any, prompts: np.ndarray, new_tokens: int, cache: Any, step: Any = None) -> Seconds:
+    """TTFT and TPOT in seconds of a causal model of transformers, greedy, after `prompts` `[B, prompt_length]`; cache:
+    an empty one of its kind; step: what runs for each token after the first, default the model."""
+    import torch
+
+    device = next(model.parameters()).device
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def choose(model: Any, ids: Any) -> Any:
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    with torch.inference_mode():
+        ids = torch.tensor(prompts, dtype=torch.long, device=device)
+        wait()
+        start = time.perf_counter()
+        ids = choose(model, ids)
+        wait()
+        first = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            ids = choose(step or model, ids)
+        wait()
+        end = time.perf_counter()
+    return first - start, (end - first) / (new_tokens - 1)

@@ -1,0 +1,114 @@
+"""Time and memory of exporting a run at a model's full shapes, random weights.
+
+    python -m experiments.export_memory --preset llama3.2-1b --out experiments/results/export_memory
+
+Trains one step (lora and ffba), then exports them, every format in a process of its own: growth of anonymous memory
+from before the base is made to the peak, beside the base's bytes and those of the largest tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from flora_jax.errors import CommandParser, run_command
+from flora_jax.models.config import DTYPES
+
+CASES = (("lora", "merged"), ("lora", "peft"), ("ffba", "transformers"))
+
+
+def anonymous() -> int:
+    """Bytes of anonymous memory that this process holds."""
+    (found,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found)
+
+
+def measure(workdir: str, form: str, out: str) -> dict[str, float]:
+    """Run alone in this process: seconds and growth in bytes of one export, loading the base included."""
+    from flora_jax.export import export_run
+
+    # What is imported and set up once, whatever the model's size, is not what is measured.
+    with tempfile.TemporaryDirectory() as folder:
+        _train("tiny", Path(workdir).name, "float32", Path(folder) / "run")
+        export_run(Path(folder) / "run", form, Path(folder) / "out")
+    start, peak, done = anonymous(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    clock = time.perf_counter()
+    export_run(Path(workdir), form, Path(out))
+    seconds = time.perf_counter() - clock
+    done.set()
+    watcher.join()
+    return {"seconds": seconds, "growth": peak - start}
+
+
+def _train(preset: str, method: str, dtype: str, workdir: Path) -> None:
+    fields = {
+        "model.preset": preset, "model.weights": "random", "model.param_dtype": dtype, "adapter.method": method,
+        "adapter.rank": 32, "train.steps": 1, "train.batch_size": 1, "train.eval_every": 0,
+        "optim.learning_rate": 1e-2,
+    }  # fmt: skip
+    flags = ["--config", "configs/tiny.py", "--workdir", str(workdir)]
+    flags += [f"--config.{field}={value}" for field, value in fields.items()]
+    subprocess.run([sys.executable, "-m", "flora_jax.train", *flags], check=True, capture_output=True)
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    parser = CommandParser(prog="python -m experiments.export_memory", description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="llama3.2-1b")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # workdir, format, directory: in this process
+    args = parser.parse_args(argv[1:])
+    if args.measure:
+        print(json.dumps(measure(*args.measure)))
+        return
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for method in dict.fromkeys(method for method, _ in CASES):
+            _train(args.preset, method, args.dtype, Path(folder) / method)
+            print(f"{method} trained", file=sys.stderr)
+        for method, form in CASES:
+            command = [sys.executable, "-m", "experiments.export_memory", "--measure", f"{folder}/{method}", form]
+            done = subprocess.run([*command, f"{folder}/{method}-{form}"], check=True, capture_output=True, text=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            results.append({"method": method, "format": form, **found})
+            print(results[-1], file=sys.stderr)
+    from experiments.report import header, provenance, write_result
+    from flora_jax.models.config import LlamaConfig
+    from flora_jax.models.hf import hf_shapes
+
+    config = LlamaConfig.preset(args.preset)
+    width = 2 if args.dtype == "bfloat16" else 4
+    sizes = [width * math.prod(shape) for shape in hf_shapes(config).values()]
+    about: dict[str, Any] = provenance("safetensors")
+    base, largest = sum(sizes), max(sizes)
+    lines = [header("Memory and time of an export", about),
+             f"{args.preset}, random weights, {args.dtype}: the base is {base / 1e9:.2f} GB, its largest tensor "
+             f"{largest / 1e9:.2f} GB. Growth of anonymous memory from before the base is made to the peak.\n",
+             "| method | format | growth GB | of base + largest tensor | seconds |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for one in results:
+        lines.append(f"| {one['method']} | {one['format']} | {one['growth'] / 1e9:.2f} | "
+                     f"{one['growth'] / (base + largest):.3f} | {one['seconds']:.0f} |")  # fmt: skip
+    write_result(args, about, "\n".join(lines) + "\n", base_bytes=base, largest_bytes=largest, results=results)
+
+
+if __name__ == "__main__":
+    run_command(main)
