@@ -33,7 +33,7 @@ def _parser() -> CommandParser:
 def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv[1:])
     # After the arguments are read: these imports take seconds.
-    from flora_jax.evaluation.run import evaluate_tasks, load_task_data
+    from flora_jax.evaluation.run import describe, evaluate_tasks, load_task_data
     from flora_jax.files import write_json
     from flora_jax.interop.adapter_files import load_adapted
 
@@ -60,8 +60,7 @@ def main(argv: list[str]) -> None:
         about={"model": args.model, "adapter": args.adapter, "base_fingerprint": model.fingerprint, "seed": args.seed,
                "limit": args.limit, "generator": generator})  # fmt: skip
     for name, scores in result["tasks"].items():
-        norm = f"  norm {scores['accuracy_norm']:.4f}" if "accuracy_norm" in scores else ""
-        print(f"{name:16} {scores['accuracy']:.4f} ± {scores['stderr']:.4f}{norm}  n {scores['n']}")
+        print(f"{name:16} {describe(scores)}  n {scores['n']}")
     if args.out:
         write_json(Path(args.out), result)
 

@@ -496,3 +496,60 @@ def test_shards_refuse_what_was_not_announced(tmp_path):
     ]:
         with pytest.raises(UserError, match=words), np.errstate(over="ignore"):
             shards.write_shards(tmp_path, {"a": (2,)}, "float32", iter(tensors))
+
+
+# --------------------------------------------------------------------------------------------- real weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method, form",
+    [
+        ("lora", "merged"),
+        ("lora", "peft"),
+        ("ffa", "peft"),
+        ("lora", "transformers"),
+        ("fpa", "transformers"),
+        ("ffba", "transformers"),
+        ("zflora", "transformers"),
+    ],
+)
+def test_real_weights(tmp_path, smollm2, method, form):
+    """SmolLM2: logits within 1e-3, and the same 64 greedy tokens unless the two best logits are within 1e-3."""
+    torch = pytest.importorskip("torch")
+    config, base, tokenizer, hf_path = smollm2
+    adapter_config = AdapterConfig(method, 16)
+    adapter = random_adapter(config, adapter_config, 1, std=0.01)
+    trained = Trained(config, base, adapter_config, adapter, {}, tokenizer, "base", base_fingerprint(base))
+    report = export(trained, tmp_path / "out", form)
+    assert report["logits"]["moved_by_training"] > 0.1
+    if form == "peft":
+        peft = pytest.importorskip("peft")
+        model = peft.PeftModel.from_pretrained(torch_model(hf_path), str(tmp_path / "out")).eval()
+    else:
+        model = torch_model(tmp_path / "out")
+    text = "The capital of France is Paris. 17 - 5 = 12, and then there were three more of them in the garden."
+    ids = np.array([tokenizer(text).input_ids])
+    assert np.abs(torch_logits(model, ids) - our_logits(trained, ids)).max() <= 1e-3
+    generator = Generator(config, base, {"a": adapter}, adapter_config, tokenizer, max_length=128, batch_size=1)
+    for prompt in ("Once upon a time", "The opposite of hot is", "2 + 2 =", "Dear Sir or Madam,", "def main():"):
+        start = tokenizer(prompt).input_ids
+        with torch.no_grad():
+            out = model.generate(input_ids=torch.tensor([start]), max_new_tokens=64, do_sample=False)[0].tolist()
+        theirs, ours = out[len(start) :], generator.generate([start], 64)[0].tokens
+        ended = next((i for i, token in enumerate(theirs) if token in config.eos_token_id), len(theirs))
+        theirs = theirs[:ended]
+        split = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), None)
+        if split is not None:
+            best = np.sort(our_logits(trained, np.array([start + theirs[:split]]))[0, -1])
+            assert best[-1] - best[-2] <= 1e-3, (prompt, split)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """Configuration, base and tokenizer of SmolLM2-135M-Instruct, and the same as an HF directory."""
+    config, base = load_pretrained("smollm2-135m-instruct")
+    tokenizer, path = load_tokenizer("smollm2-135m-instruct"), tmp_path_factory.mktemp("smollm2")
+    save_file(dict(to_hf_tensors(config, base)), path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config.to_hf()))
+    return config, base, tokenizer, path

@@ -7,6 +7,7 @@ from flora_jax.adapters.layer import (
     check_adapter,
     init_adapter,
     multiply_transposed,
+    normal,
     pad_first_layer,
     repeat_and_add,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "merge",
     "merged_kernel",
     "multiply_transposed",
+    "normal",
     "pad_first_layer",
     "repeat_and_add",
     "split",

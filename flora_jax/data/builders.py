@@ -49,6 +49,12 @@ class Records(_Builder):
     FEATURES = {"instruction": Text(), "input": Text(), "output": Text(), "answer": Text()}  # noqa: RUF012
 
 
+class Texts(_Builder):
+    """A text and the texts that answer it."""
+
+    FEATURES = {"text": Text(), "references": tfds.features.Sequence(Text())}  # noqa: RUF012
+
+
 class Generated(_Builder):
     """reasoning-gym problems."""
 
@@ -61,4 +67,4 @@ class Conversations(_Builder):
     FEATURES = {"messages": tfds.features.Sequence({"role": Text(), "content": Text()})}  # noqa: RUF012
 
 
-BUILDERS = {"records": Records, "generated": Generated, "jsonl": Conversations}
+BUILDERS = {"records": Records, "texts": Texts, "generated": Generated, "jsonl": Conversations}

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from flora_jax.data.tasks import ROLES, Example, Task, normalise
@@ -50,10 +51,10 @@ def load_records(
 ) -> Sequence[Record]:
     """The records of one split of a task ('train', 'validation' or 'test'), in source order.
 
-    Records are dicts of str: `instruction, input, output, answer` of a 'records' task, `question, answer` of a
-    generated one, `messages` (a list of `role, content`) of a 'jsonl' one. `data_dir` may be None for generated
-    tasks. Prepared data is cached in `cache_dir`, by default `$FLORA_CACHE` or else `~/.cache/flora_jax`.
-    Raises UserError for a missing, empty or malformed source, naming the file and the line or record.
+    Records are dicts of str: `instruction, input, output, answer` of a 'records' task, `text` and `references` (a list)
+    of a 'texts' one, `question, answer` of a generated one, `messages` (a list of `role, content`) of a 'jsonl' one.
+    `data_dir` may be None for generated tasks. Prepared data is cached in `cache_dir`, by default `$FLORA_CACHE` or
+    else `~/.cache/flora_jax`. Raises UserError for a missing, empty or malformed source, naming file and line or record.
     """
     directory = cache_root(cache_dir) / "tfds" / _cache_key(task, split, data_dir)
     if not directory.exists():
@@ -95,7 +96,7 @@ def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Pat
         raise UserError(f"task {task.name!r} is read from files; set data.dir to the folder that holds them")
     folder = Path(data_dir) if task.source == "jsonl" else Path(data_dir) / task.name
     names = [task.files[split]] if split in task.files else [f"{split}.json", f"{split}.jsonl"]
-    return [folder / name for name in names if task.source == "records" or name.endswith(".jsonl")]
+    return [folder / name for name in names if task.source != "jsonl" or name.endswith(".jsonl")]
 
 
 def _path(task: Task, split: str, data_dir: str | Path | None) -> Path:
@@ -108,11 +109,24 @@ def _path(task: Task, split: str, data_dir: str | Path | None) -> Path:
     folder = candidates[0].parent
     there = sorted(p.name for p in folder.glob("*.json*")) if folder.is_dir() else []
     never = " (a sample is never a test set)" if any(name.startswith("sample.") for name in there) else ""
-    get = "; the LLM-Adapters repository has the task's files in its folder dataset" if task.source == "records" else ""
+    get = _WHERE.get(task.name, _WHERE_RECORDS if task.source == "records" else "")
+    get = f"; {get}" if get else ""
     raise UserError(
         f"{candidates[0]} is missing: split {split!r} of task {task.name!r}; "
         f"{folder.name or folder}/ has {', '.join(there) or 'no data files'}{never}{get}"
     )
+
+
+_WHERE_RECORDS = "the LLM-Adapters repository (AGI-Edgerunners/LLM-Adapters) has the task's files in its folder dataset"
+_WHERE = {
+    "hellaswag": "hellaswag_val.jsonl of rowanz/hellaswag is the split that is tested on",
+    "dialogsum": "DialogSum_Data of cylnlp/dialogsum has the files, dialogsum.dev.jsonl is validation.jsonl",
+    "dailydialogpp": "dataset/ of iitmnlp/DailyDialog-plusplus has the files",
+    "multiwoz": "ConvLab's data/multiwoz has the dialogues; `turns` is a list of user and system turns by turns",
+    "samsum": "the TFDS catalogue's samsum, or corpus.7z of arXiv 1911.12237: records of dialogue and summary",
+    "xsum": "EdinburghNLP/XSum: records of document and summary",
+    "cnn_dailymail": "the TFDS catalogue's cnn_dailymail: records of article and highlights",
+}
 
 
 def _describe(task: Task, split: str, data_dir: str | Path | None) -> str:
@@ -126,12 +140,13 @@ def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Record]:
     if task.source == "generated":
         return _draw(task, split)
     path = _path(task, split, data_dir)
-    convert = _conversation if task.source == "jsonl" else _adapters_record
+    convert = {"jsonl": _conversation, "texts": _texts, "records": _adapters_record}[task.source]
     records = []
-    for where, raw in _raw_records(path):
+    for where, raw in itertools.islice(_raw_records(path), *task.spans.get(split, (None,))):
         if not isinstance(raw, dict):
             raise UserError(f"{where}: a record must be a JSON object, not {type(raw).__name__}")
-        records.append(convert(raw, where))
+        found = convert(raw, where)
+        records += found if isinstance(found, list) else [found]
     if not records:
         raise UserError(f"{path} holds no records; it needs at least one")
     return records
@@ -186,6 +201,8 @@ def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:
     if "original_text" in raw:
         question, answer = _field(raw, "original_text", where), _field(raw, "ans", where, number=True)
         return {"instruction": question, "input": "", "output": "", "answer": answer}
+    if "endings" in raw:
+        return _hellaswag(raw, where)
     if "question" in raw and "instruction" not in raw:
         question = _field(raw, "question", where)
         rationale, mark, answer = _field(raw, "answer", where).rpartition("####")
@@ -199,6 +216,60 @@ def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:
         "output": _field(raw, "output", where, default=""),
         "answer": _field(raw, "answer", where, number=True),
     }
+
+
+def _hellaswag(raw: Mapping[str, Any], where: str) -> Record:
+    """HellaSwag's own layout as the LLM-Adapters record, whose wording this is."""
+    context, endings = _field(raw, "activity_and_ctx", where), _strings(raw, "endings", where)
+    label = raw.get("label")
+    if not isinstance(label, int) or not 0 <= label < len(endings):
+        raise UserError(f"{where}: field 'label' is {label!r}; it must be the index of one of {len(endings)} endings")
+    names = [f"ending{i}" for i in range(1, len(endings) + 1)]
+    choices = " ".join(f"{name.capitalize()}: {ending}" for name, ending in zip(names, endings, strict=True))
+    prompt = f"Please choose the correct ending to complete the given sentence: {context}\n\n{choices}\n\n"
+    prompt += f"Answer format: {'/'.join(names)}"
+    return {"instruction": prompt, "input": "", "output": "", "answer": names[label]}
+
+
+_TEXTS = ("dialogue", "document", "article")
+
+
+def _texts(raw: Mapping[str, Any], where: str) -> Record | list[Record]:
+    """A text with the texts that answer it: DialogSum and SAMSum (`dialogue`), XSum (`document`), CNN/DailyMail
+    (`article`, `highlights`), DailyDialog++ (`context`, `positive_responses`), MultiWOZ (`turns`: each of the system's
+    answers the conversation before it)."""
+    if "context" in raw:
+        references = _strings(raw, "positive_responses", where)
+        return {"text": _spoken(_strings(raw, "context", where)), "references": references}
+    if "turns" in raw:
+        turns = [" ".join(turn.split()) for turn in _strings(raw, "turns", where)]
+        return [{"text": _spoken(turns[:i]), "references": [turns[i]]} for i in range(1, len(turns), 2)]
+    kind = next((field for field in _TEXTS if field in raw), None)
+    if kind is None:
+        known = ", ".join([*_TEXTS, "context", "turns"])
+        raise UserError(f"{where}: the record has none of the fields {known}; there are {', '.join(map(repr, raw))}")
+    answers = [field for field in ("summary", "highlights", "summary1", "summary2", "summary3") if field in raw]
+    if not answers:
+        raise UserError(f"{where}: the record has neither 'summary', 'summary1' nor 'highlights' beside {kind!r}")
+    text, *references = (_untagged(_field(raw, field, where)) for field in (kind, *answers))
+    return {"text": text, "references": references}
+
+
+def _strings(raw: Mapping[str, Any], name: str, where: str) -> list[str]:
+    """A field that is a list of texts, checked."""
+    value = raw.get(name)
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) and v.strip() for v in value):
+        raise UserError(f"{where}: field {name!r} must be a list of texts, not {value!r:.60}")
+    return value
+
+
+def _spoken(turns: Sequence[str]) -> str:
+    return "\n".join(f"{'AB'[i % 2]}: {turn.strip()}" for i, turn in enumerate(turns))
+
+
+def _untagged(text: str) -> str:
+    """`<t> a . </t> <t> b . </t>`, as some CNN/DailyMail files mark sentences, one sentence a line."""
+    return re.sub(r"\s*</t>\s*<t>\s*", "\n", text).replace("<t>", "").replace("</t>", "").strip()
 
 
 def _conversation(raw: Mapping[str, Any], where: str) -> Record:
@@ -293,7 +364,8 @@ def _generated_key(task: Task, split: str) -> str:
 def _cache_key(task: Task, split: str, data_dir: str | Path | None) -> str:
     # The suffix decides how a file's bytes are read, so it is part of the key.
     suffix = "" if task.source == "generated" else _path(task, split, data_dir).suffix
-    parts = (_FORMAT, task.source, split, suffix, data_hash(task, split, data_dir))
+    span = str(task.spans.get(split, ""))
+    parts = (_FORMAT, task.source, split, suffix, data_hash(task, split, data_dir), *([span] if span else []))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -340,6 +412,8 @@ def _decode(value: Any) -> Any:
     """A TFDS element as plain Python: text from bytes, and a sequence of dicts from TFDS's dict of sequences."""
     if isinstance(value, bytes):
         return value.decode()
+    if isinstance(value, list | np.ndarray):
+        return [_decode(one) for one in value]
     if isinstance(value, dict):
         return {
             key: [dict(zip(v, map(_decode, turn), strict=True)) for turn in zip(*v.values(), strict=True)]

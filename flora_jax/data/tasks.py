@@ -35,6 +35,7 @@ class Example:
     choices: tuple[str, ...] = ()  # the texts to choose from
     gold: int | None = None  # index of the right one
     answer: str | None = None  # the gold answer as text: a number, a letter, a label word or a whole reply
+    references: tuple[str, ...] = ()  # all texts that a generated one is compared with; the first is the target
     question: str | None = None  # the question alone, without instructions and choices
     labels: tuple[str, ...] = ()  # the label word of each choice, e.g. answer1, solution2, true
     requests: tuple[tuple[str, str], ...] = ()  # (context, continuation) of each choice, as lm-eval scores it
@@ -55,14 +56,15 @@ class Generator:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One row: `source` says how records are read ('records', 'generated' or 'jsonl'), `metric` how an answer
-    is scored ('choice', 'number', 'letter' or 'exact'), `parse` makes an `Example` of a record."""
+    """One row: `source` says how records are read ('records', 'texts', 'generated' or 'jsonl'), `metric` how an answer
+    is scored ('choice', 'number', 'letter', 'rouge' or 'exact'), `parse` makes an `Example` of a record."""
 
     name: str
     source: str
     metric: str
     parse: Callable[[Mapping[str, Any]], Example]
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # split -> file, unless {split}.json(l)
+    spans: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # split -> its part of the file
     generator: Generator | None = None
     new_tokens: int = 256  # of a generated answer: room for reasoning before it, unless the answer stands alone
 
@@ -205,6 +207,17 @@ def _parse_generated(record: Mapping[str, Any]) -> Example:
     return Example(messages=_turns(prompt, record["answer"]), answer=record["answer"], question=record["question"])
 
 
+def _parse_text(record: Mapping[str, Any], instruction: str, cue: str) -> Example:
+    """A text to answer with a text: the instruction, the record's text, and the cue that the answer stands behind."""
+    first, *_ = references = tuple(record["references"])
+    prompt = f"{instruction}\n\n{record['text']}\n\n{cue}"
+    return Example(messages=_turns(prompt, first), answer=first, references=references, question=record["text"])
+
+
+def _text(instruction: str, cue: str) -> Callable[[Mapping[str, Any]], Example]:
+    return functools.partial(_parse_text, instruction=instruction, cue=cue)
+
+
 def _parse_messages(record: Mapping[str, Any]) -> Example:
     """People's own conversations; the last assistant turn is the answer."""
     messages = tuple(Message(m["role"], m["content"]) for m in record["messages"])
@@ -215,6 +228,9 @@ def _parse_messages(record: Mapping[str, Any]) -> Example:
 # ------------------------------------------------------------------------------------------------ table
 
 _QA = _choice("Question: {}\nAnswer:")
+_DIALOGUE = _text("Summarize the following dialogue.", "Summary:")
+_ARTICLE = _text("Summarize the following article.", "Summary:")
+_REPLY = _text("Write the next reply of this conversation.", "Reply:")
 _SUMS = MappingProxyType({"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2})
 
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (
@@ -225,6 +241,7 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (
     Task("social_i_qa", "records", "choice", _choice("Q: {}\nA:"), new_tokens=32),
     Task("boolq", "records", "choice", _choice("Question: {}?\nAnswer:"), new_tokens=32),
     Task("winogrande", "records", "choice", functools.partial(_parse_choice, requests=_blank), new_tokens=32),
+    Task("hellaswag", "records", "choice", _choice("{}"), new_tokens=32, files={"test": "validation.jsonl"}),
     Task("AddSub", "records", "number", _parse_number),
     Task("MultiArith", "records", "number", _parse_number),
     Task("SingleEq", "records", "number", _parse_number),
@@ -233,6 +250,14 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (
     # mawps/train.json repeats most questions of the other math test sets word for word.
     Task("mawps", "records", "number", _parse_number, files={"train": "train_decontaminated.json"}),
     Task("AQuA", "records", "letter", _parse_letter),
+    # The published training file is not always at hand; the validation file then gives both parts.
+    Task("dialogsum", "texts", "rouge", _DIALOGUE, new_tokens=80, files={"train": "validation.jsonl"},
+         spans={"train": (0, 400), "validation": (400, 500)}),
+    Task("samsum", "texts", "rouge", _DIALOGUE, new_tokens=80),
+    Task("xsum", "texts", "rouge", _ARTICLE, new_tokens=64),
+    Task("cnn_dailymail", "texts", "rouge", _ARTICLE, new_tokens=128, files={"test": "test100.jsonl"}),
+    Task("dailydialogpp", "texts", "rouge", _REPLY, new_tokens=40),
+    Task("multiwoz", "texts", "rouge", _REPLY, new_tokens=60),
     Task("chain_sum", "generated", "number", _parse_generated, generator=Generator("chain_sum", _SUMS), new_tokens=32),
     Task("basic_arithmetic", "generated", "number", _parse_generated, generator=Generator("basic_arithmetic", _SUMS),
          new_tokens=32),

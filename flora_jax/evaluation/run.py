@@ -27,6 +27,7 @@ from flora_jax.data.tasks import Example, Message, Task, get_task, lm_eval_reque
 from flora_jax.errors import UserError, near_misses
 from flora_jax.evaluation.answers import is_right
 from flora_jax.evaluation.loglik import choice_loglik
+from flora_jax.evaluation.rouge import KINDS, POLICY, rouge
 from flora_jax.inference.generator import Generator
 from flora_jax.models.config import LlamaConfig
 
@@ -115,7 +116,9 @@ def evaluate_tasks(
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The result as a JSON-ready dict: what ran (`about`, e.g. model and adapter, goes in as it is), versions, and by
-    task `accuracy` and `stderr` (sqrt(p (1 − p) / n)), `accuracy_norm` and `stderr_norm` where choices are scored, `n`,
+    task `accuracy` and `stderr` (sqrt(p (1 − p) / n)), `accuracy_norm` and `stderr_norm` where choices are scored, or
+    `rouge1`, `rouge2`, `rougeL`, `rougeLsum` (rouge.py says which mean) where texts are, `items` (1 or 0 by
+    question, in order; the rougeL of texts), `n`,
     `scoring`, `decode` settings, `data_hash`, one whole `prompt` as an example, and `seconds`.
 
     base, adapter: trees as `Llama` takes them; arithmetic in the base's dtype. max_length: prompt and new tokens of
@@ -156,6 +159,14 @@ def evaluate_tasks(
     }
 
 
+def describe(scores: Mapping[str, Any]) -> str:
+    """A task's scores in one line."""
+    if "rougeL" in scores:
+        return "  ".join(f"{kind} {scores[kind]:.4f} ± {scores[f'{kind}_stderr']:.4f}" for kind in KINDS)
+    norm = f"  norm {scores['accuracy_norm']:.4f}" if "accuracy_norm" in scores else ""
+    return f"{scores['accuracy']:.4f} ± {scores['stderr']:.4f}{norm}"
+
+
 def few_shot_requests(example: Example, shots: Sequence[Example]) -> list[tuple[str, str]]:
     """`lm_eval_request` with solved examples, a blank line apart, before each context."""
     solved = []
@@ -191,6 +202,7 @@ def _score_choices(
     return {
         **_accuracy("accuracy", "stderr", right),
         **_accuracy("accuracy_norm", "stderr_norm", right_norm),
+        "items": [int(one) for one in right],
         "scoring": "log-likelihood of each choice; accuracy_norm divides by its characters",
         "decode": None,
         "prompt": "".join(requests[0][0]),
@@ -211,14 +223,20 @@ def _generate_answers(data: TaskData, generator: Generator, style: str) -> dict[
         )
     generations = generator.generate(asked, new_tokens)
     stop_text = _SHOT_BREAK if data.shots and style == "plain" else None
-    texts = iter([g.text.lstrip().split(stop_text)[0] if stop_text else g.text for g in generations])
-    right = [
-        fit and is_right(metric, next(texts), example.answer, example.labels)
-        for fit, example in zip(fits, data.examples, strict=True)
-    ]
+    said = iter([g.text.lstrip().split(stop_text)[0] if stop_text else g.text for g in generations])
+    texts = [next(said) if fit else None for fit in fits]
+    if metric == "rouge":  # a prompt that leaves no room is answered with nothing
+        references = [example.references for example in data.examples]
+        scores = {**rouge([text or "" for text in texts], references), "scoring": f"ROUGE: {POLICY}"}
+    else:
+        right = [
+            text is not None and is_right(metric, text, example.answer, example.labels)
+            for text, example in zip(texts, data.examples, strict=True)
+        ]
+        scores = {**_accuracy("accuracy", "stderr", right), "items": [int(one) for one in right],
+                  "scoring": f"generated text, final answer by metric {metric!r}"}  # fmt: skip
     return {
-        **_accuracy("accuracy", "stderr", right),
-        "scoring": f"generated text, final answer by metric {metric!r}",
+        **scores,
         "decode": {"temperature": 0.0, "max_new_tokens": new_tokens, "stop_text": stop_text},
         "finished": sum(g.finished for g in generations) / len(generations),
         "too_long": len(prompts) - len(asked),

@@ -20,7 +20,7 @@ from flora_jax.errors import UserError, near_misses
 from flora_jax.files import new_directory, read_json, write_json
 from flora_jax.interop.formats import FORMATS, Trained
 from flora_jax.models.config import DTYPES, LlamaConfig
-from flora_jax.models.llama import Llama
+from flora_jax.models.llama import KVCache, Llama
 
 Tree = dict[str, Any]
 
@@ -126,6 +126,8 @@ def _logits(
     config = dataclasses.replace(config, vocab_size=len(ids), tie_word_embeddings=True)
     model = Llama(config, adapter_config, dtype=jnp.float32)
     places = jnp.asarray(places.reshape(tokens.shape), jnp.int32)
-    hidden = np.asarray(model.apply({**variables, "params": params}, places, method="hidden")[0][0])
+    # With a cache layers run one by one; a scan over bfloat16 layers has them all in float32 at once on a CPU.
+    cache = KVCache.empty(config, *tokens.shape)
+    hidden = np.asarray(model.apply({**variables, "params": params}, places, cache=cache, method="hidden")[0][0])
     blocks = (unembedding[i : i + _BLOCK].astype(np.float32) for i in range(0, len(unembedding), _BLOCK))
     return np.concatenate([hidden @ block.T for block in blocks], axis=-1)

@@ -111,8 +111,9 @@ def _results(summary: Mapping[str, Any]) -> str:
                       + (f" ({losses['0']:.4f} before training)" if "0" in losses else ""))  # fmt: skip
     evaluation = summary.get("evaluation") or {}
     for task, result in evaluation.get("tasks", {}).items():
-        scores.append(f"- {task} ({evaluation['protocol']}, {evaluation['split']}, n = {result['n']}): accuracy "
-                      f"{result['accuracy']:.4f} ± {result['stderr']:.4f}")  # fmt: skip
+        where = f"{evaluation['protocol']}, {evaluation['split']}, n = {result['n']}"
+        kinds = [kind for kind in ("accuracy", "rouge1", "rouge2", "rougeL", "rougeLsum") if kind in result]
+        scores.append(f"- {task} ({where}): " + ", ".join(f"{kind} {result[kind]:.4f}" for kind in kinds))
     if scores:
         parts.append("## Scores\n\n" + "\n".join(scores) + "\n")
     return "\n".join(parts)

@@ -27,6 +27,7 @@ from flora_jax.adapters import (
     check_adapter,
     init_adapter,
     multiply_transposed,
+    normal,
     pad_first_layer,
     repeat_and_add,
 )
@@ -232,7 +233,7 @@ class Llama(nn.Module):
         self.layer = Layer(config, served, self.param_dtype, self._fused, parent=None)
         self.embed_tokens = nn.Embed(
             config.vocab_size, config.hidden_size, param_dtype=self.param_dtype,
-            embedding_init=nn.initializers.normal(0.02))  # fmt: skip
+            embedding_init=normal(0.02))  # fmt: skip
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.param_dtype)
         if self.is_initializing():
             self.param("layers", self._init_layers)
@@ -261,12 +262,13 @@ class Llama(nn.Module):
         return any(name.endswith("weight") for name in products.get("qkv", {}))
 
     def _init_layers(self, rng: Array) -> Tree:
-        """Stacked leaves, each layer from a key of its own."""
+        """Stacked leaves, each layer from a key of its own; one layer after another, so that no more than one layer's
+        random bits are in memory."""
         bare = Layer(self.config, None, self.param_dtype, parent=None)
         x = jnp.zeros((1, 1, self.config.hidden_size))
         rotary = rotary_tables(self.config, jnp.zeros((1, 1), jnp.int32))
         keys = jax.random.split(rng, self.config.num_hidden_layers)
-        return jax.vmap(lambda key: bare.init(key, x, None, rotary, None)["params"])(keys)
+        return jax.lax.map(lambda key: bare.init(key, x, None, rotary, None)["params"], keys)
 
     def _init_adapter(self) -> Tree:
         return init_adapter(self.make_rng("params"), self.config, self.adapter)["layers"]
@@ -412,7 +414,7 @@ class LMHead(nn.Module):
     @nn.compact
     def __call__(self) -> Array:
         shape = (self.config.hidden_size, self.config.vocab_size)
-        return self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
+        return self.param("kernel", normal(0.02), shape, self.param_dtype)
 
 
 def abstract_base(config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:

@@ -1,0 +1,286 @@
+"""The paper's suites: every method trained at equal parameters on real data and scored, over seeds, resumable.
+
+    python -m experiments.accuracy --suite dialogue --data_dir DIR --out experiments/results/accuracy
+
+Runs are methods x seeds; each leaves one JSON in OUT/SUITE as it ends, with its configuration, data hashes, loss curve,
+scores and time. A run whose JSON is there is not run again, one that was killed goes on from its checkpoint. At the end
+OUT/SUITE.md and .csv: means over seeds with standard errors, and every method beside lora by a paired bootstrap over
+the test items. pf_lora and parallel are lora and fpa under other names and are not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.report import header, provenance
+from flora_jax.adapters import AdapterConfig
+from flora_jax.analysis.variants import rank_for, trained_parameters
+from flora_jax.config import LEARNING_RATES, get_config, names
+from flora_jax.data import get_task, load_examples
+from flora_jax.errors import CommandParser, UserError, near_misses, run_command
+from flora_jax.evaluation.loglik import choice_loglik, encode_pair
+from flora_jax.evaluation.run import evaluate_tasks, load_task_data
+from flora_jax.files import read_json, write_json
+from flora_jax.interop.adapter_files import load_adapted
+from flora_jax.models.loading import load_config
+from flora_jax.train import run
+
+SCHEMA_VERSION = 1
+METHODS = ("base", "lora", "ffba_qg_add", "zflora", "fft", "ffba", "fpa", "ffa")
+_SEED_OF_BOOTSTRAP, _RESAMPLES = 0, 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """What is trained on and tested on, how answers are read, and how long a row and a run are."""
+
+    train: tuple[str, ...]
+    tests: tuple[str, ...]
+    protocol: str
+    max_length: int
+    steps: int
+    batch_size: int
+
+
+SUITES = {
+    "commonsense": Suite(
+        ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq"),
+        ("ARC-Easy", "openbookqa", "boolq", "piqa", "social_i_qa", "hellaswag"), "llm_adapters", 256, 200, 4),
+    "math": Suite(
+        ("gsm8k", "mawps"), ("AddSub", "MultiArith", "SingleEq", "gsm8k", "AQuA"), "llm_adapters", 384, 150, 4),
+    "dialogue": Suite(("dailydialogpp",), ("dailydialogpp",), "llm_adapters", 256, 150, 4),
+    "summary": Suite(("dialogsum",), ("dialogsum",), "llm_adapters", 512, 120, 2),
+}  # fmt: skip
+
+
+def configuration(suite: Suite, method: str, rank: int, rate: float, seed: int, args: argparse.Namespace) -> Any:
+    """The configuration of one run."""
+    config = get_config("smollm2-135m" if args.preset is None else args.preset, method)
+    config.model.weights = args.model
+    config.adapter.rank = rank
+    config.data.tasks = ",".join(suite.train)
+    config.data.dir = args.data_dir
+    config.data.max_length = suite.max_length
+    config.data.validation_size = args.validation_size
+    config.train.seed = seed
+    config.train.steps = args.steps or suite.steps
+    config.train.batch_size = suite.batch_size
+    config.train.eval_every = config.train.save_every = max(1, config.train.steps // 3)
+    config.optim.learning_rate = rate
+    config.eval.tasks = ""
+    return config
+
+
+def choose_rate(
+    suite: Suite, method: str, rank: int, args: argparse.Namespace, out: Path
+) -> tuple[float, dict[str, float]]:
+    """The rate of lowest validation loss after `--rate_steps` steps, and the losses of all that were tried: a grid over
+    two decades around the method's own; a winner at its edge extends it. 0 steps: the method's own, untried."""
+    own, losses = LEARNING_RATES[method], {}
+    if not args.rate_steps:
+        return own, {}
+    path = out / f"rate-{method}.json"
+    if path.exists():
+        losses = {float(rate): loss for rate, loss in read_json(path)["validation_losses"].items()}
+    grid = [float(f"{own * 10 ** (i / 2):.2g}") for i in range(-2, 3)]
+    while True:
+        for rate in grid:
+            if rate not in losses:
+                config = configuration(suite, method, rank, rate, 0, args)
+                config.train.steps = config.train.eval_every = config.train.save_every = args.rate_steps
+                summary = run(config, args.workdir / args.suite / f"rate-{method}-{rate:g}")
+                losses[rate] = summary["validation_losses"][str(args.rate_steps)]
+                found = {str(rate): losses[rate] for rate in sorted(losses)}
+                write_json(path, {"schema_version": SCHEMA_VERSION, "steps": args.rate_steps, "validation_losses": found})
+                jax.clear_caches()
+        best = min(losses, key=losses.__getitem__)
+        if min(losses) < best < max(losses):
+            return best, losses
+        grid = [float(f"{best * (10**0.5 if best == max(losses) else 10**-0.5):.2g}")]
+
+
+def score(suite: Suite, adapter: Path | None, args: argparse.Namespace) -> dict[str, Any]:
+    """Scores of the test sets' first `--limit` items, and the loss of the reference answers in nats a token."""
+    tasks = load_task_data(suite.tests, args.data_dir, protocol=suite.protocol, limit=args.limit)
+    model = load_adapted(args.model, adapter and str(adapter))
+    result = evaluate_tasks(
+        tasks, model.config, model.base, model.tokenizer, adapter=model.adapter, adapter_config=model.adapter_config,
+        protocol=suite.protocol, batch_size=16, max_length=suite.max_length + 256)  # fmt: skip
+    for task in tasks:
+        pairs = [(e.messages[0].content, " " + e.messages[-1].content) for e in task.examples]
+        sizes = [len(encode_pair(model.tokenizer, *pair)[1]) for pair in pairs]
+        scored = choice_loglik(model.config, model.base, model.adapter, model.adapter_config, model.tokenizer,
+                               [[pair] for pair in pairs])  # fmt: skip
+        result["tasks"][task.task.name]["reference_loss"] = -sum(one for [one] in scored) / sum(sizes)
+    return result
+
+
+def one(suite: Suite, method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains and scores one run, or reads what an earlier call has left."""
+    out = args.out / args.suite
+    path = out / (f"{method}.json" if method == "base" else f"{method}-seed{seed}.json")
+    asked = {"model": args.model, "rank": args.rank, "steps": args.steps or suite.steps, "limit": args.limit}
+    if path.exists():
+        result = read_json(path)
+        if result.get("asked") != asked:
+            raise UserError(f"{path} was asked for {result.get('asked')}, not {asked}; name another --out")
+        return result
+    start, config = time.perf_counter(), load_config(args.model)
+    result: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "suite": args.suite, "method": method, "asked": asked}
+    adapter = None
+    if method != "base":
+        budget = trained_parameters(config, AdapterConfig("ffba", args.rank))
+        rank = 1 if method == "fft" else rank_for(method, config, budget)
+        rate, tried = choose_rate(suite, method, rank, args, out)
+        workdir = args.workdir / args.suite / f"{method}-seed{seed}"
+        setup = configuration(suite, method, rank, rate, seed, args)
+        summary = run(setup, workdir)
+        adapter = workdir / "adapter"
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        result |= {
+            "seed": seed, "rank": rank, "learning_rate": rate, "rates_tried": {f"{r:g}": v for r, v in tried.items()},
+            "parameters": None if method == "fft" else trained_parameters(config, AdapterConfig(method, rank)),
+            "step": summary["step"], "validation_losses": summary["validation_losses"], "data": summary["data"],
+            "loss_curve": {str(line["step"]): line["loss"] for line in lines if "loss" in line},
+            "config": {**setup.to_dict(), "data": {**setup.data.to_dict(), "dir": "DIR"}},
+        }  # fmt: skip
+    result["evaluation"] = score(suite, adapter, args)
+    result |= {"minutes": (time.perf_counter() - start) / 60, "provenance": _about(args)}
+    write_json(path, result)
+    jax.clear_caches()
+    return result
+
+
+def _about(args: argparse.Namespace) -> dict[str, Any]:
+    about = provenance("orbax-checkpoint", "grain", "rouge-score")
+    return {**about, "command": about["command"].replace(args.data_dir, "DIR")}
+
+
+def metrics(scores: dict[str, Any]) -> dict[str, float]:
+    """What the tables show of a task."""
+    shown = ("accuracy", "rouge1", "rouge2", "rougeL", "rougeLsum", "reference_loss")
+    return {name: scores[name] for name in shown if name in scores}
+
+
+def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """Mean difference over items and its 95 % interval, items drawn with replacement; both `[n]`."""
+    difference = ours - theirs
+    drawn = np.random.default_rng(_SEED_OF_BOOTSTRAP).integers(0, len(difference), (_RESAMPLES, len(difference)))
+    low, high = np.quantile(difference[drawn].mean(1), [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)
+
+
+def write_tables(args: argparse.Namespace) -> str:
+    """OUT/SUITE.md and .csv from every run's JSON that is there; the Markdown."""
+    runs = [read_json(path) for path in sorted((args.out / args.suite).glob("*.json")) if "rate-" not in path.name]
+    by_method = {m: [r for r in runs if r["method"] == m] for m in METHODS if any(r["method"] == m for r in runs)}
+    rows = []
+    for method, own in by_method.items():
+        for task in own[0]["evaluation"]["tasks"]:
+            for name in metrics(own[0]["evaluation"]["tasks"][task]):
+                values = [r["evaluation"]["tasks"][task][name] for r in own]
+                spread = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+                rows.append({"method": method, "task": task, "metric": name, "mean": float(np.mean(values)),
+                             "stderr_over_seeds": spread, "seeds": len(values)})  # fmt: skip
+    with (args.out / f"{args.suite}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    columns = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
+    cell = {(row["method"], row["task"], row["metric"]): row for row in rows}
+    limit = runs[0]["asked"]["limit"]
+    lines = [header(f"Suite {args.suite}", _about(args)),
+             f"{runs[0]['asked']['model']}, float32, {runs[0]['asked']['steps']} steps; first {limit} test items a "
+             f"task, protocol {runs[0]['evaluation']['protocol']}; means over seeds (± standard error over seeds).\n",
+             "| method | rank | parameters | rate | seeds | validation loss | "
+             + " | ".join(f"{task} {name}" for task, name in columns) + " |",
+             "|---" * (6 + len(columns)) + "|"]  # fmt: skip
+    for method, own in by_method.items():
+        first = own[0]
+        best = [min(v for k, v in r["validation_losses"].items() if k != "0") for r in own if "step" in r]
+        count = f"{first['parameters']:,}" if first.get("parameters") else "all" if method == "fft" else ""
+        cells = [method, str(first["rank"]) if first.get("parameters") else "", count,
+                 f"{first['learning_rate']:g}" if "rank" in first else "", str(len(own)),
+                 f"{np.mean(best):.3f}" if best else ""]  # fmt: skip
+        for column in columns:
+            row = cell[(method, *column)]
+            error = "" if row["stderr_over_seeds"] is None else f" ± {row['stderr_over_seeds']:.3f}"
+            cells.append(f"{row['mean']:.3f}{error}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *_beside_lora(by_method)]
+    text = "\n".join(lines) + "\n"
+    (args.out / f"{args.suite}.md").write_text(text)
+    return text
+
+
+def _beside_lora(by_method: dict[str, list[dict[str, Any]]]) -> list[str]:
+    if "lora" not in by_method:
+        return []
+    lines = ["Paired bootstrap over test items (accuracy, or rougeL of texts; means over seeds): difference to lora "
+             "[95 % interval]; it says nothing of the spread over seeds.", "",
+             "| method | " + " | ".join(by_method["lora"][0]["evaluation"]["tasks"]) + " |",
+             "|---" * (1 + len(by_method["lora"][0]["evaluation"]["tasks"])) + "|"]  # fmt: skip
+    items = lambda own, task: np.mean([r["evaluation"]["tasks"][task]["items"] for r in own], axis=0)  # noqa: E731
+    for method, own in by_method.items():
+        if method != "lora":
+            cells = [method]
+            for task in own[0]["evaluation"]["tasks"]:
+                mean, low, high = paired_bootstrap(items(own, task), items(by_method["lora"], task))
+                cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    parser = CommandParser(prog="python -m experiments.accuracy", description=__doc__.split("\n")[0])
+    parser.add_argument("--suite", required=True, help=", ".join(SUITES))
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/accuracy"))
+    parser.add_argument("--workdir", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes")
+    parser.add_argument("--preset", help="whose settings a run starts from; default SmolLM2-135M's")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated, run in this order")
+    parser.add_argument("--seeds", default="0", help="comma-separated")
+    parser.add_argument("--rank", type=int, default=32, help="ffba's: all have about its number of parameters")
+    parser.add_argument("--steps", type=int, help="default the suite's")
+    parser.add_argument(
+        "--rate_steps", type=int, default=0, help="steps of a trial of a rate; 0: the method's own rate"
+    )
+    parser.add_argument("--validation_size", type=int, default=60)
+    parser.add_argument("--limit", type=int, default=200, help="test items a task")
+    args = parser.parse_args(argv[1:])
+    if args.suite not in SUITES:
+        raise UserError(f"--suite {args.suite!r} is unknown; {near_misses(args.suite, SUITES)}")
+    for method in names(args.methods):
+        if method not in METHODS:
+            raise UserError(f"--methods: {method!r} is unknown here; {near_misses(method, METHODS)}")
+    seeds = [int(seed) if seed.isdecimal() else -1 for seed in names(args.seeds)]
+    if not seeds or min(seeds) < 0:
+        raise UserError(f"--seeds {args.seeds!r} must be integers, 0 or more, with commas between")
+    suite = SUITES[args.suite]
+    for task in suite.tests:  # before the first run
+        load_examples(get_task(task), "test", args.data_dir)
+    for seed in seeds:
+        for method in names(args.methods):
+            if method == "base" and seed != seeds[0]:
+                continue
+            result = one(suite, method, seed, args)
+            found = {task: metrics(scores) for task, scores in result["evaluation"]["tasks"].items()}
+            print(f"{method}, seed {seed}, {result['minutes']:.1f} minutes: {found}", file=sys.stderr)
+            write_tables(args)
+    print(write_tables(args))
+
+
+if __name__ == "__main__":
+    run_command(main)
