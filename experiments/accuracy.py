@@ -100,8 +100,9 @@ def choose_rate(
                 config.train.steps = config.train.eval_every = config.train.save_every = args.rate_steps
                 summary = run(config, args.workdir / args.suite / f"rate-{method}-{rate:g}")
                 losses[rate] = summary["validation_losses"][str(args.rate_steps)]
-                found = {str(rate): losses[rate] for rate in sorted(losses)}
-                write_json(path, {"schema_version": SCHEMA_VERSION, "steps": args.rate_steps, "validation_losses": found})
+                tried = {str(rate): losses[rate] for rate in sorted(losses)}
+                about = {"schema_version": SCHEMA_VERSION, "steps": args.rate_steps}
+                write_json(path, {**about, "validation_losses": tried})
                 jax.clear_caches()
         best = min(losses, key=losses.__getitem__)
         if min(losses) < best < max(losses):

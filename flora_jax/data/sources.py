@@ -54,7 +54,7 @@ def load_records(
     Records are dicts of str: `instruction, input, output, answer` of a 'records' task, `text` and `references` (a list)
     of a 'texts' one, `question, answer` of a generated one, `messages` (a list of `role, content`) of a 'jsonl' one.
     `data_dir` may be None for generated tasks. Prepared data is cached in `cache_dir`, by default `$FLORA_CACHE` or
-    else `~/.cache/flora_jax`. Raises UserError for a missing, empty or malformed source, naming file and line or record.
+    else `~/.cache/flora_jax`. Raises UserError for a missing, empty or malformed source, naming file and record.
     """
     directory = cache_root(cache_dir) / "tfds" / _cache_key(task, split, data_dir)
     if not directory.exists():
