@@ -26,7 +26,10 @@ RUNTIME = [
 ]
 DEMO = ["reasoning-gym>=0.1.20"]
 # torch and peft are what our numbers are compared against; nothing at run time imports them.
-TEST = [*DEMO, "hypothesis>=6.100", "peft>=0.18", "pytest>=8.0", "torch==2.13.0"]
+TEST = [
+    *DEMO, "hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10", "peft>=0.18", "pytest>=8.0",
+    "torch==2.13.0",
+]  # fmt: skip
 
 setup(
     name="flora_jax",

@@ -76,8 +76,12 @@ def configuration(suite: Suite, method: str, rank: int, rate: float, seed: int, 
     config.train.steps = args.steps or suite.steps
     config.train.batch_size = suite.batch_size
     config.train.eval_every = config.train.save_every = max(1, config.train.steps // 3)
+    config.train.log_every = max(1, config.train.steps // 8)
     config.optim.learning_rate = rate
-    config.eval.tasks = ""
+    config.eval.tasks = ",".join(suite.tests)  # whose records are dropped from what is trained on
+    config.eval.protocol = suite.protocol
+    config.eval.limit = args.limit
+    config.eval.max_length = suite.max_length + 256
     return config
 
 
@@ -97,6 +101,7 @@ def choose_rate(
         for rate in grid:
             if rate not in losses:
                 config = configuration(suite, method, rank, rate, 0, args)
+                config.eval.limit = 1
                 config.train.steps = config.train.eval_every = config.train.save_every = args.rate_steps
                 summary = run(config, args.workdir / args.suite / f"rate-{method}-{rate:g}")
                 losses[rate] = summary["validation_losses"][str(args.rate_steps)]
@@ -110,19 +115,22 @@ def choose_rate(
         grid = [float(f"{best * (10**0.5 if best == max(losses) else 10**-0.5):.2g}")]
 
 
-def score(suite: Suite, adapter: Path | None, args: argparse.Namespace) -> dict[str, Any]:
-    """Scores of the test sets' first `--limit` items, and the loss of the reference answers in nats a token."""
+def score(
+    suite: Suite, adapter: Path | None, result: dict[str, Any] | None, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Scores of the test sets' first `--limit` items (`result`, where the run has made them), and the loss of the
+    reference answers in nats a token."""
     tasks = load_task_data(suite.tests, args.data_dir, protocol=suite.protocol, limit=args.limit)
     model = load_adapted(args.model, adapter and str(adapter))
-    result = evaluate_tasks(
-        tasks, model.config, model.base, model.tokenizer, adapter=model.adapter, adapter_config=model.adapter_config,
-        protocol=suite.protocol, batch_size=16, max_length=suite.max_length + 256)  # fmt: skip
+    parts = (model.config, model.base, model.adapter, model.adapter_config, model.tokenizer)
+    result = result or evaluate_tasks(
+        tasks, model.config, model.base, model.tokenizer, protocol=suite.protocol, batch_size=16,
+        max_length=suite.max_length + 256)  # fmt: skip
     for task in tasks:
         pairs = [(e.messages[0].content, " " + e.messages[-1].content) for e in task.examples]
         sizes = [len(encode_pair(model.tokenizer, *pair)[1]) for pair in pairs]
-        scored = choice_loglik(model.config, model.base, model.adapter, model.adapter_config, model.tokenizer,
-                               [[pair] for pair in pairs])  # fmt: skip
-        result["tasks"][task.task.name]["reference_loss"] = -sum(one for [one] in scored) / sum(sizes)
+        losses = choice_loglik(*parts, [[pair] for pair in pairs])
+        result["tasks"][task.task.name]["reference_loss"] = -sum(one for [one] in losses) / sum(sizes)
     return result
 
 
@@ -138,7 +146,7 @@ def one(suite: Suite, method: str, seed: int, args: argparse.Namespace) -> dict[
         return result
     start, config = time.perf_counter(), load_config(args.model)
     result: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "suite": args.suite, "method": method, "asked": asked}
-    adapter = None
+    adapter, scored = None, None
     if method != "base":
         budget = trained_parameters(config, AdapterConfig("ffba", args.rank))
         rank = 1 if method == "fft" else rank_for(method, config, budget)
@@ -146,7 +154,7 @@ def one(suite: Suite, method: str, seed: int, args: argparse.Namespace) -> dict[
         workdir = args.workdir / args.suite / f"{method}-seed{seed}"
         setup = configuration(suite, method, rank, rate, seed, args)
         summary = run(setup, workdir)
-        adapter = workdir / "adapter"
+        adapter, scored = workdir / "adapter", summary["evaluation"]
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         result |= {
             "seed": seed, "rank": rank, "learning_rate": rate, "rates_tried": {f"{r:g}": v for r, v in tried.items()},
@@ -155,7 +163,7 @@ def one(suite: Suite, method: str, seed: int, args: argparse.Namespace) -> dict[
             "loss_curve": {str(line["step"]): line["loss"] for line in lines if "loss" in line},
             "config": {**setup.to_dict(), "data": {**setup.data.to_dict(), "dir": "DIR"}},
         }  # fmt: skip
-    result["evaluation"] = score(suite, adapter, args)
+    result["evaluation"] = score(suite, adapter, scored, args)
     result |= {"minutes": (time.perf_counter() - start) / 60, "provenance": _about(args)}
     write_json(path, result)
     jax.clear_caches()

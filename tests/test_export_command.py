@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import struct
 
 import jax
@@ -17,9 +18,12 @@ from safetensors.numpy import load_file
 from flora_jax.adapters import AdapterConfig
 from flora_jax.errors import UserError, run_command
 from flora_jax.export import main
+from flora_jax.interop import formats
 from flora_jax.interop.adapter_files import load_adapter, save_adapter
 from flora_jax.interop.exports import MARKER
 from flora_jax.models.config import LlamaConfig
+from flora_jax.models.fingerprint import base_fingerprint
+from flora_jax.models.loading import find_licence, load_pretrained
 from flora_jax.train import run
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -55,7 +59,8 @@ def test_every_format_of_a_run(lora_run, tmp_path, capsys):
         assert "logits: training moves them by up to" in said and str(tmp_path / form) in said
         report = json.loads((tmp_path / form / MARKER).read_text())
         assert report["schema_version"] == 1 and report["format"] == form
-        assert sorted(report["files"]) == sorted(path.name for path in (tmp_path / form).iterdir())
+        sizes = {path.name: path.stat().st_size for path in (tmp_path / form).iterdir()}
+        assert report["files"] == {name: size for name, size in sizes.items() if name != MARKER}
         card = (tmp_path / form / "README.md").read_text()
         assert card.startswith("---\n") and "`lora` (LoRA," in card and "rank | 8" in card
         assert "flora_jax.export --workdir" in card and "jax " in card and "chain_sum (llm_adapters" in card
@@ -96,6 +101,59 @@ def test_a_method_of_its_own_with_trained_norms(ffba_run, tmp_path):
         )
 
 
+def test_without_scores_and_from_an_adapter_directory(ffba_run, hf_directory, tmp_path):
+    """A run whose eval.json is gone, and an adapter directory of our own over the base it belongs to."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    for name in ("adapter", "config.json"):
+        os.symlink(ffba_run / name, workdir / name)
+    command("--workdir", workdir, "--format", "transformers", "--out", tmp_path / "out")
+    assert "## Scores" not in (tmp_path / "out/README.md").read_text()
+
+    base = hf_directory(tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: mit\n---\nA base.")
+    (base / "generation_config.json").write_text('{"temperature": 0.6}')
+    config, params = load_pretrained(str(base))
+    adapter_config = AdapterConfig("ffba", 8)
+    trained = {"adapter": random_adapter(TINY, adapter_config, 1), "params": {}}
+    save_adapter(tmp_path / "a", trained, config, adapter_config, str(base), base_fingerprint(params))
+    command("--model", base, "--adapter", tmp_path / "a", "--format", "transformers", "--out", tmp_path / "pair")
+    card = (tmp_path / "pair/README.md").read_text()
+    assert "license: mit" in card and "| licence of the base | mit |" in card and "| base model | base |" in card
+    assert json.loads((tmp_path / "pair/generation_config.json").read_text()) == {"temperature": 0.6}
+
+
+@pytest.mark.parametrize(
+    "readme", ["", "no header", "---\ntags: 3\nlicense: [a]\n---", "---\n1: x\n---", "---\n: {\n---"]
+)
+def test_licences_of_strange_cards(hf_directory, tmp_path, readme):
+    (hf_directory(tmp_path / "base") / "README.md").write_text(readme)
+    assert find_licence(str(tmp_path / "base")) is None
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_interrupted(lora_run, tmp_path, monkeypatch, capsys, overwrite, tree_hash):
+    """By a signal in the middle of the weights: exit code 1, one line, and what stood there stands."""
+    out = tmp_path / "new/out"
+    flags = ["export", "--workdir", str(lora_run), "--format", "merged", "--out", str(out)]
+    if overwrite:
+        main(flags)
+        flags.append("--overwrite")
+    before = tree_hash(tmp_path)
+
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal came too late")
+
+    monkeypatch.setattr(formats, "write_shards", stop)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_command(main, flags)
+    assert stopped.value.code == 1 and capsys.readouterr().err == "stopped by a signal; nothing was written\n"
+    assert tree_hash(tmp_path) == before and (tmp_path / "new").exists() == overwrite
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 @pytest.fixture
 def refused(tmp_path, tree_hash, capsys):
     def check(words, *flags):
@@ -130,10 +188,12 @@ def test_what_is_refused(refused, lora_run, ffba_run, small, tmp_path):
     refused(["cannot be written"], "--workdir", lora_run, "--format", "merged", "--out", lora_run / "config.json/out")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text('{"config": {"model": 3}}')
-    refused(["config.json", "section 'model'"], "--workdir", tmp_path / "run", *both)
+    refused(["config.json", "config.model is no field"], "--workdir", tmp_path / "run", *both)
+    (tmp_path / "run/config.json").write_text('{"config": {"train": {"seed": "x"}}}')
+    refused(["config.json", "config.train.seed='x' is of the wrong type"], "--workdir", tmp_path / "run", *both)
     (tmp_path / "run/config.json").write_bytes((lora_run / "config.json").read_bytes())
     refused(["has not ended", "--step"], "--workdir", tmp_path / "run", *both)
-    refused(["--step 1", "none is there"], "--workdir", tmp_path / "run", "--step", 1, *both)
+    refused(["--step 1", "none is in"], "--workdir", tmp_path / "run", "--step", 1, *both)
     assert not (tmp_path / "new").exists()
 
 

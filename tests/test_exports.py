@@ -206,7 +206,7 @@ def test_merged_equals_merge_and_peft(tmp_path, bases, hf_base, method):
     )
     # Our own reader takes it for the Llama that it is.
     config, base = load_pretrained(str(tmp_path / "merged"))
-    assert dataclasses.replace(config, bos_token_id=256) == TINY
+    assert config == TINY
     logits = np.asarray(Llama(config, None).apply({"params": base}, jnp.asarray(TOKENS)))
     assert np.abs(logits - our_logits(trained, TOKENS)).max() <= 1e-4
 
@@ -237,7 +237,7 @@ def test_full_fine_tuning_and_trained_norms(tmp_path, bases):
     "method, form", [("lora", "merged"), ("lora", "peft"), ("ffba", "transformers"), ("zflora", "transformers")]
 )
 def test_bfloat16(tmp_path, bases, hf_base, method, form):
-    """Within the bound that LOGIT_BOUNDS states, as transformers computes it in bfloat16 throughout, too."""
+    """Within the bound that LOGIT_BOUNDS states; and transformers runs it in bfloat16 throughout, cache and all."""
     torch = pytest.importorskip("torch")
     trained = make(bases[TINY], TINY, ADAPTERS[method])
     report = export(trained, tmp_path / "out", form, dtype="bfloat16")
@@ -250,10 +250,12 @@ def test_bfloat16(tmp_path, bases, hf_base, method, form):
         return
     model = torch_model(tmp_path / "out")
     assert model.dtype == torch.bfloat16
-    assert (
-        np.abs(torch_logits(model.float(), TOKENS) - ours).max()
-        <= exports.LOGIT_BOUNDS["bfloat16"] * np.abs(ours).max()
-    )
+    bound = exports.LOGIT_BOUNDS["bfloat16"] * np.abs(ours).max()
+    assert np.abs(torch_logits(model, TOKENS) - ours).mean() <= bound / 2
+    text = model.generate(torch.tensor(TOKENS[:, :9]), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    steps = torch_logits(model, text[:, :-1].numpy())[:, 8:].argmax(-1)
+    assert (steps == text[:, 9:].numpy()).mean() >= 0.5  # a cached step rounds elsewhere than a whole pass
+    assert np.abs(torch_logits(model.float(), TOKENS) - ours).max() <= bound
 
 
 def test_saved_again_piped_and_recorded(tmp_path, bases):
@@ -375,7 +377,7 @@ def test_an_export_that_is_not_what_was_trained_is_not_written(tmp_path, bases, 
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight: the adapter of 'down' changes nothing"):
         export(dataclasses.replace(trained, adapter=half), tmp_path / "out", "merged")
     broken = jax.tree.map(lambda x: x.at[0].set(jnp.inf) if x.ndim > 2 else x, trained.adapter)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="holds values that are not finite in float32"):
         export(dataclasses.replace(trained, adapter=broken), tmp_path / "out", "transformers")
 
     # A writer that loses the scale: caught by the logits. One that touches a norm: caught by name.
@@ -385,8 +387,12 @@ def test_an_export_that_is_not_what_was_trained_is_not_written(tmp_path, bases, 
     formats_merged = formats.merged_kernel
     with monkeypatch.context() as patch:
         patch.setattr(formats, "merged_kernel", wrong)
-        with pytest.raises(UserError, match="logits differ from those of what was trained"):
+        with pytest.raises(UserError, match="logits differ from those of what was trained by up to"):
             export(trained, tmp_path / "out", "merged")
+        # A small change of the logits, lost within what bfloat16 may move them by.
+        small = dataclasses.replace(trained, adapter=jax.tree.map(lambda x: 0.2 * x, trained.adapter))
+        with pytest.raises(UserError, match="on average, and training moved them by no more than"):
+            export(small, tmp_path / "out", "merged", dtype="bfloat16")
     with monkeypatch.context() as patch:
         written = formats.write_shards
 
@@ -539,7 +545,8 @@ def test_real_weights(tmp_path, smollm2, method, form):
         theirs, ours = out[len(start) :], generator.generate([start], 64)[0].tokens
         ended = next((i for i, token in enumerate(theirs) if token in config.eos_token_id), len(theirs))
         theirs = theirs[:ended]
-        split = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), None)
+        split = next((i for i in range(64) if theirs[i : i + 1] != ours[i : i + 1]), None)  # one may be shorter
+        assert len(theirs) > 3
         if split is not None:
             best = np.sort(our_logits(trained, np.array([start + theirs[:split]]))[0, -1])
             assert best[-1] - best[-2] <= 1e-3, (prompt, split)

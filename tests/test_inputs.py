@@ -54,7 +54,8 @@ def test_records_of_test_and_validation_sets_are_dropped_and_counted(inputs, wri
     assert asked(alone.train) == list(range(2, 16))  # 0 and 1 are tested, 16 to 19 validated
     assert asked(alone.validation) == list(range(16, 24)) and counts(alone.account) == (6, 1)
     # A task that is only scored keeps its test set out too; 17 is then tested, not validated.
-    scored = inputs(**{"eval.tasks": "AddSub"})
+    scored = inputs(**{"eval.tasks": "AddSub", "data.allow_contaminated": True})
+    assert scored.account["share_of_test_in_train"] == {"AddSub": 1.0} and alone.account["share_of_test_in_train"] == {}
     assert asked(scored.train) == list(range(3, 16))
     assert asked(scored.validation) == [16, *range(18, 24)] and counts(scored.account) == (7, 2)
     # So does a task trained beside it, whose own records are held out where it has no validation split.
@@ -92,7 +93,22 @@ def test_one_file_is_a_test_set_only_where_it_is_scored(inputs, tmp_path):
     found = inputs(**{"data.tasks": str(mine)})
     assert sorted(asked(found.train) + asked(found.validation)) == list(range(20)) and counts(found.account) == (0, 0)
     with pytest.raises(UserError, match="is also in a test set"):
-        inputs(**{"data.tasks": str(mine), "eval.tasks": str(mine)})
+        inputs(**{"data.tasks": str(mine), "eval.tasks": str(mine), "data.allow_contaminated": True})
+
+
+def test_data_that_holds_a_test_is_refused_by_name(inputs, write):
+    """More than one question in a hundred; those that match are dropped either way, their near doubles cannot be."""
+    write("gsm8k", train=range(300), validation=range(500, 510), test=range(900, 910))
+    write("AddSub", test=[*range(4), *range(1000, 1196)])
+    write("SingleEq", test=[*range(2), *range(1000, 1198)])
+    with pytest.raises(UserError, match=r"2\.0 % of the test questions of 'AddSub' are in the training data") as error:
+        inputs(**{"eval.tasks": "SingleEq,AddSub"})
+    assert "config.data.allow_contaminated" in str(error.value) and "\n" not in str(error.value)
+    found = inputs(**{"eval.tasks": "SingleEq"})
+    assert found.account["share_of_test_in_train"] == {"SingleEq": 0.01} and counts(found.account) == (2, 0)
+    allowed = inputs(**{"eval.tasks": "SingleEq,AddSub", "data.allow_contaminated": True})
+    assert allowed.account["share_of_test_in_train"] == {"SingleEq": 0.01, "AddSub": 0.02}
+    assert asked(allowed.train) == list(range(4, 300))
 
 
 @pytest.mark.parametrize("field", ["data.tasks", "eval.tasks"])

@@ -220,8 +220,8 @@ REFUSED = {  # on one device, for a linear method
     "distributed.coordinator": "localhost:1", "eval.tasks": "no_task",
 }  # fmt: skip
 ELSEWHERE = {
-    "data.generator.test", "data.cache_dir", "train.log_every", "train.eval_every", "train.save_every", "train.keep",
-    "eval.protocol", "eval.limit", "eval.batch_size", "eval.max_length",
+    "data.allow_contaminated", "data.generator.test", "data.cache_dir", "train.log_every", "train.eval_every",
+    "train.save_every", "train.keep", "eval.protocol", "eval.limit", "eval.batch_size", "eval.max_length",
 }  # fmt: skip
 
 

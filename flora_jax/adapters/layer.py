@@ -114,7 +114,7 @@ def adapter_leaves(
         bound = 1 / math.sqrt(d_in)
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    def normal(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+    def over_rows(key: Array, shape: Sequence[int], dtype: Any) -> Array:
         return jax.random.normal(key, shape, dtype) / math.sqrt(shape[0])
 
     zeros = nn.initializers.zeros_init()
@@ -123,7 +123,7 @@ def adapter_leaves(
         leaves["A"] = ((d_in, rank * len(slot.forward)), zeros if row.zero == "A" else uniform)
     for rows, names in ((rank, slot.matrix), (slot.backward_rank, slot.backward)):
         for name in names:
-            leaves[f"{name}_B"] = ((rows, widths[name][1]), zeros if row.zero == "B" else normal)
+            leaves[f"{name}_B"] = ((rows, widths[name][1]), zeros if row.zero == "B" else over_rows)
     return leaves
 
 

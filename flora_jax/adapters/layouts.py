@@ -479,5 +479,4 @@ def as_lora(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> tuple[
                     shape = (adapter_config.rank, config.widths[name][1])
                     tiling = jnp.tile(jnp.eye(shape[0], dtype=leaves["A"].dtype), shape[1] // shape[0])
                     leaves[f"{name}_B"] = jnp.broadcast_to(tiling, (config.num_hidden_layers, *shape))
-    add_to = () if row.adds == "repeat" else adapter_config.add_to
-    return {"layers": layers}, dataclasses.replace(adapter_config, method="lora", add_to=add_to)
+    return {"layers": layers}, dataclasses.replace(adapter_config, method="lora", add_to=())

@@ -130,12 +130,8 @@ def load_adapter(
     if about and about.get("format_version") != FORMAT_VERSION:
         version = about.get("format_version")
         raise UserError(f"{directory / name}: format_version={version!r} is unknown; {FORMAT_VERSION} is what is read")
-    if fingerprint is not None and about.get("fingerprint", fingerprint) != fingerprint:
-        base_model = stored.get("base_model_name_or_path")
-        raise UserError(
-            f"{directory}: the adapter was trained on another base, {base_model!r} with fingerprint "
-            f"{about['fingerprint']}; this base has {fingerprint}"
-        )
+    if fingerprint is not None:
+        check_fingerprint(directory, fingerprint)
     tensors = _read_tensors(directory)
     if kind == "LORA":
         return _from_peft(directory, stored, extras.get("method", "lora"), tensors, config)
@@ -148,6 +144,18 @@ def load_adapter(
         split[collection][rest] = value
     _check_leaves(split["adapter"], split["params"], config, adapter_config, str(directory / WEIGHTS))
     return adapter_config, {name: unflatten_dict(leaves, sep="/") for name, leaves in split.items()}
+
+
+def check_fingerprint(directory: Path, fingerprint: str) -> None:
+    """Raises UserError if the adapter in `directory` says that it was trained on a base of another fingerprint."""
+    stored = read_json(directory / CONFIG, _HAS)
+    extras = read_json(directory / EXTRAS) if (directory / EXTRAS).exists() else {}
+    found = {**extras, **stored}.get("fingerprint", fingerprint)
+    if found != fingerprint:
+        raise UserError(
+            f"{directory}: the adapter was trained on another base, {stored.get('base_model_name_or_path')!r} with "
+            f"fingerprint {found}; this base has {fingerprint}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

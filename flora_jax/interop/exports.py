@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,7 +32,8 @@ MARKER = "flora_export.json"  # the report, by which a directory is known as our
 LOGIT_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}
 _SAMPLE = (
     "The capital of France is Paris, and the river that runs through it is the Seine. Ann has 17 apples and gives 5 of "
-    "them away: how many are left? 17 - 5 = 12. Summarize the following dialogue in one sentence."
+    "them away: how many are left? 17 - 5 = 12. Summarize the following dialogue in one sentence. A: Shall we meet at "
+    "noon? B: Rather at one, the train is late."
 )
 _SAMPLE_TOKENS = 64
 _BLOCK = 8192  # rows of the unembedding that are scored with at a time
@@ -59,9 +61,15 @@ def check_directory(directory: Path, overwrite: bool) -> None:
     if directory.is_symlink() or not (directory / MARKER).is_file():
         raise UserError(f"--out {directory} is no directory that this command wrote (no {MARKER}) and is not replaced")
     known = read_json(directory / MARKER).get("files")
-    added = {path.name for path in directory.iterdir()} - set(known if isinstance(known, list) else ())
-    if added:
-        raise UserError(f"--out {directory} is not replaced: it holds {min(added)!r}, which this command did not write")
+    for name, size in _sizes(directory).items():
+        if name != MARKER and (not isinstance(known, dict) or known.get(name) != size):
+            raise UserError(f"--out {directory} is not replaced: {name!r} in it is not as this command wrote it")
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    """Bytes of every file below, by its path from there."""
+    files = sorted(path for path in directory.rglob("*") if not path.is_dir())
+    return {str(path.relative_to(directory)): path.lstat().st_size for path in files}
 
 
 def export(
@@ -78,7 +86,8 @@ def export(
     dtype: of the tensors, a name of DTYPES; sums are taken in float32 and cast once. card: from the report to the text
     of README.md. Raises UserError, with nothing left behind, for what `check_format` and `check_directory` refuse, for
     an adapter without effect, weights that are not finite, and an export that is not what was trained: logits must
-    agree within LOGIT_BOUNDS, and of a merged one exactly the tensors that trained may differ from the base's.
+    agree within LOGIT_BOUNDS and to half of what training moved them, and of a merged one exactly the tensors that
+    trained may differ from the base's.
     """
     directory = Path(directory)
     check_format(form, dtype, trained.adapter_config, trained.params)
@@ -86,8 +95,8 @@ def export(
     tokens = np.asarray([trained.tokenizer(_SAMPLE, add_special_tokens=False).input_ids[:_SAMPLE_TOKENS]])
     own = {"params": trained.full_base, "adapter": trained.adapter}
     wanted = _logits(trained.config, trained.adapter_config, own, tokens)
-    effect = np.abs(wanted - _logits(trained.config, None, {"params": trained.base}, tokens)).max()
-    if effect == 0:
+    effect = np.abs(wanted - _logits(trained.config, None, {"params": trained.base}, tokens))
+    if not effect.any():
         raise UserError(f"what {trained.adapter_config.method} trained changes no logit of the base: train it first")
     with new_directory(directory) as new:
         report = {"schema_version": SCHEMA_VERSION, "format": form, "dtype": dtype}
@@ -96,7 +105,8 @@ def export(
         report["logits"] = {
             "sample_tokens": int(tokens.size),
             "largest": float(np.abs(wanted).max()),
-            "moved_by_training": float(effect),
+            "moved_by_training": float(effect.max()),
+            "mean_moved_by_training": float(effect.mean()),
             "max_change": float(change.max()),
             "mean_change": float(change.mean()),
             "bound": float(LOGIT_BOUNDS[dtype] * np.abs(wanted).max()),
@@ -106,10 +116,16 @@ def export(
                 f"--format {form}: in {dtype} the export's logits differ from those of what was trained by up to "
                 f"{change.max():.3g}, the bound is {report['logits']['bound']:.3g}; nothing was written"
             )
+        if not change.mean() <= effect.mean() / 2:
+            raise UserError(
+                f"--format {form}: in {dtype} the export's logits differ from those of what was trained by "
+                f"{change.mean():.3g} on average, and training moved them by no more than {effect.mean():.3g}; nothing "
+                "was written: train longer, or use --dtype float32"
+            )
         if card is not None:
             (new / "README.md").write_text(card(report), encoding="utf-8")
-        files = sorted({MARKER, *(path.name for path in new.iterdir())})
-        write_json(new / MARKER, {**report, "files": files})
+        write_json(new / MARKER, {**report, "files": _sizes(new)})
+        check_directory(directory, overwrite)  # again: writing takes minutes, and somebody may have come first
     return report
 
 
@@ -128,6 +144,7 @@ def _logits(
     places = jnp.asarray(places.reshape(tokens.shape), jnp.int32)
     # With a cache layers run one by one; a scan over bfloat16 layers has them all in float32 at once on a CPU.
     cache = KVCache.empty(config, *tokens.shape)
-    hidden = np.asarray(model.apply({**variables, "params": params}, places, cache=cache, method="hidden")[0][0])
+    with jax.default_matmul_precision("highest"):  # a GPU's own is 10 bits
+        hidden = np.asarray(model.apply({**variables, "params": params}, places, cache=cache, method="hidden")[0][0])
     blocks = (unembedding[i : i + _BLOCK].astype(np.float32) for i in range(0, len(unembedding), _BLOCK))
     return np.concatenate([hidden @ block.T for block in blocks], axis=-1)

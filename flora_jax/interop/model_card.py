@@ -20,12 +20,13 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")""",
     "peft": """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_DIRECTORY")""",
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{where}"), "THIS_DIRECTORY")""",
     "transformers": """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")""",
 }
+_SHOWN = ("accuracy", "accuracy_norm", "rouge1", "rouge2", "rougeL", "rougeLsum")
 _PAPER = {
     "zflora": "zFLoRA, [arXiv 2510.25784](https://arxiv.org/abs/2510.25784)",
     "lora": "LoRA, [arXiv 2106.09685](https://arxiv.org/abs/2106.09685)",
@@ -42,9 +43,10 @@ def model_card(
     command: str,
     versions: Mapping[str, str],
     summary: Mapping[str, Any],
+    quantised: str = "",
 ) -> str:
-    """Markdown with the hub's header. report: of the export; summary: of the run, as `eval.json` has it, {} if there is
-    none."""
+    """Markdown with the hub's header. report: of the export; command: "" for an export from Python; summary: of the
+    run, as `eval.json` has it, {} if there is none; quantised: what the base's weights were before they were floats."""
     adapter, logits = trained.adapter_config, report["logits"]
     published = re.fullmatch(r"[\w.-]+/[\w.-]+", trained.base_model) is not None
     base = trained.base_model if published else Path(trained.base_model).name  # no path of this machine
@@ -58,8 +60,8 @@ def model_card(
     count = sum(leaf.size for leaf in jax.tree.leaves((trained.adapter, trained.params)))
     total = sum(leaf.size for leaf in jax.tree.leaves((trained.base, trained.adapter)))
     rows = [
-        ("base model", base),
-        ("licence of the base", licence or "not stated in its files: ask those who published it"),
+        ("base model", f"{base} ({quantised})" if quantised else base),
+        ("licence of the base", licence or ("" if base == "random" else "not stated in its model card")),
         ("method", f"`{adapter.method}` ({_PAPER.get(adapter.method, _FLORA)})"),
     ]
     if trained.adapter:
@@ -70,10 +72,12 @@ def model_card(
     rows.append(("trained parameters", f"{count:,} of {total:,} ({100 * count / total:.3f} %)"))
     if "step" in summary:
         rows.append(("step", summary["step"]))
-    rows += [("weights", report["dtype"]), ("command", f"`{command}`")]
+    rows.append(("weights", report["dtype"]))
+    if command:
+        rows.append(("command", f"`{command}`"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    load = _LOAD[report["format"]].format(base=base)
+    table = "\n".join(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows)
+    load = _LOAD[report["format"]].format(where=base if published and not quantised else "PATH_OF_THE_BASE")
     return f"""---
 {header.to_yaml()}
 ---
@@ -112,8 +116,8 @@ def _results(summary: Mapping[str, Any]) -> str:
     evaluation = summary.get("evaluation") or {}
     for task, result in evaluation.get("tasks", {}).items():
         where = f"{evaluation['protocol']}, {evaluation['split']}, n = {result['n']}"
-        kinds = [kind for kind in ("accuracy", "rouge1", "rouge2", "rougeL", "rougeLsum") if kind in result]
-        scores.append(f"- {task} ({where}): " + ", ".join(f"{kind} {result[kind]:.4f}" for kind in kinds))
+        shown = [f"{kind} {result[kind]:.4f}" for kind in _SHOWN if kind in result]
+        scores.append(f"- {task} ({where}): {', '.join(shown)}")
     if scores:
         parts.append("## Scores\n\n" + "\n".join(scores) + "\n")
     return "\n".join(parts)

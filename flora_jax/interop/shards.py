@@ -11,7 +11,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +25,7 @@ from flora_jax.files import read_json, write_json
 
 SHARD_BYTES = 4_900_000_000  # with its header a file stays under 5 GB
 INDEX = "model.safetensors.index.json"
+_BLOCK = 2**22  # values
 _KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -54,7 +55,7 @@ def write_shards(
             value = np.asarray(value, dtype)
             if name not in places or value.shape != tuple(shapes[name]):
                 raise UserError(f"tensor {name!r} has shape {value.shape}, expected {shapes.get(name, 'none')}")
-            if not np.isfinite(value).all():
+            if not all(np.isfinite(block).all() for block in row_blocks(value)):
                 raise UserError(f"tensor {name!r} holds values that are not finite in {dtype.name}")
             file = files[plan.tensor_to_filename[name]]
             file.seek(places.pop(name))
@@ -63,6 +64,12 @@ def write_shards(
         raise UserError(f"tensor {next(iter(places))!r} was never given")
     if plan.is_sharded:
         write_json(directory / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+
+
+def row_blocks(value: np.ndarray) -> Iterator[np.ndarray]:
+    """A tensor cut along its first axis, so that what is computed of it at once is small beside it."""
+    rows = max(1, _BLOCK * len(value) // value.size) if value.ndim and value.size else 1
+    yield from (value[i : i + rows] for i in range(0, len(value), rows)) if value.ndim else [value]
 
 
 def _begin(

@@ -85,22 +85,25 @@ def load_config(source: str) -> LlamaConfig:
 
 def base_name(source: str) -> str:
     """The name that others know a source by: a preset's hub id, a local source's absolute path, a hub id itself."""
-    return str(Path(source).absolute()) if Path(source).exists() else PUBLISHED.get(source, source)
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else PUBLISHED.get(source, source)
 
 
 def find_licence(source: str) -> str | None:
-    """The licence that a source's own files state (its model card, or a `.gguf` file's metadata), None if none does."""
+    """The licence that a source states in its model card or its `.gguf` file's metadata, None if it states none."""
     path = resolve_source(source, weights=False)
     if path.is_file():
-        return GgufFile(path).get("general.license")
+        licence = GgufFile(path).get("general.license")
+        return licence if isinstance(licence, str) else None
     if not (path / "README.md").is_file():
         return None
     from huggingface_hub import ModelCard
 
     try:
-        return ModelCard.load(path / "README.md").data.license
-    except (ValueError, yaml.YAMLError):  # a README.md without a card's header, or with a broken one
+        licence = ModelCard.load(path / "README.md").data.license
+    except (ValueError, TypeError, yaml.YAMLError):  # a README.md without a card's header, or with a broken one
         return None
+    return licence if isinstance(licence, str) else None
 
 
 def resolve_source(source: str, *, weights: bool = True) -> Path:

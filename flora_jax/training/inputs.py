@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+_CONTAMINATED = 0.01  # share of a test's questions
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """Encoded examples, and what a result file says of them."""
@@ -40,7 +43,8 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
 
     A task without a validation split gives a fixed sample of its training records. Records whose prompt is also in a
     test set, of `config.eval.tasks` or of a trained task itself, are dropped from both and counted; so are training
-    records that are in the validation set. Raises UserError.
+    records that are in the validation set. Where they are more than 1 % of a test of `config.eval.tasks`, its near
+    doubles will be in the data as well: that is refused unless `config.data.allow_contaminated`. Raises UserError.
     """
     data = config.data
     tasks = [get_task(name, generator_settings(config)) for name in names(data.tasks)]
@@ -65,11 +69,20 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
         train += examples
         validation += held_out
     tests: list[Example] = []
-    scored = [get_task(name, generator_settings(config)) for name in names(config.eval.tasks)]
+    scored = {name: get_task(name, generator_settings(config)) for name in names(config.eval.tasks)}
     # One file given by its path is a test set only where it is to be scored.
     beside = [task for task in tasks if not task.name.endswith(".jsonl") and has_split(task, "test", data.dir)]
-    for task in {task.name: task for task in (*scored, *beside)}.values():
-        tests += load_examples(task, "test", data.dir, data.cache_dir)
+    overlaps = {}
+    for name, task in {**{task.name: task for task in beside}, **scored}.items():
+        asked = load_examples(task, "test", data.dir, data.cache_dir)
+        tests += asked
+        if name in scored:
+            overlaps[name] = dedupe(asked, train)[1] / len(asked)
+            if overlaps[name] > _CONTAMINATED and not data.allow_contaminated:
+                raise UserError(
+                    f"config.data.tasks={data.tasks}: {100 * overlaps[name]:.1f} % of the test questions of {name!r} "
+                    "are in the training data; leave that test or that data out, or set config.data.allow_contaminated"
+                )
     before = len(train)
     validation, dropped_validation = dedupe(validation, tests)
     if not validation:
@@ -91,6 +104,7 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
         "train": dataclasses.asdict(report),
         "validation": dataclasses.asdict(validation_report),
         "dropped_as_in_test": dropped,
+        "share_of_test_in_train": overlaps,  # before those records were dropped
         "dropped_from_validation": dropped_validation,
     }
     return Inputs(encoded, validation_encoded, account)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,8 @@ import jax.numpy as jnp
 import ml_collections
 
 from flora_jax.adapters import AdapterConfig, abstract_adapter
-from flora_jax.config import weights_source
-from flora_jax.errors import UserError
+from flora_jax.config import fields, get_config, weights_source
+from flora_jax.errors import UserError, near_misses
 from flora_jax.files import read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import abstract_base, init_base
@@ -27,11 +29,21 @@ def read_run(workdir: Path) -> ml_collections.ConfigDict:
     """The configuration of the run in `workdir`. Raises UserError if it holds none."""
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: there is no such directory")
-    stored = read_json(workdir / "config.json", "; a run of flora_jax.train has one").get("config")
-    config = ml_collections.ConfigDict(stored if isinstance(stored, dict) else {})
-    for section in ("model", "adapter", "data", "train"):
-        if not isinstance(config.get(section), ml_collections.ConfigDict):
-            raise UserError(f"{workdir / 'config.json'}: section {section!r} is missing; a run's configuration has it")
+    path = workdir / "config.json"
+    stored = read_json(path, "; a run of flora_jax.train has one").get("config")
+    config = get_config()  # a field that is newer than the run has its default
+    known = fields(config)
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: field 'config' is missing; a run's configuration has it")
+    for name, value in fields(stored).items():
+        if name not in known:
+            raise UserError(f"{path}: config.{name} is no field of a run; {near_misses(name, known)}")
+        *sections, field = name.split(".")
+        part = functools.reduce(lambda part, section: part[section], sections, config)
+        try:
+            part[field] = value
+        except (TypeError, ValueError):
+            raise UserError(f"{path}: config.{name}={value!r} is of the wrong type") from None
     return config
 
 
@@ -60,17 +72,16 @@ def load_trained(
     """`{"adapter": tree, "params": base leaves that trained}`, float32, of the checkpoint at `step`, and its base's
     fingerprint. Raises UserError if it was not kept, or is of another adapter."""
     directory = workdir / "checkpoints"
-    steps = []
-    if directory.is_dir():  # opening makes one
-        checkpoints = Checkpoints(directory, config.train.keep)
+    if not directory.is_dir():  # opening makes one
+        raise UserError(f"--step {step}: there is no such checkpoint; none is in {directory}")
+    with contextlib.closing(Checkpoints(directory, config.train.keep)) as checkpoints:
         steps = checkpoints.steps
-    if step not in steps:
-        there = f"those of steps {', '.join(map(str, steps))} are" if steps else "none is"
-        raise UserError(f"--step {step}: there is no such checkpoint in {directory}; {there} there")
-    meta = checkpoints.meta(step)
-    check_meta(meta, adapter, meta["base_fingerprint"], {}, f"checkpoint {step} of --workdir={workdir}")
-    architecture = model_config(config)
-    shapes = {"params": abstract_base(architecture), "adapter": abstract_adapter(architecture, adapter)}
-    trained = checkpoints.trained(step, partition(shapes, trains(config, shapes))[0])
-    checkpoints.close()
+        if step not in steps:
+            there = f"those of steps {', '.join(map(str, steps))} are" if steps else "none is"
+            raise UserError(f"--step {step}: there is no such checkpoint in {directory}; {there} there")
+        meta = checkpoints.meta(step)
+        check_meta(meta, adapter, meta["base_fingerprint"], {}, f"checkpoint {step} of --workdir={workdir}")
+        architecture = model_config(config)
+        shapes = {"params": abstract_base(architecture), "adapter": abstract_adapter(architecture, adapter)}
+        trained = checkpoints.trained(step, partition(shapes, trains(config, shapes))[0])
     return {"adapter": {}, "params": {}, **trained}, meta["base_fingerprint"]

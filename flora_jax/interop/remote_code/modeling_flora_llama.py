@@ -132,11 +132,14 @@ class FloraLlamaModel(llama.LlamaModel):
         self.norm = FinalNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
 
-    def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        inputs_embeds = nn.functional.pad(inputs_embeds, (0, self.config.flora["stream"]))
-        return super().forward(inputs_embeds=inputs_embeds, **kwargs)
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **kwargs
+    ):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = nn.functional.pad(x, (0, self.config.flora["stream"]))
+        return super().forward(None, attention_mask, position_ids, past_key_values, x, **kwargs)
 
 
 class FloraLlamaForCausalLM(llama.LlamaForCausalLM):

@@ -1,0 +1,132 @@
+"""The sweep of experiments/accuracy.py on the tiny model: what it leaves, that it goes on, that it repeats itself."""
+
+import argparse
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from experiments import accuracy
+from flora_jax.config import LEARNING_RATES
+from flora_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+SUITE = accuracy.Suite(("gsm8k", "samsum"), ("AddSub", "samsum"), "llm_adapters", 128, 3, 2)
+
+
+@pytest.fixture
+def sweep(tmp_path, hf_directory, caches, monkeypatch):
+    """`sweep("base,lora", out="a")` runs the command on a tiny suite; returns the JSON of each run by name."""
+    monkeypatch.setitem(accuracy.SUITES, "tiny", SUITE)
+    monkeypatch.setenv("FLORA_CACHE", str(caches / "data"))
+    model, data = hf_directory(tmp_path / "model"), tmp_path / "data"
+    for task, split, first in (("gsm8k", "train", 0), ("AddSub", "test", 500)):
+        (data / task).mkdir(parents=True)
+        records = [
+            {"instruction": f"What is {i} + 1?", "output": "", "answer": str(i + 1)} for i in range(first, first + 30)
+        ]
+        (data / task / f"{split}.json").write_text(json.dumps(records))
+    (data / "samsum").mkdir()
+    for split, first in (("train", 0), ("test", 500)):
+        lines = [json.dumps({"dialogue": f"A: I am {i}.", "summary": f"A is {i}."}) for i in range(first, first + 30)]
+        (data / "samsum" / f"{split}.jsonl").write_text("\n".join(lines))
+
+    def run(methods, out="a", *flags):
+        accuracy.main(["accuracy", "--suite", "tiny", "--data_dir", str(data), "--model", str(model), "--rank", "8",
+                       "--methods", methods, "--limit", "4", "--validation_size", "4", "--out", str(tmp_path / out),
+                       "--workdir", str(tmp_path / f"w{out}"), *flags])  # fmt: skip
+        return {p.stem: json.loads(p.read_text()) for p in (tmp_path / out / "tiny").glob("*.json")}
+
+    return run
+
+
+def numbers(run):
+    """What must not depend on when and how often it ran."""
+    scores = {task: {k: v for k, v in s.items() if k != "seconds"} for task, s in run["evaluation"]["tasks"].items()}
+    return [
+        run.get(k) for k in ("rank", "parameters", "learning_rate", "validation_losses", "loss_curve", "data")
+    ], scores
+
+
+def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys):
+    given, started = accuracy.run, []
+
+    def interrupted(config, workdir):
+        started.append(workdir.name)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        return given(config, workdir)
+
+    monkeypatch.setattr(accuracy, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep("base,lora,ffba")
+    assert started == ["lora-seed0", "ffba-seed0"]
+    found = sweep("base,lora,ffba", "a", "--seeds", "0,1")
+    assert started[2:] == ["ffba-seed0", "lora-seed1", "ffba-seed1"]  # nothing that was finished
+    assert found.keys() == {"base", "lora-seed0", "lora-seed1", "ffba-seed0", "ffba-seed1"}
+    again = sweep("ffba", "b")
+    assert numbers(again["ffba-seed0"]) == numbers(found["ffba-seed0"]) != numbers(found["ffba-seed1"])
+
+    lora, ffba = found["lora-seed0"], found["ffba-seed0"]
+    assert abs(lora["parameters"] / ffba["parameters"] - 1) < 0.1 and lora["learning_rate"] == LEARNING_RATES["lora"]
+    assert len(ffba["loss_curve"]) >= 1 and ffba["data"]["share_of_test_in_train"] == {"AddSub": 0.0, "samsum": 0.0}
+    assert ffba["config"]["adapter"]["rank"] == 8 and ffba["provenance"]["versions"]["jax"]
+    tasks = ffba["evaluation"]["tasks"]
+    assert tasks["AddSub"]["n"] == 4 == len(tasks["AddSub"]["items"]) and 0 <= tasks["AddSub"]["accuracy"] <= 1
+    assert (
+        0 <= tasks["samsum"]["rougeL"] <= tasks["samsum"]["rougeL_max"] <= 1 and tasks["samsum"]["reference_loss"] > 0
+    )
+    assert str(tmp_path) not in json.dumps(ffba["config"]["data"])
+
+    table = (tmp_path / "a/tiny.md").read_text()
+    assert table in capsys.readouterr().out or "| ffba | 8 |" in table
+    assert "samsum rougeLsum" in table and "difference to lora" in table and "±" in table
+    rows = list(csv.DictReader((tmp_path / "a/tiny.csv").open()))
+    mean = np.mean([found[f"ffba-seed{s}"]["evaluation"]["tasks"]["samsum"]["reference_loss"] for s in (0, 1)])
+    [row] = [r for r in rows if (r["method"], r["task"], r["metric"]) == ("ffba", "samsum", "reference_loss")]
+    assert float(row["mean"]) == pytest.approx(mean) and row["seeds"] == "2"
+    with pytest.raises(UserError, match="was asked for"):
+        sweep("ffba", "a", "--steps", "2")
+
+
+def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch):
+    """Losses of a parabola in log rate: one whose best lies inside the grid, one whose best lies beyond its edge."""
+    fields = {"workdir": tmp_path, "suite": "dialogue", "preset": None, "model": "m", "steps": None, "data_dir": "d"}
+    args = argparse.Namespace(rate_steps=5, validation_size=4, limit=2, **fields)
+    for best, tried in ((3e-4, 5), (3e-2, 8)):
+        asked = []
+
+        def run(config, workdir, best=best, asked=asked):
+            asked.append(config.optim.learning_rate)
+            return {"validation_losses": {"5": np.log(config.optim.learning_rate / best) ** 2}}
+
+        monkeypatch.setattr(accuracy, "run", run)
+        out = tmp_path / f"{best}"
+        rate, losses = accuracy.choose_rate(accuracy.SUITES["dialogue"], "ffba", 32, args, out)
+        assert rate == pytest.approx(best, rel=0.1) and len(asked) == len(losses) == tried
+        assert min(losses) < rate < max(losses) and max(losses) / min(losses) > 90
+        assert accuracy.choose_rate(accuracy.SUITES["dialogue"], "ffba", 32, args, out)[0] == rate
+        assert len(asked) == tried  # none is tried twice
+
+
+def test_paired_bootstrap():
+    ones, half = np.ones(50), np.tile([0.0, 1.0], 25)
+    assert accuracy.paired_bootstrap(ones, ones) == (0, 0, 0)
+    mean, low, high = accuracy.paired_bootstrap(ones, half)
+    assert mean == 0.5
+    # A binomial's normal approximation.
+    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.5 / 50**0.5, 0.5 + 1.96 * 0.5 / 50**0.5), abs=0.02)
+
+
+def test_what_is_refused(tmp_path):
+    run = lambda *flags: accuracy.main(["accuracy", "--data_dir", str(tmp_path), *flags])  # noqa: E731
+    for flags, words in (
+        (["--suite", "dialog"], "'dialogue'"),
+        (["--suite", "dialogue", "--methods", "lora,pf_lora"], "'pf_lora' is unknown here"),
+        (["--suite", "dialogue", "--seeds", "0,x"], "--seeds"),
+        (["--suite", "dialogue"], "dailydialogpp"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(*flags)
