@@ -125,7 +125,7 @@ def test_transformers_export_gives_our_logits(tmp_path, bases, config, method):
 @pytest.mark.parametrize("method", MERGEABLE)
 def test_exports_of_a_lora_give_our_logits_and_text(tmp_path, bases, hf_base, method, form):
     """Logits, and greedy text in batches padded on either side, of every format that can hold the method."""
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     trained = make(bases[TINY], TINY, ADAPTERS[method])
     export(trained, tmp_path / "out", form)
     if form == "peft":
@@ -135,13 +135,7 @@ def test_exports_of_a_lora_give_our_logits_and_text(tmp_path, bases, hf_base, me
         model = torch_model(tmp_path / "out")
     ours = our_logits(trained, TOKENS)
     assert np.abs(torch_logits(model, TOKENS) - ours).max() <= 2e-4
-    lengths = [100, 37]
-    for side in ("left", "right"):
-        mask = np.array([[i >= 100 - n if side == "left" else i < n for i in range(100)] for n in lengths])
-        positions = np.maximum(np.cumsum(mask, -1) - 1, 0)
-        theirs = torch_logits(model, TOKENS, attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions))
-        padded = our_logits(trained, TOKENS, mask=jnp.asarray(mask))
-        assert np.abs(theirs - padded)[mask].max() <= 2e-4
+    assert_padding_changes_nothing(model, trained)
     assert_same_text(model, trained)
 
 
@@ -149,7 +143,22 @@ def test_exports_of_a_lora_give_our_logits_and_text(tmp_path, bases, hf_base, me
 def test_transformers_export_generates_our_text(tmp_path, bases, method):
     trained = make(bases[TINY], TINY, ADAPTERS[method])
     export(trained, tmp_path / "out", "transformers")
-    assert_same_text(torch_model(tmp_path / "out"), trained)
+    model = torch_model(tmp_path / "out")
+    assert_padding_changes_nothing(model, trained)
+    assert_same_text(model, trained)
+
+
+def assert_padding_changes_nothing(model, trained):
+    """A batch of unequal rows, padded on the left and on the right: logits of the real tokens are ours."""
+    import torch
+
+    lengths = [100, 37]
+    for side in ("left", "right"):
+        mask = np.array([[i >= 100 - n if side == "left" else i < n for i in range(100)] for n in lengths])
+        positions = np.maximum(np.cumsum(mask, -1) - 1, 0)
+        theirs = torch_logits(model, TOKENS, attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions))
+        padded = our_logits(trained, TOKENS, mask=jnp.asarray(mask))
+        assert np.abs(theirs - padded)[mask].max() <= 2e-4
 
 
 def assert_same_text(model, trained):

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax.adapters.config import AdapterConfig, Slot
 from flora_jax.adapters.layer import check_adapter, pad_first_layer
@@ -116,7 +117,7 @@ def fused_layers(
     dtype: Any = None,
 ) -> Iterator[tuple[str, Tree]]:
     """The layers of `fuse`'s tree by number, each made when it is asked for; arguments and errors as there. dtype: of
-    the arrays, default the base's."""
+    the arrays, default the base's. Of numpy arrays numpy arrays are made, with no copy but the joined ones."""
     _refuse_tensor_parallel(base)
     if row_multiple < 1:
         raise UserError(f"row_multiple={row_multiple} must be a positive integer")
@@ -135,24 +136,25 @@ def fused_layers(
 
     def product(i: int, block: str, name: str) -> Tree:
         leaves = {path: leaf[i] for path, leaf in base["layers"][block][name].items()}
-        kind = next(iter(leaves.values())).dtype if dtype is None else dtype
-        leaves = {path: leaf.astype(kind) for path, leaf in leaves.items()}
+        first = next(iter(leaves.values()))
+        kind, xp = first.dtype if dtype is None else dtype, np if isinstance(first, np.ndarray) else jnp
+        leaves = {path: leaf.astype(kind, copy=False) for path, leaf in leaves.items()}
         riders = [
-            {path: leaf[i].astype(kind) for path, leaf in bank[block][name].items()}
+            {path: xp.asarray(leaf[i], kind) for path, leaf in bank[block][name].items()}
             for bank in banks
             if name in bank.get(block, {})
         ]
-        kernel = jnp.concatenate([leaves[f"{p}_kernel"] for p in PRODUCTS[name]], axis=-1)
+        kernel = xp.concatenate([leaves[f"{p}_kernel"] for p in PRODUCTS[name]], axis=-1)
         out: Tree = {}
         for path in riders[0] if riders else ():
             parts = [rider[path] for rider in riders]
             if path in ("columns", "rows"):
-                kernel = jnp.concatenate([kernel, *parts], axis=-1 if path == "columns" else 0)
+                kernel = xp.concatenate([kernel, *parts], axis=-1 if path == "columns" else 0)
             else:
-                out[path] = jnp.concatenate(parts, axis=0)
+                out[path] = xp.concatenate(parts, axis=0)
         out["kernel"] = _pad_to(kernel, _extent(config, adapter_config, name, len(adapters), row_multiple))
         if f"{PRODUCTS[name][0]}_bias" in leaves:
-            out["bias"] = jnp.concatenate([leaves[f"{p}_bias"] for p in PRODUCTS[name]])
+            out["bias"] = xp.concatenate([leaves[f"{p}_bias"] for p in PRODUCTS[name]])
         return _turned(out) if transposed else out
 
     return _each_layer(base, config, product, _extent(config, adapter_config, "qkv", len(adapters), row_multiple)[0])
@@ -173,7 +175,8 @@ def _pad_to(array: Array, shape: Sequence[int]) -> Array:
     """`array` with zeros behind it up to `shape`."""
     if array.shape == tuple(shape):
         return array
-    return jnp.pad(array, [(0, to - n) for n, to in zip(array.shape, shape, strict=True)])
+    xp = np if isinstance(array, np.ndarray) else jnp
+    return xp.pad(array, [(0, to - n) for n, to in zip(array.shape, shape, strict=True)])
 
 
 def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: int, row_multiple: int = 1) -> Tree:

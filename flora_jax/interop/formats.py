@@ -222,7 +222,8 @@ def _linears(layers: Tree) -> Iterator[tuple[str, Any]]:
 
 
 def _write_transformers(trained: Trained, directory: Path, dtype: Any) -> dict[str, Any]:
-    config, adapter_config, base = trained.config, trained.adapter_config, trained.full_base
+    config, adapter_config = trained.config, trained.adapter_config
+    base = jax.tree.map(np.asarray, trained.full_base)  # no copy on a CPU
 
     def layers(base: Tree, adapter: Tree) -> Iterator[tuple[str, Tree]]:
         return fused_layers(base, adapter, config, adapter_config, transposed=True, dtype=dtype)
