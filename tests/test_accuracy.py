@@ -79,6 +79,7 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
         0 <= tasks["samsum"]["rougeL"] <= tasks["samsum"]["rougeL_max"] <= 1 and tasks["samsum"]["reference_loss"] > 0
     )
     assert str(tmp_path) not in json.dumps(ffba["config"]["data"])
+    assert "I am 5" not in json.dumps(found)  # none of the data's own text
 
     table = (tmp_path / "a/tiny.md").read_text()
     assert table in capsys.readouterr().out or "| ffba | 8 |" in table

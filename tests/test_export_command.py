@@ -244,48 +244,18 @@ def test_pickles_are_never_opened(refused, hf_directory, lora_directory, tmp_pat
     mark = str(tmp_path / "executed")
     payload = pickle.dumps(Payload(mark))
     base = hf_directory(tmp_path / "base")
-    flags = ("--format", "merged", "--out", tmp_path / "out")
+    source = ("--model", base, "--adapter", lora_directory)
     # Beside what is read, and in its place.
     (base / "pytorch_model.bin").write_bytes(payload)
     (lora_directory / "adapter_model.bin").write_bytes(payload)
-    main(["export", "--model", str(base), "--adapter", str(lora_directory), *map(str, flags)])
+    command(*source, "--format", "merged", "--out", tmp_path / "out")
     (lora_directory / "adapter_model.safetensors").rename(tmp_path / "kept.safetensors")
-    refused(
-        ["adapter_model.bin is a pickle"],
-        "--model",
-        base,
-        "--adapter",
-        lora_directory,
-        "--format",
-        "peft",
-        "--out",
-        tmp_path / "b",
-    )
+    refused(["adapter_model.bin is a pickle"], *source, "--format", "peft", "--out", tmp_path / "b")
     (lora_directory / "adapter_model.safetensors").write_bytes(payload)
-    refused(
-        ["not a complete safetensors file"],
-        "--model",
-        base,
-        "--adapter",
-        lora_directory,
-        "--format",
-        "peft",
-        "--out",
-        tmp_path / "b",
-    )
+    refused(["not a complete safetensors file"], *source, "--format", "peft", "--out", tmp_path / "b")
     (lora_directory / "adapter_model.safetensors").write_bytes((tmp_path / "kept.safetensors").read_bytes())
     (base / "model.safetensors").unlink()
-    refused(
-        ["pytorch_model.bin is a pickle"],
-        "--model",
-        base,
-        "--adapter",
-        lora_directory,
-        "--format",
-        "peft",
-        "--out",
-        tmp_path / "b",
-    )
+    refused(["pytorch_model.bin is a pickle"], *source, "--format", "peft", "--out", tmp_path / "b")
     assert not os.path.exists(mark)
     pickle.loads(payload)
     assert os.path.exists(mark)  # the payload does work
