@@ -139,7 +139,8 @@ def one(suite: Suite, method: str, seed: int, args: argparse.Namespace) -> dict[
     """Trains and scores one run, or reads what an earlier call has left."""
     out = args.out / args.suite
     path = out / (f"{method}.json" if method == "base" else f"{method}-seed{seed}.json")
-    asked = {"model": args.model, "rank": args.rank, "steps": args.steps or suite.steps, "limit": args.limit}
+    asked = {"model": args.model, "rank": args.rank, "steps": args.steps or suite.steps, "limit": args.limit,
+             "rate_steps": args.rate_steps, "validation_size": args.validation_size}  # fmt: skip
     if path.exists():
         result = read_json(path)
         if result.get("asked") != asked:

@@ -46,6 +46,7 @@ def load_run(workdir: Path, step: int | None, form: str, dtype: str | None) -> t
     from flora_jax.files import read_json
     from flora_jax.interop.adapter_files import check_fingerprint, load_adapter
     from flora_jax.interop.exports import check_format
+    from flora_jax.interop.model_card import describe_run
     from flora_jax.models.tokenizer import load_tokenizer
     from flora_jax.training.runs import load_base, load_trained, model_config, read_run
 
@@ -54,6 +55,7 @@ def load_run(workdir: Path, step: int | None, form: str, dtype: str | None) -> t
     if step is None and not (workdir / "adapter").is_dir():
         raise UserError(f"--workdir={workdir}: the run has not ended (no adapter/); let it end, or name a kept --step")
     summary = read_json(workdir / "eval.json") if (workdir / "eval.json").exists() else {}
+    describe_run(summary)  # what is wrong with it is said before weights are loaded
     if step is None:
         found, trained = load_adapter(workdir / "adapter", architecture)
         if found != adapter_config:

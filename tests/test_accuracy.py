@@ -88,8 +88,9 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
     mean = np.mean([found[f"ffba-seed{s}"]["evaluation"]["tasks"]["samsum"]["reference_loss"] for s in (0, 1)])
     [row] = [r for r in rows if (r["method"], r["task"], r["metric"]) == ("ffba", "samsum", "reference_loss")]
     assert float(row["mean"]) == pytest.approx(mean) and row["seeds"] == "2"
-    with pytest.raises(UserError, match="was asked for"):
-        sweep("ffba", "a", "--steps", "2")
+    for other in ("--steps", "--rate_steps", "--validation_size"):
+        with pytest.raises(UserError, match="was asked for"):
+            sweep("ffba", "a", other, "2")
 
 
 def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch):

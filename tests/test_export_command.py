@@ -197,6 +197,16 @@ def test_what_is_refused(refused, lora_run, ffba_run, small, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "summary", [{"data": 3}, {"evaluation": {"tasks": {"a": 3}}}, {"validation_losses": 3, "step": 1}]
+)
+def test_a_damaged_summary_is_refused(refused, lora_run, tmp_path, summary):
+    for name in ("adapter", "config.json"):
+        os.symlink(lora_run / name, tmp_path / name)
+    (tmp_path / "eval.json").write_text(json.dumps(summary))
+    refused(["eval.json"], "--workdir", tmp_path, "--format", "peft", "--out", tmp_path / "out")
+
+
 def test_another_base_or_adapter_is_refused(refused, lora_run, tmp_path):
     stored = json.loads((lora_run / "config.json").read_text())
     for field, value, words in [

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from huggingface_hub import ModelCardData
 
+from flora_jax.errors import UserError
 from flora_jax.interop.formats import Trained
 
 _LOAD = {
@@ -97,11 +98,19 @@ def model_card(
 On a sample of {logits["sample_tokens"]} tokens, training moved the base's logits by up to \
 {logits["moved_by_training"]:.3g}; those of this export lie within {logits["max_change"]:.2g} of what was trained.
 
-{_results(summary)}"""
+{describe_run(summary)}"""
+
+
+def describe_run(summary: Mapping[str, Any]) -> str:
+    """Data and scores of an `eval.json`, as Markdown. Raises UserError where it is not as a run wrote it."""
+    try:
+        return _results(summary)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"eval.json is not as a run wrote it ({reason}); remove it to go without") from None
 
 
 def _results(summary: Mapping[str, Any]) -> str:
-    """Data and scores, as Markdown."""
     parts = []
     if data := summary.get("data"):
         lines = [f"- {name}: sha256 `{digest}`" for name, digest in data.get("sha256", {}).items()]
