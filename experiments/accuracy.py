@@ -5,7 +5,11 @@
 Runs are methods x seeds; each leaves one JSON in OUT/SUITE as it ends, with its configuration, data hashes, loss curve,
 scores and time. A run whose JSON is there is not run again, one that was killed goes on from its checkpoint. At the end
 OUT/SUITE.md and .csv: means over seeds with standard errors, and every method beside lora by a paired bootstrap over
-the test items. pf_lora and parallel are lora and fpa under other names and are not run.
+the test items. pf_lora and parallel are lora and fpa under other names and are not run. All have the parameters of ffba
+at `--rank` as nearly as their ranks allow, zflora at the ranks on either side.
+
+A method's rate is chosen once, by `--rate_steps N` in whichever suite comes first: OUT/rates/METHOD.json has the
+validation losses of the grid, and every later run of the method takes its best. Without that file: the method's own.
 """
 
 from __future__ import annotations
@@ -36,8 +40,20 @@ from flora_jax.models.loading import load_config
 from flora_jax.train import run
 
 SCHEMA_VERSION = 1
-METHODS = ("base", "lora", "ffba_qg_add", "zflora", "fft", "ffba", "fpa", "ffa")
+# What is compared, in the order of running: the method, and the side of the budget that its rank is on.
+ARMS = {
+    "base": (None, "nearest"),
+    "lora": ("lora", "nearest"),
+    "ffba_qg_add": ("ffba_qg_add", "nearest"),
+    "zflora_above": ("zflora", "above"),
+    "fft": ("fft", "nearest"),
+    "ffba": ("ffba", "nearest"),
+    "fpa": ("fpa", "nearest"),
+    "ffa": ("ffa", "nearest"),
+    "zflora_below": ("zflora", "below"),
+}
 _SEED_OF_BOOTSTRAP, _RESAMPLES = 0, 10_000
+_EVAL_BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,38 +97,39 @@ def configuration(suite: Suite, method: str, rank: int, rate: float, seed: int, 
     config.eval.tasks = ",".join(suite.tests)  # whose records are dropped from what is trained on
     config.eval.protocol = suite.protocol
     config.eval.limit = args.limit
+    config.eval.batch_size = _EVAL_BATCH
     config.eval.max_length = suite.max_length + 256
     return config
 
 
-def choose_rate(
-    suite: Suite, method: str, rank: int, args: argparse.Namespace, out: Path
-) -> tuple[float, dict[str, float]]:
-    """The rate of lowest validation loss after `--rate_steps` steps, and the losses of all that were tried: a grid over
-    two decades around the method's own; a winner at its edge extends it. 0 steps: the method's own, untried."""
+def choose_rate(suite: Suite, method: str, rank: int, args: argparse.Namespace) -> tuple[float, dict[str, float]]:
+    """The method's rate, and the validation loss of each rate that was tried for it (none: the method's own rate).
+
+    Rates are tried with `--rate_steps` steps where that is given and none of the method's is on record yet: a grid over
+    two decades around its own; a winner at the edge extends it."""
     own, losses = LEARNING_RATES[method], {}
-    if not args.rate_steps:
-        return own, {}
-    path = out / f"rate-{method}.json"
+    path = args.out / "rates" / f"{method}.json"
+    record = {"schema_version": SCHEMA_VERSION, "suite": args.suite, "rank": rank, "steps": args.rate_steps}
     if path.exists():
-        losses = {float(rate): loss for rate, loss in read_json(path)["validation_losses"].items()}
+        record = read_json(path)
+        losses = {float(rate): loss for rate, loss in record["validation_losses"].items()}
     grid = [float(f"{own * 10 ** (i / 2):.2g}") for i in range(-2, 3)]
-    while True:
-        for rate in grid:
-            if rate not in losses:
-                config = configuration(suite, method, rank, rate, 0, args)
-                config.eval.limit = 1
-                config.train.steps = config.train.eval_every = config.train.save_every = args.rate_steps
-                summary = run(config, args.workdir / args.suite / f"rate-{method}-{rate:g}")
-                losses[rate] = summary["validation_losses"][str(args.rate_steps)]
-                tried = {str(rate): losses[rate] for rate in sorted(losses)}
-                about = {"schema_version": SCHEMA_VERSION, "steps": args.rate_steps}
-                write_json(path, {**about, "validation_losses": tried})
-                jax.clear_caches()
+    while args.rate_steps and not record.get("chosen"):
+        for rate in (rate for rate in grid if rate not in losses):
+            config = configuration(suite, method, rank, rate, 0, args)
+            config.eval.limit = 1
+            config.train.steps = config.train.eval_every = config.train.save_every = args.rate_steps
+            summary = run(config, args.workdir / args.suite / f"rate-{method}-{rate:g}")
+            losses[rate] = summary["validation_losses"][str(args.rate_steps)]
+            write_json(path, {**record, "validation_losses": {str(r): losses[r] for r in sorted(losses)}})
+            jax.clear_caches()
         best = min(losses, key=losses.__getitem__)
         if min(losses) < best < max(losses):
-            return best, losses
+            record["chosen"] = best
+            tried = {str(rate): losses[rate] for rate in sorted(losses)}
+            write_json(path, {**record, "validation_losses": tried, "provenance": _about(args)})
         grid = [float(f"{best * (10**0.5 if best == max(losses) else 10**-0.5):.2g}")]
+    return record.get("chosen", own), losses
 
 
 def score(
@@ -124,8 +141,8 @@ def score(
     model = load_adapted(args.model, adapter and str(adapter))
     parts = (model.config, model.base, model.adapter, model.adapter_config, model.tokenizer)
     result = result or evaluate_tasks(
-        tasks, model.config, model.base, model.tokenizer, protocol=suite.protocol, batch_size=16,
-        max_length=suite.max_length + 256)  # fmt: skip
+        tasks, model.config, model.base, model.tokenizer, protocol=suite.protocol,
+        batch_size=_EVAL_BATCH, max_length=suite.max_length + 256)  # fmt: skip
     for task in tasks:
         pairs = [(e.messages[0].content, " " + e.messages[-1].content) for e in task.examples]
         sizes = [len(encode_pair(model.tokenizer, *pair)[1]) for pair in pairs]
@@ -135,25 +152,29 @@ def score(
     return result
 
 
-def one(suite: Suite, method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Trains and scores one run, or reads what an earlier call has left."""
-    out = args.out / args.suite
-    path = out / (f"{method}.json" if method == "base" else f"{method}-seed{seed}.json")
+    method, side = ARMS[arm]
+    path = args.out / args.suite / (f"{arm}-seed{seed}.json" if method else f"{arm}.json")
     asked = {"model": args.model, "rank": args.rank, "steps": args.steps or suite.steps, "limit": args.limit,
-             "rate_steps": args.rate_steps, "validation_size": args.validation_size}  # fmt: skip
+             "validation_size": args.validation_size}  # fmt: skip
+    start, config = time.perf_counter(), load_config(args.model)
+    if method:
+        budget = trained_parameters(config, AdapterConfig("ffba", args.rank))
+        rank = 1 if method == "fft" else rank_for(method, config, budget, side)
+        rate, tried = choose_rate(suite, method, rank, args)
+        asked["learning_rate"] = rate
     if path.exists():
         result = read_json(path)
-        if result.get("asked") != asked:
-            raise UserError(f"{path} was asked for {result.get('asked')}, not {asked}; name another --out")
+        if result["asked"] != asked:
+            differ = ", ".join(f"{k}={result['asked'].get(k)!r} (now {v!r})" for k, v in asked.items()
+                               if result["asked"].get(k) != v)  # fmt: skip
+            raise UserError(f"{path} was asked for {differ}; name another --out, or delete it to run it anew")
         return result
-    start, config = time.perf_counter(), load_config(args.model)
-    result: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "suite": args.suite, "method": method, "asked": asked}
+    result = {"schema_version": SCHEMA_VERSION, "suite": args.suite, "arm": arm, "method": method, "asked": asked}
     adapter, scored = None, None
-    if method != "base":
-        budget = trained_parameters(config, AdapterConfig("ffba", args.rank))
-        rank = 1 if method == "fft" else rank_for(method, config, budget)
-        rate, tried = choose_rate(suite, method, rank, args, out)
-        workdir = args.workdir / args.suite / f"{method}-seed{seed}"
+    if method:
+        workdir = args.workdir / args.suite / f"{arm}-seed{seed}"
         setup = configuration(suite, method, rank, rate, seed, args)
         summary = run(setup, workdir)
         adapter, scored = workdir / "adapter", summary["evaluation"]
@@ -193,15 +214,15 @@ def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float
 
 def write_tables(args: argparse.Namespace) -> str:
     """OUT/SUITE.md and .csv from every run's JSON that is there; the Markdown."""
-    runs = [read_json(path) for path in sorted((args.out / args.suite).glob("*.json")) if "rate-" not in path.name]
-    by_method = {m: [r for r in runs if r["method"] == m] for m in METHODS if any(r["method"] == m for r in runs)}
+    runs = [read_json(path) for path in sorted((args.out / args.suite).glob("*.json"))]
+    by_arm = {arm: [r for r in runs if r["arm"] == arm] for arm in ARMS if any(r["arm"] == arm for r in runs)}
     rows = []
-    for method, own in by_method.items():
+    for arm, own in by_arm.items():
         for task in own[0]["evaluation"]["tasks"]:
             for name in metrics(own[0]["evaluation"]["tasks"][task]):
                 values = [r["evaluation"]["tasks"][task][name] for r in own]
                 spread = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-                rows.append({"method": method, "task": task, "metric": name, "mean": float(np.mean(values)),
+                rows.append({"method": arm, "task": task, "metric": name, "mean": float(np.mean(values)),
                              "stderr_over_seeds": spread, "seeds": len(values)})  # fmt: skip
     with (args.out / f"{args.suite}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -216,37 +237,37 @@ def write_tables(args: argparse.Namespace) -> str:
              "| method | rank | parameters | rate | seeds | validation loss | "
              + " | ".join(f"{task} {name}" for task, name in columns) + " |",
              "|---" * (6 + len(columns)) + "|"]  # fmt: skip
-    for method, own in by_method.items():
+    for arm, own in by_arm.items():
         first = own[0]
         best = [min(v for k, v in r["validation_losses"].items() if k != "0") for r in own if "step" in r]
-        count = f"{first['parameters']:,}" if first.get("parameters") else "all" if method == "fft" else ""
-        cells = [method, str(first["rank"]) if first.get("parameters") else "", count,
+        count = f"{first['parameters']:,}" if first.get("parameters") else "all" if arm == "fft" else ""
+        cells = [arm, str(first["rank"]) if first.get("parameters") else "", count,
                  f"{first['learning_rate']:g}" if "rank" in first else "", str(len(own)),
                  f"{np.mean(best):.3f}" if best else ""]  # fmt: skip
         for column in columns:
-            row = cell[(method, *column)]
+            row = cell[(arm, *column)]
             error = "" if row["stderr_over_seeds"] is None else f" ± {row['stderr_over_seeds']:.3f}"
             cells.append(f"{row['mean']:.3f}{error}")
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *_beside_lora(by_method)]
+    lines += ["", *_beside_lora(by_arm)]
     text = "\n".join(lines) + "\n"
     (args.out / f"{args.suite}.md").write_text(text)
     return text
 
 
-def _beside_lora(by_method: dict[str, list[dict[str, Any]]]) -> list[str]:
-    if "lora" not in by_method:
+def _beside_lora(by_arm: dict[str, list[dict[str, Any]]]) -> list[str]:
+    if "lora" not in by_arm:
         return []
     lines = ["Paired bootstrap over test items (accuracy, or rougeL of texts; means over seeds): difference to lora "
              "[95 % interval]; it says nothing of the spread over seeds.", "",
-             "| method | " + " | ".join(by_method["lora"][0]["evaluation"]["tasks"]) + " |",
-             "|---" * (1 + len(by_method["lora"][0]["evaluation"]["tasks"])) + "|"]  # fmt: skip
+             "| method | " + " | ".join(by_arm["lora"][0]["evaluation"]["tasks"]) + " |",
+             "|---" * (1 + len(by_arm["lora"][0]["evaluation"]["tasks"])) + "|"]  # fmt: skip
     items = lambda own, task: np.mean([r["evaluation"]["tasks"][task]["items"] for r in own], axis=0)  # noqa: E731
-    for method, own in by_method.items():
-        if method != "lora":
-            cells = [method]
+    for arm, own in by_arm.items():
+        if arm != "lora":
+            cells = [arm]
             for task in own[0]["evaluation"]["tasks"]:
-                mean, low, high = paired_bootstrap(items(own, task), items(by_method["lora"], task))
+                mean, low, high = paired_bootstrap(items(own, task), items(by_arm["lora"], task))
                 cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
             lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -261,12 +282,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes")
     parser.add_argument("--preset", help="whose settings a run starts from; default SmolLM2-135M's")
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated, run in this order")
+    parser.add_argument("--methods", default=",".join(ARMS), help="comma-separated, run in this order")
     parser.add_argument("--seeds", default="0", help="comma-separated")
     parser.add_argument("--rank", type=int, default=32, help="ffba's: all have about its number of parameters")
     parser.add_argument("--steps", type=int, help="default the suite's")
     parser.add_argument(
-        "--rate_steps", type=int, default=0, help="steps of a trial of a rate; 0: the method's own rate"
+        "--rate_steps", type=int, default=0, help="steps of each trial of a rate; 0: none is tried"
     )
     parser.add_argument("--validation_size", type=int, default=60)
     parser.add_argument("--limit", type=int, default=200, help="test items a task")
@@ -274,8 +295,8 @@ def main(argv: list[str]) -> None:
     if args.suite not in SUITES:
         raise UserError(f"--suite {args.suite!r} is unknown; {near_misses(args.suite, SUITES)}")
     for method in names(args.methods):
-        if method not in METHODS:
-            raise UserError(f"--methods: {method!r} is unknown here; {near_misses(method, METHODS)}")
+        if method not in ARMS:
+            raise UserError(f"--methods: {method!r} is unknown here; {near_misses(method, ARMS)}")
     seeds = [int(seed) if seed.isdecimal() else -1 for seed in names(args.seeds)]
     if not seeds or min(seeds) < 0:
         raise UserError(f"--seeds {args.seeds!r} must be integers, 0 or more, with commas between")

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import functools
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from experiments import accuracy
 from flora_jax.config import LEARNING_RATES
 from flora_jax.errors import UserError
+from flora_jax.files import write_json
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -88,15 +90,19 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
     mean = np.mean([found[f"ffba-seed{s}"]["evaluation"]["tasks"]["samsum"]["reference_loss"] for s in (0, 1)])
     [row] = [r for r in rows if (r["method"], r["task"], r["metric"]) == ("ffba", "samsum", "reference_loss")]
     assert float(row["mean"]) == pytest.approx(mean) and row["seeds"] == "2"
-    for other in ("--steps", "--rate_steps", "--validation_size"):
-        with pytest.raises(UserError, match="was asked for"):
+    for other in ("--steps", "--validation_size"):
+        with pytest.raises(UserError, match=rf"ffba-seed0.*was asked for {other[2:]}"):
             sweep("ffba", "a", other, "2")
+    write_json(tmp_path / "a/rates/ffba.json", {"chosen": 5e-4, "validation_losses": {"5e-4": 1.0}})
+    with pytest.raises(UserError, match=r"learning_rate=0.0003 \(now 0.0005\)"):
+        sweep("ffba")
+    assert set(sweep("zflora_below,zflora_above", "c")) == {"zflora_below-seed0", "zflora_above-seed0"}
 
 
 def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch):
     """Losses of a parabola in log rate: one whose best lies inside the grid, one whose best lies beyond its edge."""
-    fields = {"workdir": tmp_path, "suite": "dialogue", "preset": None, "model": "m", "steps": None, "data_dir": "d"}
-    args = argparse.Namespace(rate_steps=5, validation_size=4, limit=2, **fields)
+    fields = {"suite": "dialogue", "preset": None, "model": "m", "steps": None, "data_dir": "d"}
+    monkeypatch.setattr(accuracy, "_about", lambda args: {})
     for best, tried in ((3e-4, 5), (3e-2, 8)):
         asked = []
 
@@ -105,12 +111,16 @@ def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch
             return {"validation_losses": {"5": np.log(config.optim.learning_rate / best) ** 2}}
 
         monkeypatch.setattr(accuracy, "run", run)
-        out = tmp_path / f"{best}"
-        rate, losses = accuracy.choose_rate(accuracy.SUITES["dialogue"], "ffba", 32, args, out)
+        args = argparse.Namespace(rate_steps=5, validation_size=4, limit=2, workdir=tmp_path, out=tmp_path / f"{best}",
+                                  **fields)  # fmt: skip
+        choose = functools.partial(accuracy.choose_rate, accuracy.SUITES["dialogue"], "ffba", 32)
+        rate, losses = choose(args)
         assert rate == pytest.approx(best, rel=0.1) and len(asked) == len(losses) == tried
         assert min(losses) < rate < max(losses) and max(losses) / min(losses) > 90
-        assert accuracy.choose_rate(accuracy.SUITES["dialogue"], "ffba", 32, args, out)[0] == rate
-        assert len(asked) == tried  # none is tried twice
+        args.rate_steps = 0
+        assert choose(args) == (rate, losses) and len(asked) == tried  # none is tried twice
+        args.out = tmp_path / "elsewhere"
+        assert choose(args) == (LEARNING_RATES["ffba"], {})
 
 
 def test_paired_bootstrap():

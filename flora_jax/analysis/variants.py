@@ -64,8 +64,9 @@ def trained_parameters(config: LlamaConfig, adapter_config: AdapterConfig) -> in
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_adapter(config, adapter_config)))
 
 
-def rank_for(method: str, config: LlamaConfig, parameters: int) -> int:
-    """The rank at which `method` comes nearest to a number of trained parameters; one that divides where it must."""
+def rank_for(method: str, config: LlamaConfig, parameters: int, side: str = "nearest") -> int:
+    """The rank at which `method` comes nearest to a number of trained parameters; one that divides where it must.
+    `side`: "nearest", or the nearest of those "below" (at most so many) or "above" (at least so many)."""
     one = trained_parameters(config, AdapterConfig(method, 1))
 
     def fits(rank: int) -> bool:
@@ -77,7 +78,11 @@ def rank_for(method: str, config: LlamaConfig, parameters: int) -> int:
 
     nearest = max(1, round(parameters / one))
     ranks = [rank for rank in range(1, 4 * nearest + 1) if fits(rank)]
-    return min(ranks, key=lambda rank: abs(trained_parameters(config, AdapterConfig(method, rank)) - parameters))
+    over = {rank: trained_parameters(config, AdapterConfig(method, rank)) - parameters for rank in ranks}
+    kept = {"nearest": ranks, "below": [r for r in ranks if over[r] <= 0], "above": [r for r in ranks if over[r] >= 0]}
+    if not kept[side]:
+        raise UserError(f"method {method!r} has no rank {side} {parameters:,} parameters")
+    return min(kept[side], key=lambda rank: abs(over[rank]))
 
 
 def random_adapter(key: jax.Array, config: LlamaConfig, adapter_config: AdapterConfig, std: float = 0.02) -> Tree:
