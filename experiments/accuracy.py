@@ -18,8 +18,10 @@ import argparse
 import csv
 import dataclasses
 import json
+import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from flora_jax.config import LEARNING_RATES, get_config, names
 from flora_jax.data import get_task, load_examples
 from flora_jax.errors import CommandParser, UserError, near_misses, run_command
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
-from flora_jax.evaluation.run import evaluate_tasks, load_task_data
+from flora_jax.evaluation.run import TaskData, evaluate_tasks, load_task_data
 from flora_jax.files import read_json, write_json
 from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.models.loading import load_config
@@ -106,49 +108,76 @@ def choose_rate(suite: Suite, method: str, rank: int, args: argparse.Namespace) 
     """The method's rate, and the validation loss of each rate that was tried for it (none: the method's own rate).
 
     Rates are tried with `--rate_steps` steps where that is given and none of the method's is on record yet: a grid over
-    two decades around its own; a winner at the edge extends it."""
+    two decades around its own; a winner at the edge extends it, one at which the loss is no number has lost."""
     own, losses = LEARNING_RATES[method], {}
     path = args.out / "rates" / f"{method}.json"
     record = {"schema_version": SCHEMA_VERSION, "suite": args.suite, "rank": rank, "steps": args.rate_steps}
     if path.exists():
         record = read_json(path)
-        losses = {float(rate): loss for rate, loss in record["validation_losses"].items()}
+        losses = {float(rate): math.inf if loss is None else loss for rate, loss in record["validation_losses"].items()}
     grid = [float(f"{own * 10 ** (i / 2):.2g}") for i in range(-2, 3)]
     while args.rate_steps and not record.get("chosen"):
         for rate in (rate for rate in grid if rate not in losses):
             config = configuration(suite, method, rank, rate, 0, args)
             config.eval.limit = 1
             config.train.steps = config.train.eval_every = config.train.save_every = args.rate_steps
-            summary = run(config, args.workdir / args.suite / f"rate-{method}-{rate:g}")
-            losses[rate] = summary["validation_losses"][str(args.rate_steps)]
-            write_json(path, {**record, "validation_losses": {str(r): losses[r] for r in sorted(losses)}})
+            try:
+                summary = run(config, args.workdir / args.suite / f"rate-{method}-{rate:g}")
+                losses[rate] = summary["validation_losses"][str(args.rate_steps)]
+            except FloatingPointError:  # the loss was no number at some step
+                losses[rate] = math.inf
+            record["validation_losses"] = {f"{r:g}": _finite(losses[r]) for r in sorted(losses)}
+            write_json(path, record)
             jax.clear_caches()
         best = min(losses, key=losses.__getitem__)
         if min(losses) < best < max(losses):
-            record["chosen"] = best
-            tried = {str(rate): losses[rate] for rate in sorted(losses)}
-            write_json(path, {**record, "validation_losses": tried, "provenance": _about(args)})
+            record |= {"chosen": best, "provenance": _about(args)}
+            write_json(path, record)
         grid = [float(f"{best * (10**0.5 if best == max(losses) else 10**-0.5):.2g}")]
     return record.get("chosen", own), losses
+
+
+def _finite(loss: float) -> float | None:
+    """A loss as JSON has it: null where it was no number."""
+    return loss if math.isfinite(loss) else None
+
+
+def train(setup: Any, workdir: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Runs a configuration, or what is left of it; what a result says of the training, and the scores it asked for."""
+    summary = run(setup, workdir)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "seed": setup.train.seed, "step": summary["step"], "validation_losses": summary["validation_losses"],
+        "data": summary["data"], "loss_curve": {str(line["step"]): line["loss"] for line in lines if "loss" in line},
+        "config": {**setup.to_dict(), "data": {**setup.data.to_dict(), "dir": "DIR"}},
+    }, summary.get("evaluation")  # fmt: skip
+
+
+def item_losses(model: Any, tasks: Sequence[TaskData]) -> dict[str, list[tuple[float, int]]]:
+    """By task and item: the loss of the reference answer after its prompt, in nats, and its tokens."""
+    parts = (model.config, model.base, model.adapter, model.adapter_config, model.tokenizer)
+    losses = {}
+    for task in tasks:
+        pairs = [(e.messages[0].content, " " + e.messages[-1].content) for e in task.examples]
+        sizes = [len(encode_pair(model.tokenizer, *pair)[1]) for pair in pairs]
+        found = choice_loglik(*parts, [[pair] for pair in pairs])
+        losses[task.task.name] = [(-float(one), size) for [one], size in zip(found, sizes, strict=True)]
+    return losses
 
 
 def score(
     suite: Suite, adapter: Path | None, result: dict[str, Any] | None, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Scores of the test sets' first `--limit` items (`result`, where the run has made them), and the loss of the
-    reference answers in nats a token."""
+    reference answers."""
     tasks = load_task_data(suite.tests, args.data_dir, protocol=suite.protocol, limit=args.limit)
     model = load_adapted(args.model, adapter and str(adapter))
-    parts = (model.config, model.base, model.adapter, model.adapter_config, model.tokenizer)
     result = result or evaluate_tasks(
         tasks, model.config, model.base, model.tokenizer, protocol=suite.protocol,
         batch_size=_EVAL_BATCH, max_length=suite.max_length + 256)  # fmt: skip
-    for task in tasks:
-        pairs = [(e.messages[0].content, " " + e.messages[-1].content) for e in task.examples]
-        sizes = [len(encode_pair(model.tokenizer, *pair)[1]) for pair in pairs]
-        losses = choice_loglik(*parts, [[pair] for pair in pairs])
-        result["tasks"][task.task.name]["reference_loss"] = -sum(one for [one] in losses) / sum(sizes)
-        result["tasks"][task.task.name].pop("prompt")  # the data's own words stay out of what is published
+    for name, losses in item_losses(model, tasks).items():
+        result["tasks"][name]["reference_loss"] = sum(loss for loss, _ in losses) / sum(size for _, size in losses)
+        result["tasks"][name].pop("prompt")  # the data's own words stay out of what is published
     return result
 
 
@@ -175,16 +204,12 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
     adapter, scored = None, None
     if method:
         workdir = args.workdir / args.suite / f"{arm}-seed{seed}"
-        setup = configuration(suite, method, rank, rate, seed, args)
-        summary = run(setup, workdir)
-        adapter, scored = workdir / "adapter", summary["evaluation"]
-        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        account, scored = train(configuration(suite, method, rank, rate, seed, args), workdir)
+        adapter = workdir / "adapter"
         result |= {
-            "seed": seed, "rank": rank, "learning_rate": rate, "rates_tried": {f"{r:g}": v for r, v in tried.items()},
+            "rank": rank, "learning_rate": rate, "rates_tried": {f"{r:g}": _finite(v) for r, v in tried.items()},
             "parameters": None if method == "fft" else trained_parameters(config, AdapterConfig(method, rank)),
-            "step": summary["step"], "validation_losses": summary["validation_losses"], "data": summary["data"],
-            "loss_curve": {str(line["step"]): line["loss"] for line in lines if "loss" in line},
-            "config": {**setup.to_dict(), "data": {**setup.data.to_dict(), "dir": "DIR"}},
+            **account,
         }  # fmt: skip
     result["evaluation"] = score(suite, adapter, scored, args)
     result |= {"minutes": (time.perf_counter() - start) / 60, "provenance": _about(args)}
@@ -273,6 +298,14 @@ def _beside_lora(by_arm: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
+def read_seeds(value: str) -> list[int]:
+    """`"0,1"` as numbers. Raises UserError."""
+    seeds = [int(seed) if seed.isdecimal() else -1 for seed in names(value)]
+    if not seeds or min(seeds) < 0:
+        raise UserError(f"--seeds {value!r} must be integers, 0 or more, with commas between")
+    return seeds
+
+
 def main(argv: list[str]) -> None:
     """The command."""
     parser = CommandParser(prog="python -m experiments.accuracy", description=__doc__.split("\n")[0])
@@ -297,9 +330,7 @@ def main(argv: list[str]) -> None:
     for method in names(args.methods):
         if method not in ARMS:
             raise UserError(f"--methods: {method!r} is unknown here; {near_misses(method, ARMS)}")
-    seeds = [int(seed) if seed.isdecimal() else -1 for seed in names(args.seeds)]
-    if not seeds or min(seeds) < 0:
-        raise UserError(f"--seeds {args.seeds!r} must be integers, 0 or more, with commas between")
+    seeds = read_seeds(args.seeds)
     suite = SUITES[args.suite]
     for task in suite.tests:  # before the first run
         load_examples(get_task(task), "test", args.data_dir)

@@ -16,6 +16,8 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from flora_jax.adapters import METHODS, AdapterConfig
+from flora_jax.data.encode import STYLES
+from flora_jax.data.tasks import expand
 from flora_jax.errors import UserError, near_misses
 from flora_jax.models.config import DTYPES, PRESETS, LlamaConfig
 
@@ -41,7 +43,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
     "model.remat": ("none", "dots", "full"),
-    "data.prompt_style": ("plain", "chat"),
+    "data.prompt_style": STYLES,
     "data.loss_on": ("answer", "all"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "eval.protocol": ("lm_eval", "llm_adapters"),
@@ -68,13 +70,17 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config.adapter.add_to = placeholder(str)  # comma-separated, where repeat-and-add adds; unset: the method's row
     config.adapter.activation = "identity"  # on the parallel path of fpa and parallel
     config.adapter.dropout = 0.0  # on the adapter's input
+    config.adapter.zero_init = placeholder(str)  # the side that starts at zero, A or B; unset: the method's row
 
     config.data = ml_collections.ConfigDict()
-    config.data.tasks = "ARC-Easy,ARC-Challenge,openbookqa,boolq"  # comma-separated names, or paths ending in .jsonl
-    config.data.dir = placeholder(str)  # folder that holds one folder a task; generated tasks need none
+    # Comma-separated tasks, paths ending in .jsonl, or mixtures ("commonsense", "math": what LLM-Adapters trains on).
+    config.data.tasks = "ARC-Easy,ARC-Challenge,openbookqa,boolq"
+    config.data.weights = placeholder(str)  # shares drawn of the tasks, such as 3,1,1; unset: each example an epoch
+    config.data.dir = placeholder(str)  # folder with one folder a task, or tfds or tfds:DIR; generated tasks need none
     config.data.cache_dir = placeholder(str)  # prepared data; unset: $FLORA_CACHE or ~/.cache/flora_jax
     config.data.max_length = 512  # positions of a row
-    config.data.prompt_style = "plain"  # plain: prompt, a space, answer; chat: the tokenizer's chat template
+    # plain: prompt, a space, answer; chat: the tokenizer's chat template; llm_adapters: that project's frame.
+    config.data.prompt_style = "plain"
     config.data.loss_on = "answer"  # answer: only what the model should say; all: every token
     config.data.packing = True  # several examples a row, segments kept apart
     config.data.limit = placeholder(int)  # use only the first N training examples
@@ -111,6 +117,7 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config.eval = ml_collections.ConfigDict()
     config.eval.tasks = ""  # comma-separated tasks scored when training ends; empty: none
     config.eval.protocol = "llm_adapters"  # llm_adapters: generate and extract; lm_eval: choices by likelihood, plain
+    config.eval.published_faults = False  # llm_adapters with the faults of its scripts (evaluation/published.py)
     config.eval.limit = 200  # items a task
     config.eval.batch_size = 16
     config.eval.max_length = 1024  # tokens of prompt and answer; longer prompts are counted, and wrong
@@ -132,14 +139,19 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
 
 
 def read_config(path: str | Path) -> ml_collections.ConfigDict:
-    """What `get_config()` of a configuration file returns. Raises UserError for a file that cannot be read or run."""
+    """What `get_config()` of a configuration file returns, or of `FILE:NAME` its `get_config(NAME)`. Raises UserError
+    for a file that cannot be read or run."""
     where = f"--config={path}"
+    file, colon, name = str(path).rpartition(":")
+    path, given = (file, [name]) if colon and not Path(path).is_file() else (str(path), [])
     if not Path(path).is_file():
         raise UserError(f"{where}: there is no such file; configs/ has one for each method and model")
     try:
-        made = runpy.run_path(str(path)).get("get_config", lambda: None)()
+        made = runpy.run_path(path).get("get_config", lambda: None)(*given)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except Exception as error:  # whatever the file raises is the file's own
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         place = f", line {lines[-1]}" if lines else ""
         reason = str(error).strip() or "no message"
         raise UserError(f"{where}{place}: {type(error).__name__}: {reason}") from None
@@ -165,6 +177,23 @@ def adapter_config(config: ml_collections.ConfigDict) -> AdapterConfig:
 def names(value: str) -> list[str]:
     """`"a, b"` as `["a", "b"]`."""
     return [name.strip() for name in value.split(",") if name.strip()]
+
+
+def task_weights(config: ml_collections.ConfigDict) -> list[float] | None:
+    """The share of each of `config.data.tasks`, mixtures spelt out; None where none is asked for. Raises UserError."""
+    if config.data.weights is None:
+        return None
+    tasks, given = expand(names(config.data.tasks)), names(config.data.weights)
+    try:
+        weights = [float(value) for value in given]
+    except ValueError:
+        weights = []
+    if len(weights) != len(tasks) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise UserError(
+            f"config.data.weights={config.data.weights!r} must be {len(tasks)} positive numbers with commas between, "
+            f"for {', '.join(tasks)}"
+        )
+    return weights
 
 
 def weights_source(config: ml_collections.ConfigDict) -> str:
@@ -213,8 +242,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         adapter.check(LlamaConfig.preset(weights if weights in PRESETS else preset).widths)
     check("data.tasks", bool(names(config.data.tasks)), "names no task")
     for field in ("data.tasks", "eval.tasks"):
-        tasks = names(config[field.split(".")[0]].tasks)
+        tasks = expand(names(config[field.split(".")[0]].tasks))
         check(field, len(tasks) == len(set(tasks)), "names a task twice")
+    task_weights(config)
     for field in ("data.max_length", "data.validation_size", "train.steps", "train.batch_size", "train.accumulation",
                   "train.log_every", "train.save_every", "train.keep", "train.chunk_tokens", "eval.limit",
                   "eval.batch_size", "eval.max_length", "distributed.processes"):  # fmt: skip
@@ -245,8 +275,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
           f"must be host:port of process 0 for several processes and unset for one; there are {processes}")  # fmt: skip
     check("eval.tasks", processes == 1 or not config.eval.tasks,
           "needs distributed.processes=1; score the adapter with flora_jax.evaluate instead")  # fmt: skip
+    check("eval.published_faults", not config.eval.published_faults or config.eval.protocol == "llm_adapters",
+          "are those of eval.protocol='llm_adapters'")  # fmt: skip
     data_dir = config.data.dir
-    check("data.dir", data_dir is None or Path(data_dir).is_dir(), "is not a directory")
+    check("data.dir", data_dir is None or data_dir.partition(":")[0] == "tfds" or Path(data_dir).is_dir(),
+          "is not a directory (nor tfds, nor tfds:DIR)")  # fmt: skip
 
 
 def generator_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:

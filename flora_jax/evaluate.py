@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flora_jax.data.encode import STYLES
 from flora_jax.errors import CommandParser, UserError, check_writable, run_command
 from flora_jax.models.config import DTYPES
 
@@ -16,9 +17,12 @@ def _parser() -> CommandParser:
     parser.add_argument("--model", required=True, help="HF directory, hub id, .gguf file or preset name")
     parser.add_argument("--adapter", help="adapter directory")
     parser.add_argument("--tasks", required=True, help="comma-separated task names, or a path ending in .jsonl")
-    parser.add_argument("--data_dir", help="folder with one folder a task; generated tasks need none")
+    parser.add_argument("--data_dir", help="folder with one folder a task, or tfds or tfds:DIR; generated tasks: none")
     parser.add_argument("--protocol", choices=("lm_eval", "llm_adapters"), default="lm_eval")
-    parser.add_argument("--prompt_style", choices=("plain", "chat"), default="plain")
+    parser.add_argument("--prompt_style", choices=STYLES, default="plain")
+    parser.add_argument(
+        "--published_faults", action="store_true", help="llm_adapters with the faults of its published scripts"
+    )
     parser.add_argument("--num_fewshot", type=int, default=0, help="solved training examples before each question")
     parser.add_argument("--generator", default="", help="of generated tasks, FIELD=NUMBER,… such as max_terms=2")
     parser.add_argument("--limit", type=int, help="score the first N test examples of each task; default all")
@@ -39,6 +43,8 @@ def main(argv: list[str]) -> None:
 
     if args.batch_size < 1:
         raise UserError(f"--batch_size {args.batch_size} must be a positive integer")
+    if args.published_faults and args.protocol != "llm_adapters":
+        raise UserError(f"--published_faults are those of protocol llm_adapters, not of {args.protocol}")
     if args.out and Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a directory; name a file")
     if args.out:
@@ -56,7 +62,8 @@ def main(argv: list[str]) -> None:
     model = load_adapted(args.model, args.adapter, args.dtype)
     result = evaluate_tasks(
         tasks, model.config, model.base, model.tokenizer, adapter=model.adapter, adapter_config=model.adapter_config,
-        protocol=args.protocol, prompt_style=args.prompt_style, batch_size=args.batch_size, max_length=args.max_length,
+        protocol=args.protocol, prompt_style=args.prompt_style, published_faults=args.published_faults,
+        batch_size=args.batch_size, max_length=args.max_length,
         about={"model": args.model, "adapter": args.adapter, "base_fingerprint": model.fingerprint, "seed": args.seed,
                "limit": args.limit, "generator": generator})  # fmt: skip
     for name, scores in result["tasks"].items():

@@ -5,6 +5,7 @@ python -m flora_jax.export --workdir runs/demo --format transformers --out expor
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import signal
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def load_run(workdir: Path, step: int | None, form: str, dtype: str | None) -> t
     describe_run(summary)  # what is wrong with it is said before weights are loaded
     if step is None:
         found, trained = load_adapter(workdir / "adapter", architecture)
-        if found != adapter_config:
+        if dataclasses.replace(found, zero_init=adapter_config.zero_init) != adapter_config:
             raise UserError(f"{workdir / 'adapter'} is of {found}, but config.json beside it is of {adapter_config}")
     else:
         trained, fingerprint = load_trained(workdir, config, adapter_config, step)

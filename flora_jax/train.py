@@ -47,7 +47,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         summary["evaluation"] = evaluate_tasks(
             tasks, prepared.model_config, result.variables["params"], prepared.tokenizer,
             adapter=result.variables.get("adapter"), adapter_config=prepared.adapter_config,
-            protocol=config.eval.protocol, prompt_style=style, batch_size=config.eval.batch_size,
+            protocol=config.eval.protocol, prompt_style=style, published_faults=config.eval.published_faults,
+            batch_size=config.eval.batch_size,
             max_length=min(config.eval.max_length, prepared.model_config.max_position_embeddings))  # fmt: skip
         write_json(workdir / "eval.json", summary)
     return summary

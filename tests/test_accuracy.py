@@ -103,11 +103,13 @@ def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch
     """Losses of a parabola in log rate: one whose best lies inside the grid, one whose best lies beyond its edge."""
     fields = {"suite": "dialogue", "preset": None, "model": "m", "steps": None, "data_dir": "d"}
     monkeypatch.setattr(accuracy, "_about", lambda args: {})
-    for best, tried in ((3e-4, 5), (3e-2, 8)):
+    for best, tried in ((3e-4, 5), (3e-2, 8), (1e-4, 5)):
         asked = []
 
         def run(config, workdir, best=best, asked=asked):
             asked.append(config.optim.learning_rate)
+            if config.optim.learning_rate > 20 * best:
+                raise FloatingPointError("the loss is nan at step 3")
             return {"validation_losses": {"5": np.log(config.optim.learning_rate / best) ** 2}}
 
         monkeypatch.setattr(accuracy, "run", run)

@@ -173,6 +173,9 @@ REFUSALS = [
     (dict(method="parallel", targets="q,k,v,o,gate,up"), "parallel goes around the mlp block"),
     (dict(method="fpa", targets="o"), "fpa writes 'o' but reads none"),
     (dict(method="zflora", targets=ATTENTION), "zflora carries channels through every block"),
+    (dict(method="lora", zero_init="C"), "adapter.zero_init='C' must be A or B"),
+    (dict(method="ffba_qg_add", zero_init="B"), "adds z as it is (add_to=q,gate), so A must start at zero"),
+    (dict(method="zflora", zero_init="B"), "the stream's channels"),
 ]
 
 
@@ -217,11 +220,13 @@ fast_init = jax.jit(init_adapter, static_argnums=(1, 2), compiler_options=FAST_C
 
 @pytest.mark.parametrize(
     "method, full",
-    [("lora", "A"), ("fpa", "A"), ("ffa", None), ("ffba", "B"), ("ffba_qg_add", "B"), ("zflora", "B")],
-)
+    [("lora", "A"), ("fpa", "A"), ("ffa", None), ("ffba", "B"), ("ffba_qg_add", "B"), ("zflora", "B"),
+     ({"method": "lora", "zero_init": "A"}, "B"), ({"method": "fpa", "zero_init": "A"}, "B"),
+     ({"method": "ffba", "add_to": (), "zero_init": "B"}, "A")],
+)  # fmt: skip
 def test_initial_values(method, full):
     """One side zero; A uniform within 1/√d_in, B normal with std 1/√rows, layer by layer."""
-    adapter = AdapterConfig(method, 16)
+    adapter = AdapterConfig(rank=16, **(method if isinstance(method, dict) else {"method": method}))
     leaves = by_path(jax.tree.map(np.asarray, fast_init(jax.random.key(3), WIDE, adapter)))
     assert {path: v.shape for path, v in leaves.items()} == {
         path: v.shape for path, v in by_path(abstract_adapter(WIDE, adapter)).items()}  # fmt: skip

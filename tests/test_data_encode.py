@@ -88,6 +88,15 @@ def test_chat_counts_each_answer_and_its_end_alone(byte):
     assert len(runs) == 3 and encoded.loss[-1]
 
 
+def test_the_frame_of_llm_adapters_is_plain_around_another_prompt(byte):
+    framed = encode(talk("question?", "answer"), byte, style="llm_adapters", **ANSWER)
+    prompt = byte.decode(encode_prompt(talk("question?", "answer"), byte, "llm_adapters"))
+    assert framed.tokens.tolist() == encode(talk(prompt, "answer"), byte, style="plain", **ANSWER).tokens.tolist()
+    head, instruction, response = prompt.split("###")
+    assert head.startswith("Below is an instruction that describes a task.") and head.endswith("\n\n" + " " * 16)
+    assert instruction.split() == ["Instruction:", "question?"] and response == " Response:\n" + " " * 16
+
+
 @pytest.mark.parametrize("style", ["plain", "chat"])
 @pytest.mark.parametrize("which", ["byte", "merging"])
 def test_prompt_is_exactly_the_training_prefix(style, which, request):

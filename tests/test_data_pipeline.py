@@ -115,6 +115,32 @@ def test_shards_are_disjoint_and_together_whole(packing):
 
 
 @pytest.mark.parametrize("packing", [False, True])
+def test_parts_are_drawn_by_their_weights(packing):
+    """A part of 8 with three quarters of the draws beside one of 40: each of the 8 comes fifteen times as often."""
+    options = {"packing": packing, "parts": [(8, 3.0), (40, 1.0)]}
+    examples = corpus([4] * 48)
+    order = np.array(numbers(make(examples, **options), examples, 640))
+    assert abs((order < 8).mean() - 0.75) < 0.02
+    often = np.bincount(order, minlength=48)
+    assert set(often[:8]) <= set(range(58, 63)) and set(often[8:]) <= {3, 4, 5}
+    alone = [one for one in order.tolist() if one < 8]
+    rounds = {tuple(alone[i : i + 8]) for i in range(0, 480 - 8, 8)}
+    if not packing:  # packing lets rows overtake each other
+        assert all(sorted(one) == list(range(8)) for one in rounds) and len(rounds) > 20
+    assert order.tolist() == numbers(make(examples, **options), examples, 640)
+    assert order.tolist() != numbers(make(examples, **options, seed=2), examples, 640)
+    shards = [numbers(make(examples, **options, shard_index=i, shard_count=2), examples, 320) for i in range(2)]
+    assert abs((np.array(shards) < 8).mean() - 0.75) < 0.02
+    state = make(examples, **options)
+    for _ in range(30):
+        next(state)
+    again = make(examples, **options)
+    again.set_state(json.loads(json.dumps(state.get_state())))
+    for _ in range(20):
+        assert_same(next(state), next(again))
+
+
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("done", [0, 1, 7, 40])
 def test_a_restored_iterator_gives_the_very_same_batches(packing, done):
     examples = corpus(np.random.default_rng(0).integers(2, T + 2, 29))

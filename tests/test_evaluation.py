@@ -14,8 +14,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from flora_jax.adapters import AdapterConfig, init_adapter
+from flora_jax.data.encode import encode_prompt
 from flora_jax.data.tasks import Example, Message, get_task, lm_eval_request
 from flora_jax.errors import UserError, run_command
+from flora_jax.evaluation import published
 from flora_jax.evaluation.answers import final_label, final_letter, final_number, is_right, same_number
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
 from flora_jax.evaluation.run import few_shot_messages, few_shot_requests, load_task_data
@@ -320,6 +322,48 @@ def test_llm_adapters_protocol_and_math(checkpoint, data_dir, tmp_path, monkeypa
     assert json.loads(out.read_text())["tasks"]["ARC-Easy"]["decode"]["stop_text"] == run._SHOT_BREAK
 
 
+PUBLISHED = [  # metric, text, answer, right by the published rules, right by ours
+    ("number", "It is 1,2", "12", True, False), ("number", "so 5-3", "-3", True, False),
+    ("number", "so 5-3", "3", False, True), ("number", "in answer2", "2", True, False),
+    ("number", "on the 3rd", "3", True, False), ("number", "nothing", "0", False, False),
+    ("number", "it is 1,234.", "1234", True, True), ("number", "3/4", "4", True, False),
+    ("letter", "Because of (D)", "B", True, False), ("letter", "Because of (D)", "D", False, True),
+    ("letter", "none", "A", False, False), ("letter", "C", "C", True, True),
+    ("choice", "answer1 is wrong, so answer2", "answer1", True, False),
+    ("choice", "answer1 is wrong, so answer2", "answer2", False, True),
+    ("choice", "answer5, no: answer2", "answer2", False, True), ("choice", "Answer2", "answer2", False, True),
+    ("choice", "the correct answer is answer2", "answer2", True, True), ("exact", " yes", "yes", True, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("metric, text, answer, theirs, ours", PUBLISHED)
+def test_published_faults_and_their_mending(metric, text, answer, theirs, ours):
+    assert published.is_right(metric, text, answer, ANSWERS) == theirs
+    assert is_right(metric, text, answer, ANSWERS) == ours
+    if metric == "choice":
+        assert published.is_right(metric, "untrue", "true", TRUTH) and not is_right(metric, "untrue", "true", TRUTH)
+
+
+def test_published_prompts(checkpoint, data_dir, tmp_path, monkeypatch):
+    """The trained frame where faults are mended; with them another frame, and padding that counts as prompt."""
+    asked = put_words_into(monkeypatch, "It is 1,2")
+    out, frame = tmp_path / "result.json", "### Instruction:\n                What is 0 + 1?\n"
+    arguments = ["--model", checkpoint, "--tasks", "gsm8k", "--data_dir", data_dir, "--protocol", "llm_adapters",
+                 "--prompt_style", "llm_adapters", "--out", out]  # fmt: skip
+    assert command("evaluate", *arguments) == 0
+    assert json.loads(out.read_text())["published_faults"] is False and len(asked) == 6
+    tokenizer = load_tokenizer(checkpoint)
+    example = Example((Message("user", "What is 0 + 1?"), Message("assistant", "1")))
+    assert asked[0] == tokenizer.decode(encode_prompt(example, tokenizer, "llm_adapters"))
+    assert "# noqa: E501" in asked[0] and frame + " " * 16 + "\n" in asked[0]
+    assert command("evaluate", *arguments, "--published_faults", "--batch_size", 4) == 0
+    assert json.loads(out.read_text())["published_faults"] is True
+    assert "noqa" not in asked[6] and frame + "\n" in asked[6] and asked[6].endswith("### Response:\n" + " " * 16)
+    lines = published.prompts([[Message("user", text)] for text in ("a", "abc", "abcdef")], tokenizer, 2)
+    assert list(map(len, lines)) == [len(lines[1])] * 2 + [len(lines[1]) + 3]
+    assert lines[0][:2] == [tokenizer.pad_token_id] * 2 != lines[1][:2] and lines[2][0] == lines[1][0]
+
+
 def write_problems(folder, texts):
     (folder / "gsm8k").mkdir()
     records = [{"instruction": text, "input": "", "output": "", "answer": "7"} for text in texts]
@@ -423,6 +467,8 @@ def test_generate_command(checkpoint, tiny, capsys):
         (["--tasks", "ARC-Easy", "--num_fewshot", "9"], "5 examples"),
         (["--tasks", "ARC-Easy", "--batch_size", "0"], "batch_size"),
         (["--tasks", "ARC-Easy", "--prompt_style", "chat"], "llm_adapters"),
+        (["--tasks", "ARC-Easy", "--prompt_style", "llm_adapters"], "protocol 'llm_adapters'"),
+        (["--tasks", "ARC-Easy", "--published_faults"], "not of lm_eval"),
         (["--tasks", "ARC-Easy", "--protocol", "x"], "protocol"),
         (["--tasks", "ARC-Easy", "--adapter", "missing"], "missing"),
         (["--tasks", "ARC-Easy"], "nowhere"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from flora_jax.config import check_config
+from flora_jax.data import MIXTURES, get_task
 from flora_jax.errors import UserError
 from flora_jax.models.tokenizer import byte_tokenizer
 from flora_jax.training.inputs import load_inputs
@@ -19,6 +20,7 @@ def inputs(small, tmp_path):
         config = small(**{"data.dir": str(tmp_path), "data.tasks": "gsm8k", "data.validation_size": 20, **fields})
         return load_inputs(config, tokenizer or byte_tokenizer())
 
+    load.folder = tmp_path
     return load
 
 
@@ -73,6 +75,30 @@ def test_one_task_does_not_train_on_what_validates_another(inputs, write):
     write("AddSub", train=range(29, 39), validation=(9, 40), test=(91,))
     found = inputs(**{"data.tasks": "gsm8k,AddSub"})
     assert asked(found.train) == [*range(9), 29, *range(32, 39)] and counts(found.account) == (3, 0)
+
+
+def test_mixtures_and_weights(inputs, write, small):
+    """Each example once an epoch without weights; with them each task a part of its own."""
+    for number, task in enumerate(MIXTURES["math"][:2]):
+        first = 100 * number
+        write(task, train=range(first, first + 20 + number), validation=(first + 30,), test=(first + 40, first))
+    (tmp := inputs.folder / "mawps/train.json").rename(tmp.with_name("train_decontaminated.json"))
+    with pytest.raises(UserError, match=r"AQuA.*'train' of task 'AQuA'"):
+        inputs(**{"data.tasks": "math"})
+    plain = inputs(**{"data.tasks": "gsm8k,mawps"})
+    mixed = inputs(**{"data.tasks": "gsm8k,mawps", "data.weights": "3, 1"})
+    assert plain.parts is None and mixed.parts == [(19, 3.0), (20, 1.0)] and mixed.account["weights"] == [3.0, 1.0]
+    assert asked(mixed.train) == asked(plain.train) == [*range(1, 20), *range(101, 121)]
+    assert mixed.account["train"] == plain.account["train"]
+    limited = inputs(**{"data.tasks": "gsm8k,mawps", "data.weights": "3,1", "data.limit": 10})
+    assert sum(size for size, _ in limited.parts) == 10 == len(limited.train)
+    for tasks, weights in (("gsm8k,mawps", "1"), ("math", "1,1"), ("gsm8k", "0"), ("gsm8k", "one"), ("gsm8k", "nan")):
+        with pytest.raises(UserError, match=r"config\.data\.weights=.*positive number"):
+            check_config(small(**{"data.tasks": tasks, "data.weights": weights}))
+    with pytest.raises(UserError, match="names a task twice"):
+        check_config(small(**{"data.tasks": "math,gsm8k"}))
+    with pytest.raises(UserError, match="'math' is a mixture to train on"):
+        get_task("math")
 
 
 def test_nothing_left_is_refused(inputs, write):

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import re
 
 import jax
 import numpy as np
@@ -193,7 +194,7 @@ def test_every_configuration_file(subtests):
         with subtests.test(path.name):
             check_config(read_config(path))
             docstring = ast.get_docstring(ast.parse(path.read_text()))
-            assert f"python -m flora_jax.train --config configs/{path.name} --workdir" in docstring
+            assert re.search(rf"python -m flora_jax.train --config configs/{path.name}(:\w+)? --workdir", docstring)
 
 
 # ------------------------------------------------------------------------------------------------ fields
@@ -217,11 +218,13 @@ COMPUTED = {
 REFUSED = {  # on one device, for a linear method
     "model.preset": "tinny", "model.weights": "nowhere", "adapter.activation": "relu", "data.dir": "nowhere",
     "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "distributed.processes": 2, "distributed.process_id": 1,
-    "distributed.coordinator": "localhost:1", "eval.tasks": "no_task",
+    "distributed.coordinator": "localhost:1", "eval.tasks": "no_task", "data.weights": "1,2",
+    "adapter.zero_init": "neither",
 }  # fmt: skip
 ELSEWHERE = {
     "data.allow_contaminated", "data.generator.test", "data.cache_dir", "train.log_every", "train.eval_every",
-    "train.save_every", "train.keep", "eval.protocol", "eval.limit", "eval.batch_size", "eval.max_length",
+    "train.save_every", "train.keep", "eval.protocol", "eval.published_faults", "eval.limit", "eval.batch_size",
+    "eval.max_length",
 }  # fmt: skip
 
 
@@ -279,5 +282,7 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     assert {int(p.name) for p in (tmp_path / "w/checkpoints").iterdir()} == {3, 5, 6}
     assert (asked["protocol"], asked["n"], asked["batch_size"], asked["max_length"]) == ("lm_eval", 5, 3, 300)
     assert list((tmp_path / "cache").iterdir())
-    run(small(**{**values, "eval.limit": 50, "data.generator.test": 4}), tmp_path / "v")
-    assert asked["n"] == 4
+    assert asked["published_faults"] is False
+    changed = {"eval.limit": 50, "data.generator.test": 4, "eval.protocol": "llm_adapters"}
+    run(small(**{**values, **changed, "eval.published_faults": True}), tmp_path / "v")
+    assert asked["n"] == 4 and asked["published_faults"] is True

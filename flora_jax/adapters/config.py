@@ -57,6 +57,8 @@ class AdapterConfig:
     add_to: where repeat-and-add adds; default the method's own row.
     activation: `act` on the path around the block (fpa, parallel).
     dropout: on the input that the A's read, in training.
+    zero_init: the side, "A" or "B", that starts at zero, the other one starting full; default the method's own row. It
+        must be A where repeat-and-add or the stream passes z on as it is, since step 0 is to equal the base.
     """
 
     method: str
@@ -67,6 +69,7 @@ class AdapterConfig:
     add_to: tuple[str, ...] | None = None
     activation: str = "identity"
     dropout: float = 0.0
+    zero_init: str | None = None
 
     def __post_init__(self):
         if self.method not in list(METHODS):  # a list compares what a dict could not hash
@@ -101,6 +104,13 @@ class AdapterConfig:
             )
         if add_to is None:
             add_to = tuple(p for p in self.row.add_to if p in targets)
+        if self.zero_init is None:
+            object.__setattr__(self, "zero_init", self.row.zero)
+        if self.zero_init not in ("A", "B"):
+            raise UserError(f"adapter.zero_init={self.zero_init!r} must be A or B")
+        if self.zero_init == "B" and (add_to or self.row.writes == "stream"):
+            where = f"add_to={','.join(add_to)}" if add_to else "the stream's channels"
+            raise UserError(f"adapter.zero_init='B': {self.method} adds z as it is ({where}), so A must start at zero")
         object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "add_to", add_to)
         self._check_reach()

@@ -107,7 +107,7 @@ def adapter_leaves(
     make step 0 the base's (our choice; LoRA's is PEFT's): with B zero, A ~ U(−1/√d_in, 1/√d_in); with A zero,
     B ~ N(0, 1/√rows).
     """
-    slot, row, rank = adapter.slots[product], adapter.row, adapter.rank
+    slot, rank, zero = adapter.slots[product], adapter.rank, adapter.zero_init
     d_in = widths[PRODUCTS[product][0]][0]
 
     def uniform(key: Array, shape: Sequence[int], dtype: Any) -> Array:
@@ -120,10 +120,10 @@ def adapter_leaves(
     zeros = nn.initializers.zeros_init()
     leaves: dict[str, tuple[tuple[int, ...], Initializer]] = {}
     if slot.forward:
-        leaves["A"] = ((d_in, rank * len(slot.forward)), zeros if row.zero == "A" else uniform)
+        leaves["A"] = ((d_in, rank * len(slot.forward)), zeros if zero == "A" else uniform)
     for rows, names in ((rank, slot.matrix), (slot.backward_rank, slot.backward)):
         for name in names:
-            leaves[f"{name}_B"] = ((rows, widths[name][1]), zeros if row.zero == "B" else over_rows)
+            leaves[f"{name}_B"] = ((rows, widths[name][1]), zeros if zero == "B" else over_rows)
     return leaves
 
 

@@ -4,11 +4,13 @@ from flora_jax.data.encode import Encoded, EncodeReport, encode, encode_all, enc
 from flora_jax.data.pipeline import eval_batches, train_iterator
 from flora_jax.data.sources import data_hash, has_split, load_examples, load_records
 from flora_jax.data.tasks import (
+    MIXTURES,
     TASKS,
     Example,
     Message,
     Task,
     dedupe,
+    expand,
     get_task,
     label_request,
     last_number,
@@ -16,6 +18,7 @@ from flora_jax.data.tasks import (
 )
 
 __all__ = [
+    "MIXTURES",
     "TASKS",
     "EncodeReport",
     "Encoded",
@@ -28,6 +31,7 @@ __all__ = [
     "encode_all",
     "encode_prompt",
     "eval_batches",
+    "expand",
     "get_task",
     "has_split",
     "label_request",

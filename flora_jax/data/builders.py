@@ -1,4 +1,5 @@
 """TFDS builders of the record kinds: array_record files in source order, written and read without TensorFlow.
+And TFDS's own builders, of the data sets in its catalogue.
 
 Importing this module imports tensorflow_datasets, which takes a second: `sources` does so on first use.
 """
@@ -10,6 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.read_only_builder import builder_from_files
+from tensorflow_datasets.core.registered import DatasetNotFoundError
+
+from flora_jax.errors import UserError
 
 Text = tfds.features.Text
 
@@ -68,3 +73,37 @@ class Conversations(_Builder):
 
 
 BUILDERS = {"records": Records, "texts": Texts, "generated": Generated, "jsonl": Conversations}
+
+
+def catalogue_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    """The data set `name` of the TFDS catalogue, prepared under `data_dir` (None: TFDS's own); where it is not, TFDS
+    downloads and prepares it there. Raises UserError where that fails, and says why and what would do."""
+    where = {"data_dir": data_dir, "file_format": "array_record"}
+    folder = data_dir or tfds.core.constants.DATA_DIR
+    build = f"`tfds build {name} --file_format=array_record"
+    try:
+        return builder_from_files(name, **where)
+    except DatasetNotFoundError:
+        pass
+    except ValueError as error:  # it is there, but not as array_record
+        raise UserError(f"TFDS {name} in {folder}: {_line(error)} Prepare it as array_record: {build} "
+                        "--overwrite`") from None  # fmt: skip
+    try:
+        # Google's bucket of prepared data holds no array_record, and looking there takes TensorFlow.
+        download = tfds.download.DownloadConfig(try_download_gcs=False)
+        tfds.builder(name, **where).download_and_prepare(download_config=download)
+        return builder_from_files(name, **where)
+    except DatasetNotFoundError:
+        # TFDS finds the code of its older builders only where it can import TensorFlow.
+        why = "TFDS's own builder of it needs tensorflow, which is not installed here"
+    except Exception as error:  # a download, a check sum, a missing package, a manual step: TFDS has no class for them
+        why = f"preparing it failed ({type(error).__name__}: {_line(error)})"
+    raise UserError(
+        f"TFDS {name} is not prepared in {folder}, and {why}; where there are a network, tensorflow and "
+        f"importlib_resources, run {build} --data_dir=DIR` and set data.dir to tfds:DIR"
+    )
+
+
+def _line(error: Exception) -> str:
+    line = " ".join(str(error).split())
+    return line if len(line) < 300 else f"{line[:300]}…"

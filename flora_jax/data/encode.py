@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import jinja2
 import numpy as np
@@ -20,8 +20,15 @@ from flora_jax.errors import UserError, near_misses
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Style = Literal["plain", "chat"]
+Style = Literal["plain", "chat", "llm_adapters"]
+STYLES = get_args(Style)
 LossOn = Literal["answer", "all"]
+
+# The prompt that LLM-Adapters' finetune.py trains on, indentation and a comment meant for its linter included.
+_TRAINED_ON = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.  "
+    f"# noqa: E501\n\n{' ' * 16}### Instruction:\n{' ' * 16}{{}}\n{' ' * 16}\n{' ' * 16}### Response:\n{' ' * 16}"
+)
 
 _Piece = tuple[list[int], bool]  # tokens, and whether they are what the assistant is to produce
 
@@ -51,8 +58,9 @@ def encode(
     """Tokens and loss mask of one example, or None if its n - 1 positions exceed `max_length`.
 
     'plain': the prompt as the tokenizer encodes it (BOS by its own policy), a space, the answer, EOS; the answer
-    and EOS count. 'chat': the tokenizer's chat template; the content of each assistant turn and its end-of-turn
-    token count. With `loss_on='all'` every token counts. Raises UserError for what the style cannot express.
+    and EOS count. 'llm_adapters': the same with the prompt in that project's frame. 'chat': the tokenizer's chat
+    template; the content of each assistant turn and its end-of-turn token count. With `loss_on='all'` every token
+    counts. Raises UserError for what the style cannot express.
     """
     encoded = _encode(example, tokenizer, style, loss_on)
     return encoded if len(encoded.tokens) - 1 <= max_length else None
@@ -105,20 +113,21 @@ def _pieces(
 ) -> list[_Piece]:
     """The token pieces of a conversation in order. A last message of None stands for the answer to come: the
     pieces are then those before it, by the very code that training runs."""
-    if style not in ("plain", "chat"):
-        raise UserError(f"data.prompt_style={style!r} is unknown; {near_misses(str(style), ('plain', 'chat'))}")
+    if style not in STYLES:
+        raise UserError(f"data.prompt_style={style!r} is unknown; {near_misses(str(style), STYLES)}")
     if style == "chat" and not tokenizer.chat_template:
         raise UserError("data.prompt_style='chat' needs a chat template and the tokenizer has none; use 'plain'")
-    return (_plain if style == "plain" else _chat)(messages, tokenizer)
+    return _chat(messages, tokenizer) if style == "chat" else _plain(messages, tokenizer, style)
 
 
-def _plain(messages: Sequence[Message | None], tokenizer: PreTrainedTokenizerFast) -> list[_Piece]:
+def _plain(messages: Sequence[Message | None], tokenizer: PreTrainedTokenizerFast, style: Style) -> list[_Piece]:
     *before, answer = messages
     if any(message.role == "assistant" for message in before):
-        raise UserError("data.prompt_style='plain' holds one answer, but a conversation has several; use 'chat'")
+        raise UserError(f"data.prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'")
     if tokenizer.eos_token_id is None:
-        raise UserError("data.prompt_style='plain' ends answers with EOS, but the tokenizer has no eos_token")
+        raise UserError(f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token")
     prompt = "\n\n".join(message.content for message in before)
+    prompt = _TRAINED_ON.format(prompt) if style == "llm_adapters" else prompt
     pieces = [(tokenizer(prompt, verbose=False)["input_ids"], False)]
     if answer is not None:
         # One space between the two, in the answer's first token, where byte-level vocabularies expect it.

@@ -36,14 +36,18 @@ def train_iterator(
     max_length: int,
     seed: int,
     packing: bool,
+    parts: Sequence[tuple[int, float]] | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> grain.DatasetIterator:
     """Endless batches; each epoch is a new order of `seed` and holds every example once, in exactly one shard.
 
-    `batch_size` counts the rows of this process. Batches run across the ends of epochs; packed rows do not, so an
-    epoch's last rows may hold padding. `get_state()` is JSON-able, and `set_state` of it on a new iterator over the
-    same examples continues with the very same batches. Raises UserError for arguments that cannot give a batch.
+    `parts` says instead what is drawn how often: `(n, weight)` of the first n examples, of the n after them, …; each
+    part is drawn by its share of the weights, gone through again in a new order whenever it ends, and there are no
+    epochs of the whole. `batch_size` counts the rows of this process. Batches run across the ends of epochs; packed
+    rows do not, so an epoch's last rows may hold padding. `get_state()` is JSON-able, and `set_state` of it on a new
+    iterator over the same examples continues with the very same batches. Raises UserError for arguments that cannot
+    give a batch.
     """
     if batch_size < 1 or seed < 0:
         field, value, least = ("batch_size", batch_size, 1) if batch_size < 1 else ("seed", seed, 0)
@@ -56,7 +60,11 @@ def train_iterator(
 
     def epoch(number: int) -> grain.IterDataset:
         order = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        rows = grain.MapDataset.source(encoded).map(_row).shuffle(seed=order)[shard_index::shard_count]
+        if parts is None:
+            rows = grain.MapDataset.source(encoded).map(_row).shuffle(seed=order)
+        else:
+            rows = _mixed(encoded, parts, order)
+        rows = rows[shard_index::shard_count]
         # The examples are in memory: threads would only add latency.
         rows = rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         if not packing:
@@ -68,6 +76,17 @@ def train_iterator(
         return packed.map(_unpack_names)
 
     return iter(_Epochs(epoch).batch(batch_size))
+
+
+def _mixed(encoded: Sequence[Encoded], parts: Sequence[tuple[int, float]], seed: int) -> grain.MapDataset:
+    """The parts, each shuffled and repeated without end, drawn by weight."""
+    ends = np.cumsum([size for size, _ in parts]).tolist()
+    starts = [0, *ends[:-1]]
+    drawn = [
+        grain.MapDataset.source(encoded[start:end]).map(_row).shuffle(seed=(seed + i) % 2**32).repeat()
+        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]
+    return grain.MapDataset.mix(drawn, [weight for _, weight in parts])
 
 
 def eval_batches(encoded: Sequence[Encoded], *, batch_size: int, max_length: int) -> Iterator[Batch]:

@@ -1,4 +1,5 @@
-"""Where records come from: files of a data directory or a generator, validated, prepared by TFDS and cached.
+"""Where records come from: files of a data directory, the TFDS catalogue or a generator; validated, prepared by TFDS
+and cached.
 
 A split is read and checked once, written by its TFDS builder (`builders`) as array_record under the cache
 directory, and read back from there as a TFDS data source. The cache key is the content of the source, so
@@ -18,11 +19,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import logging
 
+from flora_jax.data.catalogue import CATALOGUE, compose_ending, hellaswag
 from flora_jax.data.tasks import ROLES, Example, Task, normalise
 from flora_jax.errors import UserError, near_misses
 from flora_jax.files import cache_root
@@ -31,6 +33,9 @@ SPLITS = ("train", "validation", "test")
 _FORMAT = "1"  # part of every cache key: raise it when a builder's features or a reader's output change
 
 Record = dict[str, Any]
+
+if TYPE_CHECKING:  # importing it takes a second
+    import tensorflow_datasets as tfds
 
 
 def load_examples(
@@ -49,12 +54,13 @@ def load_examples(
 def load_records(
     task: Task, split: str, data_dir: str | Path | None, cache_dir: str | Path | None = None
 ) -> Sequence[Record]:
-    """The records of one split of a task ('train', 'validation' or 'test'), in source order.
+    """The records of one split of a task ('train', 'validation' or 'test'), in the order of its source.
 
     Records are dicts of str: `instruction, input, output, answer` of a 'records' task, `text` and `references` (a list)
     of a 'texts' one, `question, answer` of a generated one, `messages` (a list of `role, content`) of a 'jsonl' one.
-    `data_dir` may be None for generated tasks. Prepared data is cached in `cache_dir`, by default `$FLORA_CACHE` or
-    else `~/.cache/flora_jax`. Raises UserError for a missing, empty or malformed source, naming file and record.
+    `data_dir` is a folder of files, or `tfds` or `tfds:DIR` for the TFDS catalogue in TFDS's own folder or in DIR;
+    generated tasks need none. Prepared data is cached in `cache_dir`, by default `$FLORA_CACHE` or else
+    `~/.cache/flora_jax`. Raises UserError for a missing, empty or malformed source, naming file and record.
     """
     directory = cache_root(cache_dir) / "tfds" / _cache_key(task, split, data_dir)
     if not directory.exists():
@@ -66,25 +72,64 @@ def load_records(
 
 
 def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:
-    """sha256 (hex) of the file that a split is read from, or of everything that determines a generated one."""
+    """sha256 (hex) of the file that a split is read from, of what TFDS says of a catalogue's (data set, version, split,
+    examples, bytes), or of everything that determines a generated one."""
     if task.source == "generated":
         return hashlib.sha256(_generated_key(task, split).encode()).hexdigest()
+    if _in_catalogue(task, data_dir):
+        builder, official = _catalogue_split(task, split, data_dir)
+        info = builder.info.splits[official]
+        key = f"{builder.info.full_name}\n{official}\n{info.num_examples}\n{int(info.num_bytes)}"
+        return hashlib.sha256(key.encode()).hexdigest()
     return hashlib.sha256(_path(task, split, data_dir).read_bytes()).hexdigest()
 
 
 def has_split(task: Task, split: str, data_dir: str | Path | None) -> bool:
-    """Whether `load_records` would find the split."""
+    """Whether `load_records` would find the split (of the TFDS catalogue: where its data set is at hand)."""
+    if _in_catalogue(task, data_dir):
+        _check_split(task, split)
+        return task.name in CATALOGUE and split in CATALOGUE[task.name].splits
     return task.source == "generated" or any(path.is_file() for path in _candidates(task, split, data_dir))
 
 
 # ---------------------------------------------------------------------------------------------- locating
 
 
-def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Path]:
-    """The files that could hold a split, the first that exists is it."""
+def _check_split(task: Task, split: str) -> None:
     if split not in SPLITS:
         hint = " (a sample is never a test set)" if split == "sample" else ""
         raise UserError(f"split {split!r} of task {task.name!r} is unknown{hint}; {near_misses(split, SPLITS)}")
+
+
+def _in_catalogue(task: Task, data_dir: str | Path | None) -> bool:
+    """Whether the task is to be read from the TFDS catalogue: `data_dir` says so, and it needs a `data_dir` at all."""
+    named = str(data_dir).partition(":")[0] == "tfds"
+    return named and task.source != "generated" and not task.name.endswith(".jsonl")
+
+
+def _catalogue_split(task: Task, split: str, data_dir: str | Path) -> tuple[tfds.core.DatasetBuilder, str]:
+    """A prepared TFDS builder, and its own name of a split of ours."""
+    _check_split(task, split)
+    if task.name not in CATALOGUE:
+        raise UserError(f"data.dir={data_dir}: task {task.name!r} is not in the TFDS catalogue, which has "
+                        f"{', '.join(CATALOGUE)}; set data.dir to the folder that holds its files")  # fmt: skip
+    if split not in CATALOGUE[task.name].splits:
+        raise UserError(f"split {split!r} of task {task.name!r} is not in the TFDS catalogue; TFDS "
+                        f"{CATALOGUE[task.name].name} gives {', '.join(CATALOGUE[task.name].splits)}")  # fmt: skip
+    from flora_jax.data.builders import catalogue_builder
+
+    with _quiet():
+        builder = catalogue_builder(CATALOGUE[task.name].name, str(data_dir).partition(":")[2] or None)
+    official = CATALOGUE[task.name].splits[split]
+    if official not in builder.info.splits:
+        raise UserError(f"TFDS {builder.info.full_name} was prepared without its split {official!r}; "
+                        f"there are {', '.join(builder.info.splits) or 'none'}")  # fmt: skip
+    return builder, official
+
+
+def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Path]:
+    """The files that could hold a split, the first that exists is it."""
+    _check_split(task, split)
     if task.name.endswith(".jsonl"):
         # The file itself, for the one split that is asked of it. It cannot validate what was trained on it.
         if split == "validation":
@@ -93,7 +138,8 @@ def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Pat
             raise UserError(f"{task.name}: a sample is never a test set; name a file of your own test records")
         return [Path(task.name), *([Path(data_dir) / task.name] if data_dir else [])]
     if data_dir is None:
-        raise UserError(f"task {task.name!r} is read from files; set data.dir to the folder that holds them")
+        other = f", or to tfds for {CATALOGUE[task.name].name} of the TFDS catalogue" if task.name in CATALOGUE else ""
+        raise UserError(f"task {task.name!r} is read from files; set data.dir to the folder that holds them{other}")
     folder = Path(data_dir) if task.source == "jsonl" else Path(data_dir) / task.name
     names = [task.files[split]] if split in task.files else [f"{split}.json", f"{split}.jsonl"]
     return [folder / name for name in names if task.source != "jsonl" or name.endswith(".jsonl")]
@@ -111,6 +157,7 @@ def _path(task: Task, split: str, data_dir: str | Path | None) -> Path:
     never = " (a sample is never a test set)" if any(name.startswith("sample.") for name in there) else ""
     get = _WHERE.get(task.name, _WHERE_RECORDS if task.source == "records" else "")
     get = f"; {get}" if get else ""
+    get += "; or set data.dir=tfds to read the TFDS catalogue's" if task.name in CATALOGUE else ""
     raise UserError(
         f"{candidates[0]} is missing: split {split!r} of task {task.name!r}; "
         f"{folder.name or folder}/ has {', '.join(there) or 'no data files'}{never}{get}"
@@ -123,13 +170,15 @@ _WHERE = {
     "dialogsum": "DialogSum_Data of cylnlp/dialogsum has the files, dialogsum.dev.jsonl is validation.jsonl",
     "dailydialogpp": "dataset/ of iitmnlp/DailyDialog-plusplus has the files",
     "multiwoz": "ConvLab's data/multiwoz has the dialogues; `turns` is a list of user and system turns by turns",
-    "samsum": "the TFDS catalogue's samsum, or corpus.7z of arXiv 1911.12237: records of dialogue and summary",
+    "samsum": "corpus.7z of arXiv 1911.12237: records of dialogue and summary",
     "xsum": "EdinburghNLP/XSum: records of document and summary",
-    "cnn_dailymail": "the TFDS catalogue's cnn_dailymail: records of article and highlights",
+    "cnn_dailymail": "records of article and highlights",
 }
 
 
 def _describe(task: Task, split: str, data_dir: str | Path | None) -> str:
+    if _in_catalogue(task, data_dir):
+        return f"TFDS {CATALOGUE[task.name].name}, split {CATALOGUE[task.name].splits[split]}"
     return f"task {task.name!r}" if task.source == "generated" else str(_path(task, split, data_dir))
 
 
@@ -139,21 +188,36 @@ def _describe(task: Task, split: str, data_dir: str | Path | None) -> str:
 def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Record]:
     if task.source == "generated":
         return _draw(task, split)
-    path = _path(task, split, data_dir)
+    found_in = _elements if _in_catalogue(task, data_dir) else _raw_records
     convert = {"jsonl": _conversation, "texts": _texts, "records": _adapters_record}[task.source]
     records = []
-    for where, raw in itertools.islice(_raw_records(path), *task.spans.get(split, (None,))):
+    for where, raw in itertools.islice(found_in(task, split, data_dir), *task.spans.get(split, (None,))):
         if not isinstance(raw, dict):
             raise UserError(f"{where}: a record must be a JSON object, not {type(raw).__name__}")
         found = convert(raw, where)
         records += found if isinstance(found, list) else [found]
     if not records:
-        raise UserError(f"{path} holds no records; it needs at least one")
+        raise UserError(f"{_describe(task, split, data_dir)} holds no records; it needs at least one")
     return records
 
 
-def _raw_records(path: Path) -> Iterator[tuple[str, Any]]:
+def _elements(task: Task, split: str, data_dir: str | Path | None) -> Iterator[tuple[str, Any]]:
+    """`(place, record)` of each element of a catalogue's split, as a file would hold it."""
+    builder, official = _catalogue_split(task, split, data_dir)
+    source = builder.as_data_source(official)
+    for i in range(len(source)):
+        where = f"{_describe(task, split, data_dir)}: record {i} (from 0)"
+        try:
+            raw = CATALOGUE[task.name].convert(_decode(source[i]))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if raw is not None:
+            yield where, raw
+
+
+def _raw_records(task: Task, split: str, data_dir: str | Path | None) -> Iterator[tuple[str, Any]]:
     """`(place, value)` of each record of a `.json` list or a `.jsonl` file; place is `file:line` or names the index."""
+    path = _path(task, split, data_dir)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -219,16 +283,14 @@ def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:
 
 
 def _hellaswag(raw: Mapping[str, Any], where: str) -> Record:
-    """HellaSwag's own layout as the LLM-Adapters record, whose wording this is."""
+    """HellaSwag's own layouts as the LLM-Adapters record, whose wording this is."""
+    if "activity_label" in raw:
+        raw = hellaswag({**raw, "context": _field(raw, "ctx", where), "endings": _strings(raw, "endings", where)})
     context, endings = _field(raw, "activity_and_ctx", where), _strings(raw, "endings", where)
-    label = raw.get("label")
-    if not isinstance(label, int) or not 0 <= label < len(endings):
-        raise UserError(f"{where}: field 'label' is {label!r}; it must be the index of one of {len(endings)} endings")
-    names = [f"ending{i}" for i in range(1, len(endings) + 1)]
-    choices = " ".join(f"{name.capitalize()}: {ending}" for name, ending in zip(names, endings, strict=True))
-    prompt = f"Please choose the correct ending to complete the given sentence: {context}\n\n{choices}\n\n"
-    prompt += f"Answer format: {'/'.join(names)}"
-    return {"instruction": prompt, "input": "", "output": "", "answer": names[label]}
+    try:
+        return compose_ending(context, endings, raw.get("label"))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 _TEXTS = ("dialogue", "document", "article")
@@ -363,7 +425,8 @@ def _generated_key(task: Task, split: str) -> str:
 
 def _cache_key(task: Task, split: str, data_dir: str | Path | None) -> str:
     # The suffix decides how a file's bytes are read, so it is part of the key.
-    suffix = "" if task.source == "generated" else _path(task, split, data_dir).suffix
+    files = task.source != "generated" and not _in_catalogue(task, data_dir)
+    suffix = _path(task, split, data_dir).suffix if files else ""
     span = str(task.spans.get(split, ""))
     parts = (_FORMAT, task.source, split, suffix, data_hash(task, split, data_dir), *([span] if span else []))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
@@ -412,12 +475,14 @@ def _decode(value: Any) -> Any:
     """A TFDS element as plain Python: text from bytes, and a sequence of dicts from TFDS's dict of sequences."""
     if isinstance(value, bytes):
         return value.decode()
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, list | np.ndarray):
         return [_decode(one) for one in value]
     if isinstance(value, dict):
         return {
             key: [dict(zip(v, map(_decode, turn), strict=True)) for turn in zip(*v.values(), strict=True)]
-            if isinstance(v, dict) else _decode(v)
+            if isinstance(v, dict) and all(isinstance(one, list | np.ndarray) for one in v.values()) else _decode(v)
             for key, v in value.items()
         }  # fmt: skip
     return value

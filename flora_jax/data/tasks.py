@@ -240,6 +240,7 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (
     Task("openbookqa", "records", "choice", _choice("{}"), new_tokens=32),
     Task("social_i_qa", "records", "choice", _choice("Q: {}\nA:"), new_tokens=32),
     Task("boolq", "records", "choice", _choice("Question: {}?\nAnswer:"), new_tokens=32),
+    # Of winogrande's training splits the largest: the others are parts of it.
     Task("winogrande", "records", "choice", functools.partial(_parse_choice, requests=_blank), new_tokens=32),
     Task("hellaswag", "records", "choice", _choice("{}"), new_tokens=32, files={"test": "validation.jsonl"}),
     Task("AddSub", "records", "number", _parse_number),
@@ -265,6 +266,21 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (
 )})  # fmt: skip
 
 
+# What LLM-Adapters trains its adapters on at once, each example once an epoch (commonsense_170k; math_10k less what it
+# repeats of the test sets).
+MIXTURES: Mapping[str, tuple[str, ...]] = MappingProxyType({
+    "commonsense": (
+        "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"
+    ),
+    "math": ("gsm8k", "mawps", "AQuA"),
+})  # fmt: skip
+
+
+def expand(names: Iterable[str]) -> list[str]:
+    """Names of tasks, those of `MIXTURES` replaced by their tasks."""
+    return [task for name in names for task in MIXTURES.get(name, (name,))]
+
+
 def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
     """The row called `name`; a name ending in `.jsonl` is a task of its own, read from that file.
 
@@ -274,6 +290,8 @@ def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
     if name.endswith(".jsonl"):
         return dataclasses.replace(TASKS["jsonl"], name=name)
     if name not in TASKS:
+        if name in MIXTURES:
+            raise UserError(f"{name!r} is a mixture to train on; the tasks to score are named one by one")
         raise UserError(f"task {name!r} is unknown; {near_misses(name, TASKS)} (or a path ending in .jsonl)")
     task = TASKS[name]
     if task.generator is None or not generator:

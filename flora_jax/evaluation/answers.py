@@ -1,6 +1,6 @@
 """The final answer in a generated text: a number, an option letter, or a label word, and whether it is right.
 
-The evaluation scripts of LLM-Adapters set the protocol, and these of its faults are mended here:
+The evaluation scripts of LLM-Adapters set the protocol, and these of its faults are mended here (`published` has them):
 
 - commas are deleted before numbers are read, so "1,2" is 12; here only thousands are joined ("1,234");
 - every hyphen before a digit is a sign, so "5-3" ends in −3; here it is one only where nothing is subtracted from;

@@ -21,10 +21,11 @@ import jax
 import numpy as np
 
 from flora_jax.adapters import AdapterConfig
-from flora_jax.data.encode import encode_prompt
+from flora_jax.data.encode import STYLES, encode_prompt
 from flora_jax.data.sources import data_hash, load_examples
 from flora_jax.data.tasks import Example, Message, Task, get_task, lm_eval_request
 from flora_jax.errors import UserError, near_misses
+from flora_jax.evaluation import published
 from flora_jax.evaluation.answers import is_right
 from flora_jax.evaluation.loglik import choice_loglik
 from flora_jax.evaluation.rouge import KINDS, POLICY, rouge
@@ -38,7 +39,6 @@ Tree = dict[str, Any]
 
 SCHEMA_VERSION = 1
 PROTOCOLS = ("lm_eval", "llm_adapters")
-STYLES = ("plain", "chat")
 
 _SHOT_BREAK = "\n\n"  # between the examples of a plain few-shot prompt; a generated answer ends at it
 
@@ -83,9 +83,9 @@ def load_task_data(
         raise UserError(f"tasks={','.join(names)} names a task twice")
     tasks = [get_task(name, generator) for name in names]
     for task in tasks:
-        if prompt_style == "chat" and protocol == "lm_eval" and task.metric == "choice":
+        if prompt_style != "plain" and protocol == "lm_eval" and task.metric == "choice":
             raise UserError(
-                f"prompt_style='chat': protocol lm_eval scores the choices of {task.name} as plain text; "
+                f"prompt_style={prompt_style!r}: protocol lm_eval scores the choices of {task.name} as plain text; "
                 "use prompt_style 'plain' or protocol 'llm_adapters'"
             )
     out = []
@@ -111,6 +111,7 @@ def evaluate_tasks(
     adapter_config: AdapterConfig | None = None,
     protocol: str = "lm_eval",
     prompt_style: str = "plain",
+    published_faults: bool = False,
     batch_size: int = 16,
     max_length: int = 1024,
     about: Mapping[str, Any] | None = None,
@@ -121,6 +122,7 @@ def evaluate_tasks(
     question, in order; the rougeL of texts), `n`,
     `scoring`, `decode` settings, `data_hash`, one whole `prompt` as an example, and `seconds`.
 
+    published_faults: score generated answers as the published scripts of LLM-Adapters do (`published`).
     base, adapter: trees as `Llama` takes them; arithmetic in the base's dtype. max_length: prompt and new tokens of
     generated answers; a prompt that leaves no room counts as wrong and in `too_long`. Raises UserError if none fits.
     """
@@ -134,7 +136,7 @@ def evaluate_tasks(
             if generator is None:
                 adapters = {"adapter": adapter} if adapter is not None else None
                 generator = Generator(config, base, adapters, adapter_config, tokenizer, max_length, batch_size)
-            result = _generate_answers(data, generator, prompt_style)
+            result = _generate_answers(data, generator, prompt_style, published_faults, batch_size)
         results[data.task.name] = {
             **result,
             "n": len(data.examples),
@@ -148,6 +150,7 @@ def evaluate_tasks(
         "adapter_config": None if adapter_config is None else dataclasses.asdict(adapter_config),
         "protocol": protocol,
         "prompt_style": prompt_style,
+        "published_faults": published_faults,
         "split": "test",
         "batch_size": batch_size,
         "max_length": max_length,
@@ -209,11 +212,16 @@ def _score_choices(
     }
 
 
-def _generate_answers(data: TaskData, generator: Generator, style: str) -> dict[str, Any]:
+def _generate_answers(
+    data: TaskData, generator: Generator, style: str, published_faults: bool, batch_size: int
+) -> dict[str, Any]:
     metric, new_tokens, tokenizer = data.task.metric, data.task.new_tokens, generator.tokenizer
-    prompts = [
-        encode_prompt(few_shot_messages(example, data.shots, style), tokenizer, style) for example in data.examples
-    ]
+    asked = [few_shot_messages(example, data.shots, style) for example in data.examples]
+    if published_faults:
+        prompts = published.prompts(asked, tokenizer, batch_size)
+    else:
+        prompts = [encode_prompt(messages, tokenizer, style) for messages in asked]
+    judge = published.is_right if published_faults else is_right
     fits = [len(prompt) <= generator.max_length - new_tokens for prompt in prompts]
     asked = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
     if not asked:
@@ -230,7 +238,7 @@ def _generate_answers(data: TaskData, generator: Generator, style: str) -> dict[
         scores = {**rouge([text or "" for text in texts], references), "scoring": f"ROUGE: {POLICY}"}
     else:
         right = [
-            text is not None and is_right(metric, text, example.answer, example.labels)
+            text is not None and judge(metric, text, example.answer, example.labels)
             for text, example in zip(texts, data.examples, strict=True)
         ]
         scores = {**_accuracy("accuracy", "stderr", right), "items": [int(one) for one in right],

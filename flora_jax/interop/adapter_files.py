@@ -310,6 +310,8 @@ def _peft_targets(where: Path, stored: Mapping[str, Any], tensors: Mapping[str, 
 
 def _adapter_config(directory: Path, stored: Mapping[str, Any]) -> AdapterConfig:
     where, names = directory / CONFIG, [field.name for field in dataclasses.fields(AdapterConfig)]
+    # What the first directories of this format had no field for. It says how training began, not what is computed.
+    stored = {"zero_init": None, **stored}
     missing = [name for name in names if name not in stored]
     if missing:
         raise UserError(f"{where}: field {missing[0]!r} is missing")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import ml_collections
 import numpy as np
 
-from flora_jax.config import generator_settings, names
+from flora_jax.config import generator_settings, names, task_weights
 from flora_jax.data import (
     Encoded,
     Example,
     data_hash,
     dedupe,
     encode_all,
+    expand,
     get_task,
     has_split,
     load_examples,
@@ -31,11 +33,14 @@ _CONTAMINATED = 0.01  # share of a test's questions
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Encoded examples, and what a result file says of them."""
+    """Encoded examples, and what a result file says of them.
+
+    parts: where tasks have weights, the number of training examples of each, in order, and its weight."""
 
     train: list[Encoded]
     validation: list[Encoded]
     account: dict[str, Any]
+    parts: list[tuple[int, float]] | None = None
 
 
 def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast) -> Inputs:
@@ -47,8 +52,9 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
     doubles will be in the data as well: that is refused unless `config.data.allow_contaminated`. Raises UserError.
     """
     data = config.data
-    tasks = [get_task(name, generator_settings(config)) for name in names(data.tasks)]
-    train: list[Example] = []
+    tasks = [get_task(name, generator_settings(config)) for name in expand(names(data.tasks))]
+    weights = task_weights(config)
+    by_task: list[list[Example]] = []
     validation: list[Example] = []
     hashes = {}
     share = max(1, data.validation_size // len(tasks))
@@ -66,7 +72,7 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
             chosen = set(order[: min(share, max(1, len(examples) // 10))].tolist())
             held_out = [examples[i] for i in sorted(chosen)]
             examples = [example for i, example in enumerate(examples) if i not in chosen]
-        train += examples
+        by_task.append(examples)
         validation += held_out
     tests: list[Example] = []
     scored = {name: get_task(name, generator_settings(config)) for name in names(config.eval.tasks)}
@@ -77,37 +83,48 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
         asked = load_examples(task, "test", data.dir, data.cache_dir)
         tests += asked
         if name in scored:
-            overlaps[name] = dedupe(asked, train)[1] / len(asked)
+            overlaps[name] = dedupe(asked, itertools.chain(*by_task))[1] / len(asked)
             if overlaps[name] > _CONTAMINATED and not data.allow_contaminated:
                 raise UserError(
                     f"config.data.tasks={data.tasks}: {100 * overlaps[name]:.1f} % of the test questions of {name!r} "
                     "are in the training data; leave that test or that data out, or set config.data.allow_contaminated"
                 )
-    before = len(train)
+    before = sum(map(len, by_task))
     validation, dropped_validation = dedupe(validation, tests)
     if not validation:
         raise UserError(f"config.data.tasks={data.tasks}: each validation record is also in a test set")
-    train, dropped = dedupe(train, [*validation, *tests])
-    if not train:
+    kept, dropped = dedupe(list(itertools.chain(*by_task)), [*validation, *tests])
+    if not kept:
         raise UserError(
             f"config.data.tasks={data.tasks}: each of {before} training records is also in a test or the validation set"
         )
-    if data.limit is not None and data.limit < len(train):
-        chosen = np.sort(np.random.default_rng(1).permutation(len(train))[: data.limit])
-        train = [train[i] for i in chosen]
+    if data.limit is not None and data.limit < len(kept):
+        chosen = np.random.default_rng(1).permutation(len(kept))[: data.limit]
+        kept = [kept[i] for i in chosen]
+    trained = set(map(id, kept))
+    by_task = [[example for example in examples if id(example) in trained] for examples in by_task]
     settings = {"style": data.prompt_style, "loss_on": data.loss_on, "max_length": data.max_length}
-    encoded, report = encode_all(train, tokenizer, **settings)
+    parts = by_task if weights else [list(itertools.chain(*by_task))]
+    encoded_parts, reports = zip(*(encode_all(part, tokenizer, **settings) for part in parts), strict=True)
+    encoded = list(itertools.chain(*encoded_parts))
     validation_encoded, validation_report = encode_all(validation, tokenizer, **settings)
     account = {
         "tasks": [task.name for task in tasks],
         "sha256": {**hashes, "tokens": _tokens_hash(encoded), "validation tokens": _tokens_hash(validation_encoded)},
-        "train": dataclasses.asdict(report),
+        "weights": weights,
+        "train": _together([dataclasses.asdict(report) for report in reports]),
         "validation": dataclasses.asdict(validation_report),
         "dropped_as_in_test": dropped,
         "share_of_test_in_train": overlaps,  # before those records were dropped
         "dropped_from_validation": dropped_validation,
     }
-    return Inputs(encoded, validation_encoded, account)
+    sizes = weights and list(zip(map(len, encoded_parts), weights, strict=True))
+    return Inputs(encoded, validation_encoded, account, sizes)
+
+
+def _together(reports: list[dict[str, int]]) -> dict[str, int]:
+    """One account of several parts' examples."""
+    return {field: (max if field == "longest" else sum)(r[field] for r in reports) for field in reports[0]}
 
 
 def _tokens_hash(encoded: list[Encoded]) -> str:

@@ -103,6 +103,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
         max_length=config.data.max_length,
         seed=config.train.seed,
         packing=config.data.packing,
+        parts=inputs.parts,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
     )

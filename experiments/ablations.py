@@ -1,0 +1,196 @@
+"""What each part of FFBA does: the groups of configs/ablations.py, run and set side by side, resumable.
+
+    python -m experiments.ablations --groups add_set --data_dir DIR --out experiments/results/ablations
+
+Each run leaves OUT/NAME-seedN.json as it ends and is not run again; two names of one configuration are one run. At the
+end OUT.md, OUT.csv and OUT.png: validation loss and the loss of the reference answers on the first `--limit` test
+items, means over seeds, and the difference to FFBA (QG-Add) by a paired bootstrap over those items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.accuracy import SCHEMA_VERSION, item_losses, paired_bootstrap, read_seeds, train
+from experiments.report import header, provenance
+from flora_jax.analysis.variants import trained_parameters
+from flora_jax.config import adapter_config, learning_rate, names, read_config
+from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
+from flora_jax.evaluation.run import load_task_data
+from flora_jax.files import read_json, write_json
+from flora_jax.interop.adapter_files import load_adapted
+from flora_jax.models.loading import load_config
+
+CONFIGS = Path(__file__).parents[1] / "configs/ablations.py"
+REFERENCE = "add_qg"
+
+
+def configuration(name: str, seed: int, args: argparse.Namespace) -> Any:
+    """The run of one name."""
+    config = read_config(f"{CONFIGS}:{name}").unlock()
+    config.model.weights = args.model
+    config.data.dir = args.data_dir
+    config.data.tasks = args.task
+    config.data.max_length = args.max_length
+    config.train.seed = seed
+    config.train.steps = args.steps
+    config.train.eval_every = config.train.save_every = max(1, args.steps // 2)
+    config.train.log_every = max(1, args.steps // 4)
+    return config
+
+
+def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains and scores one run, or reads what an earlier call has left."""
+    path = args.out / f"{name}-seed{seed}.json"
+    setup = configuration(name, seed, args)
+    # By what it sets: two names of one run share their result, and a changed table makes its old results void.
+    asked = {**setup.to_dict(), "data": {**setup.data.to_dict(), "dir": "DIR"}, "test_items": args.limit}
+    for other in [path, *sorted(args.out.glob("*.json"))]:
+        if other.exists() and (result := read_json(other))["asked"] == asked:
+            if other != path:
+                write_json(path, {**result, "name": name, "same_run_as": result["name"]})
+            return {**result, "name": name}
+    if path.exists():
+        raise UserError(f"{path} was asked for with other settings; name another --out, or delete it to run it anew")
+    start, workdir = time.perf_counter(), args.workdir / f"{name}-seed{seed}"
+    tasks = load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)
+    account, _ = train(setup, workdir)
+    model, adapter = load_adapted(args.model, str(workdir / "adapter")), adapter_config(setup)
+    [losses] = item_losses(model, tasks).values()
+    result = {
+        "schema_version": SCHEMA_VERSION, "name": name, "asked": asked, "learning_rate": learning_rate(setup),
+        "parameters": trained_parameters(load_config(args.model), adapter), "scale": adapter.scale,
+        "trains_beside": setup.train.trainable, **{k: v for k, v in account.items() if k != "config"},
+        "reference_losses": [loss / size for loss, size in losses],
+        "minutes": (time.perf_counter() - start) / 60, "provenance": _about(args),
+    }  # fmt: skip
+    write_json(path, result)
+    jax.clear_caches()
+    return result
+
+
+def _about(args: argparse.Namespace) -> dict[str, Any]:
+    about = provenance("orbax-checkpoint", "grain")
+    return {**about, "command": about["command"].replace(args.data_dir, "DIR")}
+
+
+def rows(group: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A group's table: a row a name, over its seeds."""
+    table = []
+    for name, runs in found.items():
+        test = [float(np.mean(run["reference_losses"])) for run in runs]
+        row = {
+            "group": group, "name": name, "parameters": runs[0]["parameters"], "rate": runs[0]["learning_rate"],
+            "seeds": len(runs),
+            "validation_loss": float(np.mean([min(v for k, v in r["validation_losses"].items() if k != "0")
+                                              for r in runs])),
+            "test_loss": float(np.mean(test)),
+            "stderr_over_seeds": float(np.std(test, ddof=1) / np.sqrt(len(test))) if len(test) > 1 else None,
+        }  # fmt: skip
+        table.append(row)
+    return table
+
+
+def write_tables(groups: dict[str, dict[str, list[dict[str, Any]]]], args: argparse.Namespace) -> str:
+    """OUT.md, OUT.csv and OUT.png; the Markdown."""
+    reference = next((found[REFERENCE] for found in groups.values() if REFERENCE in found), None)
+    items = lambda runs: np.mean([run["reference_losses"] for run in runs], axis=0)  # noqa: E731
+    lines = [header("Ablations", _about(args)),
+             f"{args.model}, float32, {args.task}, {args.steps} steps of 4 packed rows of {args.max_length} tokens; "
+             f"test loss: of the reference answer of the first {args.limit} test items, nats a token, mean over items; "
+             f"difference to {REFERENCE} [95 % interval, paired bootstrap over items]; rates are the method's own "
+             "unless the name's configuration says another.\n"]  # fmt: skip
+    every = []
+    for group, found in groups.items():
+        lines += [f"## {group}\n", "| run | parameters | rate | seeds | validation loss | test loss | difference |",
+                  "|---|---|---|---|---|---|---|"]  # fmt: skip
+        for row in rows(group, found):
+            runs = found[row["name"]]
+            beside = " + " + runs[0]["trains_beside"].replace("params/.*/", "") if runs[0]["trains_beside"] else ""
+            difference = ""
+            if reference is not None and row["name"] != REFERENCE:
+                row["difference"], row["low"], row["high"] = paired_bootstrap(items(runs), items(reference))
+                difference = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+            spread = "" if row["stderr_over_seeds"] is None else f" ± {row['stderr_over_seeds']:.3f}"
+            cells = [row["name"], f"{row['parameters']:,}{beside}", f"{row['rate']:g}", str(row["seeds"]),
+                     f"{row['validation_loss']:.3f}", f"{row['test_loss']:.3f}{spread}", difference]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+            every.append(row)
+        lines.append("")
+    with args.out.with_suffix(".csv").open("w", newline="") as file:
+        fields = dict.fromkeys(key for row in every for key in row)
+        writer = csv.DictWriter(file, list(fields))
+        writer.writeheader()
+        writer.writerows(every)
+    text = "\n".join(lines)
+    args.out.with_suffix(".md").write_text(text)
+    plot(every, args.out.with_suffix(".png"))
+    return text
+
+
+def plot(table: list[dict[str, Any]], path: Path) -> None:
+    """Each run's difference in test loss to the reference, with its interval, a panel a group."""
+    from matplotlib.figure import Figure
+
+    groups = {row["group"]: [r for r in table if r["group"] == row["group"]] for row in table}
+    figure = Figure(figsize=(6, 0.6 + sum(0.35 + 0.24 * len(own) for own in groups.values())), layout="constrained")
+    panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False,
+                             gridspec_kw={"height_ratios": [len(own) for own in groups.values()]})[:, 0]  # fmt: skip
+    for panel, (group, own) in zip(panels, groups.items(), strict=True):
+        for place, row in enumerate(own):
+            middle = row.get("difference", 0.0)
+            error = [[middle - row.get("low", 0.0)], [row.get("high", 0.0) - middle]]
+            panel.errorbar(middle, place, xerr=error, fmt="o", ms=4, color="C0", capsize=2)
+        panel.set_yticks(range(len(own)), [row["name"] for row in own], fontsize=8)
+        panel.invert_yaxis()
+        panel.axvline(0, color="0.5", lw=0.8)
+        panel.grid(axis="x", color="0.92")
+        panel.set_axisbelow(True)
+        panel.set_title(group, fontsize=9, loc="left")
+    figure.supxlabel(f"test loss less that of {REFERENCE}, nats a token (left is better)", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    known = runpy.run_path(str(CONFIGS))["GROUPS"]
+    parser = CommandParser(prog="python -m experiments.ablations", description=__doc__.split("\n")[0])
+    parser.add_argument("--groups", default=",".join(known), help="comma-separated, run in this order")
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/ablations"))
+    parser.add_argument("--workdir", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes")
+    parser.add_argument("--task", default="dailydialogpp")
+    parser.add_argument("--max_length", type=int, default=256)
+    parser.add_argument("--seeds", default="0", help="comma-separated")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--limit", type=int, default=200, help="test items")
+    args = parser.parse_args(argv[1:])
+    for group in names(args.groups):
+        if group not in known:
+            raise UserError(f"--groups: {group!r} is unknown; {near_misses(group, known)}")
+    seeds = read_seeds(args.seeds)
+    check_writable(args.out.with_suffix(".md"), "--out")
+    load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)  # before the first run
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    # The reference first: every table is beside it.
+    wanted = [(group, name) for group in names(args.groups) for name in known[group]]
+    wanted.sort(key=lambda pair: pair[1] != REFERENCE)
+    for group, name in wanted:
+        groups.setdefault(group, {})[name] = runs = [one(name, seed, args) for seed in seeds]
+        print(f"{name}: {rows(group, {name: runs})[0]}", file=sys.stderr)
+    ordered = {group: {name: groups[group][name] for name in known[group]} for group in names(args.groups)}
+    print(write_tables(ordered, args))
+
+
+if __name__ == "__main__":
+    run_command(main)

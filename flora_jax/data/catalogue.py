@@ -1,0 +1,108 @@
+"""What the TFDS catalogue has of the tasks: its names and splits, and its elements as the records that files hold.
+
+Multiple-choice elements get the wording of LLM-Adapters' files, whose test sets are official validation splits where
+the official test has no answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from flora_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalogue:
+    """A task's place in the TFDS catalogue: the name there, and which official split each of ours is. `convert` makes
+    the record that a file would hold of an element; None leaves an element out."""
+
+    name: str
+    splits: Mapping[str, str]
+    convert: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
+
+
+def _compose(
+    question: str, choices: Sequence[str], gold: Any, *,
+    ask: str = "Please choose the correct answer to the question",
+    label: str = "answer", between: str = " ", end: str = "\n\n",
+) -> dict[str, str]:  # fmt: skip
+    """What tasks.py takes apart: a question in the wording of LLM-Adapters; without choices, `true/false`."""
+    labels = [f"{label}{i}" for i in range(1, len(choices) + 1)] or ["true", "false"]
+    if not isinstance(gold, int) or not 0 <= gold < len(labels):
+        raise UserError(f"field 'label' is {gold!r}; it must be the index of one of {len(labels)} {label}s")
+    marked = between.join(f"{mark.capitalize()}: {choice}" for mark, choice in zip(labels, choices, strict=False))
+    prompt = f"{ask}: {question}\n\n{marked + end if choices else ''}Answer format: {'/'.join(labels)}"
+    return {"instruction": prompt, "input": "", "output": "", "answer": labels[gold]}
+
+
+compose_ending = functools.partial(
+    _compose, ask="Please choose the correct ending to complete the given sentence", label="ending"
+)
+
+
+def _arc(element: Mapping[str, Any]) -> dict[str, str]:
+    choices = element["choices"]
+    labels = [choice["label"] for choice in choices]
+    return _compose(element["question"], [choice["text"] for choice in choices], labels.index(element["answerKey"]))
+
+
+def _openbookqa(element: Mapping[str, Any]) -> dict[str, str]:
+    question = element["question"]
+    return _compose(question["stem"], [question[f"choice_{letter}"] for letter in "ABCD"], element["answerKey"])
+
+
+def _piqa(element: Mapping[str, Any]) -> dict[str, str]:
+    ask = "Please choose the correct solution to the question"
+    solutions = [element["sol1"], element["sol2"]]
+    return _compose(element["goal"], solutions, element["label"], ask=ask, label="solution", between="\n\n")
+
+
+def _winogrande(element: Mapping[str, Any]) -> dict[str, str]:
+    ask = "Please choose the correct answer to fill in the blank to complete the given sentence"
+    options = [element["option1"], element["option2"]]
+    return _compose(element["sentence"], options, element["label"], ask=ask, label="option", end=" ")
+
+
+def _boolq(element: Mapping[str, Any]) -> dict[str, str]:
+    """Without its passage, as LLM-Adapters asks it."""
+    ask = "Please answer the following question with true or false, question"
+    return _compose(f"{element['question']}?", (), 0 if element["answer"] else 1, ask=ask)
+
+
+def hellaswag(element: Mapping[str, Any]) -> dict[str, Any]:
+    """HellaSwag without WikiHow's marks ([header], [title], …), which nobody would read as language."""
+
+    def plain(text: str) -> str:
+        text = re.sub(r"\[(?:header|title|step|substeps?)\]", "", text.replace(" [title]", ". "))
+        return text.replace("  ", " ").strip()
+
+    context = plain(f"{element['activity_label']}: {element['context']}")
+    return {"activity_and_ctx": context, "endings": [*map(plain, element["endings"])], "label": element["label"]}
+
+
+def _unless_empty(element: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """A text and its summary as they are; one without either is left out, since nobody here can mend it."""
+    return element if all(text.strip() for text in element.values()) else None
+
+
+_OFFICIAL = MappingProxyType({split: split for split in ("train", "validation", "test")})
+_TESTED = MappingProxyType({"train": "train", "test": "validation"})
+
+CATALOGUE: Mapping[str, Catalogue] = MappingProxyType({
+    "ARC-Easy": Catalogue("ai2_arc/ARC-Easy", _OFFICIAL, _arc),
+    "ARC-Challenge": Catalogue("ai2_arc/ARC-Challenge", _OFFICIAL, _arc),
+    "piqa": Catalogue("piqa", _TESTED, _piqa),
+    "openbookqa": Catalogue("openbookqa", _OFFICIAL, _openbookqa),
+    "boolq": Catalogue("bool_q", _TESTED, _boolq),
+    "winogrande": Catalogue("winogrande", {**_TESTED, "train": "train_xl"}, _winogrande),
+    "hellaswag": Catalogue("hellaswag", _TESTED, hellaswag),
+    "gsm8k": Catalogue("gsm8k", {"train": "train", "test": "test"}, dict),
+    "samsum": Catalogue("samsum", _OFFICIAL, _unless_empty),
+    "xsum": Catalogue("xsum", _OFFICIAL, _unless_empty),
+    "cnn_dailymail": Catalogue("cnn_dailymail", _OFFICIAL, _unless_empty),
+})  # fmt: skip
