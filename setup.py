@@ -9,6 +9,7 @@ RUNTIME = [
     "gguf>=0.17",
     "grain>=0.2.14",
     "huggingface_hub>=1.0",
+    "importlib_resources>=6.0",  # tensorflow-datasets needs it to prepare its own data sets and does not say so
     "jinja2>=3.1",
     "jax>=0.10",
     "matplotlib>=3.9",
@@ -25,10 +26,12 @@ RUNTIME = [
     "transformers>=5.0",
 ]
 DEMO = ["reasoning-gym>=0.1.20"]
+# Only `python -m flora_jax.harness` imports it, and it needs no torch.
+LM_EVAL = ["lm_eval>=0.4.13"]
 # torch and peft are what our numbers are compared against; nothing at run time imports them.
 TEST = [
-    *DEMO, "hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10", "peft>=0.18", "pytest>=8.0",
-    "torch==2.13.0",
+    *DEMO, *LM_EVAL, "hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10", "peft>=0.18",
+    "pytest>=8.0", "torch==2.13.0",
 ]  # fmt: skip
 
 setup(
@@ -42,6 +45,7 @@ setup(
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10"],
         "demo": DEMO,
+        "lm-eval": LM_EVAL,
         "test": TEST,
         # Compiles for H100 / A100 on a machine without a GPU or driver.
         "gpu-plan": ["jax-cuda12-plugin>=0.10", "jax-cuda12-pjrt>=0.10", "nvidia-cuda-nvcc-cu12>=12.9"],

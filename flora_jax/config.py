@@ -22,7 +22,7 @@ from flora_jax.errors import UserError, near_misses
 from flora_jax.models.config import DTYPES, PRESETS, LlamaConfig
 
 # A zero A with a full B moves the output 18 to 64 times as far in one Adam step as LoRA's zero B does, so the rate
-# belongs to the method (README, "The family"). For scale s = 1; zflora's, ffba_qd_add's and fft's are guesses.
+# belongs to the method (README, "The family"). For scale s = 1; ffba_qd_add's and fft's are guesses.
 LEARNING_RATES: dict[str, float] = {
     "fft": 5e-5,
     "lora": 1e-3,
@@ -33,7 +33,7 @@ LEARNING_RATES: dict[str, float] = {
     "ffba": 3e-4,
     "ffba_qg_add": 3e-4,
     "ffba_qd_add": 3e-4,
-    "zflora": 3e-4,
+    "zflora": 1e-4,
 }
 # What a model preset changes in the base configuration: the Llamas are for GPUs, where bfloat16 is native and
 # recomputing what is not a product costs little beside the memory it saves.

@@ -71,13 +71,33 @@ def choice_loglik(
     base, adapter: trees as `Llama` takes them; dtype: compute dtype, None for the base's; log-softmax in float32.
     Raises UserError for a continuation that has no tokens or a pair beyond max_position_embeddings.
     """
+    encoded = _encode(config, tokenizer, requests)
+    scores = token_loglik(config, base, adapter, adapter_config, encoded, batch_size, dtype)
+    return [[loglik for loglik, _ in pairs] for pairs in scores]
+
+
+def token_loglik(
+    config: LlamaConfig,
+    base: Tree,
+    adapter: Tree | None,
+    adapter_config: AdapterConfig | None,
+    requests: Sequence[Sequence[tuple[list[int], list[int]]]],
+    batch_size: int = 16,
+    dtype: Any = None,
+) -> list[list[tuple[float, bool]]]:
+    """`choice_loglik` of pairs that are token ids already, neither side empty: `(log-likelihood, is_greedy)` of each,
+    is_greedy where every token of the continuation is the most likely one at its place.
+
+    Pairs of one question that share a context are computed in one row. The last token of a pair is never read, so a
+    pair may have max_position_embeddings + 1 tokens; that it has no more is the caller's to see to.
+    """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be a positive integer")
     model = Llama(config, adapter_config if adapter is not None else None, dtype=dtype)
     variables = {"params": base, **({"adapter": adapter} if adapter else {})}
-    rows = _rows(config, tokenizer, requests)
+    rows = _rows(requests)
     rows.sort(key=lambda row: row.length, reverse=True)  # the longest first: memory runs out at once or never
-    out = [[0.0] * len(pairs) for pairs in requests]
+    out = [[(0.0, False)] * len(pairs) for pairs in requests]
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     for batch in tqdm(batches, desc="log-likelihood", disable=len(batches) < 2 or not sys.stderr.isatty()):
         for (question, choice), score in _score(model, variables, batch, batch_size):
@@ -100,14 +120,14 @@ def encode_pair(tokenizer: PreTrainedTokenizerFast, context: str, continuation: 
     return [start], tokenizer(continuation, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _rows(
+def _encode(
     config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Sequence[tuple[str, str]]]
-) -> list[_Row]:
-    """One row for each distinct context of each question."""
-    rows = []
+) -> list[list[tuple[list[int], list[int]]]]:
+    """The tokens of each pair. Raises UserError for one that cannot be scored."""
+    encoded = []
     for question, pairs in enumerate(requests):
-        by_context: dict[tuple[int, ...], _Row] = {}
-        for choice, (context, continuation) in enumerate(pairs):
+        encoded.append([])
+        for context, continuation in pairs:
             before, after = encode_pair(tokenizer, context, continuation)
             if not after:
                 raise UserError(f"question {question}: continuation {continuation!r} has no tokens of its own")
@@ -116,6 +136,16 @@ def _rows(
                     f"question {question}: context and continuation have {len(before) + len(after)} tokens, more than "
                     f"the model's max_position_embeddings={config.max_position_embeddings}"
                 )
+            encoded[-1].append((before, after))
+    return encoded
+
+
+def _rows(requests: Sequence[Sequence[tuple[list[int], list[int]]]]) -> list[_Row]:
+    """One row for each distinct context of each question."""
+    rows = []
+    for question, pairs in enumerate(requests):
+        by_context: dict[tuple[int, ...], _Row] = {}
+        for choice, (before, after) in enumerate(pairs):
             row = by_context.setdefault(tuple(before), _Row(before, [], []))
             row.continuations.append(after)
             row.owners.append((question, choice))
@@ -123,8 +153,10 @@ def _rows(
     return rows
 
 
-def _score(model: Llama, variables: Tree, batch: list[_Row], batch_size: int) -> list[tuple[tuple[int, int], float]]:
-    """`(owner, log-likelihood)` of every continuation of the batch, which is filled up to `batch_size` rows."""
+def _score(
+    model: Llama, variables: Tree, batch: list[_Row], batch_size: int
+) -> list[tuple[tuple[int, int], tuple[float, bool]]]:
+    """`(owner, (log-likelihood, is_greedy))` of every continuation of the batch, filled up to `batch_size` rows."""
     T = -(-max(row.length for row in batch) // _ROW_MULTIPLE) * _ROW_MULTIPLE
     tokens, positions = np.zeros((batch_size, T), np.int32), np.zeros((batch_size, T), np.int32)
     groups = np.full((batch_size, T), _PADDING, np.int32)
@@ -144,9 +176,10 @@ def _score(model: Llama, variables: Tree, batch: list[_Row], batch_size: int) ->
     hidden = _hidden(model, variables, tokens, positions, groups)
     where = np.zeros((-(-len(scored) // _CHUNK) * _CHUNK, 3), np.int32)
     where[: len(scored)] = scored
-    chunks = [_token_loglik(model, variables, hidden, chunk) for chunk in np.split(where, len(where) // _CHUNK)]
-    values = np.concatenate(jax.device_get(chunks)).astype(np.float64)
-    return [(owner, float(values[start:stop].sum())) for owner, start, stop in spans]
+    chunks = [_next_tokens(model, variables, hidden, chunk) for chunk in np.split(where, len(where) // _CHUNK)]
+    values, best = map(np.concatenate, zip(*jax.device_get(chunks), strict=True))
+    values = values.astype(np.float64)
+    return [(owner, (float(values[i:j].sum()), bool(best[i:j].all()))) for owner, i, j in spans]
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -157,9 +190,11 @@ def _hidden(model: Llama, variables: Tree, tokens: Array, positions: Array, grou
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _token_loglik(model: Llama, variables: Tree, hidden: Array, where: Array) -> Array:
-    """log p `[C]` of the next tokens `where[:, 2]`, read at `hidden[where[:, 0], where[:, 1]]`."""
+def _next_tokens(model: Llama, variables: Tree, hidden: Array, where: Array) -> tuple[Array, Array]:
+    """log p `[C]` of the next tokens `where[:, 2]`, read at `hidden[where[:, 0], where[:, 1]]`, and whether each is
+    the most likely one."""
     rows, places, targets = where.T
     unembedding = model.apply(variables, method="unembedding").astype(hidden.dtype)
     logits = jnp.einsum("CD,VD->CV", hidden[rows, places], unembedding, preferred_element_type=jnp.float32)
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=-1)[:, 0]
+    loglik = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=-1)[:, 0]
+    return loglik, jnp.argmax(logits, axis=-1) == targets

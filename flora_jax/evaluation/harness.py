@@ -1,0 +1,357 @@
+"""EleutherAI's lm-evaluation-harness on our models: `HarnessLM` is what the harness scores, `evaluate_harness` runs it.
+
+Needs the extra `lm-eval`. The tokenisation rule is the harness's, which is `encode_pair`'s but for three inputs, where
+this module does as the harness (1, 2) or goes on where the harness stops (3):
+
+    1. a context that starts with the bos token's text gets no second bos from the tokenizer (`encode_pair` adds one)
+    2. after an empty context, a continuation that starts with the prefix token gets no second one, and that token is
+       not scored (`encode_pair` puts it in front and scores both)
+    3. a context of spaces alone, with a tokenizer that adds no bos, has no tokens: the prefix token stands in for it,
+       as in `encode_pair` (the harness's own Hugging Face model fails)
+
+A pair that is too long is cut from the left with a warning, as the harness does; `choice_loglik` refuses it. With an
+adapter, the harness's own Hugging Face model drops embeddings beyond the tokenizer's ids; here all of them compete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jinja2 import TemplateError
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
+
+from flora_jax.adapters import AdapterConfig
+from flora_jax.errors import UserError, near_misses
+from flora_jax.evaluation.loglik import token_loglik
+from flora_jax.inference.generator import Generator, bucket
+from flora_jax.inference.sampling import Sampling
+from flora_jax.models.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import Task
+    from transformers import PreTrainedTokenizerFast
+
+Tree = dict[str, Any]
+
+SCHEMA_VERSION = 1
+
+_FIRST_ROUND = 64  # tokens generated before stop strings are looked for; each later round doubles what there is
+# Arguments of transformers' `generate` that some tasks set to what is done here anyway.
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
+# Of the harness's results: what describes torch or the working directory, neither of which scored anything.
+_LEFT_OUT = ("pretty_env_info", "upper_git_hash", "git_hash")
+
+_log = logging.getLogger(__name__)
+
+
+class HarnessLM(TemplateLM):
+    """A base, with or without an adapter, as the harness's language model: one process, right-padded batches.
+
+    base, adapter, adapter_config: as `evaluate_tasks` takes them; arithmetic in the base's dtype. max_length: tokens
+    that the model reads at once, by default max_position_embeddings; longer input is cut from the left with a warning.
+    seed: of sampled generations. Raises UserError for sizes out of range and a tokenizer without a bos or eos token.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        base: Tree,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        adapter: Tree | None = None,
+        adapter_config: AdapterConfig | None = None,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be a positive integer")
+        if max_length is not None and not 2 <= max_length <= config.max_position_embeddings:
+            limit = config.max_position_embeddings
+            raise UserError(f"max_length={max_length} must be from 2 to the model's max_position_embeddings={limit}")
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise UserError("the harness needs a tokenizer with a bos or eos token to start an empty context from")
+        self.config, self.base, self.tokenizer = config, base, tokenizer
+        self.adapter, self.adapter_config = adapter, adapter_config
+        self.batch_size, self.seed = batch_size, seed
+        self.max_length = max_length or config.max_position_embeddings
+        self.max_gen_toks = 256  # the harness's default, for tasks that set none
+        self._generator: Generator | None = None
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context becomes: bos, or eos where there is no bos."""
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's name, or a digest of it: the harness tells cached chat prompts apart by it."""
+        if self.tokenizer.name_or_path:
+            return self.tokenizer.name_or_path.replace("/", "__")
+        core = self.tokenizer.backend_tokenizer.to_str() + str(self.tokenizer.chat_template)
+        return "sha256-" + hashlib.sha256(core.encode()).hexdigest()[:16]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as a prompt. Raises UserError where there is no template or it refuses the conversation."""
+        if self.tokenizer.chat_template is None:
+            raise UserError("apply_chat_template: the tokenizer has no chat template")
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt)  # fmt: skip
+        except TemplateError as error:
+            raise UserError(f"apply_chat_template: the tokenizer's template refuses a conversation ({error})") from None
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; special tokens where the tokenizer adds them, and no second bos before one in the text."""
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """`(summed log-likelihood, is_greedy)` of each request's continuation after its context."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each request's whole text after the prefix token, in the harness's windows of max_length
+        tokens."""
+        owners, windows = [], []
+        for i, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                owners.append(i)
+                windows.append([make_disjoint_window(pair)])
+        out = [0.0] * len(requests)
+        for i, [(score, _)] in zip(owners, self._score(windows), strict=True):
+            out[i] += score
+        return out
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The continuation of each request's context, up to its first stop string.
+
+        Of the generation arguments `until`, `max_gen_toks` (and the harness's other names for it), `do_sample`,
+        `temperature`, `top_k` and `top_p` are followed; without `do_sample` or a temperature the best token is taken.
+        Raises UserError for any other, and where max_gen_toks leaves no room for a context, which is otherwise cut
+        from the left. Unlike transformers, sampling considers all tokens where no top_k is given.
+        """
+        settings = [self._settings(request.args[1]) for request in requests]
+        prompts = []
+        for request, (_, new_tokens, _) in zip(requests, settings, strict=True):
+            room = self.max_length - new_tokens
+            if room < 1:
+                raise UserError(f"max_gen_toks={new_tokens} leaves max_length={self.max_length} no room for a prompt")
+            prompt = self.tok_encode(request.args[0]) or [self.prefix_token_id]
+            if len(prompt) > room:
+                _log.warning("a prompt of %d tokens is cut to its last %d", len(prompt), room)
+            prompts.append(prompt[-room:])
+        out = [""] * len(requests)
+        alike: dict[tuple[int, Sampling], list[int]] = {}
+        for i, (_, *setting) in enumerate(settings):
+            alike.setdefault(tuple(setting), []).append(i)
+        for (new_tokens, sampling), group in alike.items():
+            asked = [(prompts[i], settings[i][0]) for i in group]
+            for i, text in zip(group, self._continue(asked, new_tokens, sampling), strict=True):
+                out[i] = text
+        return out
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        before, after = super()._encode_pair(context, continuation)
+        return before or [self.prefix_token_id], after
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        questions: list[list[tuple[list[int], list[int]]]] = []
+        read = 0  # tokens of the last question's row
+        for (_, text), context, continuation in requests:
+            if not 1 <= len(continuation) <= self.max_length:
+                raise UserError(
+                    f"continuation {text[:60]!r} has {len(continuation)} tokens; 1 to max_length={self.max_length} "
+                    "can be scored"
+                )
+            # The last token is not read, so one more than max_length fits.
+            room = self.max_length + 1 - len(continuation)
+            if len(context) > room:
+                _log.warning("a context of %d tokens is cut to its last %d", len(context), room)
+            context = context[-room:]
+            # The choices of a question come one after another; in one row their context is computed once. A context of
+            # one token is not worth it: rows would only become long.
+            same = bool(questions) and len(context) > 1 and questions[-1][0][0] == context
+            if same and read + len(continuation) - 1 <= self.max_length:
+                questions[-1].append((context, continuation))
+                read += len(continuation) - 1
+            else:
+                questions.append([(context, continuation)])
+                read = len(context) + len(continuation) - 1
+        return [score for question in self._score(questions) for score in question]
+
+    def _score(self, questions: list[list[tuple[list[int], list[int]]]]) -> list[list[tuple[float, bool]]]:
+        return token_loglik(self.config, self.base, self.adapter, self.adapter_config, questions, self.batch_size)
+
+    def _settings(self, arguments: Mapping[str, Any]) -> tuple[list[str], int, Sampling]:
+        """Stop strings, number of new tokens and decode settings of a request's generation arguments."""
+        given = dict(normalize_gen_kwargs(dict(arguments), self.max_gen_toks))
+        eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
+        until = [stop for stop in handle_stop_sequences(given.pop("until"), eos) if stop]
+        new_tokens, do_sample = given.pop("max_gen_toks"), given.pop("do_sample")
+        temperature, top_k, top_p = given.pop("temperature", 0.0), given.pop("top_k", 0), given.pop("top_p", 1.0)
+        for name, value in given.items():
+            if name not in _NEUTRAL or value != _NEUTRAL[name]:
+                raise UserError(
+                    f"generation argument {name}={value!r} is not supported; until, max_gen_toks, do_sample, "
+                    "temperature, top_k and top_p are"
+                )
+        if new_tokens < 1:
+            raise UserError(f"max_gen_toks={new_tokens} must be a positive integer")
+        if not do_sample:  # the best token is in every top k and top p
+            return until, new_tokens, Sampling()
+        if not temperature:
+            raise UserError("do_sample=True needs a temperature above 0")
+        return until, new_tokens, Sampling(float(temperature), top_k, top_p)
+
+    def _continue(
+        self, asked: Sequence[tuple[list[int], list[str]]], new_tokens: int, sampling: Sampling
+    ) -> list[str]:
+        """The text after each prompt of `asked`, pairs of token ids and stop strings, up to the first stop string.
+
+        Greedy text comes in rounds, since the compiled loop stops at tokens, not at strings: a prompt whose text has
+        ended is not in the next one.
+        """
+        generator = self._generator_for(max(len(prompt) for prompt, _ in asked) + new_tokens)
+        said: list[list[int]] = [[] for _ in asked]
+        going, done = list(range(len(asked))), 0
+        while going and done < new_tokens:
+            # What is sampled depends on a row's place and step, so all of it is drawn in one go.
+            n = min(max(done, _FIRST_ROUND), new_tokens - done) if sampling.temperature == 0 else new_tokens
+            generations = generator.generate([asked[i][0] + said[i] for i in going], n, sampling, self.seed)
+            done += n
+            for i, generation in zip(going, generations, strict=True):
+                said[i] += generation.tokens
+            ended = [generation.finished or self._text(said[i], asked[i][1])[1]
+                     for i, generation in zip(going, generations, strict=True)]  # fmt: skip
+            going = [i for i, end in zip(going, ended, strict=True) if not end]
+        return [self._text(tokens, until)[0] for tokens, (_, until) in zip(said, asked, strict=True)]
+
+    def _text(self, tokens: list[int], until: Sequence[str]) -> tuple[str, bool]:
+        """The text of `tokens` before the first stop string, and whether there is one."""
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        found = [place for place in map(text.find, until) if place >= 0]
+        return text[: min(found, default=len(text))], bool(found)
+
+    def _generator_for(self, length: int) -> Generator:
+        """The generator, made when one is first needed and again where prompts and new tokens need more room."""
+        if self._generator is None or self._generator.max_length < length:
+            adapters = None if self.adapter is None else {"adapter": self.adapter}
+            # The old one's copy of the weights goes before there is a new one.
+            self._generator = None
+            self._generator = Generator(
+                self.config, self.base, adapters, self.adapter_config, self.tokenizer,
+                min(bucket(length), self.max_length), self.batch_size)  # fmt: skip
+        return self._generator
+
+
+def load_harness_tasks(names: Sequence[str], include_path: str | os.PathLike | None = None) -> list[Task | Group]:
+    """The harness's tasks, groups and tags of these names, with their data; `include_path`: a folder of task files
+    beside the harness's own, which they override.
+
+    Needs no model. Raises UserError for an unknown or repeated name, a folder that is absent, data that cannot be had,
+    and tasks that run generated code or need images.
+    """
+    from datasets.exceptions import DatasetsError
+
+    if not names:
+        raise UserError("tasks is empty; name at least one")
+    if len(set(names)) < len(names):
+        raise UserError(f"tasks={','.join(names)} names a task twice")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"include_path={include_path}: there is no such folder")
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    for name in names:
+        if name not in manager.task_index:
+            hint = near_misses(name, manager.all_tasks)
+            # Where nothing is near, the hint is all names, and the harness has thousands.
+            hint = hint if len(hint) < 500 else "`lm-eval ls tasks` lists all"
+            raise UserError(f"harness task {name!r} is unknown; {hint}")
+    out: list[Task | Group] = []
+    for name in names:
+        try:
+            loaded = manager.load(name)
+        except (OSError, DatasetsError) as error:
+            raise UserError(f"harness task {name!r}: its data cannot be loaded ({error})") from error
+        for task in loaded["tasks"].values():
+            for flag, what in (("UNSAFE_CODE", "runs generated code"), ("MULTIMODAL", "shows images")):
+                if getattr(task, flag, False):
+                    raise UserError(f"harness task {task.task_name!r} {what}, which is not supported here")
+        groups = loaded.get("groups", {})
+        out += [groups[name]] if name in groups else loaded["tasks"].values()
+    return out
+
+
+def evaluate_harness(
+    lm: HarnessLM,
+    tasks: Sequence[Task | Group],
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    apply_chat_template: bool = False,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The result as a JSON-ready dict: what ran (`about` goes in as it is), versions, and under `lm_eval` the
+    harness's own results, whose seeds are its defaults and in them.
+
+    num_fewshot: None leaves each task its own number, and the harness keeps a 0 that a task sets. limit: the first N
+    documents of each task.
+    """
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"num_fewshot={num_fewshot} must be 0 or a positive integer")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit} must be a positive integer (leave it out for all documents)")
+    results = simple_evaluate(
+        lm, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, batch_size=lm.batch_size,
+        apply_chat_template=apply_chat_template, log_samples=False)  # fmt: skip
+    results = {name: value for name, value in results.items() if name not in _LEFT_OUT}
+    packages = ("flora_jax", "lm_eval", "datasets", "jax", "flax", "transformers", "tokenizers", "numpy")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **(about or {}),
+        "adapter_config": None if lm.adapter_config is None else dataclasses.asdict(lm.adapter_config),
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "apply_chat_template": apply_chat_template,
+        "batch_size": lm.batch_size,
+        "max_length": lm.max_length,
+        "dtype": str(lm.base["embed_tokens"]["embedding"].dtype),
+        "device": jax.devices()[0].device_kind,
+        "versions": {
+            "python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}
+        },
+        "lm_eval": json.loads(json.dumps(results, default=handle_non_serializable)),
+    }  # fmt: skip
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The harness's table of a result of `evaluate_harness`, with a second one of groups where there are any."""
+    results = result["lm_eval"]
+    return "\n".join(make_table(results, column) for column in ("results", "groups") if results.get(column))
