@@ -5,8 +5,8 @@
 Runs are methods x seeds; each leaves one JSON in OUT/SUITE as it ends, with its configuration, data hashes, loss curve,
 scores and time. A run whose JSON is there is not run again, one that was killed goes on from its checkpoint. At the end
 OUT/SUITE.md and .csv: means over seeds with standard errors, and every method beside lora by a paired bootstrap over
-the test items. pf_lora and parallel are lora and fpa under other names and are not run. All have the parameters of ffba
-at `--rank` as nearly as their ranks allow, zflora at the ranks on either side.
+the test items; OUT/SUITE.png draws them. pf_lora and parallel are lora and fpa under other names and are not run. All
+have the parameters of ffba at `--rank` as nearly as their ranks allow, zflora at the ranks on either side.
 
 A method's rate is chosen once, by `--rate_steps N` in whichever suite comes first: OUT/rates/METHOD.json has the
 validation losses of the grid, and every later run of the method takes its best. Without that file: the method's own.
@@ -277,7 +277,46 @@ def write_tables(args: argparse.Namespace) -> str:
     lines += ["", *_beside_lora(by_arm)]
     text = "\n".join(lines) + "\n"
     (args.out / f"{args.suite}.md").write_text(text)
+    plot(by_arm, args.out / f"{args.suite}.png")
     return text
+
+
+def _items(runs: list[dict[str, Any]], task: str) -> np.ndarray:
+    """`[n]`: each test item's score, its mean over the runs' seeds."""
+    return np.mean([run["evaluation"]["tasks"][task]["items"] for run in runs], axis=0)
+
+
+def plot(by_arm: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Left the validation losses by step, a line a seed; right each task's score less lora's, with its interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colors = {arm: f"C{place}" for place, arm in enumerate(ARMS)}
+    for arm, runs in by_arm.items():
+        for number, one_run in enumerate(runs):
+            if "step" in one_run:
+                losses = {int(step): loss for step, loss in one_run["validation_losses"].items()}
+                label = None if number else arm
+                left.plot(list(losses), list(losses.values()), marker="o", ms=3, color=colors[arm], label=label)
+    left.set(xlabel="step", ylabel="validation loss, nats a token")
+    tasks = list(next(iter(by_arm.values()))[0]["evaluation"]["tasks"])
+    others = [arm for arm in by_arm if arm != "lora" and "lora" in by_arm]
+    for place, arm in enumerate(others):
+        for row, task in enumerate(tasks):
+            middle, low, high = paired_bootstrap(_items(by_arm[arm], task), _items(by_arm["lora"], task))
+            right.errorbar(middle, row + 0.8 * ((place + 0.5) / len(others) - 0.5), fmt="o", ms=3, color=colors[arm],
+                           xerr=[[middle - low], [high - middle]], label=arm if row == 0 else None)  # fmt: skip
+    right.set_yticks(range(len(tasks)), tasks)
+    right.invert_yaxis()
+    right.axvline(0, color="0.5", lw=0.8)
+    right.set_xlabel("score less lora's, 95 % of a paired bootstrap")
+    for panel in (left, right):
+        panel.grid(color="0.92")
+        panel.set_axisbelow(True)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
 
 
 def _beside_lora(by_arm: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -287,12 +326,11 @@ def _beside_lora(by_arm: dict[str, list[dict[str, Any]]]) -> list[str]:
              "[95 % interval]; it says nothing of the spread over seeds.", "",
              "| method | " + " | ".join(by_arm["lora"][0]["evaluation"]["tasks"]) + " |",
              "|---" * (1 + len(by_arm["lora"][0]["evaluation"]["tasks"])) + "|"]  # fmt: skip
-    items = lambda own, task: np.mean([r["evaluation"]["tasks"][task]["items"] for r in own], axis=0)  # noqa: E731
     for arm, own in by_arm.items():
         if arm != "lora":
             cells = [arm]
             for task in own[0]["evaluation"]["tasks"]:
-                mean, low, high = paired_bootstrap(items(own, task), items(by_arm["lora"], task))
+                mean, low, high = paired_bootstrap(_items(own, task), _items(by_arm["lora"], task))
                 cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
             lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -86,6 +86,7 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
     table = (tmp_path / "a/tiny.md").read_text()
     assert table in capsys.readouterr().out or "| ffba | 8 |" in table
     assert "samsum rougeLsum" in table and "difference to lora" in table and "±" in table
+    assert (tmp_path / "a/tiny.png").stat().st_size > 10_000
     rows = list(csv.DictReader((tmp_path / "a/tiny.csv").open()))
     mean = np.mean([found[f"ffba-seed{s}"]["evaluation"]["tasks"]["samsum"]["reference_loss"] for s in (0, 1)])
     [row] = [r for r in rows if (r["method"], r["task"], r["metric"]) == ("ffba", "samsum", "reference_loss")]
