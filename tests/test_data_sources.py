@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flora_jax.data import builders, sources, tasks
+from flora_jax.data.numbers import canonical_number, final_number, same_number
 from flora_jax.data.tasks import TASKS, get_task
 from flora_jax.errors import UserError
 
@@ -265,11 +266,11 @@ def test_generated_prompt_states_the_format(cache):
 
 
 @pytest.mark.parametrize(("text", "number"), [
-    ("7 - 3 = 4 crayons. The answer is 4.", "4"), ("It costs $1,080.0", "1080"), ("The answer is -7.", "-7"),
-    ("from 10-3", "3"), ("x = .5", "0.5"), ("3.50 dollars", "3.50"), ("it is 1,000,000", "1000000"), ("none", None),
+    ("576.0", "576"), ("1,080", "1080"), ("- 7", "-7"), (".5", "0.5"), ("-.5", "-0.5"), ("3.50", "3.50"),
+    ("1,000,000", "1000000"),
 ])  # fmt: skip
-def test_last_number(text, number):
-    assert tasks.last_number(text) == number
+def test_canonical_number(text, number):
+    assert canonical_number(text) == number
 
 
 def test_a_wrong_rationale_is_no_target():
@@ -351,13 +352,14 @@ def test_every_real_record_parses(name, split, cache):
         assert all(0 <= e.gold < len(e.choices) and all(e.choices) and e.question for e in examples)
         assert {len(e.choices) for e in examples} <= ({2} if name == "boolq" else {3, 4, 5})
     if get_task(name).metric == "number":
-        assert all(float(tasks.last_number(e.messages[1].content)) == pytest.approx(float(e.answer)) for e in examples)
+        assert all(same_number(final_number(e.messages[1].content), e.answer) for e in examples)
         assert not any("<<" in e.messages[1].content for e in examples)
 
 
 @needs_data
-@pytest.mark.parametrize(("name", "count"), [("AddSub", 370), ("MultiArith", 560), ("SingleEq", 484), ("gsm8k", 771)])
+@pytest.mark.parametrize(("name", "count"), [("AddSub", 370), ("MultiArith", 560), ("SingleEq", 484), ("gsm8k", 770)])
 def test_right_rationales_are_as_many_as_documented(name, count, cache):
+    """Of gsm8k one less: it ends at "6th", and ordinals are no answers."""
     examples = sources.load_examples(get_task(name), "test", DATA, cache)
     assert sum(e.messages[1].content != f"The answer is {e.answer}." for e in examples) == count
 

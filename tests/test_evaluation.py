@@ -15,10 +15,11 @@ from safetensors.numpy import save_file
 
 from flora_jax.adapters import AdapterConfig, init_adapter
 from flora_jax.data.encode import encode_prompt
+from flora_jax.data.numbers import final_number, same_number
 from flora_jax.data.tasks import Example, Message, get_task, lm_eval_request
 from flora_jax.errors import UserError, run_command
 from flora_jax.evaluation import published
-from flora_jax.evaluation.answers import final_label, final_letter, final_number, is_right, same_number
+from flora_jax.evaluation.answers import final_label, final_letter, is_right
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
 from flora_jax.evaluation.run import few_shot_messages, few_shot_requests, load_task_data
 from flora_jax.inference.generator import Generation, Generator

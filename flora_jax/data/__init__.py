@@ -13,7 +13,6 @@ from flora_jax.data.tasks import (
     expand,
     get_task,
     label_request,
-    last_number,
     lm_eval_request,
 )
 
@@ -35,7 +34,6 @@ __all__ = [
     "get_task",
     "has_split",
     "label_request",
-    "last_number",
     "lm_eval_request",
     "load_examples",
     "load_records",

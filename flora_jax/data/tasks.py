@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from flora_jax.data.numbers import canonical_number, final_number, same_number
 from flora_jax.errors import UserError, near_misses
 
 ROLES = ("system", "user", "assistant")
@@ -70,24 +71,6 @@ class Task:
 
 
 # ---------------------------------------------------------------------------------------------- parsing
-
-_NUMBER = re.compile(r"(?:(?<![\d.)])-\s?)?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)")
-
-
-def last_number(text: str) -> str | None:
-    """The last number in `text`, canonical (`"... 10 - 3 = $1,080.0."` gives `"1080"`), or None."""
-    found = _NUMBER.findall(text)
-    return canonical_number(found[-1]) if found else None
-
-
-def canonical_number(text: str) -> str:
-    """`"576.0"`, `"1,080"` and `"- 7"` as `"576"`, `"1080"` and `"-7"`; a ValueError if it is no number."""
-    text = text.replace(",", "").replace(" ", "")
-    value = float(text)
-    if value.is_integer() and abs(value) < 1e15:
-        return str(int(value))
-    return text.replace("-.", "-0.") if not text.startswith(".") else "0" + text
-
 
 def normalise(text: str) -> str:
     """The words, numbers and operators of `text` in lower case, spaced alike: `"It's 3.50 + 4 !"` as
@@ -173,8 +156,7 @@ def _parse_number(record: Mapping[str, Any]) -> Example:
     except ValueError:
         raise UserError(f"field 'answer' is {record['answer']!r}; it must be a number") from None
     rationale = record["output"].strip().removeprefix("A:").strip()
-    found = last_number(rationale)
-    right = found is not None and abs(float(found) - float(answer)) <= 1e-6 * max(1.0, abs(float(answer)))
+    right = same_number(final_number(rationale), answer)
     return Example(
         messages=_turns(prompt, rationale if right else f"The answer is {answer}."), answer=answer, question=prompt
     )

@@ -16,50 +16,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from flora_jax.data.numbers import final_number, same_number
 from flora_jax.errors import UserError
-
-# A fraction or date, left as it stands; or a number: thousands joined by commas, decimals, an exponent.
-_VALUE = r"\d+(?:/\d+)+|(?:\d{1,3}(?:,\d{3})+(?![\d]|,\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+"
-# Not inside a word, a decimal, or another number; ordinals (3rd) count nothing.
-_NUMBER = re.compile(rf"(?<![\w.])(?P<value>{_VALUE})(?!\d|(?:st|nd|rd|th)\b)")
-
-_TOLERANCE = 1e-3  # of LLM-Adapters: answers there are rounded to two or three decimals
-
-
-def final_number(text: str) -> str | None:
-    """The last number of `text` as written, without thousands' commas and with its sign: "It is −1,234.50 $." gives
-    "-1234.50". A fraction comes back whole ("3/4"). None without any."""
-    found = list(_NUMBER.finditer(text))
-    if not found:
-        return None
-    last = found[-1]
-    before = text[: last.start()].removesuffix("$")
-    return ("-" if _is_signed(before) else "") + last["value"].replace(",", "")
-
-
-def _is_signed(before: str) -> bool:
-    """Whether the text before a number ends with its sign: a minus that does not stand behind what it could take the
-    number from, a digit, a word's end ("COVID-19") or a bracket. After a word and a space it is a sign ("is -5")."""
-    if not before or before[-1] not in "-−–":
-        return False
-    rest = before[:-1].removesuffix("$")
-    taken_from = rest.rstrip(" \t")
-    if not taken_from or taken_from[-1] in "-−–+*/=(:,$\n":
-        return True
-    if taken_from[-1].isdigit() or taken_from[-1] in ")]%":
-        return False
-    return len(taken_from) < len(rest) or not taken_from[-1].isalnum()
-
-
-def same_number(found: str | None, answer: str) -> bool:
-    """Whether two numbers are equal within 1e-3, so that "5" is "5.0". What is no number (None, a fraction) is equal
-    to nothing but its own text."""
-    if found is None:
-        return False
-    try:
-        return abs(float(found) - float(answer.replace(",", ""))) <= _TOLERANCE
-    except ValueError:
-        return found == answer
 
 
 def final_letter(text: str, letters: str = "ABCDE") -> str | None:
