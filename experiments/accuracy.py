@@ -90,6 +90,7 @@ def configuration(suite: Suite, method: str, rank: int, rate: float, seed: int, 
     config.data.dir = args.data_dir
     config.data.max_length = suite.max_length
     config.data.validation_size = args.validation_size
+    config.data.allow_contaminated = args.allow_contaminated
     config.train.seed = seed
     config.train.steps = args.steps or suite.steps
     config.train.batch_size = suite.batch_size
@@ -362,6 +363,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--validation_size", type=int, default=60)
     parser.add_argument("--limit", type=int, default=200, help="test items a task")
+    parser.add_argument(
+        "--allow_contaminated", action="store_true", help="train on data that holds over 1 %% of a test, and record it"
+    )
     args = parser.parse_args(argv[1:])
     if args.suite not in SUITES:
         raise UserError(f"--suite {args.suite!r} is unknown; {near_misses(args.suite, SUITES)}")

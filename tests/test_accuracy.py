@@ -103,6 +103,7 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
 def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch):
     """Losses of a parabola in log rate: one whose best lies inside the grid, one whose best lies beyond its edge."""
     fields = {"suite": "dialogue", "preset": None, "model": "m", "steps": None, "data_dir": "d"}
+    fields["allow_contaminated"] = False
     monkeypatch.setattr(accuracy, "_about", lambda args: {})
     for best, tried in ((3e-4, 5), (3e-2, 8), (1e-4, 5)):
         asked = []

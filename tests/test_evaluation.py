@@ -196,6 +196,24 @@ def test_smollm2_equals_an_independent_harness(name):
     assert abs(right_norm - 200 * reference["acc_norm"]) <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name, protocol", [("openbookqa", "lm_eval"), ("openbookqa", "llm_adapters"),
+                                            ("dailydialogpp", "llm_adapters")])  # fmt: skip
+def test_smollm2_scores_are_equal_at_batch_1_and_16(name, protocol):
+    from flora_jax.evaluation.run import evaluate_tasks
+    from flora_jax.models.loading import load_pretrained
+
+    config, base = load_pretrained("smollm2-135m-instruct")
+    tokenizer, folder = load_tokenizer("smollm2-135m-instruct"), _folder("FLORA_DATA", "data")
+    tasks = load_task_data([name], folder, protocol=protocol, limit=40)
+    kept = lambda scores: {k: v for k, v in scores.items() if k != "seconds"}  # noqa: E731
+    alone, together = (
+        kept(evaluate_tasks(tasks, config, base, tokenizer, protocol=protocol, batch_size=size)["tasks"][name])
+        for size in (1, 16)
+    )
+    assert alone == together and len(alone["items"]) == 40
+
+
 # ------------------------------------------------------------------------------------------------------- tasks
 
 
