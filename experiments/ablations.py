@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.accuracy import SCHEMA_VERSION, item_losses, paired_bootstrap, read_seeds, train
-from experiments.report import header, provenance
+from experiments.accuracy import SCHEMA_VERSION, about_run, item_losses, paired_bootstrap, read_seeds, train
+from experiments.report import header
 from flora_jax.analysis.variants import trained_parameters
 from flora_jax.config import adapter_config, learning_rate, names, read_config
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
@@ -41,6 +41,9 @@ def configuration(name: str, seed: int, args: argparse.Namespace) -> Any:
     config.data.dir = args.data_dir
     config.data.tasks = args.task
     config.data.max_length = args.max_length
+    config.data.allow_contaminated = args.allow_contaminated
+    config.eval.tasks = args.task  # whose records are dropped from what is trained on
+    config.eval.limit = 1
     config.train.seed = seed
     config.train.steps = args.steps
     config.train.eval_every = config.train.save_every = max(1, args.steps // 2)
@@ -71,16 +74,11 @@ def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         "parameters": trained_parameters(load_config(args.model), adapter), "scale": adapter.scale,
         "trains_beside": setup.train.trainable, **{k: v for k, v in account.items() if k != "config"},
         "reference_losses": [loss / size for loss, size in losses],
-        "minutes": (time.perf_counter() - start) / 60, "provenance": _about(args),
+        "minutes": (time.perf_counter() - start) / 60, "provenance": about_run(args),
     }  # fmt: skip
     write_json(path, result)
     jax.clear_caches()
     return result
-
-
-def _about(args: argparse.Namespace) -> dict[str, Any]:
-    about = provenance("orbax-checkpoint", "grain")
-    return {**about, "command": about["command"].replace(args.data_dir, "DIR")}
 
 
 def rows(group: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -104,7 +102,7 @@ def write_tables(groups: dict[str, dict[str, list[dict[str, Any]]]], args: argpa
     """OUT.md, OUT.csv and OUT.png; the Markdown."""
     reference = next((found[REFERENCE] for found in groups.values() if REFERENCE in found), None)
     items = lambda runs: np.mean([run["reference_losses"] for run in runs], axis=0)  # noqa: E731
-    lines = [header("Ablations", _about(args)),
+    lines = [header("Ablations", about_run(args)),
              f"{args.model}, float32, {args.task}, {args.steps} steps of 4 packed rows of {args.max_length} tokens; "
              f"test loss: of the reference answer of the first {args.limit} test items, nats a token, mean over items; "
              f"difference to {REFERENCE} [95 % interval, paired bootstrap over items]; rates are the method's own "
@@ -174,10 +172,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", default="0", help="comma-separated")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--limit", type=int, default=200, help="test items")
+    parser.add_argument("--allow_contaminated", action="store_true", help="train where over 1 %% of the test is known")
     args = parser.parse_args(argv[1:])
     for group in names(args.groups):
         if group not in known:
             raise UserError(f"--groups: {group!r} is unknown; {near_misses(group, known)}")
+    if not names(args.groups):
+        raise UserError(f"--groups {args.groups!r} names none; known: {', '.join(known)}")
     seeds = read_seeds(args.seeds)
     check_writable(args.out.with_suffix(".md"), "--out")
     load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)  # before the first run

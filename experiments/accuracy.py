@@ -40,6 +40,7 @@ from flora_jax.files import read_json, write_json
 from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.models.loading import load_config
 from flora_jax.train import run
+from flora_jax.training.inputs import CONTAMINATED
 
 SCHEMA_VERSION = 1
 # What is compared, in the order of running: the method, and the side of the budget that its rank is on.
@@ -114,7 +115,12 @@ def choose_rate(suite: Suite, method: str, rank: int, args: argparse.Namespace) 
     path = args.out / "rates" / f"{method}.json"
     record = {"schema_version": SCHEMA_VERSION, "suite": args.suite, "rank": rank, "steps": args.rate_steps}
     if path.exists():
-        record = read_json(path)
+        found = read_json(path)
+        other = [field for field in ("suite", "rank", "steps") if found.get(field) != record[field]]
+        if args.rate_steps and not found.get("chosen") and other:
+            raise UserError(f"{path} holds an unfinished search at {other[0]}={found.get(other[0])!r}, not "
+                            f"{record[other[0]]!r}; let it end, or delete it")  # fmt: skip
+        record = found
         losses = {float(rate): math.inf if loss is None else loss for rate, loss in record["validation_losses"].items()}
     grid = [float(f"{own * 10 ** (i / 2):.2g}") for i in range(-2, 3)]
     while args.rate_steps and not record.get("chosen"):
@@ -132,10 +138,10 @@ def choose_rate(suite: Suite, method: str, rank: int, args: argparse.Namespace) 
             jax.clear_caches()
         best = min(losses, key=losses.__getitem__)
         if min(losses) < best < max(losses):
-            record |= {"chosen": best, "provenance": _about(args)}
+            record |= {"chosen": best, "provenance": about_run(args)}
             write_json(path, record)
         grid = [float(f"{best * (10**0.5 if best == max(losses) else 10**-0.5):.2g}")]
-    return record.get("chosen", own), losses
+    return (record["chosen"], losses) if record.get("chosen") else (own, {})
 
 
 def _finite(loss: float) -> float | None:
@@ -187,7 +193,7 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
     method, side = ARMS[arm]
     path = args.out / args.suite / (f"{arm}-seed{seed}.json" if method else f"{arm}.json")
     asked = {"model": args.model, "rank": args.rank, "steps": args.steps or suite.steps, "limit": args.limit,
-             "validation_size": args.validation_size}  # fmt: skip
+             "validation_size": args.validation_size, "allow_contaminated": args.allow_contaminated}  # fmt: skip
     start, config = time.perf_counter(), load_config(args.model)
     if method:
         budget = trained_parameters(config, AdapterConfig("ffba", args.rank))
@@ -196,6 +202,7 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
         asked["learning_rate"] = rate
     if path.exists():
         result = read_json(path)
+        result["asked"] = {"allow_contaminated": False, **result["asked"]}  # the first results had no such field
         if result["asked"] != asked:
             differ = ", ".join(f"{k}={result['asked'].get(k)!r} (now {v!r})" for k, v in asked.items()
                                if result["asked"].get(k) != v)  # fmt: skip
@@ -213,13 +220,14 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
             **account,
         }  # fmt: skip
     result["evaluation"] = score(suite, adapter, scored, args)
-    result |= {"minutes": (time.perf_counter() - start) / 60, "provenance": _about(args)}
+    result |= {"minutes": (time.perf_counter() - start) / 60, "provenance": about_run(args)}
     write_json(path, result)
     jax.clear_caches()
     return result
 
 
-def _about(args: argparse.Namespace) -> dict[str, Any]:
+def about_run(args: argparse.Namespace) -> dict[str, Any]:
+    """Where and with what this ran, the data's place left out."""
     about = provenance("orbax-checkpoint", "grain", "rouge-score")
     return {**about, "command": about["command"].replace(args.data_dir, "DIR")}
 
@@ -257,7 +265,7 @@ def write_tables(args: argparse.Namespace) -> str:
     columns = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
     cell = {(row["method"], row["task"], row["metric"]): row for row in rows}
     limit = runs[0]["asked"]["limit"]
-    lines = [header(f"Suite {args.suite}", _about(args)),
+    lines = [header(f"Suite {args.suite}", about_run(args)),
              f"{runs[0]['asked']['model']}, float32, {runs[0]['asked']['steps']} steps; first {limit} test items a "
              f"task, protocol {runs[0]['evaluation']['protocol']}; means over seeds (± standard error over seeds).\n",
              "| method | rank | parameters | rate | seeds | validation loss | "
@@ -275,6 +283,11 @@ def write_tables(args: argparse.Namespace) -> str:
             error = "" if row["stderr_over_seeds"] is None else f" ± {row['stderr_over_seeds']:.3f}"
             cells.append(f"{row['mean']:.3f}{error}")
         lines.append(f"| {' | '.join(cells)} |")
+    accounts = [one_run["data"]["share_of_test_in_train"] for one_run in runs if "data" in one_run]
+    overlaps = {task: share for found in accounts for task, share in found.items() if share > CONTAMINATED}
+    if overlaps:
+        shares = ", ".join(f"{100 * share:.0f} % of {task}" for task, share in overlaps.items())
+        lines += ["", f"Contaminated: the training data held {shares} (word for word; those records were dropped)."]
     lines += ["", *_beside_lora(by_arm)]
     text = "\n".join(lines) + "\n"
     (args.out / f"{args.suite}.md").write_text(text)
@@ -372,6 +385,8 @@ def main(argv: list[str]) -> None:
     for method in names(args.methods):
         if method not in ARMS:
             raise UserError(f"--methods: {method!r} is unknown here; {near_misses(method, ARMS)}")
+    if not names(args.methods):
+        raise UserError(f"--methods {args.methods!r} names none; known: {', '.join(ARMS)}")
     seeds = read_seeds(args.seeds)
     suite = SUITES[args.suite]
     for task in suite.tests:  # before the first run

@@ -6,6 +6,7 @@ takes the default named beside it. All checks run before any weight is read and 
 
 from __future__ import annotations
 
+import inspect
 import math
 import runpy
 import traceback
@@ -147,7 +148,12 @@ def read_config(path: str | Path) -> ml_collections.ConfigDict:
     if not Path(path).is_file():
         raise UserError(f"{where}: there is no such file; configs/ has one for each method and model")
     try:
-        made = runpy.run_path(path).get("get_config", lambda: None)(*given)
+        make = runpy.run_path(path).get("get_config")
+        if make is None:
+            raise UserError("it has no get_config()")
+        if given and not inspect.signature(make).parameters:
+            raise UserError(f"{path} is one configuration and takes no name; leave {':' + given[0]!r} out")
+        made = make(*given)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except Exception as error:  # whatever the file raises is the file's own
@@ -183,15 +189,16 @@ def task_weights(config: ml_collections.ConfigDict) -> list[float] | None:
     """The share of each of `config.data.tasks`, mixtures spelt out; None where none is asked for. Raises UserError."""
     if config.data.weights is None:
         return None
-    tasks, given = expand(names(config.data.tasks)), names(config.data.weights)
+    tasks, value = expand(names(config.data.tasks)), config.data.weights.replace(" ", "")
     try:
-        weights = [float(value) for value in given]
+        weights = [float(weight) for weight in names(value)]
     except ValueError:
         weights = []
-    if len(weights) != len(tasks) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+    well = [math.isfinite(weight) and weight > 0 for weight in weights]
+    if len(weights) != len(tasks) or not all(well) or min(weights) < 1e-6 * max(weights) or ",," in value:
         raise UserError(
             f"config.data.weights={config.data.weights!r} must be {len(tasks)} positive numbers with commas between, "
-            f"for {', '.join(tasks)}"
+            f"none below a millionth of another, for {', '.join(tasks)}"
         )
     return weights
 
@@ -275,10 +282,12 @@ def check_config(config: ml_collections.ConfigDict) -> None:
           f"must be host:port of process 0 for several processes and unset for one; there are {processes}")  # fmt: skip
     check("eval.tasks", processes == 1 or not config.eval.tasks,
           "needs distributed.processes=1; score the adapter with flora_jax.evaluate instead")  # fmt: skip
-    check("eval.published_faults", not config.eval.published_faults or config.eval.protocol == "llm_adapters",
-          "are those of eval.protocol='llm_adapters'")  # fmt: skip
+    theirs = (config.eval.protocol, config.data.prompt_style) == ("llm_adapters", "llm_adapters")
+    check("eval.published_faults", theirs or not config.eval.published_faults,
+          "are those of eval.protocol and data.prompt_style 'llm_adapters'")  # fmt: skip
     data_dir = config.data.dir
-    check("data.dir", data_dir is None or data_dir.partition(":")[0] == "tfds" or Path(data_dir).is_dir(),
+    prepared = (data_dir or "").removeprefix("tfds:")
+    check("data.dir", data_dir in (None, "tfds") or Path(prepared).is_dir(),
           "is not a directory (nor tfds, nor tfds:DIR)")  # fmt: skip
 
 

@@ -43,8 +43,6 @@ def main(argv: list[str]) -> None:
 
     if args.batch_size < 1:
         raise UserError(f"--batch_size {args.batch_size} must be a positive integer")
-    if args.published_faults and args.protocol != "llm_adapters":
-        raise UserError(f"--published_faults are those of protocol llm_adapters, not of {args.protocol}")
     if args.out and Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a directory; name a file")
     if args.out:
@@ -57,8 +55,9 @@ def main(argv: list[str]) -> None:
         generator[field.strip()] = int(number)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     tasks = load_task_data(
-        names, args.data_dir, protocol=args.protocol, prompt_style=args.prompt_style, limit=args.limit,
-        num_fewshot=args.num_fewshot, seed=args.seed, generator=generator)  # fmt: skip
+        names, args.data_dir, protocol=args.protocol, prompt_style=args.prompt_style,
+        published_faults=args.published_faults, limit=args.limit, num_fewshot=args.num_fewshot, seed=args.seed,
+        generator=generator)  # fmt: skip
     model = load_adapted(args.model, args.adapter, args.dtype)
     result = evaluate_tasks(
         tasks, model.config, model.base, model.tokenizer, adapter=model.adapter, adapter_config=model.adapter_config,

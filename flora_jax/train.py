@@ -33,7 +33,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     style = "plain" if config.eval.protocol == "lm_eval" else config.data.prompt_style
     tasks = names(config.eval.tasks) and load_task_data(
         names(config.eval.tasks), config.data.dir, protocol=config.eval.protocol, prompt_style=style,
-        limit=config.eval.limit, generator=generator_settings(config), cache_dir=config.data.cache_dir)  # fmt: skip
+        published_faults=config.eval.published_faults, limit=config.eval.limit,
+        generator=generator_settings(config), cache_dir=config.data.cache_dir)  # fmt: skip
     result = train(config, workdir)
     prepared, summary = result.run, dict(result.summary)
     if jax.process_index() != 0:

@@ -92,5 +92,7 @@ def test_the_script(tmp_path, hf_directory, caches, monkeypatch, capsys, quick_c
     assert again.splitlines()[4:] == table.splitlines()[4:] and len(trained) == 3  # above: command and time
     with pytest.raises(UserError, match="asked for with other settings"):
         run("--steps", "3")
+    with pytest.raises(UserError, match="--groups ',' names none"):
+        run("--groups", ",")
     with pytest.raises(UserError, match="--groups: 'add_sets' is unknown; did you mean 'add_set'"):
         run("--groups", "add_sets")

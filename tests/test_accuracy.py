@@ -104,7 +104,7 @@ def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch
     """Losses of a parabola in log rate: one whose best lies inside the grid, one whose best lies beyond its edge."""
     fields = {"suite": "dialogue", "preset": None, "model": "m", "steps": None, "data_dir": "d"}
     fields["allow_contaminated"] = False
-    monkeypatch.setattr(accuracy, "_about", lambda args: {})
+    monkeypatch.setattr(accuracy, "about_run", lambda args: {})
     for best, tried in ((3e-4, 5), (3e-2, 8), (1e-4, 5)):
         asked = []
 
@@ -123,6 +123,13 @@ def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch
         assert min(losses) < rate < max(losses) and max(losses) / min(losses) > 90
         args.rate_steps = 0
         assert choose(args) == (rate, losses) and len(asked) == tried  # none is tried twice
+        begun = {"suite": "math", "rank": 32, "steps": 5, "validation_losses": {"1e-3": 1.0}}
+        args.rate_steps, args.out = 5, tmp_path / f"begun {best}"
+        write_json(args.out / "rates/ffba.json", begun)
+        with pytest.raises(UserError, match="unfinished search at suite='math', not 'dialogue'"):
+            choose(args)
+        args.rate_steps = 0
+        assert choose(args) == (LEARNING_RATES["ffba"], {})
         args.out = tmp_path / "elsewhere"
         assert choose(args) == (LEARNING_RATES["ffba"], {})
 
@@ -142,6 +149,7 @@ def test_what_is_refused(tmp_path):
         (["--suite", "dialog"], "'dialogue'"),
         (["--suite", "dialogue", "--methods", "lora,pf_lora"], "'pf_lora' is unknown here"),
         (["--suite", "dialogue", "--seeds", "0,x"], "--seeds"),
+        (["--suite", "dialogue", "--methods", ","], "--methods ',' names none"),
         (["--suite", "dialogue"], "dailydialogpp"),
     ):
         with pytest.raises(UserError, match=words):

@@ -351,7 +351,8 @@ PUBLISHED = [  # metric, text, answer, right by the published rules, right by ou
     ("choice", "answer1 is wrong, so answer2", "answer1", True, False),
     ("choice", "answer1 is wrong, so answer2", "answer2", False, True),
     ("choice", "answer5, no: answer2", "answer2", False, True), ("choice", "Answer2", "answer2", False, True),
-    ("choice", "the correct answer is answer2", "answer2", True, True), ("exact", " yes", "yes", True, True),
+    ("choice", "the correct answer is answer2", "answer2", True, True),
+    ("number", "It is 7.\n### Response: 9", "7", True, False), ("number", "7.\n### Response: 9", "9", False, True),
 ]  # fmt: skip
 
 
@@ -361,26 +362,49 @@ def test_published_faults_and_their_mending(metric, text, answer, theirs, ours):
     assert is_right(metric, text, answer, ANSWERS) == ours
     if metric == "choice":
         assert published.is_right(metric, "untrue", "true", TRUTH) and not is_right(metric, "untrue", "true", TRUTH)
+        two = ("solution1", "solution2")  # only of answers five are looked for
+        assert published.is_right(metric, "solution3? no, solution1", "solution1", two)
 
 
 def test_published_prompts(checkpoint, data_dir, tmp_path, monkeypatch):
-    """The trained frame where faults are mended; with them another frame, and padding that counts as prompt."""
+    """The trained frame where faults are mended; with them the scored one, and of choice tasks padding that is read."""
     asked = put_words_into(monkeypatch, "It is 1,2")
-    out, frame = tmp_path / "result.json", "### Instruction:\n                What is 0 + 1?\n"
-    arguments = ["--model", checkpoint, "--tasks", "gsm8k", "--data_dir", data_dir, "--protocol", "llm_adapters",
-                 "--prompt_style", "llm_adapters", "--out", out]  # fmt: skip
-    assert command("evaluate", *arguments) == 0
-    assert json.loads(out.read_text())["published_faults"] is False and len(asked) == 6
+    out, space = tmp_path / "result.json", " " * 16
+    arguments = ["--model", checkpoint, "--data_dir", data_dir, "--protocol", "llm_adapters", "--prompt_style",
+                 "llm_adapters", "--out", out]  # fmt: skip
+    task = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    trained = f"{task}  \n\n{space}### Instruction:\n{space}What is 0 + 1?\n{space}\n{space}### Response:\n{space}"
+    scored = f"{task} \n\n{space}### Instruction:\n{space}What is 0 + 1?\n\n{space}### Response:\n{space}"
+    assert command("evaluate", *arguments, "--tasks", "gsm8k") == 0
+    assert json.loads(out.read_text())["published_faults"] is False and asked[0] == trained
     tokenizer = load_tokenizer(checkpoint)
     example = Example((Message("user", "What is 0 + 1?"), Message("assistant", "1")))
-    assert asked[0] == tokenizer.decode(encode_prompt(example, tokenizer, "llm_adapters"))
-    assert "# noqa: E501" in asked[0] and frame + " " * 16 + "\n" in asked[0]
-    assert command("evaluate", *arguments, "--published_faults", "--batch_size", 4) == 0
-    assert json.loads(out.read_text())["published_faults"] is True
-    assert "noqa" not in asked[6] and frame + "\n" in asked[6] and asked[6].endswith("### Response:\n" + " " * 16)
-    lines = published.prompts([[Message("user", text)] for text in ("a", "abc", "abcdef")], tokenizer, 2)
-    assert list(map(len, lines)) == [len(lines[1])] * 2 + [len(lines[1]) + 3]
-    assert lines[0][:2] == [tokenizer.pad_token_id] * 2 != lines[1][:2] and lines[2][0] == lines[1][0]
+    assert tokenizer.decode(encode_prompt(example, tokenizer, "llm_adapters")) == trained
+    asked.clear()
+    assert command("evaluate", *arguments, "--tasks", "gsm8k", "--published_faults") == 0
+    result = json.loads(out.read_text())
+    assert result["published_faults"] is True and "none over the padding" in result["mask"] and asked[0] == scored
+    assert "published" in result["tasks"]["gsm8k"]["scoring"]
+
+    lines = [published.encode_prompt([Message("user", text)], tokenizer) for text in ("a", "abc", "abcdef")]
+    assert published.pad(lines, "number", 2) == lines
+    one, two, three = published.pad(lines, "choice", 2)
+    assert one == [0, 0, *lines[0]] and two == lines[1] and three == lines[2]
+
+
+def test_a_long_prompt_is_no_fault_of_its_batch(checkpoint, data_dir, tmp_path, monkeypatch):
+    """Under the published faults too, what does not fit is left out before the others are padded to it."""
+    asked = put_words_into(monkeypatch, "the correct answer is answer1")
+    records = json.loads((data_dir / "ARC-Easy/test.json").read_text())
+    records[1]["instruction"] = records[1]["instruction"].replace("Which", "Which " + "x" * 900)
+    (tmp_path / "ARC-Easy").mkdir()
+    (tmp_path / "ARC-Easy/test.json").write_text(json.dumps(records))
+    out = tmp_path / "result.json"
+    arguments = ["--model", checkpoint, "--data_dir", tmp_path, "--tasks", "ARC-Easy", "--protocol", "llm_adapters",
+                 "--prompt_style", "llm_adapters", "--published_faults", "--max_length", 800, "--out", out]  # fmt: skip
+    assert command("evaluate", *arguments) == 0
+    found = json.loads(out.read_text())["tasks"]["ARC-Easy"]
+    assert found["too_long"] == 1 and len(asked) == len(records) - 1 and found["accuracy"] == 2 / len(records)
 
 
 def write_problems(folder, texts):
@@ -487,7 +511,10 @@ def test_generate_command(checkpoint, tiny, capsys):
         (["--tasks", "ARC-Easy", "--batch_size", "0"], "batch_size"),
         (["--tasks", "ARC-Easy", "--prompt_style", "chat"], "llm_adapters"),
         (["--tasks", "ARC-Easy", "--prompt_style", "llm_adapters"], "protocol 'llm_adapters'"),
-        (["--tasks", "ARC-Easy", "--published_faults"], "not of lm_eval"),
+        (["--tasks", "ARC-Easy", "--published_faults"], "not of protocol 'lm_eval'"),
+        (["--tasks", "ARC-Easy", "--protocol", "llm_adapters", "--published_faults"], "with prompt_style 'plain'"),
+        (["--tasks", "samsum", "--protocol", "llm_adapters", "--prompt_style", "llm_adapters", "--published_faults"],
+         "LLM-Adapters has no script for samsum"),
         (["--tasks", "ARC-Easy", "--protocol", "x"], "protocol"),
         (["--tasks", "ARC-Easy", "--adapter", "missing"], "missing"),
         (["--tasks", "ARC-Easy"], "nowhere"),

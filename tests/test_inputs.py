@@ -92,13 +92,28 @@ def test_mixtures_and_weights(inputs, write, small):
     assert mixed.account["train"] == plain.account["train"]
     limited = inputs(**{"data.tasks": "gsm8k,mawps", "data.weights": "3,1", "data.limit": 10})
     assert sum(size for size, _ in limited.parts) == 10 == len(limited.train)
-    for tasks, weights in (("gsm8k,mawps", "1"), ("math", "1,1"), ("gsm8k", "0"), ("gsm8k", "one"), ("gsm8k", "nan")):
+    with pytest.raises(UserError, match=r"task '(gsm8k|mawps)', which has a weight: "):
+        inputs(**{"data.tasks": "gsm8k,mawps", "data.weights": "3,1", "data.limit": 1})
+    for tasks, weights in (("gsm8k,mawps", "1"), ("math", "1,1"), ("gsm8k", "0"), ("gsm8k", "one"), ("gsm8k", "nan"),
+                           ("gsm8k,mawps", "3,,1"), ("gsm8k,mawps", "1e-300,1")):  # fmt: skip
         with pytest.raises(UserError, match=r"config\.data\.weights=.*positive number"):
             check_config(small(**{"data.tasks": tasks, "data.weights": weights}))
     with pytest.raises(UserError, match="names a task twice"):
         check_config(small(**{"data.tasks": "math,gsm8k"}))
     with pytest.raises(UserError, match="'math' is a mixture to train on"):
         get_task("math")
+
+
+def test_what_a_task_is_tested_on_does_not_validate_it(inputs):
+    """HellaSwag's test is the file of its official validation split: records of train are held out instead."""
+    folder = inputs.folder / "hellaswag"
+    folder.mkdir()
+    for split, first in (("train", 0), ("validation", 50)):
+        lines = [{"activity_and_ctx": f"Sums: {i} and one is", "endings": ["a.", "b.", "c.", "d."], "label": 1}
+                 for i in range(first, first + 30)]  # fmt: skip
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = inputs(**{"data.tasks": "hellaswag", "data.max_length": 512})
+    assert len(found.validation) == 3 and len(found.train) == 27 and counts(found.account) == (0, 0)
 
 
 def test_nothing_left_is_refused(inputs, write):

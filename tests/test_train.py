@@ -197,6 +197,32 @@ def test_every_configuration_file(subtests):
             assert re.search(rf"python -m flora_jax.train --config configs/{path.name}(:\w+)? --workdir", docstring)
 
 
+def test_a_configuration_of_another_form(tmp_path):
+    for text, name, words in (("x = 1", "", "it has no get_config"), ("x = 1", ":n", "it has no get_config"),
+                              ("get_config = lambda: 1", ":n", "takes no name; leave ':n' out")):  # fmt: skip
+        (tmp_path / "made.py").write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_config(f"{tmp_path}/made.py{name}")
+
+
+def test_a_run_from_before_a_field_was_there_goes_on(tmp_path, small):
+    """What config.json and a checkpoint do not say is the default; another value than that is refused."""
+    config = small(**{"train.steps": 4})
+    run(config, tmp_path / "w")
+    path = tmp_path / "w/config.json"
+    stored = json.loads(path.read_text())
+    for section, field in (("adapter", "zero_init"), ("eval", "published_faults"), ("data", "weights")):
+        del stored["config"][section][field]
+    path.write_text(json.dumps(stored))
+    [*metas] = (tmp_path / "w/checkpoints").rglob("metadata")
+    for meta in (p for p in metas if p.is_file() and '"zero_init"' in p.read_text()):
+        meta.write_text(re.sub(r'"zero_init": "A",? ?|,? ?"zero_init": "A"', "", meta.read_text()))
+    assert not any('"zero_init"' in p.read_text() for p in metas if p.is_file())
+    assert run(config, tmp_path / "w")["step"] in (2, 4)
+    with pytest.raises(UserError, match=r"config\.data\.weights=None, not '1'"):
+        run(small(**{"train.steps": 4, "data.weights": "1"}), tmp_path / "w")
+
+
 # ------------------------------------------------------------------------------------------------ fields
 
 # What is computed from a field is in the program of the step, the state it starts from, or what it reads.
@@ -218,9 +244,9 @@ COMPUTED = {
 REFUSED = {  # on one device, for a linear method
     "model.preset": "tinny", "model.weights": "nowhere", "adapter.activation": "relu", "data.dir": "nowhere",
     "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "distributed.processes": 2, "distributed.process_id": 1,
-    "distributed.coordinator": "localhost:1", "eval.tasks": "no_task", "data.weights": "1,2",
-    "adapter.zero_init": "neither",
+    "distributed.coordinator": "localhost:1", "eval.tasks": "no_task",
 }  # fmt: skip
+WITH_ANOTHER = {"data.weights": "9,1", "adapter.zero_init": "B"}  # computed, of two tasks without repeat-and-add
 ELSEWHERE = {
     "data.allow_contaminated", "data.generator.test", "data.cache_dir", "train.log_every", "train.eval_every",
     "train.save_every", "train.keep", "eval.protocol", "eval.published_faults", "eval.limit", "eval.batch_size",
@@ -242,7 +268,7 @@ def prepared(config, tmp_path):
 
 def test_no_field_is_read_by_nothing(tmp_path, small, subtests, monkeypatch):
     # A field of the base configuration that is in no list below is one nobody proved.
-    assert fields(get_config()).keys() == COMPUTED.keys() | REFUSED.keys() | ELSEWHERE
+    assert fields(get_config()).keys() == COMPUTED.keys() | WITH_ANOTHER.keys() | REFUSED.keys() | ELSEWHERE
     assert not (tmp_path / "absent").exists()
     made, init = {}, runs.init_base
 
@@ -258,6 +284,12 @@ def test_no_field_is_read_by_nothing(tmp_path, small, subtests, monkeypatch):
     for field, value in COMPUTED.items():
         with subtests.test(field):  # the program is made only where what it starts from is the same
             assert any(a != b for a, b in zip(prepared(small(**{field: value}), tmp_path), first, strict=True))
+    mixed = {"data.tasks": "chain_sum,basic_arithmetic", "adapter.add_to": ""}
+    second = list(prepared(small(**mixed), tmp_path))
+    for field, value in WITH_ANOTHER.items():
+        with subtests.test(field):
+            changed = prepared(small(**mixed, **{field: value}), tmp_path)
+            assert any(a != b for a, b in zip(changed, second, strict=True))
     for field, value in REFUSED.items():
         with subtests.test(field), pytest.raises(UserError, match=str(value)):
             run(small(**{field: value}), tmp_path / "absent")
@@ -283,6 +315,7 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     assert (asked["protocol"], asked["n"], asked["batch_size"], asked["max_length"]) == ("lm_eval", 5, 3, 300)
     assert list((tmp_path / "cache").iterdir())
     assert asked["published_faults"] is False
-    changed = {"eval.limit": 50, "data.generator.test": 4, "eval.protocol": "llm_adapters"}
+    changed = {"eval.limit": 50, "data.generator.test": 4, "eval.protocol": "llm_adapters",
+               "data.prompt_style": "llm_adapters", "data.max_length": 512}  # fmt: skip
     run(small(**{**values, **changed, "eval.published_faults": True}), tmp_path / "v")
     assert asked["n"] == 4 and asked["published_faults"] is True

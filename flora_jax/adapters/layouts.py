@@ -34,8 +34,8 @@ Tree = dict[str, Any]
 
 def _riders(layers: Tree, adapter_config: AdapterConfig) -> Tree:
     """What of a stacked adapter goes into each product, by block and product: `columns` [L, d_in, R_f], `rows`
-    [L, R_b, d_out], `<projection>_B` [L, r, width]. The scale is in the side that starts at zero:
-    in A for ffa, ffba* and zflora, in B for the others."""
+    [L, R_b, d_out], `<projection>_B` [L, r, width]. The scale is in the side that by the
+    method's own row starts at zero: in A for ffa, ffba* and zflora, in B for the others."""
     scaled = lambda leaf, side: leaf * (adapter_config.scale if adapter_config.row.zero == side else 1)  # noqa: E731
     out: Tree = {}
     for block, products in pad_first_layer(layers, adapter_config).items():

@@ -47,8 +47,10 @@ compose_ending = functools.partial(
 
 def _arc(element: Mapping[str, Any]) -> dict[str, str]:
     choices = element["choices"]
-    labels = [choice["label"] for choice in choices]
-    return _compose(element["question"], [choice["text"] for choice in choices], labels.index(element["answerKey"]))
+    labels, key = [choice["label"] for choice in choices], element["answerKey"]
+    if key not in labels:
+        raise UserError(f"field 'answerKey' is {key!r}; the choices are {', '.join(labels)}")
+    return _compose(element["question"], [choice["text"] for choice in choices], labels.index(key))
 
 
 def _openbookqa(element: Mapping[str, Any]) -> dict[str, str]:
@@ -99,6 +101,7 @@ CATALOGUE: Mapping[str, Catalogue] = MappingProxyType({
     "piqa": Catalogue("piqa", _TESTED, _piqa),
     "openbookqa": Catalogue("openbookqa", _OFFICIAL, _openbookqa),
     "boolq": Catalogue("bool_q", _TESTED, _boolq),
+    # Of its training splits the largest: the others are parts of it.
     "winogrande": Catalogue("winogrande", {**_TESTED, "train": "train_xl"}, _winogrande),
     "hellaswag": Catalogue("hellaswag", _TESTED, hellaswag),
     "gsm8k": Catalogue("gsm8k", {"train": "train", "test": "test"}, dict),

@@ -24,10 +24,10 @@ Style = Literal["plain", "chat", "llm_adapters"]
 STYLES = get_args(Style)
 LossOn = Literal["answer", "all"]
 
-# The prompt that LLM-Adapters' finetune.py trains on, indentation and a comment meant for its linter included.
+# The prompt that LLM-Adapters' finetune.py trains on (at its commit 91770ab), indentation included.
 _TRAINED_ON = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.  "
-    f"# noqa: E501\n\n{' ' * 16}### Instruction:\n{' ' * 16}{{}}\n{' ' * 16}\n{' ' * 16}### Response:\n{' ' * 16}"
+    f"\n\n{' ' * 16}### Instruction:\n{' ' * 16}{{}}\n{' ' * 16}\n{' ' * 16}### Response:\n{' ' * 16}"
 )
 
 _Piece = tuple[list[int], bool]  # tokens, and whether they are what the assistant is to produce

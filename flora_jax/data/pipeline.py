@@ -60,11 +60,11 @@ def train_iterator(
 
     def epoch(number: int) -> grain.IterDataset:
         order = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        shard = slice(shard_index, None, shard_count)
         if parts is None:
-            rows = grain.MapDataset.source(encoded).map(_row).shuffle(seed=order)
+            rows = grain.MapDataset.source(encoded).map(_row).shuffle(seed=order)[shard]
         else:
-            rows = _mixed(encoded, parts, order)
-        rows = rows[shard_index::shard_count]
+            rows = _mixed(encoded, parts, order, shard)
         # The examples are in memory: threads would only add latency.
         rows = rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         if not packing:
@@ -78,12 +78,15 @@ def train_iterator(
     return iter(_Epochs(epoch).batch(batch_size))
 
 
-def _mixed(encoded: Sequence[Encoded], parts: Sequence[tuple[int, float]], seed: int) -> grain.MapDataset:
-    """The parts, each shuffled and repeated without end, drawn by weight."""
+def _mixed(
+    encoded: Sequence[Encoded], parts: Sequence[tuple[int, float]], seed: int, shard: slice
+) -> grain.MapDataset:
+    """The parts, each shuffled and repeated without end, drawn by weight. Each part is cut into shards, not the mix,
+    whose fixed pattern would give some shards one part alone."""
     ends = np.cumsum([size for size, _ in parts]).tolist()
     starts = [0, *ends[:-1]]
     drawn = [
-        grain.MapDataset.source(encoded[start:end]).map(_row).shuffle(seed=(seed + i) % 2**32).repeat()
+        grain.MapDataset.source(encoded[start:end]).map(_row).shuffle(seed=(seed + i) % 2**32).repeat()[shard]
         for i, (start, end) in enumerate(zip(starts, ends, strict=True))
     ]
     return grain.MapDataset.mix(drawn, [weight for _, weight in parts])

@@ -72,15 +72,16 @@ def load_records(
 
 
 def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:
-    """sha256 (hex) of the file that a split is read from, of what TFDS says of a catalogue's (data set, version, split,
-    examples, bytes), or of everything that determines a generated one."""
+    """sha256 (hex) of the file that a split is read from, of the catalogue's files (with data set, version and split),
+    or of everything that determines a generated one."""
     if task.source == "generated":
         return hashlib.sha256(_generated_key(task, split).encode()).hexdigest()
     if _in_catalogue(task, data_dir):
         builder, official = _catalogue_split(task, split, data_dir)
-        info = builder.info.splits[official]
-        key = f"{builder.info.full_name}\n{official}\n{info.num_examples}\n{int(info.num_bytes)}"
-        return hashlib.sha256(key.encode()).hexdigest()
+        digest = hashlib.sha256(f"{builder.info.full_name}\n{official}\n".encode())
+        for path in sorted(builder.info.splits[official].filepaths):
+            digest.update(Path(path).read_bytes())
+        return digest.hexdigest()
     return hashlib.sha256(_path(task, split, data_dir).read_bytes()).hexdigest()
 
 
@@ -89,7 +90,11 @@ def has_split(task: Task, split: str, data_dir: str | Path | None) -> bool:
     if _in_catalogue(task, data_dir):
         _check_split(task, split)
         return task.name in CATALOGUE and split in CATALOGUE[task.name].splits
-    return task.source == "generated" or any(path.is_file() for path in _candidates(task, split, data_dir))
+    found = task.source == "generated" or any(path.is_file() for path in _candidates(task, split, data_dir))
+    if not found or split == "test" or task.files.get("test") is None:
+        return found
+    # Some tasks are tested on the file of the official validation split, which is then no other split's.
+    return split in task.files or task.files["test"] not in [path.name for path in _candidates(task, split, data_dir)]
 
 
 # ---------------------------------------------------------------------------------------------- locating
@@ -116,10 +121,13 @@ def _catalogue_split(task: Task, split: str, data_dir: str | Path) -> tuple[tfds
     if split not in CATALOGUE[task.name].splits:
         raise UserError(f"split {split!r} of task {task.name!r} is not in the TFDS catalogue; TFDS "
                         f"{CATALOGUE[task.name].name} gives {', '.join(CATALOGUE[task.name].splits)}")  # fmt: skip
+    folder = str(data_dir).partition(":")[2]
+    if folder and not Path(folder).is_dir():
+        raise UserError(f"data.dir={data_dir}: {folder} is not a directory; make it, or name one with prepared data")
     from flora_jax.data.builders import catalogue_builder
 
     with _quiet():
-        builder = catalogue_builder(CATALOGUE[task.name].name, str(data_dir).partition(":")[2] or None)
+        builder = catalogue_builder(CATALOGUE[task.name].name, folder or None)
     official = CATALOGUE[task.name].splits[split]
     if official not in builder.info.splits:
         raise UserError(f"TFDS {builder.info.full_name} was prepared without its split {official!r}; "

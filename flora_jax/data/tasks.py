@@ -222,7 +222,6 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (
     Task("openbookqa", "records", "choice", _choice("{}"), new_tokens=32),
     Task("social_i_qa", "records", "choice", _choice("Q: {}\nA:"), new_tokens=32),
     Task("boolq", "records", "choice", _choice("Question: {}?\nAnswer:"), new_tokens=32),
-    # Of winogrande's training splits the largest: the others are parts of it.
     Task("winogrande", "records", "choice", functools.partial(_parse_choice, requests=_blank), new_tokens=32),
     Task("hellaswag", "records", "choice", _choice("{}"), new_tokens=32, files={"test": "validation.jsonl"}),
     Task("AddSub", "records", "number", _parse_number),

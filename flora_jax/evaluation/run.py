@@ -59,6 +59,7 @@ def load_task_data(
     *,
     protocol: str = "lm_eval",
     prompt_style: str = "plain",
+    published_faults: bool = False,
     limit: int | None = None,
     num_fewshot: int = 0,
     seed: int = 0,
@@ -82,7 +83,12 @@ def load_task_data(
     if len(set(names)) < len(names):
         raise UserError(f"tasks={','.join(names)} names a task twice")
     tasks = [get_task(name, generator) for name in names]
+    if published_faults and (protocol, prompt_style) != ("llm_adapters", "llm_adapters"):
+        raise UserError(f"published_faults are those of protocol and prompt_style 'llm_adapters', "
+                        f"not of protocol {protocol!r} with prompt_style {prompt_style!r}")  # fmt: skip
     for task in tasks:
+        if published_faults and task.metric not in published.METRICS:
+            raise UserError(f"published_faults: LLM-Adapters has no script for {task.name} (metric {task.metric!r})")
         if prompt_style != "plain" and protocol == "lm_eval" and task.metric == "choice":
             raise UserError(
                 f"prompt_style={prompt_style!r}: protocol lm_eval scores the choices of {task.name} as plain text; "
@@ -155,7 +161,8 @@ def evaluate_tasks(
         "batch_size": batch_size,
         "max_length": max_length,
         "dtype": str(base["embed_tokens"]["embedding"].dtype),
-        "mask": "explicit; padding is never attended to and never scored",
+        "mask": "none over the padding of choice tasks, as published" if published_faults
+                else "explicit; padding is never attended to and never scored",
         "device": jax.devices()[0].device_kind,
         "versions": _versions(),
         "tasks": results,
@@ -180,7 +187,7 @@ def few_shot_requests(example: Example, shots: Sequence[Example]) -> list[tuple[
 
 
 def few_shot_messages(example: Example, shots: Sequence[Example], style: str) -> list[Message]:
-    """The conversation to answer: solved examples are earlier turns ('chat') or text before the question ('plain')."""
+    """The conversation to answer: solved examples are earlier turns ('chat') or text before the question (others)."""
     before = [message for shot in shots for message in shot.messages]
     asked = list(example.messages[:-1])
     if style == "chat" or not shots:
@@ -218,10 +225,9 @@ def _generate_answers(
     metric, new_tokens, tokenizer = data.task.metric, data.task.new_tokens, generator.tokenizer
     asked = [few_shot_messages(example, data.shots, style) for example in data.examples]
     if published_faults:
-        prompts = published.prompts(asked, tokenizer, batch_size)
+        prompts, judge = [published.encode_prompt(messages, tokenizer) for messages in asked], published.is_right
     else:
-        prompts = [encode_prompt(messages, tokenizer, style) for messages in asked]
-    judge = published.is_right if published_faults else is_right
+        prompts, judge = [encode_prompt(messages, tokenizer, style) for messages in asked], is_right
     fits = [len(prompt) <= generator.max_length - new_tokens for prompt in prompts]
     asked = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
     if not asked:
@@ -229,8 +235,10 @@ def _generate_answers(
             f"max_length={generator.max_length} leaves no room for {new_tokens} new tokens after any prompt of "
             f"{data.task.name}; the shortest has {min(map(len, prompts))} tokens"
         )
+    if published_faults:
+        asked = published.pad(asked, metric, batch_size)
     generations = generator.generate(asked, new_tokens)
-    stop_text = _SHOT_BREAK if data.shots and style == "plain" else None
+    stop_text = _SHOT_BREAK if data.shots and style != "chat" else None
     said = iter([g.text.lstrip().split(stop_text)[0] if stop_text else g.text for g in generations])
     texts = [next(said) if fit else None for fit in fits]
     if metric == "rouge":  # a prompt that leaves no room is answered with nothing
@@ -242,7 +250,8 @@ def _generate_answers(
             for text, example in zip(texts, data.examples, strict=True)
         ]
         scores = {**_accuracy("accuracy", "stderr", right), "items": [int(one) for one in right],
-                  "scoring": f"generated text, final answer by metric {metric!r}"}  # fmt: skip
+                  "scoring": f"generated text, final answer by metric {metric!r}"
+                  + " of the published scripts" * published_faults}  # fmt: skip
     return {
         **scores,
         "decode": {"temperature": 0.0, "max_new_tokens": new_tokens, "stop_text": stop_text},

@@ -118,11 +118,11 @@ def check_meta(
     of what is trained and validated on)."""
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(f"{where}: format_version={meta['format_version']} cannot be read; {FORMAT_VERSION} can")
-    expected = _plain(dataclasses.asdict(adapter))
-    for field, value in expected.items():
-        if meta["adapter"].get(field) != value:
+    written = {"zero_init": adapter.row.zero, **meta["adapter"]}  # the first checkpoints had no such field
+    for field, value in _plain(dataclasses.asdict(adapter)).items():
+        if written.get(field) != value:
             raise UserError(
-                f"{where}: it was written with adapter.{field}={meta['adapter'].get(field)!r}, not {value!r}; "
+                f"{where}: it was written with adapter.{field}={written.get(field)!r}, not {value!r}; "
                 "use the same adapter, or another --workdir"
             )
     if meta["base_fingerprint"] != base:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-_CONTAMINATED = 0.01  # share of a test's questions
+CONTAMINATED = 0.01  # share of a test's questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
         tests += asked
         if name in scored:
             overlaps[name] = dedupe(asked, itertools.chain(*by_task))[1] / len(asked)
-            if overlaps[name] > _CONTAMINATED and not data.allow_contaminated:
+            if overlaps[name] > CONTAMINATED and not data.allow_contaminated:
                 raise UserError(
                     f"config.data.tasks={data.tasks}: {100 * overlaps[name]:.1f} % of the test questions of {name!r} "
                     "are in the training data; leave that test or that data out, or set config.data.allow_contaminated"
@@ -105,7 +105,14 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
     by_task = [[example for example in examples if id(example) in trained] for examples in by_task]
     settings = {"style": data.prompt_style, "loss_on": data.loss_on, "max_length": data.max_length}
     parts = by_task if weights else [list(itertools.chain(*by_task))]
-    encoded_parts, reports = zip(*(encode_all(part, tokenizer, **settings) for part in parts), strict=True)
+    encoded_parts, reports = [], []
+    for task, part in zip(tasks, parts, strict=False):
+        try:
+            found, report = encode_all(part, tokenizer, **settings)
+        except UserError as error:
+            raise UserError(f"task {task.name!r}, which has a weight: {error}" if weights else str(error)) from None
+        encoded_parts.append(found)
+        reports.append(report)
     encoded = list(itertools.chain(*encoded_parts))
     validation_encoded, validation_report = encode_all(validation, tokenizer, **settings)
     account = {

@@ -9,14 +9,14 @@ from pathlib import Path
 import ml_collections
 from tensorboardX import SummaryWriter
 
-from flora_jax.config import fields
+from flora_jax.config import fields, get_config
 from flora_jax.errors import UserError
 
 SCHEMA_VERSION = 1
 # Fields that a resumed run may change: they do not enter its numbers. (eval.tasks does: training records that are also
 # in those tests are dropped. distributed.processes does: each process reads its share of the data.)
-FREE_FIELDS = ("mesh.", "distributed.coordinator", "distributed.process_id", "eval.protocol", "eval.limit",
-               "eval.batch_size", "eval.max_length", "data.cache_dir", "train.keep", "train.save_every",
+FREE_FIELDS = ("mesh.", "distributed.coordinator", "distributed.process_id", "eval.protocol", "eval.published_faults",
+               "eval.limit", "eval.batch_size", "eval.max_length", "data.cache_dir", "train.keep", "train.save_every",
                "train.log_every")  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(f"{path} is not the configuration of a run; name another --workdir") from None
     here = fields(json.loads(json.dumps(config.to_dict())))
+    there = {**fields(get_config()), **there}  # a field that is newer than the run has its default
     for field in sorted(there.keys() | here.keys()):
         if there.get(field) != here.get(field) and not field.startswith(FREE_FIELDS):
             raise UserError(
