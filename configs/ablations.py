@@ -3,8 +3,8 @@
     python -m flora_jax.train --config configs/ablations.py:add_qkv --workdir runs/add_qkv --config.data.dir=DIR
 
 `NAME,PRESET` is the same on another model preset (`add_qkv,llama3.2-1b`). Replies of DailyDialog++; an adapter of 5.5 M
-parameters where nothing else is said. `python -m experiments.ablations` runs whole groups and writes their tables. Expect
-differences of some hundredths in validation loss.
+parameters where nothing else is said. `python -m experiments.ablations` runs whole groups and writes their tables.
+Expect differences of some hundredths in validation loss.
 """
 
 from flora_jax.config import get_config as base_config
