@@ -198,7 +198,7 @@ def test_every_configuration_file(subtests):
 
 
 def test_a_configuration_of_another_form(tmp_path):
-    for text, name, words in (("x = 1", "", "it has no get_config"), ("x = 1", ":n", "it has no get_config"),
+    for text, name, words in (("x = 1", ":n", r"get_config\(\) must return"),
                               ("get_config = lambda: 1", ":n", "takes no name; leave ':n' out")):  # fmt: skip
         (tmp_path / "made.py").write_text(text)
         with pytest.raises(UserError, match=words):
