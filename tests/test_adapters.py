@@ -176,6 +176,7 @@ REFUSALS = [
     (dict(method="lora", zero_init="C"), "adapter.zero_init='C' must be A or B"),
     (dict(method="ffba_qg_add", zero_init="B"), "adds z as it is (add_to=q,gate), so A must start at zero"),
     (dict(method="zflora", zero_init="B"), "the stream's channels"),
+    (dict(method="fft", zero_init="A"), "fft has no adapter"),
 ]
 
 

@@ -108,6 +108,8 @@ class AdapterConfig:
             object.__setattr__(self, "zero_init", self.row.zero)
         if self.zero_init not in ("A", "B"):
             raise UserError(f"adapter.zero_init={self.zero_init!r} must be A or B")
+        if self.row.reads is None and self.zero_init != self.row.zero:
+            raise UserError(f"adapter.zero_init={self.zero_init!r}: {self.method} has no adapter; leave it unset")
         if self.zero_init == "B" and (add_to or self.row.writes == "stream"):
             where = f"add_to={','.join(add_to)}" if add_to else "the stream's channels"
             raise UserError(f"adapter.zero_init='B': {self.method} adds z as it is ({where}), so A must start at zero")
