@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import runpy
 import traceback
 from pathlib import Path
@@ -285,8 +286,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     check("eval.published_faults", theirs or not config.eval.published_faults,
           "are those of eval.protocol and data.prompt_style 'llm_adapters'")  # fmt: skip
     data_dir = config.data.dir
-    prepared = (data_dir or "").removeprefix("tfds:")
-    check("data.dir", data_dir in (None, "tfds") or Path(prepared).is_dir(),
+    check("data.dir", data_dir in (None, "tfds") or os.path.isdir(data_dir.removeprefix("tfds:")),
           "is not a directory (nor tfds, nor tfds:DIR)")  # fmt: skip
 
 

@@ -130,6 +130,19 @@ def tree_hash():
 
 
 @pytest.fixture(scope="session")
+def folder_at():
+    """`folder_at("FLORA_DATA", "data")`: the folder that the variable names, or else ../shared/data; skips without."""
+
+    def find(variable, name):
+        folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / name)
+        if not folder.is_dir():
+            pytest.skip(f"{variable} is unset and ../shared/{name} is absent")
+        return folder
+
+    return find
+
+
+@pytest.fixture(scope="session")
 def environment(caches):
     """The environment of a subprocess that runs the command."""
     settings = {name.upper(): str(value) for name, value in _COMPILE.items()}

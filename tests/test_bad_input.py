@@ -116,6 +116,7 @@ def test_data_files(refused, tmp_path):
     file, mine = tmp_path / "data/gsm8k/train.json", tmp_path / "mine.jsonl"
     file.parent.mkdir(parents=True)
     from_folder(["config.data.dir", "not a directory", "nowhere"], folder=tmp_path / "nowhere")
+    from_folder(["config.data.dir='tfds:'", "not a directory"], folder="tfds:")
     from_folder(["gsm8k/train.json is missing"])
     file.write_text("[]")
     from_folder([str(file), "no records"])

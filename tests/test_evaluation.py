@@ -168,22 +168,15 @@ def test_pairs_are_cut_where_the_context_ends(tiny):
         choice_loglik(TINY, base, None, None, tokenizer, [[("a" * 3000, " b")]])
 
 
-def _folder(variable, name):
-    folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / name)
-    if not folder.is_dir():
-        pytest.skip(f"{variable} is unset and ../shared/{name} is absent")
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ARC-Easy", "piqa", "openbookqa"])
-def test_smollm2_equals_an_independent_harness(name):
+def test_smollm2_equals_an_independent_harness(name, folder_at):
     """First 200 questions, within one example and 0.02 a choice of a PyTorch harness on the same weights."""
     from flora_jax.data.sources import load_examples
     from flora_jax.models.loading import load_pretrained
 
-    reference = json.loads((_folder("FLORA_REFERENCE", "reference") / "smollm2_mc_loglik.json").read_text())[name]
-    examples = load_examples(get_task(name), "test", _folder("FLORA_DATA", "data"))[:200]
+    reference = json.loads((folder_at("FLORA_REFERENCE", "reference") / "smollm2_mc_loglik.json").read_text())[name]
+    examples = load_examples(get_task(name), "test", folder_at("FLORA_DATA", "data"))[:200]
     config, base = load_pretrained("smollm2-135m-instruct")
     tokenizer = load_tokenizer("smollm2-135m-instruct")
     found = choice_loglik(config, base, None, None, tokenizer, [lm_eval_request(e) for e in examples])
@@ -199,12 +192,12 @@ def test_smollm2_equals_an_independent_harness(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, protocol", [("openbookqa", "lm_eval"), ("openbookqa", "llm_adapters"),
                                             ("dailydialogpp", "llm_adapters")])  # fmt: skip
-def test_smollm2_scores_are_equal_at_batch_1_and_16(name, protocol):
+def test_smollm2_scores_are_equal_at_batch_1_and_16(name, protocol, folder_at):
     from flora_jax.evaluation.run import evaluate_tasks
     from flora_jax.models.loading import load_pretrained
 
     config, base = load_pretrained("smollm2-135m-instruct")
-    tokenizer, folder = load_tokenizer("smollm2-135m-instruct"), _folder("FLORA_DATA", "data")
+    tokenizer, folder = load_tokenizer("smollm2-135m-instruct"), folder_at("FLORA_DATA", "data")
     tasks = load_task_data([name], folder, protocol=protocol, limit=40)
     kept = lambda scores: {k: v for k, v in scores.items() if k != "seconds"}  # noqa: E731
     alone, together = (

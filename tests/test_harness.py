@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -346,28 +345,18 @@ def test_without_the_extra(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: the harness is not installed; pip install flora_jax[lm-eval]\n"
 
 
-def _folder(variable, name):
-    folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / name)
-    if not folder.is_dir():
-        pytest.skip(f"{variable} is unset and ../shared/{name} is absent")
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, task, file, doc",
     [("ARC-Easy", "arc_easy", "arc/arc_easy.yaml", arc_doc), ("piqa", "piqa", "piqa/piqa.yaml", piqa_doc)],
 )
-def test_smollm2_equals_our_protocol(name, task, file, doc, tmp_path, monkeypatch, capsys):
+def test_smollm2_equals_our_protocol(name, task, file, doc, tmp_path, monkeypatch, capsys, folder_at):
     """The first 50 questions in the harness's own templates: each log-likelihood, accuracy and acc_norm is ours,
     whatever the batch."""
     from flora_jax.evaluation import run
 
-    [data] = run.load_task_data([name], _folder("FLORA_DATA", "data"), limit=50)
-    try:
-        model = load_adapted("smollm2-135m-instruct", None)
-    except UserError as error:
-        pytest.skip(str(error))
+    [data] = run.load_task_data([name], folder_at("FLORA_DATA", "data"), limit=50)
+    model = load_adapted("smollm2-135m-instruct", None)
     scores = []
     monkeypatch.setattr(run, "choice_loglik", lambda *args: scores.extend(choice_loglik(*args)) or scores)
     ours = run.evaluate_tasks([data], model.config, model.base, model.tokenizer, batch_size=16)["tasks"][name]
