@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flora_jax.data import builders, sources, tasks
+from flora_jax.data.generated import draw
 from flora_jax.data.numbers import canonical_number, final_number, same_number
 from flora_jax.data.tasks import TASKS, get_task
 from flora_jax.errors import UserError
@@ -231,10 +232,10 @@ def test_generated_splits_are_disjoint_right_and_deterministic(name, tmp_path, c
 def test_the_training_seed_moves_training_alone_and_far():
     sizes = {"train": 400, "test": 50, "validation": 5}
     first, second = (get_task("chain_sum", {"seed": seed, **sizes}) for seed in (0, 1))
-    assert sources._draw(first, "test") == sources._draw(second, "test")
-    trained = sources._draw(first, "train")
+    assert draw(first, "test") == draw(second, "test")
+    trained = draw(first, "train")
     # Neighbouring seeds of the library itself share all but one problem.
-    assert sum(problem in trained for problem in sources._draw(second, "train")) < 200
+    assert sum(problem in trained for problem in draw(second, "train")) < 200
 
 
 def test_generator_settings_reach_the_problems_and_are_checked(cache):

@@ -1,0 +1,168 @@
+"""Records as files hold them: read from JSON, and each layout checked and turned into the one that its kind has."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flora_jax.data.catalogue import compose_ending, hellaswag
+from flora_jax.data.tasks import ROLES
+from flora_jax.errors import UserError, near_misses
+
+Record = dict[str, Any]
+
+
+def raw_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """`(place, value)` of each record of a `.json` list or a `.jsonl` file; place is `file:line` or names the index.
+    Raises UserError for what is no UTF-8 or no JSON."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    if path.suffix == ".jsonl":
+        # Split at newlines alone: JSON strings may hold the other separators that str.splitlines cuts at.
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{path}:{number}", _json(line, path, number)
+    elif text.strip():
+        values = _json(text, path, 1)
+        if not isinstance(values, list):
+            raise UserError(f"{path}: the file must hold a JSON list of records, not {type(values).__name__}")
+        for i, value in enumerate(values):
+            yield f"{path}: record {i} (from 0)", value
+
+
+def _json(text: str, path: Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{path}:{line + error.lineno - 1}"
+        raise UserError(f"{place}: malformed JSON at column {error.colno}: {error.msg}") from None
+
+
+def _field(raw: Mapping[str, Any], name: str, where: str, default: str | None = None, number: bool = False) -> str:
+    """A text field, checked. `default` makes it optional and lets it be empty."""
+    if name not in raw:
+        if default is not None:
+            return default
+        raise UserError(f"{where}: field {name!r} is missing; there are {', '.join(map(repr, raw)) or 'none'}")
+    value = raw[name]
+    if number and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: field {name!r} is {type(value).__name__} {value!r:.40}; it must be a string")
+    if default is None and not value.strip():
+        raise UserError(f"{where}: field {name!r} is empty; it needs text")
+    return value
+
+
+def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:
+    """An LLM-Adapters record. Raw MAWPS (`original_text`, `ans`) and GSM8K's own layout (`question`, `answer` with
+    its number after ####) become one."""
+    if "original_text" in raw:
+        question, answer = _field(raw, "original_text", where), _field(raw, "ans", where, number=True)
+        return {"instruction": question, "input": "", "output": "", "answer": answer}
+    if "endings" in raw:
+        return _hellaswag(raw, where)
+    if "question" in raw and "instruction" not in raw:
+        question = _field(raw, "question", where)
+        rationale, mark, answer = _field(raw, "answer", where).rpartition("####")
+        if not mark:
+            raise UserError(f"{where}: field 'answer' has no '####' before its final number")
+        output = re.sub(r"<<.*?>>", "", rationale).strip() + f"\nThe answer is {answer.strip().replace(',', '')}."
+        return {"instruction": question, "input": "", "output": output.strip(), "answer": answer.strip()}
+    return {
+        "instruction": _field(raw, "instruction", where),
+        "input": _field(raw, "input", where, default=""),
+        "output": _field(raw, "output", where, default=""),
+        "answer": _field(raw, "answer", where, number=True),
+    }
+
+
+def _hellaswag(raw: Mapping[str, Any], where: str) -> Record:
+    """HellaSwag's own layouts as the LLM-Adapters record, whose wording this is."""
+    if "activity_label" in raw:
+        raw = hellaswag({**raw, "context": _field(raw, "ctx", where), "endings": _strings(raw, "endings", where)})
+    context, endings = _field(raw, "activity_and_ctx", where), _strings(raw, "endings", where)
+    try:
+        return compose_ending(context, endings, raw.get("label"))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+_TEXTS = ("dialogue", "document", "article")
+
+
+def _texts(raw: Mapping[str, Any], where: str) -> Record | list[Record]:
+    """A text with the texts that answer it: DialogSum and SAMSum (`dialogue`), XSum (`document`), CNN/DailyMail
+    (`article`, `highlights`), DailyDialog++ (`context`, `positive_responses`), MultiWOZ (`turns`: each of the system's
+    answers the conversation before it)."""
+    if "context" in raw:
+        references = _strings(raw, "positive_responses", where)
+        return {"text": _spoken(_strings(raw, "context", where)), "references": references}
+    if "turns" in raw:
+        turns = [" ".join(turn.split()) for turn in _strings(raw, "turns", where)]
+        return [{"text": _spoken(turns[:i]), "references": [turns[i]]} for i in range(1, len(turns), 2)]
+    kind = next((field for field in _TEXTS if field in raw), None)
+    if kind is None:
+        known = ", ".join([*_TEXTS, "context", "turns"])
+        raise UserError(f"{where}: the record has none of the fields {known}; there are {', '.join(map(repr, raw))}")
+    answers = [field for field in ("summary", "highlights", "summary1", "summary2", "summary3") if field in raw]
+    if not answers:
+        raise UserError(f"{where}: the record has neither 'summary', 'summary1' nor 'highlights' beside {kind!r}")
+    text, *references = (_untagged(_field(raw, field, where)) for field in (kind, *answers))
+    return {"text": text, "references": references}
+
+
+def _strings(raw: Mapping[str, Any], name: str, where: str) -> list[str]:
+    """A field that is a list of texts, checked."""
+    value = raw.get(name)
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) and v.strip() for v in value):
+        raise UserError(f"{where}: field {name!r} must be a list of texts, not {value!r:.60}")
+    return value
+
+
+def _spoken(turns: Sequence[str]) -> str:
+    return "\n".join(f"{'AB'[i % 2]}: {turn.strip()}" for i, turn in enumerate(turns))
+
+
+def _untagged(text: str) -> str:
+    """`<t> a . </t> <t> b . </t>`, as some CNN/DailyMail files mark sentences, one sentence a line."""
+    return re.sub(r"\s*</t>\s*<t>\s*", "\n", text).replace("<t>", "").replace("</t>", "").strip()
+
+
+def _conversation(raw: Mapping[str, Any], where: str) -> Record:
+    """`{"prompt", "completion"}` or `{"messages": [{"role", "content"}, …]}` as messages ending with the assistant."""
+    if "messages" not in raw:
+        if "prompt" not in raw and "completion" not in raw:
+            raise UserError(
+                f"{where}: a record needs 'messages', or 'prompt' and 'completion'; "
+                f"there are {', '.join(map(repr, raw)) or 'no fields'}"
+            )
+        prompt, completion = _field(raw, "prompt", where), _field(raw, "completion", where)
+        return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]}
+    turns = raw["messages"]
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{where}: field 'messages' must be a list of at least one message, not {turns!r:.40}")
+    messages = []
+    for i, turn in enumerate(turns):
+        place = f"{where}: messages[{i}]"
+        if not isinstance(turn, dict):
+            raise UserError(f"{place} must be an object with 'role' and 'content', not {type(turn).__name__}")
+        role = _field(turn, "role", place)
+        if role not in ROLES:
+            raise UserError(f"{place}: role {role!r} is unknown; {near_misses(role, ROLES)}")
+        messages.append({"role": role, "content": _field(turn, "content", place)})
+    roles = [message["role"] for message in messages]
+    if roles[-1] != "assistant":
+        raise UserError(f"{where}: 'messages' ends with role {roles[-1]!r}; the last turn must be the assistant's")
+    if "user" not in roles:
+        raise UserError(f"{where}: 'messages' has no turn with role 'user'; the assistant must answer one")
+    return {"messages": messages}
+
+
+# By a task's source: what makes a Record, or several, of a raw one and its place. Raises UserError.
+CONVERT = {"records": _adapters_record, "texts": _texts, "jsonl": _conversation}
