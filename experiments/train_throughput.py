@@ -50,6 +50,7 @@ def jax_stepper(method: str, weights: tuple[Any, Any] | None = None) -> Callable
     import optax
 
     from flora_jax.adapters import AdapterConfig, init_adapter
+    from flora_jax.config import get_config
     from flora_jax.models.llama import Llama
     from flora_jax.models.loading import load_pretrained
     from flora_jax.training.step import TrainState, make_train_step
@@ -59,7 +60,8 @@ def jax_stepper(method: str, weights: tuple[Any, Any] | None = None) -> Callable
     trainable = {"adapter": init_adapter(jax.random.key(0), config, adapter_config)}
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key(1))
-    step = jax.jit(make_train_step(Llama(config, adapter_config), optimizer), donate_argnums=0)
+    model = Llama(config, adapter_config, remat=get_config().model.remat)
+    step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
     frozen = {"params": base}
 
     def one(batch: dict[str, np.ndarray]) -> float:

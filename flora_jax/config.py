@@ -38,14 +38,13 @@ LEARNING_RATES: dict[str, float] = {
     "ffba_qd_add": 3e-4,
     "zflora": 1e-4,
 }
-# What a model preset changes in the base configuration: the Llamas are for GPUs, where bfloat16 is native and
-# recomputing what is not a product costs little beside the memory it saves.
-_GPU = {"model.param_dtype": "bfloat16", "model.dtype": "bfloat16", "model.remat": "dots"}
+# What a model preset changes in the base configuration: the Llamas are for GPUs, where bfloat16 is native.
+_GPU = {"model.param_dtype": "bfloat16", "model.dtype": "bfloat16"}
 PRESET_SETTINGS: dict[str, dict[str, Any]] = {"llama3.2-1b": _GPU, "llama3.2-3b": _GPU, "llama3.1-8b": _GPU}
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("products", "full", "none"),
     "data.prompt_style": STYLES,
     "data.loss_on": ("answer", "all"),
     "optim.schedule": ("cosine", "linear", "constant"),
@@ -62,7 +61,9 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config.model.weights = placeholder(str)  # HF directory, hub id, .gguf file, preset name, or "random"
     config.model.param_dtype = "float32"  # dtype the frozen base is stored in; what trains is always float32
     config.model.dtype = "float32"  # dtype of compute; norms, softmax, logits and loss stay float32
-    config.model.remat = "none"  # what a layer keeps for the backward pass: none (all), dots, full (nothing)
+    # What a layer keeps for the backward pass: products (what its four products give; to compute the rest again is
+    # faster than to store it), full (nothing), none (all).
+    config.model.remat = "products"
 
     config.adapter = ml_collections.ConfigDict()
     config.adapter.method = method  # a row of flora_jax.adapters.METHODS

@@ -203,7 +203,7 @@ def compiled_gradient(remat):
     return step.lower(variables["adapter"], variables["params"]).compile(), variables
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["products", "full"])
 def test_remat_changes_no_number(remat):
     """Loss and gradients with dropout: the recomputed masks are the same ones."""
     (step, variables), (plain, _) = compiled_gradient(remat), compiled_gradient("none")
@@ -215,14 +215,14 @@ def test_remat_changes_no_number(remat):
 
 
 def test_remat_keeps_less():
-    none, dots, full = (
-        compiled_gradient(r)[0].memory_analysis().temp_size_in_bytes for r in ("none", "dots", "full")
+    none, products, full = (
+        compiled_gradient(r)[0].memory_analysis().temp_size_in_bytes for r in ("none", "products", "full")
     )
-    assert full < dots < none
+    assert full < products < none
 
 
 def test_an_unknown_remat_is_refused():
-    with pytest.raises(UserError, match="remat='some' is unknown; known: none, full, dots"):
+    with pytest.raises(UserError, match="remat='some' is unknown; known: none, products, full"):
         Llama(TINY, None, remat="some").apply(model_of(None)[0], TOKENS)
 
 

@@ -2,6 +2,7 @@
 
 from flora_jax.adapters.config import AdapterConfig, Slot
 from flora_jax.adapters.layer import (
+    SAVED,
     FusedDense,
     abstract_adapter,
     check_adapter,
@@ -33,6 +34,7 @@ __all__ = [
     "METHODS",
     "PRODUCTS",
     "PROJECTIONS",
+    "SAVED",
     "AdapterConfig",
     "FusedDense",
     "Method",

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.ad_checkpoint import checkpoint_name
 
 from flora_jax.adapters.config import ACTIVATIONS, AdapterConfig, Slot
 from flora_jax.adapters.methods import BLOCKS, PRODUCTS
@@ -36,6 +37,8 @@ from flora_jax.errors import UserError
 
 Array = jax.Array
 Initializer = Callable[[Array, Sequence[int], Any], Array]
+
+SAVED = "product"  # the name under which jax.checkpoint knows what a FusedDense gives, adapter and all
 
 _DRAWN_AT_ONCE = 2**22  # values
 
@@ -156,6 +159,10 @@ class FusedDense(nn.Module):
     ) -> tuple[list[Array], Array | None]:
         if self.fused:
             return self._fused(x, z, select)
+        return checkpoint_name(self._split(x, z, deterministic), SAVED)
+
+    def _split(self, x: Array, z: Array | None, deterministic: bool) -> tuple[list[Array], Array | None]:
+        """The product over base kernels and adapter leaves apart."""
         names = PRODUCTS[self.product]
         ys = []
         for name in names:

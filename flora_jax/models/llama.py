@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.adapters import (
+    SAVED,
     AdapterConfig,
     FusedDense,
     check_adapter,
@@ -40,8 +41,8 @@ Tree = dict[str, Any]
 
 REMAT_POLICIES = {
     "none": None,
+    "products": jax.checkpoint_policies.save_only_these_names(SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -92,30 +93,38 @@ class RMSNorm(nn.Module):
         return y if passing is None else y + passing
 
 
+def cudnn_runs(q: Array) -> bool:
+    """Whether cuDNN's fused attention can: on a GPU, in half precision."""
+    return jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+
+
 def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     """Attention of q `[B, T, N, H]` over k, v `[B, S, K, H]`; mask `[B, 1, T, S]` bool, None for plain causal (T = S).
-
-    cuDNN's fused attention where it can run (a GPU, half precision), XLA's elsewhere; softmax in float32 in both.
-    """
-    fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    Softmax in float32."""
+    if cudnn_runs(q):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation="cudnn")
 
     def attention(q: Array, k: Array, v: Array) -> Array:
-        implementation = "cudnn" if fused else "xla"
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation=implementation)
+        (B, S, K, H) = k.shape
+        k, v = k.transpose(0, 2, 3, 1).reshape(B * K, H, S), v.swapaxes(1, 2).reshape(B * K, S, H)
+        return attend_grouped(q, k, v, jnp.tril(jnp.ones((S, S), bool))[None, None] if mask is None else mask)
 
-    # As cuDNN does, XLA's recomputes the softmax in the backward pass: no `[B, N, T, S]` array outlives its layer.
-    return attention(q, k, v) if fused else jax.checkpoint(attention, prevent_cse=False)(q, k, v)
+    # As cuDNN does, the softmax is computed again in the backward pass: no `[B, N, T, S]` array outlives its layer.
+    return jax.checkpoint(attention, prevent_cse=False)(q, k, v)
 
 
-def attend_one(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Attention of one token a row, q `[B, 1, N, H]`, over the cache's k `[B·K, H, S]` and v `[B·K, S, H]`; mask
-    `[B, 1, 1, S]` bool. The heads of a group read their k and v once; softmax in float32."""
-    B, _, N, H = q.shape
-    groups = q.reshape(k.shape[0], -1, H)
-    scores = jnp.einsum("bGH,bHS->bGS", groups, k, preferred_element_type=jnp.float32) * H**-0.5
-    seen = jnp.repeat(mask[:, 0], k.shape[0] // B, axis=0)
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
-    return jnp.einsum("bGS,bSH->bGH", weights, v).reshape(B, 1, N, H)
+def attend_grouped(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Attention of q `[B, T, N, H]` over k `[B·K, H, S]` and v `[B·K, S, H]`, as the cache has them; mask
+    `[B, 1, T, S]` bool. The heads of a group are rows of one product, which reads its k and v once: on a CPU two thirds
+    of the time of `jax.nn.dot_product_attention`, gradients and all. Softmax in float32."""
+    B, T, N, H = q.shape
+    K, S = k.shape[0] // B, k.shape[-1]
+    rows = q.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, H)
+    scores = jnp.einsum("bRH,bHS->bRS", rows, k, preferred_element_type=jnp.float32) * H**-0.5
+    seen = jnp.repeat(jnp.broadcast_to(mask, (B, 1, T, S)), K, axis=0)
+    scores = jnp.where(seen, scores.reshape(B * K, -1, T, S), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*rows.shape[:2], -1)
+    return jnp.einsum("bRS,bSH->bRH", weights, v).reshape(B, N, T, H).swapaxes(1, 2)
 
 
 class Attention(nn.Module):
@@ -147,11 +156,11 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_update_slice(past_k, k.astype(past_k.dtype), (0, 0, index))
             v = jax.lax.dynamic_update_slice(past_v, v.astype(past_v.dtype), (0, index, 0))
             present, (k, v) = (k, v), (k.astype(q.dtype), v.astype(q.dtype))
-            if T == 1:
-                out = attend_one(q, k, v, mask)
-            else:
+            if T > 1 and cudnn_runs(q):
                 k, v = k.reshape(B, K, H, -1).transpose(0, 3, 1, 2), v.reshape(B, K, -1, H).swapaxes(1, 2)
                 out = attend(q, k, v, mask)
+            else:
+                out = attend_grouped(q, k, v, mask)
         (out,), z_out = dense("o")(out.reshape(*x.shape[:2], -1), z_in, select=select, deterministic=deterministic)
         return out, z_out, present
 
@@ -212,7 +221,7 @@ class Llama(nn.Module):
     served by `Llama(config, adapter_config).apply({"params": fused}, tokens)`: the tree tells its layout.
 
     dtype: compute dtype, None for the embedding's. remat: what a layer keeps for the backward pass ("none" keeps all,
-    "full" nothing, "dots" the outputs of its products).
+    "products" what its four products give, "full" nothing).
     """
 
     config: LlamaConfig
