@@ -16,7 +16,7 @@ from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter, fuse
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import leaf_shapes
-from flora_jax.models.llama import KVCache, Llama, abstract_base, init_base
+from flora_jax.models.llama import KVCache, Llama, abstract_base, attend, init_base
 
 TINY = LlamaConfig.preset("tiny")
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
@@ -121,6 +121,26 @@ def test_later_tokens_are_not_seen():
     one, other = forward(variables, TOKENS), forward(variables, changed)
     np.testing.assert_array_equal(one[:, :6], other[:, :6])
     assert np.abs(one[:, 6:] - other[:, 6:]).max() > 0.1
+
+
+@pytest.mark.parametrize("groups", [1, 3, 8])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_jaxs_own(groups, masked):
+    """Output and gradients equal those of jax.nn.dot_product_attention, in which each head is a product of its own."""
+    B, T, K, H = 2, 13, 2, 8
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, cotangent = (jax.random.normal(key, (B, T, K * groups, H)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (B, T, K, H)) for key in keys[2:4])
+    mask = jnp.tril(jax.random.bernoulli(keys[4], 0.6, (B, 1, T, T)) | jnp.eye(T, dtype=bool)) if masked else None
+
+    def expected(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation="xla")
+
+    found, pull = jax.vjp(lambda *qkv: attend(*qkv, mask), q, k, v)
+    wanted, pull_wanted = jax.vjp(expected, q, k, v)
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
+    for one, other in zip(pull(cotangent), pull_wanted(cotangent), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------
