@@ -60,7 +60,7 @@ def jax_stepper(method: str, weights: tuple[Any, Any] | None = None) -> Callable
     trainable = {"adapter": init_adapter(jax.random.key(0), config, adapter_config)}
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key(1))
-    model = Llama(config, adapter_config, remat=get_config().model.remat)
+    model = Llama(config, adapter_config, remat=get_config("smollm2-135m", method).model.remat)
     step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
     frozen = {"params": base}
 

@@ -62,7 +62,7 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config.model.param_dtype = "float32"  # dtype the frozen base is stored in; what trains is always float32
     config.model.dtype = "float32"  # dtype of compute; norms, softmax, logits and loss stay float32
     # What a layer keeps for the backward pass: products (what its four products give; to compute the rest again is
-    # faster than to store it), full (nothing), none (all).
+    # faster than to store it, on a CPU), full (nothing), none (all).
     config.model.remat = "products"
 
     config.adapter = ml_collections.ConfigDict()

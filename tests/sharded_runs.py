@@ -1,7 +1,7 @@
 """What tests/test_sharding.py runs in processes of their own, where XLA is told how many devices there are.
 
     python tests/sharded_runs.py meshes FOLDER lora-8x1x1,fft-2x2x2    these runs, a method on a mesh
-    python tests/sharded_runs.py others FOLDER                         a run on two meshes, weights into shards
+    python tests/sharded_runs.py others FOLDER                         a run on two meshes, weights, attention
     python tests/sharded_runs.py process FOLDER CONFIG I               process I of a run of several
 
 FOLDER/METHOD.json is a configuration; bytes and the like go to FOLDER as JSON.
@@ -15,10 +15,11 @@ from pathlib import Path
 import jax
 import ml_collections
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flora_jax.adapters import AdapterConfig
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.llama import abstract_base
+from flora_jax.models.llama import abstract_base, attend
 from flora_jax.models.loading import load_pretrained
 from flora_jax.train import run
 from flora_jax.training import loop
@@ -71,6 +72,16 @@ def loaded(folder: Path) -> None:
     (folder / "loaded.json").write_text(json.dumps(result))
 
 
+def attention(folder: Path) -> None:
+    """The all-gathers in the compiled gradient of attention, rows over data and fsdp, heads over tensor."""
+    mesh = make_mesh(config_of(folder / "fft.json", (2, 2, 2)))
+    place = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor", None))
+    q, k, v = (jax.ShapeDtypeStruct((4, 128, heads, 16), np.float32, sharding=place) for heads in (8, 4, 4))
+    gradient = jax.jit(jax.grad(lambda q, k, v: attend(q, k, v, None).sum(), argnums=(0, 1, 2)))
+    program = gradient.lower(q, k, v).compile().as_text()
+    (folder / "attention.json").write_text(json.dumps(program.count(" all-gather(")))
+
+
 def config_of(path: Path, sizes: tuple[int, ...]) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(json.loads(path.read_text()))
     config.mesh = dict(zip(AXES, sizes, strict=True))
@@ -91,5 +102,6 @@ if __name__ == "__main__":
     elif what == "meshes":
         meshes(where, sys.argv[3].split(","))
     else:
+        attention(where)
         resumed(where)
         loaded(where)

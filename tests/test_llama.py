@@ -4,6 +4,7 @@ logits are held to transformers' in test_loading.py and to NumPy's in test_adapt
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -210,9 +211,9 @@ def test_segments_with_a_cache_are_refused():
 
 
 @functools.cache
-def compiled_gradient(remat):
+def compiled_gradient(remat, method="ffba"):
     """`(value and gradient of a loss with dropout, compiled, variables)`."""
-    adapter_config = AdapterConfig("ffba", 8, alpha=4.0, dropout=0.2)
+    adapter_config = AdapterConfig(method, 8, alpha=4.0, dropout=0.2)
     model, variables = Llama(TINY, adapter_config, remat=remat), draw(TINY, adapter_config)
 
     def loss(adapter, params):
@@ -240,6 +241,15 @@ def test_remat_keeps_less():
         compiled_gradient(r)[0].memory_analysis().temp_size_in_bytes for r in ("none", "products", "full")
     )
     assert full < products < none
+
+
+@pytest.mark.parametrize("method", ["ffba", "lora"])
+def test_no_product_is_computed_twice(method):
+    """Beside attention's, which `attend` recomputes whatever is kept, the program has the products it has without."""
+    none, products = (
+        len(re.findall(r" dot\(", compiled_gradient(remat, method)[0].as_text())) for remat in ("none", "products")
+    )
+    assert products == none + (method == "lora")  # o's A reads what attention gives
 
 
 def test_an_unknown_remat_is_refused():

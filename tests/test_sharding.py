@@ -141,6 +141,11 @@ def test_weights_are_read_straight_into_shards(others):
         assert devices == 8 and here == (whole if path.endswith("norm/scale") else whole / 8), path
 
 
+def test_attention_gathers_nothing(others):
+    """Rows over data and fsdp and heads over tensor: each device computes its own."""
+    assert json.loads((others / "attention.json").read_text()) == 0
+
+
 @pytest.mark.parametrize(
     ("count", "fields", "words"),
     [(1, {"mesh.data": 2}, "does not fit 1 device"),

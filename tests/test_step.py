@@ -211,7 +211,8 @@ def compiled_step(method, base_too):
     state = TrainState(jax.ShapeDtypeStruct((), np.int32), trainable, jax.eval_shape(optimizer.init, trainable),
                        jax.eval_shape(jax.random.key, 0))  # fmt: skip
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_of(2, 16, 512))
-    step = jax.jit(make_train_step(Llama(MIDDLE, adapter), optimizer))
+    model = Llama(MIDDLE, adapter, remat=get_config("tiny", method).model.remat)
+    step = jax.jit(make_train_step(model, optimizer))
     return step.lower(state, frozen, batch).compile(compiler_options=FAST_COMPILE)
 
 

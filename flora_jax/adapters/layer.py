@@ -159,7 +159,8 @@ class FusedDense(nn.Module):
     ) -> tuple[list[Array], Array | None]:
         if self.fused:
             return self._fused(x, z, select)
-        return checkpoint_name(self._split(x, z, deterministic), SAVED)
+        ys, z_out = self._split(x, z, deterministic)
+        return checkpoint_name(ys, SAVED), z_out
 
     def _split(self, x: Array, z: Array | None, deterministic: bool) -> tuple[list[Array], Array | None]:
         """The product over base kernels and adapter leaves apart."""
@@ -182,7 +183,7 @@ class FusedDense(nn.Module):
         z_out, own = None, {}
         if slot.forward:
             read = nn.Dropout(adapter.dropout, rng_collection="dropout")(x, deterministic=deterministic)
-            z_out = adapter.scale * ACTIVATIONS[adapter.activation](read @ leaves["A"])
+            z_out = checkpoint_name(adapter.scale * ACTIVATIONS[adapter.activation](read @ leaves["A"]), SAVED)
             own = dict(zip(slot.forward, jnp.split(z_out, len(slot.forward), axis=-1), strict=True))
         for i, name in enumerate(names):
             if name in slot.matrix:

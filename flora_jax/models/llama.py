@@ -107,13 +107,13 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation="cudnn")
 
     def attention(q: Array, k: Array, v: Array) -> Array:
-        B, S, K, H = k.shape
-        k, v = k.transpose(0, 2, 3, 1).reshape(B * K, H, S), v.swapaxes(1, 2).reshape(B * K, S, H)
+        S = k.shape[1]
+        k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
         seen = jnp.tril(jnp.ones((S, S), bool))[None, None] if mask is None else mask
-        # Queries block by block, each over the keys up to its end: three eighths of the work would be masked out.
+        # Queries block by block, each over the keys up to its end: three eighths of the work, all masked, is not done.
         size = S if S < _LONG else -(-S // 4)
         blocks = [
-            attend_grouped(q[:, end - size : end], k[..., :end], v[:, :end], seen[..., end - size : end, :end])
+            attend_grouped(q[:, end - size : end], k[..., :end], v[:, :, :end], seen[..., end - size : end, :end])
             for end in range(size, S + size, size)
         ]
         return jnp.concatenate(blocks, axis=1)
@@ -123,17 +123,16 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
 
 def attend_grouped(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Attention of q `[B, T, N, H]` over k `[B·K, H, S]` and v `[B·K, S, H]`, as the cache has them; mask
-    `[B, 1, T, S]` bool. The heads of a group are rows of one product, which reads its k and v once (XLA's
-    `jax.nn.dot_product_attention` makes each head a product of its own, and is slower). Softmax in float32."""
+    """Attention of q `[B, T, N, H]` over k `[B, K, H, S]` and v `[B, K, S, H]`; mask `[B, 1, T, S]` bool. The heads of
+    a group are rows of one product, which reads its k and v once (XLA's `jax.nn.dot_product_attention` makes each head
+    a product of its own, and is slower). Softmax in float32."""
     B, T, N, H = q.shape
-    K, S = k.shape[0] // B, k.shape[-1]
-    rows = q.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, H)
-    scores = jnp.einsum("bRH,bHS->bRS", rows, k, preferred_element_type=jnp.float32) * H**-0.5
-    seen = jnp.repeat(jnp.broadcast_to(mask, (B, 1, T, S)), K, axis=0)
-    scores = jnp.where(seen, scores.reshape(B * K, -1, T, S), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*rows.shape[:2], -1)
-    return jnp.einsum("bRS,bSH->bRH", weights, v).reshape(B, N, T, H).swapaxes(1, 2)
+    K = k.shape[1]
+    rows = q.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    scores = jnp.einsum("BKRH,BKHS->BKRS", rows, k, preferred_element_type=jnp.float32) * H**-0.5
+    scores = jnp.where(mask[:, :, None], scores.reshape(B, K, -1, *mask.shape[2:]), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*rows.shape[:3], -1)
+    return jnp.einsum("BKRS,BKSH->BKRH", weights, v).reshape(B, N, T, H).swapaxes(1, 2)
 
 
 class Attention(nn.Module):
@@ -165,9 +164,9 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_update_slice(past_k, k.astype(past_k.dtype), (0, 0, index))
             v = jax.lax.dynamic_update_slice(past_v, v.astype(past_v.dtype), (0, index, 0))
             present, (k, v) = (k, v), (k.astype(q.dtype), v.astype(q.dtype))
+            k, v = k.reshape(B, K, H, -1), v.reshape(B, K, -1, H)
             if T > 1 and cudnn_runs(q):
-                k, v = k.reshape(B, K, H, -1).transpose(0, 3, 1, 2), v.reshape(B, K, -1, H).swapaxes(1, 2)
-                out = attend(q, k, v, mask)
+                out = attend(q, k.transpose(0, 3, 1, 2), v.swapaxes(1, 2), mask)
             else:
                 out = attend_grouped(q, k, v, mask)
         (out,), z_out = dense("o")(out.reshape(*x.shape[:2], -1), z_in, select=select, deterministic=deterministic)
