@@ -14,6 +14,7 @@ Norms, softmax and logits are computed in float32 whatever the compute dtype.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -123,16 +124,18 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
 
 def attend_grouped(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Attention of q `[B, T, N, H]` over k `[B, K, H, S]` and v `[B, K, S, H]`; mask `[B, 1, T, S]` bool. The heads of
-    a group are rows of one product, which reads its k and v once (XLA's `jax.nn.dot_product_attention` makes each head
-    a product of its own, and is slower). Softmax in float32."""
+    """Attention of q `[B, T, N, H]` over k `[B, K, H, S]` and v `[B, K, S, H]`, or B and K in one axis as in the cache;
+    mask `[B, 1, T, S]` bool. The heads of a group are rows of one product, which reads its k and v once (XLA's
+    `jax.nn.dot_product_attention` makes each head a product of its own, and is slower). Softmax in float32."""
     B, T, N, H = q.shape
-    K = k.shape[1]
-    rows = q.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    scores = jnp.einsum("BKRH,BKHS->BKRS", rows, k, preferred_element_type=jnp.float32) * H**-0.5
-    scores = jnp.where(mask[:, :, None], scores.reshape(B, K, -1, *mask.shape[2:]), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*rows.shape[:3], -1)
-    return jnp.einsum("BKRS,BKSH->BKRH", weights, v).reshape(B, N, T, H).swapaxes(1, 2)
+    *leading, _, S = k.shape  # apart, a mesh can split both; in one, a decode step's loop copies no cache
+    K = math.prod(leading) // B
+    rows = q.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(*leading, -1, H)
+    scores = jnp.einsum("...RH,...HS->...RS", rows, k, preferred_element_type=jnp.float32) * H**-0.5
+    seen = jnp.broadcast_to(mask[:, :, None], (B, K, 1, T, S)).reshape(*leading, 1, T, S)
+    scores = jnp.where(seen, scores.reshape(*leading, -1, T, S), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*leading, -1, S)
+    return jnp.einsum("...RS,...SH->...RH", weights, v).reshape(B, N, T, H).swapaxes(1, 2)
 
 
 class Attention(nn.Module):
@@ -164,9 +167,9 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_update_slice(past_k, k.astype(past_k.dtype), (0, 0, index))
             v = jax.lax.dynamic_update_slice(past_v, v.astype(past_v.dtype), (0, index, 0))
             present, (k, v) = (k, v), (k.astype(q.dtype), v.astype(q.dtype))
-            k, v = k.reshape(B, K, H, -1), v.reshape(B, K, -1, H)
             if T > 1 and cudnn_runs(q):
-                out = attend(q, k.transpose(0, 3, 1, 2), v.swapaxes(1, 2), mask)
+                k, v = k.reshape(B, K, H, -1).transpose(0, 3, 1, 2), v.reshape(B, K, -1, H).swapaxes(1, 2)
+                out = attend(q, k, v, mask)
             else:
                 out = attend_grouped(q, k, v, mask)
         (out,), z_out = dense("o")(out.reshape(*x.shape[:2], -1), z_in, select=select, deterministic=deterministic)
