@@ -22,6 +22,7 @@ from flora_jax.data.encode import STYLES
 from flora_jax.data.tasks import expand
 from flora_jax.errors import UserError, near_misses
 from flora_jax.models.config import DTYPES, PRESETS, LlamaConfig
+from flora_jax.models.llama import REMAT_POLICIES
 
 # A zero A with a full B moves the output 18 to 64 times as far in one Adam step as LoRA's zero B does, so the rate
 # belongs to the method (README, "The family"). For scale s = 1; ffba_qd_add's is a guess, and fft's a third of what was
@@ -44,7 +45,7 @@ PRESET_SETTINGS: dict[str, dict[str, Any]] = {"llama3.2-1b": _GPU, "llama3.2-3b"
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
-    "model.remat": ("products", "full", "none"),
+    "model.remat": tuple(REMAT_POLICIES),
     "data.prompt_style": STYLES,
     "data.loss_on": ("answer", "all"),
     "optim.schedule": ("cosine", "linear", "constant"),
