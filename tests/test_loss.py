@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.training.loss import chunked_cross_entropy
+from flora_jax.training.loss import chunked_cross_entropy, vocabulary_block
 
-D, V = 8, 101
+D, V = 8, 104
 FAST_COMPILE = {"xla_backend_optimization_level": 0}  # the values are the same, and compiling is what takes the time
 
 
@@ -28,10 +28,11 @@ def whole(hidden, unembedding, targets, weights):
 expected_parts = jax.jit(jax.value_and_grad(whole, argnums=(0, 1)), compiler_options=FAST_COMPILE)
 
 
-@functools.partial(jax.jit, static_argnums=4, compiler_options=FAST_COMPILE)
-def parts(hidden, unembedding, targets, weights, chunk):
+@functools.partial(jax.jit, static_argnums=(4, 5), compiler_options=FAST_COMPILE)
+def parts(hidden, unembedding, targets, weights, chunk, block=V):
     """The loss and its gradients with respect to hidden and unembedding."""
-    return jax.value_and_grad(chunked_cross_entropy, argnums=(0, 1))(hidden, unembedding, targets, weights, chunk)
+    gradient = jax.value_and_grad(chunked_cross_entropy, argnums=(0, 1))
+    return gradient(hidden, unembedding, targets, weights, chunk, block)
 
 
 def draw(seed, B, T, size=1.0, counted=0.5):
@@ -54,29 +55,32 @@ def assert_same(found, expected, tolerance=2e-6):
 @settings(max_examples=25, deadline=None)
 @given(
     shape=st.sampled_from([(1, 1), (2, 7), (3, 12)]), chunk=st.sampled_from([1, 5, 40]),
-    counted=st.sampled_from([0.0, 0.2, 0.9]), seed=st.integers(0, 99), zero_row=st.booleans(),
+    block=st.sampled_from([1, 26, V]), counted=st.sampled_from([0.0, 0.2, 0.9]), seed=st.integers(0, 99),
+    zero_row=st.booleans(),
 )  # fmt: skip
-def test_value_and_gradients_are_optaxs(shape, chunk, counted, seed, zero_row):
-    """Non-binary weights, rows and batches without a counted token, chunks that do not divide the row."""
+def test_value_and_gradients_are_optaxs(shape, chunk, block, counted, seed, zero_row):
+    """Non-binary weights, rows and batches without a counted token, chunks that do not divide the row, the vocabulary
+    whole and in blocks."""
     hidden, unembedding, targets, weights = draw(seed, *shape, counted=counted)
     if zero_row:
         weights[0] = 0
     arguments = hidden, unembedding, targets, weights
-    assert_same(parts(*arguments, chunk), expected_parts(*arguments))
+    assert_same(parts(*arguments, chunk, block), expected_parts(*arguments))
 
 
 def test_gradient_scales_with_its_cotangent():
     arguments = draw(0, 2, 7)
-    scaled = jax.grad(lambda *arguments: -2.5 * chunked_cross_entropy(*arguments, 5), argnums=(0, 1))
+    scaled = jax.grad(lambda *arguments: -2.5 * chunked_cross_entropy(*arguments, 5, 26), argnums=(0, 1))
     _, gradients = expected_parts(*arguments)
     found = jax.jit(scaled, compiler_options=FAST_COMPILE)(*arguments)
     assert_same(found, jax.tree.map(lambda g: np.asarray(-2.5 * g), gradients))
 
 
-def test_huge_logits_stay_finite():
+@pytest.mark.parametrize("block", [26, V])
+def test_huge_logits_stay_finite(block):
     hidden, unembedding, targets, weights = draw(1, 2, 7, size=1e4)
     assert np.abs(hidden @ unembedding.T).max() > 5e4
-    found = parts(hidden, unembedding, targets, weights, 5)
+    found = parts(hidden, unembedding, targets, weights, 5, block)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
     assert_same(found, expected_parts(hidden, unembedding, targets, weights), tolerance=1e-5)
 
@@ -85,7 +89,7 @@ def test_bfloat16_hidden():
     """Logits are summed in float32 and the sum kept there: the loss of bfloat16 states is right to 1e-5."""
     hidden, unembedding, targets, weights = draw(2, 3, 12)
     hidden, unembedding = hidden.astype(jnp.bfloat16), np.asarray(unembedding.astype(jnp.bfloat16), np.float32)
-    loss, gradients = parts(hidden, unembedding, targets, weights, 5)
+    loss, gradients = parts(hidden, unembedding, targets, weights, 5, 26)
     exact, expected = expected_parts(hidden.astype(np.float32), unembedding, targets, weights)
     assert loss.dtype == jnp.float32 and abs(loss / exact - 1) < 1e-5
     assert gradients[0].dtype == jnp.bfloat16 and gradients[1].dtype == jnp.float32
@@ -100,9 +104,9 @@ def test_loss_of_uniform_logits():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The compiled program. B · T · V = 4848, V · D = 808, B · chunk · V = 606.
+# The compiled program. B · T · V = 4992, V · D = 832, B · chunk · V = 624, B · chunk · block = 156.
 
-B, T, CHUNK = 2, 24, 3
+B, T, CHUNK, BLOCK = 2, 24, 3, 26
 
 
 def program(function, *arguments):
@@ -123,12 +127,14 @@ def dots(text):
 @functools.cache
 def texts():
     arguments = draw(4, B, T)
-    ours = functools.partial(chunked_cross_entropy, chunk=CHUNK)
+    ours = functools.partial(chunked_cross_entropy, chunk=CHUNK, block=V)
+    blocks = functools.partial(chunked_cross_entropy, chunk=CHUNK, block=BLOCK)
     return {
         "whole": program(jax.value_and_grad(whole), *arguments),
         "frozen": program(jax.value_and_grad(ours), *arguments),
         "both": program(jax.value_and_grad(ours, argnums=(0, 1)), *arguments),
         "value": program(ours, *arguments),
+        "blocks": program(jax.value_and_grad(blocks, argnums=(0, 1)), *arguments),
     }
 
 
@@ -139,8 +145,24 @@ def largest(text):
 
 def test_no_array_holds_all_logits():
     assert largest(texts()["whole"]) == B * T * V
-    for name in ("frozen", "both", "value"):
+    for name in ("frozen", "both", "value", "blocks"):
         assert largest(texts()[name]) <= max(V * D, B * CHUNK * V), name
+
+
+def test_no_array_holds_a_chunks_logits_where_the_vocabulary_is_cut():
+    def logits(text, entries):
+        return {shape for shape in shapes(text) if shape[-1] == entries and math.prod(shape) == B * CHUNK * entries}
+
+    assert logits(texts()["both"], V)
+    assert logits(texts()["blocks"], BLOCK) and not logits(texts()["blocks"], V)
+
+
+def test_blocks_of_the_vocabulary(monkeypatch):
+    """A divisor that fits a cache, of SmolLM2, Llama 3 and Llama 2; none of a prime, of a mesh's part, on a GPU."""
+    assert [vocabulary_block(n) for n in (49152, 128256, 32000, 32003, 300)] == [2048, 2004, 2000, 32003, 300]
+    assert vocabulary_block(49152, split=True) == 49152
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert vocabulary_block(49152) == 49152
 
 
 def test_a_frozen_unembedding_has_no_gradient():
@@ -161,7 +183,7 @@ def test_chunks_without_counted_tokens_are_skipped():
         weights[row, np.random.default_rng(row).permutation(T)[: 2 * CHUNK]] = 0.5
     clean = hidden.copy()
     hidden[weights == 0] = np.nan
-    gradient = jax.jit(jax.value_and_grad(functools.partial(chunked_cross_entropy, chunk=CHUNK)))
+    gradient = jax.jit(jax.value_and_grad(functools.partial(chunked_cross_entropy, chunk=CHUNK, block=BLOCK)))
     found = gradient(hidden, unembedding, targets, weights)
     loss, (expected, _) = expected_parts(clean, unembedding, targets, weights)
     assert_same(found, (loss, expected))

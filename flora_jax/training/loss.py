@@ -1,8 +1,11 @@
 """Cross-entropy over a large vocabulary without ever holding all logits.
 
 Positions that the loss does not count are never scored: each row's counted positions are moved to its front, and
-chunks that hold none are skipped. A chunk's logits live once: the forward pass takes from them the loss and its
-gradient with respect to the hidden states, so nothing is computed a second time for the backward pass.
+chunks that hold none are skipped. A chunk's logits live once, block of the vocabulary by block: the forward pass takes
+from them the loss and, as an online softmax (Milakov and Gimelshein 2018), its gradient with respect to the hidden
+states, so nothing is computed a second time for the backward pass.
+
+B rows, T positions, C positions of a chunk, D model width, V vocabulary, W entries of a block of it.
 """
 
 from __future__ import annotations
@@ -14,16 +17,30 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+_BLOCK = 2048  # logits of 256 positions and as many entries stay in a core's cache
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def chunked_cross_entropy(hidden: Array, unembedding: Array, targets: Array, weights: Array, chunk: int) -> Array:
+
+def vocabulary_block(vocabulary: int, split: bool = False) -> int:
+    """How many entries of a vocabulary to score at once: on a CPU the largest divisor from 1,024 to 2,048, if there is
+    one. All where a GPU runs, which wants large products, or a mesh has `split` the unembedding, since it would gather
+    every block."""
+    if split or jax.default_backend() != "cpu":
+        return vocabulary
+    return next((n for n in range(_BLOCK, _BLOCK // 2 - 1, -1) if vocabulary % n == 0), vocabulary)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def chunked_cross_entropy(
+    hidden: Array, unembedding: Array, targets: Array, weights: Array, chunk: int, block: int
+) -> Array:
     """Sum over positions of `weights · (logsumexp(h Uᵀ) − (h Uᵀ)[target])`, float32 scalar.
 
     hidden `[B, T, D]`, unembedding U `[V, D]`, targets `[B, T]` int32, weights `[B, T]` float32 (0: not counted);
-    chunk: positions of a row scored at once, so that at most `[B, chunk, V]` logits exist. Differentiable in hidden
-    and unembedding; the latter's gradient is computed only if something asks for it.
+    chunk: positions of a row scored at once, and block, a divisor of V: entries of the vocabulary scored at once, so
+    that at most `[B, chunk, block]` logits exist. Differentiable in hidden and unembedding; the latter's gradient is
+    computed only if something asks for it.
     """
-    return _forward(hidden, unembedding, targets, weights, chunk)[0]
+    return _forward(hidden, unembedding, targets, weights, chunk, block)[0]
 
 
 def _chunks(x: Array, order: Array, chunk: int) -> Array:
@@ -34,59 +51,81 @@ def _chunks(x: Array, order: Array, chunk: int) -> Array:
     return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
 
 
-def _cut(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, tuple[Array, Array, Array]]:
-    order = jnp.argsort(weights == 0, axis=1, stable=True)
-    return order, tuple(_chunks(x, order, chunk) for x in (hidden, targets, weights))
+def _cut(order: Array, chunk: int, *arrays: Array) -> tuple[Array, ...]:
+    return tuple(_chunks(x, order, chunk) for x in arrays)
 
 
-def _softmax_parts(h: Array, U: Array, y: Array) -> tuple[Array, Array, Array]:
-    """A chunk's exponentials `[B, C, V]`, their sum and the loss `[B, C]` of each position, float32."""
-    logits = jnp.einsum("BCD,VD->BCV", h, U, preferred_element_type=jnp.float32)
-    highest = jax.lax.stop_gradient(logits.max(-1))
-    exponentials = jnp.exp(logits - highest[..., None])
-    total = exponentials.sum(-1)
-    # The target's logit by its own short product: a one-hot mask would be as large as the logits.
-    at_target = jnp.einsum("BCD,BCD->BC", h, U[y], preferred_element_type=jnp.float32)
-    return exponentials, total, highest + jnp.log(total) - at_target
+def _uncut(chunks: Array, order: Array) -> Array:
+    """What `_chunks` has cut, in its old place: `[T / chunk, B, chunk, …]` to `[B, T, …]`."""
+    x = jnp.moveaxis(chunks, 0, 1)
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])
+    return jnp.take_along_axis(x, jnp.argsort(order, axis=1).reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
-def _forward(hidden, unembedding, targets, weights, chunk):
+def _logits(h: Array, entries: Array) -> Array:
+    """`[B, C, D]` and `[W, D]` to `[B, C, W]`, float32."""
+    return jnp.einsum("BCD,WD->BCW", h, entries, preferred_element_type=jnp.float32)
+
+
+def _expected_entry(h: Array, blocks: Array) -> tuple[Array, Array]:
+    """logsumexp of the logits `[B, C]` and `softmax(h Uᵀ) U` `[B, C, D]`, float32; U in blocks `[V / W, W, D]`."""
+
+    def add(carry: tuple[Array, Array, Array], entries: Array) -> tuple[tuple[Array, Array, Array], None]:
+        highest, total, weighted = carry
+        logits = _logits(h, entries)
+        risen = jnp.maximum(highest, logits.max(-1))
+        exponentials, shrink = jnp.exp(logits - risen[..., None]), jnp.exp(highest - risen)
+        own = jnp.einsum("BCW,WD->BCD", exponentials.astype(h.dtype), entries, preferred_element_type=jnp.float32)
+        return (risen, shrink * total + exponentials.sum(-1), shrink[..., None] * weighted + own), None
+
+    zeros = jnp.zeros(h.shape[:2], jnp.float32)
+    start = (zeros - jnp.inf, zeros, jnp.zeros(h.shape, jnp.float32))
+    (highest, total, weighted), _ = jax.lax.scan(add, start, blocks, unroll=len(blocks) == 1)
+    return highest + jnp.log(total), weighted / total[..., None]
+
+
+def _forward(hidden, unembedding, targets, weights, chunk, block):
     U = jnp.asarray(unembedding, hidden.dtype)
-    order, cut = _cut(hidden, targets, weights, chunk)
+    blocks = U.reshape(-1, block, U.shape[1])
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
 
     def score(h, y, w):
         with jax.named_scope("logits"):
-            exponentials, total, losses = _softmax_parts(h, U, y)
-            expected = jnp.einsum("BCV,VD->BCD", exponentials.astype(h.dtype), U, preferred_element_type=jnp.float32)
-            gradient = (w / total)[..., None] * expected - w[..., None] * U[y]
-            return jnp.sum(w * losses), gradient.astype(h.dtype)
+            logsumexp, expected = _expected_entry(h, blocks)
+            # The target's logit by its own short product: a one-hot mask would be as large as the logits.
+            at_target = jnp.einsum("BCD,BCD->BC", h, U[y], preferred_element_type=jnp.float32)
+            gradient = w[..., None] * (expected - U[y])
+            return jnp.sum(w * (logsumexp - at_target)), gradient.astype(h.dtype), logsumexp
 
     def skip(h, y, w):
-        return jnp.zeros((), jnp.float32), jnp.zeros_like(h)
+        return jnp.zeros((), jnp.float32), jnp.zeros_like(h), jnp.zeros_like(w)
 
     def body(total, xs):
-        loss, gradient = jax.lax.cond(jnp.any(xs[2] != 0), score, skip, *xs)
-        return total + loss, gradient
+        loss, *parts = jax.lax.cond(jnp.any(xs[2] != 0), score, skip, *xs)
+        return total + loss, parts
 
-    loss, gradient = jax.lax.scan(body, jnp.zeros((), jnp.float32), cut)
-    gradient = jnp.moveaxis(gradient, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
-    gradient = jnp.take_along_axis(gradient, jnp.argsort(order, axis=1)[..., None], axis=1)
-    return loss, (gradient, hidden, unembedding, targets, weights)
+    start = jnp.zeros((), jnp.float32)
+    loss, (gradient, logsumexp) = jax.lax.scan(body, start, _cut(order, chunk, hidden, targets, weights))
+    return loss, (_uncut(gradient, order), logsumexp, order, hidden, unembedding, targets, weights)
 
 
-def _backward(chunk, residuals, cotangent):
-    gradient, hidden, unembedding, targets, weights = residuals
+def _backward(chunk, block, residuals, cotangent):
+    gradient, logsumexp, order, hidden, unembedding, targets, weights = residuals
     U = jnp.asarray(unembedding, hidden.dtype)
-    _, cut = _cut(hidden, targets, weights, chunk)
+    blocks = U.reshape(-1, block, U.shape[1])
 
     def body(total, xs):
-        h, y, w = xs
-        exponentials, sums, _ = _softmax_parts(h, U, y)
-        softmax = (exponentials * (w / sums)[..., None]).astype(h.dtype)
-        expected = jnp.einsum("BCV,BCD->VD", softmax, h, preferred_element_type=jnp.float32)
-        return total + expected.at[y].add(-w[..., None] * h.astype(jnp.float32)), None
+        h, y, w, logsumexp = xs
+
+        def own(_, entries):
+            softmax = jnp.exp(_logits(h, entries) - logsumexp[..., None]) * w[..., None]
+            return None, jnp.einsum("BCW,BCD->WD", softmax.astype(h.dtype), h, preferred_element_type=jnp.float32)
+
+        _, expected = jax.lax.scan(own, None, blocks, unroll=len(blocks) == 1)
+        return total + expected.reshape(total.shape).at[y].add(-w[..., None] * h.astype(jnp.float32)), None
 
     # Dead code, and removed as such, wherever the unembedding is frozen.
+    cut = (*_cut(order, chunk, hidden, targets, weights), logsumexp)
     total, _ = jax.lax.scan(body, jnp.zeros(unembedding.shape, jnp.float32), cut)
     return cotangent.astype(gradient.dtype) * gradient, (cotangent * total).astype(unembedding.dtype), None, None
 
