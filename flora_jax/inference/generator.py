@@ -312,7 +312,8 @@ class Generator:
             self._check_name(name)
         self._arrange(set(names))
         stop_ids = self._stop(stop)
-        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        # The longest first: what is left for the last batch, which dummies fill up, are the shortest.
+        by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         batches = [by_length[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         out: list[Generation | None] = [None] * len(rows)
         for batch in tqdm(batches, desc="generate", disable=len(batches) < 2 or not sys.stderr.isatty()):
