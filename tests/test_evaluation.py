@@ -1,5 +1,6 @@
 """Evaluation: answers in texts, log-likelihoods against PyTorch's, results and commands end to end on tiny models."""
 
+import dataclasses
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from flora_jax.data.encode import encode_prompt
 from flora_jax.data.numbers import final_number, same_number
 from flora_jax.data.tasks import Example, Message, get_task, lm_eval_request
 from flora_jax.errors import UserError, run_command
-from flora_jax.evaluation import published
+from flora_jax.evaluation import published, rounds
 from flora_jax.evaluation.answers import final_label, final_letter, is_right
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
 from flora_jax.evaluation.run import few_shot_messages, few_shot_requests, load_task_data
@@ -489,6 +490,30 @@ def test_generate_command(checkpoint, tiny, capsys):
     for generation, flags in zip(expected, [[], ["--chat"], ["--adapter", checkpoint / "adapter"]], strict=True):
         assert command("generate", "--model", checkpoint, "--prompt", prompt, "--max_new_tokens", 16, *flags) == 0
         assert capsys.readouterr().out == generation.text + "\n"
+
+
+def test_rounds_are_one_generation(tiny, monkeypatch):
+    """Rows that stop at a token, at what they say and not at all, over rounds of 3, 3, 6 and 1 tokens."""
+    base, tokenizer = tiny
+    prompts = [tokenizer(text)["input_ids"] for text in ("ab", "The sky is", "x", "once upon a time", "7")]
+    plain = Generator(TINY, base, None, None, tokenizer, max_length=64, batch_size=2)
+    free = plain.generate(prompts, 13)
+    stop = free[0].tokens[4]
+    generator = Generator(
+        dataclasses.replace(TINY, eos_token_id=(stop,)), base, None, None, tokenizer, max_length=64, batch_size=2
+    )
+    expected = generator.generate(prompts, 13)
+    assert expected[0].finished and not all(g.finished for g in expected)
+    monkeypatch.setattr(rounds, "_FIRST_ROUND", 3)
+    asked, generate = [], generator.generate
+    monkeypatch.setattr(generator, "generate", lambda some, n: asked.append((len(some), n)) or generate(some, n))
+    assert rounds.generate_in_rounds(generator, prompts, 13) == expected
+    assert [n for _, n in asked] == [3, 3, 6, 1] and asked[0][0] == 5 and asked[-1][0] < 5
+
+    last = next(i for i, g in enumerate(expected) if not g.finished)
+    ended = rounds.generate_in_rounds(generator, prompts, 13, lambda i, tokens: i == last and len(tokens) > 3)
+    assert ended[last].tokens == expected[last].tokens[:6] and ended[last].finished
+    assert ended[:last] + ended[last + 1 :] == expected[:last] + expected[last + 1 :]
 
 
 @pytest.mark.parametrize(

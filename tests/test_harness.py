@@ -31,7 +31,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from flora_jax.evaluation import harness
+from flora_jax.evaluation import harness, rounds
 from flora_jax.evaluation.harness import HarnessLM, load_harness_tasks
 
 # As many embeddings as the tokenizer has ids: with an adapter, the harness's torch model drops those beyond.
@@ -154,7 +154,7 @@ def test_generation_in_rounds_is_one_generation(models, monkeypatch):
     _, ours = models()
     asked = requests("generate_until", [(c, {"until": ["never"], "max_gen_toks": 45}) for c in ("ab", "", "The sky")])
     expected = ours(3).generate_until(asked)
-    monkeypatch.setattr(harness, "_FIRST_ROUND", 4)
+    monkeypatch.setattr(rounds, "_FIRST_ROUND", 4)
     lm = ours(3)
     assert lm.generate_until(asked) == expected
     until = expected[0][6:8]

@@ -38,6 +38,7 @@ from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, ma
 from flora_jax.adapters import AdapterConfig
 from flora_jax.errors import UserError, near_misses
 from flora_jax.evaluation.loglik import token_loglik
+from flora_jax.evaluation.rounds import generate_in_rounds
 from flora_jax.inference.generator import Generator, bucket
 from flora_jax.inference.sampling import Sampling
 from flora_jax.models.config import LlamaConfig
@@ -52,7 +53,6 @@ Tree = dict[str, Any]
 
 SCHEMA_VERSION = 1
 
-_FIRST_ROUND = 64  # tokens generated before stop strings are looked for; each later round doubles what there is
 # Arguments of transformers' `generate` that some tasks set to what is done here anyway.
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
 # Of the harness's results: what describes torch or the working directory, neither of which scored anything.
@@ -234,25 +234,15 @@ class HarnessLM(TemplateLM):
     def _continue(
         self, asked: Sequence[tuple[list[int], list[str]]], new_tokens: int, sampling: Sampling
     ) -> list[str]:
-        """The text after each prompt of `asked`, pairs of token ids and stop strings, up to the first stop string.
-
-        Greedy text comes in rounds, since the compiled loop stops at tokens, not at strings: a prompt whose text has
-        ended is not in the next one.
-        """
-        generator = self._generator_for(max(len(prompt) for prompt, _ in asked) + new_tokens)
-        said: list[list[int]] = [[] for _ in asked]
-        going, done = list(range(len(asked))), 0
-        while going and done < new_tokens:
-            # What is sampled depends on a row's place and step, so all of it is drawn in one go.
-            n = min(max(done, _FIRST_ROUND), new_tokens - done) if sampling.temperature == 0 else new_tokens
-            generations = generator.generate([asked[i][0] + said[i] for i in going], n, sampling, self.seed)
-            done += n
-            for i, generation in zip(going, generations, strict=True):
-                said[i] += generation.tokens
-            ended = [generation.finished or self._text(said[i], asked[i][1])[1]
-                     for i, generation in zip(going, generations, strict=True)]  # fmt: skip
-            going = [i for i, end in zip(going, ended, strict=True) if not end]
-        return [self._text(tokens, until)[0] for tokens, (_, until) in zip(said, asked, strict=True)]
+        """The text after each prompt of `asked`, pairs of token ids and stop strings, up to the first stop string."""
+        prompts = [prompt for prompt, _ in asked]
+        generator = self._generator_for(max(map(len, prompts)) + new_tokens)
+        if sampling.temperature == 0:
+            generations = generate_in_rounds(
+                generator, prompts, new_tokens, lambda i, tokens: self._text(tokens, asked[i][1])[1])  # fmt: skip
+        else:  # what is sampled depends on a row's place and step, so all of it is drawn in one go
+            generations = generator.generate(prompts, new_tokens, sampling, self.seed)
+        return [self._text(g.tokens, until)[0] for g, (_, until) in zip(generations, asked, strict=True)]
 
     def _text(self, tokens: list[int], until: Sequence[str]) -> tuple[str, bool]:
         """The text of `tokens` before the first stop string, and whether there is one."""
