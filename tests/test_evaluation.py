@@ -328,11 +328,23 @@ def test_llm_adapters_protocol_and_math(checkpoint, data_dir, tmp_path, monkeypa
     tasks = json.loads(out.read_text())["tasks"]
     assert tasks["ARC-Easy"]["accuracy"] == 2 / 6 and "accuracy_norm" not in tasks["ARC-Easy"]
     assert tasks["gsm8k"]["accuracy"] == 2 / 6  # "It is 2." to 1 + 1, "5" to 4 + 1
-    assert tasks["gsm8k"]["decode"] == {"temperature": 0.0, "max_new_tokens": 256, "stop_text": None}
+    assert tasks["gsm8k"]["decode"] == {"temperature": 0.0, "max_new_tokens": 256, "first_round": 64, "stop_text": None}
     assert asked[1][0].endswith("What is 0 + 1?<|im_end|>\n<|im_start|>assistant\n")
     assert command("evaluate", *arguments, "--protocol", "llm_adapters", "--num_fewshot", 2, "--out", out) == 0
     assert asked[3][0].count("What is") == 3 and asked[3][0].endswith("\n\nWhat is 0 + 1?")
     assert json.loads(out.read_text())["tasks"]["ARC-Easy"]["decode"]["stop_text"] == run._SHOT_BREAK
+
+    said = [Generation("7\n\nQuestion:", [1] * 64, False), Generation("no", [1] * 64, False)]
+    rows = []
+
+    def ramble(self, prompts, max_new_tokens):
+        rows.append(len(prompts))
+        return [said[0]] * (len(prompts) - 1) + [said[1]]
+
+    monkeypatch.setattr(Generator, "generate", ramble)
+    shots = ["--num_fewshot", 2, "--tasks", "gsm8k"]
+    assert command("evaluate", *arguments, "--protocol", "llm_adapters", *shots, "--out", out) == 0
+    assert rows == [6, 1, 1]  # what has said a blank line is not asked to go on
 
 
 PUBLISHED = [  # metric, text, answer, right by the published rules, right by ours
@@ -504,16 +516,17 @@ def test_rounds_are_one_generation(tiny, monkeypatch):
     )
     expected = generator.generate(prompts, 13)
     assert expected[0].finished and not all(g.finished for g in expected)
-    monkeypatch.setattr(rounds, "_FIRST_ROUND", 3)
+    monkeypatch.setattr(rounds, "FIRST_ROUND", 3)
     asked, generate = [], generator.generate
     monkeypatch.setattr(generator, "generate", lambda some, n: asked.append((len(some), n)) or generate(some, n))
     assert rounds.generate_in_rounds(generator, prompts, 13) == expected
     assert [n for _, n in asked] == [3, 3, 6, 1] and asked[0][0] == 5 and asked[-1][0] < 5
 
-    last = next(i for i, g in enumerate(expected) if not g.finished)
-    ended = rounds.generate_in_rounds(generator, prompts, 13, lambda i, tokens: i == last and len(tokens) > 3)
-    assert ended[last].tokens == expected[last].tokens[:6] and ended[last].finished
-    assert ended[:last] + ended[last + 1 :] == expected[:last] + expected[last + 1 :]
+    endless = next(i for i, g in enumerate(expected) if not g.finished)
+    start = tokenizer.decode(expected[endless].tokens[:4], skip_special_tokens=True)
+    ended = rounds.generate_in_rounds(generator, prompts, 13, lambda i, text: i == endless and start in text)
+    assert ended[endless].tokens == expected[endless].tokens[:6] and not ended[endless].finished
+    assert ended[:endless] + ended[endless + 1 :] == expected[:endless] + expected[endless + 1 :]
 
 
 @pytest.mark.parametrize(

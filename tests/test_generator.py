@@ -248,6 +248,17 @@ def test_bad_input(tiny):
             Sampling(**bad)
 
 
+def test_the_cache_is_as_long_as_max_length_needs(tiny, monkeypatch):
+    """A prompt whose bucket would leave the new tokens no room is padded to less; the text is the same."""
+    config, base = tiny
+    prompt = np.random.default_rng(0).integers(0, config.vocab_size, 20).tolist()
+    slots, grow = [], generator_module.grow
+    monkeypatch.setattr(generator_module, "grow", lambda cache, n: slots.append(n) or grow(cache, n))
+    generator = Generator(config, base, max_length=30, batch_size=1)
+    assert generator.generate([prompt], 5)[0].tokens == naive(config, base, prompt, 5)
+    assert slots == [32]  # the prompt's bucket alone
+
+
 def test_bucket():
     assert [bucket(n) for n in (1, 16, 17, 32, 33, 1000)] == [16, 16, 32, 32, 64, 1024]
 

@@ -154,7 +154,7 @@ def test_generation_in_rounds_is_one_generation(models, monkeypatch):
     _, ours = models()
     asked = requests("generate_until", [(c, {"until": ["never"], "max_gen_toks": 45}) for c in ("ab", "", "The sky")])
     expected = ours(3).generate_until(asked)
-    monkeypatch.setattr(rounds, "_FIRST_ROUND", 4)
+    monkeypatch.setattr(rounds, "FIRST_ROUND", 4)
     lm = ours(3)
     assert lm.generate_until(asked) == expected
     until = expected[0][6:8]

@@ -15,6 +15,7 @@ from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter
 from flora_jax.config import get_config
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama, abstract_base
+from flora_jax.training import loss
 from flora_jax.training.optimizer import make_optimizer, trains
 from flora_jax.training.rules import combine, partition, paths
 from flora_jax.training.step import TrainState, make_eval_step, make_train_step
@@ -151,10 +152,13 @@ def sgd_step(accumulation, batch, variables):
     return paths(update), metrics
 
 
-def test_micro_batches_are_one_big_batch():
-    """Rows with unequal counts, the last with none: sums are divided once, by the count of all."""
+def test_micro_batches_are_one_big_batch(monkeypatch):
+    """Rows with unequal counts, the last with none: sums are divided once, by the count of all. The micro-batches score
+    the vocabulary in blocks, as large ones are."""
     variables, batch = draw("ffba", zero_side=False), batch_of()
     whole, whole_metrics = sgd_step(1, batch, variables)
+    monkeypatch.setattr(loss, "_BLOCK", 64)
+    assert loss.vocabulary_block(TINY.vocab_size) == 64 < TINY.vocab_size
     cut, metrics = sgd_step(4, batch, variables)
     for path, update in whole.items():
         # The update is read off parameters near 0.3, whose own rounding is 3e-8.

@@ -239,16 +239,11 @@ class HarnessLM(TemplateLM):
         generator = self._generator_for(max(map(len, prompts)) + new_tokens)
         if sampling.temperature == 0:
             generations = generate_in_rounds(
-                generator, prompts, new_tokens, lambda i, tokens: self._text(tokens, asked[i][1])[1])  # fmt: skip
+                generator, prompts, new_tokens, lambda i, text: any(stop in text for stop in asked[i][1]))  # fmt: skip
         else:  # what is sampled depends on a row's place and step, so all of it is drawn in one go
             generations = generator.generate(prompts, new_tokens, sampling, self.seed)
-        return [self._text(g.tokens, until)[0] for g, (_, until) in zip(generations, asked, strict=True)]
-
-    def _text(self, tokens: list[int], until: Sequence[str]) -> tuple[str, bool]:
-        """The text of `tokens` before the first stop string, and whether there is one."""
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        found = [place for place in map(text.find, until) if place >= 0]
-        return text[: min(found, default=len(text))], bool(found)
+        cut = lambda text, stops: text[: min((text.find(s) for s in stops if s in text), default=len(text))]  # noqa: E731
+        return [cut(generation.text, stops) for generation, (_, stops) in zip(generations, asked, strict=True)]
 
     def _generator_for(self, length: int) -> Generator:
         """The generator, made when one is first needed and again where prompts and new tokens need more room."""

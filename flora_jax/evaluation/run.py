@@ -29,7 +29,7 @@ from flora_jax.evaluation import published
 from flora_jax.evaluation.answers import is_right
 from flora_jax.evaluation.loglik import choice_loglik
 from flora_jax.evaluation.rouge import KINDS, POLICY, rouge
-from flora_jax.evaluation.rounds import generate_in_rounds
+from flora_jax.evaluation.rounds import FIRST_ROUND, generate_in_rounds
 from flora_jax.inference.generator import Generator
 from flora_jax.models.config import LlamaConfig
 
@@ -239,8 +239,7 @@ def _generate_answers(
     if published_faults:
         asked = published.pad(asked, metric, batch_size)
     stop_text = _SHOT_BREAK if data.shots and style != "chat" else None
-    text_of = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True).lstrip()  # noqa: E731
-    ended = lambda i, tokens: stop_text is not None and stop_text in text_of(tokens)  # noqa: E731
+    ended = lambda i, text: stop_text is not None and stop_text in text.lstrip()  # noqa: E731
     generations = generate_in_rounds(generator, asked, new_tokens, ended)
     said = iter([g.text.lstrip().split(stop_text)[0] if stop_text else g.text for g in generations])
     texts = [next(said) if fit else None for fit in fits]
@@ -257,11 +256,12 @@ def _generate_answers(
                   + " of the published scripts" * published_faults}  # fmt: skip
     return {
         **scores,
-        "decode": {"temperature": 0.0, "max_new_tokens": new_tokens, "stop_text": stop_text},
+        "decode": {"temperature": 0.0, "max_new_tokens": new_tokens, "first_round": FIRST_ROUND,
+                   "stop_text": stop_text},
         "finished": sum(g.finished for g in generations) / len(generations),
         "too_long": len(prompts) - len(asked),
         "prompt": tokenizer.decode(prompts[0]),
-    }
+    }  # fmt: skip
 
 
 def _accuracy(name: str, error_name: str, right: Sequence[bool]) -> dict[str, float]:

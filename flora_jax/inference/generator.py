@@ -2,8 +2,8 @@
 
 B batch, P prompt bucket, S slots of the key/value cache, V vocabulary, N adapters in the arrays. Weights are served in
 the fused layout and are arguments of the compiled functions. Prompts are padded on the right to a bucket P (a power of
-two); generated tokens follow from slot P on, whatever each row's own length, and positions are counted over real tokens
-alone.
+two, or all that the new tokens leave of max_length); generated tokens follow from slot P on, whatever each row's own
+length, and positions are counted over real tokens alone.
 
     prompts of 5, 9, 14 tokens, 40 new ones:  prefill [B, 16] -> cache of 16 slots -> grown to 64 -> begin -> decode
 
@@ -378,7 +378,8 @@ class Generator:
     ) -> tuple[State, np.ndarray, Array, Array | None]:  # fmt: skip
         """The state after the first token of the prompts `batch` (indices into rows and names), and the stop ids, keys
         and select that `decode` goes on with."""
-        P = bucket(max(len(rows[i]) for i in batch))
+        # Not beyond what leaves the cache, whose slots follow on P, as long as max_length needs.
+        P = min(bucket(max(len(rows[i]) for i in batch)), self.max_length - max_new_tokens)
         tokens, lengths = np.zeros((batch_size, P), np.int32), np.zeros(batch_size, np.int32)
         select = np.zeros((batch_size, len(self._places)), bool)
         for b, i in enumerate(batch):
@@ -399,8 +400,9 @@ class Generator:
         state, *settings = self._start(rows, names, batch, max_new_tokens, sampling, seed, stop, self.batch_size)
         state = decode(self._model, self.params, state, jnp.int32(max_new_tokens), *settings, sampling=sampling)
         out, counts, finished = jax.device_get((state.out, state.count, state.done))
-        return [self._generation(out[b, : counts[b]].tolist(), bool(finished[b])) for b in range(len(batch))]
+        return [self.generation(out[b, : counts[b]].tolist(), bool(finished[b])) for b in range(len(batch))]
 
-    def _generation(self, tokens: list[int], finished: bool) -> Generation:
+    def generation(self, tokens: list[int], finished: bool) -> Generation:
+        """New tokens with their text."""
         text = "" if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=True)
         return Generation(text, tokens, finished)

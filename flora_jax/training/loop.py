@@ -129,10 +129,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
 
     compute = jnp.dtype(config.model.dtype)
     model = Llama(model_config, adapter, dtype=compute, param_dtype=dtype, remat=config.model.remat)
-    chunks = (config.train.chunk_tokens, mesh.shape["fsdp"] * mesh.shape["tensor"] > 1)
-    train_step = make_train_step(model, optimizer, config.train.accumulation, *chunks)
+    train_step = make_train_step(model, optimizer, config.train.accumulation, config.train.chunk_tokens)
     compiled_step = jax.jit(train_step, donate_argnums=0, out_shardings=(state_placed, everywhere))
-    compiled_eval = jax.jit(make_eval_step(model, *chunks), out_shardings=everywhere)
+    compiled_eval = jax.jit(make_eval_step(model, config.train.chunk_tokens), out_shardings=everywhere)
     return Run(config, model_config, adapter, tokenizer, inputs, iterator, mesh, frozen, state,
                fingerprint, compiled_step, compiled_eval)  # fmt: skip
 

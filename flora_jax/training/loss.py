@@ -17,14 +17,13 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-_BLOCK = 2048  # logits of 256 positions and as many entries stay in a core's cache
+_BLOCK = 2048  # the logits of 256 positions and as many entries are 2 MB, which stay in a core's cache
 
 
-def vocabulary_block(vocabulary: int, split: bool = False) -> int:
-    """How many entries of a vocabulary to score at once: on a CPU the largest divisor from 1,024 to 2,048, if there is
-    one. All where a GPU runs, which wants large products, or a mesh has `split` the unembedding, since it would gather
-    every block."""
-    if split or jax.default_backend() != "cpu":
+def vocabulary_block(vocabulary: int) -> int:
+    """How many of the vocabulary's entries to score at once: on a CPU the largest divisor from 1,024 to 2,048, or all
+    if there is none; elsewhere all, since a GPU wants large products."""
+    if jax.default_backend() != "cpu":
         return vocabulary
     return next((n for n in range(_BLOCK, _BLOCK // 2 - 1, -1) if vocabulary % n == 0), vocabulary)
 
@@ -51,10 +50,6 @@ def _chunks(x: Array, order: Array, chunk: int) -> Array:
     return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
 
 
-def _cut(order: Array, chunk: int, *arrays: Array) -> tuple[Array, ...]:
-    return tuple(_chunks(x, order, chunk) for x in arrays)
-
-
 def _uncut(chunks: Array, order: Array) -> Array:
     """What `_chunks` has cut, in its old place: `[T / chunk, B, chunk, …]` to `[B, T, …]`."""
     x = jnp.moveaxis(chunks, 0, 1)
@@ -67,8 +62,12 @@ def _logits(h: Array, entries: Array) -> Array:
     return jnp.einsum("BCD,WD->BCW", h, entries, preferred_element_type=jnp.float32)
 
 
-def _expected_entry(h: Array, blocks: Array) -> tuple[Array, Array]:
-    """logsumexp of the logits `[B, C]` and `softmax(h Uᵀ) U` `[B, C, D]`, float32; U in blocks `[V / W, W, D]`."""
+def _blocks(U: Array, block: int) -> Array:
+    return U.reshape(-1, block, U.shape[1])
+
+
+def _expected_entry(h: Array, U: Array, block: int) -> tuple[Array, Array]:
+    """logsumexp of the logits `[B, C]` and `softmax(h Uᵀ) U` `[B, C, D]`, float32."""
 
     def add(carry: tuple[Array, Array, Array], entries: Array) -> tuple[tuple[Array, Array, Array], None]:
         highest, total, weighted = carry
@@ -80,52 +79,51 @@ def _expected_entry(h: Array, blocks: Array) -> tuple[Array, Array]:
 
     zeros = jnp.zeros(h.shape[:2], jnp.float32)
     start = (zeros - jnp.inf, zeros, jnp.zeros(h.shape, jnp.float32))
-    (highest, total, weighted), _ = jax.lax.scan(add, start, blocks, unroll=len(blocks) == 1)
+    (highest, total, weighted), _ = jax.lax.scan(add, start, _blocks(U, block), unroll=block == len(U))
     return highest + jnp.log(total), weighted / total[..., None]
 
 
 def _forward(hidden, unembedding, targets, weights, chunk, block):
     U = jnp.asarray(unembedding, hidden.dtype)
-    blocks = U.reshape(-1, block, U.shape[1])
     order = jnp.argsort(weights == 0, axis=1, stable=True)
 
     def score(h, y, w):
         with jax.named_scope("logits"):
-            logsumexp, expected = _expected_entry(h, blocks)
+            logsumexp, expected = _expected_entry(h, U, block)
             # The target's logit by its own short product: a one-hot mask would be as large as the logits.
             at_target = jnp.einsum("BCD,BCD->BC", h, U[y], preferred_element_type=jnp.float32)
             gradient = w[..., None] * (expected - U[y])
-            return jnp.sum(w * (logsumexp - at_target)), gradient.astype(h.dtype), logsumexp
+            return jnp.sum(w * (logsumexp - at_target)), (gradient.astype(h.dtype), logsumexp)
 
     def skip(h, y, w):
-        return jnp.zeros((), jnp.float32), jnp.zeros_like(h), jnp.zeros_like(w)
+        return jnp.zeros((), jnp.float32), (jnp.zeros_like(h), jnp.zeros_like(w))
 
     def body(total, xs):
-        loss, *parts = jax.lax.cond(jnp.any(xs[2] != 0), score, skip, *xs)
+        loss, parts = jax.lax.cond(jnp.any(xs[2] != 0), score, skip, *xs)
         return total + loss, parts
 
-    start = jnp.zeros((), jnp.float32)
-    loss, (gradient, logsumexp) = jax.lax.scan(body, start, _cut(order, chunk, hidden, targets, weights))
+    cut = tuple(_chunks(x, order, chunk) for x in (hidden, targets, weights))
+    loss, (gradient, logsumexp) = jax.lax.scan(body, jnp.zeros((), jnp.float32), cut)
     return loss, (_uncut(gradient, order), logsumexp, order, hidden, unembedding, targets, weights)
 
 
 def _backward(chunk, block, residuals, cotangent):
     gradient, logsumexp, order, hidden, unembedding, targets, weights = residuals
     U = jnp.asarray(unembedding, hidden.dtype)
-    blocks = U.reshape(-1, block, U.shape[1])
 
-    def body(total, xs):
-        h, y, w, logsumexp = xs
-
-        def own(_, entries):
+    def add(total, h, y, w, logsumexp):
+        def of_block(_, entries):
             softmax = jnp.exp(_logits(h, entries) - logsumexp[..., None]) * w[..., None]
             return None, jnp.einsum("BCW,BCD->WD", softmax.astype(h.dtype), h, preferred_element_type=jnp.float32)
 
-        _, expected = jax.lax.scan(own, None, blocks, unroll=len(blocks) == 1)
-        return total + expected.reshape(total.shape).at[y].add(-w[..., None] * h.astype(jnp.float32)), None
+        _, expected = jax.lax.scan(of_block, None, _blocks(U, block), unroll=block == len(U))
+        return total + expected.reshape(total.shape).at[y].add(-w[..., None] * h.astype(jnp.float32))
+
+    def body(total, xs):
+        return jax.lax.cond(jnp.any(xs[2] != 0), add, lambda total, *_: total, total, *xs), None
 
     # Dead code, and removed as such, wherever the unembedding is frozen.
-    cut = (*_cut(order, chunk, hidden, targets, weights), logsumexp)
+    cut = (*(_chunks(x, order, chunk) for x in (hidden, targets, weights)), logsumexp)
     total, _ = jax.lax.scan(body, jnp.zeros(unembedding.shape, jnp.float32), cut)
     return cotangent.astype(gradient.dtype) * gradient, (cotangent * total).astype(unembedding.dtype), None, None
 

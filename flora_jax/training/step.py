@@ -34,12 +34,10 @@ class TrainState:
 
 
 def token_losses(
-    model: Llama, variables: Tree, batch: dict[str, Array], chunk_tokens: int, split_unembedding: bool,
-    key: Array | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+    model: Llama, variables: Tree, batch: dict[str, Array], chunk_tokens: int, key: Array | None = None
+) -> tuple[Array, Array]:
     """`(sum of weighted losses, sum of weights)` of a batch of `[B, T]` arrays (tokens, targets, loss_weights,
-    segment_ids, positions). With a key, dropout is on. At most `chunk_tokens` positions are scored at once;
-    split_unembedding: a mesh has a part of it on each device."""
+    segment_ids, positions). With a key, dropout is on. At most `chunk_tokens` positions are scored at once."""
     hidden, _ = model.apply(
         variables,
         batch["tokens"],
@@ -51,15 +49,14 @@ def token_losses(
     )
     unembedding = model.apply(variables, method="unembedding")
     chunk = max(1, min(chunk_tokens // hidden.shape[0], hidden.shape[1]))
-    block = vocabulary_block(len(unembedding), split_unembedding)
+    block = vocabulary_block(len(unembedding))
     loss = chunked_cross_entropy(hidden, unembedding, batch["targets"], batch["loss_weights"], chunk, block)
     return loss, batch["loss_weights"].sum()
 
 
 def make_train_step(
-    model: Llama, optimizer: optax.GradientTransformation, accumulation: int = 1, chunk_tokens: int = 256,
-    split_unembedding: bool = False,
-) -> Callable[[TrainState, Tree, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:  # fmt: skip
+    model: Llama, optimizer: optax.GradientTransformation, accumulation: int = 1, chunk_tokens: int = 256
+) -> Callable[[TrainState, Tree, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """`step(state, frozen, batch) -> (state, metrics)`; batch leaves `[B, T]`, cut into `accumulation` micro-batches.
 
     metrics: loss (mean over counted tokens), tokens (counted), gradient_norm; float32 scalars.
@@ -67,7 +64,7 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: Tree, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         def micro_loss(trainable: Tree, micro: dict[str, Array], key: Array) -> tuple[Array, Array]:
-            return token_losses(model, combine(trainable, frozen), micro, chunk_tokens, split_unembedding, key)
+            return token_losses(model, combine(trainable, frozen), micro, chunk_tokens, key)
 
         gradient = jax.value_and_grad(micro_loss, has_aux=True)
         key = jax.random.fold_in(state.key, state.step)
@@ -99,11 +96,11 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: Llama, chunk_tokens: int = 256, split_unembedding: bool = False
+    model: Llama, chunk_tokens: int = 256
 ) -> Callable[[Tree, Tree, dict[str, Array]], tuple[Array, Array]]:
     """`step(trainable, frozen, batch) -> (sum of losses, sum of weights)`, without dropout."""
 
     def eval_step(trainable: Tree, frozen: Tree, batch: dict[str, Array]) -> tuple[Array, Array]:
-        return token_losses(model, combine(trainable, frozen), batch, chunk_tokens, split_unembedding)
+        return token_losses(model, combine(trainable, frozen), batch, chunk_tokens)
 
     return eval_step
