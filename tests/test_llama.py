@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter, fuse
 from flora_jax.errors import UserError
+from flora_jax.models import llama
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import leaf_shapes
 from flora_jax.models.llama import KVCache, Llama, abstract_base, attend, init_base
@@ -186,6 +187,24 @@ def test_decoding_is_one_forward_pass(method):
     np.testing.assert_array_equal(cache.valid, np.arange(13)[None].repeat(2, 0) < 10)
     fused = {"params": fuse(variables["params"], variables.get("adapter"), TINY, adapter_config)}
     assert_close(decode(adapter_config, fused, TOKENS, prompt=4)[0], whole)
+
+
+def test_a_long_prefill_is_one_forward_pass(monkeypatch):
+    """150 and 131 tokens in an empty cache of 150: attention goes block by block, and products have hundreds of rows;
+    the arrays are those of a CPU."""
+    variables, forward = model_of(FFBA)
+    tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 150)).astype(np.int32)
+    mask = np.arange(150) < np.array([[150], [131]])
+    fused = {"params": fuse(variables["params"], variables["adapter"], TINY, FFBA, transposed=True)}
+    blocks = []
+    attend = llama.attend_grouped
+    monkeypatch.setattr(llama, "attend_grouped", lambda q, *rest: blocks.append(q.shape[1]) or attend(q, *rest))
+    found, cache = Llama(TINY, FFBA).apply(fused, tokens, mask=mask, cache=KVCache.empty(TINY, 2, 150))
+    assert blocks == [38, 38, 38, 36] * TINY.num_hidden_layers
+    whole = forward(variables, tokens)
+    for row, length in enumerate((150, 131)):
+        assert_close(found[row, :length], whole[row, :length])
+    np.testing.assert_array_equal(cache.valid, mask)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

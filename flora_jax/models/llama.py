@@ -108,19 +108,24 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation="cudnn")
 
     def attention(q: Array, k: Array, v: Array) -> Array:
-        S = k.shape[1]
         k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-        seen = jnp.tril(jnp.ones((S, S), bool))[None, None] if mask is None else mask
-        # Queries block by block, each over the keys up to its end: three eighths of the work, all masked, is not done.
-        size = S if S < _LONG else -(-S // 4)
-        blocks = [
-            attend_grouped(q[:, end - size : end], k[..., :end], v[:, :, :end], seen[..., end - size : end, :end])
-            for end in range(size, S + size, size)
-        ]
-        return jnp.concatenate(blocks, axis=1)
+        S = k.shape[-1]
+        return attend_blocks(q, k, v, jnp.tril(jnp.ones((S, S), bool))[None, None] if mask is None else mask)
 
     # As cuDNN does, the softmax is computed again in the backward pass: no `[B, N, T, S]` array outlives its layer.
     return jax.checkpoint(attention, prevent_cse=False)(q, k, v)
+
+
+def attend_blocks(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """`attend_grouped` where T = S and the mask shows no query a later key: queries block by block, each over the keys
+    up to its end, so that three eighths of the work, all masked, is not done."""
+    S = k.shape[-1]
+    size = S if S < _LONG else -(-S // 4)
+    blocks = [
+        attend_grouped(q[:, end - size : end], k[..., :end], v[..., :end, :], mask[..., end - size : end, :end])
+        for end in range(size, S + size, size)
+    ]
+    return jnp.concatenate(blocks, axis=1)
 
 
 def attend_grouped(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -171,7 +176,8 @@ class Attention(nn.Module):
                 k, v = k.reshape(B, K, H, -1).transpose(0, 3, 1, 2), v.reshape(B, K, -1, H).swapaxes(1, 2)
                 out = attend(q, k, v, mask)
             else:
-                out = attend_grouped(q, k, v, mask)
+                filled = k.shape[-1] == T  # at once, from slot 0 on
+                out = (attend_blocks if filled else attend_grouped)(q, k, v, mask)
         (out,), z_out = dense("o")(out.reshape(*x.shape[:2], -1), z_in, select=select, deterministic=deterministic)
         return out, z_out, present
 
