@@ -41,7 +41,7 @@ Initializer = Callable[[Array, Sequence[int], Any], Array]
 SAVED = "product"  # the name under which jax.checkpoint knows what a FusedDense gives, adapter and all
 
 _DRAWN_AT_ONCE = 2**22  # values
-_FEW_ROWS = 128  # of a product whose weight is stored for a CPU
+_FEW_ROWS = 128  # up to which `(W xᵀ)ᵀ` is not slower than `x Wᵀ` on a CPU
 
 
 def normal(stddev: float) -> Initializer:

@@ -20,7 +20,8 @@ def generate_in_rounds(
 
     A batch of the compiled loop runs until its last row ends, with a cache as long as that row may become. Here a
     prompt that has ended, at a stop token or because `ended(i, its new text)` says so, is not in the next round; the
-    others go on from what they have said, which is read again as part of their prompt.
+    others go on from what they have said, which is read again as part of their prompt. Prompts are token ids; raises
+    UserError where `generate` does.
     """
     out = [Generation("", [], False)] * len(prompts)
     going, done = list(range(len(prompts))), 0

@@ -403,6 +403,6 @@ class Generator:
         return [self.generation(out[b, : counts[b]].tolist(), bool(finished[b])) for b in range(len(batch))]
 
     def generation(self, tokens: list[int], finished: bool) -> Generation:
-        """New tokens with their text."""
+        """The continuation that these new tokens are, with their text."""
         text = "" if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=True)
         return Generation(text, tokens, finished)

@@ -63,6 +63,7 @@ def _logits(h: Array, entries: Array) -> Array:
 
 
 def _blocks(U: Array, block: int) -> Array:
+    """`[V, D]` to `[V / W, W, D]`."""
     return U.reshape(-1, block, U.shape[1])
 
 
