@@ -21,6 +21,7 @@ from flora_jax.files import write_json
 from flora_jax.models.config import DTYPES, LlamaConfig
 
 _METHODS = "base,base_7,lora,pf_lora,fpa,ffba,ffba_qg_add,ffba_qg_add_folded,zflora"
+_ATTENTION = {"kernel": "one Pallas kernel and the sum over its parts", "xla": "as XLA writes it"}
 _COLUMNS = ("launches", "gemms", "products", "chain")
 
 
@@ -30,6 +31,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--methods", default=_METHODS, help=f"comma-separated; default {_METHODS}")
     parser.add_argument("--targets", default="h100,a100", help="comma-separated GPUs")
     parser.add_argument("--modes", default="triton,cublas", help="who computes the products, comma-separated")
+    parser.add_argument("--attention", choices=tuple(_ATTENTION), default="kernel", help="a step's attention")
     parser.add_argument("--batch_sizes", default="1,8", help="comma-separated")
     parser.add_argument("--adapters", default="1", help="adapters in the bank, comma-separated; above 1 with a mask")
     parser.add_argument("--rank", type=int, default=32)
@@ -88,10 +90,11 @@ def table(result: dict[str, Any]) -> str:
         f"# Launch plan of one decode step: {settings['preset']}\n",
         f"`{about['command']}`  ",
         f"{versions}; {about['date']}\n",
-        "Compiled for the device, not run on it: no autotuning (triton and cublas bracket it), XLA's own attention "
-        f"rather than cuDNN's. {settings['dtype']}, rank {settings['rank']}, {settings['cache_length']} cache slots, "
-        f"rows filled up to multiples of {settings['row_multiple']}. One layer's share is (4 layers − 2 layers) / 2; a "
-        f"step of all {settings['num_hidden_layers']} layers is extrapolated from it.\n",
+        "Compiled for the device, not run on it: no autotuning (triton and cublas bracket it). Attention: "
+        f"{_ATTENTION[settings['attention']]}. {settings['dtype']}, rank {settings['rank']}, "
+        f"{settings['cache_length']} cache slots, rows filled up to multiples of "
+        f"{settings['row_multiple']}. One layer's share is (4 layers − 2 layers) / 2; a step of all "
+        f"{settings['num_hidden_layers']} layers is extrapolated from it.\n",
         "## Launches a layer (GEMMs a layer)\n",
         "| | " + " | ".join(keys) + " |",
         "|---|" + "---|" * len(keys),
@@ -167,6 +170,7 @@ def main(argv: list[str]) -> None:
         row = plan_model(
             name, config, adapter_config, target=target, mode=mode, batch=batch, adapters=adapters,
             dot_merger=dot_merger, dtype=args.dtype, cache_length=args.cache_length, row_multiple=args.row_multiple,
+            attention=args.attention,
         )  # fmt: skip
         label += f", bank of {adapters}" if adapters > 1 else ""
         ms = modelled_ms(row["step"]["moved"], row["step"]["chain"], TARGETS[target].bandwidth, args.launch_us)
@@ -177,7 +181,7 @@ def main(argv: list[str]) -> None:
         tqdm.write(f"{_key(rows[-1]):24} {label:28} {line}", file=sys.stderr)
     result = {
         "schema_version": 1, "provenance": _provenance(argv),
-        "settings": settings | {"num_hidden_layers": config.num_hidden_layers, "attention": "xla"},
+        "settings": settings | {"num_hidden_layers": config.num_hidden_layers},
         "smallest_kernel": smallest_kernel(config, args.dtype), "rows": rows,
     }  # fmt: skip
     print(table(result))

@@ -153,6 +153,7 @@ def run(*flags):
     (["--methods", "lora", "--adapters", "1,4"], "lora cannot hold a bank of 4 adapters; pf_lora,"),
     (["--launch_us", "nan"], "--launch_us nan must be zero or more"),
     (["--dtype", "float8"], "--dtype"),
+    (["--attention", "cudnn"], "--attention"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(flags, line, capsys, monkeypatch):
     monkeypatch.setattr(launches, "require_compiler", lambda: None)
@@ -225,8 +226,8 @@ def test_methods_keep_what_they_promise(mode):
     config = LlamaConfig(
         vocab_size=512, hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)  # fmt: skip
-    plan = lambda name, method: launch_plan.plan_model(  # noqa: E731
-        name, config, method and AdapterConfig(method, 16), target="h100", mode=mode, batch=8, cache_length=32)
+    plan = lambda name, method, **how: launch_plan.plan_model(  # noqa: E731
+        name, config, method and AdapterConfig(method, 16), target="h100", mode=mode, batch=8, cache_length=32, **how)
     base, lora = plan("base", None), plan("lora", "lora")
     assert lora["layer"]["launches"] >= base["layer"]["launches"] + 10
     for name in ("ffba", "fpa"):
@@ -234,6 +235,8 @@ def test_methods_keep_what_they_promise(mode):
         assert row["layer"]["launches"] <= base["layer"]["launches"] + 1
         assert row["layer"]["gemms"] == base["layer"]["gemms"] and "weights" not in row["copies"]
         assert row["step"]["moved"] > base["step"]["moved"]
+    written_out = plan("base", None, attention="xla")
+    assert base["layer"]["launches"] <= written_out["layer"]["launches"] - 3 and not base["copies"].get("cache")
 
 
 @planner

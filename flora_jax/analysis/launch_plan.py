@@ -9,7 +9,7 @@ product by product, and the two MODES bracket what it would choose.
     plan = plan_step("ffba", config, AdapterConfig("ffba", 32), target="h100", mode="triton", batch=8)
     plan.launches, plan.chain, plan.copies["weights"]
 
-Attention is planned as XLA writes it: cuDNN's needs the device at compile time.
+Attention is planned as our own kernel or as XLA writes it: cuDNN's needs the device at compile time.
 """
 
 from __future__ import annotations
@@ -330,11 +330,12 @@ def check_bank(name: str, adapters: int) -> None:
 def plan_step(
     name: str, config: LlamaConfig, adapter_config: AdapterConfig | None, *, target: str, mode: str, batch: int,
     dtype: Any = jnp.bfloat16, cache_length: int = 1024, row_multiple: int = 128, adapters: int = 1,
-    dot_merger: bool = True,
+    dot_merger: bool = True, attention: str = "kernel",
 ) -> Plan:  # fmt: skip
     """The plan of one decode step of a variant: one new token a row over a cache of `cache_length` slots, which it
     updates in place, and the next token chosen greedily. adapters: how many lie in the bank, with the mask that selects
-    among them. Raises UserError for a bank of a variant that cannot be one."""
+    among them; attention: "kernel" (models/decode_attention.py) or "xla". Raises UserError for a bank of a variant that
+    cannot be one."""
     check_bank(name, adapters)
     variant = VARIANTS[name]
     base = abstract_base(config, dtype)
@@ -344,7 +345,9 @@ def plan_step(
     def layout(base: Any, adapter: Any) -> Any:
         nonlocal model
         bank = adapter if adapter is None or adapters == 1 else [adapter] * adapters
-        model, params = serve(name, base, config, adapter_config, bank, row_multiple)
+        model, params = serve(
+            name, base, config, adapter_config, bank, row_multiple, decode_kernel=attention == "kernel"
+        )
         return params
 
     params = jax.eval_shape(layout, base, adapter)

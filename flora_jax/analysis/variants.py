@@ -95,11 +95,11 @@ def random_adapter(key: jax.Array, config: LlamaConfig, adapter_config: AdapterC
 
 def serve(
     name: str, base: Tree, config: LlamaConfig, adapter_config: AdapterConfig | None, adapter: Tree | None,
-    row_multiple: int = 1, transposed: bool = False,
+    row_multiple: int = 1, transposed: bool = False, decode_kernel: bool | None = None,
 ) -> tuple[Llama, Tree]:  # fmt: skip
     """`(model, params)` of a variant: `model.apply({"params": params}, tokens)`. base, adapter: split trees, and
-    `adapter_config` of the variant's method, None for the bare base; row_multiple, transposed: as in `fuse`. Shapes
-    alone pass through `jax.eval_shape`."""
+    `adapter_config` of the variant's method, None for the bare base; row_multiple, transposed: as in `fuse`;
+    decode_kernel: as in `Llama`. Shapes alone pass through `jax.eval_shape`."""
     variant = get_variant(name)
     if variant.layout == "merged":
         base, adapter, adapter_config = merge(base, adapter, config, adapter_config), None, None
@@ -107,7 +107,7 @@ def serve(
         tree = apart(base, adapter, config, adapter_config, variant.layout == "apart", transposed)
     else:
         tree = fuse(base, adapter, config, adapter_config, row_multiple, variant.fold_adds, transposed)
-    return Llama(config, adapter_config), tree
+    return Llama(config, adapter_config, decode_kernel=decode_kernel), tree
 
 
 def read_bytes(params: Mapping[str, Any], config: LlamaConfig) -> int:

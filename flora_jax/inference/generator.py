@@ -38,7 +38,7 @@ from flora_jax.adapters import (
 from flora_jax.errors import UserError, near_misses
 from flora_jax.inference.sampling import Sampling, sample
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.llama import KVCache, Llama
+from flora_jax.models.llama import KVCache, Llama, kernel_runs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -221,8 +221,9 @@ class Generator:
     into fused arrays. Adapters go by name; adapter_config is theirs, or one for each by name: of one method, ranks and
     alpha may differ (smaller ranks are widened). The first is in use, without any it is the bare base. tokenizer:
     needed for prompts given as text and for the text of the result. max_length: tokens of prompt and continuation
-    together. batch_size: prompts computed side by side; fewer are filled up with dummies. Arithmetic is in the dtype of
-    the base. Raises UserError where trees and configurations disagree, and where the cache would not fit.
+    together. batch_size: prompts computed side by side; fewer are filled up with dummies. decode_kernel: as in `Llama`.
+    Arithmetic is in the dtype of the base. Raises UserError where trees and configurations disagree, and where the
+    cache would not fit.
 
     One adapter is in the arrays at a time and `use` writes another one over it, in place. `generate(adapter_names=…)`
     with several lays them all side by side once, as a bank; from then on a switch costs nothing and every token N
@@ -238,12 +239,16 @@ class Generator:
         tokenizer: PreTrainedTokenizerFast | None = None,
         max_length: int = 1024,
         batch_size: int = 8,
+        decode_kernel: bool | None = None,
     ):
         if not 2 <= max_length <= config.max_position_embeddings:
             limit = config.max_position_embeddings
             raise UserError(f"max_length={max_length} must be from 2 to the model's max_position_embeddings={limit}")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be a positive integer")
+        if decode_kernel and not kernel_runs(config):
+            raise UserError(f"decode_kernel=True needs a GPU and heads of 32, 64, … channels; this is a "
+                            f"{jax.default_backend()} and head_dim={config.head_dim}; leave it None")  # fmt: skip
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
         check_fits(config, batch_size, max_length, weights, base["embed_tokens"]["embedding"].dtype)
         self.config, self.tokenizer = config, tokenizer
@@ -252,7 +257,7 @@ class Generator:
         layout = device_layout()
         self._row_multiple = layout["row_multiple"]
         self.params = fuse(base, None, config, None, **layout)
-        self._model = Llama(config, self.adapter_config)
+        self._model = Llama(config, self.adapter_config, decode_kernel=decode_kernel)
         self._places: list[str | None] = [None]  # whose columns and rows the arrays hold, place by place
         self._bank = False
         self._name: str | None = None

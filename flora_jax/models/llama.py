@@ -14,6 +14,7 @@ Norms, softmax and logits are computed in float32 whatever the compute dtype.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from typing import Any
 
@@ -101,6 +102,14 @@ def cudnn_runs(q: Array) -> bool:
     return jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
 
 
+def kernel_runs(config: LlamaConfig) -> bool:
+    """Whether a decode step's attention can be the kernel of decode_attention.py: on a GPU, where heads are a power of
+    two wide and this jax can compile Triton."""
+    H = config.head_dim
+    found = importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+    return jax.default_backend() == "gpu" and found and H >= 32 and H & (H - 1) == 0
+
+
 def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     """Attention of q `[B, T, N, H]` over k, v `[B, S, K, H]`; mask `[B, 1, T, S]` bool, which shows no query a later
     key, None for plain causal. T = S where cuDNN cannot run. Softmax in float32."""
@@ -150,6 +159,7 @@ class Attention(nn.Module):
     adapter: AdapterConfig | None
     param_dtype: Any = jnp.float32
     fused: bool = False
+    decode_kernel: bool = False
 
     @nn.compact
     def __call__(
@@ -161,13 +171,25 @@ class Attention(nn.Module):
             product, config.widths, self.adapter, config.attention_bias, self.param_dtype, self.fused, name=product
         )
         (q, k, v), z_in = dense("qkv")(x, z, select=select, deterministic=deterministic)
-        heads = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)  # noqa: E731
+        B, T = x.shape[:2]
+        if self.decode_kernel and past is not None and T == 1:
+            from flora_jax.models.decode_attention import decode_attention  # imports what only a GPU needs
+
+            # With z behind it, this is what the product gave, and no copy of a part of it; z is then read out of it, or
+            # XLA would make it a second time.
+            qkv = jnp.concatenate([q, k, v] if z_in is None else [q, k, v, z_in], axis=-1)
+            qkv = jax.lax.optimization_barrier(qkv)
+            z_in = None if z_in is None else qkv[..., -z_in.shape[-1] :]
+            out, present = decode_attention(qkv[:, 0], rotary, mask[:, 0, 0], past, config.num_attention_heads)
+            (out,), z_out = dense("o")(out[:, None], z_in, select=select, deterministic=deterministic)
+            return out, z_out, present
+        heads = lambda y: y.reshape(B, T, -1, config.head_dim)  # noqa: E731
         q, k, v = rotate(heads(q), *rotary), rotate(heads(k), *rotary), heads(v)
         if past is None:
             out, present = attend(q, k, v, mask), None
         else:
             past_k, past_v, index = past
-            B, T, K, H = k.shape
+            K, H = k.shape[2:]
             k, v = k.transpose(0, 2, 3, 1).reshape(B * K, H, T), v.swapaxes(1, 2).reshape(B * K, T, H)
             k = jax.lax.dynamic_update_slice(past_k, k.astype(past_k.dtype), (0, 0, index))
             v = jax.lax.dynamic_update_slice(past_v, v.astype(past_v.dtype), (0, index, 0))
@@ -178,7 +200,7 @@ class Attention(nn.Module):
             else:
                 filled = k.shape[-1] == T  # at once, from slot 0 on
                 out = (attend_blocks if filled else attend_grouped)(q, k, v, mask)
-        (out,), z_out = dense("o")(out.reshape(*x.shape[:2], -1), z_in, select=select, deterministic=deterministic)
+        (out,), z_out = dense("o")(out.reshape(B, T, -1), z_in, select=select, deterministic=deterministic)
         return out, z_out, present
 
 
@@ -211,6 +233,7 @@ class Layer(nn.Module):
     adapter: AdapterConfig | None
     param_dtype: Any = jnp.float32
     fused: bool = False
+    decode_kernel: bool = False
 
     @nn.compact
     def __call__(
@@ -220,7 +243,7 @@ class Layer(nn.Module):
         config, parts = self.config, (self.config, self.adapter, self.param_dtype, self.fused)
         norm = lambda name: RMSNorm(config.hidden_size, config.rms_norm_eps, self.param_dtype, name=name)  # noqa: E731
         with jax.named_scope("attention"):
-            attention = Attention(*parts, name="attention")
+            attention = Attention(*parts, self.decode_kernel, name="attention")
             delta, z_delta, present = attention(norm("attention_norm")(x), z, rotary, mask, past, select, deterministic)
             x, z = x + delta, None if z is None else z + z_delta
         with jax.named_scope("mlp"):
@@ -238,7 +261,8 @@ class Llama(nn.Module):
     served by `Llama(config, adapter_config).apply({"params": fused}, tokens)`: the tree tells its layout.
 
     dtype: compute dtype, None for the embedding's. remat: what a layer keeps for the backward pass ("none" keeps all,
-    "products" what its four products give, "full" nothing).
+    "products" what its four products give, "full" nothing). decode_kernel: whether a fused model's decode step does
+    attention in one kernel of ours, which only a GPU runs; None: where it can.
     """
 
     config: LlamaConfig
@@ -246,6 +270,7 @@ class Llama(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     remat: str = "none"
+    decode_kernel: bool | None = None
 
     def setup(self):
         config = self.config
@@ -256,7 +281,8 @@ class Llama(nn.Module):
         served = self.adapter
         if self._fused and "folded" in self.variables["params"]:
             served = dataclasses.replace(served, add_to=())
-        self.layer = Layer(config, served, self.param_dtype, self._fused, parent=None)
+        kernel = kernel_runs(config) if self.decode_kernel is None else self.decode_kernel
+        self.layer = Layer(config, served, self.param_dtype, self._fused, self._fused and kernel, parent=None)
         self.embed_tokens = nn.Embed(
             config.vocab_size, config.hidden_size, param_dtype=self.param_dtype,
             embedding_init=normal(0.02))  # fmt: skip

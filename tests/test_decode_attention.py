@@ -1,0 +1,161 @@
+"""The decode step's kernel, interpreted: beside attention spelt out in float64, and in whole models beside XLA's."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flora_jax import AdapterConfig, Generator, Llama, fuse
+from flora_jax.errors import UserError
+from flora_jax.models import decode_attention as module
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.llama import KVCache, init_base, kernel_runs
+from tests.conftest import random_adapter, spread
+
+TINY = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=())
+interpreted = jax.jit(functools.partial(module.decode_attention, interpret=True), static_argnums=4)
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def spelt_out(qkv, rotary, seen, past, heads):
+    """Row by row and head by head, in float64: the output `[B, N·H]`, and the cache with the new token in it."""
+    k, v, index = (np.array(one, np.float64) for one in past)
+    qkv, seen = np.asarray(qkv, np.float64), np.asarray(seen)
+    cos, sin = (np.asarray(table, np.float64)[:, 0, 0] for table in rotary)
+    B, (BK, H, _), index = len(qkv), k.shape, int(index)
+    K, out = BK // B, np.zeros((B, heads * H))
+
+    def turned(x, b):
+        first, second = np.split(x, 2)
+        return np.concatenate([first * cos[b] - second * sin[b], second * cos[b] + first * sin[b]])
+
+    for b in range(B):
+        row_heads = qkv[b, : (heads + 2 * K) * H].reshape(-1, H)
+        for i in range(K):
+            k[b * K + i, :, index] = turned(row_heads[heads + i], b)
+            v[b * K + i, index] = row_heads[heads + K + i]
+        for n in range(heads):
+            row = b * K + n * K // heads
+            scores = turned(row_heads[n], b) @ k[row] / np.sqrt(H)
+            weights = np.exp(scores - scores[seen[b]].max()) * seen[b]
+            out[b, n * H : (n + 1) * H] = weights / weights.sum() @ v[row]
+    return out, k, v
+
+
+def draw(B, K, G, H, S, index, extra, seed):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    angles = rng.uniform(0, 6, (B, 1, 1, H // 2))
+    seen = (rng.random((B, S)) < 0.6) & (np.arange(S) <= index) | (np.arange(S) == index)
+    past = normal(B * K, H, S), normal(B * K, S, H), jnp.int32(index)
+    rotary = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    return normal(B, (G + 2) * K * H + extra), rotary, jnp.asarray(seen), past, G * K
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    shape=st.sampled_from([(1, 1, 1, 16, 20, 0), (2, 2, 3, 4, 300, 7), (1, 3, 17, 4, 600, 0), (2, 1, 4, 16, 1, 5)]),
+    place=st.floats(0, 1), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_equals_attention_spelt_out(shape, place, seed):
+    B, K, G, H, S, extra = shape
+    index = round(place * (S - 1))  # anywhere: before, inside and behind every part
+    arguments = draw(B, K, G, H, S, index, extra, seed)
+    out, (k, v) = interpreted(*arguments)
+    expected = spelt_out(*arguments)
+    for got, wanted in zip((out, k, v), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
+    old_k, old_v, _ = arguments[3]
+    others = np.arange(S) != index
+    np.testing.assert_array_equal(np.asarray(k)[..., others], np.asarray(old_k)[..., others])
+    np.testing.assert_array_equal(np.asarray(v)[:, others], np.asarray(old_v)[:, others])
+
+
+def test_half_precision():
+    qkv, rotary, seen, (k, v, index), heads = draw(2, 2, 4, 32, 300, 290, 0, 1)
+    qkv, k, v = (x.astype(jnp.bfloat16) for x in (qkv, k, v))
+    out, (k_new, _) = interpreted(qkv, rotary, seen, (k, v, index), heads)
+    assert out.dtype == k_new.dtype == jnp.bfloat16
+    expected, _, _ = spelt_out(qkv, rotary, seen, (k, v, index), heads)
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=2e-2)
+
+
+def test_many_parts_and_long_scores():
+    """More slots than parts of 256, and scores that would overflow without their peak taken off, in part 0 or not."""
+    qkv, rotary, seen, (k, v, index), heads = draw(1, 1, 2, 8, 32 * 256 + 100, 32 * 256 + 90, 0, 2)
+    for scaled in (k.at[..., :10].mul(300.0), k.at[..., -200:].mul(300.0)):
+        past = scaled, v, index
+        out, _ = interpreted(qkv, rotary, seen, past, heads)
+        np.testing.assert_allclose(out, spelt_out(qkv, rotary, seen, past, heads)[0], atol=1e-4)
+
+
+@pytest.fixture
+def on_this_machine(monkeypatch):
+    monkeypatch.setattr(module, "decode_attention", interpreted)
+    monkeypatch.setattr("flora_jax.inference.generator.kernel_runs", lambda config: True)
+
+
+@pytest.mark.parametrize("method", [None, "ffba", "fpa", "zflora", "ffa", "pf_lora"])
+def test_whole_steps_equal_those_without(method, on_this_machine):
+    config = TINY
+    adapter_config = None if method is None else AdapterConfig(method, 4)
+    base = spread(init_base(jax.random.key(0), config))
+    adapter = None if method is None else random_adapter(config, adapter_config, 1)
+    fused = {"params": fuse(base, adapter, config, adapter_config)}
+    tokens = jax.random.randint(jax.random.key(2), (2, 6), 0, config.vocab_size)
+    outs = []
+    for kernel in (False, True):
+        model = Llama(config, adapter_config, decode_kernel=kernel)
+        step = jax.jit(model.apply)
+        cache = KVCache.empty(config, 2, 12)
+        mask = jnp.array([[1, 1, 1, 1], [0, 1, 1, 1]], bool)
+        logits, cache = step(fused, tokens[:, :4], mask=mask, cache=cache)
+        steps = [logits[:, -1:]]
+        for i in (4, 5):
+            logits, cache = step(fused, tokens[:, i : i + 1], mask=jnp.ones((2, 1), bool), cache=cache)
+            steps.append(logits)
+        outs.append((jnp.concatenate(steps, axis=1), cache))
+    (plain, cache), (ours, our_cache) = outs
+    np.testing.assert_allclose(ours, plain, atol=1e-5 * float(jnp.abs(plain).max()))
+    for a, b in zip(jax.tree.leaves(our_cache), jax.tree.leaves(cache), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_bank_generates_the_same_text(on_this_machine):
+    config, adapter_config = TINY, AdapterConfig("ffba", 4)
+    base = spread(init_base(jax.random.key(0), config))
+    adapters = {name: random_adapter(config, adapter_config, i) for i, name in enumerate("ab")}
+    prompts, names = [[1, 2, 3], [4, 5], [6, 7, 8, 9]], ["a", None, "b"]
+    texts = [
+        Generator(config, base, adapters, adapter_config, max_length=40, batch_size=3, decode_kernel=kernel).generate(
+            prompts, 12, adapter_names=names)
+        for kernel in (False, True)
+    ]  # fmt: skip
+    assert [one.tokens for one in texts[0]] == [one.tokens for one in texts[1]]
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="on a GPU it runs")
+def test_only_a_gpu_runs_it():
+    config = dataclasses.replace(TINY, head_dim=64)
+    assert not kernel_runs(config)
+    with pytest.raises(UserError, match="decode_kernel=True needs a GPU"):
+        Generator(config, init_base(jax.random.key(0), config), decode_kernel=True)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype, atol", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_on_a_gpu(dtype, atol):
+    qkv, rotary, seen, (k, v, index), heads = draw(8, 8, 4, 64, 1024, 700, 32, 3)
+    qkv, k, v = (x.astype(dtype) for x in (qkv, k, v))
+    expected = spelt_out(qkv, rotary, seen, (k, v, index), heads)
+    out, present = jax.jit(module.decode_attention, static_argnums=4)(qkv, rotary, seen, (k, v, index), heads)
+    for got, wanted in zip((out, *present), expected, strict=True):
+        np.testing.assert_allclose(np.asarray(got, np.float32), wanted, atol=atol)
