@@ -160,6 +160,7 @@ REFUSALS = [
     (dict(method="zflora", activation="relu"), "zflora is linear"),
     (dict(targets="q,donw"), "adapter.targets: projection 'donw' is unknown; did you mean 'down'"),
     (dict(targets=""), "adapter.targets is empty"),
+    (dict(targets=5), "adapter.targets=5 must name projections"),
     (dict(method="ffba", add_to="gaet"), "adapter.add_to: projection 'gaet' is unknown; did you mean 'gate'"),
     (dict(method="lora", add_to="q"), "adapter.add_to=q: lora has no repeat-and-add; only ffa, ffba"),
     (dict(method="fpa", add_to="q"), "fpa has no repeat-and-add"),
@@ -178,6 +179,12 @@ REFUSALS = [
     (dict(method="zflora", zero_init="B"), "the stream's channels"),
     (dict(method="fft", zero_init="A"), "fft has no adapter"),
 ]
+
+
+def test_numbers_of_numpy_are_plain_ones():
+    """One of numpy's would make a bfloat16 model a float32 one where it multiplies."""
+    found = AdapterConfig("lora", np.int64(8), alpha=np.float64(16))
+    assert found == AdapterConfig("lora", 8, alpha=16) and (type(found.rank), type(found.alpha)) == (int, float)
 
 
 @pytest.mark.parametrize("fields, words", REFUSALS, ids=lambda value: str(value)[:60])

@@ -219,6 +219,23 @@ def test_stream_gives_the_text_of_generate(tiny, sampling):
         next(Generator(config, base, max_length=64).stream([1], 4))
 
 
+def test_a_stream_keeps_its_adapter(tiny):
+    """Whatever was generated before with another one; and it stops where that one is written over it."""
+    config, base = tiny
+    ffba, tokenizer = AdapterConfig("ffba", rank=8), load_tokenizer("tiny")
+    adapters = {name: random_adapter(config, ffba, seed, 0.3) for seed, name in enumerate(("a", "b"), 5)}
+    generator = Generator(config, base, adapters, ffba, tokenizer, max_length=64)
+    sampling = Sampling(1.0)
+    [alone] = generator.generate(["ab"], 20, sampling)
+    [other] = generator.generate(["ab"], 20, sampling, adapter_names=["b"])
+    assert "".join(generator.stream("ab", 20, sampling)) == alone.text != other.text
+    pieces = generator.stream("ab", 20, sampling)
+    next(pieces)
+    generator.use("b")
+    with pytest.raises(UserError, match="switched while a stream"):
+        list(pieces)
+
+
 def test_bad_input(tiny):
     config, base = tiny
     generator = Generator(config, base, max_length=32)
@@ -228,6 +245,10 @@ def test_bad_input(tiny):
         ([[1], [320]], 5, ("prompt 1", "320")),
         (["text"], 5, ("no tokenizer",)),
         ([[1]], 0, ("max_new_tokens=0",)),
+        ([[1]], 3.0, ("max_new_tokens=3.0",)),
+        ([[1, 2.5]], 5, ("prompt 0", "2.5")),
+        ("hello", 5, ("prompts must be a list",)),
+        ([1, 2, 3], 5, ("prompts must be a list",)),
     ]:
         with pytest.raises(UserError) as error:
             generator.generate(prompts, n)
@@ -238,12 +259,16 @@ def test_bad_input(tiny):
     # One layer's key and value of 32 channels in 4 bytes are 256 bytes a slot.
     with pytest.raises(UserError, match=r"batch_size=1000000000 with 32 tokens a row needs a cache of 8192.0 GB"):
         Generator(config, base, max_length=32, batch_size=10**9)
-    with pytest.raises(UserError, match="'x' is not loaded"):
-        generator.use("x")
+    for name in ("x", 1):
+        with pytest.raises(UserError, match=f"{name!r} is not loaded"):
+            generator.use(name)
+    for arguments, words in [({"stop": ["\n"]}, "list of token ids"), ({"seed": 2**70}, "integer of 64 bits")]:
+        with pytest.raises(UserError, match=words):
+            generator.generate([[1]], 5, **arguments)
     ffba = AdapterConfig("ffba", rank=8)
     with pytest.raises(UserError, match="adapter leaf"):
         Generator(config, base, {"a": init_adapter(jax.random.key(0), config, ffba)}, AdapterConfig("ffba", rank=16))
-    for bad in [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]:
+    for bad in [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": "0.7"}]:
         with pytest.raises(UserError, match=next(iter(bad))):
             Sampling(**bad)
 
@@ -282,3 +307,4 @@ def test_sample_draws_the_tempered_distribution():
     found = np.bincount(np.asarray(drawn), minlength=4) / 20000
     np.testing.assert_allclose(found, expected / expected.sum(), atol=0.015)
     assert sample(keys[:1], logits[None], Sampling()).tolist() == [1]
+    assert set(sample(keys[:99], jnp.broadcast_to(logits, (99, 4)), Sampling(1e-39)).tolist()) == {1}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -243,6 +244,8 @@ def test_a_wider_adapter_is_the_same_function(method, rank, times, rslora):
 def test_what_cannot_be_laid_out_is_refused():
     ffba, base = AdapterConfig("ffba", 8), random_base(TINY)
     adapter = random_adapter(ffba)
+    shallow = init_base(jax.random.key(0), dataclasses.replace(TINY, num_hidden_layers=1))
+    lora, ffa = AdapterConfig("lora", 8), AdapterConfig("ffa", 8)
     for make, words in [
         (lambda: fuse(base, adapter, TINY, None), "without the adapter_config"),
         (lambda: fuse(base, None, TINY, ffba), "of ffba, but no adapter was given"),
@@ -250,9 +253,17 @@ def test_what_cannot_be_laid_out_is_refused():
         (lambda: fuse(base, adapter, TINY, ffba, row_multiple=0), "row_multiple=0"),
         (lambda: fuse(base, [adapter, adapter], TINY, ffba, fold_adds=True), "fold_adds takes one adapter"),
         (lambda: split(fuse(base, adapter, TINY, ffba, fold_adds=True), TINY, ffba), "were folded"),
-        (lambda: split(fuse(base, None, TINY, None), TINY, ffba), "ffba has (96, 184) there"),
-        (lambda: split(fuse(base, adapter, TINY, ffba), TINY, ffba, place=1), "ffba has (96, 208) there"),
+        (lambda: split(fuse(base, None, TINY, None), TINY, ffba), "holds no adapter, but adapter_config is of"),
+        (lambda: split(fuse(base, adapter, TINY, ffba), TINY, ffba, place=1), "place=1 must be from 0 to 0"),
         (lambda: split(fuse(base, adapter, TINY, ffba), TINY, ffba, place=-1), "place=-1"),
+        (lambda: split(fuse(base, adapter, TINY, ffba), TINY, AdapterConfig("ffba", 4)), "of rank 8, but"),
+        (lambda: split(fuse(base, adapter, TINY, ffba), TINY, AdapterConfig("fpa", 8)), "fpa at rank 8 has (96, 168)"),
+        (lambda: split(fuse(base, random_adapter(lora), TINY, lora), TINY, ffa), "B's beside it for k, q, v"),
+        (lambda: fuse(shallow, None, TINY, None), "base leaf layers/attention/o/o_kernel is (1, 96, 96)"),
+        (lambda: fuse(fuse(base, None, TINY, None), None, TINY, None), "fused already"),
+        (lambda: merge(shallow, random_adapter(lora), TINY, lora), "(1, 96, 96), but this configuration has (2,"),
+        (lambda: merge(base, None, TINY, lora), "adapter leaf 'layers/attention/o/A' is absent"),
+        (lambda: merge(base, {}, TINY, AdapterConfig("fft", 8)), "its base is the result already"),
         (lambda: split(base, TINY, None), "no fused tree"),
         (lambda: widen(adapter, ffba, 12), "multiple of 8"),
         (lambda: apart(base, random_adapter(AdapterConfig("zflora", 8)), TINY, AdapterConfig("zflora", 8)), "fuse it"),
@@ -273,3 +284,17 @@ def test_a_tensor_parallel_base_is_refused():
 
     with pytest.raises(UserError, match="final_norm/scale lies on a mesh with tensor=2"):
         fuse({"final_norm": {"scale": OnMesh()}}, None, TINY, None)
+
+
+def test_marks_outlive_a_trip_through_paths():
+    """Saved by path and read back, a fused tree still says what is in it and that its adds are folded."""
+    base, ffba = init_base(jax.random.key(0), TINY), AdapterConfig("ffba", 8)
+    adapter = random_adapter(ffba)
+    for adapters, fold in ((adapter, True), ([adapter, adapter], False)):
+        fused = fuse(base, adapters, TINY, ffba, fold_adds=fold)
+        again = unflatten_dict(flatten_dict(fused, sep="/"), sep="/")
+        assert jax.tree.structure(again) == jax.tree.structure(fused)
+        select = None if fold else jnp.array([[True, False], [False, True]])
+        expected = Llama(TINY, ffba).apply({"params": base, "adapter": adapter}, TOKENS)
+        found = Llama(TINY, ffba).apply({"params": again}, TOKENS, select=select)
+        np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import random_adapter
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter, fuse
@@ -348,11 +349,11 @@ def test_a_tree_of_another_adapter_is_refused(case, words):
 @pytest.mark.parametrize(
     "served_by, places, words",
     [
-        (None, None, "'qkv' is (96, 184), but the bare base has (96, 160)"),
-        (AdapterConfig("ffba", 4), None, "ffba at rank 4, places=1, has (96, 172)"),
+        (None, None, "the fused tree holds an adapter of rank 8, the model's is none"),
+        (AdapterConfig("ffba", 4), None, "the fused tree holds an adapter of rank 8, the model's is 4"),
         (AdapterConfig("lora", 8), None, "q_B of 'qkv' is absent, but lora at rank 8"),
         (AdapterConfig("zflora", 8), None, "zflora at rank 8"),
-        (FFBA, 2, "ffba at rank 8, places=2, has (96, 208)"),
+        (FFBA, 2, "a bank of 1 adapters and needs select [B, 1]; found=2"),
     ],
 )
 def test_a_fused_tree_of_another_adapter_is_refused(served_by, places, words):
@@ -362,6 +363,48 @@ def test_a_fused_tree_of_another_adapter_is_refused(served_by, places, words):
     with pytest.raises(UserError) as error:
         jax.eval_shape(lambda v: Llama(TINY, served_by).apply(v, TOKENS, select=select), fused)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_zflora_of_another_rank_is_refused():
+    """Its stream may be filled up, so that shapes alone would let rank 16 pass for rank 8, and two places for one."""
+    config = AdapterConfig("zflora", 16)
+    base, adapter = init_base(jax.random.key(0), TINY), random_adapter(TINY, config, 1)
+    for made_of, served_by, words in [
+        (adapter, AdapterConfig("zflora", 8), "rank 16, the model's is 8"),
+        ([adapter, adapter], config, "a bank of 2 adapters and needs select [B, 2]; found=None"),
+    ]:
+        fused = {"params": fuse(base, made_of, TINY, config)}
+        with pytest.raises(UserError, match=re.escape(words)):
+            Llama(TINY, served_by).apply(fused, TOKENS)
+
+
+def test_what_would_be_ignored_or_clamped_is_refused():
+    base = init_base(jax.random.key(0), TINY)
+    untied = init_base(jax.random.key(0), dataclasses.replace(TINY, tie_word_embeddings=False))
+    shallow = init_base(jax.random.key(0), dataclasses.replace(TINY, num_hidden_layers=1))
+    dropout = AdapterConfig("ffba", 8, dropout=0.5)
+    fused = fuse(base, random_adapter(TINY, dropout, 1), TINY, dropout)
+    full = KVCache.empty(TINY, 2, 8).replace(index=jnp.int32(6))
+    for adapter_config, params, arguments, words in [
+        (None, untied, {}, "params hold an lm_head"),
+        (None, shallow, {}, "base leaf layers/attention/o/o_kernel is"),
+        (None, base, {"select": jnp.ones((2, 1), bool)}, "these variables are split"),
+        (None, base, {"cache": full}, "tokens from slot 6 on do not fit into a cache of 8 slots"),
+        (dropout, fused, {"deterministic": False}, "served without dropout"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            Llama(TINY, adapter_config).apply({"params": params}, TOKENS, **arguments)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_logits_of_a_bfloat16_model_are_not_rounded(transposed):
+    """They are sums in float32 of products of bfloat16 numbers, whatever the layout."""
+    base = init_base(jax.random.key(0), TINY, jnp.bfloat16)
+    fused = {"params": fuse(base, None, TINY, None, transposed=transposed)}
+    model = Llama(TINY)
+    hidden, _ = model.apply(fused, TOKENS, method=Llama.hidden)
+    expected = np.asarray(hidden, np.float64) @ np.asarray(base["embed_tokens"]["embedding"], np.float64).T
+    np.testing.assert_allclose(model.apply(fused, TOKENS), expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_an_adapter_without_its_config_is_refused():

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import transformers
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
@@ -201,6 +202,10 @@ def break_format(name):
         (break_config(hidden_size="wide", head_dim="absent"), "config.json: a field has a value of the wrong kind"),
         (break_config(model_type="mistral"), "model_type='mistral'"),
         (break_config(quantization_config={"quant_method": "gptq"}), r"quantization_config \(gptq\)"),
+        (break_config(quantization_config=[1]), "quantization_config"),
+        (break_config(rms_norm_eps="1e-5"), "config.json: LlamaConfig.rms_norm_eps='1e-5' must be a positive number"),
+        (break_config(rope_parameters={"rope_theta": -5.0}), "rope_theta=-5.0 must be a positive number"),
+        (break_config(eos_token_id="2"), r"eos_token_id=\('2',\) must be a tuple of token ids"),
         (break_config(intermediate_size=200), r"gate_proj.weight' has shape \[192, 96\].*asks for \[200, 96\]"),
         (break_format("pytorch_model.bin"), "convert it to safetensors"),
         (break_format("weights.gguf"), "name the file itself"),
@@ -410,3 +415,20 @@ def test_memory_of_a_1b_load(tmp_path):
     peak, held, size, seconds = map(float, out.split())
     print(f"peak {peak:.3f}, held {held:.3f} of {size / 1e9:.2f} GB in {seconds:.1f} s")
     assert held > 0.9 and peak < 1.3
+
+
+@pytest.mark.parametrize("both", [
+    {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 5e5,
+     "rope_scaling": {name: value for name, value in ROPE_LLAMA3.items() if name != "rope_theta"}},
+    {"rope_parameters": ROPE_LLAMA3, "rope_theta": 1e4, "rope_scaling": None},
+])  # fmt: skip
+def test_old_and_new_rotary_fields_together_are_read_as_transformers_does(both):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    theirs = transformers.LlamaConfig(**sizes, **both).rope_parameters
+    ours = LlamaConfig.from_hf({"model_type": "llama", **sizes, **both})
+    assert ours.rope_theta == theirs["rope_theta"]
+    assert (ours.rope_scaling is not None) == (theirs["rope_type"] == "llama3")
+    if ours.rope_scaling is not None:
+        assert ours.rope_scaling.factor == theirs["factor"]

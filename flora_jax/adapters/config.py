@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -38,6 +39,8 @@ def _names(value: str | Sequence[str] | None, field: str) -> tuple[str, ...] | N
     """`"q,gate"` or `("q", "gate")` as a tuple in the order of PROJECTIONS; None stays None."""
     if value is None:
         return None
+    if not isinstance(value, str | Sequence):
+        raise UserError(f"adapter.{field}={value!r} must name projections, some of {', '.join(PROJECTIONS)}")
     given = [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else list(value)
     for name in given:
         if name not in PROJECTIONS:
@@ -74,13 +77,16 @@ class AdapterConfig:
     def __post_init__(self):
         if self.method not in list(METHODS):  # a list compares what a dict could not hash
             raise UserError(f"adapter.method={self.method!r} is unknown; {near_misses(str(self.method), METHODS)}")
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+        if not isinstance(self.rank, numbers.Integral) or isinstance(self.rank, bool) or self.rank < 1:
             raise UserError(f"adapter.rank={self.rank!r} must be a positive integer")
+        object.__setattr__(self, "rank", int(self.rank))
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
-        number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)  # noqa: E731
+        number = lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool)  # noqa: E731
         if not (number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0):
             raise UserError(f"adapter.alpha={self.alpha!r} must be a positive number")
+        # Plain numbers: one of numpy's would promote a bfloat16 model.
+        object.__setattr__(self, "alpha", float(self.alpha))
         if not (number(self.dropout) and 0 <= self.dropout < 1):
             raise UserError(f"adapter.dropout={self.dropout!r} must be in [0, 1)")
         if not isinstance(self.rslora, bool):

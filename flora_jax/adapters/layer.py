@@ -72,8 +72,8 @@ def keep_own(y: Array, start: int, width: int, select: Array) -> Array:
     return jnp.where(jnp.concatenate(chosen, axis=-1)[:, None, :], y, 0)
 
 
-def multiply_transposed(x: Array, weight: Array) -> Array:
-    """`x Wᵀ`, x `[..., d_in]`, weight `[d_out, d_in]`; for few rows computed as `(W xᵀ)ᵀ`.
+def multiply_transposed(x: Array, weight: Array, dtype: Any = None) -> Array:
+    """`x Wᵀ` in `dtype` (default x's), x `[..., d_in]`, weight `[d_out, d_in]`; for few rows computed as `(W xᵀ)ᵀ`.
 
     With the weight on the left XLA's CPU products read it at the speed of memory for any small batch; on the right they
     are a third slower at batch 1 and 2 to 3 times at batch 8. The barrier keeps XLA from turning the product round.
@@ -81,8 +81,9 @@ def multiply_transposed(x: Array, weight: Array) -> Array:
     """
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > _FEW_ROWS:
-        return jnp.einsum("...i,oi->...o", x, weight)
-    return jax.lax.optimization_barrier(weight @ rows.T).T.reshape(*x.shape[:-1], weight.shape[0])
+        return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+    y = jnp.matmul(weight, rows.T, preferred_element_type=dtype)
+    return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], weight.shape[0])
 
 
 @jax.custom_vjp
@@ -305,8 +306,8 @@ def check_adapter(adapter: Mapping[str, Any], config: Any, adapter_config: Adapt
     """Raises UserError unless `adapter` has the very leaves and shapes that the configuration gives (flax would
     ignore extra ones without a word): `[L, …]` if stacked, else one set of leaves a layer under `layers/0/…`."""
 
-    def shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+    def shapes(tree: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]]:
+        return {path: leaf.shape for path, leaf in flatten_dict(tree or {}, sep="/").items()}
 
     expected, found = shapes(abstract_adapter(config, adapter_config)), shapes(adapter)
     if not stacked:
@@ -320,6 +321,27 @@ def check_adapter(adapter: Mapping[str, Any], config: Any, adapter_config: Adapt
             raise UserError(
                 f"adapter leaf {path!r} is {found.get(path, 'absent')}, but {adapter_config.method} at rank "
                 f"{adapter_config.rank} on this model has {expected.get(path, 'none of that name')}"
+            )
+
+
+def check_base(base: Mapping[str, Any], config: Any) -> None:
+    """Raises UserError unless the layers of `base`, in the split layout, are those of the configuration: indexing
+    clamps and broadcasting repeats, so that a base of another depth would be served without a word."""
+    L, layers = config.num_hidden_layers, base.get("layers", {})
+    biases = {"attention": config.attention_bias, "mlp": config.mlp_bias}
+    expected = {f"{block}_norm/scale": (L, config.hidden_size) for block in BLOCKS}
+    for block, products in BLOCKS.items():
+        for product in products:
+            for name in PRODUCTS[product]:
+                expected[f"{block}/{product}/{name}_kernel"] = (L, *config.widths[name])
+                if biases[block]:
+                    expected[f"{block}/{product}/{name}_bias"] = (L, config.widths[name][1])
+    found = {path: leaf.shape for path, leaf in flatten_dict(layers, sep="/").items()}
+    for path in sorted(expected.keys() | found.keys()):
+        if expected.get(path) != found.get(path):
+            raise UserError(
+                f"base leaf layers/{path} is {found.get(path, 'absent')}, but this configuration has "
+                f"{expected.get(path, 'none of that name')}; is it another model's, or fused already?"
             )
 
 

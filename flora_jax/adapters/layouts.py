@@ -9,6 +9,8 @@ base's rows and columns, R_f forward channels and R_b backward channels of one a
 
     layers/<i>/<block>/<product>/kernel [d_in (+ N R_b + fill), d_out (+ N R_f)], bias [d_out]
     layers/<i>/<block>/<product>/<projection>_B [N r, width]     lora and pf_lora alone
+    riders [0, N, r]      holds nothing: its shape says what is in the arrays, which theirs does not (rank 16, or two
+                          of rank 8?); folded [0], likewise, says that repeat-and-adds are folded into W
 
 Transposed, all of these but the bias are, and the kernel is called `weight`.
 """
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters.config import AdapterConfig, Slot
-from flora_jax.adapters.layer import check_adapter, pad_first_layer
+from flora_jax.adapters.layer import check_adapter, check_base, pad_first_layer
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS
 from flora_jax.errors import UserError
 
@@ -103,7 +105,13 @@ def fuse(
     """
     fused = {name: leaf for name, leaf in base.items() if name != "layers"}
     fused["layers"] = dict(fused_layers(base, adapter, config, adapter_config, row_multiple, fold_adds, transposed))
-    return {**fused, "folded": {}} if fold_adds else fused
+    if adapter:
+        fused["riders"] = _mark(fused, 1 if isinstance(adapter, Mapping) else len(adapter), adapter_config)
+    return {**fused, "folded": jnp.zeros(0, base["embed_tokens"]["embedding"].dtype)} if fold_adds else fused
+
+
+def _mark(fused: Tree, places: int, adapter_config: AdapterConfig) -> Array:
+    return jnp.zeros((0, places, adapter_config.rank), fused["embed_tokens"]["embedding"].dtype)
 
 
 def fused_layers(
@@ -119,6 +127,7 @@ def fused_layers(
     """The layers of `fuse`'s tree by number, each made when it is asked for; arguments and errors as there. dtype: of
     the arrays, default the base's. Of numpy arrays numpy arrays are made, with no copy but the joined ones."""
     _refuse_tensor_parallel(base)
+    check_base(base, config)
     if row_multiple < 1:
         raise UserError(f"row_multiple={row_multiple} must be a positive integer")
     adapters = [adapter] if adapter and not isinstance(adapter, Sequence) else list(adapter or [])
@@ -205,7 +214,7 @@ def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: i
         }
         for i, layer in fused["layers"].items()
     }
-    return {**fused, "layers": layers}
+    return {**fused, "layers": layers, "riders": _mark(fused, places, adapter_config)}
 
 
 def _each_layer(base: Tree, config: Any, product: Any, stream: int) -> Iterator[tuple[str, Tree]]:
@@ -239,6 +248,7 @@ def apart(
     """The baseline's layout: every A and B a product of its own, as PEFT and multi-LoRA servers run them, beside the
     base's four merged products or (`merged=False`) its seven. Served as `fuse`'s trees are; not for zflora, whose
     channels exist only in the fused stream."""
+    check_base(base, config)
     if _has_adapter(adapter_config):
         if adapter_config.row.writes == "stream":
             raise UserError(f"{adapter_config.method} has no products apart; fuse it")
@@ -274,13 +284,13 @@ def split(fused: Tree, config: Any, adapter_config: AdapterConfig | None, place:
     """
     if "folded" in fused:
         raise UserError("the repeat-and-adds of this tree were folded into its base: split cannot take them out again")
-    if place < 0:
-        raise UserError(f"place={place} must be 0 or more")
-    check_fused(fused, config, adapter_config, place + 1)
+    places = check_fused(fused, config, adapter_config)
+    if not 0 <= place < max(1, places):
+        raise UserError(f"place={place} must be from 0 to {places - 1}: the tree has {places} adapters")
     scale = lambda leaf, side: (  # noqa: E731
         leaf / adapter_config.scale if adapter_config.row.zero == side else leaf
     ).astype(jnp.float32)
-    base: Tree = {name: leaf for name, leaf in fused.items() if name != "layers"}
+    base: Tree = {name: leaf for name, leaf in fused.items() if name not in ("layers", "riders")}
     layers = [fused["layers"][str(i)] for i in range(config.num_hidden_layers)]
     base["layers"] = {
         name: {"scale": jnp.stack([layer[name]["scale"][: config.hidden_size] for layer in layers])}
@@ -320,9 +330,14 @@ def split(fused: Tree, config: Any, adapter_config: AdapterConfig | None, place:
     return base, adapter
 
 
-def check_fused(fused: Tree, config: Any, adapter_config: AdapterConfig | None, places: int = 1) -> None:
-    """Raises UserError unless the fused arrays have room for `places` adapters of the configuration."""
-    method = adapter_config.method if _has_adapter(adapter_config) else "the bare base"
+def check_fused(fused: Tree, config: Any, adapter_config: AdapterConfig | None) -> int:
+    """How many adapters a fused tree holds. Raises UserError unless they are of the configuration."""
+    _, places, rank = fused["riders"].shape if "riders" in fused else (0, 0, None)
+    wanted = adapter_config.rank if _has_adapter(adapter_config) else None
+    if rank != wanted:
+        held = lambda rank: "no adapter" if rank is None else f"an adapter of rank {rank}"  # noqa: E731
+        raise UserError(f"the fused tree holds {held(rank)}, but adapter_config is of {held(wanted)}")
+    method = f"{adapter_config.method} at rank {rank}" if places else "the bare base"
     for i in range(config.num_hidden_layers):
         for block, products in BLOCKS.items():
             for product in products:
@@ -332,12 +347,19 @@ def check_fused(fused: Tree, config: Any, adapter_config: AdapterConfig | None, 
                 shape = leaves["weight"].shape[::-1] if "weight" in leaves else shape
                 if shape is None:
                     raise UserError(f"{path} is absent: this is no fused tree; `fuse` makes one")
+                slot = adapter_config.slots[product] if places else Slot()
                 expected = _extent(config, adapter_config, product, places)
                 # Rows B, and a stream, may be filled up with zeros.
-                fills = _has_adapter(adapter_config) and adapter_config.slots[product] != Slot()
-                small = any(found < wanted for found, wanted in zip(shape, expected, strict=True))
-                if small or (not fills and shape != expected):
+                stream = places and adapter_config.row.writes == "stream"
+                fills = (bool(slot.backward), bool(stream and slot.forward))
+                fits = (n == to or (may and n > to) for n, to, may in zip(shape, expected, fills, strict=True))
+                if not all(fits):
                     raise UserError(f"{path} is {shape}, but {method} has {expected} there")
+                matrices = {name.removesuffix("_B") for name in leaves if name.endswith("_B")}
+                if matrices != set(slot.matrix):
+                    there, wanted = (", ".join(sorted(names)) or "nothing" for names in (matrices, slot.matrix))
+                    raise UserError(f"{path} has B's beside it for {there}, but {method} for {wanted}")
+    return places
 
 
 def adapter_riders(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
@@ -440,7 +462,9 @@ def merge(base: Tree, adapter: Tree, config: Any, adapter_config: AdapterConfig)
     row = adapter_config.row
     if not row.mergeable:
         able = ", ".join(name for name, other in METHODS.items() if other.mergeable)
-        raise UserError(f"{adapter_config.method} cannot be merged into the base: it is no change of W; {able} can")
+        why = "its base is the result already" if row.reads is None else "it is no change of W"
+        raise UserError(f"{adapter_config.method} cannot be merged into the base: {why}; {able} can")
+    check_base(base, config)
     check_adapter(adapter, config, adapter_config)
     layers = dict(base["layers"])
     for block, products in BLOCKS.items():
@@ -460,7 +484,7 @@ def merged_kernel(kernel: Array, leaves: Mapping[str, Array], adapter_config: Ad
     start, r = slot.forward.index(projection) * adapter_config.rank, adapter_config.rank
     change = leaves["A"][..., start : start + r]
     if projection in slot.matrix:
-        change = change @ leaves[f"{projection}_B"]
+        change = jnp.matmul(change, leaves[f"{projection}_B"], precision=jax.lax.Precision.HIGHEST)
     else:
         change = jnp.tile(change, kernel.shape[-1] // r)
     return (kernel.astype(jnp.float32) + adapter_config.scale * change).astype(kernel.dtype)
@@ -471,7 +495,8 @@ def as_lora(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> tuple[
     Raises UserError for a method that is no change of W, and for an adapter of another configuration."""
     row = adapter_config.row
     if not row.mergeable:
-        raise UserError(f"{adapter_config.method} is no LoRA: it is no change of W")
+        why = "it has no adapter" if row.reads is None else "it is no change of W"
+        raise UserError(f"{adapter_config.method} is no LoRA: {why}")
     check_adapter(adapter, config, adapter_config)
     layers: Tree = {}
     for block, products in BLOCKS.items():

@@ -60,6 +60,10 @@ class Generation:
     finished: bool
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def bucket(length: int) -> int:
     """The smallest power of two that holds `length`, at least 16."""
     return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
@@ -273,8 +277,8 @@ class Generator:
         self._name = name
 
     def _check_name(self, name: str | None) -> None:
-        if name is not None and name not in self._riders:
-            known = near_misses(name, self._riders) if self._riders else "none is"
+        if name is not None and (not isinstance(name, str) or name not in self._riders):
+            known = near_misses(str(name), self._riders) if self._riders else "none is"
             raise UserError(f"adapter {name!r} is not loaded; {known}")
 
     def _arrange(self, names: set[str | None]) -> None:
@@ -309,6 +313,8 @@ class Generator:
         depends on `seed` and i alone. Raises UserError for a prompt that is empty, has ids outside the vocabulary, or
         is longer than max_length − max_new_tokens, and for an adapter that is not loaded.
         """
+        if isinstance(prompts, str) or not all(isinstance(prompt, str | Sequence | np.ndarray) for prompt in prompts):
+            raise UserError("prompts must be a list of prompts, each a text or a list of token ids")
         rows = [self._encode(i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
         names = [self._name] * len(rows) if adapter_names is None else list(adapter_names)
         if len(names) != len(rows):
@@ -316,7 +322,7 @@ class Generator:
         for name in set(names):
             self._check_name(name)
         self._arrange(set(names))
-        stop_ids = self._stop(stop)
+        stop_ids = self._stop(stop, seed)
         # The longest first: what is left for the last batch, which dummies fill up, are the shortest.
         by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         batches = [by_length[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
@@ -332,10 +338,13 @@ class Generator:
         stop: Sequence[int] = (),
     ) -> Iterator[str]:  # fmt: skip
         """The text of `generate([prompt], …)` with the adapter in use, piece by piece as tokens come; a piece ends
-        where characters are whole. Returns to Python after every token."""
+        where characters are whole. Returns to Python after every token; raises UserError if the generator's arrays
+        have been given another adapter meanwhile."""
         if self.tokenizer is None:
             raise UserError("stream gives text, but there is no tokenizer")
-        row, stop_ids, shown = self._encode(0, prompt, max_new_tokens), self._stop(stop), ""
+        row, stop_ids, shown = self._encode(0, prompt, max_new_tokens), self._stop(stop, seed), ""
+        self._arrange({self._name})
+        places = list(self._places)
         state, *settings = self._start([row], [self._name], [0], max_new_tokens, sampling, seed, stop_ids, batch_size=1)
         while True:
             tokens = np.asarray(state.out)[0, : int(state.count[0])].tolist()
@@ -347,29 +356,36 @@ class Generator:
                 shown = text
             if last:
                 return
+            if self._places != places:
+                raise UserError("the adapter was switched while a stream was going on; end one before the other")
             state = decode(self._model, self.params, state, state.step + 1, *settings, sampling=sampling)
 
-    def _stop(self, stop: Sequence[int]) -> np.ndarray:
-        """Ids that end a row, filled up so that one more of them compiles nothing."""
+    def _stop(self, stop: Sequence[int], seed: int) -> np.ndarray:
+        """Ids that end a row, filled up so that one more of them compiles nothing; refuses what is no id or seed."""
+        if isinstance(stop, str) or not all(_is_integer(token) for token in stop):
+            raise UserError(f"stop={stop!r} must be a list of token ids")
+        if not _is_integer(seed) or not -(2**63) <= seed < 2**63:
+            raise UserError(f"seed={seed!r} must be an integer of 64 bits")
         eos = None if self.tokenizer is None else self.tokenizer.eos_token_id
         ids = sorted({*self.config.eos_token_id, *stop, *(() if eos is None else (eos,))})
         return np.array(ids + [-1] * (_STOP_SLOTS - len(ids) % _STOP_SLOTS), np.int32)
 
     def _encode(self, i: int, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={max_new_tokens} must be a positive integer")
+        if not _is_integer(max_new_tokens) or max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens!r} must be a positive integer")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError(f"prompt {i} is text, but there is no tokenizer; give token ids")
             tokens = self.tokenizer(prompt)["input_ids"]
         else:
-            tokens = [int(token) for token in prompt]
+            tokens = [int(token) if _is_integer(token) else -1 for token in prompt]
         if not tokens:
             raise UserError(f"prompt {i} is empty; it needs at least one token")
         outside = [token for token in tokens if not 0 <= token < self.config.vocab_size]
         if outside:
             size = self.config.vocab_size
-            raise UserError(f"prompt {i} has token id {outside[0]}, outside the model's vocab_size={size}")
+            wrong = prompt[tokens.index(outside[0])]
+            raise UserError(f"prompt {i} has token id {wrong!r}, which is none of the model's vocab_size={size}")
         if len(tokens) > self.max_length - max_new_tokens:
             raise UserError(
                 f"prompt {i} has {len(tokens)} tokens, more than max_length={self.max_length} leaves beside "

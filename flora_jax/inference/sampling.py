@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,10 @@ import jax.numpy as jnp
 from flora_jax.errors import UserError
 
 Array = jax.Array
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +34,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not (_is_number(self.temperature) and math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(f"temperature={self.temperature!r} must be 0 (greedy) or a positive number")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
             raise UserError(f"top_k={self.top_k!r} must be 0 (all) or a positive integer")
-        if not 0 < self.top_p <= 1:
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise UserError(f"top_p={self.top_p!r} must be in (0, 1]")
 
 
@@ -57,5 +62,8 @@ def sample(keys: Array, logits: Array, sampling: Sampling) -> Array:
     does not depend on the rows beside it. Greedy reads no key."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = keep_top(logits.astype(jnp.float32) / sampling.temperature, sampling.top_k, sampling.top_p)
+    logits = logits.astype(jnp.float32)
+    # The best one at 0, where no temperature, however small, makes it overflow.
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
+    logits = keep_top(logits, sampling.top_k, sampling.top_p)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -8,11 +8,18 @@ L layers.
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from typing import Any
 
 from flora_jax.errors import UserError, near_misses
 
 DTYPES = ("float32", "bfloat16")  # of parameters and of compute
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise UserError(f"{name}={value!r} must be a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +30,10 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_number(f"RopeScaling.{field.name}", getattr(self, field.name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +68,14 @@ class LlamaConfig:
                 f"LlamaConfig.num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
+        for name in ("rms_norm_eps", "rope_theta"):
+            _check_number(f"LlamaConfig.{name}", getattr(self, name))
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise UserError(f"LlamaConfig.rope_scaling={self.rope_scaling!r} must be a RopeScaling or None; "
+                            "LlamaConfig.from_hf reads HF's form")  # fmt: skip
+        eos = self.eos_token_id
+        if not isinstance(eos, tuple) or not all(isinstance(token, numbers.Integral) and token >= 0 for token in eos):
+            raise UserError(f"LlamaConfig.eos_token_id={eos!r} must be a tuple of token ids")
         if self.head_dim % 2:
             raise UserError(f"LlamaConfig.head_dim={self.head_dim} must be even for rotary embeddings")
 
@@ -98,7 +117,8 @@ class LlamaConfig:
                                "num_attention_heads") if k not in hf]  # fmt: skip
         if missing:
             raise UserError(f"{source}: field {missing[0]!r} is missing")
-        rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta")}
+        # Where both forms stand there the older fields count, as transformers reads them.
+        rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or hf.get("rope_parameters") or {})}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
             raise UserError(f"{source}: rope_type={kind!r} is not supported; 'default' and 'llama3' are")

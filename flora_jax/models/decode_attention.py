@@ -71,7 +71,8 @@ def _kernel(
     counts the token itself, which no program reads back from the cache: nothing waits for that write."""
     b, group, p = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     dtype, half, G = qkv_ref.dtype, H // 2, N // K
-    index, row = index_ref[0], b * K + group
+    # A cache that is full is written to its last slot, as XLA's updates do, and never behind it.
+    index, row = jnp.minimum(index_ref[0], S - 1), b * K + group
     lower, lanes = jnp.arange(half), jnp.arange(H)
     own = jnp.arange(max(_ROWS, pl.next_power_of_2(G)))
     heads, real = group * G + own, own < G

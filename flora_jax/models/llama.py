@@ -28,6 +28,7 @@ from flora_jax.adapters import (
     AdapterConfig,
     FusedDense,
     check_adapter,
+    check_base,
     init_adapter,
     multiply_transposed,
     normal,
@@ -293,10 +294,42 @@ class Llama(nn.Module):
                 self.variable("adapter", "layers", self._init_adapter)
         elif not self._has_adapter and self.variables.get("adapter"):
             raise UserError("variables hold an adapter, but the model was built without one; pass its AdapterConfig")
-        elif self._has_adapter and not self._fused:
-            check_adapter(self.variables.get("adapter", {}), config, self.adapter)
+        if not self.is_initializing():
+            self._check_trees()
         if not config.tie_word_embeddings:
             self.lm_head = LMHead(config, self.param_dtype)
+
+    def _check_trees(self) -> None:
+        """Raises UserError for variables of another configuration, which flax would ignore or jax would clamp."""
+        params = self.variables["params"]
+        if self.config.tie_word_embeddings and "lm_head" in params:
+            raise UserError("params hold an lm_head, but the configuration has tie_word_embeddings=True")
+        if not self._fused:
+            check_base(params, self.config)
+            if self._has_adapter:
+                check_adapter(self.variables.get("adapter", {}), self.config, self.adapter)
+        elif (riders := params.get("riders")) is not None:
+            served = self.adapter.rank if self._has_adapter else "none"
+            if riders.shape[-1] != served:
+                raise UserError(f"the fused tree holds an adapter of rank {riders.shape[-1]}, the model's is {served}")
+
+    def _check_call(self, T: int, cache: KVCache | None, select: Array | None, deterministic: bool) -> None:
+        """Raises UserError for arguments that would be ignored, or clamped."""
+        riders = self.variables["params"].get("riders")
+        places = 1 if riders is None else riders.shape[-2]
+        if select is not None and not self._fused:
+            raise UserError("select is for a bank of fused adapters; these variables are split")
+        found = None if select is None else select.shape[-1]
+        if riders is not None and found != places and (found is not None or places > 1):
+            raise UserError(f"the fused tree is a bank of {places} adapters and needs select [B, {places}]; {found=}")
+        if self._fused and not deterministic and self.adapter is not None and self.adapter.dropout:
+            raise UserError("a fused tree is served without dropout; pass deterministic=True, or train the split one")
+        if cache is None:
+            return
+        S = cache.valid.shape[1]
+        index = 0 if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
+        if index + T > S:
+            raise UserError(f"{T} tokens from slot {index} on do not fit into a cache of {S} slots; make a longer one")
 
     @property
     def _has_adapter(self) -> bool:
@@ -336,7 +369,7 @@ class Llama(nn.Module):
         unembedding = self.unembedding().astype(hidden.dtype)
         with jax.named_scope("logits"):
             if self._transposed:
-                return multiply_transposed(hidden, unembedding).astype(jnp.float32)
+                return multiply_transposed(hidden, unembedding, jnp.float32)
             return jnp.einsum("...D,VD->...V", hidden, unembedding, preferred_element_type=jnp.float32)
 
     def unembedding(self) -> Array:
@@ -361,11 +394,13 @@ class Llama(nn.Module):
         segment_ids: `[B, T]` int32; tokens attend within their segment alone. Padding is a segment like any other.
         mask: `[B, T]` bool, which tokens are real, so that padding on either side is never attended to, or `[B, T, S]`
             bool, which keys each query may see. Causality holds on top of either.
-        cache: T new tokens follow those of the cache; row by row they need not be at the same position.
+        cache: T new tokens follow those of the cache, which must have room for them (under jit nothing can check its
+            index); row by row they need not be at the same position.
         select: `[B, N]` bool, which of a fused bank's N adapters each row uses; a row of False is the bare base.
         deterministic: no dropout; otherwise apply needs `rngs={"dropout": key}`.
         """
         B, T = tokens.shape
+        self._check_call(T, cache, select, deterministic)
         if cache is not None and segment_ids is not None:
             raise UserError("segment_ids are for packed training rows and cannot be combined with a cache")
         real = mask if mask is not None and mask.ndim == 2 else jnp.ones((B, T), bool)

@@ -79,7 +79,7 @@ def load_pretrained(source: str, dtype: Any = jnp.float32, *, shardings: Any = N
 
 def load_config(source: str) -> LlamaConfig:
     """The configuration that `load_pretrained(source)` gives, without reading a weight."""
-    path = resolve_source(source)
+    path = resolve_source(source, weights=False)
     return GgufFile(path).config if path.is_file() else _read_config(path)
 
 
@@ -133,13 +133,13 @@ def resolve_source(source: str, *, weights: bool = True) -> Path:
 def _read_config(directory: Path) -> LlamaConfig:
     path = directory / "config.json"
     hf = read_json(path)
-    if hf.get("quantization_config"):
-        method = dict(hf["quantization_config"]).get("quant_method", "unknown")
+    if quantised := hf.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise UserError(f"{path}: quantization_config ({method}) is not supported; use the unquantised checkpoint")
     try:
         return LlamaConfig.from_hf(hf, str(path))
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: a field has a value of the wrong kind ({error})") from None
 
