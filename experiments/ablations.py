@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from experiments.accuracy import SCHEMA_VERSION, about_run, item_losses, paired_bootstrap, read_seeds, train
-from experiments.report import header
+from experiments.report import differences, header
 from flora_jax.analysis.variants import trained_parameters
 from flora_jax.config import adapter_config, learning_rate, names, read_config
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
@@ -58,12 +58,13 @@ def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     # By what it sets: two names of one run share their result, and a changed table makes its old results void.
     asked = {**setup.to_dict(), "data": {**setup.data.to_dict(), "dir": "DIR"}, "test_items": args.limit}
     for other in [path, *sorted(args.out.glob("*.json"))]:
-        if other.exists() and (result := read_json(other))["asked"] == asked:
+        if other.exists() and not differences((result := read_json(other))["asked"], asked):
             if other != path:
                 write_json(path, {**result, "name": name, "same_run_as": result["name"]})
             return {**result, "name": name}
     if path.exists():
-        raise UserError(f"{path} was asked for with other settings; name another --out, or delete it to run it anew")
+        differ = differences(read_json(path)["asked"], asked)
+        raise UserError(f"{path} was run with {differ}; name another --out, or delete it to run it anew")
     start, workdir = time.perf_counter(), args.workdir / f"{name}-seed{seed}"
     tasks = load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)
     account, _ = train(setup, workdir)

@@ -28,12 +28,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.report import header, provenance
+from experiments.report import differences, header, provenance_without
 from flora_jax.adapters import AdapterConfig
 from flora_jax.analysis.variants import rank_for, trained_parameters
 from flora_jax.config import LEARNING_RATES, get_config, names
-from flora_jax.data import get_task, load_examples
-from flora_jax.errors import CommandParser, UserError, near_misses, run_command
+from flora_jax.data import data_hash, get_task, load_examples
+from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
 from flora_jax.evaluation.run import TaskData, evaluate_tasks, load_task_data
 from flora_jax.files import read_json, write_json
@@ -113,9 +113,12 @@ def choose_rate(suite: Suite, method: str, rank: int, args: argparse.Namespace) 
     two decades around its own; a winner at the edge extends it, one at which the loss is no number has lost."""
     own, losses = LEARNING_RATES[method], {}
     path = args.out / "rates" / f"{method}.json"
-    record = {"schema_version": SCHEMA_VERSION, "suite": args.suite, "rank": rank, "steps": args.rate_steps}
+    record = {"schema_version": SCHEMA_VERSION, "model": args.model, "suite": args.suite, "rank": rank,
+              "steps": args.rate_steps}  # fmt: skip
     if path.exists():
         found = read_json(path)
+        if found["model"] != args.model:
+            raise UserError(f"{path} has the rate for --model {found['model']}, not {args.model}; name another --out")
         other = [field for field in ("suite", "rank", "steps") if found.get(field) != record[field]]
         if args.rate_steps and not found.get("chosen") and other:
             raise UserError(f"{path} holds an unfinished search at {other[0]}={found.get(other[0])!r}, not "
@@ -200,6 +203,7 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
         rank = 1 if method == "fft" else rank_for(method, config, budget, side)
         rate, tried = choose_rate(suite, method, rank, args)
         asked["learning_rate"] = rate
+        run_of = suite, method, rank, rate, seed
     if path.exists():
         result = read_json(path)
         result["asked"] = {"allow_contaminated": False, **result["asked"]}  # the first results had no such field
@@ -207,12 +211,15 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
             differ = ", ".join(f"{k}={result['asked'].get(k)!r} (now {v!r})" for k, v in asked.items()
                                if result["asked"].get(k) != v)  # fmt: skip
             raise UserError(f"{path} was asked for {differ}; name another --out, or delete it to run it anew")
+        if method and (differ := differences(result["config"], configuration(*run_of, args).to_dict())):
+            raise UserError(f"{path} was run with {differ}; name another --out, or delete it to run it anew")
+        check_data(result, args, path)
         return result
     result = {"schema_version": SCHEMA_VERSION, "suite": args.suite, "arm": arm, "method": method, "asked": asked}
     adapter, scored = None, None
     if method:
         workdir = args.workdir / args.suite / f"{arm}-seed{seed}"
-        account, scored = train(configuration(suite, method, rank, rate, seed, args), workdir)
+        account, scored = train(configuration(*run_of, args), workdir)
         adapter = workdir / "adapter"
         result |= {
             "rank": rank, "learning_rate": rate, "rates_tried": {f"{r:g}": _finite(v) for r, v in tried.items()},
@@ -226,10 +233,29 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
     return result
 
 
+def check_data(result: dict[str, Any], args: argparse.Namespace, path: Path) -> None:
+    """Raises UserError if a result is of other records than those that are there now."""
+    found = {f"{name}/test": task["data_hash"] for name, task in result["evaluation"]["tasks"].items()}
+    found |= {name: digest for name, digest in result.get("data", {}).get("sha256", {}).items() if "/" in name}
+    for name, digest in found.items():
+        task, split = name.split("/")
+        if data_hash(get_task(task), split, args.data_dir) != digest:
+            raise UserError(f"{path} is of other records of {name} than --data_dir has; name another --out, or delete "
+                            "it to run it anew")  # fmt: skip
+
+
+def check_comparable(args: argparse.Namespace) -> None:
+    """Raises UserError if OUT/SUITE holds results that cannot stand in one table with what is asked for."""
+    asked = {"model": args.model, "rank": args.rank, "steps": args.steps or SUITES[args.suite].steps,
+             "limit": args.limit}  # fmt: skip
+    for path in sorted((args.out / args.suite).glob("*.json")):
+        if differ := differences(read_json(path)["asked"], asked):
+            raise UserError(f"{path}, of the same table, has {differ}; name another --out")
+
+
 def about_run(args: argparse.Namespace) -> dict[str, Any]:
     """Where and with what this ran, the data's place left out."""
-    about = provenance("orbax-checkpoint", "grain", "rouge-score")
-    return {**about, "command": about["command"].replace(args.data_dir, "DIR")}
+    return provenance_without(args.data_dir, "orbax-checkpoint", "grain", "rouge-score")
 
 
 def metrics(scores: dict[str, Any]) -> dict[str, float]:
@@ -389,6 +415,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--methods {args.methods!r} names none; known: {', '.join(ARMS)}")
     seeds = read_seeds(args.seeds)
     suite = SUITES[args.suite]
+    check_writable(args.out / args.suite / "base.json", "--out")
+    check_comparable(args)
     for task in suite.tests:  # before the first run
         load_examples(get_task(task), "test", args.data_dir)
     for seed in seeds:

@@ -10,7 +10,6 @@ again, so that an interrupted sweep goes on where it stopped. pf_lora and parall
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.report import header, provenance
+from experiments.report import header, provenance_without
 from flora_jax.config import LEARNING_RATES, get_config, names
 from flora_jax.data import get_task, label_request, load_examples
-from flora_jax.errors import CommandParser, UserError, near_misses, run_command
+from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
 from flora_jax.evaluation.loglik import choice_loglik
+from flora_jax.files import read_json, write_json
 from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.train import run
 
@@ -69,8 +69,9 @@ def one(method: str, args: argparse.Namespace) -> dict[str, Any]:
     """Trains and scores one method, or reads what an earlier call has left."""
     workdir = args.workdir / method
     done, settings = workdir / "result.json", {"steps": args.steps, "limit": args.limit, "rank": RANKS[method]}
+    settings["learning_rate"] = LEARNING_RATES[method]
     if done.exists():
-        result = json.loads(done.read_text())
+        result = read_json(done)
         if result["settings"] != settings:
             raise UserError(f"{done} is of settings {result['settings']}, not {settings}; name another --workdir")
         return result
@@ -85,7 +86,7 @@ def one(method: str, args: argparse.Namespace) -> dict[str, Any]:
         "data": summary["data"],
         "minutes": (time.perf_counter() - start) / 60,
     }
-    done.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(done, result)
     jax.clear_caches()
     return result
 
@@ -100,14 +101,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     args = parser.parse_args(argv[1:])
+    if not names(args.methods) or args.limit < 1:
+        raise UserError(f"--methods {args.methods!r} must name some, and --limit {args.limit} must be positive")
+    if args.out:
+        check_writable(args.out, "--out")
     for method in names(args.methods):
         if method not in RANKS:
             raise UserError(f"--methods: {method!r} is unknown; {near_misses(method, RANKS)}")
     results = [one(method, args) for method in names(args.methods)]
     base = label_accuracy(None, args.data_dir, args.limit)
 
-    about = provenance("orbax-checkpoint", "grain")
-    about["command"] = about["command"].replace(args.data_dir, "DIR")
+    about = provenance_without(args.data_dir, "orbax-checkpoint", "grain")
     data = results[0]["data"]
     lines = [
         header(f"ARC-Easy + openbookqa, label words, {args.steps} steps", about),
@@ -128,9 +132,7 @@ def main(argv: list[str]) -> None:
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(
-            json.dumps({"provenance": about, "base": base, "results": results}, indent=2) + "\n"
-        )
+        write_json(args.out.with_suffix(".json"), {"provenance": about, "base": base, "results": results})
         args.out.with_suffix(".md").write_text(text)
 
 

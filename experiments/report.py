@@ -4,11 +4,14 @@ machine, the versions, the date)."""
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from flora_jax.analysis.provenance import provenance as record
 from flora_jax.errors import UserError, check_writable
@@ -22,6 +25,27 @@ def provenance(*packages: str) -> dict[str, Any]:
     """Where and with what this process ran; `packages` are named beside jax and flax."""
     module = sys.modules["__main__"].__spec__
     return record(module.name if module else sys.argv[0], sys.argv[1:], packages)
+
+
+# Fields of a training configuration that change no number, but for rounding.
+_NO_NUMBERS = frozenset((
+    "data.dir", "data.cache_dir", "model.remat", "train.log_every", "train.save_every", "train.keep",
+    "train.chunk_tokens", "eval.batch_size",
+))  # fmt: skip
+
+
+def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """What of a recorded configuration is not as it is asked for now, as `field=value (now value)`, empty if nothing
+    is. Fields that change no number, and those that the record is older than, do not count."""
+    before, now = (flatten_dict(json.loads(json.dumps(tree)), sep=".") for tree in (found, asked))
+    return ", ".join(f"{field}={before[field]!r} (now {now[field]!r})" for field in before
+                     if field in now and field not in _NO_NUMBERS and before[field] != now[field])  # fmt: skip
+
+
+def provenance_without(data_dir: str, *packages: str) -> dict[str, Any]:
+    """`provenance`, the data's place left out."""
+    found = provenance(*packages)
+    return {**found, "command": " ".join("DIR" if word == data_dir else word for word in found["command"].split(" "))}
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:

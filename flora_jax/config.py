@@ -232,11 +232,23 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         if not ok:
             raise UserError(f"config.{field}={value!r} {what}")
 
-    expected, there = fields(get_config()).keys(), fields(config).keys()
+    there_values = fields(config)
+    expected, there = fields(get_config()).keys(), there_values.keys()
     for field in sorted(expected ^ there):
         if field in there:
             raise UserError(f"config.{field} is no field; {near_misses(field, expected)}")
         raise UserError(f"config.{field} is missing; start from flora_jax.config.get_config()")
+    for field, default in fields(get_config()).items():
+        value = there_values[field]
+        if default is None:  # unset, which a placeholder may be
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(default, bool | str):
+            check(field, isinstance(value, type(default)), f"must be a {type(default).__name__}")
+        elif isinstance(default, int):
+            check(field, number and isinstance(value, int) and abs(value) < 2**63, "must be an integer of 64 bits")
+        else:
+            check(field, number and math.isfinite(value), "must be a finite number")
     for field, known in CHOICES.items():
         section, name = field.split(".")
         value = config[section][name]
@@ -265,6 +277,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         value = config.mesh[field.split(".")[1]]
         check(field, value >= 1 or value == -1, "must be at least 1, or -1 for the rest of the devices")
+    check("eval.max_length", config.eval.max_length >= 2, "must be at least 2: a prompt and an answer")
     check("data.limit", config.data.limit is None or config.data.limit >= 1, "must be at least 1")
     rate = learning_rate(config)
     check("optim.learning_rate", math.isfinite(rate) and rate > 0, "must be a positive number")

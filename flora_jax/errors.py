@@ -65,6 +65,9 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(1)
     except (Stopped, FloatingPointError) as end:  # ends of a run that its message explains
         print(end, file=sys.stderr)
         sys.exit(1)

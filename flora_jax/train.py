@@ -6,6 +6,7 @@ adapter/ (the best step's) and eval.json. Exit codes: 0 done, 2 bad input, 1 any
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -17,11 +18,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from flora_jax.config import check_config, fields, generator_settings, names, read_config, weights_source
+from flora_jax.data import get_task
 from flora_jax.errors import UserError, near_misses, run_command
-from flora_jax.evaluation.run import evaluate_tasks, load_task_data
-from flora_jax.files import write_json
+from flora_jax.evaluation.run import check_prompts, evaluate_tasks, load_task_data
+from flora_jax.files import read_json, write_json
 from flora_jax.interop.adapter_files import save_adapter
 from flora_jax.models.loading import base_name
+from flora_jax.models.tokenizer import load_tokenizer
 from flora_jax.training.loop import train
 from flora_jax.training.report import say
 
@@ -30,11 +33,17 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     """Trains, writes `adapter/` and `eval.json`, and returns the latter's contents. Raises as `train` does."""
     check_config(config)
     workdir = Path(workdir)
-    style = "plain" if config.eval.protocol == "lm_eval" else config.data.prompt_style
+    scored = [get_task(name, generator_settings(config)) for name in names(config.eval.tasks)]
+    # Choices are scored as plain text.
+    plain = config.eval.protocol == "lm_eval" and any(task.metric == "choice" for task in scored)
+    style = "plain" if plain else config.data.prompt_style
     tasks = names(config.eval.tasks) and load_task_data(
         names(config.eval.tasks), config.data.dir, protocol=config.eval.protocol, prompt_style=style,
         published_faults=config.eval.published_faults, limit=config.eval.limit,
         generator=generator_settings(config), cache_dir=config.data.cache_dir)  # fmt: skip
+    if tasks:
+        check_prompts(tasks, load_tokenizer(weights_source(config)), config.eval.protocol, style,
+                      config.eval.published_faults, config.eval.max_length)  # fmt: skip
     result = train(config, workdir)
     prepared, summary = result.run, dict(result.summary)
     if jax.process_index() != 0:
@@ -42,7 +51,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     save_adapter(
         workdir / "adapter", result.trained, prepared.model_config, prepared.adapter_config,
         base_model=base_name(weights_source(config)), fingerprint=prepared.fingerprint)  # fmt: skip
-    write_json(workdir / "eval.json", summary)
+    # The scores of a run that was finished before stay until there are new ones.
+    path = workdir / "eval.json"
+    before = read_json(path) if path.exists() else {}
+    if {k: v for k, v in before.items() if k != "evaluation"} != json.loads(json.dumps(summary)):
+        write_json(path, summary)
     say(f"step {summary['step']} is the best; its adapter is in {workdir / 'adapter'}")
     if tasks:
         summary["evaluation"] = evaluate_tasks(
@@ -51,7 +64,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
             protocol=config.eval.protocol, prompt_style=style, published_faults=config.eval.published_faults,
             batch_size=config.eval.batch_size,
             max_length=min(config.eval.max_length, prepared.model_config.max_position_embeddings))  # fmt: skip
-        write_json(workdir / "eval.json", summary)
+        write_json(path, summary)
     return summary
 
 

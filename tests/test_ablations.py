@@ -90,7 +90,7 @@ def test_the_script(tmp_path, hf_directory, caches, monkeypatch, capsys, quick_c
     assert float(rows["scale_1"]["difference"]) == 0 and rows["add_qg"]["difference"] == ""
     again = run()
     assert again.splitlines()[4:] == table.splitlines()[4:] and len(trained) == 3  # above: command and time
-    with pytest.raises(UserError, match="asked for with other settings"):
+    with pytest.raises(UserError, match=r"was run with train.steps=2 \(now 3\)"):
         run("--steps", "3")
     with pytest.raises(UserError, match="--groups ',' names none"):
         run("--groups", ",")

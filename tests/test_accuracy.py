@@ -94,10 +94,22 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
     mean = np.mean([found[f"ffba-seed{s}"]["evaluation"]["tasks"]["samsum"]["reference_loss"] for s in (0, 1)])
     [row] = [r for r in rows if (r["method"], r["task"], r["metric"]) == ("ffba", "samsum", "reference_loss")]
     assert float(row["mean"]) == pytest.approx(mean) and row["seeds"] == "2"
-    for other in ("--steps", "--validation_size"):
-        with pytest.raises(UserError, match=rf"ffba-seed0.*was asked for {other[2:]}"):
-            sweep("ffba", "a", other, "2")
-    write_json(tmp_path / "a/rates/ffba.json", {"chosen": 5e-4, "validation_losses": {"5e-4": 1.0}})
+    for flags, words in (
+        (("--validation_size", "2"), r"ffba-seed0.*was asked for validation_size=4 \(now 2\)"),
+        (("--preset", "llama3.2-1b"), r"ffba-seed0.*was run with model.dtype='float32' \(now 'bfloat16'\)"),
+        (("--steps", "2"), r"of the same table, has steps=3 \(now 2\)"),
+        (("--limit", "3"), r"of the same table, has limit=4 \(now 3\)"),
+    ):
+        with pytest.raises(UserError, match=words):
+            sweep("ffba", "a", *flags)
+    records = tmp_path / "data/AddSub/test.json"
+    kept = records.read_text()
+    records.write_text(json.dumps(json.loads(kept)[1:]))
+    with pytest.raises(UserError, match="other records of AddSub/test"):
+        sweep("ffba")
+    records.write_text(kept)
+    rates = {"model": str(tmp_path / "model"), "chosen": 5e-4, "validation_losses": {"5e-4": 1.0}}
+    write_json(tmp_path / "a/rates/ffba.json", rates)
     with pytest.raises(UserError, match=r"learning_rate=0.0003 \(now 0.0005\)"):
         sweep("ffba")
 
@@ -125,14 +137,17 @@ def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch
         assert min(losses) < rate < max(losses) and max(losses) / min(losses) > 90
         args.rate_steps = 0
         assert choose(args) == (rate, losses) and len(asked) == tried  # none is tried twice
-        begun = {"suite": "math", "rank": 32, "steps": 5, "validation_losses": {"1e-3": 1.0}}
+        begun = {"model": "m", "suite": "math", "rank": 32, "steps": 5, "validation_losses": {"1e-3": 1.0}}
         args.rate_steps, args.out = 5, tmp_path / f"begun {best}"
         write_json(args.out / "rates/ffba.json", begun)
         with pytest.raises(UserError, match="unfinished search at suite='math', not 'dialogue'"):
             choose(args)
         args.rate_steps = 0
         assert choose(args) == (LEARNING_RATES["ffba"], {})
-        args.out = tmp_path / "elsewhere"
+        args.model = "n"
+        with pytest.raises(UserError, match="has the rate for --model m, not n"):
+            choose(args)
+        args.model, args.out = "m", tmp_path / "elsewhere"
         assert choose(args) == (LEARNING_RATES["ffba"], {})
 
 
@@ -160,7 +175,8 @@ def test_paired_bootstrap():
 
 
 def test_what_is_refused(tmp_path):
-    run = lambda *flags: accuracy.main(["accuracy", "--data_dir", str(tmp_path), *flags])  # noqa: E731
+    common = ["accuracy", "--data_dir", str(tmp_path), "--out", str(tmp_path / "out")]
+    run = lambda *flags: accuracy.main([*common, *flags])  # noqa: E731
     for flags, words in (
         (["--suite", "dialog"], "'dialogue'"),
         (["--suite", "dialogue", "--methods", "lora,pf_lora"], "'pf_lora' is unknown here"),

@@ -68,6 +68,9 @@ def test_configuration_file(refused, tmp_path):
     refused(["mine.py, line 2", "ModuleNotFoundError", "no_such_module"], file("\nimport no_such_module"))
     refused(["mine.py, line 5", "TypeError", "'steps'"], file(begin + "    c.train.steps = 'x'\n    return c"))
     refused(["config.train.stpes", "'train.steps'"], file(begin + "    c.train.stpes = 3\n    return c"))
+    refused(["config.train.steps=None", "integer"], file(begin + "    c.train.steps = None\n    return c"))
+    refused(["config.eval.tasks=None", "str"], file(begin + "    c.eval.tasks = None\n    return c"))
+    refused(["config.train.batch_size=True", "integer"], file(begin + "    c.train.batch_size = True\n    return c"))
     refused(["config.train.steps is missing"], file(begin + "    del c.train.steps\n    return c"))
 
 
@@ -101,6 +104,11 @@ FIELDS = [
     (["eval.protocol='lm-eval'", "'lm_eval'"], "--config.eval.protocol=lm-eval"),
     (["'chain_sums'", "'chain_sum'"], "--config.eval.tasks=chain_sums"),
     (["distributed.coordinator"], "--config.distributed.processes=2"),
+    (["train.seed=99999999999999999999", "64 bits"], "--config.train.seed=99999999999999999999"),
+    (["optim.eps=inf", "finite"], "--config.optim.eps=inf"),
+    (["eval.max_length=1", "at least 2"], "--config.eval.max_length=1"),
+    (["leaves no room", "chain_sum"],
+     "--config.eval.max_length=40 --config.eval.tasks=chain_sum --config.eval.protocol=llm_adapters"),
 ]  # fmt: skip
 
 
@@ -127,8 +135,27 @@ def test_data_files(refused, tmp_path):
     mine.write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "a"}\n')
     from_folder([f"{mine}:3", "'completion' is missing"], task=mine)
     from_folder(["absent.jsonl is missing"], task=tmp_path / "absent.jsonl")
+    good = "".join(json.dumps({"prompt": f"a{i}", "completion": "b"}) + "\n" for i in range(9))
+    turns = lambda *roles: json.dumps({"messages": [{"role": r, "content": f"{r} {i}"} for i, r in enumerate(roles)]})  # noqa: E731
+    for line, words in (
+        ('{"prompt": "a \\ud83d", "completion": "b"}', "half a character"),
+        ('{"prompt": "a", "completion": ' + "9" * 5000 + "}", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        (turns("system", "assistant", "user", "assistant"), "begins with the assistant's turn"),
+    ):
+        mine.write_text(good + line)
+        from_folder([f"{mine}:10", words], task=mine)
+    mine.write_text(good + turns("user", "assistant", "user", "assistant"))
+    from_folder(["holds one answer", "'user 0'"], task=mine)
     mine.write_text('{"prompt": "a", "completion": "b"}\n')
     from_folder(["mine.jsonl", "one record is too few"], task=mine)  # one record to hold out, none to train on
+
+
+def test_examples_longer_than_the_model(refused, tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps({"prompt": f"{i} " + "a" * 3000, "completion": "b"}) + "\n" for i in range(9)))
+    refused(["data.max_length=4096", "examples of 3004 tokens", "max_position_embeddings=2048"], *TINY, refused.cache,
+            f"--config.data.tasks={mine}", "--config.data.max_length=4096")  # fmt: skip
 
 
 def test_models(refused, tmp_path, hf_directory):

@@ -313,6 +313,17 @@ def test_requests_of_each_format():
         tasks.label_request(TASKS["AddSub"].parse(record()))
 
 
+@pytest.mark.parametrize("one, other", [
+    ("7 − 3 = ?", "7 × 3 = ?"), ("x ≤ 5", "x ≥ 5"), ("की", "का"), ("😀", "😡"), ("x[0]", "x{0}"), ("C#", "C"),
+    ("?", "!"),
+])  # fmt: skip
+def test_signs_and_marks_of_every_script_tell_prompts_apart(one, other):
+    example = lambda text: tasks.Example((tasks.Message("user", text), tasks.Message("assistant", "a")))  # noqa: E731
+    assert tasks.dedupe([example(one)], [example(other)]) == ([example(one)], 0)
+    assert tasks.dedupe([example(one)], [example(f" {one} ")]) == ([], 1)
+    assert tasks.normalise("7 − 3") == tasks.normalise("7-3 !")
+
+
 def test_dedupe_compares_prompts_not_formatting_but_signs():
     def sums(*questions):
         return [TASKS["AddSub"].parse(record(instruction=q)) for q in questions]

@@ -282,6 +282,21 @@ def test_few_shot_prompts(data_dir):
     assert few_shot_messages(asked, [], "plain") == [Message("user", "2 + 2?")]
 
 
+def test_what_is_asked_is_never_shown(tmp_path):
+    """One file is both splits, and a folder's two may overlap."""
+    line = lambda i: json.dumps({"prompt": f"{i} + {i}?", "completion": str(2 * i)}) + "\n"  # noqa: E731
+    mine, folder = tmp_path / "mine.jsonl", tmp_path / "jsonl"
+    mine.write_text("".join(map(line, range(4))))
+    with pytest.raises(UserError, match="has 0 examples that are not in its test split"):
+        load_task_data([str(mine)], None, protocol="llm_adapters", limit=1, num_fewshot=1)
+    folder.mkdir()
+    (folder / "test.jsonl").write_text("".join(map(line, range(4))))
+    (folder / "train.jsonl").write_text("".join(map(line, range(6))))
+    for seed in range(8):
+        [data] = load_task_data(["jsonl"], tmp_path, protocol="llm_adapters", num_fewshot=2, seed=seed)
+        assert {shot.answer for shot in data.shots} == {"8", "10"}
+
+
 def test_evaluate_command(checkpoint, data_dir, tiny, tmp_path, capsys):
     base, tokenizer = tiny
     out = tmp_path / "new" / "result.json"

@@ -128,6 +128,25 @@ def test_nothing_left_is_refused(inputs, write):
         inputs()
 
 
+def test_one_prompt_may_have_many_answers_in_a_file_of_ones_own(inputs, tmp_path):
+    """What is held out is left out of training with its answer, not with all that shares its prompt."""
+    mine = tmp_path / "mine.jsonl"
+    lines = [json.dumps({"prompt": "Write in my style.", "completion": f"Text {i}."}) for i in range(20)]
+    mine.write_text("\n".join([*lines, lines[0]]))
+    found = inputs(**{"data.tasks": str(mine)})
+    answers = {bytes(e.tokens[:-1].tolist()).decode() for e in found.train}
+    held_out = {bytes(e.tokens[:-1].tolist()).decode() for e in found.validation}
+    assert len(answers) + len(held_out) == 20 and not answers & held_out
+
+
+def test_what_is_held_out_counts_as_training_data_that_holds_a_test(inputs, write):
+    write("gsm8k", train=range(200))
+    held_out = asked(inputs().validation)
+    write("AddSub", test=[*held_out[:3], *range(900, 997)])
+    with pytest.raises(UserError, match=r"3\.0 % of the test questions of 'AddSub'"):
+        inputs(**{"eval.tasks": "AddSub"})
+
+
 def test_one_file_is_a_test_set_only_where_it_is_scored(inputs, tmp_path):
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(json.dumps({"prompt": f"What is {i} + 1?", "completion": "?"}) + "\n" for i in range(20)))

@@ -13,6 +13,7 @@ import pytest
 from flora_jax.config import fields
 from flora_jax.errors import Stopped, UserError
 from flora_jax.train import run
+from flora_jax.training.loop import _signals
 from flora_jax.training.workdir import Metrics
 
 STEPS = 24
@@ -107,6 +108,39 @@ def finished(tmp_path_factory, small, quick_compile, hf_directory):
     return folder, values
 
 
+def test_a_second_ctrl_c_ends_at_once():
+    with _signals() as noted:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # schedulers may send it more than once
+        signal.raise_signal(signal.SIGTERM)
+        assert noted == [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_scores_stay_until_there_are_new_ones(small, quick_compile, tmp_path, monkeypatch):
+    config = small(**{"train.steps": 2, "eval.tasks": "chain_sum", "eval.protocol": "llm_adapters", "eval.limit": 2})
+    scores = run(config, tmp_path / "w")["evaluation"]
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flora_jax.train.evaluate_tasks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "w")
+    assert json.loads((tmp_path / "w/eval.json").read_text())["evaluation"] == json.loads(json.dumps(scores))
+
+
+def test_a_damaged_checkpoint_names_itself_and_the_one_before(small, quick_compile, tmp_path):
+    config = small(**{"train.steps": 4, "train.save_every": 2})
+    run(config, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints/4/meta")
+    with pytest.raises(UserError, match=r"checkpoint 4 of .*remove .*checkpoints/4 to go on from step 2"):
+        run(config, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints/4")
+    assert run(config, tmp_path)["validation_losses"].keys() == {"0", "2", "4"}
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("adapter.rank", 4), ("adapter.method", "ffba"), ("train.seed", 1), ("optim.learning_rate", 2e-2),
@@ -165,19 +199,19 @@ def test_resumed_in_the_middle_with_other_free_fields(small, quick_compile, monk
 
     def stop(self, step, line):
         write(self, step, line)
-        if step == 4:  # noticed once the next step is done
+        if step == 4:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patched:
         patched.setattr(Metrics, "write", stop)
-        with pytest.raises(Stopped, match="after step 5"):
+        with pytest.raises(Stopped, match="after step 4"):
             run(small(**values), tmp_path / "w")
     free = {"train.save_every": 3, "train.log_every": 2, "train.keep": 1, "eval.limit": 3, "eval.protocol": "lm_eval",
             "eval.batch_size": 2, "eval.max_length": 99, "data.cache_dir": str(tmp_path / "cache")}  # fmt: skip
     run(small(**values, **free), tmp_path / "w")
     (whole, *results), (parts, *again) = numbers(tmp_path / "whole"), numbers(tmp_path / "w")
-    unlogged = [7, 9]
-    assert [line["step"] for line in parts if "loss" in line] == [1, 2, 3, 4, 5, 6, 8, 10]
+    unlogged = [5, 7, 9]
+    assert [line["step"] for line in parts if "loss" in line] == [1, 2, 3, 4, 6, 8, 10]
     assert parts == [line for line in whole if line["step"] not in unlogged] and again == results
     steps = {int(path.name) for path in (tmp_path / "w/checkpoints").iterdir()}
     assert 10 in steps and len(steps) <= 2  # the last, and the best if it is another

@@ -206,3 +206,20 @@ def test_smollm2_tokenizer():
     ours = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     np.testing.assert_array_equal(ours, theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
     check_tokenizer(tokenizer, LlamaConfig.preset("smollm2-135m"))
+
+
+def test_code_of_a_directory_is_neither_run_nor_asked_for(tmp_path, monkeypatch):
+    """Not even where the directory's files name it, as those of our own transformers exports do."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    load_tokenizer("tiny").save_pretrained(tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.T", None]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for extra in ({}, {"auto_map": {"AutoTokenizer": ["evil.T", None]}}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | extra))
+        try:
+            assert load_tokenizer(str(tmp_path))("a").input_ids == [ord("a")]
+        except UserError as error:
+            assert "\n" not in str(error)
+        assert not (tmp_path / "ran").exists()

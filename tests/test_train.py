@@ -304,7 +304,7 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     values = {
         "train.steps": 6, "train.log_every": 4, "train.eval_every": 5, "train.save_every": 3, "train.keep": 3,
         "eval.tasks": "chain_sum", "eval.protocol": "lm_eval", "eval.limit": 5, "eval.batch_size": 3,
-        "eval.max_length": 300,
+        "eval.max_length": 400,
         "data.cache_dir": str(tmp_path / "cache"),
     }  # fmt: skip
     run(small(**values), tmp_path / "w")
@@ -312,7 +312,7 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     assert [r["step"] for r in records if "loss" in r] == [4]
     assert [r["step"] for r in records if "validation_loss" in r] == [0, 5, 6]
     assert {int(p.name) for p in (tmp_path / "w/checkpoints").iterdir()} == {3, 5, 6}
-    assert (asked["protocol"], asked["n"], asked["batch_size"], asked["max_length"]) == ("lm_eval", 5, 3, 300)
+    assert (asked["protocol"], asked["n"], asked["batch_size"], asked["max_length"]) == ("lm_eval", 5, 3, 400)
     assert list((tmp_path / "cache").iterdir())
     assert asked["published_faults"] is False
     changed = {"eval.limit": 50, "data.generator.test": 4, "eval.protocol": "llm_adapters",

@@ -70,7 +70,13 @@ def encode_all(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerFast, *, style: Style, loss_on: LossOn, max_length: int
 ) -> tuple[list[Encoded], EncodeReport]:
     """`encode` of each example that fits, and the counts. Raises UserError if there are none, or none fits."""
-    encoded = [_encode(example, tokenizer, style, loss_on) for example in examples]
+    encoded = []
+    for i, example in enumerate(examples):
+        try:
+            encoded.append(_encode(example, tokenizer, style, loss_on))
+        except UserError as error:
+            start = " ".join(example.messages[0].content.split())[:40]
+            raise UserError(f"{error} (example {i}, which begins {start!r})") from None
     if not encoded:
         raise UserError("there are no examples to encode; data.tasks must name data that holds some")
     lengths = [len(e.tokens) - 1 for e in encoded]

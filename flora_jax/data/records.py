@@ -41,6 +41,8 @@ def _json(text: str, path: Path, line: int) -> Any:
     except json.JSONDecodeError as error:
         place = f"{path}:{line + error.lineno - 1}"
         raise UserError(f"{place}: malformed JSON at column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UserError(f"{path}:{line}: JSON that cannot be read: {str(error)[:80]}") from None
 
 
 def _field(raw: Mapping[str, Any], name: str, where: str, default: str | None = None, number: bool = False) -> str:
@@ -54,9 +56,19 @@ def _field(raw: Mapping[str, Any], name: str, where: str, default: str | None = 
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"{where}: field {name!r} is {type(value).__name__} {value!r:.40}; it must be a string")
+    if not _encodes(value):
+        raise UserError(f"{where}: field {name!r} holds half a character (a lone surrogate, such as \\ud83d)")
     if default is None and not value.strip():
         raise UserError(f"{where}: field {name!r} is empty; it needs text")
     return value
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:
@@ -161,6 +173,8 @@ def _conversation(raw: Mapping[str, Any], where: str) -> Record:
         raise UserError(f"{where}: 'messages' ends with role {roles[-1]!r}; the last turn must be the assistant's")
     if "user" not in roles:
         raise UserError(f"{where}: 'messages' has no turn with role 'user'; the assistant must answer one")
+    if next(role for role in roles if role != "system") != "user":
+        raise UserError(f"{where}: 'messages' begins with the assistant's turn; the first after 'system' is a user's")
     return {"messages": messages}
 
 

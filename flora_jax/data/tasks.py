@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -72,10 +73,24 @@ class Task:
 
 # ---------------------------------------------------------------------------------------------- parsing
 
+_OPERATORS = frozenset("-+*/=()<>%^[]{}&|~#")
+_SAME = str.maketrans("−×÷", "-*/")
+
+
+@functools.lru_cache(maxsize=4096)
+def _tells_apart(token: str) -> bool:
+    """Whether a word, a number or a single sign makes another prompt of it: all but ASCII's and Unicode's punctuation.
+    Marks are what Indic vowels are written with."""
+    if len(token) > 1 or token.isalnum() or token in _OPERATORS:
+        return True
+    return unicodedata.category(token)[0] == "M" or (not token.isascii() and unicodedata.category(token)[0] == "S")
+
+
 def normalise(text: str) -> str:
-    """The words, numbers and operators of `text` in lower case, spaced alike: `"It's 3.50 + 4 !"` as
+    """The words, numbers, operators and symbols of `text` in lower case, spaced alike: `"It's 3.50 + 4 !"` as
     `"it s 3.50 + 4"`. Operators stay because a minus for a plus makes another sum."""
-    return " ".join(re.findall(r"\d+(?:\.\d+)?|[^\W\d]+|[-+*/=()<>%^]", text.lower()))
+    found = re.findall(r"\d+(?:\.\d+)?|[^\W\d]+|[^\w\s]", unicodedata.normalize("NFC", text.lower()).translate(_SAME))
+    return " ".join(filter(_tells_apart, found))
 
 
 def _instruction(record: Mapping[str, Any]) -> str:
@@ -319,13 +334,16 @@ def _start(example: Example) -> str:
     return " ".join(example.messages[0].content.split())[:60]
 
 
-def dedupe(train: Sequence[Example], test: Iterable[Example]) -> tuple[list[Example], int]:
-    """`train` without the examples whose prompt (everything before the answer, normalised) is one of `test`'s,
-    and how many were dropped."""
-    held_out = {_prompt_key(example) for example in test}
-    kept = [example for example in train if _prompt_key(example) not in held_out]
+def dedupe(
+    train: Sequence[Example], test: Iterable[Example], answers: bool = False
+) -> tuple[list[Example], int]:
+    """`train` without the examples whose prompt (everything before the answer, normalised) is one of `test`'s, with
+    `answers` whose prompt and answer are, and how many were dropped."""
+    held_out = {_key(example, answers) for example in test}
+    kept = [example for example in train if _key(example, answers) not in held_out]
     return kept, len(train) - len(kept)
 
 
-def _prompt_key(example: Example) -> str:
-    return "\n".join(normalise(message.content) for message in example.messages[:-1])
+def _key(example: Example, answers: bool) -> str:
+    messages = example.messages if answers else example.messages[:-1]
+    return "\n".join(normalise(message.content) or message.content.strip() for message in messages)

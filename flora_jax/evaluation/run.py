@@ -23,7 +23,7 @@ import numpy as np
 from flora_jax.adapters import AdapterConfig
 from flora_jax.data.encode import STYLES, encode_prompt
 from flora_jax.data.sources import data_hash, load_examples
-from flora_jax.data.tasks import Example, Message, Task, get_task, lm_eval_request
+from flora_jax.data.tasks import Example, Message, Task, dedupe, get_task, lm_eval_request
 from flora_jax.errors import UserError, near_misses
 from flora_jax.evaluation import published
 from flora_jax.evaluation.answers import is_right
@@ -100,9 +100,12 @@ def load_task_data(
         examples = load_examples(task, "test", data_dir, cache_dir)[:limit]
         shots: list[Example] = []
         if num_fewshot:
-            pool = load_examples(task, "train", data_dir, cache_dir)
+            # Nothing that is asked may be shown: a single file is both splits, and some published sets overlap.
+            whole = load_examples(task, "test", data_dir, cache_dir)
+            pool, _ = dedupe(load_examples(task, "train", data_dir, cache_dir), whole)
             if num_fewshot > len(pool):
-                raise UserError(f"num_fewshot={num_fewshot}: the train split of {task.name} has {len(pool)} examples")
+                raise UserError(f"num_fewshot={num_fewshot}: the train split of {task.name} has {len(pool)} examples "
+                                "that are not in its test split too")  # fmt: skip
             shots = random.Random(seed).sample(pool, num_fewshot)
         out.append(TaskData(task, examples, shots, data_hash(task, "test", data_dir)))
     return out
@@ -170,6 +173,17 @@ def evaluate_tasks(
     }
 
 
+def check_prompts(
+    tasks: Sequence[TaskData], tokenizer: PreTrainedTokenizerFast, protocol: str, prompt_style: str,
+    published_faults: bool, max_length: int,
+) -> None:  # fmt: skip
+    """Raises UserError where `evaluate_tasks` would, for prompts that the style cannot express or that leave no room:
+    before a model is trained to be scored on them."""
+    for data in tasks:
+        if protocol != "lm_eval" or data.task.metric != "choice":
+            _prompts(data, tokenizer, prompt_style, published_faults, max_length)
+
+
 def describe(scores: Mapping[str, Any]) -> str:
     """A task's scores in one line."""
     if "rougeL" in scores:
@@ -220,22 +234,34 @@ def _score_choices(
     }
 
 
+def _prompts(
+    data: TaskData, tokenizer: PreTrainedTokenizerFast, style: str, published_faults: bool, max_length: int
+) -> tuple[list[list[int]], list[bool]]:
+    """The token ids of each prompt, and whether it leaves room for the answer. Raises UserError if none does."""
+    asked = [few_shot_messages(example, data.shots, style) for example in data.examples]
+    try:
+        if published_faults:
+            prompts = [published.encode_prompt(messages, tokenizer) for messages in asked]
+        else:
+            prompts = [encode_prompt(messages, tokenizer, style) for messages in asked]
+    except UserError as error:
+        raise UserError(f"{data.task.name}: {error}") from None
+    fits = [len(prompt) <= max_length - data.task.new_tokens for prompt in prompts]
+    if not any(fits):
+        raise UserError(
+            f"max_length={max_length} leaves no room for {data.task.new_tokens} new tokens after any prompt of "
+            f"{data.task.name}; the shortest has {min(map(len, prompts))} tokens"
+        )
+    return prompts, fits
+
+
 def _generate_answers(
     data: TaskData, generator: Generator, style: str, published_faults: bool, batch_size: int
 ) -> dict[str, Any]:
     metric, new_tokens, tokenizer = data.task.metric, data.task.new_tokens, generator.tokenizer
-    asked = [few_shot_messages(example, data.shots, style) for example in data.examples]
-    if published_faults:
-        prompts, judge = [published.encode_prompt(messages, tokenizer) for messages in asked], published.is_right
-    else:
-        prompts, judge = [encode_prompt(messages, tokenizer, style) for messages in asked], is_right
-    fits = [len(prompt) <= generator.max_length - new_tokens for prompt in prompts]
+    judge = published.is_right if published_faults else is_right
+    prompts, fits = _prompts(data, tokenizer, style, published_faults, generator.max_length)
     asked = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
-    if not asked:
-        raise UserError(
-            f"max_length={generator.max_length} leaves no room for {new_tokens} new tokens after any prompt of "
-            f"{data.task.name}; the shortest has {min(map(len, prompts))} tokens"
-        )
     if published_faults:
         asked = published.pad(asked, metric, batch_size)
     stop_text = _SHOT_BREAK if data.shots and style != "chat" else None

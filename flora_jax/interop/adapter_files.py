@@ -265,8 +265,10 @@ def _from_peft(
         raise UserError(f"{where}: init_lora_weights={init!r} changed the base; convert the adapter to plain LoRA")
     if method not in ("lora", "pf_lora"):
         raise UserError(f"{directory / EXTRAS}: method={method!r} is not a LoRA; lora and pf_lora are")
+    if stored.get("lora_alpha") is None:
+        raise UserError(f"{where}: field 'lora_alpha' is missing, and the scale of the adapter with it")
     adapter_config = _make_config(
-        where, method=method, rank=stored.get("r"), alpha=stored.get("lora_alpha"),
+        where, method=method, rank=stored.get("r"), alpha=stored["lora_alpha"],
         rslora=stored.get("use_rslora") or False, targets=_peft_targets(where, stored, tensors),
         dropout=stored.get("lora_dropout", 0.0))  # fmt: skip
     r, expected = adapter_config.rank, {}

@@ -60,7 +60,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # `tokenizers` raises no narrower class for a file that it cannot use
         raise UserError(f"{path}: the tokenizer cannot be read ({' '.join(str(error).split())[:200]})") from error
     finally:

@@ -48,19 +48,23 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
 
     A task without a validation split gives a fixed sample of its training records. Records whose prompt is also in a
     test set, of `config.eval.tasks` or of a trained task itself, are dropped from both and counted; so are training
-    records that are in the validation set. Where they are more than 1 % of a test of `config.eval.tasks`, its near
+    records whose prompt is in the validation set (of a JSONL file, where one prompt may have many answers: prompt and
+    answer). Where they are more than 1 % of a test of `config.eval.tasks`, its near
     doubles will be in the data as well: that is refused unless `config.data.allow_contaminated`. Raises UserError.
     """
     data = config.data
     tasks = [get_task(name, generator_settings(config)) for name in expand(names(data.tasks))]
     weights = task_weights(config)
     by_task: list[list[Example]] = []
+    loaded: list[Example] = []
+    own: list[Example] = []  # what is held out of files whose prompts may repeat
     validation: list[Example] = []
     hashes = {}
     share = max(1, data.validation_size // len(tasks))
     for task in tasks:
         examples = load_examples(task, "train", data.dir, data.cache_dir)
         hashes[f"{task.name}/train"] = data_hash(task, "train", data.dir)
+        loaded += examples
         if has_split(task, "validation", data.dir):
             held_out = load_examples(task, "validation", data.dir, data.cache_dir)[:share]
             hashes[f"{task.name}/validation"] = data_hash(task, "validation", data.dir)
@@ -74,6 +78,7 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
             examples = [example for i, example in enumerate(examples) if i not in chosen]
         by_task.append(examples)
         validation += held_out
+        own += held_out if task.source == "jsonl" else []
     tests: list[Example] = []
     scored = {name: get_task(name, generator_settings(config)) for name in names(config.eval.tasks)}
     # One file given by its path is a test set only where it is to be scored.
@@ -83,7 +88,7 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
         asked = load_examples(task, "test", data.dir, data.cache_dir)
         tests += asked
         if name in scored:
-            overlaps[name] = dedupe(asked, itertools.chain(*by_task))[1] / len(asked)
+            overlaps[name] = dedupe(asked, loaded)[1] / len(asked)
             if overlaps[name] > CONTAMINATED and not data.allow_contaminated:
                 raise UserError(
                     f"config.data.tasks={data.tasks}: {100 * overlaps[name]:.1f} % of the test questions of {name!r} "
@@ -93,10 +98,14 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
     validation, dropped_validation = dedupe(validation, tests)
     if not validation:
         raise UserError(f"config.data.tasks={data.tasks}: each validation record is also in a test set")
-    kept, dropped = dedupe(list(itertools.chain(*by_task)), [*validation, *tests])
+    of_own = set(map(id, own))
+    kept, _ = dedupe(list(itertools.chain(*by_task)), [*(e for e in validation if id(e) not in of_own), *tests])
+    kept, _ = dedupe(kept, own, answers=True)
+    dropped = before - len(kept)
     if not kept:
         raise UserError(
-            f"config.data.tasks={data.tasks}: each of {before} training records is also in a test or the validation set"
+            f"config.data.tasks={data.tasks}: each of {before} training records is also in a test or the validation "
+            "set; give more data, or a folder whose validation and test files hold other prompts"
         )
     if data.limit is not None and data.limit < len(kept):
         chosen = np.random.default_rng(1).permutation(len(kept))[: data.limit]

@@ -28,7 +28,7 @@ from flora_jax.adapters import AdapterConfig, abstract_adapter, init_adapter
 from flora_jax.config import adapter_config as make_adapter_config
 from flora_jax.config import check_config, weights_source
 from flora_jax.data import eval_batches, train_iterator
-from flora_jax.errors import Stopped
+from flora_jax.errors import Stopped, UserError
 from flora_jax.files import write_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
@@ -97,6 +97,13 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
     optimizer = make_optimizer(config, shapes, trained)
     placed = shardings(shapes, mesh, model_config, adapter)
     inputs = load_inputs(config, tokenizer)
+    longest = max(min(inputs.account[part]["longest"], config.data.max_length) for part in ("train", "validation"))
+    if longest > model_config.max_position_embeddings:
+        raise UserError(
+            f"config.data.max_length={config.data.max_length} lets examples of {longest} tokens in, but the model has "
+            f"max_position_embeddings={model_config.max_position_embeddings}; lower it (rows longer than that may be "
+            "packed of shorter examples)"
+        )
     iterator = train_iterator(
         inputs.train,
         batch_size=config.train.batch_size // jax.process_count(),
@@ -161,7 +168,13 @@ def validation_loss(run: Run) -> float:
 def _signals() -> Iterator[list[int]]:
     """A list that SIGTERM and SIGINT are noted in instead of ending the process in the middle of a step."""
     noted: list[int] = []
-    handle = lambda number, _: noted.append(number)  # noqa: E731
+
+    def handle(number: int, _: Any) -> None:
+        if noted and number == signal.SIGINT:  # a second Ctrl-C, perhaps in a long compilation: it ends at once
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        noted.append(number)
+
     try:
         before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread, as in some notebooks: signals stay as they are
@@ -191,10 +204,18 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     latest = checkpoints.latest
     validated: dict[int, float] = {}
     if latest is not None:
-        meta = checkpoints.meta(latest)
         where = f"checkpoint {latest} of --workdir={workdir}"
-        check_meta(meta, run.adapter_config, run.fingerprint, run.inputs.account["sha256"], where)
-        run.state = checkpoints.restore(latest, run.state, run.iterator)
+        try:
+            meta = checkpoints.meta(latest)
+            check_meta(meta, run.adapter_config, run.fingerprint, run.inputs.account["sha256"], where)
+            run.state = checkpoints.restore(latest, run.state, run.iterator)
+        except UserError:
+            raise
+        except Exception as error:  # orbax and tensorstore have no narrower class for files that are damaged
+            older = [step for step in checkpoints.steps if step < latest]
+            rest = f"from step {older[-1]}" if older else "from the beginning"
+            raise UserError(f"{where} cannot be read ({' '.join(str(error).split())[:120]}); remove "
+                            f"{workdir / 'checkpoints' / str(latest)} to go on {rest}") from error  # fmt: skip
         validated = {int(step): loss for step, loss in meta["validation_losses"].items()}
     start = int(run.state.step)
     if main:
@@ -268,6 +289,7 @@ def _steps(
             bar.advance(step)
             if evaluates:
                 validate(step)
+                stop = stop or (alone and bool(signals))
             if saves or stop or step == _best(validated):
                 save()
             if evaluates or saves:
