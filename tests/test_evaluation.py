@@ -285,7 +285,7 @@ def test_few_shot_prompts(data_dir):
 def test_what_is_asked_is_never_shown(tmp_path):
     """One file is both splits, and a folder's two may overlap."""
     line = lambda i: json.dumps({"prompt": f"{i} + {i}?", "completion": str(2 * i)}) + "\n"  # noqa: E731
-    mine, folder = tmp_path / "mine.jsonl", tmp_path / "jsonl"
+    mine, folder = tmp_path / "mine.jsonl", tmp_path / "own"
     mine.write_text("".join(map(line, range(4))))
     with pytest.raises(UserError, match="has 0 examples that are not in its test split"):
         load_task_data([str(mine)], None, protocol="llm_adapters", limit=1, num_fewshot=1)
@@ -293,7 +293,7 @@ def test_what_is_asked_is_never_shown(tmp_path):
     (folder / "test.jsonl").write_text("".join(map(line, range(4))))
     (folder / "train.jsonl").write_text("".join(map(line, range(6))))
     for seed in range(8):
-        [data] = load_task_data(["jsonl"], tmp_path, protocol="llm_adapters", num_fewshot=2, seed=seed)
+        [data] = load_task_data(["jsonl"], folder, protocol="llm_adapters", num_fewshot=2, seed=seed)
         assert {shot.answer for shot in data.shots} == {"8", "10"}
 
 
