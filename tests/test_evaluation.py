@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 
 NUMBERS = [
     ("The answer is 5.", "5"), ("1,234", "1234"), ("It is −1,234.50 $.", "-1234.50"), ("5-3", "3"), ("5 - 3", "3"),
-    ("5 -3", "3"), ("x = -3", "-3"), ("= - 7", "7"), ("costs $12.50.", "12.50"), ("-$5", "-5"), ("$-5", "-5"),
+    ("5 -3", "3"), ("x = -3", "-3"), ("= - 7", "-7"), ("costs $12.50.", "12.50"), ("-$5", "-5"), ("$-5", "-5"),
     ("50%", "50"), ("3/4", "3/4"), ("8/2 = 4", "4"), ("answer2", None), ("H2O", None), ("the 3rd", None),
     ("1,2", "2"), ("1,2,3", "3"), ("10,000,000 people", "10000000"), (".5", ".5"), ("0.50", "0.50"),
     ("no digits", None), ("", None), ("COVID-19", "19"), ("2 - -3", "-3"), ("2--3", "-3"), ("(5)-3", "3"),
@@ -44,6 +44,9 @@ NUMBERS = [
     ("between 3–5", "5"), ("1e3", "1e3"), ("3.14.", "3.14"), ("-0.5", "-0.5"), ("x-3", "3"), ("so\n-5", "-5"),
     ("$1,080.00", "1080.00"), ("**18**", "18"), ("2*9=18", "18"), ("'7'", "7"), ("on 1/2/2020", "1/2/2020"),
     ("-.5", "-.5"), ("3,000.", "3000"), ("60 - 12 = 48 apples", "48"), ("loses 100%-5%", "5"),
+    ("1{,}234", "1234"), (r"\frac{1}{2}", "1/2"), (r"$\dfrac{12}{4} = 3$", "3"), ("The answer is 6th.", "6"),
+    ("the 6th of 12", "12"), ("12 are 6th", "12"), ("#### 6th", "6"), ("(- 5)", "-5"), ("5 - 5", "5"),
+    ("Steps:\n- 5", "5"), (r"\boxed{- 5}", "5"),
 ]  # fmt: skip
 
 LETTERS = [
@@ -55,6 +58,8 @@ LETTERS = [
     ("**Answer:** D", "D"), ("The answer is: (E) 12", "E"), ("I choose option B because", "B"), ("", None),
     ("The answer is (A). No, the answer is (B).", "B"), ("A) 1 B) 2 C) 3 D) 4 E) 5\nThe answer is C) 3", "C"),
     ("Answer Choices: (A) 5 (B) 6 (C) 7", None), (r"The answer is $\boxed{C}$", "C"), ("answer is C because", "C"),
+    ("B is correct", "B"), ("[B]", "B"), ("The answer is [c]", "C"), ("D is the right one", "D"), ("A is 5", None),
+    ("Is A correct? E is the correct answer", "E"),
 ]  # fmt: skip
 
 ANSWERS, TRUTH = ("answer1", "answer2", "answer3"), ("true", "false")
@@ -64,7 +69,13 @@ LABELS = [
     ("The correct answer is answer1. Not answer2.", ANSWERS, "answer1"), ("Answer1: cat Answer2: dog", ANSWERS, None),
     ("Answer1: cat Answer2: dog the correct answer is answer1", ANSWERS, "answer1"), ("untrue", TRUTH, None),
     ("True.", TRUTH, "true"), ("the correct answer is false", TRUTH, "false"), ("", TRUTH, None),
-    ("the answer is: **true**", TRUTH, "true"),
+    ("the answer is: **true**", TRUTH, "true"), ("the correct answer is answer2: dog", ANSWERS, "answer2"),
+    ("Answer2: dog", ANSWERS, "answer2"), ("Answer: Answer2: dog", ANSWERS, "answer2"), ("true/false", TRUTH, None),
+    ("Answer format: answer1/answer2/answer3. The correct answer is answer3", ANSWERS, "answer3"),
+    ("Answer1: cat Answer2: dog. The correct answer is answer3", ANSWERS, "answer3"),
+    ("the correct answer is answer1: cat\nAnswer2: dog", ANSWERS, "answer1"),
+    ("The answer is answer1/answer2", ANSWERS, None), ("false. True/false", TRUTH, "false"),
+    ("Answer3: pig Answer1: cat", ANSWERS, "answer1"), ("answer1 or answer2", ANSWERS, "answer2"),
 ]  # fmt: skip
 
 
@@ -343,6 +354,7 @@ def test_llm_adapters_protocol_and_math(checkpoint, data_dir, tmp_path, monkeypa
     tasks = json.loads(out.read_text())["tasks"]
     assert tasks["ARC-Easy"]["accuracy"] == 2 / 6 and "accuracy_norm" not in tasks["ARC-Easy"]
     assert tasks["gsm8k"]["accuracy"] == 2 / 6  # "It is 2." to 1 + 1, "5" to 4 + 1
+    assert tasks["gsm8k"]["texts"][1:5:3] == ["It is 2.", "5"]
     assert tasks["gsm8k"]["decode"] == {"temperature": 0.0, "max_new_tokens": 256, "first_round": 64, "stop_text": None}
     assert asked[1][0].endswith("What is 0 + 1?<|im_end|>\n<|im_start|>assistant\n")
     assert command("evaluate", *arguments, "--protocol", "llm_adapters", "--num_fewshot", 2, "--out", out) == 0

@@ -6,8 +6,12 @@ import re
 
 # A fraction or date, left as it stands; or a number: thousands joined by commas, decimals, an exponent.
 _VALUE = r"\d+(?:/\d+)+|(?:\d{1,3}(?:,\d{3})+(?![\d]|,\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+"
-# Not inside a word, a decimal, or another number; ordinals (3rd) count nothing.
+# Not inside a word, a decimal, or another number; ordinals (3rd) count nothing, but for one that is called the answer.
 _NUMBER = re.compile(rf"(?<![\w.])(?P<value>{_VALUE})(?!\d|(?:st|nd|rd|th)\b)")
+_ORDINAL = re.compile(r"(?i:\banswer(?:\s+is|\s*[:=])\s*(?:the\s+)?|#### *)(?P<value>\d+)(?:st|nd|rd|th)\b")
+_SPACED_SIGN = re.compile(r"[=(+*/]\s*[-−–] $")  # "= - 7"; elsewhere "- 7" is a list's item or a subtraction
+# LaTeX's 1{,}234 and \frac{1}{2}, as plain text has them.
+_LATEX = ((re.compile(r"(?<=\d)\{,\}(?=\d)"), ","), (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"))
 
 _TOLERANCE = 1e-3  # of LLM-Adapters: answers there are rounded to two or three decimals
 
@@ -15,17 +19,21 @@ _TOLERANCE = 1e-3  # of LLM-Adapters: answers there are rounded to two or three 
 def final_number(text: str) -> str | None:
     """The last number of `text` as written, without thousands' commas and with its sign: "It is −1,234.50 $." gives
     "-1234.50". A fraction comes back whole ("3/4"). None without any."""
-    found = list(_NUMBER.finditer(text))
+    for written, plain in _LATEX:
+        text = written.sub(plain, text)
+    found = [*_NUMBER.finditer(text), *_ORDINAL.finditer(text)]
     if not found:
         return None
-    last = found[-1]
-    before = text[: last.start()].removesuffix("$")
+    last = max(found, key=lambda match: match.start("value"))
+    before = text[: last.start("value")].removesuffix("$")
     return ("-" if _is_signed(before) else "") + last["value"].replace(",", "")
 
 
 def _is_signed(before: str) -> bool:
     """Whether the text before a number ends with its sign: a minus that does not stand behind what it could take the
     number from, a digit, a word's end ("COVID-19") or a bracket. After a word and a space it is a sign ("is -5")."""
+    if _SPACED_SIGN.search(before):
+        return True
     if not before or before[-1] not in "-−–":
         return False
     rest = before[:-1].removesuffix("$")

@@ -22,13 +22,13 @@ from flora_jax.errors import UserError
 
 def final_letter(text: str, letters: str = "ABCDE") -> str | None:
     """The option letter that `text` settles on, or None: behind "answer is" (the last time), or else what it begins
-    with ("B", "B. 12"), or else the last one in brackets or after "option". Options listed in order, "(A) 1 (B) 2
-    (C) 3 …", are repeated from the question and do not count."""
+    with ("B", "B. 12"), or else the last one in brackets, after "option" or before "is correct". Options listed in
+    order, "(A) 1 (B) 2 (C) 3 …", are repeated from the question and do not count."""
     one = f"[{letters}]"
     # Behind "answer is" a bare letter must end there: in "the answer is A train" it is an article.
     stated = (
         r"(?i:answer(?:\s+(?:choice|option))?\s*(?:is|would be|:|=)[\s:*$]*(?:option\s+)?)"
-        rf"(?:\((?P<bracketed>(?i:{one}))\)|(?P<bare>{one})(?=\W*$|[).:,;*]|\s*\n|\s+(?:because|since|as)\b))"
+        rf"(?:[(\[](?P<bracketed>(?i:{one}))[)\]]|(?P<bare>{one})(?=\W*$|[).:,;*]|\s*\n|\s+(?:because|since|as)\b))"
     )
     found = [match["bracketed"] or match["bare"] for match in re.finditer(stated, text)]
     if found:
@@ -36,8 +36,10 @@ def final_letter(text: str, letters: str = "ABCDE") -> str | None:
     begins = re.match(rf"\W*({one})(?:\W*$|[.:]\s)", text)
     if begins:
         return begins[1]
-    named = re.finditer(rf"\b({one})[)}}]|(?i:\b(?:option|choice)\s+)({one})\b", text)
-    marks = _without_lists([match[1] or match[2] for match in named], letters)
+    ways = (rf"\b({one})[)}}\]]", rf"(?i:\b(?:option|choice)\s+)({one})\b",
+            rf"\b({one})(?=\s+is\s+(?:the\s+)?(?:correct|right)\b)")  # fmt: skip
+    named = re.finditer("|".join(ways), text)
+    marks = _without_lists([match[match.lastindex] for match in named], letters)
     return marks[-1] if marks else None
 
 
@@ -56,11 +58,24 @@ def _without_lists(marks: list[str], letters: str) -> list[str]:
 
 def final_label(text: str, labels: Sequence[str]) -> str | None:
     """The label word (one of `labels`, any case, as a whole word) that `text` settles on: the last behind "answer is",
-    or else the last mentioned. A label before a colon heads a repeated choice ("Answer1: …") and does not count."""
-    word = rf"\b({'|'.join(map(re.escape, labels))})\b(?!\s*:)"
-    stated = re.findall(rf"answer\s*(?:is|:)\W*{word}", text, re.IGNORECASE)
-    found = stated or re.findall(word, text, re.IGNORECASE)
-    return next(label for label in labels if label.lower() == found[-1].lower()) if found else None
+    or else the last mentioned. What lists them in order, "Answer1: cat Answer2: dog" or "answer1/answer2", is repeated
+    from the question and does not count."""
+    words = "|".join(map(re.escape, labels))
+    mention = rf"(?P<stated>\banswer\s*(?:is|:)\W*)?\b(?P<label>{words})\b\s*(?P<mark>[:/]?)"
+    order = [label.lower() for label in labels]
+    lists: list[list[tuple[int, bool]]] = []  # of (which label, whether "answer is" stands before it)
+    goes_on = False
+    for match in re.finditer(mention, text, re.IGNORECASE):
+        which, stated = order.index(match["label"].lower()), match["stated"] is not None
+        if goes_on and not stated and which == lists[-1][-1][0] + 1:
+            lists[-1].append((which, stated))
+        else:
+            lists.append([(which, stated)])
+        # "The answer is answer1: cat" is no list's beginning, "the answer is answer1/answer2" is one.
+        goes_on = match["mark"] == "/" or (match["mark"] == ":" and not stated)
+    alone = [one[0] for one in lists if len(one) == 1]
+    found = [which for which, stated in alone if stated] or [which for which, _ in alone]
+    return labels[found[-1]] if found else None
 
 
 def is_right(metric: str, text: str, answer: str, labels: Sequence[str] = ()) -> bool:

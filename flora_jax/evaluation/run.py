@@ -129,8 +129,8 @@ def evaluate_tasks(
     """The result as a JSON-ready dict: what ran (`about`, e.g. model and adapter, goes in as it is), versions, and by
     task `accuracy` and `stderr` (sqrt(p (1 − p) / n)), `accuracy_norm` and `stderr_norm` where choices are scored, or
     `rouge1`, `rouge2`, `rougeL`, `rougeLsum` (rouge.py says which mean) where texts are, `items` (1 or 0 by
-    question, in order; the rougeL of texts), `n`,
-    `scoring`, `decode` settings, `data_hash`, one whole `prompt` as an example, and `seconds`.
+    question, in order; the rougeL of texts), `texts` (what was generated for each, None where the prompt was too long),
+    `n`, `scoring`, `decode` settings, `data_hash`, one whole `prompt` as an example, and `seconds`.
 
     published_faults: score generated answers as the published scripts of LLM-Adapters do (`published`).
     base, adapter: trees as `Llama` takes them; arithmetic in the base's dtype. max_length: prompt and new tokens of
@@ -282,6 +282,7 @@ def _generate_answers(
                   + " of the published scripts" * published_faults}  # fmt: skip
     return {
         **scores,
+        "texts": texts,
         "decode": {"temperature": 0.0, "max_new_tokens": new_tokens, "first_round": FIRST_ROUND,
                    "stop_text": stop_text},
         "finished": sum(g.finished for g in generations) / len(generations),
