@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.report import differences, header, provenance_without
+from experiments.report import differences, header, provenance
 from flora_jax.adapters import AdapterConfig
 from flora_jax.analysis.variants import rank_for, trained_parameters
 from flora_jax.config import LEARNING_RATES, get_config, names
@@ -117,8 +117,8 @@ def choose_rate(suite: Suite, method: str, rank: int, args: argparse.Namespace) 
               "steps": args.rate_steps}  # fmt: skip
     if path.exists():
         found = read_json(path)
-        if found["model"] != args.model:
-            raise UserError(f"{path} has the rate for --model {found['model']}, not {args.model}; name another --out")
+        if (model := found.get("model")) != args.model:
+            raise UserError(f"{path} has the rate for --model {model}, not {args.model}; name another --out")
         other = [field for field in ("suite", "rank", "steps") if found.get(field) != record[field]]
         if args.rate_steps and not found.get("chosen") and other:
             raise UserError(f"{path} holds an unfinished search at {other[0]}={found.get(other[0])!r}, not "
@@ -187,7 +187,8 @@ def score(
         batch_size=_EVAL_BATCH, max_length=suite.max_length + 256)  # fmt: skip
     for name, losses in item_losses(model, tasks).items():
         result["tasks"][name]["reference_loss"] = sum(loss for loss, _ in losses) / sum(size for _, size in losses)
-        result["tasks"][name].pop("prompt")  # the data's own words stay out of what is published
+        for words in ("prompt", "texts"):  # the data's own, and long ones, stay out of what is published
+            result["tasks"][name].pop(words, None)
     return result
 
 
@@ -255,7 +256,7 @@ def check_comparable(args: argparse.Namespace) -> None:
 
 def about_run(args: argparse.Namespace) -> dict[str, Any]:
     """Where and with what this ran, the data's place left out."""
-    return provenance_without(args.data_dir, "orbax-checkpoint", "grain", "rouge-score")
+    return provenance("orbax-checkpoint", "grain", "rouge-score", data_dir=args.data_dir)
 
 
 def metrics(scores: dict[str, Any]) -> dict[str, float]:

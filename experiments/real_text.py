@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.report import header, provenance_without
+from experiments.report import header, provenance
 from flora_jax.config import LEARNING_RATES, get_config, names
 from flora_jax.data import get_task, label_request, load_examples
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
     results = [one(method, args) for method in names(args.methods)]
     base = label_accuracy(None, args.data_dir, args.limit)
 
-    about = provenance_without(args.data_dir, "orbax-checkpoint", "grain")
+    about = provenance("orbax-checkpoint", "grain", data_dir=args.data_dir)
     data = results[0]["data"]
     lines = [
         header(f"ARC-Easy + openbookqa, label words, {args.steps} steps", about),

@@ -14,6 +14,7 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from flora_jax.analysis.provenance import provenance as record
+from flora_jax.config import get_config
 from flora_jax.errors import UserError, check_writable
 from flora_jax.files import write_json
 from flora_jax.models.config import DTYPES, LlamaConfig
@@ -21,10 +22,11 @@ from flora_jax.models.llama import init_base
 from flora_jax.models.loading import load_pretrained
 
 
-def provenance(*packages: str) -> dict[str, Any]:
-    """Where and with what this process ran; `packages` are named beside jax and flax."""
+def provenance(*packages: str, data_dir: str | None = None) -> dict[str, Any]:
+    """Where and with what this process ran; `packages` are named beside jax and flax; the data's place is DIR."""
     module = sys.modules["__main__"].__spec__
-    return record(module.name if module else sys.argv[0], sys.argv[1:], packages)
+    places = {data_dir: "DIR", f"--data_dir={data_dir}": "--data_dir=DIR"}
+    return record(module.name if module else sys.argv[0], [places.get(one, one) for one in sys.argv[1:]], packages)
 
 
 # Fields of a training configuration that change no number, but for rounding.
@@ -35,17 +37,14 @@ _NO_NUMBERS = frozenset((
 
 
 def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """What of a recorded configuration is not as it is asked for now, as `field=value (now value)`, empty if nothing
-    is. Fields that change no number, and those that the record is older than, do not count."""
-    before, now = (flatten_dict(json.loads(json.dumps(tree)), sep=".") for tree in (found, asked))
-    return ", ".join(f"{field}={before[field]!r} (now {now[field]!r})" for field in before
-                     if field in now and field not in _NO_NUMBERS and before[field] != now[field])  # fmt: skip
-
-
-def provenance_without(data_dir: str, *packages: str) -> dict[str, Any]:
-    """`provenance`, the data's place left out."""
-    found = provenance(*packages)
-    return {**found, "command": " ".join("DIR" if word == data_dir else word for word in found["command"].split(" "))}
+    """What is asked for now and is not so in a recorded configuration, as `field=value (now value)`, empty if nothing
+    is. Fields that change no number do not count; one that is younger than the record had its default then."""
+    default, before, now = (
+        flatten_dict(json.loads(json.dumps(tree)), sep=".") for tree in (get_config().to_dict(), found, asked)
+    )
+    before = {field: before.get(field, default.get(field, "absent")) for field in now}
+    return ", ".join(f"{field}={before[field]!r} (now {now[field]!r})" for field in now
+                     if field not in _NO_NUMBERS and before[field] != now[field])  # fmt: skip
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from experiments import accuracy
+from experiments.report import differences, provenance
 from flora_jax.adapters import AdapterConfig
 from flora_jax.analysis.variants import rank_for, trained_parameters
-from flora_jax.config import LEARNING_RATES
+from flora_jax.config import LEARNING_RATES, get_config
 from flora_jax.errors import UserError
 from flora_jax.files import write_json
 from flora_jax.models.config import LlamaConfig
@@ -186,3 +187,22 @@ def test_what_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             run(*flags)
+
+
+def test_differences_of_configurations():
+    """A field that is younger than the record had its default then; those that change no number do not count."""
+    asked = get_config("smollm2-135m", "ffba").to_dict()
+    record = get_config("smollm2-135m", "ffba").to_dict()
+    record["model"].pop("remat"), record["data"].update(dir="elsewhere"), record["adapter"].pop("dropout")
+    assert differences(record, asked) == ""
+    asked["adapter"]["dropout"] = 0.5
+    assert differences(record, asked) == "adapter.dropout=0.0 (now 0.5)"
+    asked["adapter"]["dropout"], asked["test_items"] = 0.0, 3
+    assert differences(record, asked) == "test_items='absent' (now 3)"
+
+
+def test_the_datas_place_is_not_recorded(monkeypatch):
+    for flags in (["--data_dir", "/home/me/my data"], ["--data_dir=/home/me/my data"]):
+        monkeypatch.setattr("sys.argv", ["accuracy", "--suite", "math", *flags])
+        command = provenance(data_dir="/home/me/my data")["command"]
+        assert "DIR" in command and "/home/me" not in command and "--data_dir" in command
