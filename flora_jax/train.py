@@ -27,6 +27,7 @@ from flora_jax.models.loading import base_name
 from flora_jax.models.tokenizer import load_tokenizer
 from flora_jax.training.loop import train
 from flora_jax.training.report import say
+from flora_jax.training.runs import model_config as make_model_config
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         generator=generator_settings(config), cache_dir=config.data.cache_dir)  # fmt: skip
     if tasks:
         check_prompts(tasks, load_tokenizer(weights_source(config)), config.eval.protocol, style,
-                      config.eval.published_faults, config.eval.max_length)  # fmt: skip
+                      config.eval.published_faults,
+                      min(config.eval.max_length, make_model_config(config).max_position_embeddings))  # fmt: skip
     result = train(config, workdir)
     prepared, summary = result.run, dict(result.summary)
     if jax.process_index() != 0:
@@ -53,7 +55,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         base_model=base_name(weights_source(config)), fingerprint=prepared.fingerprint)  # fmt: skip
     # The scores of a run that was finished before stay until there are new ones.
     path = workdir / "eval.json"
-    before = read_json(path) if path.exists() else {}
+    try:
+        before = read_json(path) if path.exists() else {}
+    except UserError:  # damaged, and about to be written anew
+        before = {}
     if {k: v for k, v in before.items() if k != "evaluation"} != json.loads(json.dumps(summary)):
         write_json(path, summary)
     say(f"step {summary['step']} is the best; its adapter is in {workdir / 'adapter'}")

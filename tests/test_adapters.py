@@ -183,8 +183,9 @@ REFUSALS = [
 
 def test_numbers_of_numpy_are_plain_ones():
     """One of numpy's would make a bfloat16 model a float32 one where it multiplies."""
-    found = AdapterConfig("lora", np.int64(8), alpha=np.float64(16))
-    assert found == AdapterConfig("lora", 8, alpha=16) and (type(found.rank), type(found.alpha)) == (int, float)
+    found = AdapterConfig("lora", np.int64(8), alpha=np.float64(16), dropout=np.float32(0.5))
+    assert found == AdapterConfig("lora", 8, alpha=16, dropout=0.5)
+    assert (type(found.rank), type(found.alpha), type(found.dropout)) == (int, float, float)
 
 
 @pytest.mark.parametrize("fields, words", REFUSALS, ids=lambda value: str(value)[:60])

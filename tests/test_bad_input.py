@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from flora_jax.config import get_config
 from flora_jax.errors import run_command
 from flora_jax.train import main
+from flora_jax.training.loop import prepare
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -154,8 +156,16 @@ def test_data_files(refused, tmp_path):
 def test_examples_longer_than_the_model(refused, tmp_path):
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(json.dumps({"prompt": f"{i} " + "a" * 3000, "completion": "b"}) + "\n" for i in range(9)))
-    refused(["data.max_length=4096", "examples of 3004 tokens", "max_position_embeddings=2048"], *TINY, refused.cache,
-            f"--config.data.tasks={mine}", "--config.data.max_length=4096")  # fmt: skip
+    words = ["data.max_length=4096", "an example of 3004 positions", "max_position_embeddings=2048"]
+    refused(words, *TINY, refused.cache, f"--config.data.tasks={mine}", "--config.data.max_length=4096")
+    # One that is left out refuses nothing: what is short of data.max_length is all that counts.
+    mine.write_text("".join(json.dumps({"prompt": f"{i} " + "a" * n, "completion": "b"}) + "\n"
+                            for i, n in enumerate([5000, *[9] * 20])))  # fmt: skip
+    config = get_config("tiny", "lora")
+    config.model.weights = "random"
+    config.data.update(tasks=str(mine), max_length=4096, validation_size=4)
+    account = prepare(config, tmp_path / "workdir").inputs.account
+    assert account["train"]["too_long"] + account["validation"]["too_long"] == 1
 
 
 def test_models(refused, tmp_path, hf_directory):

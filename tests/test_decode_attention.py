@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from flora_jax.models.llama import KVCache, init_base, kernel_runs
 from tests.conftest import random_adapter, spread
 
 TINY = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=())
+TOKENS = jnp.zeros((1, 2), jnp.int32)
 interpreted = jax.jit(functools.partial(module.decode_attention, interpret=True), static_argnums=4)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -146,8 +148,23 @@ def test_a_bank_generates_the_same_text(on_this_machine):
 def test_only_a_gpu_runs_it():
     config = dataclasses.replace(TINY, head_dim=64)
     assert not kernel_runs(config)
-    with pytest.raises(UserError, match="decode_kernel=True needs a GPU"):
+    with pytest.raises(UserError, match="decode_kernel=True needs an NVIDIA GPU"):
         Generator(config, init_base(jax.random.key(0), config), decode_kernel=True)
+    odd = dataclasses.replace(TINY, head_dim=24)
+    base = fuse(init_base(jax.random.key(0), odd), None, odd, None)
+    with pytest.raises(UserError, match="power of two, not 24"):
+        Llama(odd, decode_kernel=True).apply({"params": base}, TOKENS)
+
+
+@pytest.mark.parametrize("capability, head_dim, runs", [
+    ("9.0", 64, True), ("8.0", 128, True), ("12.0", 32, True), ("7.5", 64, False), ("gfx90a", 64, False),
+    ("9.0", 80, False), ("9.0", 16, False), (None, 64, False),
+])  # fmt: skip
+def test_which_devices_run_it(capability, head_dim, runs, monkeypatch):
+    """XLA compiles Triton from compute capability 8.0 on; AMD's devices name theirs otherwise, a CPU has none."""
+    device = types.SimpleNamespace(**({} if capability is None else {"compute_capability": capability}))
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert kernel_runs(dataclasses.replace(TINY, head_dim=head_dim)) == runs
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")

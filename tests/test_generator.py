@@ -262,6 +262,17 @@ def test_bad_input(tiny):
     for name in ("x", 1):
         with pytest.raises(UserError, match=f"{name!r} is not loaded"):
             generator.use(name)
+    # One-shot iterables, arrays and numbers of other libraries are what they hold.
+    [plain] = generator.generate([[1, 2]], 3, stop=[7], seed=3)
+    for prompts in (iter([[1, 2]]), [np.array([1, 2])], jnp.array([[1, 2]]), [(np.int64(1), jnp.int32(2))]):
+        assert generator.generate(prompts, 3, stop=iter([7]), seed=jnp.int32(3)) == [plain]
+    [stopped] = generator.generate([[1, 2]], 3, stop=iter(plain.tokens[:1]))
+    assert stopped.tokens == [] and stopped.finished
+    small = dataclasses.replace(config, vocab_size=200)
+    text = Generator(small, init_base(jax.random.key(0), small), tokenizer=load_tokenizer("tiny"), max_length=32)
+    with pytest.raises(UserError, match="prompt 0 has token id 230, outside"):  # the first byte of its first character
+        text.generate(["日"], 2)
+    assert Sampling(np.float32(0.5), np.int64(3), np.float64(0.9)) == Sampling(0.5, 3, 0.9)
     for arguments, words in [({"stop": ["\n"]}, "list of token ids"), ({"seed": 2**70}, "integer of 64 bits")]:
         with pytest.raises(UserError, match=words):
             generator.generate([[1]], 5, **arguments)

@@ -109,11 +109,11 @@ def finished(tmp_path_factory, small, quick_compile, hf_directory):
 
 
 def test_a_second_ctrl_c_ends_at_once():
+    """Not the first one after a SIGTERM, which asked for a save; schedulers may send that more than once."""
     with _signals() as noted:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)  # schedulers may send it more than once
-        signal.raise_signal(signal.SIGTERM)
-        assert noted == [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert noted == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 

@@ -85,10 +85,11 @@ class AdapterConfig:
         number = lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool)  # noqa: E731
         if not (number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0):
             raise UserError(f"adapter.alpha={self.alpha!r} must be a positive number")
-        # Plain numbers: one of numpy's would promote a bfloat16 model.
-        object.__setattr__(self, "alpha", float(self.alpha))
         if not (number(self.dropout) and 0 <= self.dropout < 1):
             raise UserError(f"adapter.dropout={self.dropout!r} must be in [0, 1)")
+        # Plain numbers: one of numpy's would promote a bfloat16 model.
+        object.__setattr__(self, "alpha", float(self.alpha))
+        object.__setattr__(self, "dropout", float(self.dropout))
         if not isinstance(self.rslora, bool):
             raise UserError(f"adapter.rslora={self.rslora!r} must be true or false")
         if self.activation not in list(ACTIVATIONS):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ Array = jax.Array
 Tree = dict[str, Any]
 
 _SMALLEST_BUCKET = 16
+_PROMPTS = "prompts must be a list of prompts, each a text or a list of token ids"
 _STOP_SLOTS = 8  # stop tokens are padded to a multiple of it, so that one more of them compiles nothing
 
 
@@ -61,7 +63,12 @@ class Generation:
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    """Whether it is one, of whatever library; True and False are none."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def bucket(length: int) -> int:
@@ -251,8 +258,10 @@ class Generator:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be a positive integer")
         if decode_kernel and not kernel_runs(config):
-            raise UserError(f"decode_kernel=True needs a GPU and heads of 32, 64, … channels; this is a "
-                            f"{jax.default_backend()} and head_dim={config.head_dim}; leave it None")  # fmt: skip
+            raise UserError(
+                "decode_kernel=True needs an NVIDIA GPU from Ampere on and heads of 32, 64, 128 or 256 channels; this "
+                f"is a {jax.devices()[0].device_kind} and head_dim={config.head_dim}; leave it None"
+            )
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
         check_fits(config, batch_size, max_length, weights, base["embed_tokens"]["embedding"].dtype)
         self.config, self.tokenizer = config, tokenizer
@@ -313,8 +322,9 @@ class Generator:
         depends on `seed` and i alone. Raises UserError for a prompt that is empty, has ids outside the vocabulary, or
         is longer than max_length − max_new_tokens, and for an adapter that is not loaded.
         """
-        if isinstance(prompts, str) or not all(isinstance(prompt, str | Sequence | np.ndarray) for prompt in prompts):
-            raise UserError("prompts must be a list of prompts, each a text or a list of token ids")
+        if isinstance(prompts, str):
+            raise UserError(f"{_PROMPTS}, not one text")
+        prompts = list(prompts)
         rows = [self._encode(i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
         names = [self._name] * len(rows) if adapter_names is None else list(adapter_names)
         if len(names) != len(rows):
@@ -362,9 +372,10 @@ class Generator:
 
     def _stop(self, stop: Sequence[int], seed: int) -> np.ndarray:
         """Ids that end a row, filled up so that one more of them compiles nothing; refuses what is no id or seed."""
-        if isinstance(stop, str) or not all(_is_integer(token) for token in stop):
+        stop = stop if isinstance(stop, str) else tuple(stop)
+        if not all(_is_integer(token) for token in stop):
             raise UserError(f"stop={stop!r} must be a list of token ids")
-        if not _is_integer(seed) or not -(2**63) <= seed < 2**63:
+        if not _is_integer(seed) or not -(2**63) <= operator.index(seed) < 2**63:
             raise UserError(f"seed={seed!r} must be an integer of 64 bits")
         eos = None if self.tokenizer is None else self.tokenizer.eos_token_id
         ids = sorted({*self.config.eos_token_id, *stop, *(() if eos is None else (eos,))})
@@ -378,14 +389,19 @@ class Generator:
                 raise UserError(f"prompt {i} is text, but there is no tokenizer; give token ids")
             tokens = self.tokenizer(prompt)["input_ids"]
         else:
-            tokens = [int(token) if _is_integer(token) else -1 for token in prompt]
+            given = np.asarray(prompt).tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
+            if not isinstance(given, Sequence):
+                raise UserError(f"{_PROMPTS}; prompt {i} is {given!r:.40}")
+            wrong = [token for token in given if not _is_integer(token)]
+            if wrong:
+                raise UserError(f"prompt {i} has {wrong[0]!r:.40} where a token id belongs")
+            tokens = [operator.index(token) for token in given]
         if not tokens:
             raise UserError(f"prompt {i} is empty; it needs at least one token")
         outside = [token for token in tokens if not 0 <= token < self.config.vocab_size]
         if outside:
             size = self.config.vocab_size
-            wrong = prompt[tokens.index(outside[0])]
-            raise UserError(f"prompt {i} has token id {wrong!r}, which is none of the model's vocab_size={size}")
+            raise UserError(f"prompt {i} has token id {outside[0]}, outside the model's vocab_size={size}")
         if len(tokens) > self.max_length - max_new_tokens:
             raise UserError(
                 f"prompt {i} has {len(tokens)} tokens, more than max_length={self.max_length} leaves beside "
@@ -408,7 +424,7 @@ class Generator:
             select[b] = [names[i] is not None and names[i] == place for place in self._places]
         select = jnp.asarray(select) if self._bank else None
         indices = np.array(batch + [0] * (batch_size - len(batch)))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(operator.index(seed)), indices)
         logits, cache = prefill(self._model, self.params, tokens, lengths, select)
         state = begin(logits, grow(cache, bucket(P + max_new_tokens)), jnp.asarray(lengths == 0), stop, keys, sampling)
         return state, stop, keys, select

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,6 @@ import jax.numpy as jnp
 from flora_jax.errors import UserError
 
 Array = jax.Array
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +30,17 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not (_is_number(self.temperature) and math.isfinite(self.temperature) and self.temperature >= 0):
+        for field, kind in (("temperature", numbers.Real), ("top_k", numbers.Integral), ("top_p", numbers.Real)):
+            value = getattr(self, field)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise UserError(f"{field}={value!r} must be {'a number' if kind is numbers.Real else 'an integer'}")
+            # Plain ones, which hash and compare alike whatever library they came from.
+            object.__setattr__(self, field, int(value) if kind is numbers.Integral else float(value))
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(f"temperature={self.temperature!r} must be 0 (greedy) or a positive number")
-        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
+        if self.top_k < 0:
             raise UserError(f"top_k={self.top_k!r} must be 0 (all) or a positive integer")
-        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+        if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p!r} must be in (0, 1]")
 
 

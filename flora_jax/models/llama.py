@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -104,11 +105,11 @@ def cudnn_runs(q: Array) -> bool:
 
 
 def kernel_runs(config: LlamaConfig) -> bool:
-    """Whether a decode step's attention can be the kernel of decode_attention.py: on a GPU, where heads are a power of
-    two wide and this jax can compile Triton."""
-    H = config.head_dim
+    """Whether a decode step's attention can be the kernel of decode_attention.py: heads are 32, 64, 128 or 256 wide and
+    jax compiles Triton for the device, an NVIDIA GPU of compute capability 8.0 (Ampere) or more."""
     found = importlib.util.find_spec("jax.experimental.pallas.triton") is not None
-    return jax.default_backend() == "gpu" and found and H >= 32 and H & (H - 1) == 0
+    capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return found and capability is not None and int(capability[1]) >= 8 and config.head_dim in (32, 64, 128, 256)
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
@@ -277,6 +278,8 @@ class Llama(nn.Module):
         config = self.config
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat={self.remat!r} is unknown; known: {', '.join(REMAT_POLICIES)}")
+        if self.decode_kernel and config.head_dim & (config.head_dim - 1):
+            raise UserError(f"decode_kernel=True needs a head_dim that is a power of two, not {config.head_dim}")
         if self.adapter is not None:
             self.adapter.check(config.widths)
         served = self.adapter

@@ -97,12 +97,12 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
     optimizer = make_optimizer(config, shapes, trained)
     placed = shardings(shapes, mesh, model_config, adapter)
     inputs = load_inputs(config, tokenizer)
-    longest = max(min(inputs.account[part]["longest"], config.data.max_length) for part in ("train", "validation"))
+    longest = max(len(example.tokens) - 1 for example in (*inputs.train, *inputs.validation))
     if longest > model_config.max_position_embeddings:
         raise UserError(
-            f"config.data.max_length={config.data.max_length} lets examples of {longest} tokens in, but the model has "
-            f"max_position_embeddings={model_config.max_position_embeddings}; lower it (rows longer than that may be "
-            "packed of shorter examples)"
+            f"config.data.max_length={config.data.max_length} lets in an example of {longest} positions, but the "
+            f"model has max_position_embeddings={model_config.max_position_embeddings}; lower it (rows longer than "
+            "that may be packed of shorter examples)"
         )
     iterator = train_iterator(
         inputs.train,
@@ -170,7 +170,8 @@ def _signals() -> Iterator[list[int]]:
     noted: list[int] = []
 
     def handle(number: int, _: Any) -> None:
-        if noted and number == signal.SIGINT:  # a second Ctrl-C, perhaps in a long compilation: it ends at once
+        # A second Ctrl-C, perhaps in a long compilation, ends it at once.
+        if number == signal.SIGINT and signal.SIGINT in noted:
             signal.signal(number, before[number])
             signal.raise_signal(number)
         noted.append(number)
@@ -209,7 +210,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
             meta = checkpoints.meta(latest)
             check_meta(meta, run.adapter_config, run.fingerprint, run.inputs.account["sha256"], where)
             run.state = checkpoints.restore(latest, run.state, run.iterator)
-        except UserError:
+        except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):  # none of them is damage
             raise
         except Exception as error:  # orbax and tensorstore have no narrower class for files that are damaged
             older = [step for step in checkpoints.steps if step < latest]
