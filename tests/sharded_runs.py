@@ -18,8 +18,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flora_jax.adapters import AdapterConfig
+from flora_jax.models.attention import attend
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.llama import abstract_base, attend
+from flora_jax.models.llama import abstract_base
 from flora_jax.models.loading import load_pretrained
 from flora_jax.train import run
 from flora_jax.training import loop

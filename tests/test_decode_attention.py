@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from flora_jax import AdapterConfig, Generator, Llama, fuse
 from flora_jax.errors import UserError
 from flora_jax.models import decode_attention as module
+from flora_jax.models.attention import kernel_runs
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.llama import KVCache, init_base, kernel_runs
+from flora_jax.models.llama import KVCache, init_base
 from tests.conftest import random_adapter, spread
 
 TINY = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=())

@@ -16,10 +16,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter, fuse
 from flora_jax.errors import UserError
-from flora_jax.models import llama
+from flora_jax.models import attention
+from flora_jax.models.attention import attend
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import leaf_shapes
-from flora_jax.models.llama import KVCache, Llama, abstract_base, attend, init_base
+from flora_jax.models.llama import KVCache, Llama, abstract_base, init_base
 
 TINY = LlamaConfig.preset("tiny")
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
@@ -198,8 +199,8 @@ def test_a_long_prefill_is_one_forward_pass(monkeypatch):
     mask = np.arange(150) < np.array([[150], [131]])
     fused = {"params": fuse(variables["params"], variables["adapter"], TINY, FFBA, transposed=True)}
     blocks = []
-    attend = llama.attend_grouped
-    monkeypatch.setattr(llama, "attend_grouped", lambda q, *rest: blocks.append(q.shape[1]) or attend(q, *rest))
+    grouped = attention.attend_grouped
+    monkeypatch.setattr(attention, "attend_grouped", lambda q, *rest: blocks.append(q.shape[1]) or grouped(q, *rest))
     found, cache = Llama(TINY, FFBA).apply(fused, tokens, mask=mask, cache=KVCache.empty(TINY, 2, 150))
     assert blocks == [38, 38, 38, 36] * TINY.num_hidden_layers
     whole = forward(variables, tokens)

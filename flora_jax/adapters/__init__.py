@@ -1,6 +1,7 @@
 """The adapters themselves: the method table, its configuration, the layer they ride in."""
 
 from flora_jax.adapters.config import AdapterConfig, Slot
+from flora_jax.adapters.forms import as_lora, merge, merged_kernel, widen
 from flora_jax.adapters.layer import (
     SAVED,
     FusedDense,
@@ -16,16 +17,12 @@ from flora_jax.adapters.layer import (
 from flora_jax.adapters.layouts import (
     adapter_riders,
     apart,
-    as_lora,
     check_fused,
     device_layout,
     fuse,
     fused_layers,
     make_room,
-    merge,
-    merged_kernel,
     split,
-    widen,
     write_adapter,
 )
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, PROJECTIONS, Method

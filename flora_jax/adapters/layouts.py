@@ -17,7 +17,6 @@ Transposed, all of these but the bias are, and the kernel is called `weight`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters.config import AdapterConfig, Slot
+from flora_jax.adapters.forms import folded
 from flora_jax.adapters.layer import check_adapter, check_base, pad_first_layer
-from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS
+from flora_jax.adapters.methods import BLOCKS, PRODUCTS
 from flora_jax.errors import UserError
 
 Array = jax.Array
@@ -140,7 +140,7 @@ def fused_layers(
     if fold_adds:
         if len(adapters) != 1:
             raise UserError(f"fold_adds takes one adapter, {len(adapters)} were given: it changes the base")
-        base, adapters[0], adapter_config = _folded(base, adapters[0], adapter_config)
+        base, adapters[0], adapter_config = folded(base, adapters[0], adapter_config)
     banks = [_riders(one["layers"], adapter_config) for one in adapters]
 
     def product(i: int, block: str, name: str) -> Tree:
@@ -393,118 +393,3 @@ def write_adapter(fused_layers: Tree, riders: Tree, config: Any, adapter_config:
                         value, start = value.T, start[::-1]
                     there[target] = jax.lax.dynamic_update_slice(there[target], value, start)
     return out
-
-
-def _folded(base: Tree, adapter: Tree, adapter_config: AdapterConfig) -> tuple[Tree, Tree, AdapterConfig]:
-    """Base, adapter and configuration with every repeat-and-add of an ffba folded: into W where z is read beside
-    (`W + s rep(A)`), into B where it is added to the block's output (`B` plus stacked tilings of the identity)."""
-    row, r = adapter_config.row, adapter_config.rank
-    if row.adds != "repeat" or row.writes != "block":
-        able = ", ".join(name for name, other in METHODS.items() if other.adds == "repeat" and other.writes == "block")
-        raise UserError(f"fold_adds: {adapter_config.method} has no adds beside a path around the block; {able} have")
-    layers = jax.tree.map(lambda leaf: leaf, base["layers"])
-    trained = jax.tree.map(lambda leaf: leaf, adapter["layers"])
-    for block, (inputs, output) in BLOCKS.items():
-        slot = adapter_config.slots[inputs]
-        for i, name in enumerate(slot.forward):
-            if name in slot.repeat:
-                kernel = layers[block][inputs][f"{name}_kernel"]
-                change = jnp.tile(trained[block][inputs]["A"][..., i * r : (i + 1) * r], kernel.shape[-1] // r)
-                change = kernel.astype(jnp.float32) + adapter_config.scale * change
-                layers[block][inputs][f"{name}_kernel"] = change.astype(kernel.dtype)
-        if output in adapter_config.slots[output].repeat:
-            B = trained[block][output][f"{output}_B"]
-            identity = jnp.tile(jnp.eye(r, dtype=B.dtype), (B.shape[1] // r, B.shape[2] // r))
-            trained[block][output][f"{output}_B"] = B + identity
-    return {**base, "layers": layers}, {"layers": trained}, dataclasses.replace(adapter_config, add_to=())
-
-
-def widen(adapter: Tree, adapter_config: AdapterConfig, rank: int) -> tuple[Tree, AdapterConfig]:
-    """The same function at a larger rank, so that adapters of several ranks share a bank.
-
-    New rows of B are zeros. New channels of A are zeros too, or, for a method that repeats z, copies of the old ones,
-    since the tiling's period grows: `rank` must then be a multiple of the adapter's. Raises UserError otherwise.
-    """
-    r, row = adapter_config.rank, adapter_config.row
-    repeats = row.adds == "repeat" or row.writes == "stream"
-    if rank < r or (repeats and rank % r):
-        need = f"a multiple of {r}, since {adapter_config.method} tiles z" if repeats else f"at least {r}"
-        raise UserError(f"an adapter of rank {r} cannot be widened to rank {rank}; it must be {need}")
-
-    def grown(path: str, leaf: Array) -> Array:
-        axis = leaf.ndim - 1 if path == "A" else leaf.ndim - 2
-        pieces = jnp.split(leaf, leaf.shape[axis] // r, axis=axis)
-        if path == "A" and repeats:
-            pieces = [jnp.concatenate([piece] * (rank // r), axis=axis) for piece in pieces]
-        else:
-            room = [(0, rank - r) if i == axis else (0, 0) for i in range(leaf.ndim)]
-            pieces = [jnp.pad(piece, room) for piece in pieces]
-        return jnp.concatenate(pieces, axis=axis)
-
-    layers = {
-        block: {
-            product: {path: grown(path, leaf) for path, leaf in leaves.items()} for product, leaves in products.items()
-        }
-        for block, products in adapter["layers"].items()
-    }
-    alpha = adapter_config.scale * (rank**0.5 if adapter_config.rslora else rank)
-    return {"layers": layers}, dataclasses.replace(adapter_config, rank=rank, alpha=alpha)
-
-
-def merge(base: Tree, adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
-    """The base with the adapter's change of W added in: a bare Llama that computes what both did.
-
-    base, adapter: the `params` and `adapter` trees, leaves stacked `[L, …]`. lora and pf_lora: `W + s A B`; ffa:
-    `W + s rep(A)`; a piece of A `[L, d_in, r]`, B `[L, r, d_out]`. Sums are taken in float32 and cast once to the
-    kernel's dtype; leaves without an adapter are passed on as they are. Raises UserError (a ValueError) for a method
-    that is no change of W, and for an adapter of another configuration.
-    """
-    row = adapter_config.row
-    if not row.mergeable:
-        able = ", ".join(name for name, other in METHODS.items() if other.mergeable)
-        why = "its base is the result already" if row.reads is None else "it is no change of W"
-        raise UserError(f"{adapter_config.method} cannot be merged into the base: {why}; {able} can")
-    check_base(base, config)
-    check_adapter(adapter, config, adapter_config)
-    layers = dict(base["layers"])
-    for block, products in BLOCKS.items():
-        layers[block] = dict(layers[block])
-        for product in products:
-            kernels = layers[block][product] = dict(layers[block][product])
-            for name in adapter_config.slots[product].forward:
-                leaves = adapter["layers"][block][product]
-                kernels[f"{name}_kernel"] = merged_kernel(kernels[f"{name}_kernel"], leaves, adapter_config, name)
-    return {**base, "layers": layers}
-
-
-def merged_kernel(kernel: Array, leaves: Mapping[str, Array], adapter_config: AdapterConfig, projection: str) -> Array:
-    """`W + s A B` or `W + s rep(A)` of one projection, in the kernel's dtype: kernel `[…, d_in, d_out]` and the
-    adapter leaves of its product, of all layers or of one. Sums are taken in float32 and cast once."""
-    slot = next(slot for product, slot in adapter_config.slots.items() if projection in PRODUCTS[product])
-    start, r = slot.forward.index(projection) * adapter_config.rank, adapter_config.rank
-    change = leaves["A"][..., start : start + r]
-    if projection in slot.matrix:
-        change = jnp.matmul(change, leaves[f"{projection}_B"], precision=jax.lax.Precision.HIGHEST)
-    else:
-        change = jnp.tile(change, kernel.shape[-1] // r)
-    return (kernel.astype(jnp.float32) + adapter_config.scale * change).astype(kernel.dtype)
-
-
-def as_lora(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> tuple[Tree, AdapterConfig]:
-    """The same function as a `lora`: a lora or pf_lora as it is, an ffa with the fixed tiling `[I I … I]` as its B's.
-    Raises UserError for a method that is no change of W, and for an adapter of another configuration."""
-    row = adapter_config.row
-    if not row.mergeable:
-        why = "it has no adapter" if row.reads is None else "it is no change of W"
-        raise UserError(f"{adapter_config.method} is no LoRA: {why}")
-    check_adapter(adapter, config, adapter_config)
-    layers: Tree = {}
-    for block, products in BLOCKS.items():
-        for product in products:
-            for name in adapter_config.slots[product].forward:
-                leaves = layers.setdefault(block, {}).setdefault(product, dict(adapter["layers"][block][product]))
-                if row.adds == "repeat":
-                    shape = (adapter_config.rank, config.widths[name][1])
-                    tiling = jnp.tile(jnp.eye(shape[0], dtype=leaves["A"].dtype), shape[1] // shape[0])
-                    leaves[f"{name}_B"] = jnp.broadcast_to(tiling, (config.num_hidden_layers, *shape))
-    return {"layers": layers}, dataclasses.replace(adapter_config, method="lora", add_to=())

@@ -38,8 +38,9 @@ from flora_jax.adapters import (
 )
 from flora_jax.errors import UserError, near_misses
 from flora_jax.inference.sampling import Sampling, sample
+from flora_jax.models.attention import kernel_runs
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.llama import KVCache, Llama, kernel_runs
+from flora_jax.models.llama import KVCache, Llama
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
