@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 RUNTIME = [
     "absl-py>=2.1",
     "array_record>=0.8.3",
+    "filelock>=3.15",
     "flax>=0.12",
     "gguf>=0.17",
     "grain>=0.2.14",

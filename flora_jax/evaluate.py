@@ -37,6 +37,7 @@ def _parser() -> CommandParser:
 def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv[1:])
     # After the arguments are read: these imports take seconds.
+    from flora_jax.data.tasks import get_task
     from flora_jax.evaluation.run import describe, evaluate_tasks, load_task_data
     from flora_jax.files import write_json
     from flora_jax.interop.adapter_files import load_adapted
@@ -54,6 +55,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--generator {pair!r} is not FIELD=NUMBER")
         generator[field.strip()] = int(number)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if generator and not any(get_task(name, generator).generator for name in names):
+        raise UserError(f"--generator {args.generator} has no effect: --tasks {args.tasks} names no generated task")
     tasks = load_task_data(
         names, args.data_dir, protocol=args.protocol, prompt_style=args.prompt_style,
         published_faults=args.published_faults, limit=args.limit, num_fewshot=args.num_fewshot, seed=args.seed,

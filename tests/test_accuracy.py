@@ -206,3 +206,6 @@ def test_the_datas_place_is_not_recorded(monkeypatch):
         monkeypatch.setattr("sys.argv", ["accuracy", "--suite", "math", *flags])
         command = provenance(data_dir="/home/me/my data")["command"]
         assert "DIR" in command and "/home/me" not in command and "--data_dir" in command
+    # Nor is any other place on this machine.
+    monkeypatch.setattr("sys.argv", ["x", "--model", "/home/me/tuned", "--out=/home/a b", "--rates", "1/2"])
+    assert provenance()["command"].endswith("--model tuned '--out=a b' --rates 1/2")

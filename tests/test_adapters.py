@@ -178,6 +178,9 @@ REFUSALS = [
     (dict(method="ffba_qg_add", zero_init="B"), "adds z as it is (add_to=q,gate), so A must start at zero"),
     (dict(method="zflora", zero_init="B"), "the stream's channels"),
     (dict(method="fft", zero_init="A"), "fft has no adapter"),
+    (dict(method="fft", alpha=16), "adapter.alpha=16.0: fft has no adapter"),
+    (dict(method="fft", dropout=0.1), "adapter.dropout=0.1: fft has no adapter"),
+    (dict(method="fft", targets="q"), "fft has no adapter"),
 ]
 
 

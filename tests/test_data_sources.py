@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,23 @@ def test_two_processes_prepare_the_same_data(tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(_load_addsub, [(tmp_path, tmp_path / "cache")] * 2, chunksize=1) == [2000, 2000]
     assert len(list((tmp_path / "cache" / "tfds").iterdir())) == 1  # and no scratch is left behind
+
+
+def test_damaged_prepared_data_names_itself(tmp_path):
+    write(tmp_path / "AddSub" / "test.json", [record()])
+    load = lambda: sources.load_records(get_task("AddSub"), "test", tmp_path, tmp_path / "cache")  # noqa: E731
+    load()
+    [entry] = (tmp_path / "cache" / "tfds").iterdir()
+    for path in entry.rglob("*.array_record*"):
+        path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match=f"{entry.name} is damaged .*; remove that folder"):
+        load()
+    shutil.rmtree(entry)
+    entry.mkdir()
+    with pytest.raises(UserError, match="is damaged"):
+        load()
+    entry.rmdir()
+    assert load() == [record()]
 
 
 def test_losing_the_race_keeps_the_winner(tmp_path):

@@ -274,6 +274,8 @@ def tasks_dir(tmp_path_factory):
     (folder / "missing.yaml").write_text(yaml.safe_dump(missing))
     unsafe = {**yaml.safe_load((folder / "ask.yaml").read_text()), "task": "unsafe", "unsafe_code": True}
     (folder / "unsafe.yaml").write_text(yaml.safe_dump(unsafe))
+    other = {**generate, "output_type": "multiple_choice", "doc_to_text": "{{absent.field}}", "doc_to_choice": ["a"]}
+    write_task(folder, "other", other, docs)
     (folder / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["arc_easy", "ask"]}))
     return folder
 
@@ -323,6 +325,7 @@ def test_command(checkpoint, tasks_dir, few_tasks, base, tmp_path, capsys):
         (["--tasks", "arc_easy,arc_easy"], "twice"),
         (["--tasks", ","], "tasks is empty"),
         (["--tasks", "missing"], "'missing': its data cannot be loaded"),
+        (["--tasks", "other"], "'other' does not fit its data (UndefinedError: 'absent' is undefined)"),
         (["--tasks", "unsafe"], "'unsafe' runs generated code"),
         (["--tasks", "arc_easy", "--limit", "0"], "--limit 0"),
         (["--tasks", "arc_easy", "--num_fewshot", "-1"], "--num_fewshot -1"),

@@ -14,7 +14,7 @@ from flora_jax.config import fields
 from flora_jax.errors import Stopped, UserError
 from flora_jax.train import run
 from flora_jax.training.loop import _signals
-from flora_jax.training.workdir import Metrics
+from flora_jax.training.workdir import Metrics, held
 
 STEPS = 24
 
@@ -108,14 +108,23 @@ def finished(tmp_path_factory, small, quick_compile, hf_directory):
     return folder, values
 
 
+def test_two_runs_in_one_directory(finished, small):
+    folder, values = finished
+    with held(folder / "w"), pytest.raises(UserError, match="w is in use: another process"):
+        run(small(**values), folder / "w")
+    assert run(small(**values), folder / "w")["step"] == 2
+
+
 def test_a_second_ctrl_c_ends_at_once():
     """Not the first one after a SIGTERM, which asked for a save; schedulers may send that more than once."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
     with _signals() as noted:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
         assert noted == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_scores_stay_until_there_are_new_ones(small, quick_compile, tmp_path, monkeypatch):

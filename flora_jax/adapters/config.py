@@ -115,13 +115,15 @@ class AdapterConfig:
             object.__setattr__(self, "zero_init", self.row.zero)
         if self.zero_init not in ("A", "B"):
             raise UserError(f"adapter.zero_init={self.zero_init!r} must be A or B")
-        if self.row.reads is None and self.zero_init != self.row.zero:
-            raise UserError(f"adapter.zero_init={self.zero_init!r}: {self.method} has no adapter; leave it unset")
         if self.zero_init == "B" and (add_to or self.row.writes == "stream"):
             where = f"add_to={','.join(add_to)}" if add_to else "the stream's channels"
             raise UserError(f"adapter.zero_init='B': {self.method} adds z as it is ({where}), so A must start at zero")
         object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "add_to", add_to)
+        unset = AdapterConfig("lora", self.rank, zero_init=self.row.zero) if self.row.reads is None else self
+        for field in ("alpha", "rslora", "targets", "dropout", "zero_init"):
+            if (value := getattr(self, field)) != getattr(unset, field):
+                raise UserError(f"adapter.{field}={value!r}: {self.method} has no adapter; leave it unset")
         self._check_reach()
 
     def _check_reach(self) -> None:

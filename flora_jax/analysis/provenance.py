@@ -14,11 +14,12 @@ import jax
 
 
 def provenance(module: str, arguments: list[str], packages: tuple[str, ...] = ()) -> dict[str, Any]:
-    """JSON-ready; `packages` are named beside jax, jaxlib, flax and numpy."""
+    """JSON-ready; `packages` are named beside jax, jaxlib, flax and numpy, absolute paths in the command by their last
+    part."""
     names = ("jax", "jaxlib", "flax", "numpy", *packages)
     device = jax.devices()[0]
     return {
-        "command": shlex.join(["python", "-m", module, *arguments]),
+        "command": shlex.join(["python", "-m", module, *map(_placeless, arguments)]),
         "device": f"{os.cpu_count()} cores, {_processor()}" if device.platform == "cpu" else device.device_kind,
         "platform": device.platform,
         "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}},
@@ -26,6 +27,11 @@ def provenance(module: str, arguments: list[str], packages: tuple[str, ...] = ()
         "load_average": os.getloadavg()[0],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _placeless(argument: str) -> str:
+    flag, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def _processor() -> str:

@@ -64,8 +64,13 @@ def load_records(
         _prepare(task, split, _read(task, split, data_dir), directory)
     import tensorflow_datasets as tfds
 
-    source = tfds.builder_from_directory(next(directory.glob("*/*/*"))).as_data_source(split)
-    return [_decode(source[i]) for i in range(len(source))]
+    try:
+        [built] = directory.glob("*/*/*")
+        source = tfds.builder_from_directory(built).as_data_source(split)
+        return [_decode(source[i]) for i in range(len(source))]
+    except Exception as error:  # TFDS and array_record have no narrower class for files that are damaged
+        why = " ".join(str(error).split())[:120]
+        raise UserError(f"prepared data in {directory} is damaged ({why}); remove that folder") from error
 
 
 def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:

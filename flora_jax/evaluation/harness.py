@@ -285,6 +285,9 @@ def load_harness_tasks(names: Sequence[str], include_path: str | os.PathLike | N
             loaded = manager.load(name)
         except (OSError, DatasetsError) as error:
             raise UserError(f"harness task {name!r}: its data cannot be loaded ({error})") from error
+        except Exception as error:  # what a task file asks of its data may fail in any way
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"harness task {name!r} does not fit its data ({type(error).__name__}: {why})") from error
         for task in loaded["tasks"].values():
             for flag, what in (("UNSAFE_CODE", "runs generated code"), ("MULTIMODAL", "shows images")):
                 if getattr(task, flag, False):

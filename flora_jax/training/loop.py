@@ -43,7 +43,7 @@ from flora_jax.training.runs import load_base, run_keys
 from flora_jax.training.runs import model_config as make_model_config
 from flora_jax.training.sharding import make_mesh, optimizer_shardings, shard_batch, shardings
 from flora_jax.training.step import TrainState, make_eval_step, make_train_step
-from flora_jax.training.workdir import SCHEMA_VERSION, Metrics, check_workdir
+from flora_jax.training.workdir import SCHEMA_VERSION, Metrics, check_workdir, held
 
 Tree = dict[str, Any]
 
@@ -201,6 +201,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     if main and not (workdir / "config.json").exists():
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", {"schema_version": SCHEMA_VERSION, "config": config.to_dict()})
+    with held(workdir) if main else contextlib.nullcontext():
+        return _train(run, workdir)
+
+
+def _train(run: Run, workdir: Path) -> Result:
+    """`train`, prepared and alone in its directory."""
+    config, main = run.config, jax.process_index() == 0
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
     latest = checkpoints.latest
     validated: dict[int, float] = {}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_collections
+from filelock import FileLock, Timeout
 from tensorboardX import SummaryWriter
 
 from flora_jax.config import fields, get_config
@@ -46,6 +49,23 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
                 f"--workdir={workdir} holds a run with config.{field}={there.get(field)!r}, not {here.get(field)!r}; "
                 "resume with the same configuration, or name another --workdir"
             )
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Keeps other processes out of the run, until this one is through or dies. Raises UserError where one is at it."""
+    lock = FileLock(workdir / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"--workdir={workdir} is in use: another process is training there; wait for it to end, or "
+                        "name another") from None  # fmt: skip
+    except (OSError, NotImplementedError):  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Metrics:
