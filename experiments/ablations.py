@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from experiments.accuracy import SCHEMA_VERSION, about_run, item_losses, paired_bootstrap, read_seeds, train
-from experiments.report import differences, header
+from experiments.report import check_data, differences, header
 from flora_jax.analysis.variants import trained_parameters
 from flora_jax.config import adapter_config, learning_rate, names, read_config
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
@@ -59,6 +59,8 @@ def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     asked = {**setup.to_dict(), "data": {**setup.data.to_dict(), "dir": "DIR"}, "test_items": args.limit}
     for other in [path, *sorted(args.out.glob("*.json"))]:
         if other.exists() and not differences((result := read_json(other))["asked"], asked):
+            tested = {f"{args.task}/test": result["data_hash"]} if "data_hash" in result else {}
+            check_data(result["data"]["sha256"] | tested, args.data_dir, other)
             if other != path:
                 write_json(path, {**result, "name": name, "same_run_as": result["name"]})
             return {**result, "name": name}
@@ -74,7 +76,7 @@ def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION, "name": name, "asked": asked, "learning_rate": learning_rate(setup),
         "parameters": trained_parameters(load_config(args.model), adapter), "scale": adapter.scale,
         "trains_beside": setup.train.trainable, **{k: v for k, v in account.items() if k != "config"},
-        "reference_losses": [loss / size for loss, size in losses],
+        "data_hash": tasks[0].data_hash, "reference_losses": [loss / size for loss, size in losses],
         "minutes": (time.perf_counter() - start) / 60, "provenance": about_run(args),
     }  # fmt: skip
     write_json(path, result)

@@ -28,11 +28,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.report import differences, header, provenance
+from experiments.report import check_data, differences, header, provenance
 from flora_jax.adapters import AdapterConfig
 from flora_jax.analysis.variants import rank_for, trained_parameters
 from flora_jax.config import LEARNING_RATES, get_config, names
-from flora_jax.data import data_hash, get_task, load_examples
+from flora_jax.data import get_task, load_examples
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
 from flora_jax.evaluation.run import TaskData, evaluate_tasks, load_task_data
@@ -214,7 +214,8 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
             raise UserError(f"{path} was asked for {differ}; name another --out, or delete it to run it anew")
         if method and (differ := differences(result["config"], configuration(*run_of, args).to_dict())):
             raise UserError(f"{path} was run with {differ}; name another --out, or delete it to run it anew")
-        check_data(result, args, path)
+        found = {f"{name}/test": task["data_hash"] for name, task in result["evaluation"]["tasks"].items()}
+        check_data(found | result.get("data", {}).get("sha256", {}), args.data_dir, path)
         return result
     result = {"schema_version": SCHEMA_VERSION, "suite": args.suite, "arm": arm, "method": method, "asked": asked}
     adapter, scored = None, None
@@ -234,23 +235,13 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
     return result
 
 
-def check_data(result: dict[str, Any], args: argparse.Namespace, path: Path) -> None:
-    """Raises UserError if a result is of other records than those that are there now."""
-    found = {f"{name}/test": task["data_hash"] for name, task in result["evaluation"]["tasks"].items()}
-    found |= {name: digest for name, digest in result.get("data", {}).get("sha256", {}).items() if "/" in name}
-    for name, digest in found.items():
-        task, split = name.split("/")
-        if data_hash(get_task(task), split, args.data_dir) != digest:
-            raise UserError(f"{path} is of other records of {name} than --data_dir has; name another --out, or delete "
-                            "it to run it anew")  # fmt: skip
-
-
 def check_comparable(args: argparse.Namespace) -> None:
     """Raises UserError if OUT/SUITE holds results that cannot stand in one table with what is asked for."""
     asked = {"model": args.model, "rank": args.rank, "steps": args.steps or SUITES[args.suite].steps,
-             "limit": args.limit}  # fmt: skip
+             "limit": args.limit, "validation_size": args.validation_size,
+             "allow_contaminated": args.allow_contaminated}  # fmt: skip
     for path in sorted((args.out / args.suite).glob("*.json")):
-        if differ := differences(read_json(path)["asked"], asked):
+        if differ := differences({"allow_contaminated": False, **read_json(path)["asked"]}, asked):
             raise UserError(f"{path}, of the same table, has {differ}; name another --out")
 
 
@@ -414,6 +405,10 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--methods: {method!r} is unknown here; {near_misses(method, ARMS)}")
     if not names(args.methods):
         raise UserError(f"--methods {args.methods!r} names none; known: {', '.join(ARMS)}")
+    for flag in ("steps", "limit", "validation_size"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value} must be a positive integer")
     seeds = read_seeds(args.seeds)
     suite = SUITES[args.suite]
     check_writable(args.out / args.suite / "base.json", "--out")

@@ -143,6 +143,9 @@ def main(argv: list[str]) -> None:
     if args.new_tokens < 2 or args.rounds < 1 or args.prompt_length < 1:
         raise UserError("--new_tokens must be at least 2, --rounds and --prompt_length at least 1")
     config, base = load_model(args)
+    if args.prompt_length + args.new_tokens > config.max_position_embeddings:
+        raise UserError(f"--prompt_length {args.prompt_length} with --new_tokens {args.new_tokens} are more than the "
+                        f"model's max_position_embeddings={config.max_position_embeddings}")  # fmt: skip
     adapter_config = AdapterConfig(args.method, args.rank)
     adapter_config.check(config.widths)
     parameters = trained_parameters(config, adapter_config)

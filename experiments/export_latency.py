@@ -23,6 +23,7 @@ from flora_jax.adapters import AdapterConfig
 from flora_jax.analysis.peer import PACKAGES, Peer, check_peer, time_torch, torch_llama
 from flora_jax.analysis.timing import Setting, interleave, paired_ratio, summary
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
+from flora_jax.config import names
 from flora_jax.errors import CommandParser, UserError, positive_integers, run_command
 from flora_jax.interop.exports import export
 from flora_jax.interop.formats import Trained
@@ -48,13 +49,13 @@ def main(argv: list[str]) -> None:
 
     config, base = load_model(args)
     parameters = trained_parameters(config, AdapterConfig(args.method, args.rank))
+    variants = {name: AdapterConfig(name, rank_for(name, config, parameters)) for name in names(args.methods)}
     tokenizer = load_tokenizer("random" if args.model == "random" else args.model)
     peer = Peer(config, base, rank_for("lora", config, parameters))
     models: dict[str, Any] = {"bare": torch_llama(config, base), "peft lora": peer.model}
     counts = {"bare": ("–", 0), "peft lora": (rank_for("lora", config, parameters), peer.parameters)}
     with tempfile.TemporaryDirectory() as folder:
-        for method in args.methods.split(","):
-            adapter_config = AdapterConfig(method, rank_for(method, config, parameters))
+        for method, adapter_config in variants.items():
             adapter = random_adapter(jax.random.key(1), config, adapter_config)
             trained = Trained(config, base, adapter_config, adapter, {}, tokenizer, args.model, base_fingerprint(base))
             out = Path(folder) / method

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.report import header, provenance
+from experiments.report import check_data, header, provenance
 from flora_jax.config import LEARNING_RATES, get_config, names
 from flora_jax.data import get_task, label_request, load_examples
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
@@ -74,6 +74,7 @@ def one(method: str, args: argparse.Namespace) -> dict[str, Any]:
         result = read_json(done)
         if result["settings"] != settings:
             raise UserError(f"{done} is of settings {result['settings']}, not {settings}; name another --workdir")
+        check_data(result["data"]["sha256"], args.data_dir, done)
         return result
     start = time.perf_counter()
     summary = run(configuration(method, args.data_dir, args.steps), workdir)

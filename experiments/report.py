@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from flora_jax.analysis.provenance import provenance as record
 from flora_jax.config import get_config
+from flora_jax.data import data_hash, get_task
 from flora_jax.errors import UserError, check_writable
 from flora_jax.files import write_json
 from flora_jax.models.config import DTYPES, LlamaConfig
@@ -45,6 +46,16 @@ def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     before = {field: before.get(field, default.get(field, "absent")) for field in now}
     return ", ".join(f"{field}={before[field]!r} (now {now[field]!r})" for field in now
                      if field not in _NO_NUMBERS and before[field] != now[field])  # fmt: skip
+
+
+def check_data(hashes: Mapping[str, str], data_dir: str | None, path: Path) -> None:
+    """Raises UserError if the result at `path`, with hashes by TASK/SPLIT, is of other records than those that are
+    there now."""
+    for name, digest in hashes.items():
+        task, slash, split = name.rpartition("/")
+        if slash and data_hash(get_task(task), split, data_dir) != digest:
+            raise UserError(f"{path} is of other records of {name} than --data_dir has; name another --out, or delete "
+                            "it to run it anew")  # fmt: skip
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:

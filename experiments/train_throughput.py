@@ -10,6 +10,7 @@ extra `test` (torch, peft).
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import statistics
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from flora_jax.errors import CommandParser, run_command
+from flora_jax.errors import CommandParser, UserError, check_writable, run_command
 
 MODEL = "smollm2-135m-instruct"
 # Equal budgets of about 5.5 M parameters.
@@ -124,28 +125,30 @@ def compare(rows: int, length: int, rounds: int, answers: float) -> dict[str, An
     """Interleaved steps; tokens/s of each, and its ratio to PEFT's round by round."""
     from tqdm import tqdm
 
+    from flora_jax.analysis.timing import interleave, paired_ratio
     from flora_jax.models.loading import load_pretrained
 
     weights = load_pretrained(MODEL)
     batch = make_batch(rows, length, weights[0].vocab_size, answers)
     steppers = {"peft lora": peft_stepper(weights), **{m: jax_stepper(m, weights) for m in RANKS}}
-    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+
+    def timed(step: Callable[[dict[str, np.ndarray]], float]) -> float:
+        start = time.perf_counter()
+        step(batch)
+        return time.perf_counter() - start
+
     for step in steppers.values():
         step(batch), step(batch)
-    for _ in tqdm(range(rounds), unit="round", disable=not sys.stderr.isatty()):
-        for name, step in steppers.items():
-            start = time.perf_counter()
-            step(batch)
-            seconds[name].append(time.perf_counter() - start)
-    peer = seconds["peft lora"]
+    contestants = {name: functools.partial(timed, step) for name, step in steppers.items()}
+    times = list(tqdm(interleave(contestants, rounds), total=rounds, unit="round", disable=not sys.stderr.isatty()))
+    seconds = {name: [one[name] for one in times] for name in steppers}
     result = {}
-    for name, times in seconds.items():
-        ratios = sorted(p / t for p, t in zip(peer, times, strict=True))
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    for name, own in seconds.items():
+        ratio = paired_ratio(seconds["peft lora"], own)
         result[name] = {
-            "tokens_per_second": rows * length / statistics.median(times),
-            "ratio": statistics.median(ratios),
-            "ratio_quartiles": [quartiles[0], quartiles[2]],
+            "tokens_per_second": rows * length / statistics.median(own),
+            "ratio": ratio["median"],
+            "ratio_quartiles": ratio["quartiles"],
         }
     return result
 
@@ -160,6 +163,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # one name, measured in this process
     args = parser.parse_args(argv[1:])
+    if min(args.rows, args.length, args.rounds) < 1 or not 0 < args.answers <= 1:
+        raise UserError("--rows, --length and --rounds must be at least 1, --answers above 0 and at most 1")
+    if args.out:
+        check_writable(args.out.with_suffix(".json"), "--out")
     if args.memory:
         print(json.dumps(measure_memory(args.memory, make_batch(args.rows, args.length, 49152, 1.0))))
         return

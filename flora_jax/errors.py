@@ -29,6 +29,15 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(known)}"
 
 
+def check_text(text: str, where: str) -> None:
+    """Raises UserError for half a character, which no tokenizer takes: a lone surrogate in JSON (`\\ud83d`), a byte
+    that is no UTF-8 in a command."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half a character (a lone surrogate, or bytes that are no UTF-8)") from None
+
+
 class Stopped(Exception):
     """A signal ended the run early, after its checkpoint was written."""
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from flora_jax.errors import CommandParser, UserError, run_command
+from flora_jax.errors import CommandParser, UserError, check_text, run_command
 from flora_jax.models.config import DTYPES
 
 
@@ -40,6 +40,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--max_new_tokens {args.max_new_tokens} must be a positive integer")
     if not args.prompt:
         raise UserError("--prompt is empty; it needs some text")
+    check_text(args.prompt, "--prompt")
+    if args.temperature == 0 and (args.top_k, args.top_p) != (0, 1.0):
+        raise UserError("--top_k and --top_p need a --temperature above 0, which samples at all")
     model = load_adapted(args.model, args.adapter, args.dtype)
     adapters = {"adapter": model.adapter} if model.adapter is not None else None
     style = "chat" if args.chat else "plain"

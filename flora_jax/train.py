@@ -38,6 +38,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     # Choices are scored as plain text.
     plain = config.eval.protocol == "lm_eval" and any(task.metric == "choice" for task in scored)
     style = "plain" if plain else config.data.prompt_style
+    if style != config.data.prompt_style and any(task.metric != "choice" for task in scored):
+        raise UserError(f"config.eval.tasks={config.eval.tasks!r}: protocol lm_eval scores choices as plain text, and "
+                        f"would ask the others so, too, not in config.data.prompt_style={config.data.prompt_style!r}; "
+                        "name tasks of one kind, and score the others with flora_jax.evaluate")  # fmt: skip
     tasks = names(config.eval.tasks) and load_task_data(
         names(config.eval.tasks), config.data.dir, protocol=config.eval.protocol, prompt_style=style,
         published_faults=config.eval.published_faults, limit=config.eval.limit,

@@ -92,6 +92,13 @@ def test_the_script(tmp_path, hf_directory, caches, monkeypatch, capsys, quick_c
     assert again.splitlines()[4:] == table.splitlines()[4:] and len(trained) == 3  # above: command and time
     with pytest.raises(UserError, match=r"was run with train.steps=2 \(now 3\)"):
         run("--steps", "3")
+    for split in ("train", "test"):
+        records = tmp_path / "samsum" / f"{split}.jsonl"
+        kept = records.read_text()
+        records.write_text(kept.partition("\n")[2])
+        with pytest.raises(UserError, match=f"is of other records of samsum/{split} than"):
+            run()
+        records.write_text(kept)
     with pytest.raises(UserError, match="--groups ',' names none"):
         run("--groups", ",")
     with pytest.raises(UserError, match="--groups: 'add_sets' is unknown; did you mean 'add_set'"):

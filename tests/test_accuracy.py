@@ -96,7 +96,7 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
     [row] = [r for r in rows if (r["method"], r["task"], r["metric"]) == ("ffba", "samsum", "reference_loss")]
     assert float(row["mean"]) == pytest.approx(mean) and row["seeds"] == "2"
     for flags, words in (
-        (("--validation_size", "2"), r"ffba-seed0.*was asked for validation_size=4 \(now 2\)"),
+        (("--validation_size", "2"), r"of the same table, has validation_size=4 \(now 2\)"),
         (("--preset", "llama3.2-1b"), r"ffba-seed0.*was run with model.dtype='float32' \(now 'bfloat16'\)"),
         (("--steps", "2"), r"of the same table, has steps=3 \(now 2\)"),
         (("--limit", "3"), r"of the same table, has limit=4 \(now 3\)"),
@@ -164,6 +164,9 @@ def test_arms_have_the_budget_as_nearly_as_their_ranks_allow():
     assert all(abs(counts[arm] / budget - 1) < 0.02 for arm in ("lora", "fpa", "ffba_qg_add"))
     with pytest.raises(UserError, match="no rank below 100 parameters"):
         rank_for("zflora", config, 100, "below")
+    for method, parameters in (("fft", budget), ("lora", 0)):
+        with pytest.raises(UserError, match="fft has no adapter"):
+            rank_for(method, config, parameters)
 
 
 def test_paired_bootstrap():

@@ -109,6 +109,8 @@ FIELDS = [
     (["train.seed=99999999999999999999", "64 bits"], "--config.train.seed=99999999999999999999"),
     (["optim.eps=inf", "finite"], "--config.optim.eps=inf"),
     (["eval.max_length=1", "at least 2"], "--config.eval.max_length=1"),
+    (["protocol lm_eval scores choices as plain text", "prompt_style='chat'"],
+     "--config.eval.tasks=boolq,chain_sum --config.eval.protocol=lm_eval --config.data.prompt_style=chat"),
     (["leaves no room", "chain_sum"],
      "--config.eval.max_length=40 --config.eval.tasks=chain_sum --config.eval.protocol=llm_adapters"),
 ]  # fmt: skip

@@ -292,6 +292,12 @@ def test_canonical_number(text, number):
     assert canonical_number(text) == number
 
 
+@pytest.mark.parametrize("text", ["nan", "inf", "1e400", "1_000", "seven", ""])
+def test_no_canonical_number(text):
+    with pytest.raises(ValueError):
+        canonical_number(text)
+
+
 def test_a_wrong_rationale_is_no_target():
     parse = TASKS["gsm8k"].parse
     right = parse(record(output="\nA: 2 + 3 = 5. The answer is 5.", answer="5.0"))

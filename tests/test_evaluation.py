@@ -291,6 +291,10 @@ def test_few_shot_prompts(data_dir):
     chat = few_shot_messages(asked, [shot], "chat")
     assert [m.content for m in chat] == ["1 + 1?", "2", "2 + 2?"]
     assert few_shot_messages(asked, [], "plain") == [Message("user", "2 + 2?")]
+    told = Message("system", "Sums.")
+    shot, asked = (Example((told, *example.messages)) for example in (shot, asked))
+    assert few_shot_messages(asked, [shot], "plain") == [Message("user", "Sums.\n\n1 + 1? 2\n\nSums.\n\n2 + 2?")]
+    assert few_shot_messages(asked, [shot], "chat") == [told, *chat]
 
 
 def test_what_is_asked_is_never_shown(tmp_path):
@@ -459,7 +463,7 @@ def put_words_into(monkeypatch, reply):
     return asked
 
 
-def test_prompts_that_are_too_long_are_wrong_and_counted(checkpoint, tmp_path, monkeypatch, capsys):
+def test_prompts_that_are_too_long_are_wrong_and_counted(checkpoint, data_dir, tmp_path, monkeypatch, capsys):
     """With 256 new tokens, 280 leave 24 for a prompt: exactly 24 fit, 25 do not."""
     asked = put_words_into(monkeypatch, "It is 7.")
     texts = ["short", "x" * 25, "y" * 24, "z" * 100]
@@ -476,6 +480,11 @@ def test_prompts_that_are_too_long_are_wrong_and_counted(checkpoint, tmp_path, m
     error = capsys.readouterr().err
     assert "max_length=260 leaves no room for 256 new tokens" in error and "the shortest has 5 tokens" in error
     assert error.count("\n") == 1 and not (tmp_path / "none.json").exists()
+    # Nor is another task scored before that is said.
+    monkeypatch.setattr("flora_jax.evaluation.run._score_choices", lambda *_: pytest.fail("scored"))
+    (tmp_path / "ARC-Easy").symlink_to(data_dir / "ARC-Easy")
+    both = [*arguments, "--tasks", "ARC-Easy,gsm8k", "--protocol", "lm_eval", "--max_length", 260]
+    assert command("evaluate", *both) == 2 and "no room for 256" in capsys.readouterr().err
     assert command("evaluate", *arguments, "--max_length", 1024, "--out", out) == 0
     assert json.loads(out.read_text())["tasks"]["gsm8k"]["too_long"] == 0
 
@@ -513,6 +522,12 @@ def test_adapter_of_another_base_is_refused(checkpoint, tiny, tmp_path, capsys):
     assert command("generate", "--model", tmp_path, "--prompt", "a", "--adapter", checkpoint / "adapter") == 2
     error = capsys.readouterr().err
     assert "another base" in error and str(checkpoint) in error
+
+
+def test_what_generate_refuses(checkpoint, capsys):
+    for flags, words in ((["--prompt", "\udce9"], "--prompt holds half a character"), (["--prompt", ""], "is empty"),
+                         (["--prompt", "a", "--top_k", 5], "--top_k and --top_p need a --temperature")):  # fmt: skip
+        assert command("generate", "--model", checkpoint, *flags) == 2 and words in capsys.readouterr().err
 
 
 def test_generate_command(checkpoint, tiny, capsys):

@@ -273,10 +273,23 @@ def test_bad_input(tiny):
     with pytest.raises(UserError, match="prompt 0 has token id 230, outside"):  # the first byte of its first character
         text.generate(["日"], 2)
     assert Sampling(np.float32(0.5), np.int64(3), np.float64(0.9)) == Sampling(0.5, 3, 0.9)
-    for arguments, words in [({"stop": ["\n"]}, "list of token ids"), ({"seed": 2**70}, "integer of 64 bits")]:
+    for arguments, words in [
+        ({"stop": ["\n"]}, "must be token ids below the model's vocab_size"), ({"stop": 2**40}, "must be token ids"),
+        ({"stop": [-5]}, "must be token ids"), ({"seed": 2**70}, "integer of 64 bits"),
+        ({"sampling": 0.7}, "sampling=0.7 must be a Sampling"),
+    ]:  # fmt: skip
         with pytest.raises(UserError, match=words):
             generator.generate([[1]], 5, **arguments)
     ffba = AdapterConfig("ffba", rank=8)
+    adapter = init_adapter(jax.random.key(0), config, ffba)
+    for arguments, words in [
+        ({"adapter_config": ffba}, "without adapters"), ({"adapters": [adapter]}, "trees by name"),
+        ({"batch_size": 2.5}, "batch_size=2.5"), ({"max_length": None}, "max_length=None"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            Generator(config, base, **arguments)
+    with pytest.raises(UserError, match="prompt 0 holds half a character"):
+        text.generate(["a\udce9"], 2)
     with pytest.raises(UserError, match="adapter leaf"):
         Generator(config, base, {"a": init_adapter(jax.random.key(0), config, ffba)}, AdapterConfig("ffba", rank=16))
     for bad in [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": "0.7"}]:

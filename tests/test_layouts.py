@@ -141,6 +141,32 @@ def test_fused_equals_split_and_is_undone(config, method):
         assert_same_tree(found_adapter, adapter, ulp=2)
 
 
+@pytest.mark.parametrize("method, targets", [
+    ("ffba", "k,v"), ("ffba", "q,k,v,gate,up,down"), ("ffba_qg_add", "q,gate"), ("ffba_qd_add", "q,gate,up,down"),
+    ("lora", "v,down"), ("pf_lora", "k,up"), ("ffa", "o,gate"), ("fpa", "gate,up,down"),
+])  # fmt: skip
+def test_some_targets_alone(method, targets):
+    """Fused, apart, in a bank and back; an ffba need not write where its z is added beside it."""
+    adapter_config = AdapterConfig(method, 8, alpha=12.0, targets=targets)
+    base, adapters = random_base(TINY), [random_adapter(adapter_config, seed=seed) for seed in (1, 2)]
+    alone = [logits(TINY, adapter_config, {"params": base, "adapter": adapter}) for adapter in adapters]
+    atol = 1e-5 * float(jnp.abs(alone[0]).max())
+    assert jnp.abs(alone[0] - logits(TINY, None, {"params": base})).max() > 0.1
+    tree = fuse(base, adapters[0], TINY, adapter_config, 128, transposed=True)
+    for params in (tree, apart(base, adapters[0], TINY, adapter_config)):
+        np.testing.assert_allclose(logits(TINY, adapter_config, {"params": params}), alone[0], atol=atol)
+    found_base, found_adapter = split(tree, TINY, adapter_config)
+    assert_same_tree(found_base, base)
+    assert_same_tree(found_adapter, adapters[0], ulp=2)
+    if method != "lora":
+        bank = {"params": fuse(base, adapters, TINY, adapter_config)}
+        found = logits(TINY, adapter_config, bank, jnp.array([[False, True], [True, False]]))
+        np.testing.assert_allclose(found, jnp.stack([alone[1][0], alone[0][1]]), atol=atol)
+    if method.startswith("ffba"):
+        with pytest.raises(UserError, match=r"fold_adds: .*leave 'o' out"):
+            fuse(base, adapters[0], TINY, adapter_config, fold_adds=True)
+
+
 @pytest.mark.parametrize("places", [1, 4, 16])
 @pytest.mark.parametrize("method", ["pf_lora", "ffa", "fpa", "ffba", "ffba_qd_add", "zflora"])
 def test_each_row_of_a_bank_has_its_adapters_logits(method, places):

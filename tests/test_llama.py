@@ -395,6 +395,11 @@ def test_what_would_be_ignored_or_clamped_is_refused():
     ]:
         with pytest.raises(UserError, match=words):
             Llama(TINY, adapter_config).apply({"params": params}, TOKENS, **arguments)
+    for tokens, words in [(np.full((1, 3), TINY.vocab_size), "tokens from 320 to 320 are not all"),
+                          (np.array([[-1]]), "vocab_size=320"), (np.zeros(3, int), "not int64 [3]"),
+                          (np.zeros((1, 3)), "must be integers [B, T], not float64 [1, 3]")]:  # fmt: skip
+        with pytest.raises(UserError, match=re.escape(words)):
+            Llama(TINY).apply({"params": base}, tokens)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -185,7 +185,7 @@ class AdapterConfig:
                 matrix=forward_out if matrix else (),
                 repeat=tuple(p for p in outs if p in self.add_to),
                 backward=outs if row.writes == "block" else (),
-                backward_rank=self.rank * len(forward_in) if row.writes == "block" else 0,
+                backward_rank=self.rank * len(forward_in) if row.writes == "block" and outs else 0,
             )
         return slots
 

@@ -26,6 +26,11 @@ def folded(base: Tree, adapter: Tree, adapter_config: AdapterConfig) -> tuple[Tr
     if row.adds != "repeat" or row.writes != "block":
         able = ", ".join(name for name, other in METHODS.items() if other.adds == "repeat" and other.writes == "block")
         raise UserError(f"fold_adds: {adapter_config.method} has no adds beside a path around the block; {able} have")
+    slots = adapter_config.slots
+    for inputs, output in BLOCKS.values():
+        if slots[inputs].forward and not slots[output].backward:
+            raise UserError(f"fold_adds: no z would reach anything but W, since adapter.targets="
+                            f"{','.join(adapter_config.targets)} leave {output!r} out; serve it without")  # fmt: skip
     layers = jax.tree.map(lambda leaf: leaf, base["layers"])
     trained = jax.tree.map(lambda leaf: leaf, adapter["layers"])
     for block, (inputs, output) in BLOCKS.items():

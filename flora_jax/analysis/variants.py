@@ -68,6 +68,8 @@ def rank_for(method: str, config: LlamaConfig, parameters: int, side: str = "nea
     """The rank at which `method` comes nearest to a number of trained parameters; one that divides where it must.
     `side`: "nearest", or the nearest of those "below" (at most so many) or "above" (at least so many)."""
     one = trained_parameters(config, AdapterConfig(method, 1))
+    if not one or not parameters:
+        raise UserError("fft has no adapter, so no rank equals another's parameters; name a method that has one")
 
     def fits(rank: int) -> bool:
         try:

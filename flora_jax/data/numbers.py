@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 # A fraction or date, left as it stands; or a number: thousands joined by commas, decimals, an exponent.
@@ -60,6 +61,8 @@ def canonical_number(text: str) -> str:
     """`"576.0"`, `"1,080"` and `"- 7"` as `"576"`, `"1080"` and `"-7"`; a ValueError if it is no number."""
     text = text.replace(",", "").replace(" ", "")
     value = float(text)
+    if not math.isfinite(value) or "_" in text:
+        raise ValueError(text)
     if value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     return text.replace("-.", "-0.") if not text.startswith(".") else "0" + text

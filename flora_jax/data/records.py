@@ -10,7 +10,7 @@ from typing import Any
 
 from flora_jax.data.catalogue import compose_ending, hellaswag
 from flora_jax.data.tasks import ROLES
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, check_text, near_misses
 
 Record = dict[str, Any]
 
@@ -56,19 +56,10 @@ def _field(raw: Mapping[str, Any], name: str, where: str, default: str | None = 
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"{where}: field {name!r} is {type(value).__name__} {value!r:.40}; it must be a string")
-    if not _encodes(value):
-        raise UserError(f"{where}: field {name!r} holds half a character (a lone surrogate, such as \\ud83d)")
+    check_text(value, f"{where}: field {name!r}")
     if default is None and not value.strip():
         raise UserError(f"{where}: field {name!r} is empty; it needs text")
     return value
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:

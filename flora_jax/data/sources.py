@@ -151,6 +151,8 @@ def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Pat
     if data_dir is None:
         other = f", or to tfds for {CATALOGUE[task.name].name} of the TFDS catalogue" if task.name in CATALOGUE else ""
         raise UserError(f"task {task.name!r} is read from files; set data.dir to the folder that holds them{other}")
+    if not Path(data_dir).is_dir():
+        raise UserError(f"data.dir={str(data_dir)!r} is not a directory (nor tfds, nor tfds:DIR)")
     folder = Path(data_dir) if task.source == "jsonl" else Path(data_dir) / task.name
     names = [task.files[split]] if split in task.files else [f"{split}.json", f"{split}.jsonl"]
     return [folder / name for name in names if task.source != "jsonl" or name.endswith(".jsonl")]

@@ -238,6 +238,7 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (
     Task("social_i_qa", "records", "choice", _choice("Q: {}\nA:"), new_tokens=32),
     Task("boolq", "records", "choice", _choice("Question: {}?\nAnswer:"), new_tokens=32),
     Task("winogrande", "records", "choice", functools.partial(_parse_choice, requests=_blank), new_tokens=32),
+    # The harness begins the second half of a context with a capital; the records hold both halves as one.
     Task("hellaswag", "records", "choice", _choice("{}"), new_tokens=32, files={"test": "validation.jsonl"}),
     Task("AddSub", "records", "number", _parse_number),
     Task("MultiArith", "records", "number", _parse_number),

@@ -136,6 +136,9 @@ def evaluate_tasks(
     base, adapter: trees as `Llama` takes them; arithmetic in the base's dtype. max_length: prompt and new tokens of
     generated answers; a prompt that leaves no room counts as wrong and in `too_long`. Raises UserError if none fits.
     """
+    # A task whose prompts leave no room is refused before another one is scored.
+    check_prompts(tasks, tokenizer, protocol, prompt_style, published_faults,
+                  min(max_length, config.max_position_embeddings))  # fmt: skip
     results: dict[str, Any] = {}
     generator = None
     for data in tasks:
@@ -203,12 +206,13 @@ def few_shot_requests(example: Example, shots: Sequence[Example]) -> list[tuple[
 
 def few_shot_messages(example: Example, shots: Sequence[Example], style: str) -> list[Message]:
     """The conversation to answer: solved examples are earlier turns ('chat') or text before the question (others)."""
-    before = [message for shot in shots for message in shot.messages]
     asked = list(example.messages[:-1])
     if style == "chat" or not shots:
-        return before + asked
+        system = [message for message in asked if message.role == "system"]  # the question's own, once and in front
+        turns = [message for shot in (*(shot.messages for shot in shots), asked) for message in shot]
+        return system + [message for message in turns if message.role != "system"]
     solved = [
-        "\n".join(m.content for m in shot.messages[:-1]) + " " + shot.messages[-1].content for shot in shots
+        "\n\n".join(m.content for m in shot.messages[:-1]) + " " + shot.messages[-1].content for shot in shots
     ]
     return [Message("user", _SHOT_BREAK.join([*solved, *(m.content for m in asked)]))]
 

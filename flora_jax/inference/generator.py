@@ -17,7 +17,7 @@ import functools
 import operator
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import flax.struct
@@ -36,7 +36,7 @@ from flora_jax.adapters import (
     widen,
     write_adapter,
 )
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, check_text, near_misses
 from flora_jax.inference.sampling import Sampling, sample
 from flora_jax.models.attention import kernel_runs
 from flora_jax.models.config import LlamaConfig
@@ -253,11 +253,15 @@ class Generator:
         batch_size: int = 8,
         decode_kernel: bool | None = None,
     ):
-        if not 2 <= max_length <= config.max_position_embeddings:
+        if not _is_integer(max_length) or not 2 <= max_length <= config.max_position_embeddings:
             limit = config.max_position_embeddings
-            raise UserError(f"max_length={max_length} must be from 2 to the model's max_position_embeddings={limit}")
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size} must be a positive integer")
+            raise UserError(f"max_length={max_length!r} must be from 2 to the model's max_position_embeddings={limit}")
+        if not _is_integer(batch_size) or batch_size < 1:
+            raise UserError(f"batch_size={batch_size!r} must be a positive integer")
+        if adapters is not None and not isinstance(adapters, Mapping):
+            raise UserError(f"adapters must be trees by name, {{'mine': adapter}}, not a {type(adapters).__name__}")
+        if adapter_config is not None and not adapters:
+            raise UserError("adapter_config is given without adapters; pass them as {'mine': adapter}")
         if decode_kernel and not kernel_runs(config):
             raise UserError(
                 "decode_kernel=True needs an NVIDIA GPU from Ampere on and heads of 32, 64, 128 or 256 channels; this "
@@ -332,8 +336,8 @@ class Generator:
             raise UserError(f"adapter_names has {len(names)} names for {len(rows)} prompts; give one each")
         for name in set(names):
             self._check_name(name)
+        stop_ids = self._stop(stop, seed, sampling)
         self._arrange(set(names))
-        stop_ids = self._stop(stop, seed)
         # The longest first: what is left for the last batch, which dummies fill up, are the shortest.
         by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         batches = [by_length[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
@@ -353,7 +357,7 @@ class Generator:
         have been given another adapter meanwhile."""
         if self.tokenizer is None:
             raise UserError("stream gives text, but there is no tokenizer")
-        row, stop_ids, shown = self._encode(0, prompt, max_new_tokens), self._stop(stop, seed), ""
+        row, stop_ids, shown = self._encode(0, prompt, max_new_tokens), self._stop(stop, seed, sampling), ""
         self._arrange({self._name})
         places = list(self._places)
         state, *settings = self._start([row], [self._name], [0], max_new_tokens, sampling, seed, stop_ids, batch_size=1)
@@ -371,11 +375,15 @@ class Generator:
                 raise UserError("the adapter was switched while a stream was going on; end one before the other")
             state = decode(self._model, self.params, state, state.step + 1, *settings, sampling=sampling)
 
-    def _stop(self, stop: Sequence[int], seed: int) -> np.ndarray:
-        """Ids that end a row, filled up so that one more of them compiles nothing; refuses what is no id or seed."""
-        stop = stop if isinstance(stop, str) else tuple(stop)
-        if not all(_is_integer(token) for token in stop):
-            raise UserError(f"stop={stop!r} must be a list of token ids")
+    def _stop(self, stop: Sequence[int], seed: int, sampling: Sampling) -> np.ndarray:
+        """Ids that end a row, filled up so that one more of them compiles nothing; refuses what is no id, seed or
+        sampling."""
+        if not isinstance(sampling, Sampling):
+            raise UserError(f"sampling={sampling!r} must be a Sampling(temperature, top_k, top_p)")
+        stop = tuple(stop) if isinstance(stop, Iterable) else (stop,)
+        vocabulary = range(self.config.vocab_size)
+        if not all(_is_integer(token) and operator.index(token) in vocabulary for token in stop):
+            raise UserError(f"stop={stop!r} must be token ids below the model's vocab_size={len(vocabulary)}")
         if not _is_integer(seed) or not -(2**63) <= operator.index(seed) < 2**63:
             raise UserError(f"seed={seed!r} must be an integer of 64 bits")
         eos = None if self.tokenizer is None else self.tokenizer.eos_token_id
@@ -388,6 +396,7 @@ class Generator:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError(f"prompt {i} is text, but there is no tokenizer; give token ids")
+            check_text(prompt, f"prompt {i}")
             tokens = self.tokenizer(prompt)["input_ids"]
         else:
             given = np.asarray(prompt).tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt

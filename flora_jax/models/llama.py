@@ -19,6 +19,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax.adapters import (
     SAVED,
@@ -256,8 +257,15 @@ class Llama(nn.Module):
             if riders.shape[-1] != served:
                 raise UserError(f"the fused tree holds an adapter of rank {riders.shape[-1]}, the model's is {served}")
 
-    def _check_call(self, T: int, cache: KVCache | None, select: Array | None, deterministic: bool) -> None:
-        """Raises UserError for arguments that would be ignored, or clamped."""
+    def _check_call(self, tokens: Array, cache: KVCache | None, select: Array | None, deterministic: bool) -> None:
+        """Raises UserError for arguments that would be ignored, clamped, or read as NaN."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise UserError(f"tokens must be integers [B, T], not {tokens.dtype} {list(tokens.shape)}")
+        if not isinstance(tokens, jax.core.Tracer) and tokens.size:  # under jit nothing can be checked
+            ids, V = np.asarray(tokens), self.config.vocab_size
+            least, most = ids.min(), ids.max()
+            if least < 0 or most >= V:
+                raise UserError(f"tokens from {least} to {most} are not all of the model's vocabulary: vocab_size={V}")
         riders = self.variables["params"].get("riders")
         places = 1 if riders is None else riders.shape[-2]
         if select is not None and not self._fused:
@@ -269,7 +277,7 @@ class Llama(nn.Module):
             raise UserError("a fused tree is served without dropout; pass deterministic=True, or train the split one")
         if cache is None:
             return
-        S = cache.valid.shape[1]
+        T, S = tokens.shape[1], cache.valid.shape[1]
         index = 0 if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
         if index + T > S:
             raise UserError(f"{T} tokens from slot {index} on do not fit into a cache of {S} slots; make a longer one")
@@ -342,8 +350,8 @@ class Llama(nn.Module):
         select: `[B, N]` bool, which of a fused bank's N adapters each row uses; a row of False is the bare base.
         deterministic: no dropout; otherwise apply needs `rngs={"dropout": key}`.
         """
+        self._check_call(tokens, cache, select, deterministic)
         B, T = tokens.shape
-        self._check_call(T, cache, select, deterministic)
         if cache is not None and segment_ids is not None:
             raise UserError("segment_ids are for packed training rows and cannot be combined with a cache")
         real = mask if mask is not None and mask.ndim == 2 else jnp.ones((B, T), bool)
