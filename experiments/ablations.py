@@ -61,6 +61,7 @@ def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         if other.exists() and not differences((result := read_json(other))["asked"], asked):
             tested = {f"{args.task}/test": result["data_hash"]} if "data_hash" in result else {}
             check_data(result["data"]["sha256"] | tested, args.data_dir, other)
+            print(f"{other} is there and is not run again; another --out runs it anew", file=sys.stderr)
             if other != path:
                 write_json(path, {**result, "name": name, "same_run_as": result["name"]})
             return {**result, "name": name}

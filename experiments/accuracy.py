@@ -216,6 +216,7 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
             raise UserError(f"{path} was run with {differ}; name another --out, or delete it to run it anew")
         found = {f"{name}/test": task["data_hash"] for name, task in result["evaluation"]["tasks"].items()}
         check_data(found | result.get("data", {}).get("sha256", {}), args.data_dir, path)
+        print(f"{path} is there and is not run again; another --out runs it anew", file=sys.stderr)
         return result
     result = {"schema_version": SCHEMA_VERSION, "suite": args.suite, "arm": arm, "method": method, "asked": asked}
     adapter, scored = None, None

@@ -212,8 +212,10 @@ def weights_source(config: ml_collections.ConfigDict) -> str:
 
 def learning_rate(config: ml_collections.ConfigDict) -> float:
     """The peak rate: the given one, or the method's own."""
-    rate = config.optim.learning_rate
-    return LEARNING_RATES[config.adapter.method] if rate is None else rate
+    rate, method = config.optim.learning_rate, config.adapter.method
+    if rate is None and method not in LEARNING_RATES:
+        raise UserError(f"config.optim.learning_rate is unset, and {method} has none of its own in LEARNING_RATES")
+    return LEARNING_RATES[method] if rate is None else rate
 
 
 def warmup_steps(config: ml_collections.ConfigDict) -> int:

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     if args.out:
         check_writable(Path(args.out), "--out")
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("the harness is not installed; pip install flora_jax[lm-eval]")
+        raise UserError("the harness is not installed; pip install -e '.[lm-eval]'")
     # After the arguments are read: these imports take seconds.
     from flora_jax.evaluation.harness import HarnessLM, evaluate_harness, load_harness_tasks, table
     from flora_jax.files import write_json

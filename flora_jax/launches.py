@@ -57,7 +57,7 @@ def require_compiler() -> None:
     if not found or not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13)):
         raise UserError(
             "planning for a GPU needs jax's CUDA compiler, which is not installed (no GPU is needed): "
-            "pip install 'flora_jax[gpu-plan]', or jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12"
+            "pip install -e '.[gpu-plan]', or jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12"
         )
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from experiments import accuracy
 from experiments.report import differences, provenance
-from flora_jax.adapters import AdapterConfig
+from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.analysis.variants import rank_for, trained_parameters
-from flora_jax.config import LEARNING_RATES, get_config
+from flora_jax.config import LEARNING_RATES, check_config, get_config
 from flora_jax.errors import UserError
 from flora_jax.files import write_json
 from flora_jax.models.config import LlamaConfig
@@ -167,6 +167,15 @@ def test_arms_have_the_budget_as_nearly_as_their_ranks_allow():
     for method, parameters in (("fft", budget), ("lora", 0)):
         with pytest.raises(UserError, match="fft has no adapter"):
             rank_for(method, config, parameters)
+
+
+def test_a_new_method_needs_a_rate(monkeypatch):
+    monkeypatch.setitem(METHODS, "ffba_v_add", METHODS["ffba_qg_add"])
+    config = get_config("tiny", "ffba_v_add")
+    with pytest.raises(UserError, match=r"optim.learning_rate is unset, and ffba_v_add has none of its own"):
+        check_config(config)
+    config.optim.learning_rate = 1e-3
+    check_config(config)
 
 
 def test_paired_bootstrap():

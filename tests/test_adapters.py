@@ -184,6 +184,10 @@ REFUSALS = [
 ]
 
 
+def test_targets_may_have_the_names_of_peft():
+    assert AdapterConfig("lora", 8, targets="q_proj, v_proj") == AdapterConfig("lora", 8, targets="q,v")
+
+
 def test_numbers_of_numpy_are_plain_ones():
     """One of numpy's would make a bfloat16 model a float32 one where it multiplies."""
     found = AdapterConfig("lora", np.int64(8), alpha=np.float64(16), dropout=np.float32(0.5))

@@ -459,6 +459,21 @@ def test_parts_of_a_file(tmp_path, cache):
     for split, numbers in (("train", range(400)), ("validation", range(400, 500))):
         found = sources.load_examples(get_task("dialogsum"), split, tmp_path, cache)
         assert [int(e.answer) for e in found] == list(numbers)
+    # With a file of its own to train on, nothing is shared.
+    (tmp_path / "dialogsum/train.jsonl").write_text(json.dumps({"dialogue": "A: 7", "summary": "7"}))
+    for split, numbers in (("train", [7]), ("validation", range(500))):
+        found = sources.load_examples(get_task("dialogsum"), split, tmp_path, cache)
+        assert [int(e.answer) for e in found] == list(numbers)
+
+
+def test_a_listed_file_is_no_must(tmp_path, cache):
+    """MAWPS's decontaminated training set comes first, and the published one where there is none."""
+    for name, answer in (("train", "1"), ("train_decontaminated", "2")):
+        write(tmp_path / f"mawps/{name}.json", [record(answer=answer)])
+        assert sources.load_records(get_task("mawps"), "train", tmp_path, cache)[0]["answer"] == answer
+    article = {"article": "Long.", "highlights": "Short."}
+    write(tmp_path / "cnn_dailymail/test.jsonl", json.dumps(article))
+    assert sources.load_examples(get_task("cnn_dailymail"), "test", tmp_path, cache)[0].references == ("Short.",)
 
 
 def test_hellaswag_is_a_choice(tmp_path, cache):

@@ -284,6 +284,7 @@ def test_bad_input(tiny):
     adapter = init_adapter(jax.random.key(0), config, ffba)
     for arguments, words in [
         ({"adapter_config": ffba}, "without adapters"), ({"adapters": [adapter]}, "trees by name"),
+        ({"adapters": {"a": adapter}, "adapter_config": load_tokenizer("tiny")}, "must be an AdapterConfig"),
         ({"batch_size": 2.5}, "batch_size=2.5"), ({"max_length": None}, "max_length=None"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=words):

@@ -345,7 +345,7 @@ def test_bad_input_is_one_line(tasks_dir, few_tasks, capsys, arguments, words):
 def test_without_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert command("--model", "./nowhere", "--tasks", "arc_easy") == 2
-    assert capsys.readouterr().err == "error: the harness is not installed; pip install flora_jax[lm-eval]\n"
+    assert capsys.readouterr().err == "error: the harness is not installed; pip install -e '.[lm-eval]'\n"
 
 
 @pytest.mark.slow

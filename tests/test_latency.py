@@ -260,7 +260,7 @@ def test_another_architecture_than_the_presets(tmp_path, hf_directory, capsys):
 def test_absent_peer(tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
-    refused(capsys, ["needs peft", "flora_jax[test]"], *FLAGS, "--peer", "peft", "--out", tmp_path / "new")
+    refused(capsys, ["needs peft", ".[test]"], *FLAGS, "--peer", "peft", "--out", tmp_path / "new")
 
 
 def test_peer_is_the_same_model(base):

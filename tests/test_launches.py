@@ -165,7 +165,7 @@ def test_bad_input_is_one_line(flags, line, capsys, monkeypatch):
 def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert run("--methods", "base", "--out", str(tmp_path / "out")) == 2
-    assert "pip install 'flora_jax[gpu-plan]'" in capsys.readouterr().err
+    assert "pip install -e '.[gpu-plan]'" in capsys.readouterr().err
     assert not os.path.exists(tmp_path / "out")
 
 

@@ -42,6 +42,7 @@ def _names(value: str | Sequence[str] | None, field: str) -> tuple[str, ...] | N
     if not isinstance(value, str | Sequence):
         raise UserError(f"adapter.{field}={value!r} must name projections, some of {', '.join(PROJECTIONS)}")
     given = [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else list(value)
+    given = [v.removesuffix("_proj") if isinstance(v, str) else v for v in given]  # as PEFT has them
     for name in given:
         if name not in PROJECTIONS:
             raise UserError(f"adapter.{field}: projection {name!r} is unknown; {near_misses(str(name), PROJECTIONS)}")

@@ -29,7 +29,7 @@ def check_peer() -> None:
     """Raises UserError unless the peer can be run here."""
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
-        raise UserError(f"--peer peft needs {' and '.join(absent)}; pip install 'flora_jax[test]' brings them")
+        raise UserError(f"--peer peft needs {' and '.join(absent)}; pip install -e '.[test]' brings them")
     if jax.default_backend() == "gpu":
         import torch
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.adapters import AdapterConfig, abstract_adapter, apart, fuse, merge
+from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter, apart, fuse, merge
 from flora_jax.errors import UserError, near_misses
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
@@ -50,6 +50,9 @@ VARIANTS: dict[str, Variant] = {
     "ffba_qd_add_folded": Variant("ffba_qd_add", fold_adds=True),
     "zflora": Variant("zflora"),
 }
+for _name, _row in METHODS.items():  # a row that is new there is served as it is
+    if _row.reads is not None:
+        VARIANTS.setdefault(_name, Variant(_name))
 
 
 def get_variant(name: str) -> Variant:

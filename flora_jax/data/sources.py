@@ -154,7 +154,9 @@ def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Pat
     if not Path(data_dir).is_dir():
         raise UserError(f"data.dir={str(data_dir)!r} is not a directory (nor tfds, nor tfds:DIR)")
     folder = Path(data_dir) if task.source == "jsonl" else Path(data_dir) / task.name
-    names = [task.files[split]] if split in task.files else [f"{split}.json", f"{split}.jsonl"]
+    names = [f"{split}.json", f"{split}.jsonl"]
+    if split in task.files:  # beside a listed file that is shared by splits, one of the split's own comes first
+        names = [*names, task.files[split]] if split in task.spans else [task.files[split], *names]
     return [folder / name for name in names if task.source != "jsonl" or name.endswith(".jsonl")]
 
 
@@ -175,6 +177,14 @@ def _path(task: Task, split: str, data_dir: str | Path | None) -> Path:
         f"{candidates[0]} is missing: split {split!r} of task {task.name!r}; "
         f"{folder.name or folder}/ has {', '.join(there) or 'no data files'}{never}{get}"
     )
+
+
+def _span(task: Task, split: str, data_dir: str | Path | None) -> tuple[int, int] | None:
+    """The part of its file that a split is, None for all of it: where training has a file of its own, nothing is
+    shared."""
+    if split not in task.spans:
+        return None
+    return task.spans[split] if _path(task, "train", data_dir).name == task.files["train"] else None
 
 
 _WHERE_RECORDS = "the LLM-Adapters repository (AGI-Edgerunners/LLM-Adapters) has the task's files in its folder dataset"
@@ -205,7 +215,7 @@ def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Record]:
     found_in = _elements(task, split, data_dir) if in_catalogue else raw_records(_path(task, split, data_dir))
     convert = CONVERT[task.source]
     records = []
-    for where, raw in itertools.islice(found_in, *task.spans.get(split, (None,))):
+    for where, raw in itertools.islice(found_in, *(_span(task, split, data_dir) or (None,))):
         if not isinstance(raw, dict):
             raise UserError(f"{where}: a record must be a JSON object, not {type(raw).__name__}")
         found = convert(raw, where)
@@ -236,7 +246,7 @@ def _cache_key(task: Task, split: str, data_dir: str | Path | None) -> str:
     # The suffix decides how a file's bytes are read, so it is part of the key.
     files = task.source != "generated" and not _in_catalogue(task, data_dir)
     suffix = _path(task, split, data_dir).suffix if files else ""
-    span = str(task.spans.get(split, ""))
+    span = str(_span(task, split, data_dir) or "")
     parts = (_FORMAT, task.source, split, suffix, data_hash(task, split, data_dir), *([span] if span else []))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 

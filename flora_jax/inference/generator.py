@@ -260,6 +260,10 @@ class Generator:
             raise UserError(f"batch_size={batch_size!r} must be a positive integer")
         if adapters is not None and not isinstance(adapters, Mapping):
             raise UserError(f"adapters must be trees by name, {{'mine': adapter}}, not a {type(adapters).__name__}")
+        configs = adapter_config.values() if isinstance(adapter_config, Mapping) else [adapter_config]
+        wrong = [one for one in configs if not isinstance(one, AdapterConfig | None)]
+        if wrong:
+            raise UserError(f"adapter_config must be an AdapterConfig, or one by name, not a {type(wrong[0]).__name__}")
         if adapter_config is not None and not adapters:
             raise UserError("adapter_config is given without adapters; pass them as {'mine': adapter}")
         if decode_kernel and not kernel_runs(config):
