@@ -525,7 +525,8 @@ def test_adapter_of_another_base_is_refused(checkpoint, tiny, tmp_path, capsys):
 
 
 def test_what_generate_refuses(checkpoint, capsys):
-    for flags, words in ((["--prompt", "\udce9"], "--prompt holds half a character"), (["--prompt", ""], "is empty"),
+    for flags, words in ((["--prompt", "a", "--adapter", checkpoint], f"it is in {checkpoint / 'adapter'}"),
+                         (["--prompt", "\udce9"], "--prompt holds half a character"), (["--prompt", ""], "is empty"),
                          (["--prompt", "a", "--top_k", 5], "--top_k and --top_p need a --temperature")):  # fmt: skip
         assert command("generate", "--model", checkpoint, *flags) == 2 and words in capsys.readouterr().err
 

@@ -174,7 +174,9 @@ def load_adapted(source: str, directory: str | os.PathLike | None, dtype: Any = 
     """Base and tokenizer of `source` (as `load_pretrained`), and the adapter of `directory`, which may be None; base
     leaves that trained with the adapter replace the base's. Raises UserError where they do not belong together."""
     if directory is not None and not (Path(directory) / CONFIG).is_file():  # before a model is loaded
-        raise UserError(f"{directory}: there is no adapter here; an adapter directory has {CONFIG} and {WEIGHTS}")
+        below = Path(directory) / "adapter"
+        at = f"it is in {below}" if (below / CONFIG).is_file() else f"an adapter directory has {CONFIG} and {WEIGHTS}"
+        raise UserError(f"{directory}: there is no adapter here; {at}")
     tokenizer = load_tokenizer(source)
     config, base = load_pretrained(source, dtype)
     check_tokenizer(tokenizer, config)
