@@ -57,7 +57,7 @@ def test_a_run_leaves_what_the_readme_names(tmp_path, small, monkeypatch):
     summary = run(config, tmp_path / "w")
     workdir = tmp_path / "w"
     found = {path.name for path in workdir.iterdir()}
-    assert found == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "eval.json"}
+    assert found == {".lock", "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "eval.json"}
     assert fields(json.loads((workdir / "config.json").read_text())["config"]) == fields(config)
 
     records = lines(workdir)
