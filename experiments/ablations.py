@@ -20,7 +20,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.accuracy import SCHEMA_VERSION, about_run, item_losses, paired_bootstrap, read_seeds, train
+from experiments.accuracy import (
+    SCHEMA_VERSION,
+    about_run,
+    about_runs,
+    item_losses,
+    paired_bootstrap,
+    read_seeds,
+    train,
+)
 from experiments.report import check_data, differences, header
 from flora_jax.analysis.variants import trained_parameters
 from flora_jax.config import adapter_config, learning_rate, names, read_config
@@ -106,7 +114,8 @@ def write_tables(groups: dict[str, dict[str, list[dict[str, Any]]]], args: argpa
     """OUT.md, OUT.csv and OUT.png; the Markdown."""
     reference = next((found[REFERENCE] for found in groups.values() if REFERENCE in found), None)
     items = lambda runs: np.mean([run["reference_losses"] for run in runs], axis=0)  # noqa: E731
-    lines = [header("Ablations", about_run(args)),
+    made = [run for found in groups.values() for runs in found.values() for run in runs]
+    lines = [header("Ablations", about_runs(made, args)),
              f"{args.model}, float32, {args.task}, {args.steps} steps of 4 packed rows of {args.max_length} tokens; "
              f"test loss: of the reference answer of the first {args.limit} test items, nats a token, mean over items; "
              f"difference to {REFERENCE} [95 % interval, paired bootstrap over items]; rates are the method's own "

@@ -251,6 +251,13 @@ def about_run(args: argparse.Namespace) -> dict[str, Any]:
     return provenance("orbax-checkpoint", "grain", "rouge-score", data_dir=args.data_dir)
 
 
+def about_runs(runs: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """What a table says of the runs in it, wherever it is written: their devices, and when the last one ended."""
+    made = [run["provenance"] for run in runs]
+    devices = " and ".join(dict.fromkeys(one["device"] for one in made))
+    return {**about_run(args), "device": devices, "date": max(one["date"] for one in made)}
+
+
 def metrics(scores: dict[str, Any]) -> dict[str, float]:
     """What the tables show of a task."""
     shown = ("accuracy", "rouge1", "rouge2", "rougeL", "rougeLsum", "reference_loss")
@@ -284,7 +291,7 @@ def write_tables(args: argparse.Namespace) -> str:
     columns = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
     cell = {(row["method"], row["task"], row["metric"]): row for row in rows}
     limit = runs[0]["asked"]["limit"]
-    lines = [header(f"Suite {args.suite}", about_run(args)),
+    lines = [header(f"Suite {args.suite}", about_runs(runs, args)),
              f"{runs[0]['asked']['model']}, float32, {runs[0]['asked']['steps']} steps; first {limit} test items a "
              f"task, protocol {runs[0]['evaluation']['protocol']}; means over seeds (± standard error over seeds).\n",
              "| method | rank | parameters | rate | seeds | validation loss | "

@@ -169,6 +169,14 @@ def test_arms_have_the_budget_as_nearly_as_their_ranks_allow():
             rank_for(method, config, parameters)
 
 
+def test_a_table_names_the_devices_of_its_runs(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["accuracy"])
+    made = [{"provenance": {"device": device, "date": f"2026-11-2{day}"}}
+            for device, day in zip("abab", "3142", strict=True)]
+    about = accuracy.about_runs(made, argparse.Namespace(data_dir="DIR"))
+    assert (about["device"], about["date"]) == ("a and b", "2026-11-24") and about["versions"]["jax"]
+
+
 def test_a_new_method_needs_a_rate(monkeypatch):
     monkeypatch.setitem(METHODS, "ffba_v_add", METHODS["ffba_qg_add"])
     config = get_config("tiny", "ffba_v_add")
