@@ -3,14 +3,17 @@
     python -m experiments.ablations --groups add_set --data_dir DIR --out experiments/results/ablations
 
 Each run leaves OUT/NAME-seedN.json as it ends and is not run again; two names of one configuration are one run. At the
-end OUT.md, OUT.csv and OUT.png: validation loss and the loss of the reference answers on the first `--limit` test
-items, means over seeds, and the difference to FFBA (QG-Add) by a paired bootstrap over those items.
+end OUT.md, OUT.csv and OUT.png: minutes (of a run that was resumed: of the last call), validation loss and the loss of
+the reference answers on the first `--limit` test items, means over seeds with standard errors (over seeds; with one
+seed over those items), and the difference to FFBA (QG-Add) by a paired bootstrap over the items.
+
+Checkpoints are in `--workdir`, by default runs/ablations, and for another OUT runs/ablations/FULL/PATH/OF/OUT, so that
+another OUT trains anew. A run that a workdir holds finished is not trained again: its adapter is scored.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import runpy
 import sys
 import time
@@ -27,7 +30,12 @@ from experiments.accuracy import (
     item_losses,
     paired_bootstrap,
     read_seeds,
+    spread,
+    standard_error,
     train,
+    with_error,
+    workdir_of,
+    write_csv,
 )
 from experiments.report import check_data, differences, header
 from flora_jax.analysis.variants import trained_parameters
@@ -39,6 +47,7 @@ from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.models.loading import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs/ablations.py"
+OUT = Path("experiments/results/ablations")
 REFERENCE = "add_qg"
 
 
@@ -75,7 +84,7 @@ def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             return {**result, "name": name}
     if path.exists():
         differ = differences(read_json(path)["asked"], asked)
-        raise UserError(f"{path} was run with {differ}; name another --out, or delete it to run it anew")
+        raise UserError(f"{path} was run with {differ}; name another --out")
     start, workdir = time.perf_counter(), args.workdir / f"{name}-seed{seed}"
     tasks = load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)
     account, _ = train(setup, workdir)
@@ -100,11 +109,11 @@ def rows(group: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, A
         test = [float(np.mean(run["reference_losses"])) for run in runs]
         row = {
             "group": group, "name": name, "parameters": runs[0]["parameters"], "rate": runs[0]["learning_rate"],
-            "seeds": len(runs),
+            "seeds": len(runs), "minutes": float(np.mean([run["minutes"] for run in runs])),
             "validation_loss": float(np.mean([min(v for k, v in r["validation_losses"].items() if k != "0")
                                               for r in runs])),
             "test_loss": float(np.mean(test)),
-            "stderr_over_seeds": float(np.std(test, ddof=1) / np.sqrt(len(test))) if len(test) > 1 else None,
+            **spread(test, standard_error(runs[0]["reference_losses"])),
         }  # fmt: skip
         table.append(row)
     return table
@@ -115,33 +124,32 @@ def write_tables(groups: dict[str, dict[str, list[dict[str, Any]]]], args: argpa
     reference = next((found[REFERENCE] for found in groups.values() if REFERENCE in found), None)
     items = lambda runs: np.mean([run["reference_losses"] for run in runs], axis=0)  # noqa: E731
     made = [run for found in groups.values() for runs in found.values() for run in runs]
+    tables = {group: rows(group, found) for group, found in groups.items()}
+    every = [row for table in tables.values() for row in table]
     lines = [header("Ablations", about_runs(made, args)),
              f"{args.model}, float32, {args.task}, {args.steps} steps of 4 packed rows of {args.max_length} tokens; "
-             f"test loss: of the reference answer of the first {args.limit} test items, nats a token, mean over items; "
+             f"test loss: of the reference answer of the first {args.limit} test items, nats a token, mean over items "
+             f"(± standard error over {every[0]['stderr_over']}); "
+             "minutes of training and scoring in the call that ended a run; "
              f"difference to {REFERENCE} [95 % interval, paired bootstrap over items]; rates are the method's own "
              "unless the name's configuration says another.\n"]  # fmt: skip
-    every = []
-    for group, found in groups.items():
-        lines += [f"## {group}\n", "| run | parameters | rate | seeds | validation loss | test loss | difference |",
-                  "|---|---|---|---|---|---|---|"]  # fmt: skip
-        for row in rows(group, found):
-            runs = found[row["name"]]
+    for group, table in tables.items():
+        lines += [f"## {group}\n",
+                  "| run | parameters | rate | seeds | minutes | validation loss | test loss | difference |",
+                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        for row in table:
+            runs = groups[group][row["name"]]
             beside = " + " + runs[0]["trains_beside"].replace("params/.*/", "") if runs[0]["trains_beside"] else ""
             difference = ""
             if reference is not None and row["name"] != REFERENCE:
                 row["difference"], row["low"], row["high"] = paired_bootstrap(items(runs), items(reference))
                 difference = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-            spread = "" if row["stderr_over_seeds"] is None else f" ± {row['stderr_over_seeds']:.3f}"
             cells = [row["name"], f"{row['parameters']:,}{beside}", f"{row['rate']:g}", str(row["seeds"]),
-                     f"{row['validation_loss']:.3f}", f"{row['test_loss']:.3f}{spread}", difference]  # fmt: skip
+                     f"{row['minutes']:.1f}", f"{row['validation_loss']:.3f}",
+                     with_error(row["test_loss"], row["stderr"]), difference]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
-            every.append(row)
         lines.append("")
-    with args.out.with_suffix(".csv").open("w", newline="") as file:
-        fields = dict.fromkeys(key for row in every for key in row)
-        writer = csv.DictWriter(file, list(fields))
-        writer.writeheader()
-        writer.writerows(every)
+    write_csv(args.out.with_suffix(".csv"), every)
     text = "\n".join(lines)
     args.out.with_suffix(".md").write_text(text)
     plot(every, args.out.with_suffix(".png"))
@@ -177,8 +185,10 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(prog="python -m experiments.ablations", description=__doc__.split("\n")[0])
     parser.add_argument("--groups", default=",".join(known), help="comma-separated, run in this order")
     parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/ablations"))
-    parser.add_argument("--workdir", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument(
+        "--workdir", type=Path, help="default runs/ablations, for another OUT runs/ablations/FULL/PATH/OF/OUT"
+    )
     parser.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes")
     parser.add_argument("--task", default="dailydialogpp")
     parser.add_argument("--max_length", type=int, default=256)
@@ -187,6 +197,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--limit", type=int, default=200, help="test items")
     parser.add_argument("--allow_contaminated", action="store_true", help="train where over 1 %% of the test is known")
     args = parser.parse_args(argv[1:])
+    args.workdir = args.workdir or workdir_of(args.out, OUT)
     for group in names(args.groups):
         if group not in known:
             raise UserError(f"--groups: {group!r} is unknown; {near_misses(group, known)}")

@@ -4,9 +4,13 @@
 
 Runs are methods x seeds; each leaves one JSON in OUT/SUITE as it ends, with its configuration, data hashes, loss curve,
 scores and time. A run whose JSON is there is not run again, one that was killed goes on from its checkpoint. At the end
-OUT/SUITE.md and .csv: means over seeds with standard errors, and every method beside lora by a paired bootstrap over
-the test items; OUT/SUITE.png draws them. pf_lora and parallel are lora and fpa under other names and are not run. All
-have the parameters of ffba at `--rank` as nearly as their ranks allow, zflora at the ranks on either side.
+OUT/SUITE.md and .csv: means over seeds with standard errors (over seeds; with one seed over the test items), minutes
+(of a run that was resumed: of the last call), and every method beside lora by a paired bootstrap over the test items;
+OUT/SUITE.png draws them. pf_lora and parallel are lora and fpa under other names and are not run. All have the
+parameters of ffba at `--rank` as nearly as their ranks allow, zflora at the ranks on either side.
+
+Checkpoints are in `--workdir`, by default runs/accuracy, and for another OUT runs/accuracy/FULL/PATH/OF/OUT, so that
+another OUT trains anew. A run that a workdir holds finished is not trained again: its adapter is scored.
 
 A method's rate is chosen once, by `--rate_steps N` in whichever suite comes first: OUT/rates/METHOD.json has the
 validation losses of the grid, and every later run of the method takes its best. Without that file: the method's own.
@@ -32,7 +36,7 @@ from experiments.report import check_data, differences, header, provenance
 from flora_jax.adapters import AdapterConfig
 from flora_jax.analysis.variants import rank_for, trained_parameters
 from flora_jax.config import LEARNING_RATES, get_config, names
-from flora_jax.data import get_task, load_examples
+from flora_jax.data import CONTAMINATED, get_task, load_examples
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
 from flora_jax.evaluation.run import TaskData, evaluate_tasks, load_task_data
@@ -40,9 +44,9 @@ from flora_jax.files import read_json, write_json
 from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.models.loading import load_config
 from flora_jax.train import run
-from flora_jax.training.inputs import CONTAMINATED
 
 SCHEMA_VERSION = 1
+OUT = Path("experiments/results/accuracy")
 # What is compared, in the order of running: the method, and the side of the budget that its rank is on.
 ARMS = {
     "base": (None, "nearest"),
@@ -198,7 +202,7 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
     path = args.out / args.suite / (f"{arm}-seed{seed}.json" if method else f"{arm}.json")
     asked = {"model": args.model, "rank": args.rank, "steps": args.steps or suite.steps, "limit": args.limit,
              "validation_size": args.validation_size, "allow_contaminated": args.allow_contaminated}  # fmt: skip
-    start, config = time.perf_counter(), load_config(args.model)
+    config = load_config(args.model)
     if method:
         budget = trained_parameters(config, AdapterConfig("ffba", args.rank))
         rank = 1 if method == "fft" else rank_for(method, config, budget, side)
@@ -211,15 +215,15 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
         if result["asked"] != asked:
             differ = ", ".join(f"{k}={result['asked'].get(k)!r} (now {v!r})" for k, v in asked.items()
                                if result["asked"].get(k) != v)  # fmt: skip
-            raise UserError(f"{path} was asked for {differ}; name another --out, or delete it to run it anew")
+            raise UserError(f"{path} was asked for {differ}; name another --out")
         if method and (differ := differences(result["config"], configuration(*run_of, args).to_dict())):
-            raise UserError(f"{path} was run with {differ}; name another --out, or delete it to run it anew")
+            raise UserError(f"{path} was run with {differ}; name another --out")
         found = {f"{name}/test": task["data_hash"] for name, task in result["evaluation"]["tasks"].items()}
         check_data(found | result.get("data", {}).get("sha256", {}), args.data_dir, path)
         print(f"{path} is there and is not run again; another --out runs it anew", file=sys.stderr)
         return result
+    start, adapter, scored = time.perf_counter(), None, None
     result = {"schema_version": SCHEMA_VERSION, "suite": args.suite, "arm": arm, "method": method, "asked": asked}
-    adapter, scored = None, None
     if method:
         workdir = args.workdir / args.suite / f"{arm}-seed{seed}"
         account, scored = train(configuration(*run_of, args), workdir)
@@ -272,52 +276,87 @@ def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float
     return float(difference.mean()), float(low), float(high)
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of several values; None of one."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+
+
+def spread(seeds: Sequence[float], over_items: float | None) -> dict[str, Any]:
+    """The standard error of a mean over seeds, of a single seed `over_items`, and which of them it is."""
+    if len(seeds) == 1:
+        return {"stderr": over_items, "stderr_over": "items"}
+    return {"stderr": standard_error(seeds), "stderr_over": "seeds"}
+
+
+def with_error(mean: float, error: float | None) -> str:
+    """A table's cell."""
+    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+
+
+def write_csv(path: Path, table: Sequence[dict[str, Any]]) -> None:
+    """Rows of which some have more columns than others."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in table for column in row)))
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def rows(by_arm: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The CSV's table: a row a method, task and metric. The metric that is on record by item (accuracy, or rougeL of
+    texts) has the difference to lora, with the 95 % interval of a paired bootstrap."""
+    table = []
+    for arm, own in by_arm.items():
+        for task in own[0]["evaluation"]["tasks"]:
+            found = [one_run["evaluation"]["tasks"][task] for one_run in own]
+            for name in metrics(found[0]):
+                values = [scores[name] for scores in found]
+                over_items = found[0].get("stderr" if name == "accuracy" else f"{name}_stderr")
+                row = {"method": arm, "task": task, "metric": name, "mean": float(np.mean(values)),
+                       **spread(values, over_items), "seeds": len(values),
+                       "minutes": float(np.mean([one_run["minutes"] for one_run in own]))}  # fmt: skip
+                if name in ("accuracy", "rougeL") and arm != "lora" and "lora" in by_arm:
+                    row["difference_to_lora"], row["low"], row["high"] = paired_bootstrap(
+                        _items(own, task), _items(by_arm["lora"], task))  # fmt: skip
+                table.append(row)
+    return table
+
+
 def write_tables(args: argparse.Namespace) -> str:
     """OUT/SUITE.md and .csv from every run's JSON that is there; the Markdown."""
     runs = [read_json(path) for path in sorted((args.out / args.suite).glob("*.json"))]
     by_arm = {arm: [r for r in runs if r["arm"] == arm] for arm in ARMS if any(r["arm"] == arm for r in runs)}
-    rows = []
-    for arm, own in by_arm.items():
-        for task in own[0]["evaluation"]["tasks"]:
-            for name in metrics(own[0]["evaluation"]["tasks"][task]):
-                values = [r["evaluation"]["tasks"][task][name] for r in own]
-                spread = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-                rows.append({"method": arm, "task": task, "metric": name, "mean": float(np.mean(values)),
-                             "stderr_over_seeds": spread, "seeds": len(values)})  # fmt: skip
-    with (args.out / f"{args.suite}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    columns = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
-    cell = {(row["method"], row["task"], row["metric"]): row for row in rows}
-    limit = runs[0]["asked"]["limit"]
+    table = rows(by_arm)
+    write_csv(args.out / f"{args.suite}.csv", table)
+    columns = list(dict.fromkeys((row["task"], row["metric"]) for row in table))
+    cell = {(row["method"], row["task"], row["metric"]): row for row in table}
+    limit, units = runs[0]["asked"]["limit"], {row["stderr_over"] for row in table}
+    over = " or, of one seed, ".join(f"over {unit}" for unit in ("seeds", "items") if unit in units)
     lines = [header(f"Suite {args.suite}", about_runs(runs, args)),
              f"{runs[0]['asked']['model']}, float32, {runs[0]['asked']['steps']} steps; first {limit} test items a "
-             f"task, protocol {runs[0]['evaluation']['protocol']}; means over seeds (± standard error over seeds).\n",
-             "| method | rank | parameters | rate | seeds | validation loss | "
+             f"task, protocol {runs[0]['evaluation']['protocol']}; means over seeds (± standard error {over}; the "
+             "reference loss has none over items); minutes of training and scoring in the call that ended a run.\n",
+             "| method | rank | parameters | rate | seeds | minutes | validation loss | "
              + " | ".join(f"{task} {name}" for task, name in columns) + " |",
-             "|---" * (6 + len(columns)) + "|"]  # fmt: skip
+             "|---" * (7 + len(columns)) + "|"]  # fmt: skip
     for arm, own in by_arm.items():
         first = own[0]
         best = [min(v for k, v in r["validation_losses"].items() if k != "0") for r in own if "step" in r]
         count = f"{first['parameters']:,}" if first.get("parameters") else "all" if arm == "fft" else ""
         cells = [arm, str(first["rank"]) if first.get("parameters") else "", count,
                  f"{first['learning_rate']:g}" if "rank" in first else "", str(len(own)),
-                 f"{np.mean(best):.3f}" if best else ""]  # fmt: skip
-        for column in columns:
-            row = cell[(arm, *column)]
-            error = "" if row["stderr_over_seeds"] is None else f" ± {row['stderr_over_seeds']:.3f}"
-            cells.append(f"{row['mean']:.3f}{error}")
+                 f"{cell[(arm, *columns[0])]['minutes']:.1f}", f"{np.mean(best):.3f}" if best else ""]  # fmt: skip
+        cells += [with_error(cell[(arm, *column)]["mean"], cell[(arm, *column)]["stderr"]) for column in columns]
         lines.append(f"| {' | '.join(cells)} |")
     accounts = [one_run["data"]["share_of_test_in_train"] for one_run in runs if "data" in one_run]
     overlaps = {task: share for found in accounts for task, share in found.items() if share > CONTAMINATED}
     if overlaps:
         shares = ", ".join(f"{100 * share:.0f} % of {task}" for task, share in overlaps.items())
         lines += ["", f"Contaminated: the training data held {shares} (word for word; those records were dropped)."]
-    lines += ["", *_beside_lora(by_arm)]
+    beside = [row for row in table if "difference_to_lora" in row]
+    lines += ["", *_beside_lora(beside)]
     text = "\n".join(lines) + "\n"
     (args.out / f"{args.suite}.md").write_text(text)
-    plot(by_arm, args.out / f"{args.suite}.png")
+    plot(by_arm, beside, args.out / f"{args.suite}.png")
     return text
 
 
@@ -326,7 +365,7 @@ def _items(runs: list[dict[str, Any]], task: str) -> np.ndarray:
     return np.mean([run["evaluation"]["tasks"][task]["items"] for run in runs], axis=0)
 
 
-def plot(by_arm: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def plot(by_arm: dict[str, list[dict[str, Any]]], beside: list[dict[str, Any]], path: Path) -> None:
     """Left the validation losses by step, a line a seed; right each task's score less lora's, with its interval."""
     from matplotlib.figure import Figure
 
@@ -341,12 +380,12 @@ def plot(by_arm: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 left.plot(list(losses), list(losses.values()), marker="o", ms=3, color=colors[arm], label=label)
     left.set(xlabel="step", ylabel="validation loss, nats a token")
     tasks = list(next(iter(by_arm.values()))[0]["evaluation"]["tasks"])
-    others = [arm for arm in by_arm if arm != "lora" and "lora" in by_arm]
-    for place, arm in enumerate(others):
-        for row, task in enumerate(tasks):
-            middle, low, high = paired_bootstrap(_items(by_arm[arm], task), _items(by_arm["lora"], task))
-            right.errorbar(middle, row + 0.8 * ((place + 0.5) / len(others) - 0.5), fmt="o", ms=3, color=colors[arm],
-                           xerr=[[middle - low], [high - middle]], label=arm if row == 0 else None)  # fmt: skip
+    others = list(dict.fromkeys(row["method"] for row in beside))
+    for row in beside:
+        arm, line, middle = row["method"], tasks.index(row["task"]), row["difference_to_lora"]
+        height = line + 0.8 * ((others.index(arm) + 0.5) / len(others) - 0.5)
+        right.errorbar(middle, height, xerr=[[middle - row["low"]], [row["high"] - middle]], fmt="o", ms=3,
+                       color=colors[arm], label=None if line else arm)  # fmt: skip
     right.set_yticks(range(len(tasks)), tasks)
     right.invert_yaxis()
     right.axvline(0, color="0.5", lw=0.8)
@@ -359,21 +398,25 @@ def plot(by_arm: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _beside_lora(by_arm: dict[str, list[dict[str, Any]]]) -> list[str]:
-    if "lora" not in by_arm:
+def _beside_lora(beside: list[dict[str, Any]]) -> list[str]:
+    tasks, arms = (list(dict.fromkeys(row[column] for row in beside)) for column in ("task", "method"))
+    if not arms:
         return []
     lines = ["Paired bootstrap over test items (accuracy, or rougeL of texts; means over seeds): difference to lora "
              "[95 % interval]; it says nothing of the spread over seeds.", "",
-             "| method | " + " | ".join(by_arm["lora"][0]["evaluation"]["tasks"]) + " |",
-             "|---" * (1 + len(by_arm["lora"][0]["evaluation"]["tasks"])) + "|"]  # fmt: skip
-    for arm, own in by_arm.items():
-        if arm != "lora":
-            cells = [arm]
-            for task in own[0]["evaluation"]["tasks"]:
-                mean, low, high = paired_bootstrap(_items(own, task), _items(by_arm["lora"], task))
-                cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-            lines.append(f"| {' | '.join(cells)} |")
+             "| method | " + " | ".join(tasks) + " |", "|---" * (1 + len(tasks)) + "|"]  # fmt: skip
+    for arm in arms:
+        cells = [f"{row['difference_to_lora']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+                 for row in beside if row["method"] == arm]  # fmt: skip
+        lines.append(f"| {' | '.join([arm, *cells])} |")
     return lines
+
+
+def workdir_of(out: Path, usual: Path) -> Path:
+    """Where runs train that are to end in `out`: runs/NAME for the usual place, below it OUT's full path for another,
+    so that no other OUT finds them finished."""
+    name, place = Path("runs", usual.name), out.resolve()
+    return name if place == usual.resolve() else name.joinpath(*place.parts[1:])
 
 
 def read_seeds(value: str) -> list[int]:
@@ -389,8 +432,10 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(prog="python -m experiments.accuracy", description=__doc__.split("\n")[0])
     parser.add_argument("--suite", required=True, help=", ".join(SUITES))
     parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/accuracy"))
-    parser.add_argument("--workdir", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument(
+        "--workdir", type=Path, help="default runs/accuracy, for another OUT runs/accuracy/FULL/PATH/OF/OUT"
+    )
     parser.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes")
     parser.add_argument("--preset", help="whose settings a run starts from; default SmolLM2-135M's")
     parser.add_argument("--methods", default=",".join(ARMS), help="comma-separated, run in this order")
@@ -406,6 +451,7 @@ def main(argv: list[str]) -> None:
         "--allow_contaminated", action="store_true", help="train on data that holds over 1 %% of a test, and record it"
     )
     args = parser.parse_args(argv[1:])
+    args.workdir = args.workdir or workdir_of(args.out, OUT)
     if args.suite not in SUITES:
         raise UserError(f"--suite {args.suite!r} is unknown; {near_misses(args.suite, SUITES)}")
     for method in names(args.methods):

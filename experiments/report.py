@@ -54,8 +54,7 @@ def check_data(hashes: Mapping[str, str], data_dir: str | None, path: Path) -> N
     for name, digest in hashes.items():
         task, slash, split = name.rpartition("/")
         if slash and data_hash(get_task(task), split, data_dir) != digest:
-            raise UserError(f"{path} is of other records of {name} than --data_dir has; name another --out, or delete "
-                            "it to run it anew")  # fmt: skip
+            raise UserError(f"{path} is of other records of {name} than --data_dir has; name another --out")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:

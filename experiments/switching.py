@@ -39,6 +39,8 @@ def main(argv: list[str]) -> None:
     merged, turn = jax.jit(lambda base, adapter: merge(base, adapter, config, lora)["layers"]), 0
 
     def switch() -> float:
+        nonlocal turn
+        turn += 1  # to the adapter that is not in use
         start = time.perf_counter()
         generator.use("ab"[turn % 2])
         jax.block_until_ready(generator.params)
@@ -51,12 +53,8 @@ def main(argv: list[str]) -> None:
 
     contestants = {"switch": switch, "merge": merging}
     for _ in range(2):  # compiled, and each adapter written once
-        turn += 1
         switch(), merging()
-    times = []
-    for one in interleave(contestants, args.rounds):
-        turn += 1
-        times.append(one)
+    times = list(interleave(contestants, args.rounds))
     seconds = {name: [one[name] for one in times] for name in contestants}
     share = paired_ratio(seconds["switch"], seconds["merge"])
 

@@ -30,6 +30,8 @@ def _parser() -> CommandParser:
     parser.add_argument("--max_length", type=int, default=1024, help="tokens of prompt and generated answer together")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--seed", type=int, default=0, help="draws the few-shot examples")
+    parser.add_argument("--allow_contaminated", action="store_true",
+                        help="score a test though over 1 %% of it was trained on; the result has the share")
     parser.add_argument("--out", help="result file, JSON")
     return parser
 
@@ -38,9 +40,9 @@ def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv[1:])
     # After the arguments are read: these imports take seconds.
     from flora_jax.data.tasks import get_task
-    from flora_jax.evaluation.run import describe, evaluate_tasks, load_task_data
-    from flora_jax.files import write_json
-    from flora_jax.interop.adapter_files import load_adapted
+    from flora_jax.evaluation.run import check_seen, describe, evaluate_tasks, load_task_data
+    from flora_jax.files import keep_programs, write_json
+    from flora_jax.interop.adapter_files import load_adapted, read_trained_on
 
     if args.batch_size < 1:
         raise UserError(f"--batch_size {args.batch_size} must be a positive integer")
@@ -61,13 +63,15 @@ def main(argv: list[str]) -> None:
         names, args.data_dir, protocol=args.protocol, prompt_style=args.prompt_style,
         published_faults=args.published_faults, limit=args.limit, num_fewshot=args.num_fewshot, seed=args.seed,
         generator=generator)  # fmt: skip
+    seen = check_seen(tasks, read_trained_on(args.adapter) if args.adapter else None, args.allow_contaminated)
+    keep_programs()
     model = load_adapted(args.model, args.adapter, args.dtype)
     result = evaluate_tasks(
         tasks, model.config, model.base, model.tokenizer, adapter=model.adapter, adapter_config=model.adapter_config,
         protocol=args.protocol, prompt_style=args.prompt_style, published_faults=args.published_faults,
         batch_size=args.batch_size, max_length=args.max_length,
         about={"model": args.model, "adapter": args.adapter, "base_fingerprint": model.fingerprint, "seed": args.seed,
-               "limit": args.limit, "generator": generator})  # fmt: skip
+               "limit": args.limit, "generator": generator, "share_of_test_in_train": seen})  # fmt: skip
     for name, scores in result["tasks"].items():
         print(f"{name:16} {describe(scores)}  n {scores['n']}")
     if args.out:

@@ -18,6 +18,15 @@ def cache_root(given: str | os.PathLike | None = None) -> Path:
     return Path(given or os.environ.get("FLORA_CACHE") or "~/.cache/flora_jax").expanduser()
 
 
+def keep_programs() -> None:
+    """Has JAX keep what it compiles under the cache folder, so that a command's second start reads it there. JAX's own
+    setting (`JAX_COMPILATION_CACHE_DIR`) comes first."""
+    import jax  # takes a second, which what reads files alone need not wait for
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "programs"))
+
+
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     """The JSON object in `path`; UserError if there is none, with `hint` behind the line for an absent file."""
     try:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from flora_jax.errors import CommandParser, UserError, check_text, run_command
+from flora_jax.files import keep_programs
 from flora_jax.models.config import DTYPES
 
 
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> None:
     check_text(args.prompt, "--prompt")
     if args.temperature == 0 and (args.top_k, args.top_p) != (0, 1.0):
         raise UserError("--top_k and --top_p need a --temperature above 0, which samples at all")
+    keep_programs()
     model = load_adapted(args.model, args.adapter, args.dtype)
     adapters = {"adapter": model.adapter} if model.adapter is not None else None
     style = "chat" if args.chat else "plain"

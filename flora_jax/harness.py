@@ -42,11 +42,12 @@ def main(argv: list[str]) -> None:
         raise UserError("the harness is not installed; pip install -e '.[lm-eval]'")
     # After the arguments are read: these imports take seconds.
     from flora_jax.evaluation.harness import HarnessLM, evaluate_harness, load_harness_tasks, table
-    from flora_jax.files import write_json
+    from flora_jax.files import keep_programs, write_json
     from flora_jax.interop.adapter_files import load_adapted
 
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     tasks = load_harness_tasks(names, args.include_path)
+    keep_programs()
     model = load_adapted(args.model, args.adapter, args.dtype)
     lm = HarnessLM(
         model.config, model.base, model.tokenizer, adapter=model.adapter, adapter_config=model.adapter_config,

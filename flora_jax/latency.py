@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora_jax.errors import CommandParser, UserError, check_writable, positive_integers, run_command
-from flora_jax.files import cache_root, read_json, write_json
+from flora_jax.files import keep_programs, read_json, write_json
 from flora_jax.models.config import DTYPES, LlamaConfig
 
 if TYPE_CHECKING:
@@ -136,8 +136,7 @@ def main(argv: list[str]) -> None:
 
         check_peer()
         packages = PACKAGES
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "programs"))
+    keep_programs()
     sizes = comparison.sizes(config, abstract_base(config, args.dtype), configs)
     result: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,

@@ -21,7 +21,7 @@ from flora_jax.config import check_config, fields, generator_settings, names, re
 from flora_jax.data import get_task
 from flora_jax.errors import UserError, near_misses, run_command
 from flora_jax.evaluation.run import check_prompts, evaluate_tasks, load_task_data
-from flora_jax.files import read_json, write_json
+from flora_jax.files import keep_programs, read_json, write_json
 from flora_jax.interop.adapter_files import save_adapter
 from flora_jax.models.loading import base_name
 from flora_jax.models.tokenizer import load_tokenizer
@@ -56,7 +56,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         return summary
     save_adapter(
         workdir / "adapter", result.trained, prepared.model_config, prepared.adapter_config,
-        base_model=base_name(weights_source(config)), fingerprint=prepared.fingerprint)  # fmt: skip
+        base_model=base_name(weights_source(config)), fingerprint=prepared.fingerprint,
+        trained_on={"tasks": prepared.inputs.account["tasks"], "prompts": sorted(prepared.inputs.prompts)})  # fmt: skip
     # The scores of a run that was finished before stay until there are new ones.
     path = workdir / "eval.json"
     try:
@@ -118,6 +119,7 @@ def main(argv: list[str]) -> None:
     """The command."""
     config, workdir = parse(argv)
     check_config(config)
+    keep_programs()
     if config.distributed.processes > 1:
         jax.distributed.initialize(
             config.distributed.coordinator, config.distributed.processes, config.distributed.process_id)  # fmt: skip

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import re
 import runpy
+from pathlib import Path
 
+import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
@@ -51,6 +54,7 @@ def test_budgets_and_adds_are_what_the_names_say():
 def test_the_script(tmp_path, hf_directory, caches, monkeypatch, capsys, quick_compile):
     """Two names of one run, one that differs, one that trains leaves of the base; then again, and asked otherwise."""
     monkeypatch.setenv("FLORA_CACHE", str(caches / "data"))
+    monkeypatch.chdir(tmp_path)  # where runs/ is
     (tmp_path / "samsum").mkdir()
     for split, first in (("train", 0), ("test", 500)):
         lines = [json.dumps({"dialogue": f"A: I am {i}.", "summary": f"A is {i}."}) for i in range(first, first + 30)]
@@ -66,6 +70,7 @@ def test_the_script(tmp_path, hf_directory, caches, monkeypatch, capsys, quick_c
     trained, given = [], ablations.train
 
     def train(setup, workdir):
+        assert workdir.parent == Path(f"runs/ablations{tmp_path}/out")
         trained.append(workdir.name)
         return given(setup, workdir)
 
@@ -73,8 +78,7 @@ def test_the_script(tmp_path, hf_directory, caches, monkeypatch, capsys, quick_c
 
     def run(*flags):
         ablations.main(["ablations", "--data_dir", str(tmp_path), "--model", str(model), "--task", "samsum",
-                        "--max_length", "128", "--steps", "2", "--limit", "5", "--out", str(tmp_path / "out"),
-                        "--workdir", str(tmp_path / "runs"), *flags])  # fmt: skip
+                        "--max_length", "128", "--steps", "2", "--limit", "5", "--out", "out", *flags])  # fmt: skip
         return capsys.readouterr().out
 
     table = run()
@@ -88,6 +92,11 @@ def test_the_script(tmp_path, hf_directory, caches, monkeypatch, capsys, quick_c
     assert str(tmp_path) not in json.dumps([v for k, v in flatten_dict(found).items() if "data" in k])
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out.csv").open())}
     assert float(rows["scale_1"]["difference"]) == 0 and rows["add_qg"]["difference"] == ""
+    none = found["add_none-seed0"]
+    assert rows["add_none"]["stderr_over"] == "items" and "(± standard error over items)" in table
+    assert float(rows["add_none"]["stderr"]) == pytest.approx(np.std(none["reference_losses"], ddof=1) / 5**0.5)
+    assert float(rows["add_none"]["minutes"]) == pytest.approx(none["minutes"])
+    assert re.search(rf"\| 1 \| {none['minutes']:.1f} \| \d\.\d+ \| \d\.\d+ ± 0\.\d+ \|", table)
     again = run()
     assert again.splitlines()[4:] == table.splitlines()[4:] and len(trained) == 3  # above: command and time
     with pytest.raises(UserError, match=r"was run with train.steps=2 \(now 3\)"):

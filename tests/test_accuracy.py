@@ -4,18 +4,22 @@ import argparse
 import csv
 import functools
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import accuracy
+from experiments import ablations, accuracy
 from experiments.report import differences, provenance
+from flora_jax import train
 from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.analysis.variants import rank_for, trained_parameters
 from flora_jax.config import LEARNING_RATES, check_config, get_config
 from flora_jax.errors import UserError
 from flora_jax.files import write_json
 from flora_jax.models.config import LlamaConfig
+from flora_jax.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -27,6 +31,7 @@ def sweep(tmp_path, hf_directory, caches, monkeypatch):
     """`sweep("base,lora", out="a")` runs the command on a tiny suite; returns the JSON of each run by name."""
     monkeypatch.setitem(accuracy.SUITES, "tiny", SUITE)
     monkeypatch.setenv("FLORA_CACHE", str(caches / "data"))
+    monkeypatch.chdir(tmp_path)  # where runs/ is
     model, data = hf_directory(tmp_path / "model"), tmp_path / "data"
     for task, split, first in (("gsm8k", "train", 0), ("AddSub", "test", 500)):
         (data / task).mkdir(parents=True)
@@ -41,8 +46,8 @@ def sweep(tmp_path, hf_directory, caches, monkeypatch):
 
     def run(methods, out="a", *flags):
         accuracy.main(["accuracy", "--suite", "tiny", "--data_dir", str(data), "--model", str(model), "--rank", "8",
-                       "--methods", methods, "--limit", "4", "--validation_size", "4", "--out", str(tmp_path / out),
-                       "--workdir", str(tmp_path / f"w{out}"), *flags])  # fmt: skip
+                       "--methods", methods, "--limit", "4", "--validation_size", "4", "--out", out,
+                       *flags])  # fmt: skip
         return {p.stem: json.loads(p.read_text()) for p in (tmp_path / out / "tiny").glob("*.json")}
 
     return run
@@ -57,22 +62,42 @@ def numbers(run):
 
 
 def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys):
-    given, started = accuracy.run, []
+    """Killed at ffba's first checkpoint and again between its two tests."""
+    given, given_save, given_scores = accuracy.run, Checkpoints.save, train.evaluate_tasks
+    started, saved, kills = [], [], ["training", "scoring"]
 
-    def interrupted(config, workdir):
+    def run(config, workdir):
         started.append(workdir.name)
-        if len(started) == 2:
-            raise KeyboardInterrupt
         return given(config, workdir)
 
-    monkeypatch.setattr(accuracy, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        sweep("base,lora,ffba")
-    assert started == ["lora-seed0", "ffba-seed0"]
+    def save(self, state, *rest):
+        given_save(self, state, *rest)
+        saved.append((started[-1], int(state.step)))
+        if saved[-1] == ("ffba-seed0", 1) and "training" in kills:
+            kills.remove("training")
+            raise KeyboardInterrupt
+
+    def scores(tasks, *rest, **settings):
+        if started[-1] == "ffba-seed0" and "scoring" in kills:
+            kills.remove("scoring")
+            given_scores(tasks[:1], *rest, **settings)
+            raise KeyboardInterrupt
+        return given_scores(tasks, *rest, **settings)
+
+    monkeypatch.setattr(accuracy, "run", run)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(train, "evaluate_tasks", scores)
+    for methods in ("base,lora,ffba", "ffba"):
+        with pytest.raises(KeyboardInterrupt):
+            sweep(methods)
+    assert not kills and not (tmp_path / "a/tiny/ffba-seed0.json").exists()
     found = sweep("base,lora,ffba", "a", "--seeds", "0,1")
-    assert started[2:] == ["ffba-seed0", "lora-seed1", "ffba-seed1"]  # nothing that was finished
+    # Nothing that was finished, and no step that was saved.
+    assert started == ["lora-seed0", "ffba-seed0", "ffba-seed0", "ffba-seed0", "lora-seed1", "ffba-seed1"]
+    assert [step for name, step in saved if name == "ffba-seed0"] == [1, 2, 3]
     assert found.keys() == {"base", "lora-seed0", "lora-seed1", "ffba-seed0", "ffba-seed1"}
     again = sweep("ffba", "b")
+    assert [step for _, step in saved[-3:]] == [1, 2, 3]  # another OUT trains anew
     assert numbers(again["ffba-seed0"]) == numbers(found["ffba-seed0"]) != numbers(found["ffba-seed1"])
 
     lora, ffba = found["lora-seed0"], found["ffba-seed0"]
@@ -88,13 +113,18 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
     assert "I am 5" not in json.dumps(found)  # none of the data's own text
 
     table = (tmp_path / "a/tiny.md").read_text()
-    assert table in capsys.readouterr().out or "| ffba | 8 |" in table
-    assert "samsum rougeLsum" in table and "difference to lora" in table and "±" in table
+    assert table in capsys.readouterr().out
+    assert re.search(r"^\| ffba \| 8 \| [\d,]+ \| 0.0003 \| 2 \| \d+\.\d \|", table, re.M)
+    assert "samsum rougeLsum" in table and "difference to lora" in table
+    assert "± standard error over seeds or, of one seed, over items" in table  # base has one
     assert (tmp_path / "a/tiny.png").stat().st_size > 10_000
-    rows = list(csv.DictReader((tmp_path / "a/tiny.csv").open()))
-    mean = np.mean([found[f"ffba-seed{s}"]["evaluation"]["tasks"]["samsum"]["reference_loss"] for s in (0, 1)])
-    [row] = [r for r in rows if (r["method"], r["task"], r["metric"]) == ("ffba", "samsum", "reference_loss")]
-    assert float(row["mean"]) == pytest.approx(mean) and row["seeds"] == "2"
+    rows = {(r["method"], r["task"], r["metric"]): r for r in csv.DictReader((tmp_path / "a/tiny.csv").open())}
+    losses = [found[f"ffba-seed{s}"]["evaluation"]["tasks"]["samsum"]["reference_loss"] for s in (0, 1)]
+    row = rows["ffba", "samsum", "reference_loss"]
+    assert float(row["mean"]) == pytest.approx(np.mean(losses)) and row["seeds"] == "2"
+    assert float(row["stderr"]) == pytest.approx(abs(losses[0] - losses[1]) / 2) and row["stderr_over"] == "seeds"
+    minutes = [found[f"ffba-seed{s}"]["minutes"] for s in (0, 1)]
+    assert float(row["minutes"]) == pytest.approx(np.mean(minutes)) and row["difference_to_lora"] == ""
     for flags, words in (
         (("--validation_size", "2"), r"of the same table, has validation_size=4 \(now 2\)"),
         (("--preset", "llama3.2-1b"), r"ffba-seed0.*was run with model.dtype='float32' \(now 'bfloat16'\)"),
@@ -113,6 +143,43 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
     write_json(tmp_path / "a/rates/ffba.json", rates)
     with pytest.raises(UserError, match=r"learning_rate=0.0003 \(now 0.0005\)"):
         sweep("ffba")
+
+
+def test_tables_of_one_seed(tmp_path, monkeypatch):
+    """Without any training: errors over items as the results have them, and lora's differences by pandas' reading."""
+    monkeypatch.setattr("sys.argv", ["accuracy"])
+    items = {"base": [0, 0, 1, 1], "lora": [0, 1, 1, 1]}
+    for place, (arm, own) in enumerate(items.items()):
+        chosen = {"accuracy": np.mean(own), "stderr": 0.25, "reference_loss": 1.5, "items": own}
+        written = {"rougeL": 0.5, "rougeL_stderr": 0.125, "items": [0.25, 0.75]}
+        write_json(tmp_path / "tiny" / f"{arm}.json", {
+            "arm": arm, "asked": {"model": "m", "steps": 3, "limit": 4}, "minutes": 2.5 + place,
+            "evaluation": {"protocol": "llm_adapters", "tasks": {"AddSub": chosen, "samsum": written}},
+            "provenance": {"device": "a machine", "date": "2026-11-20"},
+        })  # fmt: skip
+    table = accuracy.write_tables(argparse.Namespace(out=tmp_path, suite="tiny", data_dir="DIR"))
+    assert "means over seeds (± standard error over items; the reference loss has none over items)" in table
+    assert "| base |  |  |  | 1 | 2.5 |  | 0.500 ± 0.250 | 1.500 | 0.500 ± 0.125 |" in table
+    rows = list(csv.DictReader((tmp_path / "tiny.csv").open()))
+    errors = [(row["metric"], row["stderr"], row["stderr_over"]) for row in rows[:3]]
+    assert errors == [("accuracy", "0.25", "items"), ("reference_loss", "", "items"), ("rougeL", "0.125", "items")]
+    beside = [[row[name] for name in ("difference_to_lora", "low", "high")] for row in rows]
+    mean, low, high = map(float, beside[0])
+    assert (mean, low, high) == accuracy.paired_bootstrap(*map(np.array, items.values())) and low < mean < high
+    assert beside[1:] == [["", "", ""], ["0.0", "0.0", "0.0"], *[["", "", ""]] * 3]
+    assert f"| base | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | +0.000 [+0.000, +0.000] |" in table
+
+
+def test_every_out_has_its_workdir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    of = lambda out: accuracy.workdir_of(Path(out), ablations.OUT)  # noqa: E731
+    usual = "experiments/results/ablations"
+    for out in (usual, f"./{usual}/", tmp_path / usual, f"link/{usual}"):
+        assert of(out) == Path("runs/ablations")
+    assert of("b/a-c") == of(tmp_path / "b/../b/a-c") == Path(f"runs/ablations{tmp_path}/b/a-c")
+    others = ("a", "b/a", "b-a", "../a", f"{usual}2", "results/ablations")
+    assert len({of(out) for out in (usual, *others)}) == 7
 
 
 def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch):

@@ -13,7 +13,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.adapters import METHODS, PROJECTIONS, AdapterConfig, FusedDense, abstract_adapter, init_adapter
+from flora_jax.adapters import (
+    METHODS,
+    PROJECTIONS,
+    AdapterConfig,
+    FusedDense,
+    abstract_adapter,
+    init_adapter,
+    repeat_and_add,
+)
+from flora_jax.adapters import layer as layer_module
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama, abstract_base
@@ -590,3 +599,18 @@ def test_bfloat16_compute(method):
     exact = apply(adapter_config, adapter, jax.tree.map(lambda leaf: leaf.astype(np.float32), half))
     error = np.abs(found - exact).max() / np.abs(exact).max()
     assert 1e-4 < error < 0.04  # it did compute in bfloat16
+
+
+@pytest.mark.parametrize("copies", [1, 6, 64, 96, 131, 256])  # one row of copies, several, a prime number of them
+def test_repeat_and_add_is_the_same_on_every_device(copies):
+    """What a CPU runs, what others run, and tiling in NumPy; the gradient is the sum over a channel's copies."""
+    y, z = (jax.random.normal(jax.random.key(i), (2, 3, n)) for i, n in enumerate((5 * copies, 5)))
+    expected = np.asarray(y) + np.tile(z, copies)
+    for add in (repeat_and_add, layer_module._add_copies, layer_module._add_broadcast):
+        np.testing.assert_array_equal(jax.jit(add)(y, z), expected)
+    half, low = jnp.asarray(y, jnp.bfloat16), jnp.asarray(z, jnp.bfloat16)
+    assert repeat_and_add(half, low).dtype == jnp.bfloat16
+    weights = jax.random.normal(jax.random.key(2), y.shape)
+    dy, dz = jax.grad(lambda y, z: (weights * repeat_and_add(y, z)).sum(), argnums=(0, 1))(y, z)
+    np.testing.assert_array_equal(dy, weights)
+    np.testing.assert_allclose(dz, np.asarray(weights).reshape(2, 3, copies, 5).sum(2), rtol=1e-5, atol=1e-5)

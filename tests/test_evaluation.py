@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from flora_jax.adapters import AdapterConfig, init_adapter
 from flora_jax.data.encode import encode_prompt
 from flora_jax.data.numbers import final_number, same_number
-from flora_jax.data.tasks import Example, Message, get_task, lm_eval_request
+from flora_jax.data.tasks import Example, Message, get_task, lm_eval_request, prompt_digests
 from flora_jax.errors import UserError, run_command
 from flora_jax.evaluation import published, rounds
 from flora_jax.evaluation.answers import final_label, final_letter, is_right
@@ -338,6 +339,27 @@ def test_evaluate_command(checkpoint, data_dir, tiny, tmp_path, capsys):
     adapted = json.loads(out.read_text())
     assert adapted["adapter_config"]["method"] == "ffba"
     assert "ARC-Easy" in capsys.readouterr().out
+
+
+def test_a_test_that_was_trained_on_is_refused(checkpoint, data_dir, tmp_path, capsys):
+    """Above 1 % of the questions asked, unless that is allowed; the share is in the result either way."""
+    adapter, out = tmp_path / "adapter", tmp_path / "result.json"
+    shutil.copytree(checkpoint / "adapter", adapter)
+    arguments = ["--model", checkpoint, "--adapter", adapter, "--tasks", "ARC-Easy,gsm8k", "--data_dir", data_dir]
+    arguments += ["--limit", 4, "--max_length", 512, "--out", out]
+    [asked] = load_task_data(["gsm8k"], data_dir, protocol="llm_adapters", limit=4)
+    record = adapter / "trained_on.json"
+    record.write_text(json.dumps({"tasks": ["mine"], "prompts": sorted(prompt_digests(asked.examples[1:2]))}))
+    assert command("evaluate", *arguments) == 2 and not out.exists()
+    assert "--tasks gsm8k: 25.0 % of the questions asked" in (error := capsys.readouterr().err)
+    assert "trained on (mine)" in error and "--allow_contaminated" in error and error.count("\n") == 1
+    for prompts, flags, share in ((None, ["--allow_contaminated"], 0.25), ([], [], 0.0)):
+        if prompts is not None:
+            record.write_text(json.dumps({"tasks": ["mine"], "prompts": prompts}))
+        assert command("evaluate", *arguments, *flags) == 0
+        assert json.loads(out.read_text())["share_of_test_in_train"] == {"ARC-Easy": 0.0, "gsm8k": share}
+    record.write_text(json.dumps({"tasks": ["mine"]}))
+    assert command("evaluate", *arguments) == 2 and "trained_on.json: field 'prompts'" in capsys.readouterr().err
 
 
 def test_llm_adapters_protocol_and_math(checkpoint, data_dir, tmp_path, monkeypatch):

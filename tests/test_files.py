@@ -1,6 +1,8 @@
 """Directories that appear whole or not at all."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -55,3 +57,26 @@ def test_what_stood_there_stands_after_an_interrupt_between_the_renames(tmp_path
         with pytest.raises(KeyboardInterrupt):
             fill(tmp_path / "a", "new")
     assert tree(tmp_path) == {"a": None, "a/file": "new" if (at, after) == (2, True) else "old"}
+
+
+_COMPILES = """
+import jax
+from flora_jax.files import keep_programs
+keep_programs()
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("/cache_hits")))
+jax.jit(lambda x: 2 * x + 1)(1.0)
+print(sum(hits))
+"""
+
+
+def test_a_second_start_reads_what_the_first_compiled(tmp_path):
+    environment = {**os.environ, "FLORA_CACHE": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    for hits in ("0", "1"):
+        done = subprocess.run([sys.executable, "-c", _COMPILES], env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout.strip()) == (0, hits), done.stderr
+    assert any((tmp_path / "programs").iterdir())
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "own")  # JAX's own setting comes first
+    subprocess.run([sys.executable, "-c", _COMPILES], env=environment, check=True, capture_output=True)
+    assert any((tmp_path / "own").iterdir())

@@ -17,8 +17,11 @@ from tokenizers.processors import TemplateProcessing
 
 from flora_jax import harness as harness_command
 from flora_jax.adapters import AdapterConfig
+from flora_jax.data.encode import encode_prompt
+from flora_jax.data.tasks import Message
 from flora_jax.errors import UserError, run_command
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
+from flora_jax.inference.generator import Generator
 from flora_jax.interop.adapter_files import load_adapted, save_adapter
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
@@ -205,6 +208,9 @@ def test_chat_template_and_names(base):
     tokenizer = load_tokenizer("tiny")
     lm = HarnessLM(TINY, base, tokenizer)
     messages = [{"role": "user", "content": "hi"}]
+    dated, tokenizer.chat_template = tokenizer.chat_template, "{{ date_string }}" + tokenizer.chat_template
+    assert lm.apply_chat_template(messages).startswith("26 Jul 2024<|im_start|>")  # as training renders it
+    tokenizer.chat_template = dated
     assert lm.apply_chat_template(messages) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert lm.chat_template(True) == tokenizer.chat_template
     assert lm.tokenizer_name.startswith("sha256-") and lm.max_length == TINY.max_position_embeddings
@@ -216,6 +222,21 @@ def test_chat_template_and_names(base):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         lm.apply_chat_template(messages)
+
+
+def test_a_rendered_conversation_gets_no_second_bos(checkpoint):
+    """Llama 3's template begins with BOS, and its tokenizer begins every text with one."""
+    model = load_adapted(str(checkpoint(True)), None)
+    tokenizer = model.tokenizer
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    said = [{"role": "user", "content": "hi"}]
+    text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    trained = encode_prompt([Message("user", "hi")], tokenizer, "chat")
+    assert tokenizer(text).input_ids[:2] == [tokenizer.bos_token_id] * 2 and trained.count(tokenizer.bos_token_id) == 1
+    generator = Generator(model.config, model.base, tokenizer=tokenizer, max_length=128, batch_size=1)
+    twice, once = generator.generate([[tokenizer.bos_token_id, *trained]], 8), generator.generate([trained], 8)
+    assert twice != once == generator.generate([text], 8)
+    assert generator.generate(["hi"], 8) == generator.generate([tokenizer("hi").input_ids], 8)  # with its BOS
 
 
 def test_what_cannot_be_scored_is_refused(models, base):

@@ -16,9 +16,10 @@ from safetensors.numpy import load_file
 
 from flora_jax import train as command
 from flora_jax.adapters import METHODS
-from flora_jax.config import check_config, fields, get_config, read_config
+from flora_jax.config import check_config, fields, generator_settings, get_config, read_config
+from flora_jax.data import get_task, load_examples, prompt_digests
 from flora_jax.errors import UserError, run_command
-from flora_jax.interop.adapter_files import load_adapted, load_adapter
+from flora_jax.interop.adapter_files import load_adapted, load_adapter, read_trained_on
 from flora_jax.models.config import LlamaConfig
 from flora_jax.train import main, run
 from flora_jax.training import loop, runs
@@ -73,6 +74,10 @@ def test_a_run_leaves_what_the_readme_names(tmp_path, small, monkeypatch):
     scores = written["evaluation"]["tasks"]["chain_sum"]
     assert scores["n"] == 4 and 0 <= scores["accuracy"] <= 1 and scores["decode"]["max_new_tokens"] == 32
     assert "Give only the final number." in scores["prompt"]
+
+    tasks, prompts = read_trained_on(workdir / "adapter")
+    trained_on = load_examples(get_task("chain_sum", generator_settings(config)), "train", None, config.data.cache_dir)
+    assert tasks == ["chain_sum"] and prompts == prompt_digests(trained_on) and len(prompts) > 4
 
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4", "8"]
     adapter_config, trained = load_adapter(workdir / "adapter", TINY, written["base_fingerprint"])

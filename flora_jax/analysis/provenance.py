@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,22 @@ def provenance(module: str, arguments: list[str], packages: tuple[str, ...] = ()
         "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}},
         # How many processes wanted a core in the last minute: above 0 before it starts, a CPU was not idle.
         "load_average": os.getloadavg()[0],
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, with `-dirty` behind it where a tracked file differs; None outside a clone."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # installed; what lies around it is somebody else's
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def _placeless(argument: str) -> str:

@@ -101,22 +101,19 @@ class Programs:
 class Contestant:
     """A model at its programs' setting that runs whenever it is called. The first `prefills` calls read the prompts;
     those after them decode from a copy of the last such state, since reading long prompts can take many times as long
-    as what is timed after it. With one prefill, that of the warm-up is the one."""
+    as what is timed after it."""
 
     def __init__(self, programs: Programs, params: Tree, prompts: np.ndarray, prefills: int):
         self._programs, self._params, self._prompts, self._prefills = programs, params, prompts, prefills
         self._state: State | None = None
-        self._ttft: float | None = None
 
     def warm_up(self) -> None:
         """Runs once before the rounds, as far as the second token."""
-        self._state, ttft = self._programs.start(self._params, self._prompts)
+        self._state, _ = self._programs.start(self._params, self._prompts)
         self._decode(2)
-        if self._prefills == 1:
-            self._prefills, self._ttft = 0, ttft
 
     def __call__(self) -> Seconds:
-        ttft, self._ttft = self._ttft, None
+        ttft = None
         if self._prefills > 0:
             self._prefills, self._state = self._prefills - 1, None
             self._state, ttft = self._programs.start(self._params, self._prompts)

@@ -4,6 +4,7 @@ from flora_jax.data.encode import Encoded, EncodeReport, encode, encode_all, enc
 from flora_jax.data.pipeline import eval_batches, train_iterator
 from flora_jax.data.sources import data_hash, has_split, load_examples, load_records
 from flora_jax.data.tasks import (
+    CONTAMINATED,
     MIXTURES,
     TASKS,
     Example,
@@ -14,9 +15,11 @@ from flora_jax.data.tasks import (
     get_task,
     label_request,
     lm_eval_request,
+    prompt_digests,
 )
 
 __all__ = [
+    "CONTAMINATED",
     "MIXTURES",
     "TASKS",
     "EncodeReport",
@@ -37,5 +40,6 @@ __all__ = [
     "lm_eval_request",
     "load_examples",
     "load_records",
+    "prompt_digests",
     "train_iterator",
 ]

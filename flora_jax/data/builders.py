@@ -100,7 +100,7 @@ def catalogue_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuild
         why = f"preparing it failed ({type(error).__name__}: {_line(error)})"
     raise UserError(
         f"TFDS {name} is not prepared in {folder}, and {why}; where there are a network, tensorflow and "
-        f"importlib_resources, run {build} --data_dir=DIR` and set data.dir to tfds:DIR"
+        f"importlib_resources, run {build} --data_dir=DIR` and set data.dir (evaluate: --data_dir) to tfds:DIR"
     )
 
 

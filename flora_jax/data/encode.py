@@ -24,6 +24,10 @@ Style = Literal["plain", "chat", "llm_adapters"]
 STYLES = get_args(Style)
 LossOn = Literal["answer", "all"]
 
+# What Llama 3's chat template names as today where it is given nothing: with any other date, the same data and the same
+# prompt would change every day.
+DATE = "26 Jul 2024"
+
 # The prompt that LLM-Adapters' finetune.py trains on (at its commit 91770ab), indentation included.
 _TRAINED_ON = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.  "
@@ -170,9 +174,8 @@ def _chat(messages: Sequence[Message | None], tokenizer: PreTrainedTokenizerFast
 def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, *, add_generation_prompt: bool) -> str:
     conversation = [dataclasses.asdict(message) for message in messages]
     try:
-        # Llama 3's template names a date; without this one, its own fallback, the same data would change every day.
         return tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=add_generation_prompt, date_string="26 Jul 2024"
+            conversation, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE
         )
     except jinja2.TemplateError as error:
         roles = ", ".join(message.role for message in messages)

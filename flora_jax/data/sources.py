@@ -30,6 +30,7 @@ from flora_jax.files import cache_root
 
 SPLITS = ("train", "validation", "test")
 _FORMAT = "1"  # part of every cache key: raise it when a builder's features or a reader's output change
+_SET = "set data.dir (evaluate: --data_dir) to"
 
 if TYPE_CHECKING:  # importing it takes a second
     import tensorflow_datasets as tfds
@@ -120,7 +121,7 @@ def _catalogue_split(task: Task, split: str, data_dir: str | Path) -> tuple[tfds
     _check_split(task, split)
     if task.name not in CATALOGUE:
         raise UserError(f"data.dir={data_dir}: task {task.name!r} is not in the TFDS catalogue, which has "
-                        f"{', '.join(CATALOGUE)}; set data.dir to the folder that holds its files")  # fmt: skip
+                        f"{', '.join(CATALOGUE)}; {_SET} the folder that holds its files")  # fmt: skip
     if split not in CATALOGUE[task.name].splits:
         raise UserError(f"split {split!r} of task {task.name!r} is not in the TFDS catalogue; TFDS "
                         f"{CATALOGUE[task.name].name} gives {', '.join(CATALOGUE[task.name].splits)}")  # fmt: skip
@@ -150,7 +151,7 @@ def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Pat
         return [Path(task.name), *([Path(data_dir) / task.name] if data_dir else [])]
     if data_dir is None:
         other = f", or to tfds for {CATALOGUE[task.name].name} of the TFDS catalogue" if task.name in CATALOGUE else ""
-        raise UserError(f"task {task.name!r} is read from files; set data.dir to the folder that holds them{other}")
+        raise UserError(f"task {task.name!r} is read from files; {_SET} the folder that holds them{other}")
     if not Path(data_dir).is_dir():
         raise UserError(f"data.dir={str(data_dir)!r} is not a directory (nor tfds, nor tfds:DIR)")
     folder = Path(data_dir) if task.source == "jsonl" else Path(data_dir) / task.name
@@ -172,7 +173,7 @@ def _path(task: Task, split: str, data_dir: str | Path | None) -> Path:
     never = " (a sample is never a test set)" if any(name.startswith("sample.") for name in there) else ""
     get = _WHERE.get(task.name, _WHERE_RECORDS if task.source == "records" else "")
     get = f"; {get}" if get else ""
-    get += "; or set data.dir=tfds to read the TFDS catalogue's" if task.name in CATALOGUE else ""
+    get += f"; or {_SET} tfds to read the TFDS catalogue's" if task.name in CATALOGUE else ""
     raise UserError(
         f"{candidates[0]} is missing: split {split!r} of task {task.name!r}; "
         f"{folder.name or folder}/ has {', '.join(there) or 'no data files'}{never}{get}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from flora_jax.data.numbers import canonical_number, final_number, same_number
 from flora_jax.errors import UserError, near_misses
 
 ROLES = ("system", "user", "assistant")
+CONTAMINATED = 0.01  # the share of a test's questions that may be in the training data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +345,11 @@ def dedupe(
     held_out = {_key(example, answers) for example in test}
     kept = [example for example in train if _key(example, answers) not in held_out]
     return kept, len(train) - len(kept)
+
+
+def prompt_digests(examples: Iterable[Example]) -> set[str]:
+    """64 bits of the sha256 of each prompt, as `dedupe` compares them: enough to know a prompt again."""
+    return {hashlib.sha256(_key(example, False).encode()).hexdigest()[:16] for example in examples}
 
 
 def _key(example: Example, answers: bool) -> str:

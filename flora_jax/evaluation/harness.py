@@ -36,6 +36,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
 
 from flora_jax.adapters import AdapterConfig
+from flora_jax.data.encode import DATE
 from flora_jax.errors import UserError, near_misses
 from flora_jax.evaluation.loglik import token_loglik
 from flora_jax.evaluation.rounds import generate_in_rounds
@@ -120,7 +121,7 @@ class HarnessLM(TemplateLM):
         try:
             return self.tokenizer.apply_chat_template(
                 chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt)  # fmt: skip
+                continue_final_message=not add_generation_prompt, date_string=DATE)  # fmt: skip
         except TemplateError as error:
             raise UserError(f"apply_chat_template: the tokenizer's template refuses a conversation ({error})") from None
 

@@ -14,7 +14,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,7 +23,16 @@ import numpy as np
 from flora_jax.adapters import AdapterConfig
 from flora_jax.data.encode import STYLES, encode_prompt
 from flora_jax.data.sources import data_hash, load_examples
-from flora_jax.data.tasks import Example, Message, Task, dedupe, get_task, lm_eval_request
+from flora_jax.data.tasks import (
+    CONTAMINATED,
+    Example,
+    Message,
+    Task,
+    dedupe,
+    get_task,
+    lm_eval_request,
+    prompt_digests,
+)
 from flora_jax.errors import UserError, near_misses
 from flora_jax.evaluation import published
 from flora_jax.evaluation.answers import is_right
@@ -109,6 +118,25 @@ def load_task_data(
             shots = random.Random(seed).sample(pool, num_fewshot)
         out.append(TaskData(task, examples, shots, data_hash(task, "test", data_dir)))
     return out
+
+
+def check_seen(
+    tasks: Sequence[TaskData], trained_on: tuple[Sequence[str], Set[str]] | None, allowed: bool = False
+) -> dict[str, float] | None:
+    """By task, the share of its questions that an adapter was trained on: `trained_on`, the names of its tasks and its
+    prompts' digests, or None where nothing is on record. Raises UserError above 1 % unless `allowed`."""
+    if trained_on is None:
+        return None
+    names, prompts = trained_on
+    shares = {}
+    for data in tasks:
+        seen = [bool(prompt_digests([example]) & prompts) for example in data.examples]
+        shares[data.task.name] = share = sum(seen) / len(seen)
+        if share > CONTAMINATED and not allowed:
+            raise UserError(f"--tasks {data.task.name}: {100 * share:.1f} % of the questions asked are in what the "
+                            f"adapter was trained on ({', '.join(names)}); leave it out, or --allow_contaminated, "
+                            "which records the share")  # fmt: skip
+    return shares
 
 
 def evaluate_tasks(

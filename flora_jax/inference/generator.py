@@ -401,7 +401,9 @@ class Generator:
             if self.tokenizer is None:
                 raise UserError(f"prompt {i} is text, but there is no tokenizer; give token ids")
             check_text(prompt, f"prompt {i}")
-            tokens = self.tokenizer(prompt)["input_ids"]
+            # What a chat template has rendered begins with BOS; a tokenizer would put a second one before it.
+            begun = prompt.startswith(self.tokenizer.bos_token or "\0")
+            tokens = self.tokenizer(prompt, add_special_tokens=not begun)["input_ids"]
         else:
             given = np.asarray(prompt).tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
             if not isinstance(given, Sequence):

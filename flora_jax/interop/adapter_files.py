@@ -10,6 +10,8 @@ One of PEFT's tensors and where it lies here, at rank 8 in a layer with D = 96 a
 
     base_model.model.model.layers.3.self_attn.k_proj.lora_A.weight  [8, 96]
     adapter/layers/attention/qkv/A[3, :, 8:16].T                    the same
+
+Beside them, from a run of `flora_jax.train`, `trained_on.json`: which tasks and prompts the adapter has seen.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ Tree = dict[str, Any]
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, EXTRAS = "adapter_config.json", "adapter_model.safetensors", "flora_config.json"
+TRAINED_ON = "trained_on.json"
 _HAS = f"; an adapter directory has {CONFIG} and {WEIGHTS}"
 
 # Projection -> its module in a layer, as transformers and PEFT name it.
@@ -68,10 +71,12 @@ def save_adapter(
     adapter_config: AdapterConfig,
     base_model: str,
     fingerprint: str,
+    trained_on: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `trained` = {"adapter": tree, "params": base leaves that trained, {} if none} to `directory`.
 
-    base_model: the source that the base was loaded from; fingerprint: its `base_fingerprint`. The directory appears
+    base_model: the source that the base was loaded from; fingerprint: its `base_fingerprint`; trained_on: `tasks` and
+    `prompts` (digests of the training records'), by which `read_trained_on` knows a test again. The directory appears
     complete or not at all, and replaces only one that this function wrote. Raises UserError for anything else there
     and for leaves that do not fit the configurations.
     """
@@ -82,6 +87,20 @@ def save_adapter(
     _check_leaves(*leaves, config, adapter_config, str(directory))
     with new_directory(directory) as new:
         write_adapter_files(new, trained, config, adapter_config, base_model, fingerprint)
+        if trained_on is not None:
+            write_json(new / TRAINED_ON, trained_on)
+
+
+def read_trained_on(directory: str | os.PathLike) -> tuple[list[str], set[str]] | None:
+    """The tasks that an adapter was trained on, and its prompts' digests; None where nothing is on record."""
+    path = Path(directory) / TRAINED_ON
+    if not path.is_file():
+        return None
+    stored = read_json(path)
+    for field in ("tasks", "prompts"):
+        if not isinstance(stored.get(field), list) or not all(isinstance(item, str) for item in stored[field]):
+            raise UserError(f"{path}: field {field!r} must be a list of texts; delete the file to score all the same")
+    return stored["tasks"], set(stored["prompts"])
 
 
 def write_adapter_files(

@@ -12,6 +12,7 @@ import numpy as np
 
 from flora_jax.config import generator_settings, names, task_weights
 from flora_jax.data import (
+    CONTAMINATED,
     Encoded,
     Example,
     data_hash,
@@ -21,6 +22,7 @@ from flora_jax.data import (
     get_task,
     has_split,
     load_examples,
+    prompt_digests,
 )
 from flora_jax.errors import UserError
 
@@ -28,18 +30,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-CONTAMINATED = 0.01  # share of a test's questions
-
-
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """Encoded examples, and what a result file says of them.
 
+    prompts: digests of those of all training records, whether they were dropped or not.
     parts: where tasks have weights, the number of training examples of each, in order, and its weight."""
 
     train: list[Encoded]
     validation: list[Encoded]
     account: dict[str, Any]
+    prompts: set[str]
     parts: list[tuple[int, float]] | None = None
 
 
@@ -135,7 +136,7 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
         "dropped_from_validation": dropped_validation,
     }
     sizes = weights and list(zip(map(len, encoded_parts), weights, strict=True))
-    return Inputs(encoded, validation_encoded, account, sizes)
+    return Inputs(encoded, validation_encoded, account, prompt_digests(loaded), sizes)
 
 
 def _together(reports: list[dict[str, int]]) -> dict[str, int]:
