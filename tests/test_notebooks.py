@@ -29,3 +29,4 @@ def test_stored_outputs_are_whole(path):
     text = path.read_text()
     assert "/home/" not in text and "/work/" not in text and "/root/" not in text
     assert path.stat().st_size < 1_000_000
+    assert "the tests' settings" in text and "tiny" not in "".join(map(str, (c.outputs for c in cells)))
