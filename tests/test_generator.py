@@ -106,11 +106,12 @@ def test_smollm2_equals_transformers():
     assert max(lengths) == 64 and ties <= 1
 
 
-def test_rows_equal_whole_forward_passes_with_an_adapter(prompts):
-    """zflora's channels cross layers, so it has two of them."""
+@pytest.mark.parametrize("method", ["lora", "fpa", "ffba", "ffba_qg_add", "zflora"])
+def test_rows_equal_whole_forward_passes_with_an_adapter(prompts, method):
+    """What is served fused gives the tokens of the split model, over two layers, since zflora's channels cross them."""
     config = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=())
     base = spread(init_base(jax.random.key(0), config))
-    adapter_config = AdapterConfig("zflora", rank=8)
+    adapter_config = AdapterConfig(method, rank=8)
     adapter = random_adapter(config, adapter_config, 3)
     generator = Generator(config, base, {"a": adapter}, adapter_config, max_length=64, batch_size=8)
     found = [g.tokens for g in generator.generate(prompts[:3], 6)]
