@@ -106,7 +106,9 @@ def test_smollm2_equals_transformers():
     assert max(lengths) == 64 and ties <= 1
 
 
-@pytest.mark.parametrize("method", ["lora", "fpa", "ffba", "ffba_qg_add", "zflora"])
+@pytest.mark.parametrize(
+    "method", ["lora", "ffba", "zflora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fpa", "ffba_qg_add"))]
+)
 def test_rows_equal_whole_forward_passes_with_an_adapter(prompts, method):
     """What is served fused gives the tokens of the split model, over two layers, since zflora's channels cross them."""
     config = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=())
