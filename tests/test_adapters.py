@@ -455,7 +455,12 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("fields, expected", VARIANTS, ids=lambda value: ",".join(map(str, value.values()))[:50])
+def written(fields):
+    """Short enough for the name of a test, and the same in every process."""
+    return ",".join(getattr(value, "__name__", str(value)) for value in fields.values())[:50]
+
+
+@pytest.mark.parametrize("fields, expected", VARIANTS, ids=written)
 def test_variant_is_its_equation(fields, expected):
     adapter_config = AdapterConfig(**fields)
     adapter = random_adapter(adapter_config)
