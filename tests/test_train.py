@@ -19,6 +19,7 @@ from flora_jax.adapters import METHODS
 from flora_jax.config import check_config, fields, generator_settings, get_config, read_config
 from flora_jax.data import get_task, load_examples, prompt_digests
 from flora_jax.errors import UserError, run_command
+from flora_jax.evaluation.run import evaluate_tasks, load_task_data
 from flora_jax.interop.adapter_files import load_adapted, load_adapter, read_trained_on
 from flora_jax.models.config import LlamaConfig
 from flora_jax.train import main, run
@@ -299,6 +300,19 @@ def test_no_field_is_read_by_nothing(tmp_path, small, subtests, monkeypatch):
         with subtests.test(field), pytest.raises(UserError, match=str(value)):
             run(small(**{field: value}), tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
+
+
+def test_a_fully_fine_tuned_base_is_scored(tmp_path, small, hf_directory):
+    """In the run itself, by generating, and as it is read back."""
+    base = hf_directory(tmp_path / "base")
+    summary = run(small("fft", **{"model.weights": str(base), "train.steps": 2, "eval.tasks": "chain_sum",
+                                  "eval.limit": 2}), tmp_path / "w")  # fmt: skip
+    texts = summary["evaluation"]["tasks"]["chain_sum"]["texts"]
+    [data] = load_task_data(["chain_sum"], None, limit=2, generator=dict(train=60, validation=10, test=6),
+                            cache_dir=str(tmp_path / "data"))  # fmt: skip
+    model = load_adapted(base, tmp_path / "w/adapter")
+    result = evaluate_tasks([data], model.config, model.base, model.tokenizer, protocol="llm_adapters")
+    assert len(texts) == 2 and result["tasks"]["chain_sum"]["texts"] == texts
 
 
 def test_fields_of_the_loop(tmp_path, small, monkeypatch):

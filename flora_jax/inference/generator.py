@@ -264,7 +264,8 @@ class Generator:
         wrong = [one for one in configs if not isinstance(one, AdapterConfig | None)]
         if wrong:
             raise UserError(f"adapter_config must be an AdapterConfig, or one by name, not a {type(wrong[0]).__name__}")
-        if adapter_config is not None and not adapters:
+        # fft's configuration goes without: its base is what was trained.
+        if not adapters and any(one is not None and one.row.reads is not None for one in configs):
             raise UserError("adapter_config is given without adapters; pass them as {'mine': adapter}")
         if decode_kernel and not kernel_runs(config):
             raise UserError(
