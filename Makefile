@@ -15,8 +15,9 @@ BIN := .venv/bin
 demo: .venv/.demo
 	$(BIN)/python -m experiments.demo --workdir runs/demo
 
+# Two processes: much of a test is XLA compiling on one core. Each needs up to 4 GB.
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: .venv/.test
 	$(BIN)/python -m pytest -m slow

@@ -32,7 +32,7 @@ LM_EVAL = ["lm_eval>=0.4.13"]
 # torch and peft are what our numbers are compared against; nothing at run time imports them.
 TEST = [
     *DEMO, *LM_EVAL, "hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10", "peft>=0.18",
-    "pytest>=8.0", "torch==2.13.0",
+    "pytest>=8.0", "pytest-xdist>=3.6", "torch==2.13.0",
 ]  # fmt: skip
 
 setup(

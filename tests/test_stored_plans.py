@@ -7,11 +7,10 @@ from conftest import ROOT
 
 LORA = {"lora", "lora, dot merger off"}
 FUSED = {"ffba", "ffba_qg_add", "ffba_qg_add_folded", "fpa", "zflora"}
-# (model, method, target, batch): launches a layer, and arrays of a weight's size a layer, more than the base has. XLA
-# for an H100 writes the products of o with riding rows out at batch 1 before it sums them; nothing that was tried
-# (launches_tried.md) keeps it from that.
-EXCEPTIONS = {("3b", "fpa", "h100", 1): (1, 1), ("3b", "ffba_qg_add_folded", "h100", 1): (1, 1),
-              ("3b", "ffba", "h100", 1): (2, 1), ("3b", "ffba_qg_add", "h100", 1): (2, 1)}  # fmt: skip
+# (model, method, target, mode, batch): launches a layer more than the base's; all others add one at the most.
+EXCEPTIONS = {("3b", method, "h100", "triton", 1): 2 for method in ("ffba", "ffba_qg_add")}
+# At batch 1 XLA sums o's products of a 3B base; over the rows that ride with it, it takes a GEMM.
+AS_A_GEMM = {("3b", method, 1) for method in FUSED - {"zflora"}}
 
 
 @pytest.mark.parametrize("model", ["1b", "3b"])
@@ -25,14 +24,17 @@ def test_stored_plans_keep_the_promises(model):
     for row in rows:
         base = cells[row["target"], row["mode"], row["batch"]]
         more = {part: row["layer"][part] - base["layer"][part] for part in row["layer"]}
-        place = (model, row["label"], row["target"], row["batch"])
-        seen.append(row["label"])
-        if row["label"] in FUSED:
-            if place in EXCEPTIONS:
-                assert (more["launches"], more["weight_copies"]) == EXCEPTIONS[place], place
-            else:
-                assert more["launches"] <= 1 and more["weight_copies"] <= 0, place
-            assert more["gemms"] == 0 and max(more["cache_copies"], more["activation_copies"]) <= 0, place
+        label, batch = row["label"], row["batch"]
+        place = (model, label, row["target"], row["mode"], batch)
+        seen.append(label)
+        if label in FUSED:
+            launches = EXCEPTIONS.get(place)
+            assert more["launches"] <= 1 if launches is None else more["launches"] == launches, place
+            assert more["gemms"] == ((model, label, batch) in AS_A_GEMM), place
+            assert max(more["weight_copies"], more["cache_copies"], more["activation_copies"]) <= 0, place
+            # The adapter's own bytes and the rows filled up; those of zflora are of the whole stream.
+            bound = 1.05 if label == "zflora" else 1.02
+            assert 1 < row["step"]["moved"] / base["step"]["moved"] < bound, place
             # Around the layers, too, nothing is copied that the base does not.
             for part in ("weight_copies", "cache_copies", "activation_copies"):
                 outside = [of["step"][part] - layers * of["layer"][part] for of in (row, base)]
