@@ -8,7 +8,6 @@ With FLORA_NOTEBOOK=tiny in the environment they run in seconds on random weight
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -24,11 +23,9 @@ NOTEBOOKS = ROOT / "notebooks"
 
 
 def execute(path: Path) -> Any:
-    """The notebook with the outputs of a fresh run in the repository's root, and in its metadata, as `flora.settings`,
-    at which settings, "real" or "tiny"; what a cell raises is raised."""
+    """The notebook with the outputs of a fresh run in the repository's root; what a cell raises is raised."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(ROOT)}}).execute()
-    notebook.metadata["flora"] = {"settings": os.environ.get("FLORA_NOTEBOOK", "real")}
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when each cell ran is no result
         # Progress and warnings are no results either, and neither is where the repository lies.
