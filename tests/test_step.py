@@ -241,7 +241,7 @@ def test_differentiating_the_base_would_show():
     assert len(dots(compiled_step("ffba", True)) & KERNEL_SHAPES) == len(KERNEL_SHAPES)
 
 
-@pytest.mark.parametrize("method", methods("ffba", "zflora")[1:])
+@pytest.mark.parametrize("method", methods("lora", "ffba", "zflora")[1:])
 def test_the_base_costs_no_gradient(method):
     """No product of the program is a kernel's gradient; memory lies below that of the same step differentiating the
     base too by at least the kernels, and below the kernels themselves."""
