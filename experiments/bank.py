@@ -39,7 +39,7 @@ def stack_lora(
     base: Tree, adapters: list[Tree], config: LlamaConfig, adapter_config: AdapterConfig
 ) -> tuple[Tree, Tree]:
     """Leaves by path: those all rows share, and the A's and B's `[N, …]`."""
-    shared, riders, transposed = {}, [], device_layout(config)["transposed"]
+    shared, riders, transposed = {}, [], device_layout()["transposed"]
     for adapter in adapters:
         leaves = flatten_dict(apart(base, adapter, config, adapter_config, transposed=transposed))
         riders.append({path: leaf for path, leaf in leaves.items() if path[-1].endswith(("_A", "_B"))})
@@ -94,7 +94,7 @@ def measure(
     rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Times of a bank of `places` adapters and of what it stands beside."""
-    B, layout = setting.batch_size, device_layout(config)
+    B, layout = setting.batch_size, device_layout()
     draw = lambda own: [random_adapter(jax.random.key(i), config, own) for i in range(places)]  # noqa: E731
     adapters, ids = draw(adapter_config), jnp.arange(B) % places
     on_device = lambda tree: jax.tree.map(jnp.asarray, tree)  # noqa: E731

@@ -37,7 +37,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--cache_length", type=int, default=1024, help="slots of the key/value cache")
-    parser.add_argument("--row_multiple", type=int, help="rows of products with B's; unset: as they are served")
+    parser.add_argument("--row_multiple", type=int, default=128, help="rows of products with B's are filled up to it")
     parser.add_argument("--launch_us", type=float, default=2.0, help="of the time model: cost of a dependent launch")
     parser.add_argument("--out", help="folder for launches.json and launches.md; default: the table is printed only")
     return parser
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from tqdm import tqdm
 
-    from flora_jax.adapters import AdapterConfig, gpu_row_multiple
+    from flora_jax.adapters import AdapterConfig
     from flora_jax.analysis.launch_plan import MODES, TARGETS, check_bank, modelled_ms, plan_model, smallest_kernel
     from flora_jax.analysis.variants import get_variant
 
@@ -138,8 +138,6 @@ def main(argv: list[str]) -> None:
     targets, modes = _names("--targets", args.targets, TARGETS), _names("--modes", args.modes, MODES)
     batches = positive_integers("--batch_sizes", args.batch_sizes)
     banks = positive_integers("--adapters", args.adapters)
-    if args.row_multiple is None:
-        args.row_multiple = gpu_row_multiple(config)
     for flag in ("cache_length", "row_multiple"):
         positive_integers(f"--{flag}", str(getattr(args, flag)))
     if not args.launch_us >= 0:

@@ -21,6 +21,9 @@ from flora_jax.models.llama import init_base
 from flora_jax.models.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+# Without a driver the CUDA plugin of the extra gpu-plan does not start, and then plans for no GPU either.
+if not jax.config.jax_platforms and not Path("/proc/driver/nvidia").exists():
+    jax.config.update("jax_platforms", "cpu")
 # Quick to compile, and kept: the runs of these tests are many and short, and most are one program.
 _COMPILE = {
     "jax_disable_most_optimizations": True,

@@ -619,3 +619,22 @@ def test_repeat_and_add_is_the_same_on_every_device(copies):
     dy, dz = jax.grad(lambda y, z: (weights * repeat_and_add(y, z)).sum(), argnums=(0, 1))(y, z)
     np.testing.assert_array_equal(dy, weights)
     np.testing.assert_allclose(dz, np.asarray(weights).reshape(2, 3, copies, 5).sum(2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens, most, rows_read", [(1, 10**7, 5), (1, 5 * 7 - 1, 8), (3, 10**7, 8)])
+def test_a_kernel_filled_up_with_rows(tokens, most, rows_read, monkeypatch):
+    """One token's product over few weights reads the rows that count and adds up in float32; others read all."""
+    monkeypatch.setattr(layer_module, "_SUMMED", most)
+    rng = np.random.default_rng(0)
+    x, W = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, tokens, 5), (5, 7)))
+    kernel = jnp.pad(W, ((0, 3), (0, 0)))
+    found = layer_module.multiply(x, kernel)
+    assert found.dtype == jnp.bfloat16
+    found, x64, W64 = (np.asarray(array, np.float64) for array in (found, x, W))
+    # One rounding of the result where it adds up in float32, else one of each term and partial sum.
+    bound = 2**-8 * (abs(x64 @ W64) + 1e-3 if rows_read == 5 else 5 * abs(x64) @ abs(W64))
+    assert (abs(found - x64 @ W64) <= bound).all()
+    jaxpr = jax.make_jaxpr(lambda *arrays: layer_module.multiply(*arrays))(x, kernel)  # traced anew
+    (product,) = (one for one in jaxpr.eqns if one.primitive.name == "dot_general")
+    assert product.invars[1].aval.shape == (rows_read, 7)
+    assert product.outvars[0].aval.dtype == (jnp.float32 if rows_read == 5 else jnp.bfloat16)

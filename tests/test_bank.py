@@ -76,7 +76,7 @@ def test_a_thousand_switches_leave_the_base_alone(two_layers, prompts):
     assert generator.generate(prompts[:2], 6) == first[last]
     for name, adapter in adapters.items():
         generator.use(name)
-        expected = fuse(base, adapter, config, adapter_config, **device_layout(config))
+        expected = fuse(base, adapter, config, adapter_config, **device_layout())
         same = jax.tree.map(lambda a, b: bool((a == b).all()), generator.params, expected)
         assert jax.tree.all(same)
     assert len({tuple(g[0].tokens) for g in first.values()}) == 4

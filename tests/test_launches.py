@@ -1,6 +1,7 @@
 """The GPU launch plan: what is read out of a compiled step, on text whose counts are known; the command; and, where the
 extra `gpu-plan` is installed, real compilations held to what the methods promise."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -173,6 +174,7 @@ def test_rows_and_table(monkeypatch, tmp_path, capsys):
     """From counts at two depths to a row: 10 + 4 L launches a step, one weight copy a layer."""
 
     def plan_step(name, config, adapter_config, **settings):
+        assert settings["row_multiple"] == 128
         L = config.num_hidden_layers
         copies = {"weights": ["pad"] * L, "cache": [], "activations": ["copy"]}
         return launch_plan.Plan(10 + 4 * L, 2 * L + 1, 3, 8 + 3 * L, 1000 * L + 500, copies, 7000000, 1, 10 + 4 * L)
@@ -193,6 +195,7 @@ def test_rows_and_table(monkeypatch, tmp_path, capsys):
     text = (tmp_path / "launches.md").read_text()
     assert "| base | 4 (2) |" in text and "| 74 | 33 | 3 | 56 | 0 | 16 / 0 / 1 | 7 | 1 | 0.056 |" in text
     assert text in capsys.readouterr().out
+    assert "rows filled up to multiples of 128." in text
 
 
 def shape(*dims):
@@ -219,24 +222,37 @@ def test_a_single_product(target):
 
 
 @planner
+@pytest.mark.parametrize("target", launch_plan.TARGETS)
 @pytest.mark.parametrize("mode", launch_plan.MODES)
-def test_methods_keep_what_they_promise(mode):
-    """A small model whose weights outweigh what else there is: at most one launch a layer more than the base, as many
-    GEMMs, and nothing of a weight's size moved about; lora needs ten more."""
+def test_methods_keep_what_they_promise(mode, target):
+    """A small model with shared key/value heads, whose weights outweigh what else there is: at most one launch a layer
+    more than the base, as many GEMMs, and nothing of a weight's size moved about; lora needs ten more."""
     config = LlamaConfig(
         vocab_size=512, hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)  # fmt: skip
+        num_key_value_heads=4, head_dim=64, tie_word_embeddings=True)  # fmt: skip
     plan = lambda name, method, **how: launch_plan.plan_model(  # noqa: E731
-        name, config, method and AdapterConfig(method, 16), target="h100", mode=mode, batch=8, cache_length=32, **how)
+        name, config, method and AdapterConfig(method, 16), target=target, mode=mode, batch=8, cache_length=32, **how)
     base, lora = plan("base", None), plan("lora", "lora")
     assert lora["layer"]["launches"] >= base["layer"]["launches"] + 10
-    for name in ("ffba", "fpa"):
+    for name in ("ffba", "ffba_qg_add", "fpa", "zflora"):
         row = plan(name, name)
         assert row["layer"]["launches"] <= base["layer"]["launches"] + 1
         assert row["layer"]["gemms"] == base["layer"]["gemms"] and "weights" not in row["copies"]
         assert row["step"]["moved"] > base["step"]["moved"]
     written_out = plan("base", None, attention="xla")
     assert base["layer"]["launches"] <= written_out["layer"]["launches"] - 3 and not base["copies"].get("cache")
+
+
+@planner
+@pytest.mark.parametrize("method", [None, "ffba", "zflora"])
+@pytest.mark.parametrize("mode", launch_plan.MODES)
+def test_one_token_moves_no_matrix(mode, method):
+    """At batch 1 o is a sum for XLA, whose 2,048 rows of products it would round and write out, and the logits a cuBLAS
+    call without float32 results, for which it would cast the unembedding."""
+    config = dataclasses.replace(LlamaConfig.preset("llama3.2-1b"), vocab_size=8192, num_hidden_layers=2)
+    plan = launch_plan.plan_step(
+        method or "base", config, method and AdapterConfig(method, 32), target="h100", mode=mode, batch=1)
+    assert not plan.copies["weights"]
 
 
 @planner

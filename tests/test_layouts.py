@@ -13,21 +13,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.adapters import (
-    METHODS,
-    AdapterConfig,
-    abstract_adapter,
-    apart,
-    fuse,
-    gpu_row_multiple,
-    make_room,
-    merge,
-    split,
-    widen,
-)
+from flora_jax.adapters import METHODS, AdapterConfig, apart, fuse, make_room, merge, split, widen
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.llama import Llama, abstract_base, init_base
+from flora_jax.models.llama import Llama, init_base
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -345,16 +334,3 @@ def test_marks_outlive_a_trip_through_paths():
         expected = Llama(TINY, ffba).apply({"params": base, "adapter": adapter}, TOKENS)
         found = Llama(TINY, ffba).apply({"params": again}, TOKENS, select=select)
         np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
-
-
-@pytest.mark.parametrize("preset, method, rows", [
-    ("llama3.2-1b", "ffba", 2176), ("llama3.2-3b", "ffba", 3328), ("llama3.2-3b", "zflora", 3200),
-])  # fmt: skip
-def test_rows_as_a_gpu_wants_them(preset, method, rows):
-    """The rows of o, or of zflora's stream, with 96 or 32 riding, in the multiple that this width has on a GPU."""
-    config = dataclasses.replace(LlamaConfig.preset(preset), num_hidden_layers=1)
-    adapter_config = AdapterConfig(method, 32)
-    trees = abstract_base(config), abstract_adapter(config, adapter_config)
-    fused = jax.eval_shape(lambda *trees: fuse(*trees, config, adapter_config, gpu_row_multiple(config)), *trees)
-    attention = fused["layers"]["0"]["attention"]
-    assert attention["qkv" if method == "zflora" else "o"]["kernel"].shape[0] == rows

@@ -402,15 +402,16 @@ def test_what_would_be_ignored_or_clamped_is_refused():
             Llama(TINY).apply({"params": base}, tokens)
 
 
+@pytest.mark.parametrize("tokens", [TOKENS, TOKENS[:1, :1]], ids=["batch", "one token"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_logits_of_a_bfloat16_model_are_not_rounded(transposed):
-    """They are sums in float32 of products of bfloat16 numbers, whatever the layout."""
+def test_logits_of_a_bfloat16_model_are_not_rounded(transposed, tokens):
+    """They are sums in float32 of products of bfloat16 numbers, whatever the layout and however many."""
     base = init_base(jax.random.key(0), TINY, jnp.bfloat16)
     fused = {"params": fuse(base, None, TINY, None, transposed=transposed)}
     model = Llama(TINY)
-    hidden, _ = model.apply(fused, TOKENS, method=Llama.hidden)
+    hidden, _ = model.apply(fused, tokens, method=Llama.hidden)
     expected = np.asarray(hidden, np.float64) @ np.asarray(base["embed_tokens"]["embedding"], np.float64).T
-    np.testing.assert_allclose(model.apply(fused, TOKENS), expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(model.apply(fused, tokens), expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_an_adapter_without_its_config_is_refused():

@@ -33,10 +33,6 @@ from flora_jax.errors import UserError
 Array = jax.Array
 Tree = dict[str, Any]
 
-# XLA for a GPU pads, at run time, rows that 128 does not divide. By the model's width, where more is better: at batch 1
-# a sum over the 3,200 rows of a 3B's o goes through memory, one over 3,328 does not (results/launches_tried.md).
-_GPU_ROWS, _GPU_ROWS_BY_WIDTH = 128, {3072: 256}
-
 
 def _riders(layers: Tree, adapter_config: AdapterConfig) -> Tree:
     """What of a stacked adapter goes into each product, by block and product: `columns` [L, d_in, R_f], `rows`
@@ -70,8 +66,6 @@ def _extent(
         return rows, columns
     slot, fill = adapter_config.slots[product], lambda n: -(-n // row_multiple) * row_multiple
     if adapter_config.row.writes == "stream":
-        # All four products read or write the stream: no more is filled than a compiler needs so as not to pad.
-        row_multiple = min(row_multiple, _GPU_ROWS)
         width = fill(config.hidden_size + places * adapter_config.rank)
         return (width, columns) if slot.backward else (rows, width)
     backward = places * slot.backward_rank
@@ -102,12 +96,12 @@ def fuse(
 
     base, adapter: trees in the split layout; of a sequence of N adapters, all of `adapter_config`, a bank is made (then
     `apply` needs `select`). `{}` or None, with `adapter_config` None or fft: the bare base with merged projections.
-    Arrays are in the base's dtype. row_multiple: products with rows B are filled up with zeros to a multiple of it (for
-    zflora, the whole stream, to one of 128 at the most); `gpu_row_multiple` keeps a GPU's compiler from padding at run
-    time, on a CPU all of it is wasted bandwidth. fold_adds (ffba*): repeat-and-adds are folded into W and B, so that
-    ffba runs at fpa's operations; the tree says so itself, and `split` does not take it. transposed: `weight [d_out,
-    d_in]` for `kernel [d_in, d_out]`, which a CPU reads faster (`multiply_transposed`). Raises UserError for trees that
-    do not fit, a tensor-parallel base, and fold_adds of another method.
+    Arrays are in the base's dtype. row_multiple: products with rows B (for zflora: the whole stream) are filled up with
+    zeros to a multiple of it; 128 or 256 keep a GPU's compiler from padding at run time, on a CPU it is wasted
+    bandwidth. fold_adds (ffba*): repeat-and-adds are folded into W and B, so that ffba runs at fpa's operations; the
+    tree says so itself, and `split` does not take it. transposed: `weight [d_out, d_in]` for `kernel [d_in, d_out]`,
+    which a CPU reads faster (`multiply_transposed`). Raises UserError for trees that do not fit, a
+    tensor-parallel base, and fold_adds of another method.
     """
     fused = {name: leaf for name, leaf in base.items() if name != "layers"}
     fused["layers"] = dict(fused_layers(base, adapter, config, adapter_config, row_multiple, fold_adds, transposed))
@@ -236,16 +230,11 @@ def _each_layer(base: Tree, config: Any, product: Any, stream: int) -> Iterator[
         yield str(i), {**norms, **blocks}
 
 
-def gpu_row_multiple(config: Any) -> int:
-    """The `row_multiple` with which XLA for a GPU pads no array at run time and, where one helps, writes out none."""
-    return _GPU_ROWS_BY_WIDTH.get(config.hidden_size, _GPU_ROWS)
-
-
-def device_layout(config: Any) -> dict[str, Any]:
+def device_layout() -> dict[str, Any]:
     """The arguments of `fuse` with which this device's compiler reads the arrays fastest and copies none of them: rows
     in blocks on a GPU, transposed arrays on a CPU."""
     backend = jax.default_backend()
-    return {"row_multiple": gpu_row_multiple(config) if backend == "gpu" else 1, "transposed": backend == "cpu"}
+    return {"row_multiple": 128 if backend == "gpu" else 1, "transposed": backend == "cpu"}
 
 
 def apart(

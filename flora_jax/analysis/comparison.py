@@ -101,7 +101,7 @@ def on_disk(tree: Tree, folder: Path) -> Tree:
 def build(name: str, base: Tree, config: LlamaConfig, adapter_config: AdapterConfig | None) -> tuple[Llama, Tree]:
     """`(model, params)` of a variant with a random adapter, on the device; base in the split layout, from anywhere."""
     adapter = None if adapter_config is None else random_adapter(jax.random.key(1), config, adapter_config)
-    model, params = serve(name, base, config, adapter_config, adapter, **device_layout(config))
+    model, params = serve(name, base, config, adapter_config, adapter, **device_layout())
     return model, jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), params)
 
 

@@ -277,7 +277,7 @@ class Generator:
         self.config, self.tokenizer = config, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
         self.adapter_config, self._riders = _share(config, adapters or {}, adapter_config)
-        layout = device_layout(config)
+        layout = device_layout()
         self._row_multiple = layout["row_multiple"]
         self.params = fuse(base, None, config, None, **layout)
         self._model = Llama(config, self.adapter_config, decode_kernel=decode_kernel)

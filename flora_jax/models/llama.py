@@ -13,6 +13,7 @@ Norms, softmax and logits are computed in float32 whatever the compute dtype.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -321,7 +322,11 @@ class Llama(nn.Module):
         with jax.named_scope("logits"):
             if self._transposed:
                 return multiply_transposed(hidden, unembedding, jnp.float32)
-            return jnp.einsum("...D,VD->...V", hidden, unembedding, preferred_element_type=jnp.float32)
+            product = functools.partial(jnp.einsum, "...D,VD->...V", preferred_element_type=jnp.float32)
+            if hidden.size == hidden.shape[-1] and hidden.dtype != jnp.float32:
+                # Of one row cuBLAS gives no float32 results, and XLA would cast the whole matrix at every token.
+                return product(jnp.stack([hidden, hidden]), unembedding)[0]
+            return product(hidden, unembedding)
 
     def unembedding(self) -> Array:
         """The matrix `[V, D]` that hidden states are scored with."""
