@@ -13,10 +13,22 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.adapters import METHODS, AdapterConfig, apart, fuse, make_room, merge, split, widen
+from flora_jax.adapters import (
+    METHODS,
+    AdapterConfig,
+    abstract_adapter,
+    apart,
+    device_layout,
+    fuse,
+    make_room,
+    merge,
+    split,
+    widen,
+)
+from flora_jax.adapters import layer as layer_module
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.llama import Llama, init_base
+from flora_jax.models.llama import Llama, abstract_base, init_base
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -334,3 +346,42 @@ def test_marks_outlive_a_trip_through_paths():
         expected = Llama(TINY, ffba).apply({"params": base, "adapter": adapter}, TOKENS)
         found = Llama(TINY, ffba).apply({"params": again}, TOKENS, select=select)
         np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("preset, method, rows", [
+    ("llama3.2-1b", "ffba", 2176), ("llama3.2-3b", "ffba", 3200), ("llama3.2-3b", "zflora", 3200),
+])  # fmt: skip
+def test_rows_as_a_gpu_wants_them(preset, method, rows, monkeypatch):
+    """The rows of o, or of zflora's stream, with 96 or 32 riding."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    config = dataclasses.replace(LlamaConfig.preset(preset), num_hidden_layers=1)
+    adapter_config = AdapterConfig(method, 32)
+    trees = abstract_base(config), abstract_adapter(config, adapter_config)
+    fused = jax.eval_shape(lambda *trees: fuse(*trees, config, adapter_config, **device_layout()), *trees)
+    attention = fused["layers"]["0"]["attention"]
+    assert attention["qkv" if method == "zflora" else "o"]["kernel"].shape[0] == rows
+
+
+@pytest.mark.parametrize(
+    "backend, row_multiple, transposed", [("gpu", 128, False), ("cpu", 1, True), ("tpu", 1, False)])
+def test_the_layout_of_a_device(backend, row_multiple, transposed, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert device_layout() == {"row_multiple": row_multiple, "transposed": transposed}
+
+
+@pytest.mark.parametrize("tokens, most, read", [(1, 10**7, "own"), (1, 0, "all"), (3, 10**7, "all")])
+def test_one_token_reads_no_rows_that_fill_up(tokens, most, read, monkeypatch):
+    """Where its product is a sum; the logits are the same either way."""
+    monkeypatch.setattr(layer_module, "_SUMMED", most)
+    config = AdapterConfig("ffba", 8)
+    base, adapter = init_base(jax.random.key(0), TINY), random_adapter(config)
+    tokens = TOKENS[:1, :tokens]
+    plain, filled = ({"params": fuse(base, adapter, TINY, config, rows)} for rows in (1, 128))
+    model = Llama(TINY, config)
+    expected = model.apply(plain, tokens)
+    np.testing.assert_allclose(model.apply(filled, tokens), expected, atol=1e-5 * float(jnp.abs(expected).max()))
+    shapes = {eqn.invars[1].aval.shape for eqn in jax.make_jaxpr(lambda t: model.apply(filled, t))(tokens).eqns
+              if eqn.primitive.name == "dot_general"}  # fmt: skip
+    o = {name: tree["params"]["layers"]["0"]["attention"]["o"]["kernel"].shape
+         for name, tree in (("own", plain), ("all", filled))}  # fmt: skip
+    assert o["own"] != o["all"] and o[read] in shapes and not shapes & set(o.values()) - {o[read]}

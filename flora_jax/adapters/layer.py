@@ -43,7 +43,7 @@ SAVED = "product"  # the name under which jax.checkpoint knows what a FusedDense
 
 _DRAWN_AT_ONCE = 2**22  # values
 _COPIES = 64  # operands of one concatenation
-_SUMMED = 10**7  # weights; one token's product with up to so many XLA for a GPU turns into a sum
+_SUMMED = 10**7  # weights that one token's product has at the most where XLA for a GPU makes a sum of it
 _FEW_ROWS = 128  # up to which `(W xᵀ)ᵀ` is not slower than `x Wᵀ` on a CPU
 
 
@@ -106,34 +106,28 @@ def keep_own(y: Array, start: int, width: int, select: Array) -> Array:
     return jnp.where(jnp.concatenate(chosen, axis=-1)[:, None, :], y, 0)
 
 
-def _filled(x: Array, channels: int) -> Array:
-    """x `[..., C]` with zeros behind it up to `channels`."""
-    fill = channels - x.shape[-1]
-    return jnp.concatenate([x, jnp.zeros((*x.shape[:-1], fill), x.dtype)], axis=-1) if fill else x
+def _is_sum(x: Array, weights: int) -> bool:
+    """Whether XLA for a GPU turns a product of x with so many weights into a sum of the rows' products."""
+    return x.size == x.shape[-1] and weights <= _SUMMED
 
 
 def multiply(x: Array, kernel: Array) -> Array:
-    """`x W`, x `[..., d_in]`, kernel `[d_in + fill, d_out]`, where W may be filled up with rows for the sake of GEMMs.
+    """`x W` in x's dtype, x `[..., d_in]`, kernel `[d_in, d_out]`; where XLA for a GPU makes a sum of it, in float32.
 
-    Of one token and few weights XLA for a GPU makes a sum. In bfloat16 it would round each of its products and, with
-    some numbers of rows, write them all out before it adds them up, a tenth of what a Llama-3.2-1B moves at batch 1. So
-    such a sum is taken in float32, over the rows that count.
+    In bfloat16 XLA would round each product of the sum and, with some numbers of rows, write them all out before it
+    adds them up: a tenth of the bytes that a Llama-3.2-1B moves at batch 1 (experiments/results/launches_tried.md).
     """
-    d_in, d_out = x.shape[-1], kernel.shape[-1]
-    if x.size == d_in and d_in * d_out <= _SUMMED:
-        return jnp.matmul(x, kernel[:d_in], preferred_element_type=jnp.float32).astype(x.dtype)
-    return _filled(x, kernel.shape[0]) @ kernel
+    dtype = jnp.float32 if _is_sum(x, kernel.size) else None
+    return jnp.matmul(x, kernel, preferred_element_type=dtype).astype(x.dtype)
 
 
 def multiply_transposed(x: Array, weight: Array, dtype: Any = None) -> Array:
-    """`x Wᵀ` in `dtype` (default x's), x `[..., d_in]`, weight `[d_out, d_in + fill]`; for few rows computed as
-    `(W xᵀ)ᵀ`.
+    """`x Wᵀ` in `dtype` (default x's), x `[..., d_in]`, weight `[d_out, d_in]`; for few rows computed as `(W xᵀ)ᵀ`.
 
     With the weight on the left XLA's CPU products read it at the speed of memory for any small batch; on the right they
     are a third slower at batch 1 and 2 to 3 times at batch 8. The barrier keeps XLA from turning the product round.
     With the hundreds of rows of a prefill it is not reading that takes the time, and the transposing only costs.
     """
-    x = _filled(x, weight.shape[1])
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > _FEW_ROWS:
         return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
@@ -270,7 +264,12 @@ class FusedDense(nn.Module):
             rows = sum(part.shape[-1] for part in inputs)
             shapes = {name: leaf.shape[::-1] if transposed else leaf.shape for name, leaf in leaves.items()}
             self._check_shapes(shapes, suffix, rows, 0 if apart else len(slot.forward), select)
-            y = times(jnp.concatenate(inputs, axis=-1) if len(inputs) > 1 else x, leaves[suffix])
+            kernel, (filled, columns) = leaves[suffix], shapes[suffix]
+            if filled > rows and not transposed and _is_sum(x, rows * columns):
+                kernel = kernel[:rows]  # GEMMs want rows in blocks; a sum over more rows might be written out
+            elif filled > rows:
+                inputs.append(jnp.zeros((*x.shape[:-1], filled - rows), x.dtype))
+            y = times(jnp.concatenate(inputs, axis=-1) if len(inputs) > 1 else x, kernel)
             if slot.forward and adapter.row.writes == "stream":
                 if "bias" in leaves:
                     y = y + jnp.pad(leaves["bias"], (0, y.shape[-1] - edges[-1]))
