@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -21,8 +22,9 @@ from flora_jax.models.llama import init_base
 from flora_jax.models.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
-# Without a driver the CUDA plugin of the extra gpu-plan does not start, and then plans for no GPU either.
-if not jax.config.jax_platforms and not Path("/proc/driver/nvidia").exists():
+PLANS = bool(find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda12"))  # the extra gpu-plan is installed
+# Without a device (as JAX looks for one, or through WSL) its plugin does not start, and then plans for no GPU either.
+if PLANS and not jax.config.jax_platforms and not any(Path("/dev", name).exists() for name in ("nvidia0", "dxg")):
     jax.config.update("jax_platforms", "cpu")
 # Quick to compile, and kept: the runs of these tests are many and short, and most are one program.
 _COMPILE = {

@@ -9,6 +9,7 @@ import os
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import PLANS
 
 from flora_jax import AdapterConfig, LlamaConfig, launches
 from flora_jax.analysis import launch_plan
@@ -70,10 +71,7 @@ METADATA = "".join(
     for i, name in NAMES.items()
 )
 
-planner = pytest.mark.skipif(
-    not importlib.util.find_spec("jax_plugins") or not importlib.util.find_spec("jax_plugins.xla_cuda12"),
-    reason="needs the extra gpu-plan",
-)
+planner = pytest.mark.skipif(not PLANS, reason="needs the extra gpu-plan")
 
 
 def test_parse_hlo():
@@ -222,14 +220,16 @@ def test_a_single_product(target):
 
 
 @planner
+@pytest.mark.parametrize("key_value_heads, saved", [(4, 3), (8, 2)])
 @pytest.mark.parametrize("target", launch_plan.TARGETS)
 @pytest.mark.parametrize("mode", launch_plan.MODES)
-def test_methods_keep_what_they_promise(mode, target):
-    """A small model with shared key/value heads, whose weights outweigh what else there is: at most one launch a layer
-    more than the base, as many GEMMs, and nothing of a weight's size moved about; lora needs ten more."""
+def test_methods_keep_what_they_promise(mode, target, key_value_heads, saved):
+    """A small model whose weights outweigh what else there is: at most one launch a layer more than the base, as many
+    GEMMs, and nothing of a weight's size moved about; lora needs ten more. The attention kernel saves launches, most
+    where query heads share keys, as they do in Llamas."""
     config = LlamaConfig(
         vocab_size=512, hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64, tie_word_embeddings=True)  # fmt: skip
+        num_key_value_heads=key_value_heads, head_dim=64, tie_word_embeddings=True)  # fmt: skip
     plan = lambda name, method, **how: launch_plan.plan_model(  # noqa: E731
         name, config, method and AdapterConfig(method, 16), target=target, mode=mode, batch=8, cache_length=32, **how)
     base, lora = plan("base", None), plan("lora", "lora")
@@ -240,18 +240,19 @@ def test_methods_keep_what_they_promise(mode, target):
         assert row["layer"]["gemms"] == base["layer"]["gemms"] and "weights" not in row["copies"]
         assert row["step"]["moved"] > base["step"]["moved"]
     written_out = plan("base", None, attention="xla")
-    assert base["layer"]["launches"] <= written_out["layer"]["launches"] - 3 and not base["copies"].get("cache")
+    assert base["layer"]["launches"] <= written_out["layer"]["launches"] - saved and not base["copies"].get("cache")
 
 
 @planner
-@pytest.mark.parametrize("method", [None, "ffba", "zflora"])
+@pytest.mark.parametrize("method", [None, "ffba", "ffba_qg_add", "fpa", "zflora"])
+@pytest.mark.parametrize("target", launch_plan.TARGETS)
 @pytest.mark.parametrize("mode", launch_plan.MODES)
-def test_one_token_moves_no_matrix(mode, method):
+def test_one_token_moves_no_matrix(mode, target, method):
     """At batch 1 o is a sum for XLA, whose 2,048 rows of products it would round and write out, and the logits a cuBLAS
     call without float32 results, for which it would cast the unembedding."""
     config = dataclasses.replace(LlamaConfig.preset("llama3.2-1b"), vocab_size=8192, num_hidden_layers=2)
     plan = launch_plan.plan_step(
-        method or "base", config, method and AdapterConfig(method, 32), target="h100", mode=mode, batch=1)
+        method or "base", config, method and AdapterConfig(method, 32), target=target, mode=mode, batch=1)
     assert not plan.copies["weights"]
 
 

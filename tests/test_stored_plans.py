@@ -28,7 +28,7 @@ def test_stored_plans_keep_the_promises(model):
             assert row["layer"]["weight_copies"] == row["step"]["weight_copies"] == 0, place
             assert max(more["cache_copies"], more["activation_copies"]) <= 0, place
             # The adapter's own bytes and the rows filled up; those of zflora are of the whole stream.
-            bound = 1.05 if label == "zflora" else 1.02
+            bound = 1.05 if label == "zflora" else 1.015
             assert 1 < row["step"]["moved"] / base["step"]["moved"] < bound, place
             # Around the layers, too, nothing is copied that the base does not.
             for part in ("weight_copies", "cache_copies", "activation_copies"):
