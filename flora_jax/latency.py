@@ -44,6 +44,9 @@ def _parser() -> CommandParser:
     parser.add_argument("--dtype", default="float32", help=" or ".join(DTYPES))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--prefill_rounds", type=int, help="rounds that read the prompts anew; default all of them")
+    parser.add_argument("--turn_tokens", type=int,
+                        help="tokens that a model decodes before the next one's turn, few on a machine with other work; "
+                        "not with --peer; default all of a round's")  # fmt: skip
     parser.add_argument("--peer", choices=("peft",), help="time transformers + PEFT's unmerged LoRA in the same rounds")
     parser.add_argument("--out", type=Path, required=True, help="new or empty directory, or one of this very command")
     return parser
@@ -65,6 +68,12 @@ def _check(args: Namespace) -> tuple[LlamaConfig, list[str], list[Setting], dict
             raise UserError(f"--{flag} {getattr(args, flag)} must be an integer of at least {least}")
     if args.prefill_rounds is not None and not 1 <= args.prefill_rounds <= args.rounds:
         raise UserError(f"--prefill_rounds {args.prefill_rounds} must be from 1 to --rounds {args.rounds}")
+    if args.turn_tokens is not None and not 1 <= args.turn_tokens < args.new_tokens:
+        raise UserError(f"--turn_tokens {args.turn_tokens} must be from 1 to {args.new_tokens - 1}, one less than "
+                        "--new_tokens")  # fmt: skip
+    if args.turn_tokens is not None and args.peer:
+        raise UserError(f"--turn_tokens {args.turn_tokens} does not go with --peer {args.peer}, which generates "
+                        "without a pause; leave one out")  # fmt: skip
     if args.dtype not in DTYPES:
         raise UserError(f"--dtype {args.dtype!r} is unknown; {near_misses(args.dtype, DTYPES)}")
     methods = list(dict.fromkeys(name.strip() for name in args.methods.split(",") if name.strip()))
@@ -100,8 +109,8 @@ def _check_out(out: Path, arguments: dict[str, Any]) -> None:
         return
     if not (out / RESULT).exists():
         raise UserError(f"--out {out} is not empty and has no {RESULT}; name a new or empty directory")
-    before = read_json(out / RESULT).get("arguments")
-    if before != arguments:
+    before = read_json(out / RESULT).get("arguments") or {}
+    if {"turn_tokens": None} | before != arguments:  # results older than that flag have no such argument
         raise UserError(f"--out {out} holds the result of another command; name a new or empty directory")
 
 
@@ -152,10 +161,11 @@ def main(argv: list[str]) -> None:
         if adapter is not None:
             say(f"{name}: rank {adapter.rank}, {sizes[name].parameters:,} parameters")
 
-    total, start, measurements = len(configs) * len(settings) * args.rounds, time.perf_counter(), []
+    total = len(configs) * len(settings) * args.rounds * comparison.turns(args.new_tokens, args.turn_tokens)
+    start, measurements = time.perf_counter(), []
     with (
         tempfile.TemporaryDirectory() as folder,
-        tqdm(total=total, unit="round", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar,
+        tqdm(total=total, unit="turn", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar,
     ):
         base = (init_base(jax.random.key(0), config, args.dtype) if args.model == "random"
                 else load_pretrained(args.model, args.dtype)[1])  # fmt: skip
@@ -167,7 +177,10 @@ def main(argv: list[str]) -> None:
             theirs = comparison.Size(rank, peer.parameters, sizes[comparison.REFERENCE].read_bytes + extra)
             sizes |= {"peft": theirs, "peft_compiled": theirs}
         prefills = args.rounds if args.prefill_rounds is None else args.prefill_rounds
-        for one in comparison.compare(config, base, configs, settings, args.rounds, prefills, peer, bar.update):
+        rounds = comparison.compare(
+            config, base, configs, settings, args.rounds, prefills, peer, args.turn_tokens, bar.update
+        )
+        for one in rounds:
             measurements.append(one)
             if peer and peer.not_compiled:
                 result["left_out"]["peft_compiled"] = peer.not_compiled

@@ -117,8 +117,9 @@ def test_prompts_are_read_in_the_first_rounds_only(base):
     setting = Setting(prompt_length=5, batch_size=2, new_tokens=6)
     programs, prompts, seen = timing.compile_programs(model, params, setting), setting.prompts(TINY), []
 
-    def watch(*arguments):
-        seen.append(programs.decode(*arguments))
+    def watch(params, state, limit, *arguments):
+        limits.append(int(limit))
+        seen.append(programs.decode(params, state, limit, *arguments))
         return seen[-1]
 
     class Counting(timing.Programs):
@@ -130,7 +131,7 @@ def test_prompts_are_read_in_the_first_rounds_only(base):
 
     watched = Counting(setting, programs.prefill, programs.grow, programs.begin, watch, 0.0, False)
     for prefills in (1, 2):
-        starts = []
+        starts, limits = [], []
         contestant = timing.Contestant(watched, params, prompts, prefills)
         contestant.warm_up()
         assert int(seen.pop().step) == 2
@@ -140,6 +141,17 @@ def test_prompts_are_read_in_the_first_rounds_only(base):
     assert len(seen) == 8
     for state in seen:
         np.testing.assert_array_equal(state.out, seen[0].out)
+    whole = seen[0].out
+
+    # In turns of 2: the second and third token, the next two, the last; then the same again.
+    starts, limits = [], []
+    contestant = timing.Contestant(watched, params, prompts, prefills=1, turn=2)
+    contestant.warm_up()
+    times = [contestant() for _ in range(6)]
+    assert [ttft for ttft, _ in times] == [2.0] + 5 * [None]
+    assert limits == [2, 3, 5, 6, 3, 5, 6]
+    np.testing.assert_array_equal(seen[-1].out, whole)
+    assert [comparison.turns(6, turn) for turn in (None, 1, 2, 5)] == [1, 5, 3, 1]
     assert timing.paired_ratio([2.0, None, 6.0], [1.0, 5.0, None])["median"] == 2.0
 
 
@@ -248,6 +260,9 @@ def test_bad_input(tmp_path, capsys):
     line(["batch_size=1000000000", "9 tokens a row", "GB; lower"], "--batch_sizes", "1000000000")
     line(["--rounds 0"], "--rounds", "0")
     line(["--new_tokens 1", "at least 2"], "--new_tokens", "1")
+    line(["--turn_tokens 4", "from 1 to 3"], "--turn_tokens", "4")
+    line(["--turn_tokens 0", "from 1 to 3"], "--turn_tokens", "0")
+    line(["--turn_tokens 2", "--peer peft"], "--turn_tokens", "2", "--peer", "peft")
     line(["--rank 0"], "--rank", "0")
     line(["--rank", "invalid int"], "--rank", "x")
     line(["--peer", "vllm"], "--peer", "vllm")

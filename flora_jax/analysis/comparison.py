@@ -86,6 +86,11 @@ def lora_rank(config: LlamaConfig, rank: int, equal_parameters: bool, method: st
     return rank_for(method, config, trained_parameters(config, AdapterConfig("ffba", rank)))
 
 
+def turns(new_tokens: int, turn: int | None) -> int:
+    """How often a model has its turn in a generation, whose first token is the prefill's."""
+    return 1 if turn is None else -(-(new_tokens - 1) // turn)
+
+
 def on_disk(tree: Tree, folder: Path) -> Tree:
     """The tree with its leaves in files of `folder`, mapped read-only: pages that memory can drop at any time."""
     leaves, structure = jax.tree.flatten(tree)
@@ -125,13 +130,15 @@ def compare(
     rounds: int,
     prefills: int,
     peer: Peer | None = None,
+    turn: int | None = None,
     done: Callable[[], Any] = lambda: None,
 ) -> Iterator[Measurement]:
     """Yields the measurement of each variant at each setting.
 
     base: the split layout, best from `on_disk`. prefills: of the rounds, how many read the prompts anew. peer: timed in
-    every round too, and reads them in each. On a GPU LoRA's products apart are timed with XLA's dot merger and without.
-    done: called after every round.
+    every round too, and reads them in each. done: called after every turn. turn: tokens that each model decodes before
+    the next one's turn, by default (and beside a peer) all of a round's; each turn is a round of the measurement. On a
+    GPU LoRA's products apart are timed with XLA's dot merger and without.
     """
     compiled: dict[tuple[str, Setting], Programs] = {}
     for name, adapter_config in configs.items():
@@ -149,14 +156,14 @@ def compare(
                 if (key, setting) not in compiled:
                     compiled[key, setting] = compile_programs(model, params, setting, options=options)
                 programs = compiled[key, setting]
-                contestants[entrant] = Contestant(programs, params, prompts, prefills)
+                contestants[entrant] = Contestant(programs, params, prompts, prefills, turn)
                 contestants[entrant].warm_up()
                 if entrant != REFERENCE:
                     seconds[entrant] = (programs.compile_seconds, programs.cached)
             if peer is not None:
                 contestants |= peer.ways(setting, prompts)
             times = []
-            for one in interleave(contestants, rounds):
+            for one in interleave(contestants, rounds * turns(setting.new_tokens, turn)):
                 times.append(one)
                 done()
             yield Measurement(name, setting, times, seconds)

@@ -13,6 +13,7 @@ def markdown(result: dict[str, Any]) -> str:
     about, arguments, memory = result["provenance"], result["arguments"], result["bandwidth"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     ranks = "each method at the rank nearest to" if arguments["equal_parameters"] else "all at the rank of"
+    turn = f", {arguments['turn_tokens']} at a turn" if arguments.get("turn_tokens") else ""
     how = f"{memory['threads']} threads" if memory["threads"] else "the device"
     lines = [
         "# Time to first token (TTFT) and per output token (TPOT)\n",
@@ -20,7 +21,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{about['device']}; {versions}; {about['date']}; load average at the start {about['load_average']:.2f}\n",
         f"{arguments['preset'] or arguments['model']}{' at random' if arguments['model'] == 'random' else ''}, "
         f"{arguments['dtype']}; {ranks} ffba at rank {arguments['rank']}; {arguments['rounds']} rounds, "
-        f"{arguments['new_tokens']} new tokens. Medians [quartiles]; "
+        f"{arguments['new_tokens']} new tokens{turn}. Medians [quartiles]; "
         "ratios are to the base with four merged products a layer, run in the same round (the row `base` is that base "
         "beside itself: the noise). bytes: weights that a decode step reads, over the base's. bandwidth: those bytes "
         f"over TPOT, as a share of {memory['gb_per_s']:.1f} GB/s, the best of {len(memory['runs_gb_per_s'])} reads of "

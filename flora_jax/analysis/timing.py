@@ -5,8 +5,9 @@ B batch, P prompt bucket, S cache slots, N new tokens. What is timed are the Gen
     TTFT  prefill [B, P], grow the cache to S slots, begin: until the first token is there
     TPOT  decode, one loop on the device with no stop tokens, divided by the N - 1 tokens that it adds
 
-A machine slows for a while and speeds up again, so times are compared within a round, in which every contestant runs
-once on the same prompts, in an order that turns around from one round to the next; ratios are taken round by round.
+A machine slows for a while and speeds up again, so times are compared within a round, in which every contestant has
+one turn on the same prompts, in an order that turns around from one round to the next; ratios are taken round by round.
+Turns of a few tokens each, many in a generation, leave less time for the machine to change between what is compared.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Programs:
         """One generation of greedy tokens after `prompts` `[B, prompt_length]`, with a fresh cache: TTFT and TPOT in
         seconds. new_tokens: fewer than the setting's, to warm up; select `[B, N]` bool, of a bank."""
         state, ttft = self.start(params, prompts, select)
-        return ttft, self.go_on(params, state, new_tokens, select)
+        return ttft, self.go_on(params, state, new_tokens, select)[1]
 
     def start(self, params: Tree, prompts: np.ndarray, select: Array | None = None) -> tuple[State, float]:
         """The state after the first token, and TTFT."""
@@ -85,9 +86,10 @@ class Programs:
 
     def go_on(
         self, params: Tree, state: State, new_tokens: int | None = None, select: Array | None = None
-    ) -> float:
-        """TPOT of the tokens after the first; the state is consumed."""
-        total = new_tokens or self.setting.new_tokens
+    ) -> tuple[State, float]:
+        """The state after `new_tokens` in all (the setting's by default), and TPOT of those it adds; the one given is
+        consumed."""
+        before, total = int(state.step), new_tokens or self.setting.new_tokens
         keys, limit = _keys(len(state.done)), jnp.int32(total)
         jax.block_until_ready((keys, limit))
         start = time.perf_counter()
@@ -95,33 +97,40 @@ class Programs:
         end = time.perf_counter()
         if int(state.step) != total:
             raise RuntimeError(f"decode made {int(state.step)} tokens where {total} were asked for")
-        return (end - start) / (total - 1)
+        return state, (end - start) / (total - before)
 
 
 class Contestant:
-    """A model at its programs' setting that runs whenever it is called. The first `prefills` calls read the prompts;
-    those after them decode from a copy of the last such state, since reading long prompts can take many times as long
-    as what is timed after it."""
+    """A model at its programs' setting that has a turn whenever it is called: a generation, or the next `turn` tokens
+    of one. The first `prefills` generations read the prompts; those after them decode from a copy of the last such
+    state, since reading long prompts can take many times as long as what is timed after it."""
 
-    def __init__(self, programs: Programs, params: Tree, prompts: np.ndarray, prefills: int):
+    def __init__(self, programs: Programs, params: Tree, prompts: np.ndarray, prefills: int, turn: int | None = None):
         self._programs, self._params, self._prompts, self._prefills = programs, params, prompts, prefills
-        self._state: State | None = None
+        self._tokens = programs.setting.new_tokens
+        self._turn = turn or self._tokens
+        self._begun: State | None = None  # after the first token
+        self._now: State | None = None  # in the middle of a generation
 
     def warm_up(self) -> None:
         """Runs once before the rounds, as far as the second token."""
-        self._state, _ = self._programs.start(self._params, self._prompts)
-        self._decode(2)
+        self._begun, _ = self._programs.start(self._params, self._prompts)
+        self._programs.go_on(self._params, self._copy(), 2)
 
     def __call__(self) -> Seconds:
         ttft = None
-        if self._prefills > 0:
-            self._prefills, self._state = self._prefills - 1, None
-            self._state, ttft = self._programs.start(self._params, self._prompts)
-        return ttft, self._decode()
+        if self._now is None:
+            if self._prefills > 0:
+                self._prefills, self._begun = self._prefills - 1, None
+                self._begun, ttft = self._programs.start(self._params, self._prompts)
+            self._now = self._copy()
+        until = min(int(self._now.step) + self._turn, self._tokens)
+        state, tpot = self._programs.go_on(self._params, self._now, until)
+        self._now = state if until < self._tokens else None
+        return ttft, tpot
 
-    def _decode(self, new_tokens: int | None = None) -> float:
-        state = jax.block_until_ready(jax.tree.map(jnp.copy, self._state))
-        return self._programs.go_on(self._params, state, new_tokens)
+    def _copy(self) -> State:
+        return jax.block_until_ready(jax.tree.map(jnp.copy, self._begun))
 
 
 def _keys(rows: int) -> Array:
