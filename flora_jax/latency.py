@@ -45,7 +45,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--prefill_rounds", type=int, help="rounds that read the prompts anew; default all of them")
     parser.add_argument("--turn_tokens", type=int,
-                        help="tokens that a model decodes before the next one's turn, few on a machine with other work; "
+                        help="tokens that a model decodes before the next one's turn, few on a machine in other use; "
                         "not with --peer; default all of a round's")  # fmt: skip
     parser.add_argument("--peer", choices=("peft",), help="time transformers + PEFT's unmerged LoRA in the same rounds")
     parser.add_argument("--out", type=Path, required=True, help="new or empty directory, or one of this very command")
