@@ -1,9 +1,11 @@
 """The latency command and what stands behind it: the times it reports, the arithmetic on them, what it refuses."""
 
 import importlib.util
+import itertools
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +78,18 @@ def test_the_command(tmp_path, small_reads, capsys):
     assert claim["less_than_lora"] == pytest.approx(1 - ratio / lora)
     assert not rows["base"]["beside"] and "lora" not in rows["lora"]["beside"]
 
-    # The same command again is welcome, another one is not.
+    # In turns of 2 of the 3 tokens after the first: two a round, of which the first reads the prompts.
+    turns = ["latency", *FLAGS, "--methods", "base", "--turn_tokens", "2", "--out", str(tmp_path / "turns")]
+    main(turns)
+    row = json.loads((tmp_path / "turns/latency.json").read_text())["rows"][0]
+    assert len(row["tpot"]["rounds"]) == 4 and len(row["ttft"]["rounds"]) == 2
+    assert "2 rounds, 4 new tokens, 2 at a turn. Medians" in capsys.readouterr().out
+
+    # The same command again is welcome, another one is not; results of before there were turns have no word of them.
+    del result["arguments"]["turn_tokens"]
+    (out / "latency.json").write_text(json.dumps(result))
+    main(["latency", *FLAGS, "--methods", "base,lora,ffba_folded", "--out", str(out)])
+    assert json.loads((out / "latency.json").read_text())["arguments"]["turn_tokens"] is None
     other = ["latency", *FLAGS, "--methods", "base", "--out", str(out)]
     before = (out / "latency.json").read_bytes()
     with pytest.raises(SystemExit) as stopped:
@@ -110,7 +123,7 @@ def test_what_is_timed_is_the_generator(base):
     assert max(len(generation.tokens) for generation in expected) == 6
 
 
-def test_prompts_are_read_in_the_first_rounds_only(base):
+def test_prompts_are_read_in_the_first_rounds_only(base, monkeypatch):
     """Not counting the warm-up, whose time is never reported; and what is decoded after a copied state is what was
     decoded before."""
     model, params = comparison.build("base", base, TINY, None)
@@ -143,12 +156,15 @@ def test_prompts_are_read_in_the_first_rounds_only(base):
         np.testing.assert_array_equal(state.out, seen[0].out)
     whole = seen[0].out
 
-    # In turns of 2: the second and third token, the next two, the last; then the same again.
+    # In turns of 2: the second and third token, the next two, the last; then the same again. The clock moves on by one
+    # second each time it is read, so that a turn takes one second, whatever its tokens.
     starts, limits = [], []
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     contestant = timing.Contestant(watched, params, prompts, prefills=1, turn=2)
     contestant.warm_up()
     times = [contestant() for _ in range(6)]
     assert [ttft for ttft, _ in times] == [2.0] + 5 * [None]
+    assert [tpot for _, tpot in times] == [1 / 2, 1 / 2, 1] * 2
     assert limits == [2, 3, 5, 6, 3, 5, 6]
     np.testing.assert_array_equal(seen[-1].out, whole)
     assert [comparison.turns(6, turn) for turn in (None, 1, 2, 5)] == [1, 5, 3, 1]
