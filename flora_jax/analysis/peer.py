@@ -132,7 +132,7 @@ def time_torch(model: Any, prompts: np.ndarray, new_tokens: int, cache: Any, ste
         wait()
         first = time.perf_counter()
         for _ in range(new_tokens - 1):
-            ids = choose(step or model, ids)
+            ids = choose(model if step is None else step, ids)
         wait()
         end = time.perf_counter()
     return first - start, (end - first) / (new_tokens - 1)
