@@ -93,7 +93,8 @@ class Peer:
             slots = setting.prompt_length + setting.new_tokens
             self._caches[setting] = transformers.StaticCache(config=self.model.config, max_cache_len=slots)
         else:
-            self._caches[setting].reset()
+            with self._torch.inference_mode():  # in which the cache was filled
+                self._caches[setting].reset()
         return self._caches[setting]
 
 
