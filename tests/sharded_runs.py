@@ -41,6 +41,9 @@ def meshes(folder: Path, names: list[str]) -> None:
                    for path, leaf in paths(tree).items()}
             for kind, tree in (("frozen", made.frozen), ("trainable", made.state.trainable))
         }  # fmt: skip
+        moments = [leaf for leaf in jax.tree.leaves(made.state.optimizer) if leaf.ndim]
+        here = sum(s.data.nbytes for leaf in moments for s in leaf.addressable_shards if s.device == device)
+        held[workdir]["moments"] = [here, sum(leaf.nbytes for leaf in moments)]
         return made
 
     loop.prepare = measured

@@ -216,6 +216,14 @@ def test_workdir(refused, tmp_path):
     for text in ("{", "[]", '{"config": 1}', "{}"):
         (run / "config.json").write_text(text)
         refused([f"{run / 'config.json'} is not the configuration of a run"], *TINY, workdir=run)
+    refused(["too long"], *TINY, workdir=tmp_path / ("w" * 300))
+    refused(["--workdir", "no UTF-8"], *TINY, workdir=tmp_path / "w\udcff")
+    refused(["/proc/w cannot be"], *TINY, workdir="/proc/w")
+
+
+def test_names_that_are_too_long(refused):
+    refused(["too long"], *TINY, f"--config.model.weights={'x' * 300}")
+    refused(["too long"], *TINY, f"--config.data.tasks={'x' * 300}.jsonl")
 
 
 def test_cache_that_cannot_be_written(refused, tmp_path):

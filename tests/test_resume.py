@@ -14,7 +14,7 @@ from flora_jax.config import fields
 from flora_jax.errors import Stopped, UserError
 from flora_jax.train import run
 from flora_jax.training.loop import _signals
-from flora_jax.training.workdir import Metrics, held
+from flora_jax.training.workdir import Metrics, check_workdir, held
 
 STEPS = 24
 
@@ -113,6 +113,15 @@ def test_two_runs_in_one_directory(finished, small):
     with held(folder / "w"), pytest.raises(UserError, match="w is in use: another process"):
         run(small(**values), folder / "w")
     assert run(small(**values), folder / "w")["step"] == 2
+
+
+def test_a_kill_before_anything_was_written(small, tmp_path):
+    """What is left of a config.json that was being written does not keep the same command from starting."""
+    (tmp_path / "config.json.tmp").write_text('{"schema')
+    check_workdir(tmp_path, small())
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        check_workdir(tmp_path, small())
 
 
 def test_a_second_ctrl_c_ends_at_once():

@@ -33,7 +33,7 @@ TINY = LlamaConfig.preset("tiny")
 METHODS = ("lora", "ffba", "fft")
 MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x1x2")  # data, fsdp, tensor
 # Each compiles for seconds, so not every method on every mesh by default.
-FAST = ("ffba-8x1x1", "lora-1x8x1", "lora-2x2x2", "fft-2x2x2")
+FAST = ("ffba-8x1x1", "lora-1x8x1", "lora-1x1x2", "lora-2x2x2", "fft-2x2x2")
 SLOW = tuple(f"{method}-{mesh}" for mesh in MESHES for method in METHODS if f"{method}-{mesh}" not in FAST)
 NAMES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
@@ -116,6 +116,9 @@ def test_what_a_device_holds(ran, name):
     for path, (here, whole) in leaves.items():
         cuts = fsdp if path.startswith("adapter") else 1 if path.endswith("norm/scale") else fsdp * tensor
         assert here == whole / cuts, path
+    # AdamW's two moments lie as what they are of.
+    trained = np.array(list(held["trainable"].values())).sum(0)
+    assert held["moments"] == (2 * trained).tolist()
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,10 @@ class LlamaConfig:
         eos = self.eos_token_id
         if not isinstance(eos, tuple) or not all(isinstance(token, numbers.Integral) and token >= 0 for token in eos):
             raise UserError(f"LlamaConfig.eos_token_id={eos!r} must be a tuple of token ids")
+        for name in ("bos_token_id", "pad_token_id"):
+            token = getattr(self, name)  # -1 is published for a pad token that is none
+            if token is not None and (not isinstance(token, numbers.Integral) or isinstance(token, bool) or token < -1):
+                raise UserError(f"LlamaConfig.{name}={token!r} must be a token id or None")
         if self.head_dim % 2:
             raise UserError(f"LlamaConfig.head_dim={self.head_dim} must be even for rotary embeddings")
 
@@ -133,6 +137,13 @@ class LlamaConfig:
                 )
             except KeyError as error:
                 raise UserError(f"{source}: rope scaling field {error.args[0]!r} is missing") from None
+        turned = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+        if turned not in (None, 1):
+            raise UserError(f"{source}: partial_rotary_factor={turned!r} is not supported; Llama turns whole heads")
+        flags = {name: hf.get(name, False) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise UserError(f"{source}: {name}={value!r} must be true or false")
         eos = hf.get("eos_token_id")
         eos = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
         heads = hf["num_attention_heads"]
@@ -147,13 +158,11 @@ class LlamaConfig:
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta") or 10000.0),
             rope_scaling=scaling,
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            attention_bias=bool(hf.get("attention_bias", False)),
-            mlp_bias=bool(hf.get("mlp_bias", False)),
             max_position_embeddings=hf.get("max_position_embeddings", 2048),
             bos_token_id=hf.get("bos_token_id"),
             eos_token_id=eos,
             pad_token_id=hf.get("pad_token_id"),
+            **flags,
         )
 
     def to_hf(self) -> dict[str, Any]:

@@ -199,7 +199,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     if jax.process_count() > 1:  # no process writes before all have seen what the directory holds
         multihost_utils.sync_global_devices("checked")
     if main and not (workdir / "config.json").exists():
-        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from None
         write_json(workdir / "config.json", {"schema_version": SCHEMA_VERSION, "config": config.to_dict()})
     with held(workdir) if main else contextlib.nullcontext():
         return _train(run, workdir)

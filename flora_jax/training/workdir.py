@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from tensorboardX import SummaryWriter
 
 from flora_jax.config import fields, get_config
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, check_text
 
 SCHEMA_VERSION = 1
 # Fields that a resumed run may change: they do not enter its numbers, or by rounding alone. (eval.tasks does: training
@@ -26,6 +26,7 @@ FREE_FIELDS = ("mesh.", "model.remat", "distributed.coordinator", "distributed.p
 
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Raises UserError if the directory cannot be written or holds anything but a run of this configuration."""
+    check_text(str(workdir), "--workdir")
     # os.path, since Path.exists raises below a directory that may not be read.
     parent = next(p for p in (workdir, *workdir.absolute().parents) if os.path.exists(p))
     if not os.path.isdir(parent):
@@ -34,7 +35,8 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         raise UserError(f"--workdir={workdir} cannot be written: no permission in {parent}")
     path = workdir / "config.json"
     if not path.exists():
-        if workdir.exists() and any(workdir.iterdir()):
+        # What a kill in the middle of writing config.json leaves is no other's.
+        if workdir.exists() and any(entry.name != "config.json.tmp" for entry in workdir.iterdir()):
             raise UserError(f"--workdir={workdir} is not empty and holds no run (no config.json); name another")
         return
     try:
