@@ -3,9 +3,10 @@
     python -m experiments.ablations --groups add_set --data_dir DIR --out experiments/results/ablations
 
 Each run leaves OUT/NAME-seedN.json as it ends and is not run again; two names of one configuration are one run. At the
-end OUT.md, OUT.csv and OUT.png: minutes (of a run that was resumed: of the last call), validation loss and the loss of
-the reference answers on the first `--limit` test items, means over seeds with standard errors (over seeds; with one
-seed over those items), and the difference to FFBA (QG-Add) by a paired bootstrap over the items.
+end OUT.md, OUT.csv and OUT.png, of all runs that OUT holds: minutes (of a run that was resumed: of the last call),
+validation loss and the loss of the reference answers on the first `--limit` test items, means over seeds with standard
+errors (over seeds; with one seed over those items), and the difference to FFBA (QG-Add) by a paired bootstrap over the
+items.
 
 Checkpoints are in `--workdir`, by default runs/ablations, and for another OUT runs/ablations/FULL/PATH/OF/OUT, so that
 another OUT trains anew. A run that a workdir holds finished is not trained again: its adapter is scored.
@@ -29,6 +30,7 @@ from experiments.accuracy import (
     about_runs,
     item_losses,
     paired_bootstrap,
+    read_result,
     read_seeds,
     spread,
     standard_error,
@@ -42,7 +44,7 @@ from flora_jax.analysis.variants import trained_parameters
 from flora_jax.config import adapter_config, learning_rate, names, read_config
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
 from flora_jax.evaluation.run import load_task_data
-from flora_jax.files import read_json, write_json
+from flora_jax.files import write_json
 from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.models.loading import load_config
 
@@ -75,7 +77,7 @@ def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     # By what it sets: two names of one run share their result, and a changed table makes its old results void.
     asked = {**setup.to_dict(), "data": {**setup.data.to_dict(), "dir": "DIR"}, "test_items": args.limit}
     for other in [path, *sorted(args.out.glob("*.json"))]:
-        if other.exists() and not differences((result := read_json(other))["asked"], asked):
+        if other.exists() and not differences((result := read_result(other))["asked"], asked):
             tested = {f"{args.task}/test": result["data_hash"]} if "data_hash" in result else {}
             check_data(result["data"]["sha256"] | tested, args.data_dir, other)
             print(f"{other} is there and is not run again; another --out runs it anew", file=sys.stderr)
@@ -83,7 +85,7 @@ def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
                 write_json(path, {**result, "name": name, "same_run_as": result["name"]})
             return {**result, "name": name}
     if path.exists():
-        differ = differences(read_json(path)["asked"], asked)
+        differ = differences(read_result(path)["asked"], asked)
         raise UserError(f"{path} was run with {differ}; name another --out")
     start, workdir = time.perf_counter(), args.workdir / f"{name}-seed{seed}"
     tasks = load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)
@@ -205,16 +207,22 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--groups {args.groups!r} names none; known: {', '.join(known)}")
     seeds = read_seeds(args.seeds)
     check_writable(args.out.with_suffix(".md"), "--out")
+    check_writable(args.out / "add_qg-seed0.json", "--out")
     load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)  # before the first run
-    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    every = [name for group in known.values() for name in group]
+    asked = [(name, seed) for group in names(args.groups) for name in known[group] for seed in seeds]
+    # What OUT holds is read before anything is trained, and stands in the tables whatever is asked for.
+    ends = [path.stem.rpartition("-seed") for path in sorted(args.out.glob("*-seed*.json"))]
+    recorded = [(name, int(seed)) for name, _, seed in ends if name in every and seed.isdecimal()]
+    found = {run: one(*run, args) for run in recorded}
     # The reference first: every table is beside it.
-    wanted = [(group, name) for group in names(args.groups) for name in known[group]]
-    wanted.sort(key=lambda pair: pair[1] != REFERENCE)
-    for group, name in wanted:
-        groups.setdefault(group, {})[name] = runs = [one(name, seed, args) for seed in seeds]
-        print(f"{name}: {rows(group, {name: runs})[0]}", file=sys.stderr)
-    ordered = {group: {name: groups[group][name] for name in known[group]} for group in names(args.groups)}
-    print(write_tables(ordered, args))
+    for run in sorted((run for run in asked if run not in found), key=lambda run: run[0] != REFERENCE):
+        found[run] = one(*run, args)
+        print(f"{run[0]}, seed {run[1]}: {rows('', {run[0]: [found[run]]})[0]}", file=sys.stderr)
+    tables = {group: {name: [found[run] for run in sorted(found) if run[0] == name] for name in own}
+              for group, own in known.items()}  # fmt: skip
+    shown = {group: {name: runs for name, runs in table.items() if runs} for group, table in tables.items()}
+    print(write_tables({group: table for group, table in shown.items() if table}, args))
 
 
 if __name__ == "__main__":

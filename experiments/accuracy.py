@@ -210,7 +210,7 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
         asked["learning_rate"] = rate
         run_of = suite, method, rank, rate, seed
     if path.exists():
-        result = read_json(path)
+        result = read_result(path)
         result["asked"] = {"allow_contaminated": False, **result["asked"]}  # the first results had no such field
         if result["asked"] != asked:
             differ = ", ".join(f"{k}={result['asked'].get(k)!r} (now {v!r})" for k, v in asked.items()
@@ -246,7 +246,7 @@ def check_comparable(args: argparse.Namespace) -> None:
              "limit": args.limit, "validation_size": args.validation_size,
              "allow_contaminated": args.allow_contaminated}  # fmt: skip
     for path in sorted((args.out / args.suite).glob("*.json")):
-        if differ := differences({"allow_contaminated": False, **read_json(path)["asked"]}, asked):
+        if differ := differences({"allow_contaminated": False, **read_result(path)["asked"]}, asked):
             raise UserError(f"{path}, of the same table, has {differ}; name another --out")
 
 
@@ -422,9 +422,17 @@ def workdir_of(out: Path, usual: Path) -> Path:
 def read_seeds(value: str) -> list[int]:
     """`"0,1"` as numbers. Raises UserError."""
     seeds = [int(seed) if seed.isdecimal() else -1 for seed in names(value)]
-    if not seeds or min(seeds) < 0:
-        raise UserError(f"--seeds {value!r} must be integers, 0 or more, with commas between")
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {value!r} must be integers, 0 or more, each once, with commas between")
     return seeds
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What a run has left. Raises UserError for another file."""
+    result = read_json(path)
+    if not isinstance(result.get("asked"), dict):
+        raise UserError(f"{path} is not the result of a run; move it away, or name another --out")
+    return result
 
 
 def main(argv: list[str]) -> None:

@@ -99,6 +99,17 @@ def test_the_script(tmp_path, hf_directory, caches, monkeypatch, capsys, quick_c
     assert re.search(rf"\| 1 \| {none['minutes']:.1f} \| \d\.\d+ \| \d\.\d+ ± 0\.\d+ \|", table)
     again = run()
     assert again.splitlines()[4:] == table.splitlines()[4:] and len(trained) == 3  # above: command and time
+    part = run("--groups", "scale")
+    assert part.splitlines()[4:] == table.splitlines()[4:]  # what was run before stays in the tables
+    with pytest.raises(UserError, match="--seeds '0,0' must be integers, 0 or more, each once"):
+        run("--seeds", "0,0")
+    with pytest.raises(UserError, match=r"--out=.* cannot be written"):
+        run("--out", str(tmp_path / "ablations.py"))
+    other = tmp_path / "out/add_none-seed1.json"
+    other.write_text("{}")
+    with pytest.raises(UserError, match=r"add_none-seed1\.json is not the result of a run"):
+        run()
+    other.unlink()
     with pytest.raises(UserError, match=r"was run with train.steps=2 \(now 3\)"):
         run("--steps", "3")
     for split in ("train", "test"):
