@@ -24,15 +24,15 @@ from flora_jax.evaluation.run import check_prompts, evaluate_tasks, load_task_da
 from flora_jax.files import keep_programs, read_json, write_json
 from flora_jax.interop.adapter_files import save_adapter
 from flora_jax.models.loading import base_name
-from flora_jax.models.tokenizer import load_tokenizer
 from flora_jax.training.loop import train
 from flora_jax.training.report import say
-from flora_jax.training.runs import model_config as make_model_config
+from flora_jax.training.runs import check_base
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Trains, writes `adapter/` and `eval.json`, and returns the latter's contents. Raises as `train` does."""
     check_config(config)
+    architecture, tokenizer = check_base(config)  # before its data is prepared and kept
     workdir = Path(workdir)
     scored = [get_task(name, generator_settings(config)) for name in names(config.eval.tasks)]
     # Choices are scored as plain text.
@@ -47,9 +47,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         published_faults=config.eval.published_faults, limit=config.eval.limit,
         generator=generator_settings(config), cache_dir=config.data.cache_dir)  # fmt: skip
     if tasks:
-        check_prompts(tasks, load_tokenizer(weights_source(config)), config.eval.protocol, style,
-                      config.eval.published_faults,
-                      min(config.eval.max_length, make_model_config(config).max_position_embeddings))  # fmt: skip
+        check_prompts(tasks, tokenizer, config.eval.protocol, style, config.eval.published_faults,
+                      min(config.eval.max_length, architecture.max_position_embeddings))  # fmt: skip
     result = train(config, workdir)
     prepared, summary = result.run, dict(result.summary)
     if jax.process_index() != 0:

@@ -2,7 +2,6 @@
 
     python tests/sharded_runs.py meshes FOLDER lora-8x1x1,fft-2x2x2    these runs, a method on a mesh
     python tests/sharded_runs.py others FOLDER                         a run on two meshes, weights, attention
-    python tests/sharded_runs.py process FOLDER CONFIG I               process I of a run of several
 
 FOLDER/METHOD.json is a configuration; bytes and the like go to FOLDER as JSON.
 """
@@ -92,18 +91,9 @@ def config_of(path: Path, sizes: tuple[int, ...]) -> ml_collections.ConfigDict:
     return config
 
 
-def process(folder: Path, name: str, number: int) -> None:
-    config = ml_collections.ConfigDict(json.loads((folder / f"{name}.json").read_text()))
-    config.distributed.process_id = number
-    jax.distributed.initialize(config.distributed.coordinator, config.distributed.processes, number)
-    run(config, folder / name)
-
-
 if __name__ == "__main__":
     what, where = sys.argv[1], Path(sys.argv[2])
-    if what == "process":
-        process(where, sys.argv[3], int(sys.argv[4]))
-    elif what == "meshes":
+    if what == "meshes":
         meshes(where, sys.argv[3].split(","))
     else:
         attention(where)

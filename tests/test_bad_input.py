@@ -176,7 +176,9 @@ def test_models(refused, tmp_path, hf_directory):
     whole, stored = weights.read_bytes(), config.read_text()
 
     def from_model(words, source=model):
-        refused(words, *TINY, refused.cache, f"--config.model.weights={source}")
+        for tasks in ("", "chain_sum"):  # no data is prepared for it, either
+            refused(words, *TINY, f"--config.data.cache_dir={tmp_path / 'cache'}", f"--config.model.weights={source}",
+                    f"--config.eval.tasks={tasks}", "--config.eval.protocol=llm_adapters")  # fmt: skip
 
     from_model(["nowhere", "no such directory"], tmp_path / "nowhere")
     weights.unlink()

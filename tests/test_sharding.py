@@ -4,10 +4,11 @@ import itertools
 import json
 import math
 import re
-import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -224,30 +225,51 @@ def first_tokens(config, shards):
     return sum(batch["loss_weights"].sum() for batch in batches)
 
 
-def test_two_processes_stop_and_go_on_together(small, script, tmp_path):
-    """Two processes of two devices; put back to the checkpoint in the middle they end bit-equal."""
+def test_two_processes_stop_and_go_on_together(command, small, caches, tmp_path):
+    """The command, in two processes of two devices: one of them told to stop, both save one step, and the same commands
+    end bit-equal to a run that was never stopped."""
+    steps = 100  # for some seconds: word of a signal takes one to go round
 
-    def both(name):
+    def start(workdir):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        config = small("lora", **{
-            "train.batch_size": 8, "train.steps": 8, "train.eval_every": 4, "train.save_every": 4, "mesh.data": 2,
-            "mesh.fsdp": 2, "distributed.processes": 2, "distributed.coordinator": address})  # fmt: skip
-        (tmp_path / f"{name}.json").write_text(json.dumps(config.to_dict()))
-        running = [script(2, "process", tmp_path, name, i) for i in range(2)]
-        errors = [process.communicate(timeout=300)[1] for process in running]
-        assert [process.returncode for process in running] == [0, 0], errors
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        fields = ("step", "loss", "validation_loss", "tokens_in_loss")
-        return [tuple(map(line.get, fields)) for line in lines], errors
+        fields = {
+            "adapter.rank": 8, "data.generator.train": 60, "data.generator.validation": 10, "data.generator.test": 6,
+            "data.cache_dir": caches / "data", "data.max_length": 128, "data.validation_size": 8,
+            "train.steps": steps, "train.batch_size": 8, "train.log_every": 1, "train.eval_every": 40,
+            "train.save_every": 40, "mesh.data": 2, "mesh.fsdp": 2, "distributed.processes": 2,
+            "distributed.coordinator": address}  # fmt: skip
+        flags = ["--config", "configs/tiny.py", "--workdir", workdir, *(f"--config.{k}={v}" for k, v in fields.items())]
+        return [command.start(*flags, f"--config.distributed.process_id={i}", XLA_FLAGS=devices(2)) for i in range(2)]
 
-    whole, _ = both("a")
-    assert [count for *_, count in whole if count][:1] == [first_tokens(small("lora", **{"train.batch_size": 8}), 2)]
-    assert [step for step, loss, *_ in whole if loss] == list(range(1, 9)) and whole[-2][1] < whole[1][1]
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    shutil.rmtree(tmp_path / "b/checkpoints/8")
-    again, errors = both("b")
-    assert "resuming after step 4" in errors[0] and again == whole
-    adapters = [(tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in "ab"]
+    def lines(workdir):
+        found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in found]
+
+    def end(running):
+        errors = [process.communicate(timeout=300)[1] for process in running]
+        return [process.returncode for process in running], errors
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    codes, errors = end(start(whole))
+    assert codes == [0, 0], errors
+    counts = [line["tokens_in_loss"] for line in lines(whole) if "tokens_in_loss" in line]
+    config = small("ffba_qg_add", **{"train.batch_size": 8})
+    assert len(counts) == steps and counts[0] == first_tokens(config, 2)
+    running = start(stopped)
+    while not (stopped / "metrics.jsonl").exists() or not any('"loss"' in line for line in
+                                                              (stopped / "metrics.jsonl").read_text().splitlines()):
+        assert running[0].poll() is None, end(running)
+        time.sleep(0.01)
+    running[1].send_signal(signal.SIGTERM)
+    codes, errors = end(running)
+    said = [re.findall(r"stopped by a signal after step (\d+)", error) for error in errors]
+    assert codes == [1, 1] and said[0] == said[1] and "Traceback" not in "".join(errors), errors
+    [step] = said[0]
+    assert int(step) < steps and (stopped / f"checkpoints/{step}").is_dir()
+    codes, errors = end(start(stopped))
+    assert codes == [0, 0] and f"resuming after step {step}" in errors[0], errors
+    assert lines(stopped) == lines(whole)
+    adapters = [(workdir / "adapter/adapter_model.safetensors").read_bytes() for workdir in (whole, stopped)]
     assert adapters[0] == adapters[1]

