@@ -26,8 +26,6 @@ import numpy as np
 
 from experiments.accuracy import (
     SCHEMA_VERSION,
-    about_run,
-    about_runs,
     item_losses,
     paired_bootstrap,
     read_result,
@@ -39,7 +37,7 @@ from experiments.accuracy import (
     workdir_of,
     write_csv,
 )
-from experiments.report import check_data, differences, header
+from experiments.report import about_run, about_runs, check_data, differences, header
 from flora_jax.analysis.variants import trained_parameters
 from flora_jax.config import adapter_config, learning_rate, names, read_config
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.report import check_data, differences, header, provenance
+from experiments.report import about_run, about_runs, check_data, differences, header
 from flora_jax.adapters import AdapterConfig
 from flora_jax.analysis.variants import rank_for, trained_parameters
 from flora_jax.config import LEARNING_RATES, get_config, names
@@ -248,18 +248,6 @@ def check_comparable(args: argparse.Namespace) -> None:
     for path in sorted((args.out / args.suite).glob("*.json")):
         if differ := differences({"allow_contaminated": False, **read_result(path)["asked"]}, asked):
             raise UserError(f"{path}, of the same table, has {differ}; name another --out")
-
-
-def about_run(args: argparse.Namespace) -> dict[str, Any]:
-    """Where and with what this ran, the data's place left out."""
-    return provenance("orbax-checkpoint", "grain", "rouge-score", data_dir=args.data_dir)
-
-
-def about_runs(runs: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
-    """What a table says of the runs in it, wherever it is written: their devices, and when the last one ended."""
-    made = [run["provenance"] for run in runs]
-    devices = " and ".join(dict.fromkeys(one["device"] for one in made))
-    return {**about_run(args), "device": devices, "date": max(one["date"] for one in made)}
 
 
 def metrics(scores: dict[str, Any]) -> dict[str, float]:

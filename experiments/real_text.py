@@ -3,8 +3,9 @@
     python -m experiments.real_text --data_dir DIR --out experiments/results/real_text
 
 Answers are label words ("the correct answer is answer2"). For each method: the validation loss before and after, and
-the share of test questions whose right label sentence is the likeliest of its four. Runs that are finished are not run
-again, so that an interrupted sweep goes on where it stopped. pf_lora and parallel are lora and fpa under other names.
+the share of test questions whose right label sentence is the likeliest of its four. A run that OUT.json holds is not
+run again, so that an interrupted sweep goes on where it stopped, and stands in OUT.md whatever `--methods` asks for.
+pf_lora and parallel are lora and fpa under other names.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.report import check_data, header, provenance
+from experiments.report import about_run, about_runs, check_data, header
 from flora_jax.config import LEARNING_RATES, get_config, names
 from flora_jax.data import get_task, label_request, load_examples
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
@@ -65,29 +66,28 @@ def label_accuracy(adapter: Path | None, data_dir: str, limit: int) -> dict[str,
     return accuracy
 
 
-def one(method: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains and scores one method, or reads what an earlier call has left."""
-    workdir = args.workdir / method
-    done, settings = workdir / "result.json", {"steps": args.steps, "limit": args.limit, "rank": RANKS[method]}
+def one(method: str, found: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains and scores one method, or gives back what an earlier call has found."""
+    settings = {"steps": args.steps, "limit": args.limit, "rank": RANKS[method]}
     settings["learning_rate"] = LEARNING_RATES[method]
-    if done.exists():
-        result = read_json(done)
-        if result["settings"] != settings:
-            raise UserError(f"{done} is of settings {result['settings']}, not {settings}; name another --workdir")
-        check_data(result["data"]["sha256"], args.data_dir, done)
-        return result
-    start = time.perf_counter()
+    if found:
+        if found["settings"] != settings:
+            raise UserError(
+                f"{args.out}.json has {method} with {found['settings']}, not {settings}; name another --out"
+            )
+        check_data(found["data"]["sha256"], args.data_dir, args.out)
+        return found
+    start, workdir = time.perf_counter(), args.workdir / method
     summary = run(configuration(method, args.data_dir, args.steps), workdir)
     result = {
         "method": method,
         "settings": settings,
-        "learning_rate": LEARNING_RATES[method],
         "validation_losses": summary["validation_losses"],
         "accuracy": label_accuracy(workdir / "adapter", args.data_dir, args.limit),
         "data": summary["data"],
         "minutes": (time.perf_counter() - start) / 60,
+        "provenance": about_run(args),
     }
-    write_json(done, result)
     jax.clear_caches()
     return result
 
@@ -100,22 +100,26 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--methods", default=",".join(RANKS))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--limit", type=int, default=50)
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--out", type=Path, required=True, help="OUT.json and OUT.md are written")
     args = parser.parse_args(argv[1:])
     if not names(args.methods) or args.limit < 1:
         raise UserError(f"--methods {args.methods!r} must name some, and --limit {args.limit} must be positive")
-    if args.out:
-        check_writable(args.out, "--out")
+    check_writable(args.out, "--out")
     for method in names(args.methods):
         if method not in RANKS:
             raise UserError(f"--methods: {method!r} is unknown; {near_misses(method, RANKS)}")
-    results = [one(method, args) for method in names(args.methods)]
+    path = args.out.with_suffix(".json")
+    found = {result["method"]: result for result in read_json(path)["results"]} if path.exists() else {}
     base = label_accuracy(None, args.data_dir, args.limit)
+    for method in [*found, *names(args.methods)]:
+        found[method] = one(method, found.get(method), args)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"schema_version": 1, "base": base, "results": list(found.values())})
 
-    about = provenance("orbax-checkpoint", "grain", data_dir=args.data_dir)
+    results = [found[method] for method in RANKS if method in found]
     data = results[0]["data"]
     lines = [
-        header(f"ARC-Easy + openbookqa, label words, {args.steps} steps", about),
+        header(f"ARC-Easy + openbookqa, label words, {args.steps} steps", about_runs(results, args)),
         f"{MODEL}, float32, batch of 2 packed rows of 256 tokens, one seed; {data['train']['kept']:,} training "
         f"examples, validation loss over {data['validation']['kept']} held-out ones (answer tokens alone), accuracy of "
         f"the label sentence by log-likelihood on the first {args.limit} test questions of each task.\n",
@@ -124,17 +128,14 @@ def main(argv: list[str]) -> None:
         "| base | | | | | " + " | ".join(f"{base[name]:.2f}" for name in TASKS) + " |",
     ]
     for r in results:
-        losses = list(r["validation_losses"].values())
-        cells = [r["method"], "" if r["method"] == "fft" else str(r["settings"]["rank"]), f"{r['learning_rate']:g}"]
+        losses, settings = list(r["validation_losses"].values()), r["settings"]
+        cells = [r["method"], "" if r["method"] == "fft" else str(settings["rank"]), f"{settings['learning_rate']:g}"]
         cells += [f"{losses[0]:.3f}", f"{min(losses[1:]):.3f}"]
         cells += [f"{r['accuracy'][name]:.2f}" for name in TASKS]
         lines.append(f"| {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out.with_suffix(".json"), {"provenance": about, "base": base, "results": results})
-        args.out.with_suffix(".md").write_text(text)
+    args.out.with_suffix(".md").write_text(text)
 
 
 if __name__ == "__main__":

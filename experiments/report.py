@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,18 @@ def provenance(*packages: str, data_dir: str | None = None) -> dict[str, Any]:
     module = sys.modules["__main__"].__spec__
     places = {data_dir: "DIR", f"--data_dir={data_dir}": "--data_dir=DIR"}
     return record(module.name if module else sys.argv[0], [places.get(one, one) for one in sys.argv[1:]], packages)
+
+
+def about_run(args: argparse.Namespace) -> dict[str, Any]:
+    """Where and with what this ran, the data's place left out."""
+    return provenance("orbax-checkpoint", "grain", "rouge-score", data_dir=args.data_dir)
+
+
+def about_runs(runs: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """What a table says of the runs in it, wherever it is written: their devices, and when the last one ended."""
+    made = [run["provenance"] for run in runs]
+    devices = " and ".join(dict.fromkeys(one["device"] for one in made))
+    return {**about_run(args), "device": devices, "date": max(one["date"] for one in made)}
 
 
 # Fields of a training configuration that change no number, but for rounding.
