@@ -24,20 +24,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.accuracy import (
-    SCHEMA_VERSION,
-    item_losses,
+from experiments.accuracy import SCHEMA_VERSION, item_losses, read_result, read_seeds, train, workdir_of
+from experiments.report import (
+    about_run,
+    about_runs,
+    check_data,
+    differences,
+    header,
     paired_bootstrap,
-    read_result,
-    read_seeds,
     spread,
     standard_error,
-    train,
     with_error,
-    workdir_of,
     write_csv,
 )
-from experiments.report import about_run, about_runs, check_data, differences, header
 from flora_jax.analysis.variants import trained_parameters
 from flora_jax.config import adapter_config, learning_rate, names, read_config
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command

@@ -5,9 +5,10 @@
 Runs are methods x seeds; each leaves one JSON in OUT/SUITE as it ends, with its configuration, data hashes, loss curve,
 scores and time. A run whose JSON is there is not run again, one that was killed goes on from its checkpoint. At the end
 OUT/SUITE.md and .csv: means over seeds with standard errors (over seeds; with one seed over the test items), minutes
-(of a run that was resumed: of the last call), and every method beside lora by a paired bootstrap over the test items;
-OUT/SUITE.png draws them. pf_lora and parallel are lora and fpa under other names and are not run. All have the
-parameters of ffba at `--rank` as nearly as their ranks allow, zflora at the ranks on either side.
+(of a run that was resumed: of the last call), and every method beside lora by a paired bootstrap over the test items
+(every two methods: OUT/SUITE_pairs.csv); OUT/SUITE.png draws them. pf_lora and parallel are lora and fpa under other
+names and are not run. All have the parameters of ffba at `--rank` as nearly as their ranks allow, zflora at the ranks
+on either side.
 
 Checkpoints are in `--workdir`, by default runs/accuracy, and for another OUT runs/accuracy/FULL/PATH/OF/OUT, so that
 another OUT trains anew. A run that a workdir holds finished is not trained again: its adapter is scored.
@@ -19,8 +20,8 @@ validation losses of the grid, and every later run of the method takes its best.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -32,7 +33,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.report import about_run, about_runs, check_data, differences, header
+from experiments.report import (
+    about_run,
+    about_runs,
+    check_data,
+    differences,
+    header,
+    paired_bootstrap,
+    spread,
+    with_error,
+    write_csv,
+)
 from flora_jax.adapters import AdapterConfig
 from flora_jax.analysis.variants import rank_for, trained_parameters
 from flora_jax.config import LEARNING_RATES, get_config, names
@@ -59,7 +70,6 @@ ARMS = {
     "ffa": ("ffa", "nearest"),
     "zflora_below": ("zflora", "below"),
 }
-_SEED_OF_BOOTSTRAP, _RESAMPLES = 0, 10_000
 _EVAL_BATCH = 32
 
 
@@ -190,7 +200,9 @@ def score(
         tasks, model.config, model.base, model.tokenizer, protocol=suite.protocol,
         batch_size=_EVAL_BATCH, max_length=suite.max_length + 256)  # fmt: skip
     for name, losses in item_losses(model, tasks).items():
-        result["tasks"][name]["reference_loss"] = sum(loss for loss, _ in losses) / sum(size for _, size in losses)
+        nats, sizes = zip(*losses, strict=True)
+        result["tasks"][name] |= {"reference_loss": sum(nats) / sum(sizes), "reference_losses": nats,
+                                  "reference_tokens": sizes}  # fmt: skip
         for words in ("prompt", "texts"):  # the data's own, and long ones, stay out of what is published
             result["tasks"][name].pop(words, None)
     return result
@@ -256,42 +268,8 @@ def metrics(scores: dict[str, Any]) -> dict[str, float]:
     return {name: scores[name] for name in shown if name in scores}
 
 
-def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
-    """Mean difference over items and its 95 % interval, items drawn with replacement; both `[n]`."""
-    difference = ours - theirs
-    drawn = np.random.default_rng(_SEED_OF_BOOTSTRAP).integers(0, len(difference), (_RESAMPLES, len(difference)))
-    low, high = np.quantile(difference[drawn].mean(1), [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of several values; None of one."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-
-
-def spread(seeds: Sequence[float], over_items: float | None) -> dict[str, Any]:
-    """The standard error of a mean over seeds, of a single seed `over_items`, and which of them it is."""
-    if len(seeds) == 1:
-        return {"stderr": over_items, "stderr_over": "items"}
-    return {"stderr": standard_error(seeds), "stderr_over": "seeds"}
-
-
-def with_error(mean: float, error: float | None) -> str:
-    """A table's cell."""
-    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
-
-
-def write_csv(path: Path, table: Sequence[dict[str, Any]]) -> None:
-    """Rows of which some have more columns than others."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in table for column in row)))
-        writer.writeheader()
-        writer.writerows(table)
-
-
 def rows(by_arm: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The CSV's table: a row a method, task and metric. The metric that is on record by item (accuracy, or rougeL of
-    texts) has the difference to lora, with the 95 % interval of a paired bootstrap."""
+    """The table: a row a method, task and metric."""
     table = []
     for arm, own in by_arm.items():
         for task in own[0]["evaluation"]["tasks"]:
@@ -299,13 +277,29 @@ def rows(by_arm: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             for name in metrics(found[0]):
                 values = [scores[name] for scores in found]
                 over_items = found[0].get("stderr" if name == "accuracy" else f"{name}_stderr")
-                row = {"method": arm, "task": task, "metric": name, "mean": float(np.mean(values)),
-                       **spread(values, over_items), "seeds": len(values),
-                       "minutes": float(np.mean([one_run["minutes"] for one_run in own]))}  # fmt: skip
-                if name in ("accuracy", "rougeL") and arm != "lora" and "lora" in by_arm:
-                    row["difference_to_lora"], row["low"], row["high"] = paired_bootstrap(
-                        _items(own, task), _items(by_arm["lora"], task))  # fmt: skip
-                table.append(row)
+                table.append({"method": arm, "task": task, "metric": name, "mean": float(np.mean(values)),
+                              **spread(values, over_items), "seeds": len(values),
+                              "minutes": float(np.mean([one_run["minutes"] for one_run in own]))})  # fmt: skip
+    return table
+
+
+def pairs(by_arm: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What tells methods apart: a row for every two of them, task and metric that all runs have by item (accuracy, or
+    rougeL of texts, and the reference loss), with the 95 % interval of a paired bootstrap over items."""
+    table = []
+    everyone = [one_run for own in by_arm.values() for one_run in own]
+    for task, scores in everyone[0]["evaluation"]["tasks"].items():
+        shown = {"accuracy" if "accuracy" in scores else "rougeL": "items", "reference_loss": "reference_losses"}
+        for metric, column in shown.items():
+            if not all(column in one_run["evaluation"]["tasks"][task] for one_run in everyone):
+                continue  # the first results did not keep the loss of each item
+            sizes = np.array(scores["reference_tokens"]) if metric == "reference_loss" else None
+            items = {arm: np.mean([one_run["evaluation"]["tasks"][task][column] for one_run in own], axis=0)
+                     for arm, own in by_arm.items()}  # fmt: skip
+            for beside, arm in itertools.permutations(by_arm, 2):
+                found = paired_bootstrap(items[arm], items[beside], sizes)
+                table.append({"method": arm, "beside": beside, "task": task, "metric": metric,
+                              **dict(zip(("difference", "low", "high"), found, strict=True))})  # fmt: skip
     return table
 
 
@@ -313,8 +307,9 @@ def write_tables(args: argparse.Namespace) -> str:
     """OUT/SUITE.md and .csv from every run's JSON that is there; the Markdown."""
     runs = [read_json(path) for path in sorted((args.out / args.suite).glob("*.json"))]
     by_arm = {arm: [r for r in runs if r["arm"] == arm] for arm in ARMS if any(r["arm"] == arm for r in runs)}
-    table = rows(by_arm)
+    table, differ = rows(by_arm), pairs(by_arm)
     write_csv(args.out / f"{args.suite}.csv", table)
+    write_csv(args.out / f"{args.suite}_pairs.csv", differ)
     columns = list(dict.fromkeys((row["task"], row["metric"]) for row in table))
     cell = {(row["method"], row["task"], row["metric"]): row for row in table}
     limit, units = runs[0]["asked"]["limit"], {row["stderr_over"] for row in table}
@@ -340,17 +335,12 @@ def write_tables(args: argparse.Namespace) -> str:
     if overlaps:
         shares = ", ".join(f"{100 * share:.0f} % of {task}" for task, share in overlaps.items())
         lines += ["", f"Contaminated: the training data held {shares} (word for word; those records were dropped)."]
-    beside = [row for row in table if "difference_to_lora" in row]
+    beside = [row for row in differ if row["beside"] == "lora"]
     lines += ["", *_beside_lora(beside)]
     text = "\n".join(lines) + "\n"
     (args.out / f"{args.suite}.md").write_text(text)
     plot(by_arm, beside, args.out / f"{args.suite}.png")
     return text
-
-
-def _items(runs: list[dict[str, Any]], task: str) -> np.ndarray:
-    """`[n]`: each test item's score, its mean over the runs' seeds."""
-    return np.mean([run["evaluation"]["tasks"][task]["items"] for run in runs], axis=0)
 
 
 def plot(by_arm: dict[str, list[dict[str, Any]]], beside: list[dict[str, Any]], path: Path) -> None:
@@ -369,8 +359,8 @@ def plot(by_arm: dict[str, list[dict[str, Any]]], beside: list[dict[str, Any]], 
     left.set(xlabel="step", ylabel="validation loss, nats a token")
     tasks = list(next(iter(by_arm.values()))[0]["evaluation"]["tasks"])
     others = list(dict.fromkeys(row["method"] for row in beside))
-    for row in beside:
-        arm, line, middle = row["method"], tasks.index(row["task"]), row["difference_to_lora"]
+    for row in (row for row in beside if row["metric"] != "reference_loss"):
+        arm, line, middle = row["method"], tasks.index(row["task"]), row["difference"]
         height = line + 0.8 * ((others.index(arm) + 0.5) / len(others) - 0.5)
         right.errorbar(middle, height, xerr=[[middle - row["low"]], [row["high"] - middle]], fmt="o", ms=3,
                        color=colors[arm], label=None if line else arm)  # fmt: skip
@@ -387,14 +377,15 @@ def plot(by_arm: dict[str, list[dict[str, Any]]], beside: list[dict[str, Any]], 
 
 
 def _beside_lora(beside: list[dict[str, Any]]) -> list[str]:
-    tasks, arms = (list(dict.fromkeys(row[column] for row in beside)) for column in ("task", "method"))
-    if not arms:
+    columns = list(dict.fromkeys((row["task"], row["metric"]) for row in beside))
+    if not columns:
         return []
-    lines = ["Paired bootstrap over test items (accuracy, or rougeL of texts; means over seeds): difference to lora "
-             "[95 % interval]; it says nothing of the spread over seeds.", "",
-             "| method | " + " | ".join(tasks) + " |", "|---" * (1 + len(tasks)) + "|"]  # fmt: skip
-    for arm in arms:
-        cells = [f"{row['difference_to_lora']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    lines = ["Paired bootstrap over test items (means over seeds): difference to lora [95 % interval]; it says nothing "
+             "of the spread over seeds.", "",
+             "| method | " + " | ".join(f"{task} {name}" for task, name in columns) + " |",
+             "|---" * (1 + len(columns)) + "|"]  # fmt: skip
+    for arm in dict.fromkeys(row["method"] for row in beside):
+        cells = [f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
                  for row in beside if row["method"] == arm]  # fmt: skip
         lines.append(f"| {' | '.join([arm, *cells])} |")
     return lines
@@ -438,9 +429,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", default="0", help="comma-separated")
     parser.add_argument("--rank", type=int, default=32, help="ffba's: all have about its number of parameters")
     parser.add_argument("--steps", type=int, help="default the suite's")
-    parser.add_argument(
-        "--rate_steps", type=int, default=0, help="steps of each trial of a rate; 0: none is tried"
-    )
+    parser.add_argument("--rate_steps", type=int, default=0, help="steps of each trial of a rate; 0: none is tried")
     parser.add_argument("--validation_size", type=int, default=60)
     parser.add_argument("--limit", type=int, default=200, help="test items a task")
     parser.add_argument(

@@ -1,9 +1,11 @@
-"""What experiments share: the model that they are asked for, and what every result file carries (the command, the
-machine, the versions, the date)."""
+"""What experiments share: the model that they are asked for, what every result file carries (the command, the machine,
+the versions, the date), and how tables state errors and differences."""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import functools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from flora_jax.analysis.provenance import provenance as record
@@ -105,3 +108,50 @@ def header(title: str, about: dict[str, Any]) -> str:
     """The Markdown that a results file begins with."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return f"# {title}\n\n`{about['command']}`  \n{about['device']}; {versions}; {about['date']}\n"
+
+
+_SEED_OF_BOOTSTRAP, _RESAMPLES = 0, 10_000
+
+
+@functools.cache
+def _drawn(items: int) -> np.ndarray:
+    """`[resamples, items]`: how often each item is in a sample of as many, drawn with replacement."""
+    drawn = np.random.default_rng(_SEED_OF_BOOTSTRAP).integers(0, items, (_RESAMPLES, items))
+    places = drawn + items * np.arange(_RESAMPLES)[:, None]
+    return np.bincount(places.ravel(), minlength=_RESAMPLES * items).reshape(_RESAMPLES, items).astype(float)
+
+
+def paired_bootstrap(
+    ours: np.ndarray, theirs: np.ndarray, sizes: np.ndarray | None = None
+) -> tuple[float, float, float]:
+    """Difference of two scores of the same n items and its 95 % interval, items drawn with replacement. Scores are the
+    mean of `ours` and of `theirs`, `[n]`, or, where items have `sizes`, `[n]`, their sum over the sum of sizes."""
+    difference, sizes = ours - theirs, np.ones(len(ours)) if sizes is None else sizes
+    counts = _drawn(len(difference))
+    low, high = np.quantile(counts @ difference / (counts @ sizes), [0.025, 0.975])
+    return float(difference.sum() / sizes.sum()), float(low), float(high)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of several values; None of one."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+
+
+def spread(seeds: Sequence[float], over_items: float | None) -> dict[str, Any]:
+    """The standard error of a mean over seeds, of a single seed `over_items`, and which of them it is."""
+    if len(seeds) == 1:
+        return {"stderr": over_items, "stderr_over": "items"}
+    return {"stderr": standard_error(seeds), "stderr_over": "seeds"}
+
+
+def with_error(mean: float, error: float | None) -> str:
+    """A table's cell."""
+    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+
+
+def write_csv(path: Path, table: Sequence[dict[str, Any]]) -> None:
+    """Rows of which some have more columns than others."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in table for column in row)))
+        writer.writeheader()
+        writer.writerows(table)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import ablations, accuracy
+from experiments import ablations, accuracy, report
 from experiments.report import differences, provenance
 from flora_jax import train
 from flora_jax.adapters import METHODS, AdapterConfig
@@ -124,7 +124,14 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
     assert float(row["mean"]) == pytest.approx(np.mean(losses)) and row["seeds"] == "2"
     assert float(row["stderr"]) == pytest.approx(abs(losses[0] - losses[1]) / 2) and row["stderr_over"] == "seeds"
     minutes = [found[f"ffba-seed{s}"]["minutes"] for s in (0, 1)]
-    assert float(row["minutes"]) == pytest.approx(np.mean(minutes)) and row["difference_to_lora"] == ""
+    assert float(row["minutes"]) == pytest.approx(np.mean(minutes))
+    # A sum over tokens, as the score is: the difference of two methods' is that of their scores.
+    differ = {tuple(r.values())[:4]: r for r in csv.DictReader((tmp_path / "a/tiny_pairs.csv").open())}
+    assert len(differ) == 3 * 2 * 2 * 2  # three methods beside two others, two tasks, two metrics
+    other = rows["lora", "samsum", "reference_loss"]
+    found = {k: float(v) for k, v in differ["ffba", "lora", "samsum", "reference_loss"].items() if k[0] in "dlh"}
+    assert found["difference"] == pytest.approx(float(row["mean"]) - float(other["mean"]), abs=1e-9)
+    assert found["low"] <= found["difference"] <= found["high"] and found["low"] < found["high"]
     for flags, words in (
         (("--validation_size", "2"), r"of the same table, has validation_size=4 \(now 2\)"),
         (("--preset", "llama3.2-1b"), r"ffba-seed0.*was run with model.dtype='float32' \(now 'bfloat16'\)"),
@@ -146,7 +153,7 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
 
 
 def test_tables_of_one_seed(tmp_path, monkeypatch):
-    """Without any training: errors over items as the results have them, and lora's differences by pandas' reading."""
+    """Without any training: errors over items as the results have them, and what tells two methods apart."""
     monkeypatch.setattr("sys.argv", ["accuracy"])
     items = {"base": [0, 0, 1, 1], "lora": [0, 1, 1, 1]}
     for place, (arm, own) in enumerate(items.items()):
@@ -163,10 +170,15 @@ def test_tables_of_one_seed(tmp_path, monkeypatch):
     rows = list(csv.DictReader((tmp_path / "tiny.csv").open()))
     errors = [(row["metric"], row["stderr"], row["stderr_over"]) for row in rows[:3]]
     assert errors == [("accuracy", "0.25", "items"), ("reference_loss", "", "items"), ("rougeL", "0.125", "items")]
-    beside = [[row[name] for name in ("difference_to_lora", "low", "high")] for row in rows]
-    mean, low, high = map(float, beside[0])
-    assert (mean, low, high) == accuracy.paired_bootstrap(*map(np.array, items.values())) and low < mean < high
-    assert beside[1:] == [["", "", ""], ["0.0", "0.0", "0.0"], *[["", "", ""]] * 3]
+    # Of the reference loss, which these results do not have by item, there is none.
+    differ = list(csv.DictReader((tmp_path / "tiny_pairs.csv").open()))
+    assert [tuple(row.values())[:4] for row in differ] == [
+        (*two, *task) for task in (("AddSub", "accuracy"), ("samsum", "rougeL"))
+        for two in (("lora", "base"), ("base", "lora"))]  # fmt: skip
+    beside = [[float(row[name]) for name in ("difference", "low", "high")] for row in differ if row["beside"] == "lora"]
+    mean, low, high = beside[0]
+    assert (mean, low, high) == report.paired_bootstrap(*map(np.array, items.values())) and low < mean < high
+    assert beside[1] == [0, 0, 0]
     assert f"| base | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | +0.000 [+0.000, +0.000] |" in table
 
 
@@ -238,8 +250,10 @@ def test_arms_have_the_budget_as_nearly_as_their_ranks_allow():
 
 def test_a_table_names_the_devices_of_its_runs(monkeypatch):
     monkeypatch.setattr("sys.argv", ["accuracy"])
-    made = [{"provenance": {"device": device, "date": f"2026-11-2{day}"}}
-            for device, day in zip("abab", "3142", strict=True)]
+    made = [
+        {"provenance": {"device": device, "date": f"2026-11-2{day}"}}
+        for device, day in zip("abab", "3142", strict=True)
+    ]
     about = accuracy.about_runs(made, argparse.Namespace(data_dir="DIR"))
     assert (about["device"], about["date"]) == ("a and b", "2026-11-24") and about["versions"]["jax"]
 
@@ -255,11 +269,19 @@ def test_a_new_method_needs_a_rate(monkeypatch):
 
 def test_paired_bootstrap():
     ones, half = np.ones(50), np.tile([0.0, 1.0], 25)
-    assert accuracy.paired_bootstrap(ones, ones) == (0, 0, 0)
-    mean, low, high = accuracy.paired_bootstrap(ones, half)
+    assert report.paired_bootstrap(ones, ones) == (0, 0, 0)
+    mean, low, high = report.paired_bootstrap(ones, half)
     assert mean == 0.5
     # A binomial's normal approximation.
     assert (low, high) == pytest.approx((0.5 - 1.96 * 0.5 / 50**0.5, 0.5 + 1.96 * 0.5 / 50**0.5), abs=0.02)
+    # Sums over sums of sizes: as with each item drawn, and both sides added up, in turn.
+    rng = np.random.default_rng(1)
+    ours, theirs, sizes = rng.normal(5, 1, 20), rng.normal(4, 1, 20), rng.integers(1, 9, 20)
+    drawn = np.random.default_rng(0).integers(0, 20, (10_000, 20))
+    scores = [ours[d].sum() / sizes[d].sum() - theirs[d].sum() / sizes[d].sum() for d in drawn]
+    mean, low, high = report.paired_bootstrap(ours, theirs, sizes)
+    assert mean == pytest.approx((ours.sum() - theirs.sum()) / sizes.sum())
+    assert (low, high) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))
 
 
 def test_what_is_refused(tmp_path):
