@@ -284,19 +284,17 @@ def rows(by_arm: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def pairs(by_arm: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What tells methods apart: a row for every two of them, task and metric that all runs have by item (accuracy, or
+    """What tells methods apart: a row for every two of them, task and metric that their runs have by item (accuracy, or
     rougeL of texts, and the reference loss), with the 95 % interval of a paired bootstrap over items."""
     table = []
-    everyone = [one_run for own in by_arm.values() for one_run in own]
-    for task, scores in everyone[0]["evaluation"]["tasks"].items():
+    for task, scores in next(iter(by_arm.values()))[0]["evaluation"]["tasks"].items():
         shown = {"accuracy" if "accuracy" in scores else "rougeL": "items", "reference_loss": "reference_losses"}
         for metric, column in shown.items():
-            if not all(column in one_run["evaluation"]["tasks"][task] for one_run in everyone):
-                continue  # the first results did not keep the loss of each item
-            sizes = np.array(scores["reference_tokens"]) if metric == "reference_loss" else None
-            items = {arm: np.mean([one_run["evaluation"]["tasks"][task][column] for one_run in own], axis=0)
-                     for arm, own in by_arm.items()}  # fmt: skip
-            for beside, arm in itertools.permutations(by_arm, 2):
+            of = {arm: [run["evaluation"]["tasks"][task] for run in own] for arm, own in by_arm.items()}
+            of = {arm: own for arm, own in of.items() if all(column in one_run for one_run in own)}
+            items = {arm: np.mean([one_run[column] for one_run in own], axis=0) for arm, own in of.items()}
+            for beside, arm in itertools.permutations(of, 2):
+                sizes = np.array(of[arm][0]["reference_tokens"]) if metric == "reference_loss" else None
                 found = paired_bootstrap(items[arm], items[beside], sizes)
                 table.append({"method": arm, "beside": beside, "task": task, "metric": metric,
                               **dict(zip(("difference", "low", "high"), found, strict=True))})  # fmt: skip
@@ -384,10 +382,10 @@ def _beside_lora(beside: list[dict[str, Any]]) -> list[str]:
              "of the spread over seeds.", "",
              "| method | " + " | ".join(f"{task} {name}" for task, name in columns) + " |",
              "|---" * (1 + len(columns)) + "|"]  # fmt: skip
+    cell = {(row["method"], row["task"], row["metric"]): f"{row['difference']:+.3f} [{row['low']:+.3f}, "
+            f"{row['high']:+.3f}]" for row in beside}  # fmt: skip
     for arm in dict.fromkeys(row["method"] for row in beside):
-        cells = [f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-                 for row in beside if row["method"] == arm]  # fmt: skip
-        lines.append(f"| {' | '.join([arm, *cells])} |")
+        lines.append(f"| {' | '.join([arm, *(cell.get((arm, *column), '') for column in columns)])} |")
     return lines
 
 
