@@ -84,8 +84,9 @@ class FloraLlamaAttention(llama.LlamaAttention):
         ys, z = self.qkv_proj(hidden_states)
         q, k, v = (y.view(*shape, -1, self.head_dim).transpose(1, 2) for y in ys)
         q, k = llama.apply_rotary_pos_emb(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        cache = kwargs.pop("cache", past_key_values)  # its name since transformers 5.24
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         implementation = self.config._attn_implementation
         attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, llama.eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
@@ -139,7 +140,8 @@ class FloraLlamaModel(llama.LlamaModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = nn.functional.pad(x, (0, self.config.flora["stream"]))
-        return super().forward(None, attention_mask, position_ids, past_key_values, x, **kwargs)
+        cache = kwargs.pop("cache", past_key_values)  # its name since transformers 5.24
+        return super().forward(None, attention_mask, position_ids, cache, x, **kwargs)
 
 
 class FloraLlamaForCausalLM(llama.LlamaForCausalLM):
