@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
 from ml_collections.config_dict import placeholder
 
 from flora_jax.adapters import METHODS, AdapterConfig
@@ -88,7 +89,7 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config.data.prompt_style = "plain"
     config.data.loss_on = "answer"  # answer: only what the model should say; all: every token
     config.data.packing = True  # several examples a row, segments kept apart
-    config.data.limit = placeholder(int)  # use only the first N training examples
+    config.data.limit = placeholder(int)  # use only N training examples, always the same
     config.data.allow_contaminated = False  # train on data that holds over 1 % of a test of eval.tasks, and record it
     config.data.validation_size = 200  # examples: of the validation split, or held out of train where there is none
     config.data.generator = ml_collections.ConfigDict()  # reasoning-gym tasks; unset: the task's own
@@ -105,7 +106,7 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config.train.save_every = 100  # steps between checkpoints
     config.train.keep = 2  # latest checkpoints kept, beside the best on validation
     config.train.trainable = ""  # comma-separated path rules of base leaves that train too, e.g. params/.*norm/scale
-    config.train.chunk_tokens = 256  # positions whose logits exist at once
+    config.train.chunk_tokens = 256  # positions whose logits exist at once, or one a row if that is more
 
     config.optim = ml_collections.ConfigDict()
     config.optim.learning_rate = placeholder(float)  # peak; unset: the method's own
@@ -286,7 +287,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     check("optim.final_fraction", 0 <= config.optim.final_fraction <= 1, "must be in [0, 1]")
     for field in ("optim.b1", "optim.b2"):
         check(field, 0 <= config.optim[field.split(".")[1]] < 1, "must be in [0, 1)")
-    check("optim.eps", config.optim.eps > 0, "must be positive")
+    check("optim.eps", np.float32(config.optim.eps) > 0, "must be positive in float32")
+    check("train.seed", config.train.seed < 2**32, "must be below 2**32")
     warmup = warmup_steps(config)
     steps = config.train.steps
     check("optim.warmup_steps", 0 <= warmup <= steps, f"must be between 0 and train.steps={steps}")
@@ -297,6 +299,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     check("distributed.process_id", 0 <= config.distributed.process_id < processes, f"must be in 0 … {processes - 1}")
     check("distributed.coordinator", bool(config.distributed.coordinator) == (processes > 1),
           f"must be host:port of process 0 for several processes and unset for one; there are {processes}")  # fmt: skip
+    host, _, port = (config.distributed.coordinator or "host:1").rpartition(":")
+    check("distributed.coordinator", bool(host) and port.isdecimal() and 1 <= int(port) < 2**16,
+          "must be host:port, the port from 1 to 65535")  # fmt: skip
     check("eval.tasks", processes == 1 or not config.eval.tasks,
           "needs distributed.processes=1; score the adapter with flora_jax.evaluate instead")  # fmt: skip
     theirs = (config.eval.protocol, config.data.prompt_style) == ("llm_adapters", "llm_adapters")

@@ -24,16 +24,14 @@ from flora_jax.evaluation.run import check_prompts, evaluate_tasks, load_task_da
 from flora_jax.files import keep_programs, read_json, write_json
 from flora_jax.interop.adapter_files import save_adapter
 from flora_jax.models.loading import base_name
-from flora_jax.training.loop import train
+from flora_jax.training.loop import check_run, train
 from flora_jax.training.report import say
-from flora_jax.training.runs import check_base
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Trains, writes `adapter/` and `eval.json`, and returns the latter's contents. Raises as `train` does."""
-    check_config(config)
-    architecture, tokenizer = check_base(config)  # before its data is prepared and kept
     workdir = Path(workdir)
+    setup = check_run(config, workdir)  # before its data is prepared and kept
     scored = [get_task(name, generator_settings(config)) for name in names(config.eval.tasks)]
     # Choices are scored as plain text.
     plain = config.eval.protocol == "lm_eval" and any(task.metric == "choice" for task in scored)
@@ -42,13 +40,17 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         raise UserError(f"config.eval.tasks={config.eval.tasks!r}: protocol lm_eval scores choices as plain text, and "
                         f"would ask the others so, too, not in config.data.prompt_style={config.data.prompt_style!r}; "
                         "name tasks of one kind, and score the others with flora_jax.evaluate")  # fmt: skip
+    if (tensor := setup.mesh.shape["tensor"]) > 1 and scored and not plain:
+        raise UserError(f"config.mesh.tensor={tensor}: answers are generated without tensor parallelism, and "
+                        f"config.eval.tasks={config.eval.tasks!r} asks for some; use config.mesh.fsdp, or leave "
+                        "config.eval.tasks empty and score the adapter with flora_jax.evaluate")  # fmt: skip
     tasks = names(config.eval.tasks) and load_task_data(
         names(config.eval.tasks), config.data.dir, protocol=config.eval.protocol, prompt_style=style,
         published_faults=config.eval.published_faults, limit=config.eval.limit,
         generator=generator_settings(config), cache_dir=config.data.cache_dir)  # fmt: skip
     if tasks:
-        check_prompts(tasks, tokenizer, config.eval.protocol, style, config.eval.published_faults,
-                      min(config.eval.max_length, architecture.max_position_embeddings))  # fmt: skip
+        check_prompts(tasks, setup.tokenizer, config.eval.protocol, style, config.eval.published_faults,
+                      min(config.eval.max_length, setup.model_config.max_position_embeddings))  # fmt: skip
     result = train(config, workdir)
     prepared, summary = result.run, dict(result.summary)
     if jax.process_index() != 0:

@@ -12,6 +12,7 @@ from flora_jax.data.encode import encode, encode_all, encode_prompt
 from flora_jax.data.tasks import Example, Message
 from flora_jax.errors import UserError
 from flora_jax.models.tokenizer import byte_tokenizer
+from flora_jax.tokens import encode_open
 
 EOS = 257
 ANSWER = {"loss_on": "answer", "max_length": 512}
@@ -203,3 +204,18 @@ def test_what_a_style_cannot_express(byte):
     without.eos_token = None
     with pytest.raises(UserError, match="the tokenizer has no eos_token"):
         encode(talk("Hi", "Hello"), without, style="plain", **ANSWER)
+
+
+@pytest.mark.parametrize("style", ["plain", "llm_adapters"])
+def test_no_eos_of_the_tokenizers_own_comes_between(style):
+    """Some tokenizers end every text with eos: the answer would follow the end of its prompt."""
+    tokenizer, example = byte_tokenizer(), talk("One?", "two")
+    plain = encode(example, tokenizer, style=style, **ANSWER).tokens.tolist()
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 256), ("<|eos|>", EOS)])  # fmt: skip
+    assert tokenizer("a").input_ids == [256, 97, EOS]
+    encoded = encode(example, tokenizer, style=style, **ANSWER).tokens.tolist()
+    assert encoded == [256, *plain] and encoded.count(EOS) == 1
+    prompt = encode_prompt(example, tokenizer, style)
+    assert prompt == encoded[: len(prompt)] and bytes(encoded[len(prompt) : -1]).strip() == b"two"
+    assert encode_open(tokenizer, "") == [256] and encode_open(tokenizer, "<|eos|>") == [256, EOS]

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import save_file
 
 from flora_jax.adapters import AdapterConfig, init_adapter
@@ -30,7 +31,7 @@ from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import init_base
-from flora_jax.models.tokenizer import load_tokenizer
+from flora_jax.models.tokenizer import byte_tokenizer, load_tokenizer
 
 TINY = LlamaConfig.preset("tiny")
 ROOT = Path(__file__).parents[1]
@@ -174,6 +175,11 @@ def test_pairs_are_cut_where_the_context_ends(tiny):
     assert encode_pair(tokenizer, "ab ", "c") == (list(b"ab"), list(b" c"))
     assert encode_pair(tokenizer, "ab", " c") == (list(b"ab"), list(b" c"))
     assert encode_pair(tokenizer, "", "c") == ([256], list(b"c"))
+    # Not where a tokenizer's own eos would be: the context goes on.
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 256), ("<|eos|>", 257)])  # fmt: skip
+    assert encode_pair(tokenizer, "ab ", "c") == ([256, *b"ab"], list(b" c"))
     base, _ = tiny
     with pytest.raises(UserError, match="has no tokens"):
         choice_loglik(TINY, base, None, None, tokenizer, [[("a", "")]])

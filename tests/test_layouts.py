@@ -301,6 +301,7 @@ def test_what_cannot_be_laid_out_is_refused():
         (lambda: fuse(base, adapter, TINY, ffba, row_multiple=0), "row_multiple=0"),
         (lambda: fuse(base, [adapter, adapter], TINY, ffba, fold_adds=True), "fold_adds takes one adapter"),
         (lambda: split(fuse(base, adapter, TINY, ffba, fold_adds=True), TINY, ffba), "were folded"),
+        (lambda: make_room(fuse(base, adapter, TINY, ffba, fold_adds=True), TINY, ffba, 2), "were folded"),
         (lambda: split(fuse(base, None, TINY, None), TINY, ffba), "holds no adapter, but adapter_config is of"),
         (lambda: split(fuse(base, adapter, TINY, ffba), TINY, ffba, place=1), "place=1 must be from 0 to 0"),
         (lambda: split(fuse(base, adapter, TINY, ffba), TINY, ffba, place=-1), "place=-1"),

@@ -13,6 +13,7 @@ import pytest
 from flora_jax.config import fields
 from flora_jax.errors import Stopped, UserError
 from flora_jax.train import run
+from flora_jax.training import loop
 from flora_jax.training.loop import _signals
 from flora_jax.training.workdir import Metrics, check_workdir, held
 
@@ -157,6 +158,16 @@ def test_a_damaged_checkpoint_names_itself_and_the_one_before(small, quick_compi
         run(config, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints/4")
     assert run(config, tmp_path)["validation_losses"].keys() == {"0", "2", "4"}
+
+
+def test_a_best_checkpoint_that_is_gone_is_named(small, quick_compile, monkeypatch, tmp_path):
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(loop, "validation_loss", lambda _: next(losses))
+    config = small(**{"train.steps": 4, "train.eval_every": 2, "train.save_every": 2})
+    assert run(config, tmp_path)["step"] == 2
+    shutil.rmtree(tmp_path / "checkpoints/2/state")
+    with pytest.raises(UserError, match=r"checkpoint 2 of .*, the best on validation, cannot be read .*--step 4"):
+        run(config, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,15 @@ def test_the_command_refuses_a_mesh_with_one_line(command, tmp_path):
     assert "config.mesh.tensor=5 does not divide" in done.stderr and not (tmp_path / "w").exists()
 
 
+def test_answers_that_a_tensor_axis_cannot_generate_are_refused_first(command, tmp_path):
+    fields = {"mesh.tensor": 2, "eval.tasks": "chain_sum", "data.cache_dir": tmp_path / "data"}
+    flags = [f"--config.{k}={v}" for k, v in fields.items()]
+    done = command("--config", "configs/tiny.py", "--workdir", tmp_path / "w", *flags, XLA_FLAGS=devices(2))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "config.mesh.tensor=2: answers are generated without tensor parallelism" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def first_tokens(config, shards):
     """Counted tokens of the first batch of all shards together, read as each process reads its own."""
     encoded = load_inputs(config, load_tokenizer("random")).train

@@ -186,9 +186,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path, small, 
     error = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 1 and "is nan at step 2; lower config.optim.learning_rate" in error
     assert not (tmp_path / "b/adapter").exists() and not (tmp_path / "b/eval.json").exists()
+    # Nor does one that was none before anything trained blame the rate.
+    monkeypatch.setattr(loop, "validation_loss", lambda run: float("nan"))
+    with pytest.raises(FloatingPointError, match=r"is nan at step 0; nothing has trained yet: check config\.model"):
+        run(small(), tmp_path / "d")
     # Not on validation either: a checkpoint with such parameters is never written.
     monkeypatch.setattr(loop, "validation_loss", lambda run: 1.0 if run.state.step < 2 else float("nan"))
-    with pytest.raises(FloatingPointError, match="validation loss is nan at step 2"):
+    with pytest.raises(FloatingPointError, match="validation loss is nan at step 2; lower"):
         run(small(), tmp_path / "c")
     assert not list((tmp_path / "c/checkpoints").iterdir())
 

@@ -190,7 +190,11 @@ def _pad_to(array: Array, shape: Sequence[int]) -> Array:
 
 def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: int, row_multiple: int = 1) -> Tree:
     """The fused tree of the same base with zeros where `places` adapters of `adapter_config` will be written; whatever
-    adapter was in it is dropped. What was there is copied layer by layer."""
+    adapter was in it is dropped. What was there is copied layer by layer. Raises UserError for a tree whose adds were
+    folded: they are in its base."""
+    if "folded" in fused:
+        raise UserError("the repeat-and-adds of this tree were folded into its base: make_room cannot take them out "
+                        "again")  # fmt: skip
 
     def product(name: str, leaves: Tree) -> Tree:
         transposed, (d_in, d_out) = "weight" in leaves, _extent(config, None, name, 0)

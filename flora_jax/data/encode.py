@@ -16,6 +16,7 @@ import numpy as np
 
 from flora_jax.data.tasks import Example, Message
 from flora_jax.errors import UserError, near_misses
+from flora_jax.tokens import encode_open
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -138,7 +139,7 @@ def _plain(messages: Sequence[Message | None], tokenizer: PreTrainedTokenizerFas
         raise UserError(f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token")
     prompt = "\n\n".join(message.content for message in before)
     prompt = _TRAINED_ON.format(prompt) if style == "llm_adapters" else prompt
-    pieces = [(tokenizer(prompt, verbose=False)["input_ids"], False)]
+    pieces = [(encode_open(tokenizer, prompt), False)]
     if answer is not None:
         # One space between the two, in the answer's first token, where byte-level vocabularies expect it.
         glue = "" if prompt[-1:].isspace() or answer.content[:1].isspace() else " "

@@ -43,6 +43,7 @@ from flora_jax.evaluation.rounds import generate_in_rounds
 from flora_jax.inference.generator import Generator, bucket
 from flora_jax.inference.sampling import Sampling
 from flora_jax.models.config import LlamaConfig
+from flora_jax.tokens import encode_open
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -129,7 +130,7 @@ class HarnessLM(TemplateLM):
         """Token ids; special tokens where the tokenizer adds them, and no second bos before one in the text."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return encode_open(self.tokenizer, string, add_special_tokens)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """`(summed log-likelihood, is_greedy)` of each request's continuation after its context."""

@@ -28,6 +28,7 @@ from flora_jax.adapters import AdapterConfig
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
+from flora_jax.tokens import encode_open
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -110,10 +111,9 @@ def encode_pair(tokenizer: PreTrainedTokenizerFast, context: str, continuation: 
     tokenizer's bos (or eos) token."""
     stripped = context.rstrip()
     context, continuation = stripped, context[len(stripped) :] + continuation
-    encode = lambda text: tokenizer(text, verbose=False)["input_ids"]  # noqa: E731
     if context:
-        alone = encode(context)
-        return alone, encode(context + continuation)[len(alone) :]
+        alone = encode_open(tokenizer, context)
+        return alone, encode_open(tokenizer, context + continuation)[len(alone) :]
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise UserError("an empty context needs a tokenizer with a bos or eos token to start from")

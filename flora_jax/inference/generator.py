@@ -41,6 +41,7 @@ from flora_jax.inference.sampling import Sampling, sample
 from flora_jax.models.attention import kernel_runs
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import KVCache, Llama
+from flora_jax.tokens import encode_open
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -404,7 +405,7 @@ class Generator:
             check_text(prompt, f"prompt {i}")
             # What a chat template has rendered begins with BOS; a tokenizer would put a second one before it.
             begun = prompt.startswith(self.tokenizer.bos_token or "\0")
-            tokens = self.tokenizer(prompt, add_special_tokens=not begun)["input_ids"]
+            tokens = encode_open(self.tokenizer, prompt, add_special_tokens=not begun)
         else:
             given = np.asarray(prompt).tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
             if not isinstance(given, Sequence):

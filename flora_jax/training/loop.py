@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -44,6 +45,20 @@ from flora_jax.training.step import TrainState, make_eval_step, make_train_step
 from flora_jax.training.workdir import SCHEMA_VERSION, Metrics, check_workdir, held
 
 Tree = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run is made of before its data and weights, by path: what its leaves are, which train, where they lie."""
+
+    model_config: LlamaConfig
+    adapter_config: AdapterConfig
+    tokenizer: Any
+    mesh: Mesh
+    shapes: Tree
+    trained: dict[str, bool]
+    optimizer: optax.GradientTransformation
+    placed: Tree
 
 
 @dataclasses.dataclass
@@ -78,21 +93,25 @@ class Result:
     summary: dict[str, Any]
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
-    """Checks everything that can be checked without weights, then loads and places them. Raises UserError."""
+def check_run(config: ml_collections.ConfigDict, workdir: str | Path) -> Setup:
+    """Checks all of a run that needs neither its data nor its weights. Raises UserError."""
     check_config(config)
     check_workdir(Path(workdir), config)
     model_config, tokenizer = check_base(config)
-    adapter = make_adapter_config(config)
-    adapter.check(model_config.widths)
-    mesh = make_mesh(config)
+    adapter, mesh = make_adapter_config(config), make_mesh(config)
     dtype = jnp.dtype(config.model.param_dtype)
-
     shapes = {"params": abstract_base(model_config, dtype), "adapter": abstract_adapter(model_config, adapter)}
     trained = trains(config, shapes)
     optimizer = make_optimizer(config, shapes, trained)
     placed = shardings(shapes, mesh, model_config, adapter)
-    inputs = load_inputs(config, tokenizer)
+    return Setup(model_config, adapter, tokenizer, mesh, shapes, trained, optimizer, placed)
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
+    """Checks everything that can be checked without weights, then loads and places them. Raises UserError."""
+    setup = check_run(config, workdir)
+    model_config, adapter, mesh, placed = setup.model_config, setup.adapter_config, setup.mesh, setup.placed
+    inputs = load_inputs(config, setup.tokenizer)
     longest = max(len(example.tokens) - 1 for example in (*inputs.train, *inputs.validation))
     if longest > model_config.max_position_embeddings:
         raise UserError(
@@ -115,27 +134,27 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
     base = load_base(config, placed["params"])
     fingerprint = base_fingerprint(base)
     variables = {"params": base}
-    if shapes["adapter"]:
+    if setup.shapes["adapter"]:
         init = jax.jit(lambda k: init_adapter(k, model_config, adapter), out_shardings=placed["adapter"])
         variables["adapter"] = init(adapter_key)
-    trainable, frozen = partition(variables, trained)
+    trainable, frozen = partition(variables, setup.trained)
     # What trains is float32 whatever the base is stored in: an update is far below bfloat16's resolution.
     trainable = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trainable)
-    trainable_placed, _ = partition(placed, trained)
+    trainable_placed, _ = partition(placed, setup.trained)
     everywhere = NamedSharding(mesh, P())
-    opt_placed = optimizer_shardings(optimizer, trainable, trainable_placed, mesh)
+    opt_placed = optimizer_shardings(setup.optimizer, trainable, trainable_placed, mesh)
     # By jit rather than device_put, which takes no key to the devices of other processes.
     step, key = jax.jit(lambda key: (jnp.zeros((), jnp.int32), key), out_shardings=everywhere)(key)
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_placed)(trainable)
+    opt_state = jax.jit(setup.optimizer.init, out_shardings=opt_placed)(trainable)
     state = TrainState(step, trainable, opt_state, key)
     state_placed = TrainState(everywhere, trainable_placed, opt_placed, everywhere)
 
-    compute = jnp.dtype(config.model.dtype)
-    model = Llama(model_config, adapter, dtype=compute, param_dtype=dtype, remat=config.model.remat)
-    train_step = make_train_step(model, optimizer, config.train.accumulation, config.train.chunk_tokens)
+    compute, stored = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
+    model = Llama(model_config, adapter, dtype=compute, param_dtype=stored, remat=config.model.remat)
+    train_step = make_train_step(model, setup.optimizer, config.train.accumulation, config.train.chunk_tokens)
     compiled_step = jax.jit(train_step, donate_argnums=0, out_shardings=(state_placed, everywhere))
     compiled_eval = jax.jit(make_eval_step(model, config.train.chunk_tokens), out_shardings=everywhere)
-    return Run(config, model_config, adapter, tokenizer, inputs, iterator, mesh, frozen, state,
+    return Run(config, model_config, adapter, setup.tokenizer, inputs, iterator, mesh, frozen, state,
                fingerprint, compiled_step, compiled_eval)  # fmt: skip
 
 
@@ -212,17 +231,12 @@ def _train(run: Run, workdir: Path) -> Result:
     validated: dict[int, float] = {}
     if latest is not None:
         where = f"checkpoint {latest} of --workdir={workdir}"
-        try:
+        older = [step for step in checkpoints.steps if step < latest]
+        rest = f"from step {older[-1]}" if older else "from the beginning"
+        with _readable(where, f"remove {workdir / 'checkpoints' / str(latest)} to go on {rest}"):
             meta = checkpoints.meta(latest)
             check_meta(meta, run.adapter_config, run.fingerprint, run.inputs.account["sha256"], where)
             run.state = checkpoints.restore(latest, run.state, run.iterator)
-        except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):  # none of them is damage
-            raise
-        except Exception as error:  # orbax and tensorstore have no narrower class for files that are damaged
-            older = [step for step in checkpoints.steps if step < latest]
-            rest = f"from step {older[-1]}" if older else "from the beginning"
-            raise UserError(f"{where} cannot be read ({' '.join(str(error).split())[:120]}); remove "
-                            f"{workdir / 'checkpoints' / str(latest)} to go on {rest}") from error  # fmt: skip
         validated = {int(step): loss for step, loss in meta["validation_losses"].items()}
     start = int(run.state.step)
     if main:
@@ -235,6 +249,17 @@ def _train(run: Run, workdir: Path) -> Result:
         if metrics:
             metrics.close()
     return _result(run, workdir, validated)
+
+
+@contextlib.contextmanager
+def _readable(where: str, remedy: str) -> Iterator[None]:
+    """Raises UserError, with what would help, where a checkpoint is missing or damaged."""
+    try:
+        yield
+    except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):  # none of them is damage
+        raise
+    except Exception as error:  # orbax and tensorstore have no narrower class for files that are damaged
+        raise UserError(f"{where} cannot be read ({' '.join(str(error).split())[:120]}); {remedy}") from error
 
 
 def _steps(
@@ -315,10 +340,13 @@ def _check_finite(step: int, values: dict[str, Any]) -> float:
     floats = {name: float(value) for name, value in values.items()}
     for name, value in floats.items():
         if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the {name.replace('_', ' ')} is {value} at step {step}; lower config.optim.learning_rate or raise "
-                "config.optim.warmup_steps, and start in a new --workdir"
-            )
+            # Before the first update no rate has had a part in it.
+            remedy = (
+                "lower config.optim.learning_rate or raise config.optim.warmup_steps" if step else
+                "nothing has trained yet: check config.model.weights, or compute in another config.model.dtype"
+            )  # fmt: skip
+            raise FloatingPointError(f"the {name.replace('_', ' ')} is {value} at step {step}; {remedy}, and start in "
+                                     "a new --workdir")  # fmt: skip
     return next(iter(floats.values()))
 
 
@@ -328,8 +356,11 @@ def _result(run: Run, workdir: Path, validated: dict[int, float]) -> Result:
     state = run.state
     if best != int(state.step):
         checkpoints = Checkpoints(workdir / "checkpoints", run.config.train.keep)
-        state = checkpoints.restore(best, state)
-        checkpoints.close()
+        where = f"checkpoint {best} of --workdir={workdir}, the best on validation,"
+        there = " or ".join(str(step) for step in checkpoints.steps if step != best)
+        remedy = f"flora_jax.export takes another with --step {there}, or train anew in another --workdir"
+        with contextlib.closing(checkpoints), _readable(where, remedy):
+            state = checkpoints.restore(best, state)
     # Leaf by leaf onto the host: a whole copy on each device may not fit.
     whole = jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(run.mesh, P()))
     trained = jax.tree.map(lambda leaf: np.asarray(whole(leaf)), state.trainable)

@@ -26,9 +26,9 @@ def trains(config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> d
         if rules:
             raise UserError(f"config.train.trainable={config.train.trainable!r}: fft trains every leaf already")
         rules = [(r"params/.*", True)]
-    else:
-        rules.append((r"adapter/.*", True))
-    return decide(rules, list(paths(variables)), "config.train.trainable", default=False)
+    adapter = {path: True for path in paths(variables) if path.startswith("adapter/")}
+    base = [path for path in paths(variables) if path not in adapter]
+    return decide(rules, base, "config.train.trainable", default=False) | adapter
 
 
 def make_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:

@@ -37,7 +37,8 @@ def token_losses(
     model: Llama, variables: Tree, batch: dict[str, Array], chunk_tokens: int, key: Array | None = None
 ) -> tuple[Array, Array]:
     """`(sum of weighted losses, sum of weights)` of a batch of `[B, T]` arrays (tokens, targets, loss_weights,
-    segment_ids, positions). With a key, dropout is on. At most `chunk_tokens` positions are scored at once."""
+    segment_ids, positions). With a key, dropout is on. At most `chunk_tokens` positions are scored at once, or one of
+    each row if there are more rows."""
     hidden, _ = model.apply(
         variables,
         batch["tokens"],
