@@ -61,7 +61,8 @@ LETTERS = [
     ("The answer is (A). No, the answer is (B).", "B"), ("A) 1 B) 2 C) 3 D) 4 E) 5\nThe answer is C) 3", "C"),
     ("Answer Choices: (A) 5 (B) 6 (C) 7", None), (r"The answer is $\boxed{C}$", "C"), ("answer is C because", "C"),
     ("B is correct", "B"), ("[B]", "B"), ("The answer is [c]", "C"), ("D is the right one", "D"), ("A is 5", None),
-    ("Is A correct? E is the correct answer", "E"),
+    ("Is A correct? E is the correct answer", "E"), ("B is the answer", "B"), ("a)", "A"), ("b) because", "B"),
+    ("a) 1 b) 2 c) 3", None), ("(B), not (A)", "B"), ("B. 12, as (A) is 5", "B"), ("(c) dog", "C"),
 ]  # fmt: skip
 
 ANSWERS, TRUTH = ("answer1", "answer2", "answer3"), ("true", "false")
@@ -78,6 +79,8 @@ LABELS = [
     ("the correct answer is answer1: cat\nAnswer2: dog", ANSWERS, "answer1"),
     ("The answer is answer1/answer2", ANSWERS, None), ("false. True/false", TRUTH, "false"),
     ("Answer3: pig Answer1: cat", ANSWERS, "answer1"), ("answer1 or answer2", ANSWERS, "answer2"),
+    ("answer1, not answer2", ANSWERS, "answer1"), ("not answer1 but answer2", ANSWERS, "answer2"),
+    ("Not true", TRUTH, None), ("the answer is not answer1", ANSWERS, None),
 ]  # fmt: skip
 
 

@@ -22,8 +22,9 @@ from flora_jax.errors import UserError
 
 def final_letter(text: str, letters: str = "ABCDE") -> str | None:
     """The option letter that `text` settles on, or None: behind "answer is" (the last time), or else what it begins
-    with ("B", "B. 12"), or else the last one in brackets, after "option" or before "is correct". Options listed in
-    order, "(A) 1 (B) 2 (C) 3 …", are repeated from the question and do not count."""
+    with ("B", "B. 12", "b) 12"), or else the last one in brackets, after "option" or before "is correct" or "is the
+    answer". Options listed in order, "(A) 1 (B) 2 (C) 3 …", are repeated from the question and do not count; nor does
+    one behind "not"."""
     one = f"[{letters}]"
     # Behind "answer is" a bare letter must end there: in "the answer is A train" it is an article.
     stated = (
@@ -33,12 +34,13 @@ def final_letter(text: str, letters: str = "ABCDE") -> str | None:
     found = [match["bracketed"] or match["bare"] for match in re.finditer(stated, text)]
     if found:
         return found[-1].upper()
-    begins = re.match(rf"\W*({one})(?:\W*$|[.:]\s)", text)
+    # "b) 12" is a beginning, "a) 1 b) 2" a list.
+    begins = re.match(rf"\W*(?:({one})(?:\W*$|[.:]\s)|((?i:{one}))\)(?!.*\b(?i:{one})\)))", text, re.DOTALL)
     if begins:
-        return begins[1]
+        return begins[begins.lastindex].upper()
     ways = (rf"\b({one})[)}}\]]", rf"(?i:\b(?:option|choice)\s+)({one})\b",
-            rf"\b({one})(?=\s+is\s+(?:the\s+)?(?:correct|right)\b)")  # fmt: skip
-    named = re.finditer("|".join(ways), text)
+            rf"\b({one})(?=\s+is\s+(?:the\s+)?(?:correct|right|answer)\b)")  # fmt: skip
+    named = re.finditer("|".join(rf"(?<!\b[Nn]ot )(?<!\b[Nn]ot [(\[]){way}" for way in ways), text)
     marks = _without_lists([match[match.lastindex] for match in named], letters)
     return marks[-1] if marks else None
 
@@ -59,9 +61,9 @@ def _without_lists(marks: list[str], letters: str) -> list[str]:
 def final_label(text: str, labels: Sequence[str]) -> str | None:
     """The label word (one of `labels`, any case, as a whole word) that `text` settles on: the last behind "answer is",
     or else the last mentioned. What lists them in order, "Answer1: cat Answer2: dog" or "answer1/answer2", is repeated
-    from the question and does not count."""
+    from the question and does not count; nor does one behind "not"."""
     words = "|".join(map(re.escape, labels))
-    mention = rf"(?P<stated>\banswer\s*(?:is|:)\W*)?\b(?P<label>{words})\b\s*(?P<mark>[:/]?)"
+    mention = rf"(?P<stated>\banswer\s*(?:is|:)\W*)?\b(?<!\bnot )(?P<label>{words})\b\s*(?P<mark>[:/]?)"
     order = [label.lower() for label in labels]
     lists: list[list[tuple[int, bool]]] = []  # of (which label, whether "answer is" stands before it)
     goes_on = False
