@@ -59,7 +59,7 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config = ml_collections.ConfigDict()
 
     config.model = ml_collections.ConfigDict()
-    config.model.preset = preset  # architecture, and the published weights if `weights` is unset
+    config.model.preset = preset  # where `weights` is unset: its published weights; where it is "random": its shape
     config.model.weights = placeholder(str)  # HF directory, hub id, .gguf file, preset name, or "random"
     config.model.param_dtype = "float32"  # dtype the frozen base is stored in; what trains is always float32
     config.model.dtype = "float32"  # dtype of compute; norms, softmax, logits and loss stay float32
