@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -117,12 +118,16 @@ def time_torch(model: Any, prompts: np.ndarray, new_tokens: int, cache: Any, ste
     """TTFT and TPOT in seconds of a causal model of transformers, greedy, after `prompts` `[B, prompt_length]`; cache:
     an empty one of its kind; step: what runs for each token after the first, default the model."""
     import torch
+    import transformers
 
+    # The cache's name, which transformers changed.
+    renamed = "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+    kept = {"cache" if renamed else "past_key_values": cache}
     device = next(model.parameters()).device
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def choose(model: Any, ids: Any) -> Any:
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=ids, **kept, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1].argmax(-1, keepdim=True)
 
     with torch.inference_mode():
