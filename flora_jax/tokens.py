@@ -1,16 +1,36 @@
-"""Token ids of a text that something follows: an answer, a continuation, what is generated."""
+"""Token ids where a text begins and where a turn ends: of prompts, which something follows, and of answers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+import jinja2
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 def encode_open(tokenizer: PreTrainedTokenizerFast, text: str, add_special_tokens: bool = True) -> list[int]:
-    """The ids of `text` with what the tokenizer puts before a text (bos, by its own rule), but without what some put
-    behind it (`add_eos_token`): the text goes on."""
-    ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-    mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"] if add_special_tokens else [0]
+    """The ids of `text` with what the tokenizer puts before a text (bos, by its own rule, but no second one before that
+    of a rendered chat), and without what some put behind it (`add_eos_token`): the text goes on."""
+    special = add_special_tokens and not text.startswith(tokenizer.bos_token or "\0")
+    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"] if special else [0]
     return ids[: len(ids) - mask[::-1].index(0)]
+
+
+def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The tokens by which a model says that it is done: eos, and the special ones that the chat template ends an answer
+    with, such as ChatML's `<|im_end|>` (none without a template, or where a turn ends in words)."""
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if not tokenizer.chat_template:
+        return eos
+    answer = "0123456789"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    except jinja2.TemplateError:  # refuses this conversation; one that it takes is rendered by data/encode.py
+        return eos
+    ids = tokenizer(rendered.rpartition(answer)[2].rstrip(), add_special_tokens=False)["input_ids"]
+    added = tokenizer.added_tokens_decoder
+    return list(dict.fromkeys([*eos, *(token for token in ids if token in added and added[token].special)]))

@@ -175,6 +175,12 @@ def test_damaged_or_foreign_directories_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "adapter_config.json: there is no such file", "adapter_model.safetensors")
     save()
+    A = trained["adapter"]["layers"]["attention"]["qkv"]["A"]
+    trained["adapter"]["layers"]["attention"]["qkv"]["A"] = A.at[0, 0, 0].set(np.nan)
+    save()
+    refused(path, "adapter_model.safetensors: 'adapter/layers/attention/qkv/A'", "not finite")
+    trained["adapter"]["layers"]["attention"]["qkv"]["A"] = A
+    save()
     refused(path, "another base", "abc", "xyz", "'src'", fingerprint="xyz")
     load_adapter(path, TINY, "abc")
     deeper = dataclasses.replace(TINY, num_hidden_layers=3)

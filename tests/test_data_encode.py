@@ -12,7 +12,7 @@ from flora_jax.data.encode import encode, encode_all, encode_prompt
 from flora_jax.data.tasks import Example, Message
 from flora_jax.errors import UserError
 from flora_jax.models.tokenizer import byte_tokenizer
-from flora_jax.tokens import encode_open
+from flora_jax.tokens import encode_open, ends
 
 EOS = 257
 ANSWER = {"loss_on": "answer", "max_length": 512}
@@ -219,3 +219,35 @@ def test_no_eos_of_the_tokenizers_own_comes_between(style):
     prompt = encode_prompt(example, tokenizer, style)
     assert prompt == encoded[: len(prompt)] and bytes(encoded[len(prompt) : -1]).strip() == b"two"
     assert encode_open(tokenizer, "") == [256] and encode_open(tokenizer, "<|eos|>") == [256, EOS]
+
+
+def test_a_prompt_needs_no_eos(byte):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    assert encode_prompt(talk("One?", "two"), tokenizer, "plain") == encode_prompt(talk("One?", "two"), byte, "plain")
+    with pytest.raises(UserError, match="has no eos_token"):
+        encode(talk("One?", "two"), tokenizer, style="plain", **ANSWER)
+
+
+def test_a_rendered_chat_gets_no_second_bos():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", 256)])  # fmt: skip
+    assert encode_open(tokenizer, "a") == encode_open(tokenizer, "<|bos|>a") == [256, 97]
+    assert encode_prompt([Message("user", "<|bos|>a")], tokenizer, "plain") == [256, 97]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [("{% for m in messages %}{{ m['content'] }}<|im_end|>\n{% endfor %}", [257, 260]),
+     ("{% for m in messages %}{{ m['content'] }} <|eos|>{% endfor %}", [257]),
+     ("{% for m in messages %}{{ m['content'] }}<|im_end|><|eos|>{% endfor %}", [257, 260]),
+     ("{% for m in messages %}{{ m['content'] }} END{% endfor %}", [257]),
+     ("{{ raise_exception('no') }}", [257]), (None, [257])],
+)  # fmt: skip
+def test_what_ends_an_answer(template, expected):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    assert ends(tokenizer) == expected
+    tokenizer.eos_token = None
+    assert set(ends(tokenizer)) == {token for token in expected if token != 257 or (template and "eos" in template)}

@@ -63,6 +63,10 @@ LETTERS = [
     ("B is correct", "B"), ("[B]", "B"), ("The answer is [c]", "C"), ("D is the right one", "D"), ("A is 5", None),
     ("Is A correct? E is the correct answer", "E"), ("B is the answer", "B"), ("a)", "A"), ("b) because", "B"),
     ("a) 1 b) 2 c) 3", None), ("(B), not (A)", "B"), ("B. 12, as (A) is 5", "B"), ("(c) dog", "C"),
+    ("The correct option is B.", "B"), ("The correct choice is C", "C"), ("Answer - B", "B"), ("B: 12", "B"),
+    ("So the answer is therefore B.", "B"), ("The answer is B and not C", "B"), ("The answer is B (12)", "B"),
+    ("The answer is 'E'.", "E"), ("A: the answer is 5. So (C)", "C"),
+    ("The right choice is a hard one", None),
 ]  # fmt: skip
 
 ANSWERS, TRUTH = ("answer1", "answer2", "answer3"), ("true", "false")
@@ -301,6 +305,11 @@ def test_few_shot_prompts(data_dir):
     chat = few_shot_messages(asked, [shot], "chat")
     assert [m.content for m in chat] == ["1 + 1?", "2", "2 + 2?"]
     assert few_shot_messages(asked, [], "plain") == [Message("user", "2 + 2?")]
+    long = Example((*shot.messages, *asked.messages))
+    for conversation, shown in ((long, shot), (asked, long)):
+        with pytest.raises(UserError, match="a conversation has several; use 'chat'"):
+            few_shot_messages(conversation, [shown], "plain")
+    assert [m.content for m in few_shot_messages(long, [shot], "chat")] == ["1 + 1?", "2", "1 + 1?", "2", "2 + 2?"]
     told = Message("system", "Sums.")
     shot, asked = (Example((told, *example.messages)) for example in (shot, asked))
     assert few_shot_messages(asked, [shot], "plain") == [Message("user", "Sums.\n\n1 + 1? 2\n\nSums.\n\n2 + 2?")]
@@ -348,6 +357,14 @@ def test_evaluate_command(checkpoint, data_dir, tiny, tmp_path, capsys):
     adapted = json.loads(out.read_text())
     assert adapted["adapter_config"]["method"] == "ffba"
     assert "ARC-Easy" in capsys.readouterr().out
+
+
+def test_sizes_are_checked_before_another_task_is_scored(checkpoint, data_dir, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("flora_jax.evaluation.run.choice_loglik", lambda *_: pytest.fail("scored before the check"))
+    arguments = ["--model", checkpoint, "--tasks", "ARC-Easy,gsm8k", "--data_dir", data_dir, "--out", tmp_path / "r"]
+    assert command("evaluate", *arguments, "--max_length", 4096) == 2
+    assert "max_length=4096 must be from 2 to the model's max_position_embeddings=2048" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_test_that_was_trained_on_is_refused(checkpoint, data_dir, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """`python -m flora_jax.export`: runs and adapter directories in, directories for others out; what it refuses."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -59,8 +60,8 @@ def test_every_format_of_a_run(lora_run, tmp_path, capsys):
         assert "logits: training moves them by up to" in said and str(tmp_path / form) in said
         report = json.loads((tmp_path / form / MARKER).read_text())
         assert report["schema_version"] == 1 and report["format"] == form
-        sizes = {path.name: path.stat().st_size for path in (tmp_path / form).iterdir()}
-        assert report["files"] == {name: size for name, size in sizes.items() if name != MARKER}
+        digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / form).iterdir()}
+        assert report["files"] == {name: digest for name, digest in digests.items() if name != MARKER}
         card = (tmp_path / form / "README.md").read_text()
         assert card.startswith("---\n") and "`lora` (LoRA," in card and "rank | 8" in card
         assert "flora_jax.export --workdir" in card and "jax " in card and "chain_sum (llm_adapters" in card
@@ -120,7 +121,8 @@ def test_without_scores_and_from_an_adapter_directory(ffba_run, hf_directory, tm
     command("--model", base, "--adapter", tmp_path / "a", "--format", "transformers", "--out", tmp_path / "pair")
     card = (tmp_path / "pair/README.md").read_text()
     assert "license: mit" in card and "| licence of the base | mit |" in card and "| base model | base |" in card
-    assert json.loads((tmp_path / "pair/generation_config.json").read_text()) == {"temperature": 0.6}
+    assert json.loads((tmp_path / "pair/generation_config.json").read_text()) == {
+        "temperature": 0.6, "eos_token_id": [257, 260]}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -174,8 +174,9 @@ def assert_same_text(model, trained):
     generator = Generator(trained.config, trained.full_base, {"a": trained.adapter}, trained.adapter_config,
                           trained.tokenizer, max_length=128, batch_size=2)  # fmt: skip
     for row, ours in zip(out[:, 40:].tolist(), generator.generate(prompts, 64), strict=True):
-        end = row.index(257) + 1 if 257 in row else len(row)  # what follows the end is padding
-        assert [t for t in row[:end] if t != 257] == [t for t in ours.tokens if t != 257]
+        # What follows the end (eos, or the template's <|im_end|>) is padding.
+        end = next((i for i, token in enumerate(row) if token in (257, 260)), len(row))
+        assert row[:end] == ours.tokens
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +216,7 @@ def test_merged_equals_merge_and_peft(tmp_path, bases, hf_base, method):
     )
     # Our own reader takes it for the Llama that it is.
     config, base = load_pretrained(str(tmp_path / "merged"))
-    assert config == TINY
+    assert config == dataclasses.replace(TINY, eos_token_id=(257, 260))  # the chat template's end, too
     logits = np.asarray(Llama(config, None).apply({"params": base}, jnp.asarray(TOKENS)))
     assert np.abs(logits - our_logits(trained, TOKENS)).max() <= 1e-4
 
@@ -368,6 +369,11 @@ def test_what_exists_is_kept(tmp_path, bases, tree_hash):
     with pytest.raises(UserError, match=r"'notes.txt'"):
         export(trained, out, "peft", overwrite=True)
     (out / "notes.txt").unlink()
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(config.replace("float32", "FLOAT32"))  # edited, and as long as before
+    with pytest.raises(UserError, match=r"'config.json'"):
+        export(trained, out, "peft", overwrite=True)
+    (out / "config.json").write_text(config)
     assert tree_hash(out) == before
     export(trained, out, "peft", overwrite=True)
     assert (out / "adapter_config.json").exists() and not (out / "config.json").exists()

@@ -22,6 +22,7 @@ from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import Llama, init_base
 from flora_jax.models.loading import load_pretrained
 from flora_jax.models.tokenizer import load_tokenizer
+from flora_jax.tokens import ends
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,19 @@ def test_stop_tokens_end_a_row_and_are_left_out(tiny, prompts):
     )
 
 
+def test_the_templates_end_of_turn_ends_a_row(tiny):
+    """What chat training teaches is the template's own end, whatever the tokenizer's eos."""
+    config, base = tiny
+    tokenizer = load_tokenizer("tiny")
+    [row] = Generator(config, base, max_length=64).generate([[1, 2]], 6)
+    ended = tokenizer.backend_tokenizer.id_to_token(row.tokens[3])
+    tokenizer.backend_tokenizer.add_special_tokens([ended])  # among the template's special tokens
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '" + ended + "\\n' }}{% endfor %}"
+    assert row.tokens[3] not in row.tokens[:3] and ends(tokenizer) == [257, row.tokens[3]]
+    [cut] = Generator(config, base, tokenizer=tokenizer, max_length=64).generate([[1, 2]], 6)
+    assert cut.tokens == row.tokens[:3] and cut.finished
+
+
 def test_compilations(tiny, prompts):
     """One prefill a bucket and one decode a cache length, whatever max_new_tokens, stops, seed or adapter."""
     config, base = tiny
@@ -252,6 +266,7 @@ def test_bad_input(tiny):
         ([[1, 2.5]], 5, ("prompt 0", "2.5")),
         ("hello", 5, ("prompts must be a list",)),
         ([1, 2, 3], 5, ("prompts must be a list",)),
+        (None, 5, ("prompts must be a list", "None")),
     ]:
         with pytest.raises(UserError) as error:
             generator.generate(prompts, n)
@@ -268,7 +283,8 @@ def test_bad_input(tiny):
     # One-shot iterables, arrays and numbers of other libraries are what they hold.
     [plain] = generator.generate([[1, 2]], 3, stop=[7], seed=3)
     for prompts in (iter([[1, 2]]), [np.array([1, 2])], jnp.array([[1, 2]]), [(np.int64(1), jnp.int32(2))]):
-        assert generator.generate(prompts, 3, stop=iter([7]), seed=jnp.int32(3)) == [plain]
+        assert generator.generate(prompts, np.int64(3), stop=iter([7]), seed=jnp.int32(3)) == [plain]
+    assert Generator(config, base, max_length=np.int64(32)).generate([[1, 2]], 3, stop=[7], seed=3) == [plain]
     [stopped] = generator.generate([[1, 2]], 3, stop=iter(plain.tokens[:1]))
     assert stopped.tokens == [] and stopped.finished
     small = dataclasses.replace(config, vocab_size=200)
@@ -278,7 +294,8 @@ def test_bad_input(tiny):
     assert Sampling(np.float32(0.5), np.int64(3), np.float64(0.9)) == Sampling(0.5, 3, 0.9)
     for arguments, words in [
         ({"stop": ["\n"]}, "must be token ids below the model's vocab_size"), ({"stop": 2**40}, "must be token ids"),
-        ({"stop": [-5]}, "must be token ids"), ({"seed": 2**70}, "integer of 64 bits"),
+        ({"stop": [-5]}, "must be token ids"), ({"seed": 2**32}, "integer from 0 to"),
+        ({"seed": -1}, "integer from 0 to"), ({"adapter_names": [["a"]]}, "is not loaded"),
         ({"sampling": 0.7}, "sampling=0.7 must be a Sampling"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=words):

@@ -25,7 +25,7 @@ from flora_jax.errors import UserError
 from flora_jax.models import loading
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import from_hf_tensors, hf_shapes, leaf_shapes, to_hf_tensors
-from flora_jax.models.loading import load_pretrained
+from flora_jax.models.loading import load_config, load_pretrained
 
 TINY = LlamaConfig.preset("tiny")
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
@@ -103,6 +103,17 @@ def test_logits_are_those_of_transformers(settings, tmp_path):
     assert exported.keys() == state.keys()
     for name, value in exported.items():
         np.testing.assert_array_equal(bits(value), bits(state[name]))
+
+
+def test_ends_of_the_generation_config_count(tmp_path):
+    """As in transformers' generate, which reads them there alone."""
+    folder = write_checkpoint(tmp_path, dataclasses.replace(TINY, eos_token_id=(257,)))
+    for ends, expected in (([257, 260], (257, 260)), (259, (257, 259)), (None, (257,))):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        assert load_config(str(folder)).eos_token_id == expected
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(UserError, match=r"generation_config.json: .*eos_token_id"):
+        load_config(str(folder))
 
 
 def test_tree_is_the_models_own():

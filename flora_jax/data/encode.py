@@ -135,7 +135,7 @@ def _plain(messages: Sequence[Message | None], tokenizer: PreTrainedTokenizerFas
     *before, answer = messages
     if any(message.role == "assistant" for message in before):
         raise UserError(f"data.prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'")
-    if tokenizer.eos_token_id is None:
+    if answer is not None and tokenizer.eos_token_id is None:
         raise UserError(f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token")
     prompt = "\n\n".join(message.content for message in before)
     prompt = _TRAINED_ON.format(prompt) if style == "llm_adapters" else prompt

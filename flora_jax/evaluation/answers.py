@@ -27,15 +27,18 @@ def final_letter(text: str, letters: str = "ABCDE") -> str | None:
     one behind "not"."""
     one = f"[{letters}]"
     # Behind "answer is" a bare letter must end there: in "the answer is A train" it is an article.
+    ends = r"\W*$|[).:,;*'\"]|\s*\n|\s+[(-]|\s+(?:because|since|as|and)\b"
     stated = (
-        r"(?i:answer(?:\s+(?:choice|option))?\s*(?:is|would be|:|=)[\s:*$]*(?:option\s+)?)"
-        rf"(?:[(\[](?P<bracketed>(?i:{one}))[)\]]|(?P<bare>{one})(?=\W*$|[).:,;*]|\s*\n|\s+(?:because|since|as)\b))"
+        r"(?i:(?:answer(?:\s+(?:choice|option))?|(?:correct|right|best)\s+(?:choice|option))"
+        r"\s*(?:is|would be|:|=|-)(?:\s+(?:therefore|thus|then))?[\s:*$'\"]*(?:option\s+)?)"
+        rf"(?:[(\[](?P<bracketed>(?i:{one}))[)\]]|(?P<bare>{one})(?={ends}))"
     )
     found = [match["bracketed"] or match["bare"] for match in re.finditer(stated, text)]
     if found:
         return found[-1].upper()
-    # "b) 12" is a beginning, "a) 1 b) 2" a list.
-    begins = re.match(rf"\W*(?:({one})(?:\W*$|[.:]\s)|((?i:{one}))\)(?!.*\b(?i:{one})\)))", text, re.DOTALL)
+    # "b) 12" is a beginning, "a) 1 b) 2" a list, and "A: … (C)" who speaks.
+    alone = rf"(?!.*\b(?i:{one})\))"
+    begins = re.match(rf"\W*(?:({one})(?:\W*$|[.]\s|:\s{alone})|((?i:{one}))\){alone})", text, re.DOTALL)
     if begins:
         return begins[begins.lastindex].upper()
     ways = (rf"\b({one})[)}}\]]", rf"(?i:\b(?:option|choice)\s+)({one})\b",

@@ -1,12 +1,11 @@
 """EleutherAI's lm-evaluation-harness on our models: `HarnessLM` is what the harness scores, `evaluate_harness` runs it.
 
-Needs the extra `lm-eval`. The tokenisation rule is the harness's, which is `encode_pair`'s but for three inputs, where
-this module does as the harness (1, 2) or goes on where the harness stops (3):
+Needs the extra `lm-eval`. The tokenisation rule is the harness's, which is `encode_pair`'s but for two inputs, where
+this module does as the harness (1) or goes on where the harness stops (2):
 
-    1. a context that starts with the bos token's text gets no second bos from the tokenizer (`encode_pair` adds one)
-    2. after an empty context, a continuation that starts with the prefix token gets no second one, and that token is
+    1. after an empty context, a continuation that starts with the prefix token gets no second one, and that token is
        not scored (`encode_pair` puts it in front and scores both)
-    3. a context of spaces alone, with a tokenizer that adds no bos, has no tokens: the prefix token stands in for it,
+    2. a context of spaces alone, with a tokenizer that adds no bos, has no tokens: the prefix token stands in for it,
        as in `encode_pair` (the harness's own Hugging Face model fails)
 
 A pair that is too long is cut from the left with a warning, as the harness does; `choice_loglik` refuses it. With an
@@ -31,7 +30,7 @@ import jax
 from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
-from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
 
@@ -128,9 +127,7 @@ class HarnessLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; special tokens where the tokenizer adds them, and no second bos before one in the text."""
-        if add_special_tokens is None:
-            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-        return encode_open(self.tokenizer, string, add_special_tokens)
+        return encode_open(self.tokenizer, string, add_special_tokens is not False)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """`(summed log-likelihood, is_greedy)` of each request's continuation after its context."""

@@ -39,7 +39,7 @@ from flora_jax.evaluation.answers import is_right
 from flora_jax.evaluation.loglik import choice_loglik
 from flora_jax.evaluation.rouge import KINDS, POLICY, rouge
 from flora_jax.evaluation.rounds import FIRST_ROUND, generate_in_rounds
-from flora_jax.inference.generator import Generator
+from flora_jax.inference.generator import Generator, check_sizes
 from flora_jax.models.config import LlamaConfig
 
 if TYPE_CHECKING:
@@ -167,6 +167,8 @@ def evaluate_tasks(
     # A task whose prompts leave no room is refused before another one is scored.
     check_prompts(tasks, tokenizer, protocol, prompt_style, published_faults,
                   min(max_length, config.max_position_embeddings))  # fmt: skip
+    if any(protocol != "lm_eval" or data.task.metric != "choice" for data in tasks):
+        check_sizes(config, base, max_length, batch_size)
     results: dict[str, Any] = {}
     generator = None
     for data in tasks:
@@ -239,6 +241,8 @@ def few_shot_messages(example: Example, shots: Sequence[Example], style: str) ->
         system = [message for message in asked if message.role == "system"]  # the question's own, once and in front
         turns = [message for shot in (*(shot.messages for shot in shots), asked) for message in shot]
         return system + [message for message in turns if message.role != "system"]
+    if any(message.role == "assistant" for turns in (asked, *(s.messages[:-1] for s in shots)) for message in turns):
+        raise UserError(f"prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'")
     solved = [
         "\n\n".join(m.content for m in shot.messages[:-1]) + " " + shot.messages[-1].content for shot in shots
     ]

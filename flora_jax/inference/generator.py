@@ -41,7 +41,7 @@ from flora_jax.inference.sampling import Sampling, sample
 from flora_jax.models.attention import kernel_runs
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import KVCache, Llama
-from flora_jax.tokens import encode_open
+from flora_jax.tokens import encode_open, ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -73,9 +73,15 @@ def _is_integer(value: Any) -> bool:
     return not isinstance(value, bool)
 
 
+def _new_tokens(value: Any) -> int:
+    if not _is_integer(value) or value < 1:
+        raise UserError(f"max_new_tokens={value!r} must be a positive integer")
+    return operator.index(value)
+
+
 def bucket(length: int) -> int:
     """The smallest power of two that holds `length`, at least 16."""
-    return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+    return max(_SMALLEST_BUCKET, 1 << (operator.index(length) - 1).bit_length())
 
 
 def check_fits(config: LlamaConfig, batch_size: int, length: int, weights: int, dtype: Any) -> None:
@@ -90,6 +96,17 @@ def check_fits(config: LlamaConfig, batch_size: int, length: int, weights: int, 
             f"batch_size={batch_size} with {length} tokens a row needs a cache of {cache / 1e9:.1f} GB beside "
             f"{weights / 1e9:.1f} GB of weights, more than the device's {memory / 1e9:.1f} GB; lower one of them"
         )
+
+
+def check_sizes(config: LlamaConfig, base: Tree, max_length: int, batch_size: int) -> None:
+    """Raises UserError for sizes that no Generator of this base can have."""
+    if not _is_integer(max_length) or not 2 <= max_length <= config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise UserError(f"max_length={max_length!r} must be from 2 to the model's max_position_embeddings={limit}")
+    if not _is_integer(batch_size) or batch_size < 1:
+        raise UserError(f"batch_size={batch_size!r} must be a positive integer")
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    check_fits(config, batch_size, max_length, weights, base["embed_tokens"]["embedding"].dtype)
 
 
 def last_logits(
@@ -254,11 +271,7 @@ class Generator:
         batch_size: int = 8,
         decode_kernel: bool | None = None,
     ):
-        if not _is_integer(max_length) or not 2 <= max_length <= config.max_position_embeddings:
-            limit = config.max_position_embeddings
-            raise UserError(f"max_length={max_length!r} must be from 2 to the model's max_position_embeddings={limit}")
-        if not _is_integer(batch_size) or batch_size < 1:
-            raise UserError(f"batch_size={batch_size!r} must be a positive integer")
+        check_sizes(config, base, max_length, batch_size)
         if adapters is not None and not isinstance(adapters, Mapping):
             raise UserError(f"adapters must be trees by name, {{'mine': adapter}}, not a {type(adapters).__name__}")
         configs = adapter_config.values() if isinstance(adapter_config, Mapping) else [adapter_config]
@@ -273,10 +286,9 @@ class Generator:
                 "decode_kernel=True needs an NVIDIA GPU from Ampere on and heads of 32, 64, 128 or 256 channels; this "
                 f"is a {jax.devices()[0].device_kind} and head_dim={config.head_dim}; leave it None"
             )
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
-        check_fits(config, batch_size, max_length, weights, base["embed_tokens"]["embedding"].dtype)
         self.config, self.tokenizer = config, tokenizer
-        self.max_length, self.batch_size = max_length, batch_size
+        self.max_length, self.batch_size = operator.index(max_length), operator.index(batch_size)
+        self._ends = {*config.eos_token_id, *(() if tokenizer is None else ends(tokenizer))}
         self.adapter_config, self._riders = _share(config, adapters or {}, adapter_config)
         layout = device_layout()
         self._row_multiple = layout["row_multiple"]
@@ -329,18 +341,19 @@ class Generator:
         """Continues each prompt (text, or token ids as they are) by at most `max_new_tokens`, in the order given.
 
         adapter_names: the adapter of each prompt, None for the bare base; by default all take the one in `use`. A row
-        ends at the model's or the tokenizer's end-of-text token or one of `stop` (ids). What prompt i draws
+        ends at the model's or the tokenizer's end-of-text token, that of the chat template's turns, or one of `stop`
+        (ids). What prompt i draws
         depends on `seed` and i alone. Raises UserError for a prompt that is empty, has ids outside the vocabulary, or
         is longer than max_length − max_new_tokens, and for an adapter that is not loaded.
         """
-        if isinstance(prompts, str):
-            raise UserError(f"{_PROMPTS}, not one text")
-        prompts = list(prompts)
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise UserError(f"{_PROMPTS}, not {'one text' if isinstance(prompts, str) else repr(prompts)}")
+        prompts, max_new_tokens = list(prompts), _new_tokens(max_new_tokens)
         rows = [self._encode(i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
         names = [self._name] * len(rows) if adapter_names is None else list(adapter_names)
         if len(names) != len(rows):
             raise UserError(f"adapter_names has {len(names)} names for {len(rows)} prompts; give one each")
-        for name in set(names):
+        for name in names:
             self._check_name(name)
         stop_ids = self._stop(stop, seed, sampling)
         self._arrange(set(names))
@@ -363,6 +376,7 @@ class Generator:
         have been given another adapter meanwhile."""
         if self.tokenizer is None:
             raise UserError("stream gives text, but there is no tokenizer")
+        max_new_tokens = _new_tokens(max_new_tokens)
         row, stop_ids, shown = self._encode(0, prompt, max_new_tokens), self._stop(stop, seed, sampling), ""
         self._arrange({self._name})
         places = list(self._places)
@@ -370,7 +384,7 @@ class Generator:
         while True:
             tokens = np.asarray(state.out)[0, : int(state.count[0])].tolist()
             last = bool(state.done[0]) or int(state.step) >= max_new_tokens
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            text = self._text(tokens)
             if last or not text.endswith("\ufffd"):
                 if len(text) > len(shown):
                     yield text[len(shown) :]
@@ -390,22 +404,17 @@ class Generator:
         vocabulary = range(self.config.vocab_size)
         if not all(_is_integer(token) and operator.index(token) in vocabulary for token in stop):
             raise UserError(f"stop={stop!r} must be token ids below the model's vocab_size={len(vocabulary)}")
-        if not _is_integer(seed) or not -(2**63) <= operator.index(seed) < 2**63:
-            raise UserError(f"seed={seed!r} must be an integer of 64 bits")
-        eos = None if self.tokenizer is None else self.tokenizer.eos_token_id
-        ids = sorted({*self.config.eos_token_id, *stop, *(() if eos is None else (eos,))})
+        if not _is_integer(seed) or not 0 <= operator.index(seed) < 2**32:
+            raise UserError(f"seed={seed!r} must be an integer from 0 to 2**32 - 1")
+        ids = sorted({*self._ends, *stop})
         return np.array(ids + [-1] * (_STOP_SLOTS - len(ids) % _STOP_SLOTS), np.int32)
 
     def _encode(self, i: int, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
-        if not _is_integer(max_new_tokens) or max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={max_new_tokens!r} must be a positive integer")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError(f"prompt {i} is text, but there is no tokenizer; give token ids")
             check_text(prompt, f"prompt {i}")
-            # What a chat template has rendered begins with BOS; a tokenizer would put a second one before it.
-            begun = prompt.startswith(self.tokenizer.bos_token or "\0")
-            tokens = encode_open(self.tokenizer, prompt, add_special_tokens=not begun)
+            tokens = encode_open(self.tokenizer, prompt)
         else:
             given = np.asarray(prompt).tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
             if not isinstance(given, Sequence):
@@ -457,7 +466,11 @@ class Generator:
         out, counts, finished = jax.device_get((state.out, state.count, state.done))
         return [self.generation(out[b, : counts[b]].tolist(), bool(finished[b])) for b in range(len(batch))]
 
+    def _text(self, tokens: list[int]) -> str:
+        # To clean up is to take spaces out ("it 's" is "it's"), which the text was never given.
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     def generation(self, tokens: list[int], finished: bool) -> Generation:
         """The continuation that these new tokens are, with their text."""
-        text = "" if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = "" if self.tokenizer is None else self._text(tokens)
         return Generation(text, tokens, finished)

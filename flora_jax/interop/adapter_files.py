@@ -152,6 +152,9 @@ def load_adapter(
     if fingerprint is not None:
         check_fingerprint(directory, fingerprint)
     tensors = _read_tensors(directory)
+    for path, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise UserError(f"{directory / WEIGHTS}: {path!r} holds a value that is not finite; train the adapter anew")
     if kind == "LORA":
         return _from_peft(directory, stored, extras.get("method", "lora"), tensors, config)
     adapter_config = _adapter_config(directory, stored)

@@ -7,6 +7,7 @@ what was trained. Only then does the directory get its name.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ _SAMPLE = (
     "noon? B: Rather at one, the train is late."
 )
 _SAMPLE_TOKENS = 64
+_HASHED = 2**26  # bytes up to which a file's contents are compared; larger ones are weights, which nobody edits
 _BLOCK = 8192  # rows of the unembedding that are scored with at a time
 
 
@@ -61,15 +63,20 @@ def check_directory(directory: Path, overwrite: bool) -> None:
     if directory.is_symlink() or not (directory / MARKER).is_file():
         raise UserError(f"--out {directory} is no directory that this command wrote (no {MARKER}) and is not replaced")
     known = read_json(directory / MARKER).get("files")
-    for name, size in _sizes(directory).items():
-        if name != MARKER and (not isinstance(known, dict) or known.get(name) != size):
+    for name, about in _files(directory).items():
+        if name != MARKER and (not isinstance(known, dict) or known.get(name) != about):
             raise UserError(f"--out {directory} is not replaced: {name!r} in it is not as this command wrote it")
 
 
-def _sizes(directory: Path) -> dict[str, int]:
-    """Bytes of every file below, by its path from there."""
+def _files(directory: Path) -> dict[str, int | str]:
+    """What tells every file below from a changed one, by its path from there: sha256, of weights their bytes."""
     files = sorted(path for path in directory.rglob("*") if not path.is_dir())
-    return {str(path.relative_to(directory)): path.lstat().st_size for path in files}
+    weights = lambda path: path.is_symlink() or path.stat().st_size > _HASHED  # noqa: E731
+    return {
+        str(path.relative_to(directory)):
+            path.lstat().st_size if weights(path) else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }  # fmt: skip
 
 
 def export(
@@ -124,7 +131,7 @@ def export(
             )
         if card is not None:
             (new / "README.md").write_text(card(report), encoding="utf-8")
-        write_json(new / MARKER, {**report, "files": _sizes(new)})
+        write_json(new / MARKER, {**report, "files": _files(new)})
         check_directory(directory, overwrite)  # again: writing takes minutes, and somebody may have come first
     return report
 

@@ -24,11 +24,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flora_jax.adapters import BLOCKS, PRODUCTS, AdapterConfig, as_lora, fused_layers, merged_kernel
 from flora_jax.errors import UserError
-from flora_jax.files import write_json
+from flora_jax.files import read_json, write_json
 from flora_jax.interop.adapter_files import PEFT_MODULES, load_adapter, write_adapter_files
 from flora_jax.interop.shards import map_shards, row_blocks, write_shards
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import hf_names, hf_shapes, to_hf_tensors
+from flora_jax.tokens import ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,16 +80,21 @@ def _module(layer: int | str, product: str) -> str:
 
 
 def _write_model_files(trained: Trained, directory: Path, dtype: Any, **fields: Any) -> None:
-    """config.json with `fields` in it, generation_config.json (the base's own, where it came with one), tokenizer."""
+    """config.json with `fields` in it, generation_config.json (the base's own, where it came with one, with all tokens
+    that end an answer), tokenizer."""
     config = trained.config.to_hf()
     # transformers 5 reads `dtype`, those before `torch_dtype`.
     write_json(directory / "config.json", {**config, "dtype": dtype.name, "torch_dtype": dtype.name, **fields})
     own = trained.base_files and trained.base_files / "generation_config.json"
     if own and own.is_file():
-        shutil.copyfile(own, directory / own.name)
+        generation = read_json(own)
     else:
-        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_json(directory / "generation_config.json", {name: id for name, id in ids.items() if id is not None})
+        ids = {name: config[name] for name in ("bos_token_id", "pad_token_id")}
+        generation = {name: id for name, id in ids.items() if id is not None}
+    # Those that our Generator stops at.
+    stop = list(dict.fromkeys([*trained.config.eos_token_id, *ends(trained.tokenizer)]))
+    generation |= {"eos_token_id": stop[0] if len(stop) == 1 else stop} if stop else {}
+    write_json(directory / "generation_config.json", generation)
     trained.tokenizer.save_pretrained(directory)
 
 

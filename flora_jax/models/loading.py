@@ -7,6 +7,7 @@ so a load needs little more memory than the parameters it returns. Nothing is un
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import re
@@ -149,11 +150,19 @@ def _read_config(directory: Path) -> LlamaConfig:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise UserError(f"{path}: quantization_config ({method}) is not supported; use the unquantised checkpoint")
     try:
-        return LlamaConfig.from_hf(hf, str(path))
+        config = LlamaConfig.from_hf(hf, str(path))
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: a field has a value of the wrong kind ({error})") from None
+    # Some checkpoints name tokens that end a text there alone, and transformers' generate goes by it.
+    generation = directory / "generation_config.json"
+    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    try:
+        return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys([*config.eos_token_id, *ends])))
+    except UserError as error:
+        raise UserError(f"{generation}: {error}") from None
 
 
 class _FileTensor:

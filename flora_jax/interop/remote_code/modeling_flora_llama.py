@@ -5,6 +5,7 @@ is transformers' own Llama. `config.flora` says what rides where; scales are in 
 """
 
 import torch
+import transformers
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama as llama
@@ -88,7 +89,11 @@ class FloraLlamaAttention(llama.LlamaAttention):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         implementation = self.config._attn_implementation
-        attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, llama.eager_attention_forward)
+        if hasattr(llama.ALL_ATTENTION_FUNCTIONS, "get_interface"):
+            attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, llama.eager_attention_forward)
+        else:  # transformers 5.0
+            eager = implementation == "eager"
+            attend = llama.eager_attention_forward if eager else llama.ALL_ATTENTION_FUNCTIONS[implementation]
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         (out,), _ = self.o_proj(out.reshape(*shape, -1).contiguous(), z)
@@ -151,6 +156,9 @@ class FloraLlamaForCausalLM(llama.LlamaForCausalLM):
     _no_split_modules = ["FloraLlamaDecoderLayer"]
 
     def __init__(self, config):
+        if config.tie_word_embeddings and transformers.__version__ == "5.3.0":
+            raise ImportError("transformers 5.3.0 draws the tied lm_head of a model with code of its own at random; "
+                              "take another version")  # fmt: skip
         super().__init__(config)
         self.model = FloraLlamaModel(config)
         self.post_init()
