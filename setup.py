@@ -24,7 +24,7 @@ RUNTIME = [
     "tensorflow-datasets>=4.9.9",
     "tokenizers>=0.22",
     "tqdm>=4.66",
-    "transformers>=5.0",
+    "transformers>=5.0,!=5.3.0",
 ]
 DEMO = ["reasoning-gym>=0.1.20"]
 # Only `python -m flora_jax.harness` imports it, and it needs no torch.

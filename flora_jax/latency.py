@@ -88,7 +88,7 @@ def _check(args: Namespace) -> tuple[LlamaConfig, list[str], list[Setting], dict
         raise UserError("--model random needs --preset, the architecture to fill with random weights")
     preset = LlamaConfig.preset(args.preset) if args.preset else None
     config = preset if args.model == "random" else load_config(args.model)
-    sizes = lambda c: (c.widths, c.num_hidden_layers, c.num_attention_heads, c.vocab_size)  # noqa: E731
+    sizes = lambda c: (c.widths, c.num_hidden_layers, c.num_attention_heads, c.vocab_size, c.tie_word_embeddings)  # noqa: E731
     if preset and sizes(preset) != sizes(config):
         raise UserError(f"--preset {args.preset} is another architecture than that of --model {args.model}; leave it "
                         "out, it is for --model random")  # fmt: skip

@@ -292,6 +292,14 @@ def test_saved_again_piped_and_recorded(tmp_path, bases):
     assert out["cache" if "cache" in out else "past_key_values"].get_seq_length() == TOKENS.shape[1]
 
 
+def test_the_version_that_draws_a_tied_head_at_random_is_refused(tmp_path, bases, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    export(make(bases[TINY], TINY, ADAPTERS["ffba"]), tmp_path / "out", "transformers")
+    monkeypatch.setattr(transformers, "__version__", "5.3.0")
+    with pytest.raises(ImportError, match=r"5\.3\.0 draws the tied lm_head"):
+        torch_model(tmp_path / "out")
+
+
 def files(path):
     return {p.name: p.read_bytes() for p in path.iterdir()}
 
