@@ -29,7 +29,7 @@ def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
         rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    except jinja2.TemplateError:  # refuses this conversation; one that it takes is rendered by data/encode.py
+    except (jinja2.TemplateError, TypeError, ValueError):  # of a template that takes no such conversation
         return eos
     ids = tokenizer(rendered.rpartition(answer)[2].rstrip(), add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
