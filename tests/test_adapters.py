@@ -638,10 +638,3 @@ def test_a_product_that_is_a_sum_is_taken_in_float32(tokens, most, monkeypatch):
     for other in (W[:4], jnp.pad(W, ((0, 3), (0, 0)))):
         with pytest.raises(TypeError):
             layer_module.multiply(x, other)
-
-
-def test_zflora_needs_a_second_layer():
-    """Its q, k and v read in layer 0 what nothing has written: one layer has nothing to train."""
-    shallow = dataclasses.replace(LlamaConfig.preset("tiny"), num_hidden_layers=1)
-    with pytest.raises(UserError, match=r"adapter.method='zflora' begins to read in the second layer.*hidden_layers=1"):
-        init_adapter(jax.random.key(0), shallow, AdapterConfig("zflora", 8))

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT, silent_pieces
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from flora_jax import train as command
 from flora_jax.adapters import METHODS
@@ -195,6 +195,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path, small, 
     with pytest.raises(FloatingPointError, match="validation loss is nan at step 2; lower"):
         run(small(), tmp_path / "c")
     assert not list((tmp_path / "c/checkpoints").iterdir())
+
+
+def test_zflora_needs_a_second_layer(small, hf_directory, tmp_path):
+    """Its q, k and v read in layer 0 what nothing has written: one layer has leaves without a value, which orbax
+    refuses."""
+    model = hf_directory(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if ".layers.1." not in k}, model / "model.safetensors")
+    (model / "config.json").write_text(json.dumps(json.loads((model / "config.json").read_text())
+                                                  | {"num_hidden_layers": 1}))  # fmt: skip
+    with pytest.raises(UserError, match=r"config\.adapter\.method='zflora' .*num_hidden_layers=1"):
+        run(small("zflora", **{"model.weights": str(model)}), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
 
 
 def test_every_configuration_file(subtests):

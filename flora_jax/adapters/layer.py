@@ -337,9 +337,6 @@ def init_adapter(rng: Array, config: Any, adapter_config: AdapterConfig) -> dict
     `config` needs `widths` and `num_hidden_layers` only. Raises UserError where the rank does not fit.
     """
     adapter_config.check(config.widths)
-    if config.num_hidden_layers < 2 and any(slot.skips_first for slot in adapter_config.slots.values()):
-        raise UserError(f"adapter.method={adapter_config.method!r} begins to read in the second layer, and the model "
-                        "has num_hidden_layers=1; use another method")  # fmt: skip
     layers: dict[str, Any] = {}
     keys = iter(jax.random.split(rng, 64))
     for block, products in BLOCKS.items():

@@ -101,6 +101,9 @@ def check_run(config: ml_collections.ConfigDict, workdir: str | Path) -> Setup:
     adapter, mesh = make_adapter_config(config), make_mesh(config)
     dtype = jnp.dtype(config.model.param_dtype)
     shapes = {"params": abstract_base(model_config, dtype), "adapter": abstract_adapter(model_config, adapter)}
+    if any(leaf.size == 0 for leaf in jax.tree.leaves(shapes["adapter"])):  # which no checkpoint can hold
+        raise UserError(f"config.adapter.method={adapter.method!r} reads q, k and v from the second layer on, and the "
+                        "model has num_hidden_layers=1; use another method")  # fmt: skip
     trained = trains(config, shapes)
     optimizer = make_optimizer(config, shapes, trained)
     placed = shardings(shapes, mesh, model_config, adapter)
