@@ -287,7 +287,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     check("optim.final_fraction", 0 <= config.optim.final_fraction <= 1, "must be in [0, 1]")
     for field in ("optim.b1", "optim.b2"):
         check(field, 0 <= config.optim[field.split(".")[1]] < 1, "must be in [0, 1)")
-    check("optim.eps", np.float32(config.optim.eps) > 0, "must be positive in float32")
+    floats = np.finfo(np.float32)
+    check("optim.eps", floats.tiny <= config.optim.eps <= floats.max, "must be positive and finite in float32")
     check("train.seed", config.train.seed < 2**32, "must be below 2**32")
     warmup = warmup_steps(config)
     steps = config.train.steps

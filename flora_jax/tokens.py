@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
-
-import jinja2
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -16,7 +15,7 @@ def encode_open(tokenizer: PreTrainedTokenizerFast, text: str, add_special_token
     special = add_special_tokens and not text.startswith(tokenizer.bos_token or "\0")
     ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"] if special else [0]
-    return ids[: len(ids) - mask[::-1].index(0)]
+    return ids[: len(ids) - (mask[::-1].index(0) if 0 in mask else 0)]
 
 
 def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -29,8 +28,11 @@ def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
         rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError):  # of a template that takes no such conversation
+    except Exception:  # a template is a program, which may raise anything at a conversation that is not for it
         return eos
-    ids = tokenizer(rendered.rpartition(answer)[2].rstrip(), add_special_tokens=False)["input_ids"]
+    if answer not in rendered:
+        return eos
+    after = tokenizer(rendered.rpartition(answer)[2].lstrip(), add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
-    return list(dict.fromkeys([*eos, *(token for token in ids if token in added and added[token].special)]))
+    special = lambda id: id in added and added[id].special and id != tokenizer.bos_token_id  # noqa: E731
+    return list(dict.fromkeys([*eos, *itertools.takewhile(special, after)]))

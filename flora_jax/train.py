@@ -40,10 +40,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         raise UserError(f"config.eval.tasks={config.eval.tasks!r}: protocol lm_eval scores choices as plain text, and "
                         f"would ask the others so, too, not in config.data.prompt_style={config.data.prompt_style!r}; "
                         "name tasks of one kind, and score the others with flora_jax.evaluate")  # fmt: skip
-    if (tensor := setup.mesh.shape["tensor"]) > 1 and scored and not plain:
+    generated = [task.name for task in scored if config.eval.protocol != "lm_eval" or task.metric != "choice"]
+    if (tensor := setup.mesh.shape["tensor"]) > 1 and generated:
         raise UserError(f"config.mesh.tensor={tensor}: answers are generated without tensor parallelism, and "
-                        f"config.eval.tasks={config.eval.tasks!r} asks for some; use config.mesh.fsdp, or leave "
-                        "config.eval.tasks empty and score the adapter with flora_jax.evaluate")  # fmt: skip
+                        f"config.eval.tasks has {generated[0]!r}; use config.mesh.fsdp, or leave it out and score the "
+                        "adapter with flora_jax.evaluate")  # fmt: skip
     tasks = names(config.eval.tasks) and load_task_data(
         names(config.eval.tasks), config.data.dir, protocol=config.eval.protocol, prompt_style=style,
         published_faults=config.eval.published_faults, limit=config.eval.limit,

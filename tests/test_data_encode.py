@@ -243,6 +243,8 @@ def test_a_rendered_chat_gets_no_second_bos():
      ("{% for m in messages %}{{ m['content'] }} <|eos|>{% endfor %}", [257]),
      ("{% for m in messages %}{{ m['content'] }}<|im_end|><|eos|>{% endfor %}", [257, 260]),
      ("{% for m in messages %}{{ m['content'] }} END{% endfor %}", [257]),
+     ("{% for m in messages %}{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n", [257, 260]),
+     ("<|bos|><|im_start|>{{ messages[0]['content'] }}<|im_end|>", [257]), ("{{ 1 / 0 }}", [257]),
      ("{{ raise_exception('no') }}", [257]), (None, [257])],
 )  # fmt: skip
 def test_what_ends_an_answer(template, expected):

@@ -108,12 +108,14 @@ def test_logits_are_those_of_transformers(settings, tmp_path):
 def test_ends_of_the_generation_config_count(tmp_path):
     """As in transformers' generate, which reads them there alone."""
     folder = write_checkpoint(tmp_path, dataclasses.replace(TINY, eos_token_id=(257,)))
-    for ends, expected in (([257, 260], (257, 260)), (259, (257, 259)), (None, (257,))):
+    for ends, expected in (([257, 260], (257, 260)), (259, (257, 259)), (None, (257,)), (-1, (257,)),
+                           ([257, -1], (257,))):  # fmt: skip
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
         assert load_config(str(folder)).eos_token_id == expected
-    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
-    with pytest.raises(UserError, match=r"generation_config.json: .*eos_token_id"):
-        load_config(str(folder))
+    for ends in ("x", [[1]], {"a": 1}, True, 320, 2**40):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        with pytest.raises(UserError, match=r"generation_config.json: eos_token_id=.*vocab_size=320"):
+            load_config(str(folder))
 
 
 def test_tree_is_the_models_own():

@@ -27,25 +27,35 @@ def final_letter(text: str, letters: str = "ABCDE") -> str | None:
     one behind "not"."""
     one = f"[{letters}]"
     # Behind "answer is" a bare letter must end there: in "the answer is A train" it is an article.
-    ends = r"\W*$|[).:,;*'\"]|\s*\n|\s+[(-]|\s+(?:because|since|as|and)\b"
+    ends = r"\W*$|[).:,;*'\"]|\s*\n|\s+\(|\s+(?:because|since|as|and)\b"
     stated = (
         r"(?i:(?:answer(?:\s+(?:choice|option))?|(?:correct|right|best)\s+(?:choice|option))"
-        r"\s*(?:is|would be|:|=|-)(?:\s+(?:therefore|thus|then))?[\s:*$'\"]*(?:option\s+)?)"
+        r"\s*(?:is|would be|:|=)(?:\s+(?:therefore|thus|then))?[\s:*$'\"]*(?:option\s+)?)"
         rf"(?:[(\[](?P<bracketed>(?i:{one}))[)\]]|(?P<bare>{one})(?={ends}))"
     )
     found = [match["bracketed"] or match["bare"] for match in re.finditer(stated, text)]
     if found:
         return found[-1].upper()
-    # "b) 12" is a beginning, "a) 1 b) 2" a list, and "A: … (C)" who speaks.
-    alone = rf"(?!.*\b(?i:{one})\))"
-    begins = re.match(rf"\W*(?:({one})(?:\W*$|[.]\s|:\s{alone})|((?i:{one}))\){alone})", text, re.DOTALL)
+    # "A: …" may be who speaks, and counts where nothing else does.
+    begins = re.match(rf"\W*(?:({one})(?:\W*$|\.\s)|([{letters[1:]}]):\s)", text)
     if begins:
-        return begins[begins.lastindex].upper()
-    ways = (rf"\b({one})[)}}\]]", rf"(?i:\b(?:option|choice)\s+)({one})\b",
+        return begins[begins.lastindex]
+    bracketed = rf"\b({one})[)}}\]]"
+    said = (rf"(?i:\b(?:option|choice)\s+)({one})\b",
             rf"\b({one})(?=\s+is\s+(?:the\s+)?(?:correct|right|answer)\b)")  # fmt: skip
-    named = re.finditer("|".join(rf"(?<!\b[Nn]ot )(?<!\b[Nn]ot [(\[]){way}" for way in ways), text)
-    marks = _without_lists([match[match.lastindex] for match in named], letters)
-    return marks[-1] if marks else None
+    marks, listed = [], []
+    for match in re.finditer("|".join(rf"(?<!\b[Nn]ot )(?<!\b[Nn]ot [(\[]){way}" for way in (bracketed, *said)), text):
+        if match.lastindex == 1:
+            listed.append(match[1])
+        else:
+            marks += [*_without_lists(listed, letters), match[match.lastindex]]
+            listed = []
+    marks += _without_lists(listed, letters)
+    if marks:
+        return marks[-1]
+    # "b) 12" is an answer, "a) 1 b) 2" a list.
+    opening = re.match(rf"\W*(?:((?i:{one}))\)(?!.*(?<!\w)(?i:{one})\))|({one}):\s)", text, re.DOTALL)
+    return opening[opening.lastindex].upper() if opening else None
 
 
 def _without_lists(marks: list[str], letters: str) -> list[str]:

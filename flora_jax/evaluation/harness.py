@@ -8,6 +8,7 @@ this module does as the harness (1) or goes on where the harness stops (2):
     2. a context of spaces alone, with a tokenizer that adds no bos, has no tokens: the prefix token stands in for it,
        as in `encode_pair` (the harness's own Hugging Face model fails)
 
+Neither has the eos that some tokenizers put behind every text, which the harness's own Hugging Face model leaves there.
 A pair that is too long is cut from the left with a warning, as the harness does; `choice_loglik` refuses it. With an
 adapter, the harness's own Hugging Face model drops embeddings beyond the tokenizer's ids; here all of them compete.
 """

@@ -63,18 +63,22 @@ def check_directory(directory: Path, overwrite: bool) -> None:
     if directory.is_symlink() or not (directory / MARKER).is_file():
         raise UserError(f"--out {directory} is no directory that this command wrote (no {MARKER}) and is not replaced")
     known = read_json(directory / MARKER).get("files")
-    for name, about in _files(directory).items():
-        if name != MARKER and (not isinstance(known, dict) or known.get(name) != about):
-            raise UserError(f"--out {directory} is not replaced: {name!r} in it is not as this command wrote it")
+    try:
+        for name, about in _files(directory).items():
+            same = (about, (directory / name).lstat().st_size)  # the first exports had bytes for all of them
+            if name != MARKER and (not isinstance(known, dict) or known.get(name) not in same):
+                raise UserError(f"--out {directory} is not replaced: {name!r} in it is not as this command wrote it")
+    except OSError as error:
+        raise UserError(f"--out {directory} is not replaced: it cannot be read ({error.strerror})") from None
 
 
 def _files(directory: Path) -> dict[str, int | str]:
     """What tells every file below from a changed one, by its path from there: sha256, of weights their bytes."""
     files = sorted(path for path in directory.rglob("*") if not path.is_dir())
-    weights = lambda path: path.is_symlink() or path.stat().st_size > _HASHED  # noqa: E731
+    read = lambda path: path.is_file() and not path.is_symlink() and path.stat().st_size <= _HASHED  # noqa: E731
     return {
         str(path.relative_to(directory)):
-            path.lstat().st_size if weights(path) else hashlib.sha256(path.read_bytes()).hexdigest()
+            hashlib.sha256(path.read_bytes()).hexdigest() if read(path) else path.lstat().st_size
         for path in files
     }  # fmt: skip
 

@@ -158,11 +158,10 @@ def _read_config(directory: Path) -> LlamaConfig:
     # Some checkpoints name tokens that end a text there alone, and transformers' generate goes by it.
     generation = directory / "generation_config.json"
     ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    try:
-        return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys([*config.eos_token_id, *ends])))
-    except UserError as error:
-        raise UserError(f"{generation}: {error}") from None
+    ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (None, -1)]  # both say: none
+    if not all(isinstance(end, int) and end is not True and 0 <= end < config.vocab_size for end in ends):
+        raise UserError(f"{generation}: eos_token_id={ends!r} must be token ids below vocab_size={config.vocab_size}")
+    return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys([*config.eos_token_id, *ends])))
 
 
 class _FileTensor:

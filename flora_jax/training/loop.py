@@ -282,7 +282,7 @@ def _steps(
         checkpoints.save(run.state, run.iterator, meta, _best(validated))
 
     def validate(step: int) -> None:
-        validated[step] = loss = _check_finite(step, {"validation loss": validation_loss(run)})
+        validated[step] = loss = _check_finite(step, {"validation loss": validation_loss(run)}, step)
         if metrics:
             metrics.write(step, {"validation_loss": loss})
         bar.say(f"step {step}: validation loss {loss:.4f}")
@@ -300,14 +300,14 @@ def _steps(
             run.state, values = run.compiled_step(run.state, run.frozen, shard_batch(host_batch, run.mesh))
             # The step before is looked at while this one runs.
             if before is not None:
-                _check_finite(*before)
+                _check_finite(*before, step - 2)
             before = (step, {name: values[name] for name in ("loss", "gradient_norm")})
             stop = bool(signals) if alone else checkpoints.reached_preemption(step)
             logs = step % config.train.log_every == 0
             evaluates = bool(config.train.eval_every) and (step % config.train.eval_every == 0 or step == steps)
             saves = step % config.train.save_every == 0 or step == steps
             if logs or evaluates or saves or stop:
-                loss = _check_finite(*before)
+                loss = _check_finite(*before, step - 1)
             if logs:
                 elapsed = time.perf_counter() - clock
                 line = {
@@ -338,14 +338,14 @@ def _best(validated: dict[int, float]) -> int | None:
     return min((step for step in validated if step), key=lambda step: (validated[step], -step), default=None)
 
 
-def _check_finite(step: int, values: dict[str, Any]) -> float:
-    """The first of the values by name, as a float; FloatingPointError if one of them is not finite."""
+def _check_finite(step: int, values: dict[str, Any], updates: int) -> float:
+    """The first of the values by name, after so many updates, as a float; FloatingPointError if one is not finite."""
     floats = {name: float(value) for name, value in values.items()}
     for name, value in floats.items():
         if not math.isfinite(value):
             # Before the first update no rate has had a part in it.
             remedy = (
-                "lower config.optim.learning_rate or raise config.optim.warmup_steps" if step else
+                "lower config.optim.learning_rate or raise config.optim.warmup_steps" if updates else
                 "nothing has trained yet: check config.model.weights, or compute in another config.model.dtype"
             )  # fmt: skip
             raise FloatingPointError(f"the {name.replace('_', ' ')} is {value} at step {step}; {remedy}, and start in "
