@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from flora_jax.config import check_config, fields, generator_settings, names, read_config, weights_source
 from flora_jax.data import get_task
 from flora_jax.errors import UserError, near_misses, run_command
-from flora_jax.evaluation.run import check_prompts, evaluate_tasks, load_task_data
+from flora_jax.evaluation.run import check_prompts, evaluate_tasks, is_generated, load_task_data
 from flora_jax.files import keep_programs, read_json, write_json
 from flora_jax.interop.adapter_files import save_adapter
 from flora_jax.models.loading import base_name
@@ -34,13 +34,13 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     setup = check_run(config, workdir)  # before its data is prepared and kept
     scored = [get_task(name, generator_settings(config)) for name in names(config.eval.tasks)]
     # Choices are scored as plain text.
-    plain = config.eval.protocol == "lm_eval" and any(task.metric == "choice" for task in scored)
+    plain = not all(is_generated(task, config.eval.protocol) for task in scored)
     style = "plain" if plain else config.data.prompt_style
     if style != config.data.prompt_style and any(task.metric != "choice" for task in scored):
         raise UserError(f"config.eval.tasks={config.eval.tasks!r}: protocol lm_eval scores choices as plain text, and "
                         f"would ask the others so, too, not in config.data.prompt_style={config.data.prompt_style!r}; "
                         "name tasks of one kind, and score the others with flora_jax.evaluate")  # fmt: skip
-    generated = [task.name for task in scored if config.eval.protocol != "lm_eval" or task.metric != "choice"]
+    generated = [task.name for task in scored if is_generated(task, config.eval.protocol)]
     if (tensor := setup.mesh.shape["tensor"]) > 1 and generated:
         raise UserError(f"config.mesh.tensor={tensor}: answers are generated without tensor parallelism, and "
                         f"config.eval.tasks has {generated[0]!r}; use config.mesh.fsdp, or leave it out and score the "

@@ -216,7 +216,9 @@ def test_the_command_refuses_a_mesh_with_one_line(command, tmp_path):
 
 
 def test_answers_that_a_tensor_axis_cannot_generate_are_refused_first(command, tmp_path):
-    fields = {"mesh.tensor": 2, "eval.tasks": "chain_sum", "data.cache_dir": tmp_path / "data"}
+    # Among choices, too, which a tensor axis can score.
+    fields = {"mesh.tensor": 2, "eval.tasks": "boolq,chain_sum", "eval.protocol": "lm_eval",
+              "data.prompt_style": "plain", "data.cache_dir": tmp_path / "data"}  # fmt: skip
     flags = [f"--config.{k}={v}" for k, v in fields.items()]
     done = command("--config", "configs/tiny.py", "--workdir", tmp_path / "w", *flags, XLA_FLAGS=devices(2))
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

@@ -63,6 +63,11 @@ class TaskData:
     data_hash: str
 
 
+def is_generated(task: Task, protocol: str) -> bool:
+    """Whether the protocol has the answers of `task` generated; it scores given choices by likelihood otherwise."""
+    return protocol != "lm_eval" or task.metric != "choice"
+
+
 def load_task_data(
     names: Sequence[str],
     data_dir: str | os.PathLike | None,
@@ -99,7 +104,7 @@ def load_task_data(
     for task in tasks:
         if published_faults and task.metric not in published.METRICS:
             raise UserError(f"published_faults: LLM-Adapters has no script for {task.name} (metric {task.metric!r})")
-        if prompt_style != "plain" and protocol == "lm_eval" and task.metric == "choice":
+        if prompt_style != "plain" and not is_generated(task, protocol):
             raise UserError(
                 f"prompt_style={prompt_style!r}: protocol lm_eval scores the choices of {task.name} as plain text; "
                 "use prompt_style 'plain' or protocol 'llm_adapters'"
@@ -162,24 +167,25 @@ def evaluate_tasks(
 
     published_faults: score generated answers as the published scripts of LLM-Adapters do (`published`).
     base, adapter: trees as `Llama` takes them; arithmetic in the base's dtype. max_length: prompt and new tokens of
-    generated answers; a prompt that leaves no room counts as wrong and in `too_long`. Raises UserError if none fits.
+    generated answers; a prompt that leaves no room counts as wrong and in `too_long`. Raises UserError if none fits,
+    and for sizes that no Generator of this base can have.
     """
     # A task whose prompts leave no room is refused before another one is scored.
     check_prompts(tasks, tokenizer, protocol, prompt_style, published_faults,
                   min(max_length, config.max_position_embeddings))  # fmt: skip
-    if any(protocol != "lm_eval" or data.task.metric != "choice" for data in tasks):
+    if any(is_generated(data.task, protocol) for data in tasks):
         check_sizes(config, base, max_length, batch_size)
     results: dict[str, Any] = {}
     generator = None
     for data in tasks:
         start = time.perf_counter()
-        if protocol == "lm_eval" and data.task.metric == "choice":
-            result = _score_choices(data, config, base, adapter, adapter_config, tokenizer, batch_size)
-        else:
+        if is_generated(data.task, protocol):
             if generator is None:
                 adapters = {"adapter": adapter} if adapter is not None else None
                 generator = Generator(config, base, adapters, adapter_config, tokenizer, max_length, batch_size)
             result = _generate_answers(data, generator, prompt_style, published_faults, batch_size)
+        else:
+            result = _score_choices(data, config, base, adapter, adapter_config, tokenizer, batch_size)
         results[data.task.name] = {
             **result,
             "n": len(data.examples),
@@ -213,7 +219,7 @@ def check_prompts(
     """Raises UserError where `evaluate_tasks` would, for prompts that the style cannot express or that leave no room:
     before a model is trained to be scored on them."""
     for data in tasks:
-        if protocol != "lm_eval" or data.task.metric != "choice":
+        if is_generated(data.task, protocol):
             _prompts(data, tokenizer, prompt_style, published_faults, max_length)
 
 
@@ -235,7 +241,8 @@ def few_shot_requests(example: Example, shots: Sequence[Example]) -> list[tuple[
 
 
 def few_shot_messages(example: Example, shots: Sequence[Example], style: str) -> list[Message]:
-    """The conversation to answer: solved examples are earlier turns ('chat') or text before the question (others)."""
+    """The conversation to answer: solved examples are earlier turns ('chat') or text before the question (others, which
+    have room for one answer each: UserError for a conversation with several)."""
     asked = list(example.messages[:-1])
     if style == "chat" or not shots:
         system = [message for message in asked if message.role == "system"]  # the question's own, once and in front

@@ -342,9 +342,9 @@ class Generator:
 
         adapter_names: the adapter of each prompt, None for the bare base; by default all take the one in `use`. A row
         ends at the model's or the tokenizer's end-of-text token, that of the chat template's turns, or one of `stop`
-        (ids). What prompt i draws
-        depends on `seed` and i alone. Raises UserError for a prompt that is empty, has ids outside the vocabulary, or
-        is longer than max_length − max_new_tokens, and for an adapter that is not loaded.
+        (ids). What prompt i draws depends on `seed` (0 to 2**32 - 1) and i alone. Raises UserError for a prompt that is
+        empty, has ids outside the vocabulary, or is longer than max_length − max_new_tokens, and for an adapter that is
+        not loaded.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise UserError(f"{_PROMPTS}, not {'one text' if isinstance(prompts, str) else repr(prompts)}")
