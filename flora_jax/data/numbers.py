@@ -14,6 +14,8 @@ _SPACED_SIGN = re.compile(r"[=(+*/]\s*[-−–] $")  # "= - 7"; elsewhere "- 7" 
 # LaTeX's 1{,}234 and \frac{1}{2}, as plain text has them.
 _LATEX = ((re.compile(r"(?<=\d)\{,\}(?=\d)"), ","), (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"))
 
+_CURRENCIES = "$€£"  # which may stand between a number and its sign
+
 _TOLERANCE = 1e-3  # of LLM-Adapters: answers there are rounded to two or three decimals
 
 
@@ -26,8 +28,12 @@ def final_number(text: str) -> str | None:
     if not found:
         return None
     last = max(found, key=lambda match: match.start("value"))
-    before = text[: last.start("value")].removesuffix("$")
+    before = _without_currency(text[: last.start("value")])
     return ("-" if _is_signed(before) else "") + last["value"].replace(",", "")
+
+
+def _without_currency(before: str) -> str:
+    return before[:-1] if before and before[-1] in _CURRENCIES else before
 
 
 def _is_signed(before: str) -> bool:
@@ -37,9 +43,9 @@ def _is_signed(before: str) -> bool:
         return True
     if not before or before[-1] not in "-−–":
         return False
-    rest = before[:-1].removesuffix("$")
+    rest = _without_currency(before[:-1])
     taken_from = rest.rstrip(" \t")
-    if not taken_from or taken_from[-1] in "-−–+*/=(:,$\n":
+    if not taken_from or taken_from[-1] in f"-−–+*/=(:,{_CURRENCIES}\n":
         return True
     if taken_from[-1].isdigit() or taken_from[-1] in ")]%":
         return False
