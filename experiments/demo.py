@@ -3,8 +3,8 @@
     python -m experiments.demo --workdir runs/demo        (make demo)
 
 Prints the accuracy on 200 unseen problems of the base (zero-shot, and with 4 worked examples in its prompt) and of the
-adapted model, all three with the same prompt, decoding and answer extraction; one problem answered by both; and where
-the adapter lies. Run again on the same workdir, it resumes.
+adapted model, all three in the same words, with the same decoding and answer extraction; one problem answered by both;
+and where the adapter lies. Run again on the same workdir, it resumes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plans a decode step for GPUs that need not be there: launches, GEMMs, bytes and copies of every method.
+"""Plans a decode step for GPUs that need not be there: launches, GEMMs, bytes and copies by method.
 
     python -m flora_jax.launches --preset llama3.2-1b --methods base,lora,ffba --targets h100,a100 --out DIR
 

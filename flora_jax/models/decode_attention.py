@@ -1,8 +1,8 @@
 """A decode step's attention on a GPU: rotary embeddings, the cache's new slot and attention in one Pallas kernel.
 
-Written out for XLA this is seven launches a layer. The kernel is one, and the sum over its parts a second, which takes
-in what o reads beside attention. Axis letters as in llama.py; P parts that the slots are cut into, each read by a
-program of its own (flash decoding: one query has too few heads to keep a GPU busy).
+Written out for XLA this is five to eight launches a layer. The kernel is one, and the sum over its parts a second,
+which takes in what o reads beside attention. Axis letters as in llama.py; P parts that the slots are cut into, each
+read by a program of its own (flash decoding: one query has too few heads to keep a GPU busy).
 """
 
 from __future__ import annotations

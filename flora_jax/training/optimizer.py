@@ -32,7 +32,7 @@ def trains(config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> d
 
 
 def make_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0 to the peak, then cosine, linear or constant."""
+    """Learning rate by step: linear warm-up from peak / (warmup + 1) to the peak, then cosine, linear or constant."""
     peak, warmup, steps = learning_rate(config), warmup_steps(config), config.train.steps
     rest = max(1, steps - warmup)
     after = {
