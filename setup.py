@@ -18,6 +18,7 @@ RUNTIME = [
     "numpy>=2.0",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12",
+    "pyyaml>=6.0",
     "rouge-score>=0.1.2",
     "safetensors>=0.6",
     "tensorboardX>=2.6",

@@ -28,6 +28,7 @@ from experiments.accuracy import SCHEMA_VERSION, item_losses, read_result, read_
 from experiments.report import (
     about_run,
     about_runs,
+    beside,
     check_data,
     differences,
     header,
@@ -73,6 +74,8 @@ def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     setup = configuration(name, seed, args)
     # By what it sets: two names of one run share their result, and a changed table makes its old results void.
     asked = {**setup.to_dict(), "data": {**setup.data.to_dict(), "dir": "DIR"}, "test_items": args.limit}
+    if path.exists() and (differ := differences(read_result(path)["asked"], asked)):
+        raise UserError(f"{path} was run with {differ}; name another --out")
     for other in [path, *sorted(args.out.glob("*.json"))]:
         if other.exists() and not differences((result := read_result(other))["asked"], asked):
             tested = {f"{args.task}/test": result["data_hash"]} if "data_hash" in result else {}
@@ -81,9 +84,6 @@ def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             if other != path:
                 write_json(path, {**result, "name": name, "same_run_as": result["name"]})
             return {**result, "name": name}
-    if path.exists():
-        differ = differences(read_result(path)["asked"], asked)
-        raise UserError(f"{path} was run with {differ}; name another --out")
     start, workdir = time.perf_counter(), args.workdir / f"{name}-seed{seed}"
     tasks = load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)
     account, _ = train(setup, workdir)
@@ -138,20 +138,20 @@ def write_tables(groups: dict[str, dict[str, list[dict[str, Any]]]], args: argpa
                   "|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for row in table:
             runs = groups[group][row["name"]]
-            beside = " + " + runs[0]["trains_beside"].replace("params/.*/", "") if runs[0]["trains_beside"] else ""
+            also = " + " + runs[0]["trains_beside"].replace("params/.*/", "") if runs[0]["trains_beside"] else ""
             difference = ""
             if reference is not None and row["name"] != REFERENCE:
                 row["difference"], row["low"], row["high"] = paired_bootstrap(items(runs), items(reference))
                 difference = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-            cells = [row["name"], f"{row['parameters']:,}{beside}", f"{row['rate']:g}", str(row["seeds"]),
+            cells = [row["name"], f"{row['parameters']:,}{also}", f"{row['rate']:g}", str(row["seeds"]),
                      f"{row['minutes']:.1f}", f"{row['validation_loss']:.3f}",
                      with_error(row["test_loss"], row["stderr"]), difference]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    write_csv(args.out.with_suffix(".csv"), every)
+    write_csv(beside(args.out, ".csv"), every)
     text = "\n".join(lines)
-    args.out.with_suffix(".md").write_text(text)
-    plot(every, args.out.with_suffix(".png"))
+    beside(args.out, ".md").write_text(text)
+    plot(every, beside(args.out, ".png"))
     return text
 
 
@@ -203,7 +203,7 @@ def main(argv: list[str]) -> None:
     if not names(args.groups):
         raise UserError(f"--groups {args.groups!r} names none; known: {', '.join(known)}")
     seeds = read_seeds(args.seeds)
-    check_writable(args.out.with_suffix(".md"), "--out")
+    check_writable(beside(args.out, ".md"), "--out")
     check_writable(args.out / "add_qg-seed0.json", "--out")
     load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)  # before the first run
     every = [name for group in known.values() for name in group]

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flora_jax.errors import CommandParser, run_command
-from flora_jax.models.config import DTYPES
+from flora_jax.errors import CommandParser, check_writable, run_command
+from flora_jax.models.config import DTYPES, LlamaConfig
 
 CASES = (("lora", "merged"), ("lora", "peft"), ("ffba", "transformers"))
 
@@ -65,7 +65,7 @@ def _train(preset: str, method: str, dtype: str, workdir: Path) -> None:
     }  # fmt: skip
     flags = ["--config", "configs/tiny.py", "--workdir", str(workdir)]
     flags += [f"--config.{field}={value}" for field, value in fields.items()]
-    subprocess.run([sys.executable, "-m", "flora_jax.train", *flags], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "flora_jax.train", *flags], check=True, stdout=subprocess.DEVNULL)
 
 
 def main(argv: list[str]) -> None:
@@ -79,6 +79,9 @@ def main(argv: list[str]) -> None:
     if args.measure:
         print(json.dumps(measure(*args.measure)))
         return
+    LlamaConfig.preset(args.preset)  # refuses what is no preset
+    if args.out:
+        check_writable(args.out, "--out")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for method in dict.fromkeys(method for method, _ in CASES):
@@ -86,12 +89,12 @@ def main(argv: list[str]) -> None:
             print(f"{method} trained", file=sys.stderr)
         for method, form in CASES:
             command = [sys.executable, "-m", "experiments.export_memory", "--measure", f"{folder}/{method}", form]
-            done = subprocess.run([*command, f"{folder}/{method}-{form}"], check=True, capture_output=True, text=True)
+            command.append(f"{folder}/{method}-{form}")
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
             results.append({"method": method, "format": form, **found})
             print(results[-1], file=sys.stderr)
     from experiments.report import header, provenance, write_result
-    from flora_jax.models.config import LlamaConfig
     from flora_jax.models.hf import hf_shapes
 
     config = LlamaConfig.preset(args.preset)

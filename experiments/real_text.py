@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.report import about_run, about_runs, check_data, header
+from experiments.report import about_run, about_runs, beside, check_data, header
 from flora_jax.config import LEARNING_RATES, get_config, names
 from flora_jax.data import get_task, label_request, load_examples
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
     for method in names(args.methods):
         if method not in RANKS:
             raise UserError(f"--methods: {method!r} is unknown; {near_misses(method, RANKS)}")
-    path = args.out.with_suffix(".json")
+    path = beside(args.out, ".json")
     found = {result["method"]: result for result in read_json(path)["results"]} if path.exists() else {}
     base = label_accuracy(None, args.data_dir, args.limit)
     for method in [*found, *names(args.methods)]:
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
         lines.append(f"| {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     print(text)
-    args.out.with_suffix(".md").write_text(text)
+    beside(args.out, ".md").write_text(text)
 
 
 if __name__ == "__main__":

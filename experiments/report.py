@@ -94,14 +94,19 @@ def load_model(args: argparse.Namespace) -> tuple[LlamaConfig, dict[str, Any]]:
     return config, init_base(jax.random.key(0), config, args.dtype)
 
 
+def beside(out: Path, suffix: str) -> Path:
+    """OUT.json and the like: `suffix` behind the whole name, which may have dots of its own."""
+    return out.with_name(out.name + suffix)
+
+
 def write_result(args: argparse.Namespace, about: dict[str, Any], text: str, **fields: Any) -> None:
     """OUT.json with the arguments and `fields`, and OUT.md with `text`, where --out is given; `text` to stdout."""
     print(text)
     if args.out:
         result = {"schema_version": 1, "provenance": about, "arguments": {**vars(args), "out": str(args.out)}, **fields}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out.with_suffix(".json"), result)
-        args.out.with_suffix(".md").write_text(text)
+        write_json(beside(args.out, ".json"), result)
+        beside(args.out, ".md").write_text(text)
 
 
 def header(title: str, about: dict[str, Any]) -> str:

@@ -165,8 +165,10 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv[1:])
     if min(args.rows, args.length, args.rounds) < 1 or not 0 < args.answers <= 1:
         raise UserError("--rows, --length and --rounds must be at least 1, --answers above 0 and at most 1")
+    if not round(args.answers * args.length):
+        raise UserError(f"--answers {args.answers} of --length {args.length} leaves no target to count; raise one")
     if args.out:
-        check_writable(args.out.with_suffix(".json"), "--out")
+        check_writable(args.out, "--out")
     if args.memory:
         print(json.dumps(measure_memory(args.memory, make_batch(args.rows, args.length, 49152, 1.0))))
         return
@@ -184,7 +186,8 @@ def main(argv: list[str]) -> None:
         for name in names
     }  # fmt: skip
 
-    from experiments.report import header, provenance
+    from experiments.report import beside, header, provenance
+    from flora_jax.files import write_json
 
     result["provenance"] = about = provenance("torch", "transformers", "peft")
     lines = [header("Training speed beside PEFT", about)]
@@ -203,9 +206,8 @@ def main(argv: list[str]) -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        args.out.with_suffix(".md").write_text(text)
+        write_json(beside(args.out, ".json"), result)
+        beside(args.out, ".md").write_text(text)
 
 
 if __name__ == "__main__":

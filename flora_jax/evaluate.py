@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flora_jax.data.encode import STYLES
 from flora_jax.errors import CommandParser, UserError, check_writable, run_command
 from flora_jax.models.config import DTYPES
 
@@ -18,8 +17,8 @@ def _parser() -> CommandParser:
     parser.add_argument("--adapter", help="adapter directory")
     parser.add_argument("--tasks", required=True, help="comma-separated task names, or a path ending in .jsonl")
     parser.add_argument("--data_dir", help="folder with one folder a task, or tfds or tfds:DIR; generated tasks: none")
-    parser.add_argument("--protocol", choices=("lm_eval", "llm_adapters"), default="lm_eval")
-    parser.add_argument("--prompt_style", choices=STYLES, default="plain")
+    parser.add_argument("--protocol", default="lm_eval", help="lm_eval (default) or llm_adapters")
+    parser.add_argument("--prompt_style", default="plain", help="plain (default), chat or llm_adapters")
     parser.add_argument(
         "--published_faults", action="store_true", help="llm_adapters with the faults of its published scripts"
     )

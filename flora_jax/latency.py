@@ -59,7 +59,7 @@ def _check(args: Namespace) -> tuple[LlamaConfig, list[str], list[Setting], dict
 
     from flora_jax.analysis.timing import Setting
     from flora_jax.errors import near_misses
-    from flora_jax.inference.generator import check_fits
+    from flora_jax.inference.generator import bucket, check_fits
     from flora_jax.models.llama import abstract_base
     from flora_jax.models.loading import load_config
 
@@ -98,7 +98,7 @@ def _check(args: Namespace) -> tuple[LlamaConfig, list[str], list[Setting], dict
                         f"max_position_embeddings={config.max_position_embeddings}; lower one")  # fmt: skip
     weights = sum(leaf.size for leaf in jax.tree.leaves(abstract_base(config))) * jnp.dtype(args.dtype).itemsize
     for setting in settings:
-        check_fits(config, setting.batch_size, setting.prompt_length + args.new_tokens, weights, args.dtype)
+        check_fits(config, setting.batch_size, bucket(setting.prompt_length) + args.new_tokens, weights, args.dtype)
     return config, methods, settings, arguments
 
 

@@ -44,7 +44,7 @@ def _parser() -> CommandParser:
 
 
 def _names(flag: str, text: str, known: Any) -> list[str]:
-    items = [item.strip() for item in text.split(",")]
+    items = list(dict.fromkeys(item.strip() for item in text.split(",")))
     for item in items:
         if item not in known:
             raise UserError(f"{flag} {item!r} is unknown; {near_misses(item, known)}")
@@ -143,7 +143,7 @@ def main(argv: list[str]) -> None:
     if not args.launch_us >= 0:
         raise UserError(f"--launch_us {args.launch_us} must be zero or more microseconds")
     methods = []  # (label, variant, its AdapterConfig, dot merger)
-    for name in (item.strip() for item in args.methods.split(",")):
+    for name in dict.fromkeys(item.strip() for item in args.methods.split(",")):
         variant = get_variant(name)
         adapter_config = None
         if variant.method is not None:
@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
 
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     cells = [
-        (target, mode, batch, adapters, *method)
+        (target, mode, batch, adapters if method[2] is not None else 1, *method)
         for target in targets for mode in modes for batch in batches for adapters in banks for method in methods
         if adapters == banks[0] or method[2] is not None  # the bare base holds no bank
     ]  # fmt: skip

@@ -1,12 +1,19 @@
-"""Token ids where a text begins and where a turn ends: of prompts, which something follows, and of answers."""
+"""Conversations as text, and token ids where a text begins and where a turn ends."""
 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flora_jax.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# What Llama 3's chat template names as today where it is given nothing: with any other date, the same data and the same
+# prompt would change every day.
+DATE = "26 Jul 2024"
 
 
 def encode_open(tokenizer: PreTrainedTokenizerFast, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -18,6 +25,16 @@ def encode_open(tokenizer: PreTrainedTokenizerFast, text: str, add_special_token
     return ids[: len(ids) - (mask[::-1].index(0) if 0 in mask else 0)]
 
 
+def render(tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Mapping[str, str]], **how: Any) -> str:
+    """The conversation, `{"role", "content"}` by turn, as the tokenizer's chat template has it. Raises UserError where
+    the template refuses it."""
+    try:
+        return tokenizer.apply_chat_template(list(conversation), tokenize=False, date_string=DATE, **how)
+    except Exception as error:  # a template is a program, which may raise anything at what is not for it
+        roles = ", ".join(str(turn.get("role")) for turn in conversation)
+        raise UserError(f"the tokenizer's chat template refuses a conversation of roles {roles}: {error}") from None
+
+
 def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """The tokens by which a model says that it is done: eos, and the special ones that the chat template ends an answer
     with, such as ChatML's `<|im_end|>` (none without a template, or where a turn ends in words)."""
@@ -27,8 +44,8 @@ def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     answer = "0123456789"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template is a program, which may raise anything at a conversation that is not for it
+        rendered = render(tokenizer, turns)
+    except UserError:
         return eos
     if answer not in rendered:
         return eos

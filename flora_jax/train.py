@@ -50,8 +50,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         published_faults=config.eval.published_faults, limit=config.eval.limit,
         generator=generator_settings(config), cache_dir=config.data.cache_dir)  # fmt: skip
     if tasks:
-        check_prompts(tasks, setup.tokenizer, config.eval.protocol, style, config.eval.published_faults,
-                      min(config.eval.max_length, setup.model_config.max_position_embeddings))  # fmt: skip
+        check_prompts(tasks, setup.model_config, setup.tokenizer, config.eval.protocol, style,
+                      config.eval.published_faults, config.eval.max_length)  # fmt: skip
     result = train(config, workdir)
     prepared, summary = result.run, dict(result.summary)
     if jax.process_index() != 0:

@@ -15,6 +15,7 @@ from flora_jax.adapters import AdapterConfig
 from flora_jax.analysis.variants import trained_parameters
 from flora_jax.config import adapter_config, check_config, read_config
 from flora_jax.errors import UserError
+from flora_jax.files import write_json
 from flora_jax.models.config import LlamaConfig
 
 SMOLLM2 = LlamaConfig.preset("smollm2-135m")
@@ -112,6 +113,13 @@ def test_the_script(tmp_path, hf_directory, caches, monkeypatch, capsys, quick_c
     other.unlink()
     with pytest.raises(UserError, match=r"was run with train.steps=2 \(now 3\)"):
         run("--steps", "3")
+    # Nor is a run whose name now means what another name has run.
+    scale = tmp_path / "out/scale_1-seed0.json"
+    kept = json.loads(scale.read_text())
+    write_json(scale, {**kept, "asked": {**kept["asked"], "test_items": 1}})
+    with pytest.raises(UserError, match=r"scale_1-seed0\.json was run with test_items=1"):
+        run()
+    write_json(scale, kept)
     for split in ("train", "test"):
         records = tmp_path / "samsum" / f"{split}.jsonl"
         kept = records.read_text()

@@ -222,10 +222,21 @@ def test_damaged_or_foreign_directories_are_refused(tmp_path):
     ]:
         config_file.write_text(json.dumps({**stored, **change}))
         refused(path, *words)
+    config_file.write_text(json.dumps(stored))
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    whole = weights.read_bytes()
+    weights.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    refused(path, "tensor 'a' is stored as F8_E4M3")
+    weights.write_bytes(whole)
     config_file.write_text(json.dumps({k: v for k, v in stored.items() if k != "alpha"}))
     refused(path, "'alpha' is missing")
     config_file.write_text("{")
     refused(path, "adapter_config.json: not valid JSON (")
+    config_file.write_text("[" * 100_000)
+    refused(path, "adapter_config.json: not valid JSON (")
+    config_file.unlink()
+    config_file.mkdir()
+    refused(path, "adapter_config.json")
 
 
 def test_peft_tensor_missing_or_misshapen(tmp_path):

@@ -100,8 +100,7 @@ FIELDS = [
     (["mesh.tensor=0"], "--config.mesh.tensor=0"),
     (["data.tasks", "names no task"], "--config.data.tasks=,"),
     (["'chainsum'", "'chain_sum'"], "--config.data.tasks=chainsum"),
-    (["'boolq'", "data.dir"], "--config.data.tasks=chain_sum,boolq"),
-    (["data.generator.test=6", "data.tasks=boolq", "no effect"], "--config.data.tasks=boolq"),
+    (["'boolq'", "data.dir"], "--config.data.tasks=boolq"),
     (["data.max_length=32", "too short", "97"], "--config.data.max_length=32"),
     (["chain_sum", "max_terms must be >= min_terms"], "--config.data.generator.max_terms=1"),
     (["eval.protocol='lm-eval'", "'lm_eval'"], "--config.eval.protocol=lm-eval"),
@@ -159,6 +158,10 @@ def test_data_files(refused, tmp_path):
     ):
         mine.write_text(good + line)
         from_folder([f"{mine}:10", words], task=mine)
+    replies = tmp_path / "data/dailydialogpp/train.json"
+    replies.parent.mkdir()
+    replies.write_text('[{"context": ["hi \\ud83d"], "positive_responses": ["ho"]}]')
+    from_folder([str(replies), "'context'", "half a character"], task="dailydialogpp")
     mine.write_text(good + turns("user", "assistant", "user", "assistant"))
     from_folder(["holds one answer", "'user 0'"], task=mine)
     mine.write_text('{"prompt": "a", "completion": "b"}\n')

@@ -153,6 +153,8 @@ STRICT = "{{ raise_exception('only users may speak') }}"
     (HEADLESS, "must be the content and then an end-of-turn token"),
     (ENDLESS, "must be the content and then an end-of-turn token"),
     (STRICT, "refuses a conversation of roles user: only users may speak"),
+    ("{{ 'a' + 1 }}", "refuses a conversation of roles user: .*str"),
+    ("{{ 1 // 0 }}", "refuses a conversation of roles user: .*zero"),
 ])  # fmt: skip
 def test_templates_that_cannot_be_masked(template, message):
     tokenizer = byte_tokenizer()

@@ -269,6 +269,8 @@ def test_generator_settings_reach_the_problems_and_are_checked(cache):
             get_task("chain_sum", overrides)
     with pytest.raises(UserError, match=r"generator settings .* are refused"):
         sources.load_records(get_task("chain_sum", {"min_terms": 5}), "test", None, cache)
+    with pytest.raises(UserError, match=r"generator settings .* are refused: .*digits"):
+        sources.load_records(get_task("chain_sum", {"max_digits": 5000, "test": 9}), "test", None, cache)
     tiny_space = {"max_terms": 2, "max_digits": 1, "test": 300}
     with pytest.raises(UserError, match=r"only \d+ of test=300 problems are new"):
         sources.load_records(get_task("chain_sum", tiny_space), "test", None, cache)

@@ -538,6 +538,15 @@ def test_prompts_that_are_too_long_are_wrong_and_counted(checkpoint, data_dir, t
     (tmp_path / "ARC-Easy").symlink_to(data_dir / "ARC-Easy")
     both = [*arguments, "--tasks", "ARC-Easy,gsm8k", "--protocol", "lm_eval", "--max_length", 260]
     assert command("evaluate", *both) == 2 and "no room for 256" in capsys.readouterr().err
+    # Nor where a choice is what is too long.
+    records = json.loads((data_dir / "ARC-Easy" / "test.json").read_text())
+    records[-1]["instruction"] = records[-1]["instruction"].replace("Which", "Which " * 500)
+    for name in ("openbookqa", "ARC-Challenge"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.json").write_text(json.dumps(records))
+    both = [*arguments, "--tasks", "ARC-Easy,openbookqa", "--protocol", "lm_eval"]
+    error = command("evaluate", *both) == 2 and capsys.readouterr().err
+    assert "openbookqa: question" in error and "max_position_embeddings=2048" in error and error.count("\n") == 1
     assert command("evaluate", *arguments, "--max_length", 1024, "--out", out) == 0
     assert json.loads(out.read_text())["tasks"]["gsm8k"]["too_long"] == 0
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import struct
 
@@ -227,6 +228,17 @@ def test_another_base_or_adapter_is_refused(refused, lora_run, tmp_path):
     refused(
         ["fingerprint"], "--workdir", tmp_path / "seed", "--step", 4, "--format", "merged", "--out", tmp_path / "out"
     )
+
+
+def test_a_damaged_checkpoint_is_refused(refused, lora_run, tmp_path):
+    shutil.copytree(lora_run, workdir := tmp_path / "run")
+    meta = workdir / "checkpoints/4/meta/metadata"
+    meta.write_text(meta.read_text()[:20])
+    step = ["--workdir", workdir, "--step", 4, "--format", "peft", "--out", tmp_path / "out"]
+    refused(["checkpoint 4 of --workdir", "cannot be read"], *step)
+    shutil.copy(lora_run / "checkpoints/4/meta/metadata", meta)
+    shutil.rmtree(workdir / "checkpoints/4/state/d")
+    refused(["checkpoint 4 of --workdir", "cannot be read"], *step)
 
 
 # ---------------------------------------------------------------------------------------------- hostile input

@@ -352,4 +352,5 @@ def test_sample_draws_the_tempered_distribution():
     found = np.bincount(np.asarray(drawn), minlength=4) / 20000
     np.testing.assert_allclose(found, expected / expected.sum(), atol=0.015)
     assert sample(keys[:1], logits[None], Sampling()).tolist() == [1]
-    assert set(sample(keys[:99], jnp.broadcast_to(logits, (99, 4)), Sampling(1e-39)).tolist()) == {1}
+    for cold in (Sampling(1e-39), Sampling(1e-38, top_p=0.9), Sampling(1e-46, top_p=0.9)):  # 0 in float32, or nearly
+        assert set(sample(keys[:99], jnp.broadcast_to(logits, (99, 4)), cold).tolist()) == {1}

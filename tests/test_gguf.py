@@ -180,6 +180,8 @@ def without(name):
         (dict(fields={"rope.dimension_count": 8}), "llama.rope.dimension_count=8 is not the head width 16"),
         (dict(fields={"vocab_size": 321}), "llama.vocab_size counts 321 tokens, token_embd.weight has 320 rows"),
         (dict(fields={"block_count": None}), "metadata field 'llama.block_count' is missing"),
+        (dict(fields={"attention.head_count": 0}), "llama.attention.head_count=0 must be a positive integer"),
+        (dict(fields={"embedding_length": "96"}), "llama.embedding_length='96' must be a positive integer"),
         (dict(fields={"feed_forward_length": 200}), r"'model.layers.0.mlp.gate_proj.weight' has shape \[192, 96\]"),
         (dict(fields={"block_count": 3}), "tensor 'blk.2.attn_norm.weight' is missing"),
         (dict(fields={"block_count": 1}), "unexpected tensor 'blk.1"),

@@ -20,7 +20,7 @@ from flora_jax.adapters import AdapterConfig
 from flora_jax.data.encode import encode_prompt
 from flora_jax.data.tasks import Message
 from flora_jax.errors import UserError, run_command
-from flora_jax.evaluation.loglik import choice_loglik, encode_pair
+from flora_jax.evaluation.loglik import choice_loglik, encode_pair, token_loglik
 from flora_jax.inference.generator import Generator
 from flora_jax.interop.adapter_files import load_adapted, save_adapter
 from flora_jax.models.config import LlamaConfig
@@ -344,6 +344,8 @@ def test_command(checkpoint, tasks_dir, few_tasks, base, tmp_path, capsys):
     [
         (["--tasks", "arc_esy"], "did you mean 'arc_easy'?"),
         (["--tasks", "arc_easy,arc_easy"], "twice"),
+        (["--tasks", "both,ask"], "harness task 'ask' comes with 'both' and with 'ask'"),
+        (["--tasks", "ask,both"], "harness task 'ask' comes with 'ask' and with 'both'"),
         (["--tasks", ","], "tasks is empty"),
         (["--tasks", "missing"], "'missing': its data cannot be loaded"),
         (["--tasks", "other"], "'other' does not fit its data (UndefinedError: 'absent' is undefined)"),
@@ -382,14 +384,15 @@ def test_smollm2_equals_our_protocol(name, task, file, doc, tmp_path, monkeypatc
     [data] = run.load_task_data([name], folder_at("FLORA_DATA", "data"), limit=50)
     model = load_adapted("smollm2-135m-instruct", None)
     scores = []
-    monkeypatch.setattr(run, "choice_loglik", lambda *args: scores.extend(choice_loglik(*args)) or scores)
+    monkeypatch.setattr(run, "token_loglik", lambda *args: scores.extend(token_loglik(*args)) or scores)
     ours = run.evaluate_tasks([data], model.config, model.base, model.tokenizer, batch_size=16)["tasks"][name]
 
     write_task(tmp_path, task, official(file), [doc(e.question, e.choices, e.gold) for e in data.examples])
     lm = HarnessLM(model.config, model.base, model.tokenizer, batch_size=7)
     theirs = simple_evaluate(lm, tasks=load_harness_tasks([task], tmp_path), bootstrap_iters=0)
     items, worst = theirs["samples"][task], 0.0
-    for item, example, loglik in zip(items, data.examples, scores, strict=True):
+    for item, example, found in zip(items, data.examples, scores, strict=True):
+        loglik = [value for value, _ in found]
         assert [tuple(pair) for pair in item["arguments"]] == list(example.requests)
         worst = max(worst, np.abs(np.subtract([score for score, _ in item["filtered_resps"]], loglik)).max())
         assert item["acc_norm"] == (np.argmax(np.divide(loglik, [len(c) for c in example.choices])) == example.gold)

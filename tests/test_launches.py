@@ -194,6 +194,10 @@ def test_rows_and_table(monkeypatch, tmp_path, capsys):
     assert "| base | 4 (2) |" in text and "| 74 | 33 | 3 | 56 | 0 | 16 / 0 / 1 | 7 | 1 | 0.056 |" in text
     assert text in capsys.readouterr().out
     assert "rows filled up to multiples of 128." in text
+    launches.main(["launches", "--methods", "base,ffba,base", "--targets", "h100,h100", "--modes", "cublas",
+                   "--batch_sizes", "8", "--adapters", "4", "--out", str(tmp_path / "bank")])  # fmt: skip
+    rows = json.loads((tmp_path / "bank/launches.json").read_text())["rows"]
+    assert [(row["label"], row["adapters"]) for row in rows] == [("base", 1), ("ffba, bank of 4", 4)]
 
 
 def shape(*dims):

@@ -218,6 +218,8 @@ def break_format(name):
         (break_config(quantization_config=[1]), "quantization_config"),
         (break_config(rms_norm_eps="1e-5"), "config.json: LlamaConfig.rms_norm_eps='1e-5' must be a positive number"),
         (break_config(rope_parameters={"rope_theta": -5.0}), "rope_theta=-5.0 must be a positive number"),
+        (break_config(rope_parameters={**ROPE_LLAMA3, "low_freq_factor": 4.0, "high_freq_factor": 4.0}),
+         "low_freq_factor=4.0 must be below high_freq_factor=4.0"),
         (break_config(eos_token_id="2"), r"eos_token_id=\('2',\) must be a tuple of token ids"),
         (break_config(bos_token_id=-5), r"bos_token_id=-5 must be a token id or None"),
         (break_config(pad_token_id="q"), r"pad_token_id='q' must be a token id or None"),

@@ -195,8 +195,7 @@ class FusedDense(nn.Module):
     and all, and writes it as one y.
 
     Attributes: product, a name of PRODUCTS; widths, (d_in, d_out) by projection; adapter, None for the bare base;
-    use_bias, whether the base projections have one; param_dtype of the base; fused, which layout the leaves have;
-    kernel_init of the base.
+    use_bias, whether the base projections have one; param_dtype of the base; fused, which layout the leaves have.
     """
 
     product: str
@@ -205,7 +204,6 @@ class FusedDense(nn.Module):
     use_bias: bool = False
     param_dtype: Any = jnp.float32
     fused: bool = False
-    kernel_init: Initializer = normal(0.02)
 
     @nn.compact
     def __call__(
@@ -221,7 +219,7 @@ class FusedDense(nn.Module):
         names = PRODUCTS[self.product]
         ys = []
         for name in names:
-            y = x @ self.param(f"{name}_kernel", self.kernel_init, self.widths[name], self.param_dtype).astype(x.dtype)
+            y = x @ self.param(f"{name}_kernel", normal(0.02), self.widths[name], self.param_dtype).astype(x.dtype)
             if self.use_bias:
                 bias = self.param(f"{name}_bias", nn.initializers.zeros_init(), self.widths[name][1:], self.param_dtype)
                 y = y + bias.astype(x.dtype)
@@ -354,20 +352,14 @@ def abstract_adapter(config: Any, adapter_config: AdapterConfig) -> dict[str, An
     return jax.eval_shape(lambda: init_adapter(jax.random.key(0), config, adapter_config))
 
 
-def check_adapter(adapter: Mapping[str, Any], config: Any, adapter_config: AdapterConfig, stacked: bool = True) -> None:
-    """Raises UserError unless `adapter` has the very leaves and shapes that the configuration gives (flax would
-    ignore extra ones without a word): `[L, …]` if stacked, else one set of leaves a layer under `layers/0/…`."""
+def check_adapter(adapter: Mapping[str, Any], config: Any, adapter_config: AdapterConfig) -> None:
+    """Raises UserError unless `adapter` has the very leaves and shapes, `[L, …]`, that the configuration gives (flax
+    would ignore extra ones without a word)."""
 
     def shapes(tree: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]]:
         return {path: leaf.shape for path, leaf in flatten_dict(tree or {}, sep="/").items()}
 
     expected, found = shapes(abstract_adapter(config, adapter_config)), shapes(adapter)
-    if not stacked:
-        expected = {
-            path.replace("layers", f"layers/{i}", 1): shape[1:]
-            for path, shape in expected.items()
-            for i in range(config.num_hidden_layers)
-        }
     for path in sorted(expected.keys() | found.keys()):
         if expected.get(path) != found.get(path):
             raise UserError(

@@ -29,7 +29,15 @@ from flora_jax.analysis.timing import (
     paired_ratio,
     summary,
 )
-from flora_jax.analysis.variants import get_variant, random_adapter, rank_for, read_bytes, serve, trained_parameters
+from flora_jax.analysis.variants import (
+    NO_DOT_MERGER,
+    get_variant,
+    random_adapter,
+    rank_for,
+    read_bytes,
+    serve,
+    trained_parameters,
+)
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
 
@@ -39,8 +47,6 @@ if TYPE_CHECKING:
 Tree = dict[str, Any]
 
 REFERENCE = "reference"  # the merged base as it stands beside a variant, in every round
-# What XLA makes of LoRA's products beside the base's above batch 1, and what it does when it is kept from it.
-NO_DOT_MERGER = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 
 @dataclasses.dataclass(frozen=True)

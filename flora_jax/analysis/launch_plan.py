@@ -30,7 +30,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from flora_jax.adapters import AdapterConfig, abstract_adapter
-from flora_jax.analysis.variants import VARIANTS, serve
+from flora_jax.analysis.variants import NO_DOT_MERGER, VARIANTS, serve
 from flora_jax.errors import UserError
 from flora_jax.inference.generator import last_logits
 from flora_jax.models.config import LlamaConfig
@@ -86,7 +86,6 @@ TARGETS = {
 
 # Compiler options by who computes the products.
 MODES = {"triton": {}, "cublas": {"xla_gpu_enable_triton_gemm": False}}
-DOT_MERGER_OFF = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 _ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
 _DUMPS = {"sequence": "thunk_sequence", "after": "thunk_sequence_after_thunk_passes", "metadata": "thunk_metadata"}
@@ -361,7 +360,7 @@ def plan_step(
         logits, cache = model.apply({"params": params}, tokens, real, cache, select, method=last_logits)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
-    options = MODES[mode] | ({} if dot_merger else DOT_MERGER_OFF)
+    options = MODES[mode] | ({} if dot_merger else NO_DOT_MERGER)
     compiled, texts = compile_for(target, step, params, tokens, cache, select, options=options, donate=(2,))
     return read_plan(compiled, texts, smallest_kernel(config, dtype))
 

@@ -1,7 +1,8 @@
 """What is measured beside what: the ways of serving a base with an adapter, as a table.
 
 Every variant is a model and the tree it serves, made from the same base: `base` is the reference of all ratios (four
-merged products a layer), `lora` and `parallel` keep their products apart, everything else rides in the base's arrays.
+merged products a layer; `base_7` has seven), `lora`, `lora_7` and `parallel` keep their products apart, `lora_merged`
+and `ffa_merged` are added to W, everything else rides in the base's arrays.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
 
 Tree = dict[str, Any]
+
+# XLA's option that keeps it from merging LoRA's products with the base's, as it does above batch 1.
+NO_DOT_MERGER = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,11 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
-import jinja2
 import numpy as np
 
 from flora_jax.data.tasks import Example, Message
 from flora_jax.errors import UserError, near_misses
-from flora_jax.tokens import encode_open
+from flora_jax.tokens import encode_open, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,10 +23,6 @@ if TYPE_CHECKING:
 Style = Literal["plain", "chat", "llm_adapters"]
 STYLES = get_args(Style)
 LossOn = Literal["answer", "all"]
-
-# What Llama 3's chat template names as today where it is given nothing: with any other date, the same data and the same
-# prompt would change every day.
-DATE = "26 Jul 2024"
 
 # The prompt that LLM-Adapters' finetune.py trains on (at its commit 91770ab), indentation included.
 _TRAINED_ON = (
@@ -174,13 +169,7 @@ def _chat(messages: Sequence[Message | None], tokenizer: PreTrainedTokenizerFast
 
 def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, *, add_generation_prompt: bool) -> str:
     conversation = [dataclasses.asdict(message) for message in messages]
-    try:
-        return tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE
-        )
-    except jinja2.TemplateError as error:
-        roles = ", ".join(message.role for message in messages)
-        raise UserError(f"the tokenizer's chat template refuses a conversation of roles {roles}: {error}") from None
+    return render(tokenizer, conversation, add_generation_prompt=add_generation_prompt)
 
 
 def _suffix(text: str, prefix: str) -> str:

@@ -30,16 +30,16 @@ def draw(task: Task, split: str) -> list[dict[str, str]]:
         first = _BLOCK * (block + (generator.seed if drawn == "train" else 0))
         try:
             problems = reasoning_gym.create_dataset(generator.dataset, seed=first, size=size * _TRIES, **settings)
-        except AssertionError as error:
+            for problem in itertools.islice(problems, size * _TRIES):
+                key = normalise(problem["question"])
+                if key not in held_out:
+                    records.append({"question": problem["question"], "answer": problem["answer"]})
+                    if drawn != "train":
+                        held_out.add(key)
+                if len(records) == size:
+                    break
+        except (AssertionError, ValueError) as error:  # when it is made, or of a problem
             raise UserError(f"task {task.name!r}: generator settings {settings} are refused: {error}") from None
-        for problem in itertools.islice(problems, size * _TRIES):
-            key = normalise(problem["question"])
-            if key not in held_out:
-                records.append({"question": problem["question"], "answer": problem["answer"]})
-                if drawn != "train":
-                    held_out.add(key)
-            if len(records) == size:
-                break
         if len(records) < size:
             raise UserError(
                 f"task {task.name!r}: only {len(records)} of {drawn}={size} problems are new under {settings}; "

@@ -125,6 +125,8 @@ def _strings(raw: Mapping[str, Any], name: str, where: str) -> list[str]:
     value = raw.get(name)
     if not isinstance(value, list) or not value or not all(isinstance(v, str) and v.strip() for v in value):
         raise UserError(f"{where}: field {name!r} must be a list of texts, not {value!r:.60}")
+    for text in value:
+        check_text(text, f"{where}: field {name!r}")
     return value
 
 

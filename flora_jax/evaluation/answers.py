@@ -20,11 +20,12 @@ from flora_jax.data.numbers import final_number, same_number
 from flora_jax.errors import UserError
 
 
-def final_letter(text: str, letters: str = "ABCDE") -> str | None:
+def final_letter(text: str) -> str | None:
     """The option letter that `text` settles on, or None: behind "answer is" (the last time), or else what it begins
     with ("B", "B. 12", "b) 12"), or else the last one in brackets, after "option" or before "is correct" or "is the
     answer". Options listed in order, "(A) 1 (B) 2 (C) 3 …", are repeated from the question and do not count; nor does
     one behind "not"."""
+    letters = "ABCDE"
     one = f"[{letters}]"
     # Behind "answer is" a bare letter must end there: in "the answer is A train" it is an article.
     ends = r"\W*$|[).:,;*'\"]|\s*\n|\s+\(|\s+(?:because|since|as|and)\b"

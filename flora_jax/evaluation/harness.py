@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -36,14 +35,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
 
 from flora_jax.adapters import AdapterConfig
-from flora_jax.data.encode import DATE
 from flora_jax.errors import UserError, near_misses
 from flora_jax.evaluation.loglik import token_loglik
 from flora_jax.evaluation.rounds import generate_in_rounds
 from flora_jax.inference.generator import Generator, bucket
 from flora_jax.inference.sampling import Sampling
 from flora_jax.models.config import LlamaConfig
-from flora_jax.tokens import encode_open
+from flora_jax.tokens import encode_open, render
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -119,12 +117,8 @@ class HarnessLM(TemplateLM):
         """The conversation as a prompt. Raises UserError where there is no template or it refuses the conversation."""
         if self.tokenizer.chat_template is None:
             raise UserError("apply_chat_template: the tokenizer has no chat template")
-        try:
-            return self.tokenizer.apply_chat_template(
-                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt, date_string=DATE)  # fmt: skip
-        except TemplateError as error:
-            raise UserError(f"apply_chat_template: the tokenizer's template refuses a conversation ({error})") from None
+        return render(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt,
+                      continue_final_message=not add_generation_prompt)  # fmt: skip
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; special tokens where the tokenizer adds them, and no second bos before one in the text."""
@@ -280,6 +274,8 @@ def load_harness_tasks(names: Sequence[str], include_path: str | os.PathLike | N
             hint = hint if len(hint) < 500 else "`lm-eval ls tasks` lists all"
             raise UserError(f"harness task {name!r} is unknown; {hint}")
     out: list[Task | Group] = []
+    grouped: set[str] = set()
+    loaded_by: dict[str, str] = {}  # which of `names` a task came with
     for name in names:
         try:
             loaded = manager.load(name)
@@ -293,6 +289,11 @@ def load_harness_tasks(names: Sequence[str], include_path: str | os.PathLike | N
                 if getattr(task, flag, False):
                     raise UserError(f"harness task {task.task_name!r} {what}, which is not supported here")
         groups = loaded.get("groups", {})
+        for one in loaded["tasks"].values():
+            other = loaded_by.setdefault(one.task_name, name)
+            if other != name and (name in groups or other in grouped):
+                raise UserError(f"harness task {one.task_name!r} comes with {other!r} and with {name!r}; leave one out")
+        grouped |= {name} & groups.keys()
         out += [groups[name]] if name in groups else loaded["tasks"].values()
     return out
 

@@ -62,18 +62,17 @@ def choice_loglik(
     tokenizer: PreTrainedTokenizerFast,
     requests: Sequence[Sequence[tuple[str, str]]],
     batch_size: int = 16,
-    dtype: Any = None,
 ) -> list[list[float]]:
     """Summed log-likelihood of each continuation after its context: `requests[i][j]` is `(context, continuation)` of
     choice j of question i, the result has the same shape.
 
     A pair is tokenised as the harness does: context and continuation together, cut where the context alone would end,
     with spaces at the end of the context moved to the continuation; special tokens only where the tokenizer adds them.
-    base, adapter: trees as `Llama` takes them; dtype: compute dtype, None for the base's; log-softmax in float32.
+    base, adapter: trees as `Llama` takes them; arithmetic in the base's dtype, log-softmax in float32.
     Raises UserError for a continuation that has no tokens or a pair beyond max_position_embeddings.
     """
-    encoded = _encode(config, tokenizer, requests)
-    scores = token_loglik(config, base, adapter, adapter_config, encoded, batch_size, dtype)
+    encoded = encode_pairs(config, tokenizer, requests)
+    scores = token_loglik(config, base, adapter, adapter_config, encoded, batch_size)
     return [[loglik for loglik, _ in pairs] for pairs in scores]
 
 
@@ -84,7 +83,6 @@ def token_loglik(
     adapter_config: AdapterConfig | None,
     requests: Sequence[Sequence[tuple[list[int], list[int]]]],
     batch_size: int = 16,
-    dtype: Any = None,
 ) -> list[list[tuple[float, bool]]]:
     """`choice_loglik` of pairs that are token ids already, neither side empty: `(log-likelihood, is_greedy)` of each,
     is_greedy where every token of the continuation is the most likely one at its place.
@@ -94,7 +92,7 @@ def token_loglik(
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be a positive integer")
-    model = Llama(config, adapter_config if adapter is not None else None, dtype=dtype)
+    model = Llama(config, adapter_config if adapter is not None else None)
     variables = {"params": base, **({"adapter": adapter} if adapter else {})}
     rows = _rows(requests)
     rows.sort(key=lambda row: row.length, reverse=True)  # the longest first: memory runs out at once or never
@@ -120,10 +118,11 @@ def encode_pair(tokenizer: PreTrainedTokenizerFast, context: str, continuation: 
     return [start], tokenizer(continuation, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _encode(
+def encode_pairs(
     config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Sequence[tuple[str, str]]]
 ) -> list[list[tuple[list[int], list[int]]]]:
-    """The tokens of each pair. Raises UserError for one that cannot be scored."""
+    """The tokens of each pair of `choice_loglik`, as `token_loglik` takes them. Raises UserError for one that cannot be
+    scored."""
     encoded = []
     for question, pairs in enumerate(requests):
         encoded.append([])

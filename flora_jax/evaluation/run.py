@@ -36,7 +36,7 @@ from flora_jax.data.tasks import (
 from flora_jax.errors import UserError, near_misses
 from flora_jax.evaluation import published
 from flora_jax.evaluation.answers import is_right
-from flora_jax.evaluation.loglik import choice_loglik
+from flora_jax.evaluation.loglik import encode_pairs, token_loglik
 from flora_jax.evaluation.rouge import KINDS, POLICY, rouge
 from flora_jax.evaluation.rounds import FIRST_ROUND, generate_in_rounds
 from flora_jax.inference.generator import Generator, check_sizes
@@ -171,12 +171,11 @@ def evaluate_tasks(
     and for sizes that no Generator of this base can have.
     """
     # A task whose prompts leave no room is refused before another one is scored.
-    check_prompts(tasks, tokenizer, protocol, prompt_style, published_faults,
-                  min(max_length, config.max_position_embeddings))  # fmt: skip
+    check_prompts(tasks, config, tokenizer, protocol, prompt_style, published_faults, max_length)
     if any(is_generated(data.task, protocol) for data in tasks):
         check_sizes(config, base, max_length, batch_size)
     results: dict[str, Any] = {}
-    generator = None
+    versions, generator = _versions(), None
     for data in tasks:
         start = time.perf_counter()
         if is_generated(data.task, protocol):
@@ -207,20 +206,23 @@ def evaluate_tasks(
         "mask": "none over the padding of choice tasks, as published" if published_faults
                 else "explicit; padding is never attended to and never scored",
         "device": jax.devices()[0].device_kind,
-        "versions": _versions(),
+        "versions": versions,
         "tasks": results,
     }
 
 
 def check_prompts(
-    tasks: Sequence[TaskData], tokenizer: PreTrainedTokenizerFast, protocol: str, prompt_style: str,
-    published_faults: bool, max_length: int,
+    tasks: Sequence[TaskData], config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, protocol: str,
+    prompt_style: str, published_faults: bool, max_length: int,
 ) -> None:  # fmt: skip
-    """Raises UserError where `evaluate_tasks` would, for prompts that the style cannot express or that leave no room:
-    before a model is trained to be scored on them."""
+    """Raises UserError where `evaluate_tasks` would, for prompts that the style cannot express or that leave no room,
+    and choices that are too long: before a model is trained to be scored on them."""
     for data in tasks:
         if is_generated(data.task, protocol):
-            _prompts(data, tokenizer, prompt_style, published_faults, max_length)
+            room = min(max_length, config.max_position_embeddings)
+            _prompts(data, tokenizer, prompt_style, published_faults, room)
+        else:
+            _choices(data, config, tokenizer)
 
 
 def describe(scores: Mapping[str, Any]) -> str:
@@ -260,10 +262,11 @@ def _score_choices(
     data: TaskData, config: LlamaConfig, base: Tree, adapter: Tree | None, adapter_config: AdapterConfig | None,
     tokenizer: PreTrainedTokenizerFast, batch_size: int,
 ) -> dict[str, Any]:  # fmt: skip
-    requests = [few_shot_requests(example, data.shots) for example in data.examples]
-    scores = choice_loglik(config, base, adapter, adapter_config, tokenizer, requests, batch_size)
+    pairs = _choices(data, config, tokenizer)
+    scores = token_loglik(config, base, adapter, adapter_config, pairs, batch_size)
     right, right_norm = [], []
-    for example, loglik in zip(data.examples, scores, strict=True):
+    for example, found in zip(data.examples, scores, strict=True):
+        loglik = [value for value, _ in found]
         characters = [len(choice) for choice in example.choices]
         right.append(int(np.argmax(loglik)) == example.gold)
         right_norm.append(int(np.argmax(np.divide(loglik, characters))) == example.gold)
@@ -273,8 +276,19 @@ def _score_choices(
         "items": [int(one) for one in right],
         "scoring": "log-likelihood of each choice; accuracy_norm divides by its characters",
         "decode": None,
-        "prompt": "".join(requests[0][0]),
+        "prompt": "".join(few_shot_requests(data.examples[0], data.shots)[0]),
     }
+
+
+def _choices(
+    data: TaskData, config: LlamaConfig, tokenizer: PreTrainedTokenizerFast
+) -> list[list[tuple[list[int], list[int]]]]:
+    """The token ids of each question's choices, `(context, continuation)`. Raises UserError for one that is too long
+    or has none."""
+    try:
+        return encode_pairs(config, tokenizer, [few_shot_requests(example, data.shots) for example in data.examples])
+    except UserError as error:
+        raise UserError(f"{data.task.name}: {error}") from None
 
 
 def _prompts(

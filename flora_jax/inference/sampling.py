@@ -65,7 +65,8 @@ def sample(keys: Array, logits: Array, sampling: Sampling) -> Array:
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32)
-    # The best one at 0, where no temperature, however small, makes it overflow.
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
+    # The best one at 0, where no temperature, however small, makes it overflow, unless it were 0 itself in float32.
+    temperature = max(sampling.temperature, float(jnp.finfo(jnp.float32).tiny))
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
     logits = keep_top(logits, sampling.top_k, sampling.top_p)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

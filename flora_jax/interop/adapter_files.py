@@ -35,7 +35,7 @@ from flora_jax.files import new_directory, read_json, write_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import abstract_base
-from flora_jax.models.loading import load_pretrained
+from flora_jax.models.loading import FLOATS, load_pretrained
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -373,6 +373,9 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is missing{hint}")
     try:
         with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118
+                if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
+                    raise UserError(f"{path}: tensor {name!r} is stored as {kind}; {', '.join(FLOATS)} are read")
             return {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path}: not a complete safetensors file ({error})") from None

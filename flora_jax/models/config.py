@@ -34,6 +34,9 @@ class RopeScaling:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             _check_number(f"RopeScaling.{field.name}", getattr(self, field.name))
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise UserError(f"RopeScaling.low_freq_factor={self.low_freq_factor} must be below high_freq_factor="
+                            f"{self.high_freq_factor}")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

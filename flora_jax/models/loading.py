@@ -50,7 +50,7 @@ WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728
 FROM_WHEEL = ("smollm2-135m", "smollm2-135m-instruct")
 
 _CONFIG_FILES = ("*.json", "tokenizer*", "*.jinja", "README.md")
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load_pretrained(source: str, dtype: Any = jnp.float32, *, shardings: Any = None) -> tuple[LlamaConfig, dict]:
@@ -170,9 +170,9 @@ class _FileTensor:
     def __init__(self, path: Path, handle: Any, name: str):
         self._slice = handle.get_slice(name)
         self.shape = tuple(self._slice.get_shape())
-        if self._slice.get_dtype() not in _FLOATS:
+        if self._slice.get_dtype() not in FLOATS:
             raise UserError(f"{path}: tensor {name!r} is stored as {self._slice.get_dtype()}; "
-                            f"only unquantised checkpoints ({', '.join(_FLOATS)}) are read")  # fmt: skip
+                            f"only unquantised checkpoints ({', '.join(FLOATS)}) are read")  # fmt: skip
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         return self._slice[index]

@@ -6,8 +6,9 @@ process) and `meta` (adapter configuration, base fingerprint, validation losses)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,17 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written."""
         self._manager.close()
+
+
+@contextlib.contextmanager
+def readable(where: str, remedy: str) -> Iterator[None]:
+    """Raises UserError, with what would help, where a checkpoint is missing or damaged."""
+    try:
+        yield
+    except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):  # none of them is damage
+        raise
+    except Exception as error:  # orbax and tensorstore have no narrower class for files that are damaged
+        raise UserError(f"{where} cannot be read ({' '.join(str(error).split())[:120]}); {remedy}") from error
 
 
 def check_meta(

@@ -54,13 +54,7 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
     doubles will be in the data as well: that is refused unless `config.data.allow_contaminated`. Raises UserError.
     """
     data = config.data
-    drawn = generator_settings(config)
-    tasks = [get_task(name, drawn) for name in expand(names(data.tasks))]
-    scored = {name: get_task(name, drawn) for name in names(config.eval.tasks)}
-    if drawn and not any(task.generator for task in (*tasks, *scored.values())):
-        field, value = next(iter(drawn.items()))
-        raise UserError(f"config.data.generator.{field}={value} has no effect: neither config.data.tasks={data.tasks} "
-                        "nor config.eval.tasks names a generated task")  # fmt: skip
+    tasks = [get_task(name, generator_settings(config)) for name in expand(names(data.tasks))]
     weights = task_weights(config)
     by_task: list[list[Example]] = []
     loaded: list[Example] = []
@@ -87,6 +81,7 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
         validation += held_out
         own += held_out if task.source == "jsonl" else []
     tests: list[Example] = []
+    scored = {name: get_task(name, generator_settings(config)) for name in names(config.eval.tasks)}
     # One file given by its path is a test set only where it is to be scored.
     beside = [task for task in tasks if not task.name.endswith(".jsonl") and has_split(task, "test", data.dir)]
     overlaps = {}

@@ -35,7 +35,7 @@ from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import Llama, abstract_base
 from flora_jax.training import report
-from flora_jax.training.checkpoints import Checkpoints, adapter_meta, check_meta
+from flora_jax.training.checkpoints import Checkpoints, adapter_meta, check_meta, readable
 from flora_jax.training.inputs import Inputs, load_inputs
 from flora_jax.training.optimizer import make_optimizer, make_schedule, trains
 from flora_jax.training.rules import combine, partition
@@ -236,7 +236,7 @@ def _train(run: Run, workdir: Path) -> Result:
         where = f"checkpoint {latest} of --workdir={workdir}"
         older = [step for step in checkpoints.steps if step < latest]
         rest = f"from step {older[-1]}" if older else "from the beginning"
-        with _readable(where, f"remove {workdir / 'checkpoints' / str(latest)} to go on {rest}"):
+        with readable(where, f"remove {workdir / 'checkpoints' / str(latest)} to go on {rest}"):
             meta = checkpoints.meta(latest)
             check_meta(meta, run.adapter_config, run.fingerprint, run.inputs.account["sha256"], where)
             run.state = checkpoints.restore(latest, run.state, run.iterator)
@@ -252,17 +252,6 @@ def _train(run: Run, workdir: Path) -> Result:
         if metrics:
             metrics.close()
     return _result(run, workdir, validated)
-
-
-@contextlib.contextmanager
-def _readable(where: str, remedy: str) -> Iterator[None]:
-    """Raises UserError, with what would help, where a checkpoint is missing or damaged."""
-    try:
-        yield
-    except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):  # none of them is damage
-        raise
-    except Exception as error:  # orbax and tensorstore have no narrower class for files that are damaged
-        raise UserError(f"{where} cannot be read ({' '.join(str(error).split())[:120]}); {remedy}") from error
 
 
 def _steps(
@@ -362,7 +351,7 @@ def _result(run: Run, workdir: Path, validated: dict[int, float]) -> Result:
         where = f"checkpoint {best} of --workdir={workdir}, the best on validation,"
         there = " or ".join(str(step) for step in checkpoints.steps if step != best)
         remedy = f"flora_jax.export takes another with --step {there}, or train anew in another --workdir"
-        with contextlib.closing(checkpoints), _readable(where, remedy):
+        with contextlib.closing(checkpoints), readable(where, remedy):
             state = checkpoints.restore(best, state)
     # Leaf by leaf onto the host: a whole copy on each device may not fit.
     whole = jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(run.mesh, P()))

@@ -19,7 +19,7 @@ from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import abstract_base, init_base
 from flora_jax.models.loading import check_weights, load_config, load_pretrained
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
-from flora_jax.training.checkpoints import Checkpoints, check_meta
+from flora_jax.training.checkpoints import Checkpoints, check_meta, readable
 from flora_jax.training.optimizer import trains
 from flora_jax.training.rules import partition, paths
 
@@ -94,9 +94,11 @@ def load_trained(
         if step not in steps:
             there = f"those of steps {', '.join(map(str, steps))} are" if steps else "none is"
             raise UserError(f"--step {step}: there is no such checkpoint in {directory}; {there} there")
-        meta = checkpoints.meta(step)
-        check_meta(meta, adapter, meta["base_fingerprint"], {}, f"checkpoint {step} of --workdir={workdir}")
-        architecture = model_config(config)
+        architecture, where = model_config(config), f"checkpoint {step} of --workdir={workdir}"
         shapes = {"params": abstract_base(architecture), "adapter": abstract_adapter(architecture, adapter)}
-        trained = checkpoints.trained(step, partition(shapes, trains(config, shapes))[0])
+        others = " or ".join(str(other) for other in steps if other != step)
+        with readable(where, f"take another by --step {others}" if others else "train anew in another --workdir"):
+            meta = checkpoints.meta(step)
+            check_meta(meta, adapter, meta["base_fingerprint"], {}, where)
+            trained = checkpoints.trained(step, partition(shapes, trains(config, shapes))[0])
     return {"adapter": {}, "params": {}, **trained}, meta["base_fingerprint"]
