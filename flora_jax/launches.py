@@ -7,11 +7,10 @@ Needs the extra `gpu-plan`: compiler plugins, no GPU and no driver. Compiles for
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,15 +60,13 @@ def require_compiler() -> None:
         )
 
 
-def _provenance(argv: list[str]) -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for name in ("jax", "jaxlib", "flax", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # another CUDA version's plugin, or ptxas from the PATH
-    command = " ".join(["python -m flora_jax.launches", *argv[1:]])
-    return {"command": command, "versions": versions, "date": datetime.date.today().isoformat()}
+def _compilers() -> tuple[str, ...]:
+    """The installed packages that XLA compiles for CUDA with."""
+    found = []
+    for name in ("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # ptxas may be from the PATH
+            found.append(importlib.metadata.distribution(name).name)
+    return tuple(found)
 
 
 def _key(row: dict[str, Any]) -> str:
@@ -132,6 +129,7 @@ def main(argv: list[str]) -> None:
 
     from flora_jax.adapters import AdapterConfig
     from flora_jax.analysis.launch_plan import MODES, TARGETS, check_bank, modelled_ms, plan_model, smallest_kernel
+    from flora_jax.analysis.provenance import provenance
     from flora_jax.analysis.variants import get_variant
 
     config = LlamaConfig.preset(args.preset)
@@ -180,7 +178,7 @@ def main(argv: list[str]) -> None:
         line = "{} launches ({} GEMMs) a layer, {} weight copies".format(*counts)
         tqdm.write(f"{_key(rows[-1]):24} {label:28} {line}", file=sys.stderr)
     result = {
-        "schema_version": 1, "provenance": _provenance(argv),
+        "schema_version": 1, "provenance": provenance("flora_jax.launches", argv[1:], _compilers()),
         "settings": settings | {"num_hidden_layers": config.num_hidden_layers},
         "smallest_kernel": smallest_kernel(config, args.dtype), "rows": rows,
     }  # fmt: skip

@@ -317,11 +317,12 @@ def evaluate_harness(
         raise UserError(f"num_fewshot={num_fewshot} must be 0 or a positive integer")
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} must be a positive integer (leave it out for all documents)")
+    packages = ("flora_jax", "lm_eval", "datasets", "jax", "flax", "transformers", "tokenizers", "numpy")
+    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
     results = simple_evaluate(
         lm, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, batch_size=lm.batch_size,
         apply_chat_template=apply_chat_template, log_samples=False)  # fmt: skip
     results = {name: value for name, value in results.items() if name not in _LEFT_OUT}
-    packages = ("flora_jax", "lm_eval", "datasets", "jax", "flax", "transformers", "tokenizers", "numpy")
     return {
         "schema_version": SCHEMA_VERSION,
         **(about or {}),
@@ -333,9 +334,7 @@ def evaluate_harness(
         "max_length": lm.max_length,
         "dtype": str(lm.base["embed_tokens"]["embedding"].dtype),
         "device": jax.devices()[0].device_kind,
-        "versions": {
-            "python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}
-        },
+        "versions": versions,
         "lm_eval": json.loads(json.dumps(results, default=handle_non_serializable)),
     }  # fmt: skip
 

@@ -40,7 +40,7 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
             raise UserError(f"--workdir={workdir} is not empty and holds no run (no config.json); name another")
         return
     try:
-        there = fields(json.loads(path.read_text())["config"])
+        there = fields(json.loads(path.read_text(encoding="utf-8"))["config"])
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(f"{path} is not the configuration of a run; name another --workdir") from None
     here = fields(json.loads(json.dumps(config.to_dict())))
