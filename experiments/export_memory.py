@@ -79,9 +79,11 @@ def main(argv: list[str]) -> None:
     if args.measure:
         print(json.dumps(measure(*args.measure)))
         return
-    LlamaConfig.preset(args.preset)  # refuses what is no preset
+    from experiments.report import beside, header, provenance, write_result  # not where memory is measured
+
+    config = LlamaConfig.preset(args.preset)
     if args.out:
-        check_writable(args.out, "--out")
+        check_writable(beside(args.out, ".json"), "--out")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for method in dict.fromkeys(method for method, _ in CASES):
@@ -94,10 +96,8 @@ def main(argv: list[str]) -> None:
             found = json.loads(done.stdout.splitlines()[-1])
             results.append({"method": method, "format": form, **found})
             print(results[-1], file=sys.stderr)
-    from experiments.report import header, provenance, write_result
     from flora_jax.models.hf import hf_shapes
 
-    config = LlamaConfig.preset(args.preset)
     width = 2 if args.dtype == "bfloat16" else 4
     sizes = [width * math.prod(shape) for shape in hf_shapes(config).values()]
     about: dict[str, Any] = provenance("safetensors")

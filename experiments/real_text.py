@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv[1:])
     if not names(args.methods) or args.limit < 1:
         raise UserError(f"--methods {args.methods!r} must name some, and --limit {args.limit} must be positive")
-    check_writable(args.out, "--out")
+    check_writable(beside(args.out, ".json"), "--out")
     for method in names(args.methods):
         if method not in RANKS:
             raise UserError(f"--methods: {method!r} is unknown; {near_misses(method, RANKS)}")

@@ -85,7 +85,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def load_model(args: argparse.Namespace) -> tuple[LlamaConfig, dict[str, Any]]:
     """`(config, base)` of `add_model_flags`, split layout. Raises UserError where it cannot be, or OUT not written."""
     if args.out:
-        check_writable(args.out, "--out")
+        check_writable(beside(args.out, ".json"), "--out")
     if args.model != "random":
         return load_pretrained(args.model, args.dtype)
     if not args.preset:
@@ -95,8 +95,11 @@ def load_model(args: argparse.Namespace) -> tuple[LlamaConfig, dict[str, Any]]:
 
 
 def beside(out: Path, suffix: str) -> Path:
-    """OUT.json and the like: `suffix` behind the whole name, which may have dots of its own."""
-    return out.with_name(out.name + suffix)
+    """OUT.json and the like: `suffix` behind the whole name, which may have dots of its own (of OUT.json: in its
+    place). Raises UserError for a path without a name."""
+    if not out.name:
+        raise UserError(f"--out {out} must end in a name")
+    return out.with_name(out.name.removesuffix(".json") + suffix)
 
 
 def write_result(args: argparse.Namespace, about: dict[str, Any], text: str, **fields: Any) -> None:

@@ -165,13 +165,16 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv[1:])
     if min(args.rows, args.length, args.rounds) < 1 or not 0 < args.answers <= 1:
         raise UserError("--rows, --length and --rounds must be at least 1, --answers above 0 and at most 1")
-    if not round(args.answers * args.length):
-        raise UserError(f"--answers {args.answers} of --length {args.length} leaves no target to count; raise one")
-    if args.out:
-        check_writable(args.out, "--out")
     if args.memory:
         print(json.dumps(measure_memory(args.memory, make_batch(args.rows, args.length, 49152, 1.0))))
         return
+    from experiments.report import beside, header, provenance  # not in a process whose memory is measured
+    from flora_jax.files import write_json
+
+    if round(args.answers * args.length) < 2:  # PEFT's side drops the last target
+        raise UserError(f"--answers {args.answers} of --length {args.length} leaves too few targets; raise one")
+    if args.out:
+        check_writable(beside(args.out, ".json"), "--out")
 
     result: dict[str, Any] = {"model": MODEL, "rows": args.rows, "length": args.length, "rounds": args.rounds}
     for loss, answers in (("all tokens", 1.0), ("answers alone", args.answers)):
@@ -185,9 +188,6 @@ def main(argv: list[str]) -> None:
                 check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         for name in names
     }  # fmt: skip
-
-    from experiments.report import beside, header, provenance
-    from flora_jax.files import write_json
 
     result["provenance"] = about = provenance("torch", "transformers", "peft")
     lines = [header("Training speed beside PEFT", about)]

@@ -33,10 +33,12 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file{hint}") from None
-    except (ValueError, RecursionError) as error:
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a directory, not a file") from None
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read (nested too deeply)") from None
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -155,6 +155,7 @@ def main(argv: list[str]) -> None:
     if args.out:
         check_writable(Path(args.out) / "launches.json", "--out")
     require_compiler()
+    about = provenance("flora_jax.launches", argv[1:], _compilers())
 
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     cells = [
@@ -178,7 +179,7 @@ def main(argv: list[str]) -> None:
         line = "{} launches ({} GEMMs) a layer, {} weight copies".format(*counts)
         tqdm.write(f"{_key(rows[-1]):24} {label:28} {line}", file=sys.stderr)
     result = {
-        "schema_version": 1, "provenance": provenance("flora_jax.launches", argv[1:], _compilers()),
+        "schema_version": 1, "provenance": about,
         "settings": settings | {"num_hidden_layers": config.num_hidden_layers},
         "smallest_kernel": smallest_kernel(config, args.dtype), "rows": rows,
     }  # fmt: skip

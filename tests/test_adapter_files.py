@@ -233,7 +233,7 @@ def test_damaged_or_foreign_directories_are_refused(tmp_path):
     config_file.write_text("{")
     refused(path, "adapter_config.json: not valid JSON (")
     config_file.write_text("[" * 100_000)
-    refused(path, "adapter_config.json: not valid JSON (")
+    refused(path, "adapter_config.json: cannot be read (nested too deeply)")
     config_file.unlink()
     config_file.mkdir()
     refused(path, "adapter_config.json")

@@ -235,7 +235,7 @@ def test_a_damaged_checkpoint_is_refused(refused, lora_run, tmp_path):
     meta = workdir / "checkpoints/4/meta/metadata"
     meta.write_text(meta.read_text()[:20])
     step = ["--workdir", workdir, "--step", 4, "--format", "peft", "--out", tmp_path / "out"]
-    refused(["checkpoint 4 of --workdir", "cannot be read"], *step)
+    refused(["checkpoint 4 of --workdir", "cannot be read", "take another with --step 2 or 6"], *step)
     shutil.copy(lora_run / "checkpoints/4/meta/metadata", meta)
     shutil.rmtree(workdir / "checkpoints/4/state/d")
     refused(["checkpoint 4 of --workdir", "cannot be read"], *step)

@@ -182,6 +182,9 @@ def test_rows_and_table(monkeypatch, tmp_path, capsys):
     launches.main(["launches", "--preset", "llama3.2-1b", "--methods", "base,lora", "--targets", "h100",
                    "--modes", "cublas", "--batch_sizes", "8", "--launch_us", "1", "--out", str(tmp_path)])  # fmt: skip
     result = json.loads((tmp_path / "launches.json").read_text())
+    about = result["provenance"]
+    assert about["command"].startswith("python -m flora_jax.launches --preset") and str(tmp_path) not in str(about)
+    assert {"jax", "jaxlib", "flax"} <= about["versions"].keys()
     assert result["schema_version"] == 1 and result["smallest_kernel"] == 2048 * 512 * 2
     assert [row["label"] for row in result["rows"]] == ["base", "lora", "lora, dot merger off"]
     row = result["rows"][0]

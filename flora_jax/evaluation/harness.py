@@ -255,8 +255,8 @@ def load_harness_tasks(names: Sequence[str], include_path: str | os.PathLike | N
     """The harness's tasks, groups and tags of these names, with their data; `include_path`: a folder of task files
     beside the harness's own, which they override.
 
-    Needs no model. Raises UserError for an unknown or repeated name, a folder that is absent, data that cannot be had,
-    and tasks that run generated code or need images.
+    Needs no model. Raises UserError for an unknown or repeated name, a group beside one of its tasks, a folder that is
+    absent, data that cannot be had, and tasks that run generated code or need images.
     """
     from datasets.exceptions import DatasetsError
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Array = jax.Array
 Tree = dict[str, Any]
+Pairs = Sequence[Sequence[tuple[list[int], list[int]]]]  # by question and choice: token ids of context, continuation
 
 _ROW_MULTIPLE = 32  # rows are padded to a multiple of it, so that few lengths are compiled
 _CHUNK = 256  # hidden states scored at a time: 256 * V float32 logits exist at once
@@ -81,7 +82,7 @@ def token_loglik(
     base: Tree,
     adapter: Tree | None,
     adapter_config: AdapterConfig | None,
-    requests: Sequence[Sequence[tuple[list[int], list[int]]]],
+    requests: Pairs,
     batch_size: int = 16,
 ) -> list[list[tuple[float, bool]]]:
     """`choice_loglik` of pairs that are token ids already, neither side empty: `(log-likelihood, is_greedy)` of each,
@@ -120,7 +121,7 @@ def encode_pair(tokenizer: PreTrainedTokenizerFast, context: str, continuation: 
 
 def encode_pairs(
     config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Sequence[tuple[str, str]]]
-) -> list[list[tuple[list[int], list[int]]]]:
+) -> Pairs:
     """The tokens of each pair of `choice_loglik`, as `token_loglik` takes them. Raises UserError for one that cannot be
     scored."""
     encoded = []

@@ -36,7 +36,7 @@ from flora_jax.data.tasks import (
 from flora_jax.errors import UserError, near_misses
 from flora_jax.evaluation import published
 from flora_jax.evaluation.answers import is_right
-from flora_jax.evaluation.loglik import encode_pairs, token_loglik
+from flora_jax.evaluation.loglik import Pairs, encode_pairs, token_loglik
 from flora_jax.evaluation.rouge import KINDS, POLICY, rouge
 from flora_jax.evaluation.rounds import FIRST_ROUND, generate_in_rounds
 from flora_jax.inference.generator import Generator, check_sizes
@@ -168,10 +168,10 @@ def evaluate_tasks(
     published_faults: score generated answers as the published scripts of LLM-Adapters do (`published`).
     base, adapter: trees as `Llama` takes them; arithmetic in the base's dtype. max_length: prompt and new tokens of
     generated answers; a prompt that leaves no room counts as wrong and in `too_long`. Raises UserError if none fits,
-    and for sizes that no Generator of this base can have.
+    for choices beyond max_position_embeddings, and for sizes that no Generator of this base can have.
     """
-    # A task whose prompts leave no room is refused before another one is scored.
-    check_prompts(tasks, config, tokenizer, protocol, prompt_style, published_faults, max_length)
+    # A task whose prompts leave no room, or whose choices are too long, is refused before another one is scored.
+    choices = check_prompts(tasks, config, tokenizer, protocol, prompt_style, published_faults, max_length)
     if any(is_generated(data.task, protocol) for data in tasks):
         check_sizes(config, base, max_length, batch_size)
     results: dict[str, Any] = {}
@@ -184,7 +184,7 @@ def evaluate_tasks(
                 generator = Generator(config, base, adapters, adapter_config, tokenizer, max_length, batch_size)
             result = _generate_answers(data, generator, prompt_style, published_faults, batch_size)
         else:
-            result = _score_choices(data, config, base, adapter, adapter_config, tokenizer, batch_size)
+            result = _score_choices(data, choices[data.task.name], config, base, adapter, adapter_config, batch_size)
         results[data.task.name] = {
             **result,
             "n": len(data.examples),
@@ -214,15 +214,18 @@ def evaluate_tasks(
 def check_prompts(
     tasks: Sequence[TaskData], config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, protocol: str,
     prompt_style: str, published_faults: bool, max_length: int,
-) -> None:  # fmt: skip
+) -> dict[str, Pairs]:  # fmt: skip
     """Raises UserError where `evaluate_tasks` would, for prompts that the style cannot express or that leave no room,
-    and choices that are too long: before a model is trained to be scored on them."""
+    and choices that are too long: before a model is trained to be scored on them. The token ids of the choices, by
+    task that has some."""
+    choices = {}
     for data in tasks:
         if is_generated(data.task, protocol):
             room = min(max_length, config.max_position_embeddings)
             _prompts(data, tokenizer, prompt_style, published_faults, room)
         else:
-            _choices(data, config, tokenizer)
+            choices[data.task.name] = _choices(data, config, tokenizer)
+    return choices
 
 
 def describe(scores: Mapping[str, Any]) -> str:
@@ -259,10 +262,9 @@ def few_shot_messages(example: Example, shots: Sequence[Example], style: str) ->
 
 
 def _score_choices(
-    data: TaskData, config: LlamaConfig, base: Tree, adapter: Tree | None, adapter_config: AdapterConfig | None,
-    tokenizer: PreTrainedTokenizerFast, batch_size: int,
+    data: TaskData, pairs: Pairs, config: LlamaConfig, base: Tree, adapter: Tree | None,
+    adapter_config: AdapterConfig | None, batch_size: int,
 ) -> dict[str, Any]:  # fmt: skip
-    pairs = _choices(data, config, tokenizer)
     scores = token_loglik(config, base, adapter, adapter_config, pairs, batch_size)
     right, right_norm = [], []
     for example, found in zip(data.examples, scores, strict=True):
@@ -280,9 +282,7 @@ def _score_choices(
     }
 
 
-def _choices(
-    data: TaskData, config: LlamaConfig, tokenizer: PreTrainedTokenizerFast
-) -> list[list[tuple[list[int], list[int]]]]:
+def _choices(data: TaskData, config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> Pairs:
     """The token ids of each question's choices, `(context, continuation)`. Raises UserError for one that is too long
     or has none."""
     try:

@@ -91,8 +91,7 @@ class GgufFile:
         kv_heads = self.get("llama.attention.head_count_kv", heads)
         if isinstance(heads, list) or isinstance(kv_heads, list):
             raise UserError(f"{self.path}: head counts that differ by layer are not supported")
-        wrong = {"llama.embedding_length": width, "llama.attention.head_count": heads}
-        for key, value in wrong.items():
+        for key, value in (("llama.embedding_length", width), ("llama.attention.head_count", heads)):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"{self.path}: {key}={value!r} must be a positive integer")
         head_dim = self.get("llama.attention.key_length") or width // heads

@@ -85,7 +85,7 @@ def load_trained(
     workdir: Path, config: ml_collections.ConfigDict, adapter: AdapterConfig, step: int
 ) -> tuple[dict[str, Tree], str]:
     """`{"adapter": tree, "params": base leaves that trained}`, float32, of the checkpoint at `step`, and its base's
-    fingerprint. Raises UserError if it was not kept, or is of another adapter."""
+    fingerprint. Raises UserError if it was not kept, is damaged, or is of another adapter."""
     directory = workdir / "checkpoints"
     if not directory.is_dir():  # opening makes one
         raise UserError(f"--step {step}: there is no such checkpoint; none is in {directory}")
@@ -96,9 +96,11 @@ def load_trained(
             raise UserError(f"--step {step}: there is no such checkpoint in {directory}; {there} there")
         architecture, where = model_config(config), f"checkpoint {step} of --workdir={workdir}"
         shapes = {"params": abstract_base(architecture), "adapter": abstract_adapter(architecture, adapter)}
+        wanted = partition(shapes, trains(config, shapes))[0]
         others = " or ".join(str(other) for other in steps if other != step)
-        with readable(where, f"take another by --step {others}" if others else "train anew in another --workdir"):
+        remedy = f"take another with --step {others}" if others else "leave --step out, or train anew"
+        with readable(where, remedy):
             meta = checkpoints.meta(step)
             check_meta(meta, adapter, meta["base_fingerprint"], {}, where)
-            trained = checkpoints.trained(step, partition(shapes, trains(config, shapes))[0])
+            trained = checkpoints.trained(step, wanted)
     return {"adapter": {}, "params": {}, **trained}, meta["base_fingerprint"]
