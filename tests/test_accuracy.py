@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import ablations, accuracy, report
-from experiments.report import differences, provenance
+from experiments.report import beside, differences, provenance
 from flora_jax import train
 from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.analysis.variants import rank_for, trained_parameters
@@ -318,3 +318,10 @@ def test_the_datas_place_is_not_recorded(monkeypatch):
     # Nor is any other place on this machine.
     monkeypatch.setattr("sys.argv", ["x", "--model", "/home/me/tuned", "--out=/home/a b", "--rates", "1/2"])
     assert provenance()["command"].endswith("--model tuned '--out=a b' --rates 1/2")
+
+
+def test_results_lie_under_the_whole_name():
+    assert beside(Path("o/bank_llama3.2-1b"), ".md") == Path("o/bank_llama3.2-1b.md")
+    assert beside(Path("o/bank.json"), ".md") == Path("o/bank.md")
+    with pytest.raises(UserError, match=r"--out \. must end in a name"):
+        beside(Path("."), ".md")
