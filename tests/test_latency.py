@@ -273,7 +273,7 @@ def test_bad_input(tmp_path, capsys):
     line(["--prompt_lengths", "'0'"], "--prompt_lengths", "0,5")
     line(["--batch_sizes", "'-1'"], "--batch_sizes=-1")
     line(["--batch_sizes", "'one'"], "--batch_sizes", "one")
-    line(["batch_size=1000000000", "9 tokens a row", "GB; lower"], "--batch_sizes", "1000000000")
+    line(["batch_size=1000000000", "20 tokens a row", "GB; lower"], "--batch_sizes", "1000000000")
     line(["--rounds 0"], "--rounds", "0")
     line(["--new_tokens 1", "at least 2"], "--new_tokens", "1")
     line(["--turn_tokens 4", "from 1 to 3"], "--turn_tokens", "4")
