@@ -26,6 +26,8 @@ PLANS = bool(find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda12"))  
 # Without a device (as JAX looks for one, or through WSL) its plugin does not start, and then plans for no GPU either.
 if PLANS and not jax.config.jax_platforms and not any(Path("/dev", name).exists() for name in ("nvidia0", "dxg")):
     jax.config.update("jax_platforms", "cpu")
+# The values are the same, and compiling is what takes the time.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
 # Quick to compile, and kept: the runs of these tests are many and short, and most are one program.
 _COMPILE = {
     "jax_disable_most_optimizations": True,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import FAST_COMPILE
 from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,7 +30,6 @@ from flora_jax.models.llama import Llama, abstract_base
 
 TINY = LlamaConfig.preset("tiny")
 ADAPTED = [method for method in METHODS if method != "fft"]
-FAST_COMPILE = {"xla_backend_optimization_level": 0}  # the values are the same, and compiling is what takes the time
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 9)).astype(np.int32)
 
 

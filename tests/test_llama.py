@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import random_adapter
+from conftest import FAST_COMPILE, random_adapter
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter, fuse
@@ -24,7 +24,6 @@ from flora_jax.models.llama import KVCache, Llama, abstract_base, init_base
 
 TINY = LlamaConfig.preset("tiny")
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
-FAST_COMPILE = {"xla_backend_optimization_level": 0}  # the values are the same, and compiling is what takes the time
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, TINY.vocab_size, (2, 10)).astype(np.int32)
 FFBA = AdapterConfig("ffba", 8, alpha=4.0)

@@ -1,7 +1,20 @@
-"""Attention as XLA or cuDNN computes it; a decode step's own kernel is in decode_attention.py.
+"""Attention of training and of prompts; a decode step's own kernel is in decode_attention.py.
 
-Axis letters: B batch, T query, S key, N heads, K key/value heads, R rows of a group's product (its heads' queries),
-H head width. Softmax in float32 whatever the compute dtype.
+Axis letters: B batch, T query, S key, N heads, K key/value heads, R rows of a group's product (its
+heads' queries), H head width. Softmax in float32 whatever the compute dtype.
+
+Who computes it, by what a query may see of the keys up to its own:
+
+    all of them             cuDNN where it runs, else XLA
+    those of its segment    Pallas's flash attention where it runs, else XLA, block by block
+    those of a mask         XLA, block by block
+
+Packed rows are told apart by their segment ids, `[B, T]`, and nothing of `[T, T]` is held: cuDNN
+would be given the mask as a bias of that size, and computes the bias's gradient too. Of the kernels
+that take segments, `jax.experimental.pallas.ops.gpu.attention.mha` comes with every jax that this
+package runs on, needs Ampere or later, and has a backward pass. cuDNN's packed form is private to
+jax and needs Hopper. tokamax, which jax 0.11 names as mha's successor, takes segments only as a
+dense mask (0.0.12); it is the one to move to once it does.
 """
 
 from __future__ import annotations
@@ -9,6 +22,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,46 +33,152 @@ from flora_jax.models.config import LlamaConfig
 Array = jax.Array
 
 _LONG = 128  # tokens of a row from which on attention is worth cutting into blocks
+_BLOCK = 128  # the most queries of a block
+_AMPERE = (8, 0)
+_TILE = 128  # of queries and of keys in Pallas's forward pass; a row is filled up to a multiple
+_BACKWARD_TILE = 32
+_HALF = (jnp.bfloat16, jnp.float16)
+
+
+class Seen(NamedTuple):
+    """What a query sees of the keys up to its own: all, those of its segment, those of a mask.
+
+    segments: `[B, T]` int32, of queries and keys alike. mask: `[B, 1, T, S]` bool, which shows no
+    query a later key. At most one of them is given."""
+
+    segments: Array | None = None
+    mask: Array | None = None
+
+
+def capability() -> tuple[int, int] | None:
+    """The compute capability of the NVIDIA GPU that JAX runs on; None on anything else."""
+    text = str(getattr(jax.devices()[0], "compute_capability", ""))
+    found = re.fullmatch(r"(\d+)\.(\d+)", text)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def _half_on_ampere(q: Array) -> bool:
+    return q.dtype in _HALF and (capability() or (0, 0)) >= _AMPERE
 
 
 def cudnn_runs(q: Array) -> bool:
-    """Whether cuDNN's fused attention can: on a GPU, in half precision."""
-    return jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    """Whether cuDNN's fused attention can: an NVIDIA GPU from Ampere on, half precision, heads of
+    at most 128 channels, a multiple of 8."""
+    return _half_on_ampere(q) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+
+
+def pallas_runs(q: Array) -> bool:
+    """Whether Pallas's flash attention can: an NVIDIA GPU from Ampere on, half precision, heads of
+    64 or 128 channels, and one device, since XLA cannot split a Pallas call over a mesh."""
+    alone = jax.device_count() == 1
+    return _half_on_ampere(q) and q.shape[-1] in (64, 128) and alone and _has_triton()
 
 
 def kernel_runs(config: LlamaConfig) -> bool:
-    """Whether a decode step's attention can be the kernel of decode_attention.py: heads are 32, 64, 128 or 256 wide and
-    jax compiles Triton for the device, an NVIDIA GPU of compute capability 8.0 (Ampere) or more."""
-    found = importlib.util.find_spec("jax.experimental.pallas.triton") is not None
-    capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(jax.devices()[0], "compute_capability", "")))
-    return found and capability is not None and int(capability[1]) >= 8 and config.head_dim in (32, 64, 128, 256)
+    """Whether a decode step's attention can be the kernel of decode_attention.py: heads are 32, 64,
+    128 or 256 wide and jax compiles Triton for the device, an NVIDIA GPU from Ampere on."""
+    wide = config.head_dim in (32, 64, 128, 256)
+    return wide and (capability() or (0, 0)) >= _AMPERE and _has_triton()
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    """Attention of q `[B, T, N, H]` over k, v `[B, S, K, H]`; mask `[B, 1, T, S]` bool, which shows no query a later
-    key, None for plain causal. T = S where cuDNN cannot run. Softmax in float32."""
-    if cudnn_runs(q):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation="cudnn")
-
-    def attention(q: Array, k: Array, v: Array) -> Array:
-        k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-        S = k.shape[-1]
-        return attend_blocks(q, k, v, jnp.tril(jnp.ones((S, S), bool))[None, None] if mask is None else mask)
-
-    # As cuDNN does, the softmax is computed again in the backward pass: no `[B, N, T, S]` array outlives its layer.
-    return jax.checkpoint(attention, prevent_cse=False)(q, k, v)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
-def attend_blocks(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """`attend_grouped` where T = S and the mask shows no query a later key: queries block by block, each over the keys
-    up to its end, so that three eighths of the work, all masked, is not done."""
-    S = k.shape[-1]
-    size = S if S < _LONG else -(-S // 4)
-    blocks = [
-        attend_grouped(q[:, end - size : end], k[..., :end], v[..., :end, :], mask[..., end - size : end, :end])
-        for end in range(size, S + size, size)
-    ]
-    return jnp.concatenate(blocks, axis=1)
+def attend(
+    q: Array, k: Array, v: Array, mask: Array | None = None, segments: Array | None = None
+) -> Array:
+    """Attention of q `[B, T, N, H]` over k, v `[B, T, K, H]`, with mask or segments as in `Seen`;
+    plain causal without. Nothing of `[T, T]` outlives its block, in the backward pass neither."""
+    if mask is None and segments is None and cudnn_runs(q):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    if mask is None and segments is not None and pallas_runs(q):
+        return attend_segments(q, k, v, segments)
+    return attend_blocks(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), Seen(segments, mask))
+
+
+def attend_segments(
+    q: Array, k: Array, v: Array, segments: Array, interpret: bool = False
+) -> Array:
+    """Causal attention within segments `[B, T]` by Pallas's kernel; shapes as in `attend`.
+    interpret: runs it anywhere, slowly."""
+    with warnings.catch_warnings():
+        # What is said of it stands at the head of this file.
+        warnings.filterwarnings("ignore", ".*ops.gpu.attention is deprecated", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu import attention as pallas
+
+    T, heads = q.shape[1], q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, heads, axis=2) for x in (k, v))  # the kernel knows no groups
+    fill = -T % _TILE
+    q, k, v = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q, k, v))
+    # What is filled up lies behind every query.
+    segments = jnp.pad(segments, ((0, 0), (0, fill)))
+    sizes = pallas.BlockSizes(
+        block_q=_TILE,
+        block_k=_TILE if q.shape[-1] <= 64 else _TILE // 2,
+        block_q_dkv=_BACKWARD_TILE,
+        block_kv_dkv=_BACKWARD_TILE,
+        block_q_dq=_BACKWARD_TILE,
+        block_kv_dq=_BACKWARD_TILE,
+    )
+    scale = q.shape[-1] ** -0.5
+    out = pallas.mha(
+        q, k, v, segments, sm_scale=scale, causal=True, block_sizes=sizes, interpret=interpret
+    )
+    return out[:, :T]
+
+
+def attend_blocks(q: Array, k: Array, v: Array, seen: Seen) -> Array:
+    """Attention of q `[B, T, N, H]` over k `[B, K, H, T]` and v `[B, K, T, H]` that shows no query
+    a later key: queries in four parts, each over the keys up to its end, so that three eighths of
+    the work, all masked, is not done. Parts of long rows are cut further, one block after another,
+    and each block's scores are computed again in the backward pass."""
+    T = q.shape[1]
+    size = T if T < _LONG else -(-T // 4)
+    parts = [(start, min(start + size, T)) for start in range(0, T, size)]
+    return jnp.concatenate([_part(q, k, v, seen, *part) for part in parts], axis=1)
+
+
+def _part(q: Array, k: Array, v: Array, seen: Seen, start: int, end: int) -> Array:
+    """Attention of the queries from `start` to `end` over the keys up to `end`."""
+
+    def block(rows: _Rows) -> Array:
+        mask = rows.places[:, None] >= jnp.arange(end)
+        if rows.mask is not None:
+            mask = rows.mask
+        elif rows.segments is not None:
+            mask = mask & (rows.segments[:, :, None] == seen.segments[:, None, :end])
+        mask = jnp.broadcast_to(mask, (len(q), *mask.shape[-2:]))
+        return attend_grouped(rows.q, k[..., :end], v[..., :end, :], mask[:, None])
+
+    block = jax.checkpoint(block, prevent_cse=False)
+    rows = _Rows(
+        q[:, start:end],
+        jnp.arange(start, end),
+        None if seen.segments is None else seen.segments[:, start:end],
+        None if seen.mask is None else seen.mask[:, 0, start:end, :end],
+    )
+    if end - start <= _BLOCK:
+        return block(rows)
+    out = jax.lax.map(block, _Rows(*(None if x is None else _cut(x) for x in rows)))
+    return jnp.moveaxis(out, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, : end - start]
+
+
+class _Rows(NamedTuple):
+    """Queries of a part or a block, `[B, T, …]`, their places `[T]`, and what they see."""
+
+    q: Array
+    places: Array
+    segments: Array | None
+    mask: Array | None
+
+
+def _cut(x: Array) -> Array:
+    """`[B, T, …]` or `[T]` in blocks, `[blocks, B, 128, …]`, the last one filled up with zeros."""
+    axis = min(1, x.ndim - 1)
+    x = jnp.pad(x, [(0, -n % _BLOCK if i == axis else 0) for i, n in enumerate(x.shape)])
+    x = x.reshape(*x.shape[:axis], -1, _BLOCK, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
 
 
 def attend_grouped(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -65,7 +186,8 @@ def attend_grouped(q: Array, k: Array, v: Array, mask: Array) -> Array:
     mask `[B, 1, T, S]` bool. The heads of a group are rows of one product, which reads its k and v once (XLA's
     `jax.nn.dot_product_attention` makes each head a product of its own, and is slower). Softmax in float32."""
     B, T, N, H = q.shape
-    *leading, _, S = k.shape  # apart, a mesh can split both; in one, a decode step's loop copies no cache
+    # Apart, a mesh can split both; in one, a decode step's loop copies no cache.
+    *leading, _, S = k.shape
     K = math.prod(leading) // B
     rows = q.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(*leading, -1, H)
     scores = jnp.einsum("...RH,...HS->...RS", rows, k, preferred_element_type=jnp.float32) * H**-0.5

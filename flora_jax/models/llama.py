@@ -35,7 +35,7 @@ from flora_jax.adapters import (
     repeat_and_add,
 )
 from flora_jax.errors import UserError
-from flora_jax.models.attention import attend, attend_blocks, attend_grouped, cudnn_runs, kernel_runs
+from flora_jax.models.attention import Seen, attend, attend_grouped, kernel_runs
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.rope import rotary_tables, rotate
 
@@ -107,7 +107,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, z: Array | None, rotary: tuple[Array, Array], mask: Array | None,
+        self, x: Array, z: Array | None, rotary: tuple[Array, Array], seen: Seen,
         past: tuple[Array, Array, Array] | None, select: Array | None, deterministic: bool,
     ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:  # fmt: skip
         config = self.config
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         )
         (q, k, v), z_in = dense("qkv")(x, z, select=select, deterministic=deterministic)
         B, T = x.shape[:2]
-        if self.decode_kernel and past is not None and T == 1:
+        if self.decode_kernel and past is not None and T == 1 and seen.mask is not None:
             from flora_jax.models.decode_attention import decode_attention  # imports what only a GPU needs
 
             # With z behind it, this is what the product gave, and no copy of a part of it; z is then read out of it, or
@@ -124,26 +124,27 @@ class Attention(nn.Module):
             qkv = jnp.concatenate([q, k, v] if z_in is None else [q, k, v, z_in], axis=-1)
             qkv = jax.lax.optimization_barrier(qkv)
             z_in = None if z_in is None else qkv[..., -z_in.shape[-1] :]
-            out, present = decode_attention(qkv[:, 0], rotary, mask[:, 0, 0], past, config.num_attention_heads)
+            out, present = decode_attention(
+                qkv[:, 0], rotary, seen.mask[:, 0, 0], past, config.num_attention_heads
+            )
             (out,), z_out = dense("o")(out[:, None], z_in, select=select, deterministic=deterministic)
             return out, z_out, present
         heads = lambda y: y.reshape(B, T, -1, config.head_dim)  # noqa: E731
         q, k, v = rotate(heads(q), *rotary), rotate(heads(k), *rotary), heads(v)
-        if past is None:
-            out, present = attend(q, k, v, mask), None
-        else:
+        present = None
+        if past is not None:
             past_k, past_v, index = past
             K, H = k.shape[2:]
-            k, v = k.transpose(0, 2, 3, 1).reshape(B * K, H, T), v.swapaxes(1, 2).reshape(B * K, T, H)
-            k = jax.lax.dynamic_update_slice(past_k, k.astype(past_k.dtype), (0, 0, index))
-            v = jax.lax.dynamic_update_slice(past_v, v.astype(past_v.dtype), (0, index, 0))
-            present, (k, v) = (k, v), (k.astype(q.dtype), v.astype(q.dtype))
-            if T > 1 and cudnn_runs(q):
-                k, v = k.reshape(B, K, H, -1).transpose(0, 3, 1, 2), v.reshape(B, K, -1, H).swapaxes(1, 2)
-                out = attend(q, k, v, mask)
-            else:
-                filled = k.shape[-1] == T  # at once, from slot 0 on
-                out = (attend_blocks if filled else attend_grouped)(q, k, v, mask)
+            own_k = k.transpose(0, 2, 3, 1).reshape(B * K, H, T)
+            own_v = v.swapaxes(1, 2).reshape(B * K, T, H)
+            present = (
+                jax.lax.dynamic_update_slice(past_k, own_k.astype(past_k.dtype), (0, 0, index)),
+                jax.lax.dynamic_update_slice(past_v, own_v.astype(past_v.dtype), (0, index, 0)),
+            )
+        if present is None or present[0].shape[-1] == T:  # a cache that holds these tokens alone
+            out = attend(q, k, v, seen.mask, seen.segments)
+        else:
+            out = attend_grouped(q, *(x.astype(q.dtype) for x in present), seen.mask)
         (out,), z_out = dense("o")(out.reshape(B, T, -1), z_in, select=select, deterministic=deterministic)
         return out, z_out, present
 
@@ -181,14 +182,14 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, z: Array | None, rotary: tuple[Array, Array], mask: Array | None,
+        self, x: Array, z: Array | None, rotary: tuple[Array, Array], seen: Seen,
         past: tuple[Array, Array, Array] | None = None, select: Array | None = None, deterministic: bool = True,
     ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:  # fmt: skip
         config, parts = self.config, (self.config, self.adapter, self.param_dtype, self.fused)
         norm = lambda name: RMSNorm(config.hidden_size, config.rms_norm_eps, self.param_dtype, name=name)  # noqa: E731
         with jax.named_scope("attention"):
             attention = Attention(*parts, self.decode_kernel, name="attention")
-            delta, z_delta, present = attention(norm("attention_norm")(x), z, rotary, mask, past, select, deterministic)
+            delta, z_delta, present = attention(norm("attention_norm")(x), z, rotary, seen, past, select, deterministic)
             x, z = x + delta, None if z is None else z + z_delta
         with jax.named_scope("mlp"):
             mlp = MLP(*parts, name="mlp")
@@ -305,7 +306,7 @@ class Llama(nn.Module):
         x = jnp.zeros((1, 1, self.config.hidden_size))
         rotary = rotary_tables(self.config, jnp.zeros((1, 1), jnp.int32))
         keys = jax.random.split(rng, self.config.num_hidden_layers)
-        return jax.lax.map(lambda key: bare.init(key, x, None, rotary, None)["params"], keys)
+        return jax.lax.map(lambda key: bare.init(key, x, None, rotary, Seen())["params"], keys)
 
     def _init_adapter(self) -> Tree:
         return init_adapter(self.make_rng("params"), self.config, self.adapter)["layers"]
@@ -391,28 +392,34 @@ class Llama(nn.Module):
 
     def _visible(
         self, T: int, real: Array, segment_ids: Array | None, mask: Array | None, cache: KVCache | None
-    ) -> tuple[Array | None, Array | None]:
-        """The mask `[B, 1, T, S]` that attention sees (None: plain causal), and the cache's new `valid`."""
+    ) -> tuple[Seen, Array | None]:
+        """What attention sees, and the cache's new `valid`."""
+        by_query = mask is not None and mask.ndim == 3
+        S = T if cache is None else cache.valid.shape[1]
+        valid = None
+        if cache is not None:
+            valid = jax.lax.dynamic_update_slice(cache.valid, real, (0, cache.index))
+        if S == T and not by_query:
+            segments = segment_ids
+            if mask is not None:
+                # Padding is a segment of its own, so that no row of the softmax is empty.
+                segments = jnp.zeros(mask.shape, jnp.int32) if segments is None else segments
+                segments = jnp.where(mask, segments, jnp.iinfo(jnp.int32).min)
+            return Seen(segments=segments), valid
         if cache is None:
-            if segment_ids is None and mask is None:
-                return None, None
-            seen = jnp.tril(jnp.ones((T, T), bool))[None]
+            seen = jnp.tril(jnp.ones((T, T), bool))[None] & mask
             if segment_ids is not None:
                 seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
-            if mask is not None:
-                # A padding query sees itself, so that no row of the softmax is empty.
-                seen = seen & (mask if mask.ndim == 3 else mask[:, None, :]) | jnp.eye(T, dtype=bool)[None]
-            return seen[:, None], None
-        S = cache.valid.shape[1]
-        valid = jax.lax.dynamic_update_slice(cache.valid, real, (0, cache.index))
+            # A query sees itself, whatever its mask.
+            return Seen(mask=(seen | jnp.eye(T, dtype=bool))[:, None]), None
         slots, queries = jnp.arange(S), cache.index + jnp.arange(T)
         seen = (slots[None, :] <= queries[:, None])[None] & valid[:, None, :]
-        if mask is not None and mask.ndim == 3:
+        if by_query:
             seen = seen & mask
-        return (seen | (slots[None, :] == queries[:, None])[None])[:, None], valid
+        return Seen(mask=(seen | (slots[None, :] == queries[:, None])[None])[:, None]), valid
 
     def _layers(
-        self, x: Array, z: Array | None, rotary: tuple[Array, Array], seen: Array | None, cache: KVCache | None,
+        self, x: Array, z: Array | None, rotary: tuple[Array, Array], seen: Seen, cache: KVCache | None,
         select: Array | None, deterministic: bool,
     ) -> tuple[Array, Array | None, tuple[tuple[Array, ...], tuple[Array, ...]]]:  # fmt: skip
         """All layers: a scan over stacked leaves, or, over fused ones or with a cache, unrolled."""

@@ -1,0 +1,170 @@
+"""Attention of training and prompts: who computes it, and that packed rows hold nothing of `[T, T]`."""
+
+import dataclasses
+import functools
+import math
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import FAST_COMPILE
+
+from flora_jax import AdapterConfig, Llama, LlamaConfig, init_adapter
+from flora_jax.models import attention
+from flora_jax.models.attention import attend, attend_segments, cudnn_runs, kernel_runs, pallas_runs
+from flora_jax.models.llama import abstract_base
+from flora_jax.training.step import TrainState, make_train_step
+
+TINY = LlamaConfig.preset("tiny")
+
+
+def draw(B, T, K, G, H):
+    """q, k, v and a cotangent of the output, all normal."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(B, T, K * G, H), (B, T, K, H), (B, T, K, H), (B, T, K * G, H)]
+    return [jax.random.normal(*pair) for pair in zip(keys, shapes, strict=True)]
+
+
+def packed(*rows):
+    """Segment ids `[B, T]` of rows given by the lengths of their segments, padding at the end."""
+    longest = max(map(sum, rows))
+    filled = [[*row, longest - sum(row)] for row in rows]
+    ids = [np.repeat([*range(1, len(row)), 0], row) for row in filled]
+    return jnp.asarray(np.stack(ids), jnp.int32)
+
+
+def compare(found, mask, q, k, v, cotangent, atol):
+    """`found(q, k, v)` and its gradients beside jax.nn's attention under `mask` `[B, 1, T, T]`."""
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+    def run(attention, *qkv):
+        out, pull = jax.vjp(attention, *qkv)
+        return out, *pull(cotangent)
+
+    expected = functools.partial(jax.nn.dot_product_attention, mask=mask, implementation="xla")
+    ours, theirs = run(found, q, k, v), run(expected, q, k, v)
+    assert ours[0].shape == q.shape
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, atol=atol)
+
+
+def spelt_out(segments):
+    return jnp.tril(segments[:, None, :, None] == segments[:, None, None, :])
+
+
+@pytest.mark.parametrize("rows", [[[4, 7, 1]], [[100, 77, 90], [130, 100]], [[900, 300], [50]]])
+def test_packed_rows_see_their_segments(rows):
+    """Short rows in one block, longer ones in four parts, long ones in blocks of each part."""
+    segments = packed(*rows)
+    arrays = draw(*segments.shape, K=2, G=2, H=8)
+    by_segments = functools.partial(attend, segments=segments)
+    compare(by_segments, spelt_out(segments), *arrays, atol=2e-5)
+
+
+@pytest.mark.parametrize("T", [96, 1100])
+def test_long_rows_under_a_mask(T):
+    """A mask by query, which need not be one of segments."""
+    ones = jax.random.bernoulli(jax.random.key(1), 0.6, (1, 1, T, T))
+    mask = jnp.tril(ones | jnp.eye(T, dtype=bool))
+    compare(functools.partial(attend, mask=mask), mask, *draw(1, T, K=1, G=3, H=8), atol=2e-5)
+
+
+@pytest.mark.parametrize("rows, H", [([[100, 77, 90], [130, 100]], 64), ([[20, 12]], 128)])
+def test_pallas_kernel_interpreted(rows, H):
+    """Rows that do not fill its tiles, padding, groups."""
+    segments = packed(*rows)
+    arrays = draw(*segments.shape, K=1, G=2, H=H)
+    kernel = functools.partial(attend_segments, segments=segments, interpret=True)
+    compare(kernel, spelt_out(segments), *arrays, atol=2e-5)
+
+
+@pytest.mark.parametrize("capability, dtype, head_dim, devices, cudnn, pallas, decode", [
+    ("9.0", jnp.bfloat16, 64, 1, True, True, True),
+    ("8.0", jnp.float16, 128, 1, True, True, True),
+    ("9.0", jnp.bfloat16, 64, 8, True, False, True),  # XLA cannot split a Pallas call over a mesh
+    ("7.5", jnp.bfloat16, 64, 1, False, False, False),  # a T4
+    ("7.5", jnp.float16, 64, 1, False, False, False),
+    ("9.0", jnp.float32, 64, 1, False, False, True),
+    ("9.0", jnp.bfloat16, 256, 1, False, False, True),
+    ("9.0", jnp.bfloat16, 80, 1, True, False, False),
+    ("9.0", jnp.bfloat16, 60, 1, False, False, False),
+    ("gfx90a", jnp.bfloat16, 64, 1, False, False, False),  # AMD names its devices otherwise
+    (None, jnp.bfloat16, 64, 1, False, False, False),
+])  # fmt: skip
+def test_which_devices_run_what(
+    capability, dtype, head_dim, devices, cudnn, pallas, decode, monkeypatch
+):
+    """cuDNN's and Triton's kernels need compute capability 8.0; what they cannot, XLA does."""
+    known = {} if capability is None else {"compute_capability": capability}
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(**known)] * devices)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    q = jax.ShapeDtypeStruct((1, 128, 4, head_dim), dtype)
+    assert (cudnn_runs(q), pallas_runs(q)) == (cudnn, pallas)
+    assert kernel_runs(dataclasses.replace(TINY, head_dim=head_dim)) == decode
+
+
+@pytest.mark.parametrize("capability", ["7.5", None])
+def test_a_t4_takes_xlas_path(capability, monkeypatch):
+    """In bfloat16: no call of a kernel that would fail there."""
+    known = {} if capability is None else {"compute_capability": capability}
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(**known)])
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in draw(1, 32, K=1, G=2, H=64))
+    for segments in (None, packed([20, 12])):
+        found = str(jax.make_jaxpr(lambda *qkv, s=segments: attend(*qkv, segments=s))(q, k, v))
+        assert "pallas_call" not in found and "cudnn" not in found
+
+
+def test_what_an_h100_is_given(monkeypatch):
+    """Segments go to Pallas's kernel as they are, and no mask is made of them."""
+    device = types.SimpleNamespace(compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    segments = packed([700, 324])
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in draw(1, 1024, K=1, G=2, H=64))
+    found = str(jax.make_jaxpr(lambda *qkv: attend(*qkv, segments=segments))(q, k, v))
+    assert "mha_forward" in found and "1024,1024" not in found
+
+
+def train_step(T, config=TINY, method="ffba"):
+    """A training step and its arguments' shapes: one row of T packed tokens."""
+    adapter_config = AdapterConfig(method, 8)
+    optimizer = optax.adamw(1e-3)
+
+    def start(key):
+        trainable = {"adapter": init_adapter(key, config, adapter_config)}
+        state = optimizer.init(trainable)
+        return TrainState(jnp.zeros((), jnp.int32), trainable, state, key)
+
+    state = jax.eval_shape(start, jax.random.key(0))
+    ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ids)
+    batch["loss_weights"] = jax.ShapeDtypeStruct((1, T), jnp.float32)
+    dtype = jnp.bfloat16 if config.head_dim == 64 else jnp.float32
+    model = Llama(config, adapter_config, dtype=dtype, param_dtype=dtype, remat="products")
+    step = make_train_step(model, optimizer)
+    return step, (state, {"params": abstract_base(config, dtype)}, batch)
+
+
+def largest(program):
+    """Elements of the largest array that a compiled program names."""
+    found = re.findall(r"\w+\[([\d,]+)\]", program)
+    return max(math.prod(int(n) for n in dims.split(",")) for dims in found)
+
+
+def test_packed_training_holds_no_square():
+    T = 8192
+    step, arguments = train_step(T)
+    compiled = jax.jit(step).lower(*arguments).compile()
+    assert largest(compiled.as_text()) < T * T
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * T * T  # one square of float32
+
+
+def test_the_warning_is_met_once(recwarn):
+    """jax 0.11 deprecates the kernel; whoever imports it elsewhere still hears of it."""
+    q, k, v, _ = draw(1, 128, K=1, G=1, H=64)
+    attend_segments(q, k, v, packed([128]), interpret=True)
+    assert not [one for one in recwarn if "deprecated" in str(one.message)]
+    assert attention.__doc__.count("tokamax")
