@@ -26,11 +26,16 @@ from flora_jax.models.hf import to_hf_tensors
 PACKAGES = ("torch", "transformers", "peft")
 
 
+def absent() -> list[str]:
+    """Which of the peer's packages are not installed."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
 def check_peer() -> None:
     """Raises UserError unless the peer can be run here."""
-    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if absent:
-        raise UserError(f"--peer peft needs {' and '.join(absent)}; pip install -e '.[test]' brings them")
+    missing = absent()
+    if missing:
+        raise UserError(f"--peer peft needs {' and '.join(missing)}; pip install -e '.[test]' brings them")
     if jax.default_backend() == "gpu":
         import torch
 

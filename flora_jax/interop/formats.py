@@ -247,11 +247,11 @@ def _write_transformers(trained: Trained, directory: Path, dtype: Any) -> dict[s
     write_shards(directory, shapes, dtype, tensors())
     for file in sorted(_REMOTE_CODE.glob("*.py")):
         shutil.copyfile(file, directory / file.name)
-    _write_model_files(trained, directory, dtype, **_remote_config(adapter_config))
+    _write_model_files(trained, directory, dtype, **remote_config(adapter_config))
     return {}
 
 
-def _remote_config(adapter_config: AdapterConfig) -> dict[str, Any]:
+def remote_config(adapter_config: AdapterConfig) -> dict[str, Any]:
     """The fields of config.json that remote_code reads."""
     stream, activation = adapter_config.row.writes == "stream", adapter_config.activation
     products = {

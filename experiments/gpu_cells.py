@@ -1,0 +1,430 @@
+"""The cells of `experiments.gpu_report` that run in JAX, each in a process of its own.
+
+    python -m experiments.gpu_cells latency --preset llama3.2-1b --method ffba --out ffba.json
+
+Weights are random and made on the device; no network and no data are needed. Each writes one JSON
+object with the device's name, the versions and its own command. torch's side is in
+`experiments.gpu_peers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
+from flora_jax.files import read_json, write_json
+
+SCHEMA_VERSION = 1
+NO_MERGER = "_no_dot_merger"  # behind a method's name: timed without XLA's dot merger
+IN_GRAPH = "_loop_in_graph"  # behind a method's name: the loop over tokens in a CUDA graph, too
+# XLA puts what a step launches into graphs by itself, but not the loop around it.
+_LOOP_IN_GRAPH = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,"
+    "CONDITIONAL,WHILE",
+    "xla_gpu_graph_min_graph_size": 1,
+}
+_TESTS_LIMIT = 60  # seconds for one test
+
+
+def device_rates() -> dict[str, float]:
+    """What the device does at best: GB/s of a large copy, bytes read and written both counted, and
+    TFLOP/s of a large product of bfloat16 matrices; medians of ten."""
+    import jax
+    import jax.numpy as jnp
+
+    on_cpu = jax.default_backend() == "cpu"
+    elements, width = (2**26, 512) if on_cpu else (2**30, 8192)  # 4 GiB on a GPU
+
+    def seconds(function: Callable[..., Any], *arguments: Any) -> float:
+        for _ in range(3):
+            jax.block_until_ready(function(*arguments))
+        taken = []
+        for _ in range(10):
+            start = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken)
+
+    copied = jnp.arange(elements, dtype=jnp.float32)
+    copying = seconds(jax.jit(lambda x: x + 1), copied)
+    nbytes = copied.nbytes
+    del copied
+    a, b = (jax.random.normal(jax.random.key(i), (width, width), jnp.bfloat16) for i in range(2))
+    multiplying = seconds(jax.jit(jnp.matmul), a, b)
+    return {
+        "copy_bytes": 2 * nbytes,
+        "copy_gb_per_s": 2 * nbytes / copying / 1e9,
+        "bf16_product": width,
+        "bf16_tflop_per_s": 2 * width**3 / multiplying / 1e12,
+    }
+
+
+def device(args: argparse.Namespace) -> dict[str, Any]:
+    """Device, driver, and what it does at best."""
+    fields = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        driver = dict(zip(fields.split(","), said.splitlines()[0].split(", "), strict=False))
+    except (OSError, subprocess.CalledProcessError):
+        driver = {}
+    return {"driver": driver, **device_rates()}
+
+
+def tests(args: argparse.Namespace) -> dict[str, Any]:
+    """`pytest -m gpu`: what passed, failed and was skipped, and why."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
+        start = time.perf_counter()
+        # What fails is in the result; only what keeps pytest from running ends this cell.
+        done = subprocess.run([*command, f"--junitxml={file}"], check=False)
+        if done.returncode not in (0, 1, 5):
+            raise RuntimeError(f"pytest ended with {done.returncode}")
+        cases = list(ElementTree.parse(file).getroot().iter("testcase"))
+    of = lambda kind: [case for case in cases if case.find(kind) is not None]  # noqa: E731
+    failed = [*of("failure"), *of("error")]
+    return {
+        "seconds": time.perf_counter() - start,
+        "passed": len(cases) - len(failed) - len(of("skipped")),
+        "failed": len(failed),
+        "skipped": len(of("skipped")),
+        "failures": {
+            case.get("name"): (case.find("failure") or case.find("error")).get("message", "")[:500]
+            if (case.find("failure") or case.find("error")) is not None
+            else ""
+            for case in failed
+        },
+        "slowest": {
+            case.get("name"): float(case.get("time"))
+            for case in sorted(cases, key=lambda case: -float(case.get("time")))[:5]
+        },
+    }
+
+
+def _variant(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The way of serving that --method names, and XLA's options for it."""
+    from flora_jax.analysis.variants import NO_DOT_MERGER
+
+    for ending, options in ((NO_MERGER, NO_DOT_MERGER), (IN_GRAPH, _LOOP_IN_GRAPH)):
+        if args.method.endswith(ending):
+            return args.method.removesuffix(ending), options
+    return args.method, {}
+
+
+def _served(args: argparse.Namespace, names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """The architecture, and `(model, params, size)` by name of ways of serving it."""
+    import jax
+
+    from flora_jax.analysis import comparison
+    from flora_jax.models.config import LlamaConfig
+    from flora_jax.models.llama import abstract_base, init_base
+
+    config = LlamaConfig.preset(args.preset)
+    configs = comparison.adapter_configs(names, config, args.rank, equal_parameters=True)
+    sizes = comparison.sizes(config, abstract_base(config, args.dtype), configs)
+    base = init_base(jax.random.key(0), config, args.dtype)
+    built = {}
+    for name, adapter_config in configs.items():
+        built[name] = (*comparison.build(name, base, config, adapter_config), sizes[name])
+        jax.block_until_ready(built[name][1])
+    return config, built
+
+
+def latency(args: argparse.Namespace) -> dict[str, Any]:
+    """TTFT and TPOT of one way of serving, the merged base in every round, milliseconds."""
+    from flora_jax.analysis.timing import Contestant, Setting, compile_programs, interleave
+
+    name, options = _variant(args)
+    config, built = _served(args, list(dict.fromkeys(["base", name])))
+    setting = Setting(args.prompt_length, args.batch_size, args.new_tokens)
+    prompts, contestants, compiled = setting.prompts(config), {}, {}
+    for who, label, extra in (("base", "base", {}), ("own", name, options)):
+        model, params, _ = built[label]
+        if who == "own" and label == "base" and not options:
+            programs = compiled["base"]
+        else:
+            programs = compile_programs(model, params, setting, options=extra)
+        compiled[who] = programs
+        contestants[who] = Contestant(programs, params, prompts, prefills=args.rounds + 1)
+        contestants[who].warm_up()
+        contestants[who]()  # once unseen: clocks rise
+    rounds = list(interleave(contestants, args.rounds))
+    ms = lambda who, i: [1e3 * one[who][i] for one in rounds]  # noqa: E731
+    size = built[name][2]
+    return {
+        "method": args.method,
+        "rank": size.rank,
+        "parameters": size.parameters,
+        "prompt_length": args.prompt_length,
+        "batch_size": args.batch_size,
+        "new_tokens": args.new_tokens,
+        "tpot_ms": ms("own", 1),
+        "base_tpot_ms": ms("base", 1),
+        "ttft_ms": ms("own", 0),
+        "base_ttft_ms": ms("base", 0),
+        "bytes": size.read_bytes / built["base"][2].read_bytes,
+        "read_bytes": size.read_bytes,
+        "compile_seconds": {who: one.compile_seconds for who, one in compiled.items()},
+        "compile_cached": {who: one.cached for who, one in compiled.items()},
+        "xla_options": options,
+    }
+
+
+def profile(args: argparse.Namespace) -> dict[str, Any]:
+    """One decode step by kernel, and whether XLA ran it in CUDA graphs."""
+    from flora_jax.analysis import kernel_profile
+    from flora_jax.analysis.timing import Setting, compile_programs
+
+    name, options = _variant(args)
+    config, built = _served(args, [name])
+    model, params, size = built[name]
+    setting = Setting(args.prompt_length, args.batch_size, args.new_tokens)
+    prompts, steps = setting.prompts(config), args.new_tokens - 2
+    found = {}
+    for graphs in (False, True):
+        extra = options | (kernel_profile.GRAPHS_TOO if graphs else {})
+        programs = compile_programs(model, params, setting, options=extra)
+        programs.run(params, prompts)
+        state, _ = programs.start(params, prompts)
+        state, _ = programs.go_on(params, state, 2)
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            with kernel_profile.traced(Path(folder)):
+                _, tpot = programs.go_on(params, state, args.new_tokens)
+            found[graphs] = {"seconds": time.perf_counter() - start, "tpot_ms": 1e3 * tpot}
+            if graphs:
+                found[graphs]["graph_launches"] = kernel_profile.graph_launches(Path(folder)) / steps
+            else:
+                events = kernel_profile.device_events(Path(folder))
+    summary = kernel_profile.summarise(events, steps, config.num_hidden_layers)
+    print(kernel_profile.table(summary))
+    return {
+        "method": args.method,
+        "rank": size.rank,
+        "prompt_length": args.prompt_length,
+        "batch_size": args.batch_size,
+        "read_bytes": size.read_bytes,
+        "profiled_tpot_ms": found[False]["tpot_ms"],
+        "graphs_tpot_ms": found[True]["tpot_ms"],
+        "graph_launches_a_step": found[True]["graph_launches"],
+        **summary,
+    }
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Optimizer steps on packed rows: tokens/s, peak memory, share of the device's product rate."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from flora_jax.adapters import init_adapter
+    from flora_jax.analysis import comparison
+    from flora_jax.models.config import LlamaConfig
+    from flora_jax.models.llama import Llama, init_base
+    from flora_jax.training.step import TrainState, make_train_step
+
+    config = LlamaConfig.preset(args.preset)
+    own = comparison.adapter_configs(["ffba"], config, args.rank, equal_parameters=True)["ffba"]
+    full = args.method == "fft"
+    if not full:
+        own = comparison.adapter_configs([args.method], config, args.rank, True)[args.method]
+    batch = packed_batch(args.rows, args.length, config.vocab_size)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
+    # What trains is float32, as in flora_jax.train.
+    base = init_base(jax.random.key(0), config, jnp.float32 if full else args.dtype)
+    trainable = {"params": base} if full else {"adapter": init_adapter(jax.random.key(1), config, own)}
+    frozen = {} if full else {"params": base}
+    state = TrainState(
+        jnp.zeros((), jnp.int32), trainable, jax.jit(optimizer.init)(trainable), jax.random.key(2)
+    )
+    dtype = jnp.dtype(args.dtype)
+    model = Llama(config, None if full else own, dtype=dtype, param_dtype=dtype, remat=args.remat)
+    chunk = args.rows * args.length if jax.default_backend() == "cpu" else 4096
+    step = jax.jit(make_train_step(model, optimizer, chunk_tokens=chunk), donate_argnums=0)
+    del base, trainable
+    taken, losses = [], []
+    start = time.perf_counter()
+    for _ in range(3 + args.rounds):
+        begin = time.perf_counter()
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+        taken.append(time.perf_counter() - begin)
+    tokens = args.rows * args.length
+    seconds = statistics.median(taken[3:])
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    count = matmul_parameters(config)
+    # Forward, and backward to the activations; to the weights only where they train.
+    flops = (6 if full else 4) * count
+    rate = device_rates()["bf16_tflop_per_s"]
+    return {
+        "method": args.method,
+        "rank": None if full else own.rank,
+        "rows": args.rows,
+        "length": args.length,
+        "remat": args.remat,
+        "first_step_seconds": taken[0],
+        "step_seconds": taken[3:],
+        "tokens_per_second": tokens / seconds,
+        "losses": losses,
+        "peak_gb": None if memory is None else memory / 1e9,
+        "flops_per_token": flops,
+        "bf16_tflop_per_s": rate,
+        "share_of_product_rate": flops * tokens / seconds / 1e12 / rate,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def matmul_parameters(config: Any) -> int:
+    """Numbers in the matrices that every token is multiplied with, the unembedding among them."""
+    layer = sum(d_in * d_out for d_in, d_out in config.widths.values())
+    return config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
+
+
+def packed_batch(rows: int, length: int, vocabulary: int) -> dict[str, Any]:
+    """Random tokens in rows of four segments, all counted in the loss."""
+    import numpy as np
+
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (rows, length + 1), dtype=np.int32)
+    place = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    size = -(-length // 4)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": np.ones((rows, length), np.float32),
+        "segment_ids": place // size + 1,
+        "positions": place % size,
+    }
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    """Launches a layer as XLA plans them without the device, beside those of the profiles."""
+    from flora_jax.adapters import AdapterConfig
+    from flora_jax.analysis.launch_plan import MODES, TARGETS, plan_model
+    from flora_jax.analysis.variants import get_variant
+    from flora_jax.launches import require_compiler
+    from flora_jax.models.config import LlamaConfig
+
+    if args.target not in TARGETS:
+        raise UserError(f"--target {args.target!r} is unknown; {near_misses(args.target, TARGETS)}")
+    config, rows = LlamaConfig.preset(args.preset), []
+    real = {}
+    for file in sorted(args.results.glob(f"profile-{args.preset}-*.json")):
+        one = read_json(file)
+        real[one["method"]] = one
+    try:
+        require_compiler()
+    except UserError as error:
+        return {"left_out": str(error), "rows": []}
+    for name in args.methods.split(","):
+        method = get_variant(name).method
+        rank = real.get(name, {}).get("rank") or args.rank
+        own = None if method is None else AdapterConfig(method, rank)
+        for mode in MODES:
+            settings = {"target": args.target, "mode": mode, "batch": args.batch_size}
+            layer = plan_model(name, config, own, dtype=args.dtype, **settings)["layer"]
+            planned = f"planned, {mode}"
+            rows.append({"method": name, "mode": planned, "launches_a_layer": layer["launches"]})
+        if name in real:  # whose share of what runs once a step is small
+            launches = real[name]["events"] / real[name]["layers"]
+            rows.append({"method": name, "mode": "measured", "launches_a_layer": launches})
+    return {"target": args.target, "batch_size": args.batch_size, "rows": rows}
+
+
+CELLS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "device": device,
+    "tests": tests,
+    "latency": latency,
+    "profile": profile,
+    "train": train,
+    "plan": plan,
+}
+
+
+def parser(cells: Sequence[str], prog: str, what: str) -> CommandParser:
+    """The flags of a cell."""
+    out = CommandParser(prog=prog, description=what)
+    out.add_argument("cell", help=" or ".join(cells))
+    out.add_argument("--preset", default="llama3.2-1b", help="architecture")
+    out.add_argument("--method", default="base", help="way of serving, or method to train")
+    out.add_argument("--methods", default="base,lora,ffba", help="of plan, comma-separated")
+    out.add_argument("--rank", type=int, default=32, help="of ffba; others at equal parameters")
+    out.add_argument("--dtype", default="bfloat16")
+    out.add_argument("--prompt_length", type=int, default=128)
+    out.add_argument("--batch_size", type=int, default=1)
+    out.add_argument("--new_tokens", type=int, default=129)
+    out.add_argument("--rounds", type=int, default=10)
+    out.add_argument("--rows", type=int, default=8, help="of a training batch")
+    out.add_argument("--length", type=int, default=1024, help="of a training row")
+    out.add_argument("--remat", default="products")
+    out.add_argument("--target", default="h100", help="of plan")
+    out.add_argument("--results", type=Path, help="of plan: folder with the profiles")
+    out.add_argument("--out", type=Path, required=True, help="the JSON file")
+    return out
+
+
+def write(
+    args: argparse.Namespace,
+    module: str,
+    argv: list[str],
+    result: dict[str, Any],
+    packages: tuple[str, ...] = (),
+) -> None:
+    """The cell's file: the result, and where and with what it was measured."""
+    from flora_jax.analysis.provenance import provenance
+
+    about = provenance(module, [*argv[:-2], "--out", args.out.name], packages)
+    common = {
+        "schema_version": SCHEMA_VERSION,
+        "cell": args.cell,
+        "device": about["device"],
+        "preset": args.preset,
+        "dtype": args.dtype,
+        "versions": about["versions"],
+        "command": about["command"],
+        "date": about["date"],
+        "commit": about["commit"],
+    }
+    write_json(args.out, common | result)
+
+
+def run_cell(
+    cells: dict[str, Callable[[argparse.Namespace], dict[str, Any]]],
+    module: str,
+    what: str,
+    argv: list[str],
+    packages: tuple[str, ...] = (),
+) -> None:
+    """Parses, measures, writes."""
+    args = parser(list(cells), module, what).parse_args(argv)
+    if args.cell not in cells:
+        raise UserError(f"cell {args.cell!r} is unknown; {near_misses(args.cell, cells)}")
+    for flag in ("rank", "prompt_length", "batch_size", "rounds", "rows", "length"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)} must be a positive integer")
+    if args.new_tokens < 4:
+        raise UserError(f"--new_tokens {args.new_tokens} must be at least 4")
+    check_writable(args.out, "--out")
+    write(args, module, argv, cells[args.cell](args), packages)
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    if argv[1:2] == ["plan"]:
+        # A device that is there would be taken for the one that is planned for.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    run_cell(CELLS, "experiments.gpu_cells", __doc__.split("\n")[0], argv[1:])
+
+
+if __name__ == "__main__":
+    run_command(main)

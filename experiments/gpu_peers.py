@@ -1,0 +1,236 @@
+"""The cells of `experiments.gpu_report` that run in torch: transformers, PEFT, our exports.
+
+    python -m experiments.gpu_peers latency --preset llama3.2-1b --method peft --out peft.json
+
+Models have random weights, made on the device; an export's are those of its own code. Each is timed
+eager and compiled with CUDA graphs, as `generate` compiles it: `mode="reduce-overhead"` over a cache
+of fixed size, and the launches of graphs in torch's own profile say whether there were any. JAX
+stays on the CPU here, so that the device is torch's alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from experiments.gpu_cells import matmul_parameters, run_cell
+from flora_jax.errors import UserError, run_command
+
+PACKAGES = ("torch", "transformers", "peft")
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _named() -> dict[str, str]:
+    """The device's name as torch has it, where that is not JAX's."""
+    import torch
+
+    return {"device": torch.cuda.get_device_name(0)} if torch.cuda.is_available() else {}
+
+
+def build(method: str, preset: str, rank: int, dtype: str) -> tuple[Any, int | None]:
+    """A model of random weights on the device, and its adapter's rank: "bare", transformers' Llama;
+    "peft", with PEFT's LoRA; a method of ours, as its export runs it. Equal parameters."""
+    import torch
+    import transformers
+
+    from flora_jax.analysis.comparison import adapter_configs
+    from flora_jax.interop.formats import remote_config
+    from flora_jax.models.config import LlamaConfig
+
+    config = LlamaConfig.preset(preset)
+    fields = {k: v for k, v in config.to_hf().items() if k not in ("model_type", "architectures")}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(_device()):
+            if method in ("bare", "peft"):
+                model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
+                rank_ = None
+            else:
+                from flora_jax.interop.remote_code import configuration_flora_llama as configuration
+                from flora_jax.interop.remote_code import modeling_flora_llama as modeling
+
+                own = adapter_configs([method], config, rank, equal_parameters=True)[method]
+                flora = remote_config(own)["flora"]
+                asked = configuration.FloraLlamaConfig(**fields, flora=flora)
+                model, rank_ = modeling.FloraLlamaForCausalLM(asked), own.rank
+            if method == "peft":
+                import peft
+
+                rank_ = adapter_configs(["lora"], config, rank, equal_parameters=True)["lora"].rank
+                lora = peft.LoraConfig(
+                    r=rank_, lora_alpha=rank_, target_modules=PROJECTIONS, init_lora_weights=False
+                )
+                model = peft.get_peft_model(model, lora)
+    finally:
+        torch.set_default_dtype(before)
+    return model.to(_device(), getattr(torch, dtype)), rank_
+
+
+def _compiled(model: Any) -> tuple[Any, str]:
+    """The decode step compiled, and how: on a CPU, where this only rehearses, by no compiler."""
+    import torch
+
+    torch._dynamo.config.recompile_limit = 64
+    if _device() == "cpu":
+        return torch.compile(model, backend="eager", dynamic=False), "backend=eager"
+    return torch.compile(model, mode="reduce-overhead", dynamic=False), "mode=reduce-overhead"
+
+
+def latency(args: argparse.Namespace) -> dict[str, Any]:
+    """TTFT and TPOT of one model, eager and compiled in turns, milliseconds."""
+    import torch
+    import transformers
+
+    from flora_jax.analysis.peer import time_torch
+    from flora_jax.analysis.timing import Setting, interleave
+    from flora_jax.models.config import LlamaConfig
+
+    model, rank = build(args.method, args.preset, args.rank, args.dtype)
+    model = model.eval()
+    setting = Setting(args.prompt_length, args.batch_size, args.new_tokens)
+    prompts = setting.prompts(LlamaConfig.preset(args.preset))
+    step, how = _compiled(model)
+    slots = args.prompt_length + args.new_tokens
+    static = transformers.StaticCache(config=model.config, max_cache_len=slots)
+
+    def eager(new_tokens: int = args.new_tokens) -> tuple[float, float]:
+        cache = transformers.DynamicCache(config=model.config)
+        return time_torch(model, prompts, new_tokens, cache)
+
+    def compiled(new_tokens: int = args.new_tokens) -> tuple[float, float]:
+        with torch.inference_mode():  # in which the cache is filled
+            static.reset()
+        return time_torch(model, prompts, new_tokens, static, step)
+
+    start = time.perf_counter()
+    eager(4)
+    for _ in range(3):  # compiled, recorded, replayed
+        compiled(4)
+    warm = time.perf_counter() - start
+    rounds = list(interleave({"eager": eager, "compiled": compiled}, args.rounds))
+    ms = lambda who, i: [1e3 * one[who][i] for one in rounds]  # noqa: E731
+    return {
+        **_named(),
+        "method": args.method,
+        "rank": rank,
+        "prompt_length": args.prompt_length,
+        "batch_size": args.batch_size,
+        "new_tokens": args.new_tokens,
+        "tpot_ms": ms("compiled", 1),
+        "eager_tpot_ms": ms("eager", 1),
+        "ttft_ms": ms("compiled", 0),
+        "eager_ttft_ms": ms("eager", 0),
+        "compiled_by": how,
+        "graph_launches_a_step": _graph_launches(lambda: compiled(6)) / 5,
+        "warm_up_seconds": warm,
+    }
+
+
+def _graph_launches(run: Callable[[], Any]) -> int:
+    """CUDA graphs launched in a run, by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU]
+    if _device() == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as found:
+        run()
+    return sum(e.count for e in found.key_averages() if e.key.startswith("cudaGraphLaunch"))
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """PEFT's LoRA in training at its best of these settings: rows a batch, compiled or not."""
+    import torch
+
+    from flora_jax.models.config import LlamaConfig
+
+    config, on_gpu = LlamaConfig.preset(args.preset), _device() == "cuda"
+    settings = [(args.rows, False)]
+    if on_gpu:
+        settings = [(args.rows, False), (args.rows, True), (2 * args.rows, False)]
+    tried = []
+    for rows, compiled in settings:
+        model, rank = build("peft", args.preset, args.rank, args.dtype)
+        model = model.train()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=on_gpu)
+        run = torch.compile(model) if compiled else model
+        shape = (rows, args.length)
+        tokens = torch.randint(0, config.vocab_size, shape, device=_device())
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+
+        def step(run=run, tokens=tokens, trained=trained, optimizer=optimizer) -> float:
+            with torch.autocast(_device(), dtype=getattr(torch, args.dtype), enabled=on_gpu):
+                loss = run(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.item()
+
+        taken = []
+        try:
+            for _ in range(3 + args.rounds):
+                start = time.perf_counter()
+                step()
+                taken.append(time.perf_counter() - start)
+        except torch.OutOfMemoryError:
+            tried.append({"rows": rows, "compiled": compiled, "left_out": "out of memory"})
+            continue
+        finally:
+            del model, run, optimizer, trained
+        peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+        seconds = statistics.median(taken[3:])
+        tried.append({
+            "rows": rows, "compiled": compiled, "first_step_seconds": taken[0],
+            "step_seconds": taken[3:], "tokens_per_second": rows * args.length / seconds,
+            "peak_gb": peak,
+        })  # fmt: skip
+    best = max(tried, key=lambda one: one.get("tokens_per_second", 0.0))
+    flops = 4 * matmul_parameters(config)
+    return {
+        **_named(),
+        "method": "peft",
+        "rank": rank,
+        "length": args.length,
+        "flops_per_token": flops,
+        **best,
+        "tried": tried,
+    }
+
+
+CELLS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "latency": latency,
+    "train": train,
+}
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from flora_jax.analysis.peer import PACKAGES as needed
+    from flora_jax.analysis.peer import absent
+
+    missing = absent()
+    if missing:
+        raise UserError(f"torch's cells need {' and '.join(missing)} (all of {', '.join(needed)})")
+    run_cell(CELLS, "experiments.gpu_peers", __doc__.split("\n")[0], argv[1:], PACKAGES)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,493 @@
+"""All that is to be measured on a GPU, in order of its worth, within the minutes that there are.
+
+    python -m experiments.gpu_report --minutes 9 --out experiments/results/gpu/NAME
+    python -m experiments.gpu_report --minutes 4 --device cpu --preset tiny --out runs/rehearsal
+
+A cell is one measurement in a process of its own, with a limit of its own. Its JSON is written when
+it ends, in a folder named after the device; the same command again, or another start with what this
+one packed (`--resume OUT/report.tar`), repeats none that is there. What crashes or hangs is left
+behind and tried again last. Compiled programs and XLA's choice of kernels are kept in OUT/cache and
+packed, too. Random weights: no network, no data, no weights are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.gpu_cells import IN_GRAPH, NO_MERGER
+from flora_jax.errors import CommandParser, Stopped, UserError, check_writable, run_command
+from flora_jax.files import read_json, write_json
+
+SCHEMA_VERSION = 1
+RESULT, PACKED = "report.json", "report.tar"
+_CLOSING = 15  # seconds kept for the table and the tar
+_LEAST = 8  # seconds under which no cell is begun
+_GRACE = 5  # seconds between asking a cell to end and ending it
+_METHODS = ("base", "lora", "ffba", "ffba_qg_add", "zflora")
+_OTHERS = ("fpa", "pf_lora", "lora_7", "base_7", "ffa", f"lora{NO_MERGER}", f"base{IN_GRAPH}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """name: of its files. command: behind `python -m`, without --out. limit: seconds."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large the cells are: on a GPU, or to rehearse on a CPU."""
+
+    presets: tuple[str, ...]
+    dtype: str
+    rank: int
+    prompt_length: int
+    new_tokens: int
+    rounds: int
+    rows: int
+    length: int
+    settings: tuple[tuple[int, int], ...]  # batch size and prompt length of the wider table
+    banks: tuple[str, int]  # adapters, batch size
+    patience: float  # of the cells' limits, which are for a GPU
+
+
+GPU = Scale(
+    presets=("llama3.2-1b", "llama3.2-3b"),
+    dtype="bfloat16",
+    rank=32,
+    prompt_length=128,
+    new_tokens=129,
+    rounds=10,
+    rows=8,
+    length=1024,
+    settings=((8, 512), (32, 512), (8, 2048), (32, 2048), (1, 512), (1, 2048)),
+    banks=("1,4,16", 32),
+    patience=1.0,
+)
+CPU = Scale(
+    presets=("tiny",),
+    dtype="float32",
+    rank=8,
+    prompt_length=8,
+    new_tokens=5,
+    rounds=2,
+    rows=2,
+    length=64,
+    settings=((2, 16),),
+    banks=("1,2", 2),
+    patience=0.25,
+)
+
+
+def cells(scale: Scale, results: Path) -> list[Cell]:
+    """All cells, the most wanted first; `results`: where those of this device are."""
+    first = scale.presets[0]
+    sizes = ("--dtype", scale.dtype, "--rank", str(scale.rank))
+    rounds = ("--rounds", str(scale.rounds))
+
+    def measure(
+        kind: str, preset: str, method: str, batch: int, prompt: int, limit: int, module: str = "cells"
+    ) -> Cell:
+        where = f"{preset}-{method}" + (f"-b{batch}-p{prompt}" if kind == "latency" else "")
+        what = {"cells": kind, "peers": f"torch_{kind}"}[module]
+        asked = ("--batch_size", str(batch), "--prompt_length", str(prompt))
+        command = (f"experiments.gpu_{module}", kind, "--preset", preset, "--method", method, *sizes)
+        tokens = ("--new_tokens", str(scale.new_tokens))
+        return Cell(f"{what}-{where}", (*command, *rounds, *asked, *tokens), limit)
+
+    def train(method: str, module: str = "cells") -> Cell:
+        name = ("torch_train" if module == "peers" else "train") + f"-{first}-{method}"
+        batch = ("--rows", str(scale.rows), "--length", str(scale.length))
+        command = (f"experiments.gpu_{module}", "train", "--preset", first, "--method", method)
+        return Cell(name, (*command, *sizes, *rounds, *batch), 240)
+
+    def plain(module: str, preset: str, *flags: str) -> tuple[str, ...]:
+        return (module, "--model", "random", "--preset", preset, *sizes, *rounds, *flags)
+
+    alone = (1, scale.prompt_length)
+    out = [
+        Cell("device", ("experiments.gpu_cells", "device"), 60),
+        Cell("tests", ("experiments.gpu_cells", "tests"), 240),
+    ]
+    for preset in scale.presets:
+        limit = 150 if preset == first else 240
+        out += [measure("latency", preset, method, *alone, limit) for method in _METHODS]
+        out += [measure("profile", preset, method, *alone, limit) for method in ("base", "lora", "ffba")]
+        out += [measure("latency", preset, method, *alone, limit) for method in _OTHERS]
+    # Theirs stand between two of ours.
+    ours = measure("latency", first, "ffba", *alone, 150)
+    again = dataclasses.replace(ours, name=ours.name.replace("ffba", "ffba_again"))
+    theirs = [
+        measure("latency", first, method, *alone, 240, "peers")
+        for method in ("peft", "bare", "ffba", "zflora")
+    ]
+    out += [theirs[0], again, *theirs[1:]]
+    out += [train("lora"), train("ffba"), train("peft", "peers"), train("fft")]
+    plan = ("experiments.gpu_cells", "plan", "--preset", first, *sizes, "--results", str(results))
+    out.append(Cell(f"plan-{first}", plan, 240))
+    out += [
+        measure("latency", first, method, *setting, 150)
+        for setting in scale.settings
+        for method in _METHODS
+    ]
+    adapters, batch = scale.banks
+    few = ("--prompt_length", str(scale.prompt_length), "--new_tokens", str(scale.new_tokens))
+    bank = plain("experiments.bank", first, *few, "--adapters", adapters, "--batch_size", str(batch))
+    out.append(Cell(f"bank-{first}", bank, 300))
+    out.append(Cell(f"switching-{first}", plain("experiments.switching", first), 180))
+    patient = [dataclasses.replace(cell, limit=round(scale.patience * cell.limit)) for cell in out]
+    assert len({cell.name for cell in patient}) == len(patient)
+    return patient
+
+
+# ----------------------------------------------------------------------------------- running
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a cell and whatever it has started."""
+    for number, wait in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(wait)
+            return
+
+
+def run_cell(cell: Cell, results: Path, logs: Path, seconds: float, environment: Mapping[str, str]) -> str:
+    """Runs a cell for at most `seconds`: "done", or what became of it. Its JSON is there only where
+    it is done, its output in the logs."""
+    out, log = results / f"{cell.name}.json", logs / f"{cell.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", *cell.command, "--out", str(out)]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=dict(environment),
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s"
+        finally:
+            _end(process)
+    if code == 0 and out.is_file():
+        return "done"
+    last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+    return f"ended with {code}: {''.join(last)[:200]}"
+
+
+def run_cells(
+    asked: Sequence[Cell],
+    results: Path,
+    logs: Path,
+    deadline: float,
+    environment: Mapping[str, str],
+    before: Mapping[str, str],
+) -> Iterator[tuple[Cell, str]]:
+    """Yields each cell with what became of it; those done are not run, those that failed `before`
+    (or now) come last and once. deadline: of `time.monotonic()`."""
+    waiting = [cell for cell in asked if not (results / f"{cell.name}.json").is_file()]
+    tried = [cell for cell in waiting if cell.name in before]
+    fresh = [cell for cell in waiting if cell.name not in before]
+    for cell in asked:
+        if cell not in waiting:
+            yield cell, "done"
+    for cell in [*fresh, *tried]:
+        left = deadline - time.monotonic()
+        if left < _LEAST:
+            yield cell, "not begun"
+            continue
+        said = run_cell(cell, results, logs, min(cell.limit, left), environment)
+        if said.startswith("stopped") and left < cell.limit:
+            said = "out of time"  # which says nothing against it
+        yield cell, said
+
+
+def environment(device: str, cache: Path) -> dict[str, str]:
+    """Of a cell: where JAX, XLA and torch keep what they compiled and chose."""
+    keep = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        # XLA's choice of kernels goes beside the programs.
+        "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "xla_gpu_per_fusion_autotune_cache_dir",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "torchinductor"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    out = {**os.environ, **keep}
+    if device == "cpu":
+        out |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return out
+
+
+def device_kind(device: str, environment: Mapping[str, str]) -> str:
+    """The device's own name. Raises UserError where JAX has no GPU and one is asked for."""
+    ask = "import jax; d = jax.devices()[0]; print(); print(d.platform, d.device_kind, sep='|')"
+    done = subprocess.run(
+        [sys.executable, "-c", ask], env=dict(environment), capture_output=True, text=True
+    )
+    platform, _, kind = done.stdout.strip().splitlines()[-1].partition("|") if done.stdout else ("",) * 3
+    if done.returncode or platform != device:
+        found = f"JAX finds {kind or 'none'}"
+        raise UserError(f"--device {device}: {found}; --device cpu rehearses the report anywhere")
+    return kind
+
+
+# --------------------------------------------------------------------------------- the table
+
+
+def table(results: Path, said: Mapping[str, str]) -> str:
+    """The Markdown of what is there: times beside the merged base, both readings of the paper's
+    claim, the other cells in a line each, and what was not measured."""
+    from flora_jax.analysis.timing import claims, paired_ratio
+
+    found = {file.stem: read_json(file) for file in sorted(results.glob("*.json"))}
+    rates = found.get("device", {})
+    lines = [f"# GPU report: {results.name}\n"]
+    if rates:
+        versions = ", ".join(f"{name} {version}" for name, version in rates["versions"].items())
+        lines.append(f"{rates['device']}; driver {rates['driver'].get('driver_version', '–')}; {versions}; "
+                     f"{rates['date']}  \ncopies {rates['copy_gb_per_s']:.0f} GB/s (read and written), "
+                     f"multiplies {rates['bf16_tflop_per_s']:.0f} TFLOP/s in bfloat16\n")  # fmt: skip
+    timed = [one for name, one in found.items() if name.startswith("latency-")]
+    places = dict.fromkeys((o["preset"], o["batch_size"], o["prompt_length"]) for o in timed)
+    for preset, batch, prompt in places:
+        here = [o for o in timed if (o["preset"], o["batch_size"], o["prompt_length"]) == (preset, batch, prompt)]
+        ratios = {id(o): paired_ratio(o["tpot_ms"], o["base_tpot_ms"]) for o in here}
+        loras = [ratios[id(o)]["median"] for o in here if o["method"] == "lora"]
+        lines.append(f"## {preset}, batch {batch}, prompt {prompt}\n")
+        lines.append("| | rank | bytes | TPOT ms | over the base | TTFT | less than LoRA | of LoRA's overhead | "
+                     "of the bandwidth |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+        for one in sorted(here, key=lambda one: ratios[id(one)]["median"]):
+            ratio, tpot = ratios[id(one)], statistics.median(one["tpot_ms"])
+            low, high = ratio["quartiles"]
+            ttft = paired_ratio(one["ttft_ms"], one["base_ttft_ms"])["median"]
+            beside = claims(ratio["median"], loras[0]) if loras and one["rank"] else {}
+            share = one["read_bytes"] / tpot / 1e6 / rates["copy_gb_per_s"] if rates else None
+            lines.append("| " + " | ".join([
+                one["method"], str(one["rank"] or "–"), f"{one['bytes']:.3f}", f"{tpot:.3f}",
+                f"{ratio['median']:.3f} [{low:.3f}, {high:.3f}]", f"{ttft:.3f}",
+                _percent(beside.get("less_than_lora")), _percent(beside.get("overhead_removed")),
+                _percent(share),
+            ]) + " |")  # fmt: skip
+        lines.append("")
+    lines += _other_lines(found)
+    missing = {name: what for name, what in said.items() if what != "done"}
+    if missing:
+        lines += ["\n## Not measured\n", *(f"- {name}: {what}" for name, what in missing.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def _other_lines(found: Mapping[str, Any]) -> list[str]:
+    """A line for each cell that is no row of the tables."""
+    lines = ["## Other cells\n"]
+    for name, one in found.items():
+        say = next((say for start, say in _SAID.items() if name.startswith(start)), None)
+        if say is not None:
+            lines.append(f"- {name}: {say(one)}")
+    return lines
+
+
+def _of_torch(one: dict[str, Any]) -> str:
+    graphs = f"{one['graph_launches_a_step']:.1f} graphs a token"
+    compiled = f"{statistics.median(one['tpot_ms']):.3f} ms a token ({one['compiled_by']}, {graphs})"
+    return f"{compiled}, eager {statistics.median(one['eager_tpot_ms']):.3f}"
+
+
+def _of_profile(one: dict[str, Any]) -> str:
+    step = f"{one['events']:.0f} launches a step, busy {one['busy_us']:.0f} µs"
+    graphs = f"{one['graph_launches_a_step']:.1f} CUDA graphs a step"
+    return f"{step}, gaps {one['gap_us']:.0f} µs, {graphs}"
+
+
+def _of_training(one: dict[str, Any]) -> str:
+    peak = "–" if one["peak_gb"] is None else f"{one['peak_gb']:.1f} GB"
+    said = f"{one['tokens_per_second']:.0f} tokens/s, peak {peak}"
+    share = one.get("share_of_product_rate")
+    return said if share is None else f"{said}, {_percent(share)} of the product rate"
+
+
+def _of_tests(one: dict[str, Any]) -> str:
+    counts = f"{one['passed']} passed, {one['failed']} failed, {one['skipped']} skipped"
+    return f"{counts} in {one['seconds']:.0f} s"
+
+
+def _of_plan(one: dict[str, Any]) -> str:
+    if not one["rows"]:
+        return one["left_out"]
+    counts = (f"{row['method']} {row['mode']} {row['launches_a_layer']:.1f}" for row in one["rows"])
+    return f"launches a layer: {'; '.join(counts)}"
+
+
+def _of_table(one: dict[str, Any]) -> str:
+    return "its table is beside its JSON"
+
+
+# What is said of a cell, by the start of its name.
+_SAID = {
+    "torch_latency": _of_torch,
+    "profile": _of_profile,
+    "train": _of_training,
+    "torch_train": _of_training,
+    "tests": _of_tests,
+    "plan": _of_plan,
+    "bank": _of_table,
+    "switching": _of_table,
+}
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+def pack(out: Path) -> Path:
+    """OUT/report.tar: results, logs and caches, whole or not at all."""
+    target, half = out / PACKED, out / f".{PACKED}.unfinished"
+    with tarfile.open(half, "w") as tar:
+        for path in sorted(out.iterdir()):
+            if path.name not in (target.name, half.name):
+                tar.add(path, arcname=path.name)
+    half.replace(target)
+    return target
+
+
+def unpack(file: Path, out: Path) -> None:
+    """What another start has packed, into OUT; what is there already stays. Raises UserError."""
+    try:
+        with tarfile.open(file) as tar:
+            members = tar.getmembers()
+            if RESULT not in {member.name for member in members}:
+                raise UserError(f"--resume {file} holds no {RESULT}; give what a report has packed")
+            for member in members:
+                if not (out / member.name).exists():
+                    tar.extract(member, out, filter="data")
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"--resume {file} cannot be unpacked ({error})") from None
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="experiments.gpu_report", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, required=True, help="all of it ends within them")
+    parser.add_argument("--out", type=Path, required=True, help="new, empty, or of this very command")
+    parser.add_argument("--resume", type=Path, help="report.tar of an earlier start")
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--preset", help="one architecture in place of the device's own")
+    parser.add_argument("--rank", type=int, help="of ffba; others at equal parameters")
+    parser.add_argument("--cells", default="*", help="patterns of names, comma-separated")
+    return parser
+
+
+def _check(args: Namespace) -> tuple[Scale, dict[str, Any]]:
+    """The cells' sizes, and what must be alike in all starts of a report."""
+    from flora_jax.models.config import LlamaConfig
+
+    if not args.minutes > 0:
+        raise UserError(f"--minutes {args.minutes} must be a positive number")
+    scale = GPU if args.device == "gpu" else CPU
+    if args.preset:
+        LlamaConfig.preset(args.preset)
+        scale = dataclasses.replace(scale, presets=(args.preset,))
+    if args.rank is not None:
+        if args.rank < 1:
+            raise UserError(f"--rank {args.rank} must be a positive integer")
+        scale = dataclasses.replace(scale, rank=args.rank)
+    return scale, {"presets": list(scale.presets), "rank": scale.rank}
+
+
+def _open(args: Namespace, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The report that OUT holds, of the same arguments; an empty one where it is new."""
+    check_writable(args.out / RESULT, "--out")
+    new = not args.out.exists() or not any(args.out.iterdir())
+    if not new and not (args.out / RESULT).is_file():
+        raise UserError(f"--out {args.out} is not empty and has no {RESULT}; name a new directory")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.resume:
+        unpack(args.resume, args.out)
+    if not (args.out / RESULT).is_file():
+        return {"schema_version": SCHEMA_VERSION, "arguments": arguments, "failed": {}}
+    report = read_json(args.out / RESULT)
+    if report.get("arguments") != arguments:
+        raise UserError(f"--out {args.out} holds a report of {report.get('arguments')}, asked for now is "
+                        f"{arguments}; name another directory")  # fmt: skip
+    return report
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Signals that would end this process raise Stopped inside, so that its cell ends with it."""
+
+    def stop(number: int, _: Any) -> None:
+        raise Stopped(f"stopped by {signal.Signals(number).name}; the same command goes on")
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    start = time.monotonic()
+    args = _parser().parse_args(argv[1:])
+    scale, arguments = _check(args)
+    report = _open(args, arguments)
+    around = environment(args.device, args.out.absolute() / "cache")
+    kind = device_kind(args.device, around)
+    slug = re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_")
+    results, logs = args.out / slug, args.out / "logs" / slug
+    results.mkdir(parents=True, exist_ok=True)
+    patterns = args.cells.split(",")
+    asked = [c for c in cells(scale, results) if any(fnmatch.fnmatch(c.name, p) for p in patterns)]
+    if not asked:
+        names = ", ".join(cell.name for cell in cells(scale, results))
+        raise UserError(f"--cells {args.cells} is the name of none; known: {names}")
+    deadline = start + 60 * args.minutes - _CLOSING
+    failed = report["failed"].setdefault(slug, {})
+    said: dict[str, str] = {}
+
+    write_json(args.out / RESULT, report)
+    try:
+        with _stoppable():
+            for cell, what in run_cells(asked, results, logs, deadline, around, dict(failed)):
+                said[cell.name] = what
+                failed.pop(cell.name, None)
+                if what not in ("done", "not begun", "out of time"):
+                    failed[cell.name] = what
+                write_json(args.out / RESULT, report)
+                left = (deadline - time.monotonic()) / 60
+                counted = f"{len(said)} of {len(asked)}"
+                line = f"{counted}  {cell.name}: {what}; {left:.1f} minutes left"
+                print(line, file=sys.stderr, flush=True)
+    finally:
+        text = table(results, {cell.name: said.get(cell.name, "not begun") for cell in asked})
+        (results / "report.md").write_text(text, encoding="utf-8")
+        packed = pack(args.out)
+        print(text)
+        print(f"{packed}: {packed.stat().st_size / 1e6:.1f} MB", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
