@@ -40,6 +40,8 @@ setup(
     name="flora_jax",
     version="0.1.0",
     description="FLoRA: fused forward-backward adapters for parameter-efficient fine-tuning of Llamas, in JAX",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["flora_jax", "flora_jax.*"]),
     package_data={"flora_jax.interop": ["remote_code/*.py"]},

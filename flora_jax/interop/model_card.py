@@ -40,7 +40,6 @@ def model_card(
     trained: Trained,
     report: Mapping[str, Any],
     *,
-    licence: str | None,
     command: str,
     versions: Mapping[str, str],
     summary: Mapping[str, Any],
@@ -49,6 +48,7 @@ def model_card(
     """Markdown with the hub's header. report: of the export; command: "" for an export from Python; summary: of the
     run, as `eval.json` has it, {} if there is none; quantised: what the base's weights were before they were floats."""
     adapter, logits = trained.adapter_config, report["logits"]
+    licence = trained.licence.name
     published = re.fullmatch(r"[\w.-]+/[\w.-]+", trained.base_model) is not None
     base = trained.base_model if published else Path(trained.base_model).name  # no path of this machine
     header = ModelCardData(
@@ -77,15 +77,17 @@ def model_card(
     if command:
         rows.append(("command", f"`{command}`"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    meta = trained.licence.meta
+    built = f"**{meta.built}**\n\n" if meta and meta.built else ""
     table = "\n".join(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows)
     load = _LOAD[report["format"]].format(where=base if published and not quantised else "PATH_OF_THE_BASE")
     return f"""---
 {header.to_yaml()}
 ---
 
-# {base}, fine-tuned with {adapter.method}
+# {trained.licence.title(base)}, fine-tuned with {adapter.method}
 
-| | |
+{built}| | |
 |---|---|
 {table}
 

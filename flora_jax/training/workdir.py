@@ -19,9 +19,9 @@ SCHEMA_VERSION = 1
 # Fields that a resumed run may change: they do not enter its numbers, or by rounding alone. (eval.tasks does: training
 # records that are also in those tests are dropped. distributed.processes does: each process reads its share of the
 # data.)
-FREE_FIELDS = ("mesh.", "model.remat", "distributed.coordinator", "distributed.process_id", "eval.protocol",
-               "eval.published_faults", "eval.limit", "eval.batch_size", "eval.max_length", "data.cache_dir",
-               "train.keep", "train.save_every", "train.log_every")  # fmt: skip
+FREE_FIELDS = ("mesh.", "model.remat", "distributed.auto", "distributed.coordinator", "distributed.process_id",
+               "eval.protocol", "eval.published_faults", "eval.limit", "eval.batch_size", "eval.max_length",
+               "data.cache_dir", "train.keep", "train.save_every", "train.log_every")  # fmt: skip
 
 
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:

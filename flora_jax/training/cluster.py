@@ -1,0 +1,78 @@
+"""Several processes of one run: how they find each other, and none waits for one that failed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flora_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def join(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Starts `jax.distributed` as `config.distributed` says, unless it runs already.
+
+    Returns the configuration with the number of processes that there are. With `auto` that number,
+    the coordinator and this process's place are what JAX reads from Slurm, Open MPI or Kubernetes.
+    Raises UserError where JAX detects no cluster. (JAX itself ends a process whose others do not
+    come in time.)
+    """
+    distributed = config.distributed
+    if not distributed.auto and distributed.processes == 1:
+        return config
+    if not jax.distributed.is_initialized():
+        try:
+            if distributed.auto:
+                jax.distributed.initialize()
+            else:
+                jax.distributed.initialize(
+                    distributed.coordinator, distributed.processes, distributed.process_id
+                )
+        except Exception as error:  # of JAX, or of the clients of Kubernetes and MPI that it calls
+            raise UserError(_explain(distributed, error)) from error
+    if distributed.auto:
+        config = copy.deepcopy(config)
+        config.distributed.processes = jax.process_count()
+    return config
+
+
+def _explain(distributed: ml_collections.ConfigDict, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    if not distributed.auto:
+        return f"config.distributed.coordinator={distributed.coordinator!r}: {reason}"
+    return (
+        f"config.distributed.auto=True: JAX finds no cluster to join ({reason}); start each "
+        "process with srun, mpirun or as an indexed Kubernetes job (docs/clusters.md), or set "
+        "config.distributed.coordinator, processes and process_id"
+    )
+
+
+def together(work: Callable[[], T]) -> T:
+    """What `work` returns. Where it raises in one process, it raises in all of them.
+
+    Every process has to call it, and waits in it for the others. Without it the others would wait
+    for the one that failed in their next collective, for minutes.
+    """
+    if not jax.distributed.is_initialized():
+        return work()
+    failed = None
+    try:
+        result = work()
+    except Exception as error:
+        failed = error
+    states = np.ravel(multihost_utils.process_allgather(np.asarray(failed is not None)))
+    if failed is not None:
+        raise failed
+    if states.any():
+        others = ", ".join(str(process) for process in np.flatnonzero(states))
+        raise UserError(
+            f"stopped, since process {others} of {len(states)} was refused; its own line says why"
+        )
+    return result
