@@ -3,7 +3,7 @@
     make wheels
 
 Run by the Python version of that machine. What setup.py asks for is followed package by package. What the machine
-has, and what that needs in turn, is left out: a copy on the PYTHONPATH would come before its own.
+has, at whatever version, is left out, and so is what that needs: a copy on the PYTHONPATH would come before its own.
 """
 
 from __future__ import annotations
@@ -56,15 +56,22 @@ def missing(packages: Packages, root: Requirement, have: Iterable[str]) -> set[s
     return needs(packages, [root], present) - {canonicalize_name(root.name)}
 
 
-def resolve(constraints: Path | None) -> Packages:
+def read_have(lines: Iterable[str]) -> list[str]:
+    """The names in what `pip freeze` prints."""
+    names = [line.partition("==")[0].partition(" @ ")[0].strip() for line in lines]
+    return [name for name in names if name and not name.startswith(("#", "-"))]
+
+
+def resolve() -> Packages:
     """The metadata of this project and of all it needs, at versions that go together."""
     command = [
         sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-",
         f".[{','.join(EXTRAS)}]",
     ]  # fmt: skip
-    if constraints is not None:
-        command += ["--constraint", str(constraints)]
-    report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # pip has said why
+        sys.exit(done.returncode)
+    report = json.loads(done.stdout)
     found = [item["metadata"] for item in report["install"]]
     return {canonicalize_name(metadata["name"]): metadata for metadata in found}
 
@@ -78,13 +85,15 @@ def main(argv: list[str]) -> None:
         parser.error(f"--out {args.out} is not empty; remove it first")
     if args.have is not None and not args.have.is_file():
         parser.error(f"--have {args.have} is no file")
-    have = HAVE.split() if args.have is None else args.have.read_text().split()
-    packages = resolve(args.have)
+    have = read_have(HAVE.split() if args.have is None else args.have.read_text().splitlines())
+    packages = resolve()
     root = Requirement(f"flora_jax[{','.join(EXTRAS)}]")
-    chosen = sorted(missing(packages, root, [name.split("==")[0] for name in have]))
+    chosen = sorted(missing(packages, root, have))
     exact = [f"{name}=={packages[name]['version']}" for name in chosen]
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(args.out)]
-    subprocess.run([*command, *exact], check=True)
+    done = subprocess.run([*command, *exact])
+    if done.returncode:
+        sys.exit(done.returncode)
     size = sum(path.stat().st_size for path in args.out.glob("*.whl"))
     print(f"{args.out}: {len(exact)} wheels, {size / 1e6:.0f} MB: {' '.join(exact)}")
 

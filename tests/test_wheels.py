@@ -2,7 +2,7 @@
 
 from packaging.requirements import Requirement
 
-from experiments.wheels import missing
+from experiments.wheels import missing, read_have
 
 PACKAGES = {
     "ours": {"requires_dist": ["Data_Set>=1", "jax", "win; sys_platform == 'win32'", "puzzles; extra == 'demo'"]},
@@ -20,3 +20,8 @@ def test_what_a_machine_lacks():
     assert missing(PACKAGES, Requirement("ours"), ["jax", "absent"]) == {"data-set", "tree", "speed"}
     everything = {"data-set", "tree", "speed", "jax", "numpy", "shared"}
     assert missing(PACKAGES, Requirement("ours"), []) == everything
+
+
+def test_what_pip_freeze_prints():
+    lines = ["jax==0.11.2", "torch==2.13.0+cu130", "pip @ file:///wheel", "-e /a/clone", "# a comment", "", "numpy"]
+    assert read_have(lines) == ["jax", "torch", "pip", "numpy"]
