@@ -2,10 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+# Python 3.13 where it runs, unless the caller has named another.
+LATEST_PYTHON = $(or $(if $(filter file,$(origin PYTHON)),$(NEWEST)),$(PYTHON))
+NEWEST = $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null)
+# Of the machine that the wheels are for: its Python, and a file of what it has.
+WHEELS_PYTHON ?= python3.12
+HAVE ?=
+
+.PHONY: demo test test-slow test-latest wheels lint clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
+
+.venv-latest/bin/python:
+	$(LATEST_PYTHON) -m venv .venv-latest
 
 # One marker a set of extras, so that each is installed once and again when setup.py changes.
 .venv/.%: setup.py | .venv/bin/python
@@ -22,8 +32,20 @@ test: .venv/.test
 test-slow: .venv/.test
 	$(BIN)/python -m pytest -m slow
 
+# With the newest of everything, looked up each time, in an environment of its own; without torch.
+test-latest: .venv-latest/bin/python
+	.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		--editable '.[test-without-peers]'
+	.venv-latest/bin/python -m pytest -n 2 --dist worksteal
+
+# For a machine without a registry: wheels of what it lacks, compiled here where there is only source.
+wheels:
+	test -x .venv-wheels/bin/python || $(WHEELS_PYTHON) -m venv .venv-wheels
+	.venv-wheels/bin/python -m pip install --quiet --disable-pip-version-check --upgrade packaging pip
+	.venv-wheels/bin/python -m experiments.wheels --out wheels $(if $(HAVE),--have $(HAVE))
+
 lint: .venv/.dev
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-latest .venv-wheels wheels build *.egg-info

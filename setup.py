@@ -30,11 +30,19 @@ RUNTIME = [
 DEMO = ["reasoning-gym>=0.1.20"]
 # Only `python -m flora_jax.harness` imports it, and it needs no torch.
 LM_EVAL = ["lm_eval>=0.4.13"]
-# torch and peft are what our numbers are compared against; nothing at run time imports them.
-TEST = [
-    *DEMO, *LM_EVAL, "hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10", "peft>=0.18",
-    "pytest>=8.0", "pytest-xdist>=3.6", "torch==2.13.0",
+# What our numbers are compared against. Nothing at run time imports them.
+# Tests that need them skip without.
+PEERS = ["peft>=0.18", "torch>=2.9"]
+TEST_WITHOUT_PEERS = [
+    *DEMO, *LM_EVAL, "hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10",
+    "pytest>=8.0", "pytest-xdist>=3.6",
 ]  # fmt: skip
+# From Python 3.12 on the tests bring no peers: torch is gigabytes of CUDA there.
+TEST = [
+    *TEST_WITHOUT_PEERS,
+    "peft>=0.18; python_version < '3.12'",
+    "torch==2.13.0; python_version < '3.12'",
+]
 
 setup(
     name="flora_jax",
@@ -48,11 +56,23 @@ setup(
     install_requires=RUNTIME,
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10"],
+        "cuda13": ["jax[cuda13]>=0.10"],
         "demo": DEMO,
         "lm-eval": LM_EVAL,
+        "peers": PEERS,
         "test": TEST,
-        # Compiles for H100 / A100 on a machine without a GPU or driver.
-        "gpu-plan": ["jax-cuda12-plugin>=0.10", "jax-cuda12-pjrt>=0.10", "nvidia-cuda-nvcc-cu12>=12.9"],
+        "test-without-peers": TEST_WITHOUT_PEERS,
+        # Compile for H100 / A100 on a machine without a GPU or driver, with one CUDA or the other.
+        "gpu-plan": [
+            "jax-cuda12-plugin>=0.10",
+            "jax-cuda12-pjrt>=0.10",
+            "nvidia-cuda-nvcc-cu12>=12.9",
+        ],
+        "gpu-plan-cuda13": [
+            "jax-cuda13-plugin>=0.10",
+            "jax-cuda13-pjrt>=0.10",
+            "nvidia-cuda-nvcc>=13.0",
+        ],
         "dev": [*TEST, "ruff>=0.12"],
     },
 )

@@ -2,7 +2,8 @@
 
     python -m flora_jax.launches --preset llama3.2-1b --methods base,lora,ffba --targets h100,a100 --out DIR
 
-Needs the extra `gpu-plan`: compiler plugins, no GPU and no driver. Compiles for minutes: two programs a row.
+Needs the extra `gpu-plan` or `gpu-plan-cuda13`: compiler plugins, no GPU and no driver. Compiles for minutes: two
+programs a row.
 """
 
 from __future__ import annotations
@@ -50,20 +51,27 @@ def _names(flag: str, text: str, known: Any) -> list[str]:
     return items
 
 
+def has_compiler() -> bool:
+    """Whether jax's compiler plugin for CUDA 12 or 13 is installed."""
+    plugins = importlib.util.find_spec("jax_plugins") is not None
+    names = [f"jax_plugins.xla_cuda{major}" for major in (12, 13)]
+    return plugins and any(importlib.util.find_spec(name) is not None for name in names)
+
+
 def require_compiler() -> None:
-    """Raises UserError unless jax's CUDA compiler plugin is installed."""
-    found = importlib.util.find_spec("jax_plugins")
-    if not found or not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13)):
+    """Raises UserError unless jax's compiler plugin for CUDA is installed."""
+    if not has_compiler():
         raise UserError(
             "planning for a GPU needs jax's CUDA compiler, which is not installed (no GPU is needed): "
-            "pip install -e '.[gpu-plan]', or jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12"
+            "pip install -e '.[gpu-plan]' brings that of CUDA 12, '.[gpu-plan-cuda13]' that of CUDA 13"
         )
 
 
 def _compilers() -> tuple[str, ...]:
     """The installed packages that XLA compiles for CUDA with."""
     found = []
-    for name in ("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc"):
+    plugins = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+    for name in (*plugins, "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # ptxas may be from the PATH
             found.append(importlib.metadata.distribution(name).name)
     return tuple(found)

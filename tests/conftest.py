@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -16,13 +15,14 @@ from safetensors.numpy import save_file
 
 from flora_jax.adapters import abstract_adapter
 from flora_jax.config import get_config
+from flora_jax.launches import has_compiler
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import init_base
 from flora_jax.models.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
-PLANS = bool(find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda12"))  # the extra gpu-plan is installed
+PLANS = has_compiler()  # an extra gpu-plan is installed
 # Without a device (as JAX looks for one, or through WSL) its plugin does not start, and then plans for no GPU either.
 if PLANS and not jax.config.jax_platforms and not any(Path("/dev", name).exists() for name in ("nvidia0", "dxg")):
     jax.config.update("jax_platforms", "cpu")

@@ -129,7 +129,7 @@ def test_quantised_values_are_those_of_the_reference(kind, tmp_path):
 
 def test_transformers_reads_the_same_model(tmp_path):
     """Its GGUF reader (with torch) is independent of ours: the same tensors, and our logits are its logits."""
-    import torch
+    torch = pytest.importorskip("torch")
     from transformers import LlamaForCausalLM
 
     from flora_jax.models.llama import Llama
@@ -265,7 +265,7 @@ except ModuleNotFoundError:
 @pytest.fixture(scope="module")
 def smollm2():
     """SmolLM2-135M-Instruct: its file, our configuration and base, and transformers' model from our tensors."""
-    import torch
+    torch = pytest.importorskip("torch")
     from transformers import LlamaConfig as HfConfig
     from transformers import LlamaForCausalLM
 
@@ -281,7 +281,7 @@ def smollm2():
 
 @pytest.mark.slow
 def test_smollm2_is_the_preset_and_what_transformers_reads(smollm2):
-    import torch
+    torch = pytest.importorskip("torch")
     from transformers import LlamaForCausalLM
 
     path, config, base, _ = smollm2
@@ -295,7 +295,7 @@ def test_smollm2_is_the_preset_and_what_transformers_reads(smollm2):
 @pytest.mark.slow
 def test_smollm2_speaks_as_in_transformers(smollm2):
     """Logits within 1e-3, and the same greedy 64 tokens unless the two best logits are closer than that."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     from flora_jax.models.llama import Llama
     from flora_jax.models.tokenizer import load_tokenizer

@@ -88,11 +88,14 @@ def checkpoint(base, tmp_path_factory):
 def models(checkpoint):
     """`models(adds_bos, adapter)`: the harness's own model in torch, and `ours(batch_size)`."""
     pytest.importorskip("torch")
+    pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
 
     @functools.cache
     def make(adds_bos=False, adapter=False):
         folder = checkpoint(adds_bos)
+        if adapter:
+            pytest.importorskip("peft")
         peft = {"peft": str(folder / "adapter")} if adapter else {}
         theirs = HFLM(
             pretrained=str(folder), device="cpu", dtype="float32", batch_size=1, max_length=MAX_LENGTH, **peft

@@ -300,7 +300,7 @@ def test_another_architecture_than_the_presets(tmp_path, hf_directory, capsys):
 def test_absent_peer(tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
-    refused(capsys, ["needs peft", ".[test]"], *FLAGS, "--peer", "peft", "--out", tmp_path / "new")
+    refused(capsys, ["peft; pip install -e", ".[peers]"], *FLAGS, "--peer", "peft", "--out", tmp_path / "new")
 
 
 def test_peer_is_the_same_model(base):
@@ -329,6 +329,8 @@ def test_peer_is_the_same_model(base):
 @pytest.mark.slow
 def test_the_peer_beside_real_weights(tmp_path):
     """The whole table on SmolLM2, PEFT compiled and eager in the same rounds."""
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
     main(["latency", "--model", "smollm2-135m-instruct", "--methods", "base,lora_7,ffba", "--prompt_lengths", "32",
           "--batch_sizes", "1", "--rank", "16", "--new_tokens", "9", "--rounds", "3", "--peer", "peft",
           "--out", str(tmp_path)])  # fmt: skip

@@ -1,10 +1,12 @@
 """The GPU launch plan: what is read out of a compiled step, on text whose counts are known; the command; and, where the
-extra `gpu-plan` is installed, real compilations held to what the methods promise."""
+extra `gpu-plan` or `gpu-plan-cuda13` is installed, real compilations held to what the methods promise."""
 
 import dataclasses
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +73,7 @@ METADATA = "".join(
     for i, name in NAMES.items()
 )
 
-planner = pytest.mark.skipif(not PLANS, reason="needs the extra gpu-plan")
+planner = pytest.mark.skipif(not PLANS, reason="needs the extra gpu-plan or gpu-plan-cuda13")
 
 
 def test_parse_hlo():
@@ -164,7 +166,8 @@ def test_bad_input_is_one_line(flags, line, capsys, monkeypatch):
 def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert run("--methods", "base", "--out", str(tmp_path / "out")) == 2
-    assert "pip install -e '.[gpu-plan]'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "pip install -e '.[gpu-plan]'" in error and "'.[gpu-plan-cuda13]'" in error
     assert not os.path.exists(tmp_path / "out")
 
 
@@ -261,6 +264,22 @@ def test_one_token_moves_no_matrix(mode, target, method):
     plan = launch_plan.plan_step(
         method or "base", config, method and AdapterConfig(method, 32), target=target, mode=mode, batch=1)
     assert not plan.copies["weights"]
+
+
+@planner
+def test_the_kernel_warns_of_nothing():
+    """Where every warning is shown, that of Pallas's Triton backend is not, which jax repeats at every lowering."""
+    code = """
+from flora_jax.analysis import launch_plan
+from flora_jax.models.config import LlamaConfig
+plan = launch_plan.plan_step("base", LlamaConfig.preset("tiny"), None, target="h100", mode="triton",
+                             batch=1, cache_length=16)
+print(plan.launches)
+"""
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "JAX_PLATFORMS": "cpu"})  # fmt: skip
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
+    assert "Triton backend" not in done.stderr
 
 
 @planner

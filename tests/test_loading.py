@@ -35,7 +35,7 @@ ROPE_LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_fre
 
 def torch_llama(**settings):
     """A small random transformers Llama in which no parameter (bias, norm) keeps a trivial value."""
-    import torch
+    torch = pytest.importorskip("torch")
     from transformers import LlamaConfig as HfConfig
     from transformers import LlamaForCausalLM
 
@@ -77,7 +77,7 @@ def bits(array):
     ids=["theta 1e4, tied, no GQA", "theta 5e5, untied, GQA 3, biases", "llama3 scaling, GQA 8"],
 )  # fmt: skip
 def test_logits_are_those_of_transformers(settings, tmp_path):
-    import torch
+    torch = pytest.importorskip("torch")
 
     from flora_jax.models.llama import Llama
 

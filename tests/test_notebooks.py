@@ -1,9 +1,11 @@
 """Every notebook runs from top to bottom at tiny settings, and the outputs in the repository are of a real run."""
 
-import nbformat
 import pytest
 
-from experiments.notebooks import NOTEBOOKS, execute
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("nbclient")
+
+from experiments.notebooks import NOTEBOOKS, execute  # noqa: E402
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 # What only a run at real settings prints: sizes of SmolLM2-135M and Llama-3.2-1B, or the command with its model.

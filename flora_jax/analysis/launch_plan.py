@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 from flora_jax.adapters import AdapterConfig, abstract_adapter
 from flora_jax.analysis.variants import NO_DOT_MERGER, VARIANTS, serve
@@ -280,11 +280,17 @@ def compile_for(
     """`function` compiled for a target from shapes and dtypes: the compiled object and the compiler's dumped texts,
     "sequence" (launches), "after" (the same, recorded in graphs) and "metadata"."""
     # An argument without the device's sharding would silently compile for this machine's CPU.
-    sharding = SingleDeviceSharding(_device(target))
+    device = _device(target)
+    sharding = SingleDeviceSharding(device)
+    # A Pallas kernel is lowered for the device of the mesh around it, not for that of its arguments.
+    kind = AbstractDevice(device.device_kind, TARGETS[target].cores, "gpu")
+    mesh = AbstractMesh((), (), abstract_device=kind)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        compiled = jax.jit(function, donate_argnums=donate).lower(*shapes).compile({**dump, **(options or {})})
+        with use_abstract_mesh(mesh):
+            lowered = jax.jit(function, donate_argnums=donate).lower(*shapes)
+        compiled = lowered.compile({**dump, **(options or {})})
         text = lambda name: "".join(path.read_text() for path in Path(folder).glob(f"*{name}.txt"))  # noqa: E731
         texts = {name: text(file) for name, file in _DUMPS.items()}
     return compiled, texts

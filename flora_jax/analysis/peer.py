@@ -1,6 +1,6 @@
 """The peer beside which our times are taken: transformers with PEFT's LoRA, unmerged, on the same weights.
 
-torch, transformers and peft are imported here alone, and only when a peer is asked for (extra `test`). Two ways of
+torch, transformers and peft are imported here alone, and only when a peer is asked for (extra `peers`). Two ways of
 running it: "peft", eager with the cache that grows; "peft_compiled", `torch.compile` of the decode step over a cache of
 fixed size, which is how `generate` does it.
 """
@@ -35,7 +35,7 @@ def check_peer() -> None:
     """Raises UserError unless the peer can be run here."""
     missing = absent()
     if missing:
-        raise UserError(f"--peer peft needs {' and '.join(missing)}; pip install -e '.[test]' brings them")
+        raise UserError(f"--peer peft needs {' and '.join(missing)}; pip install -e '.[peers]' brings them")
     if jax.default_backend() == "gpu":
         import torch
 

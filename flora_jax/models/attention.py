@@ -32,6 +32,11 @@ from flora_jax.models.config import LlamaConfig
 
 Array = jax.Array
 
+# jax says so at each import and at each lowering; here is where it is met, and what replaces them
+# stands above and in decode_attention.py.
+warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+warnings.filterwarnings("ignore", ".*ops.gpu.attention is deprecated", DeprecationWarning)
+
 _LONG = 128  # tokens of a row from which on attention is worth cutting into blocks
 _BLOCK = 128  # the most queries of a block
 _AMPERE = (8, 0)
@@ -102,10 +107,7 @@ def attend_segments(
 ) -> Array:
     """Causal attention within segments `[B, T]` by Pallas's kernel; shapes as in `attend`.
     interpret: runs it anywhere, slowly."""
-    with warnings.catch_warnings():
-        # What is said of it stands at the head of this file.
-        warnings.filterwarnings("ignore", ".*ops.gpu.attention is deprecated", DeprecationWarning)
-        from jax.experimental.pallas.ops.gpu import attention as pallas
+    from jax.experimental.pallas.ops.gpu import attention as pallas  # what only a GPU needs
 
     T, heads = q.shape[1], q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, heads, axis=2) for x in (k, v))  # the kernel knows no groups

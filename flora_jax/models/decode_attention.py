@@ -3,6 +3,10 @@
 Written out for XLA this is five to eight launches a layer. The kernel is one, and the sum over its parts a second,
 which takes in what o reads beside attention. Axis letters as in llama.py; P parts that the slots are cut into, each
 read by a program of its own (flash decoding: one query has too few heads to keep a GPU busy).
+
+The kernel is written for Pallas's Triton backend, which jax deprecates since 0.11.0 and will remove.
+jax names two replacements: Pallas's Mosaic GPU backend (`jax.experimental.pallas.mosaic_gpu`), or a kernel in Triton's
+own language, called through the package jax_triton. Without the backend XLA's attention serves.
 """
 
 from __future__ import annotations
