@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import PLANS
+from test_attention import largest, train_step
 
 from flora_jax import AdapterConfig, LlamaConfig, launches
 from flora_jax.analysis import launch_plan
 from flora_jax.errors import UserError, run_command
+from flora_jax.models import attention
 
 # x [8, 64] times W [64, 128]: a pad of W, a copy of the cache, an update of the cache in place, and a slice read.
 HLO = """HloModule jit_step
@@ -292,3 +294,18 @@ def test_a_bank_is_planned_with_its_mask():
     assert four.moved > one.moved and four.gemms == one.gemms
     with pytest.raises(UserError, match="lora cannot hold a bank of 2"):
         launch_plan.check_bank("lora", 2)
+
+
+@planner
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("target", launch_plan.TARGETS)
+def test_packed_training_holds_no_square(target, head_dim, monkeypatch):
+    """A step over 8,192 packed tokens: Pallas's attention, forward and backward, fits the device
+    and takes the segments as they are."""
+    monkeypatch.setattr(attention, "pallas_runs", lambda q: True)
+    T, config = 8192, dataclasses.replace(LlamaConfig.preset("tiny"), head_dim=head_dim)
+    step, arguments = train_step(T, config)
+    program = (compiled := launch_plan.compile_for(target, step, *arguments)[0]).as_text()
+    assert largest(program) < T * T
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * T * T  # one square of float32
+    assert "mha_forward" in program and "mha_backward" in program
