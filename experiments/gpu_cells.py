@@ -28,7 +28,7 @@ SCHEMA_VERSION = 1
 NO_MERGER = "_no_dot_merger"  # behind a method's name: timed without XLA's dot merger
 IN_GRAPH = "_loop_in_graph"  # behind a method's name: the loop over tokens in a CUDA graph, too
 # XLA puts what a step launches into graphs by itself, but not the loop around it.
-_LOOP_IN_GRAPH = {
+LOOP_IN_GRAPH = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,"
     "CONDITIONAL,WHILE",
     "xla_gpu_graph_min_graph_size": 1,
@@ -116,7 +116,7 @@ def _variant(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The way of serving that --method names, and XLA's options for it."""
     from flora_jax.analysis.variants import NO_DOT_MERGER
 
-    for ending, options in ((NO_MERGER, NO_DOT_MERGER), (IN_GRAPH, _LOOP_IN_GRAPH)):
+    for ending, options in ((NO_MERGER, NO_DOT_MERGER), (IN_GRAPH, LOOP_IN_GRAPH)):
         if args.method.endswith(ending):
             return args.method.removesuffix(ending), options
     return args.method, {}

@@ -2,9 +2,11 @@
 extra `gpu-plan` or `gpu-plan-cuda13` is installed, real compilations held to what the methods promise."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,10 +16,14 @@ import pytest
 from conftest import PLANS
 from test_attention import largest, train_step
 
-from flora_jax import AdapterConfig, LlamaConfig, launches
+from experiments.gpu_cells import LOOP_IN_GRAPH
+from flora_jax import AdapterConfig, Llama, LlamaConfig, fuse, launches
 from flora_jax.analysis import launch_plan
 from flora_jax.errors import UserError, run_command
+from flora_jax.inference.generator import begin, decode
+from flora_jax.inference.sampling import Sampling
 from flora_jax.models import attention
+from flora_jax.models.llama import KVCache, abstract_base
 
 # x [8, 64] times W [64, 128]: a pad of W, a copy of the cache, an update of the cache in place, and a slice read.
 HLO = """HloModule jit_step
@@ -309,3 +315,33 @@ def test_packed_training_holds_no_square(target, head_dim, monkeypatch):
     assert largest(program) < T * T
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * T * T  # one square of float32
     assert "mha_forward" in program and "mha_backward" in program
+
+
+@planner
+def test_a_token_is_one_graph_and_the_loop_can_be_in_it():
+    """By default XLA records what a token launches in one CUDA graph, and the host looks at each
+    token whether another is wanted; the report times the loop in a graph beside it."""
+    config, model = LlamaConfig.preset("tiny"), Llama(LlamaConfig.preset("tiny"), decode_kernel=True)
+    base = abstract_base(config, jnp.bfloat16)
+    params = jax.eval_shape(lambda base: fuse(base, None, config, None), base)
+    cache = jax.eval_shape(lambda: KVCache.empty(config, 1, 64, jnp.bfloat16))
+    logits, stop = jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32), jnp.full(8, -1)
+    keys = jax.random.split(jax.random.key(0), 1)
+    done = jax.ShapeDtypeStruct((1,), jnp.bool_)
+    start = functools.partial(begin.__wrapped__, stop=stop, keys=keys, sampling=Sampling())
+    state = jax.eval_shape(lambda *given: start(*given), logits, cache, done)
+
+    def loop(params, state, limit):
+        return decode.__wrapped__(model, params, state, limit, stop, keys)
+
+    limit = jax.ShapeDtypeStruct((), jnp.int32)
+    found = {}
+    for name, options in (("default", {}), ("loop", LOOP_IN_GRAPH)):
+        texts = launch_plan.compile_for("h100", loop, params, state, limit, options=options)[1]
+        rows = re.findall(r"^( *)\d+: (k\w+)", texts["after"], re.MULTILINE)
+        found[name] = [(kind, len(indent)) for indent, kind in rows]
+    for name, graphs, indented in (("default", 1, False), ("loop", 0, True)):
+        (at,) = (i for i, (kind, _) in enumerate(found[name]) if kind == "kWhile")
+        inside = [kind for kind, _ in found[name][at:]]
+        assert inside.count("kCommandBuffer") == graphs
+        assert (found[name][at][1] > 0) == indented
