@@ -24,7 +24,7 @@ from flora_jax.train import parse
 from flora_jax.training.inputs import load_inputs
 from flora_jax.training.workdir import check_workdir
 
-STEPS = 40
+STEPS = 120  # for some seconds: word of a signal takes one or two to go round
 # Started by any of these, JAX would join it.
 CLUSTERS = ("SLURM_", "OMPI_", "PMIX_", "KUBERNETES_", "JAX_COORDINATOR")
 
@@ -55,7 +55,7 @@ def launch(environment, caches):
             "adapter.rank": 8, "data.generator.train": 60, "data.generator.validation": 10,
             "data.generator.test": 6, "data.cache_dir": caches / "data", "data.max_length": 128,
             "data.validation_size": 8, "train.steps": STEPS, "train.batch_size": 8,
-            "train.log_every": 1, "train.eval_every": 20, "train.save_every": 20,
+            "train.log_every": 1, "train.eval_every": 40, "train.save_every": 40,
             "optim.warmup_steps": 3, "mesh.fsdp": 2, **changed}  # fmt: skip
         flags = ["--config", "configs/tiny.py", "--workdir", workdir,
                  *(f"--config.{field}={value}" for field, value in fields.items())]  # fmt: skip
