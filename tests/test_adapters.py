@@ -321,19 +321,23 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def numpy_logits(method, r, s, adapter, *, targets=PROJECTIONS, add_to=(), act=lambda z: z, base=None):
-    """Logits `[B, T, V]` of TOKENS, float64."""
+def numpy_logits(
+    method, r, s, adapter, *, targets=PROJECTIONS, add_to=(), act=lambda z: z, base=None,
+    config=TINY, tokens=TOKENS, segments=None,
+):  # fmt: skip
+    """Logits `[B, T, V]` of tokens, float64; a token sees its segment alone."""
     to64 = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)  # noqa: E731
     base, adapter = to64(base or base_tree()), to64(adapter).get("layers", {})
-    D, H, N, K = TINY.hidden_size, TINY.head_dim, TINY.num_attention_heads, TINY.num_key_value_heads
-    B, T = TOKENS.shape
+    D, H, N, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    B, T = tokens.shape
+    segments = np.zeros((B, T)) if segments is None else np.asarray(segments)
     kernels, stream = base["layers"], method == "zflora"
 
     def norm(x, scale):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + TINY.rms_norm_eps) * scale
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * scale
 
     def rope(x):
-        angle = np.arange(T)[:, None] * TINY.rope_theta ** (-2 * np.arange(H // 2) / H)
+        angle = np.arange(T)[:, None] * config.rope_theta ** (-2 * np.arange(H // 2) / H)
         cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
         a, b = x[..., : H // 2], x[..., H // 2 :]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
@@ -342,7 +346,7 @@ def numpy_logits(method, r, s, adapter, *, targets=PROJECTIONS, add_to=(), act=l
         q, k, v = (y.reshape(B, T, -1, H) for y in (q, k, v))
         q, k, v = rope(q), np.repeat(rope(k), N // K, 2), np.repeat(v, N // K, 2)
         scores = np.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(H)
-        scores = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
+        scores = np.where(np.tril(segments[:, None, :, None] == segments[:, None, None]), scores, -np.inf)
         p = np.exp(scores - scores.max(-1, keepdims=True))
         return np.einsum("bnts,bsnh->btnh", p / p.sum(-1, keepdims=True), v).reshape(B, T, -1)
 
@@ -383,8 +387,8 @@ def numpy_logits(method, r, s, adapter, *, targets=PROJECTIONS, add_to=(), act=l
                     ys[0] += rep(piece, D)
         return ys, z
 
-    x, z = base["embed_tokens"]["embedding"][TOKENS], np.zeros((B, T, r))
-    for l in range(TINY.num_hidden_layers):
+    x, z = base["embed_tokens"]["embedding"][tokens], np.zeros((B, T, r))
+    for l in range(config.num_hidden_layers):
         (q, k, v), inner = project(
             "attention", "qkv", ["q", "k", "v"], l, norm(x, kernels["attention_norm"]["scale"][l]), z)  # fmt: skip
         (y,), written = project("attention", "o", ["o"], l, attention(q, k, v), inner)

@@ -1,9 +1,8 @@
-"""Attention of training and prompts: who computes it, and that packed rows hold nothing of `[T, T]`."""
+"""Attention of training and prompts: who computes it. That packed rows hold nothing of `[T, T]`, and
+what a GPU's kernels compute, is in test_gpu.py."""
 
 import dataclasses
 import functools
-import math
-import re
 import subprocess
 import sys
 import types
@@ -11,15 +10,12 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from conftest import FAST_COMPILE
 
-from flora_jax import AdapterConfig, Llama, LlamaConfig, init_adapter
+from flora_jax import LlamaConfig
 from flora_jax.models import attention
 from flora_jax.models.attention import attend, attend_segments, cudnn_runs, kernel_runs, pallas_runs
-from flora_jax.models.llama import abstract_base
-from flora_jax.training.step import TrainState, make_train_step
 
 TINY = LlamaConfig.preset("tiny")
 
@@ -129,40 +125,6 @@ def test_what_an_h100_is_given(monkeypatch):
     q, k, v, _ = (x.astype(jnp.bfloat16) for x in draw(1, 1024, K=1, G=2, H=64))
     found = str(jax.make_jaxpr(lambda *qkv: attend(*qkv, segments=segments))(q, k, v))
     assert "mha_forward" in found and "1024,1024" not in found
-
-
-def train_step(T, config=TINY, method="ffba"):
-    """A training step and its arguments' shapes: one row of T packed tokens."""
-    adapter_config = AdapterConfig(method, 8)
-    optimizer = optax.adamw(1e-3)
-
-    def start(key):
-        trainable = {"adapter": init_adapter(key, config, adapter_config)}
-        state = optimizer.init(trainable)
-        return TrainState(jnp.zeros((), jnp.int32), trainable, state, key)
-
-    state = jax.eval_shape(start, jax.random.key(0))
-    ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ids)
-    batch["loss_weights"] = jax.ShapeDtypeStruct((1, T), jnp.float32)
-    dtype = jnp.bfloat16 if config.head_dim >= 64 else jnp.float32
-    model = Llama(config, adapter_config, dtype=dtype, param_dtype=dtype, remat="products")
-    step = make_train_step(model, optimizer)
-    return step, (state, {"params": abstract_base(config, dtype)}, batch)
-
-
-def largest(program):
-    """Elements of the largest array that a compiled program names."""
-    found = re.findall(r"\w+\[([\d,]+)\]", program)
-    return max(math.prod(int(n) for n in dims.split(",")) for dims in found)
-
-
-def test_packed_training_holds_no_square():
-    T = 8192
-    step, arguments = train_step(T)
-    compiled = jax.jit(step).lower(*arguments).compile()
-    assert largest(compiled.as_text()) < T * T
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * T * T  # one square of float32
 
 
 def test_what_replaces_the_kernel_is_written_down():

@@ -12,18 +12,20 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from conftest import PLANS
-from test_attention import largest, train_step
+from test_gpu import largest
 
 from experiments.gpu_cells import LOOP_IN_GRAPH
-from flora_jax import AdapterConfig, Llama, LlamaConfig, fuse, launches
+from flora_jax import AdapterConfig, Llama, LlamaConfig, fuse, init_adapter, launches
 from flora_jax.analysis import launch_plan
 from flora_jax.errors import UserError, run_command
 from flora_jax.inference.generator import begin, decode
 from flora_jax.inference.sampling import Sampling
 from flora_jax.models import attention
 from flora_jax.models.llama import KVCache, abstract_base
+from flora_jax.training.step import TrainState, make_train_step
 
 # x [8, 64] times W [64, 128]: a pad of W, a copy of the cache, an update of the cache in place, and a slice read.
 HLO = """HloModule jit_step
@@ -300,6 +302,26 @@ def test_a_bank_is_planned_with_its_mask():
     assert four.moved > one.moved and four.gemms == one.gemms
     with pytest.raises(UserError, match="lora cannot hold a bank of 2"):
         launch_plan.check_bank("lora", 2)
+
+
+def train_step(T, config):
+    """A training step in bfloat16 and its arguments' shapes: one row of T packed tokens."""
+    adapter_config = AdapterConfig("ffba", 8)
+    optimizer = optax.adamw(1e-3)
+
+    def start(key):
+        trainable = {"adapter": init_adapter(key, config, adapter_config)}
+        state = optimizer.init(trainable)
+        return TrainState(jnp.zeros((), jnp.int32), trainable, state, key)
+
+    state = jax.eval_shape(start, jax.random.key(0))
+    ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ids)
+    batch["loss_weights"] = jax.ShapeDtypeStruct((1, T), jnp.float32)
+    dtype = jnp.bfloat16
+    model = Llama(config, adapter_config, dtype=dtype, param_dtype=dtype, remat="products")
+    step = make_train_step(model, optimizer)
+    return step, (state, {"params": abstract_base(config, dtype)}, batch)
 
 
 @planner
