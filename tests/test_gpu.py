@@ -282,7 +282,7 @@ def draw_batch(rows, seed=0):
 @functools.cache
 def training(method, remat="products"):
     """The jitted step, which consumes its state, and what makes a state and the frozen leaves."""
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.adam(5e-3)
     model = Llama(
         CONFIG, adapter_config(method), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat=remat
     )
@@ -336,24 +336,26 @@ def by_method():
     "form, method", by_method(), indirect=["form"], ids=lambda value: getattr(value, "name", value)
 )
 def test_method(form, method):
-    """Fused equals split. Training starts from the loss that NumPy computes, falls, and moves what
-    trains alone."""
+    """Fused equals split. The loss of training starts where NumPy has it, falls, and only what trains
+    moves."""
     batch = draw_batch(form.rows)
     exact = exact_logits(method, batch["tokens"], adapter(method), batch["segment_ids"])
     if method != "fft":
         check_layouts(method, exact, batch)
+    # The best tokens: what moves any logit then moves the loss.
+    batch["targets"] = exact.argmax(-1).astype(np.int32)
 
     step, start = training(method)
     state, frozen = start()
     before = jax.tree.map(np.array, (state.trainable, frozen))
     losses = []
-    for _ in range(6):
+    for _ in range(12):
         state, metrics = step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
     log_sum = np.log(np.exp(exact).sum(-1))
     at_target = np.take_along_axis(exact, batch["targets"][..., None], -1)[..., 0]
     expected = np.average(log_sum - at_target, weights=batch["loss_weights"])
-    assert losses[0] == pytest.approx(expected, rel=2e-3)
+    assert losses[0] == pytest.approx(expected, rel=1e-3)
     assert np.isfinite(losses).all() and losses[-1] < losses[0] - 0.3
     same = functools.partial(jax.tree.map, lambda a, b: bool((np.asarray(a) == b).all()))
     assert jax.tree.all(same(frozen, before[1]))
