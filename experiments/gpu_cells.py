@@ -33,7 +33,6 @@ LOOP_IN_GRAPH = {
     "CONDITIONAL,WHILE",
     "xla_gpu_graph_min_graph_size": 1,
 }
-_TESTS_LIMIT = 60  # seconds for one test
 
 
 def device_rates() -> dict[str, float]:
@@ -92,24 +91,25 @@ def tests(args: argparse.Namespace) -> dict[str, Any]:
         if done.returncode not in (0, 1, 5):
             raise RuntimeError(f"pytest ended with {done.returncode}")
         cases = list(ElementTree.parse(file).getroot().iter("testcase"))
-    of = lambda kind: [case for case in cases if case.find(kind) is not None]  # noqa: E731
-    failed = [*of("failure"), *of("error")]
+    failed = {case.get("name"): _message(case) for case in cases if _message(case) is not None}
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    slowest = sorted(cases, key=lambda case: -float(case.get("time")))[:5]
     return {
         "seconds": time.perf_counter() - start,
-        "passed": len(cases) - len(failed) - len(of("skipped")),
+        "passed": len(cases) - len(failed) - skipped,
         "failed": len(failed),
-        "skipped": len(of("skipped")),
-        "failures": {
-            case.get("name"): (case.find("failure") or case.find("error")).get("message", "")[:500]
-            if (case.find("failure") or case.find("error")) is not None
-            else ""
-            for case in failed
-        },
-        "slowest": {
-            case.get("name"): float(case.get("time"))
-            for case in sorted(cases, key=lambda case: -float(case.get("time")))[:5]
-        },
+        "skipped": skipped,
+        "failures": failed,
+        "slowest": {case.get("name"): float(case.get("time")) for case in slowest},
     }
+
+
+def _message(case: ElementTree.Element) -> str | None:
+    """Why a test failed; None of one that did not."""
+    for kind in ("failure", "error"):
+        if (found := case.find(kind)) is not None:
+            return found.get("message", "")[:500]
+    return None
 
 
 def _variant(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
