@@ -236,8 +236,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     from flora_jax.training.step import TrainState, make_train_step
 
     config = LlamaConfig.preset(args.preset)
-    own = comparison.adapter_configs(["ffba"], config, args.rank, equal_parameters=True)["ffba"]
     full = args.method == "fft"
+    own = None
     if not full:
         own = comparison.adapter_configs([args.method], config, args.rank, True)[args.method]
     batch = packed_batch(args.rows, args.length, config.vocab_size)
@@ -250,7 +250,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         jnp.zeros((), jnp.int32), trainable, jax.jit(optimizer.init)(trainable), jax.random.key(2)
     )
     dtype = jnp.dtype(args.dtype)
-    model = Llama(config, None if full else own, dtype=dtype, param_dtype=dtype, remat=args.remat)
+    model = Llama(config, own, dtype=dtype, param_dtype=dtype, remat=args.remat)
     chunk = args.rows * args.length if jax.default_backend() == "cpu" else 4096
     step = jax.jit(make_train_step(model, optimizer, chunk_tokens=chunk), donate_argnums=0)
     del base, trainable
@@ -270,7 +270,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     rate = device_rates()["bf16_tflop_per_s"]
     return {
         "method": args.method,
-        "rank": None if full else own.rank,
+        "rank": own and own.rank,
         "rows": args.rows,
         "length": args.length,
         "remat": args.remat,
