@@ -28,6 +28,13 @@ if PLANS and not jax.config.jax_platforms and not any(Path("/dev", name).exists(
     jax.config.update("jax_platforms", "cpu")
 # The values are the same, and compiling is what takes the time.
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
+# XLA's older emitters compile in half the time what these tests run. Later jaxlibs have them no more.
+if jax.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] = " ".join([
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ])  # fmt: skip
 # Quick to compile, and kept: the runs of these tests are many and short, and most are one program.
 _COMPILE = {
     "jax_disable_most_optimizations": True,

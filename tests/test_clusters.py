@@ -61,8 +61,12 @@ def launch(environment, caches):
                  *(f"--config.{field}={value}" for field, value in fields.items())]  # fmt: skip
         train = [sys.executable, "-m", "flora_jax.train", *flags]
         # XLA's concurrent scheduler: see `devices` of test_sharding.
-        xla = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-                            "--xla_cpu_enable_concurrency_optimized_scheduler=false"}  # fmt: skip
+        options = (
+            clean.get("XLA_FLAGS", ""),
+            f"--xla_force_host_platform_device_count={devices}",
+            "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+        )
+        xla = {"XLA_FLAGS": " ".join(options)}
         port = free_port()
         if by == "hand":
             places = [

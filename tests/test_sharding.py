@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -36,7 +37,10 @@ NAMES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 def devices(count):
     """XLA's flags for this many CPU devices. Its concurrent scheduler starts independent collectives in another order
     on each device, and with fewer cores than devices they can wait for each other for ever."""
-    return f"--xla_force_host_platform_device_count={count} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    return (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count} "
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    )
 
 
 def losses(workdir):
