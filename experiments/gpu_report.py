@@ -37,8 +37,6 @@ RESULT, PACKED = "report.json", "report.tar"
 _CLOSING = 15  # seconds kept for the table and the tar
 _LEAST = 8  # seconds under which no cell is begun
 _GRACE = 5  # seconds between asking a cell to end and ending it
-_METHODS = ("base", "lora", "ffba", "ffba_qg_add", "zflora")
-_OTHERS = ("fpa", "pf_lora", "lora_7", "base_7", "ffa", f"lora{NO_MERGER}", f"base{IN_GRAPH}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +50,13 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How large the cells are: on a GPU, or to rehearse on a CPU."""
+    """How many cells there are, and how large: on a GPU, or to rehearse on a CPU."""
 
     presets: tuple[str, ...]
+    methods: tuple[str, ...]  # of every table of latencies
+    others: tuple[str, ...]  # of the first table alone
+    profiled: tuple[str, ...]
+    torch: tuple[str, ...]  # the first has ours before and behind it
     dtype: str
     rank: int
     prompt_length: int
@@ -69,6 +71,10 @@ class Scale:
 
 GPU = Scale(
     presets=("llama3.2-1b", "llama3.2-3b"),
+    methods=("base", "lora", "ffba", "ffba_qg_add", "zflora"),
+    others=("fpa", "pf_lora", "lora_7", "base_7", "ffa", f"lora{NO_MERGER}", f"base{IN_GRAPH}"),
+    profiled=("base", "lora", "ffba"),
+    torch=("peft", "bare", "ffba", "zflora"),
     dtype="bfloat16",
     rank=32,
     prompt_length=128,
@@ -80,8 +86,13 @@ GPU = Scale(
     banks=("1,4,16", 32),
     patience=1.0,
 )
+# One cell of each kind is what a rehearsal is for.
 CPU = Scale(
     presets=("tiny",),
+    methods=("base", "lora", "ffba"),
+    others=("lora_7", f"lora{NO_MERGER}", f"base{IN_GRAPH}"),
+    profiled=("ffba",),
+    torch=("peft", "ffba"),
     dtype="float32",
     rank=8,
     prompt_length=8,
@@ -127,15 +138,15 @@ def cells(scale: Scale, results: Path) -> list[Cell]:
     ]
     for preset in scale.presets:
         limit = 150 if preset == first else 240
-        out += [measure("latency", preset, method, *alone, limit) for method in _METHODS]
-        out += [measure("profile", preset, method, *alone, limit) for method in ("base", "lora", "ffba")]
-        out += [measure("latency", preset, method, *alone, limit) for method in _OTHERS]
+        out += [measure("latency", preset, method, *alone, limit) for method in scale.methods]
+        out += [measure("profile", preset, method, *alone, limit) for method in scale.profiled]
+        out += [measure("latency", preset, method, *alone, limit) for method in scale.others]
     # Theirs stand between two of ours.
     ours = measure("latency", first, "ffba", *alone, 150)
     again = dataclasses.replace(ours, name=ours.name.replace("ffba", "ffba_again"))
     theirs = [
         measure("latency", first, method, *alone, 240, "peers")
-        for method in ("peft", "bare", "ffba", "zflora")
+        for method in scale.torch
     ]
     out += [theirs[0], again, *theirs[1:]]
     out += [train("lora"), train("ffba"), train("peft", "peers"), train("fft")]
@@ -144,7 +155,7 @@ def cells(scale: Scale, results: Path) -> list[Cell]:
     out += [
         measure("latency", first, method, *setting, 150)
         for setting in scale.settings
-        for method in _METHODS
+        for method in scale.methods
     ]
     adapters, batch = scale.banks
     few = ("--prompt_length", str(scale.prompt_length), "--new_tokens", str(scale.new_tokens))
