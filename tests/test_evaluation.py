@@ -92,6 +92,54 @@ LABELS = [
     ("Not true", TRUTH, None), ("the answer is not answer1", ANSWERS, None),
 ]  # fmt: skip
 
+# By kind, with what a person reads: thousands; a remark behind the answer; ordinals; another question behind it.
+NUMBERS += [
+    ("1,00,000", "100000"), ("It costs Rs. 12,34,567.50.", "1234567.50"), ("1,23,45,678", "12345678"),
+    ("-1,00,000", "-100000"), ("10,00,000 people", "1000000"), ("12,34", "34"), ("1,00,00", "00"),
+    ("1, 00, 000", "000"),
+    ("1 000", "1000"), ("12 345 678.5", "12345678.5"), ("1\u00a0234", "1234"), ("1\u202f234,56 €", "1234.56"),
+    ("1\u2009000\u2009000", "1000000"), ("1 234,56", "1234.56"), ("- 5 000", "5000"), ("= -5 000", "-5000"),
+    ("in 2010 300 people", "300"), ("12 345 6789", "6789"), ("call 555 123 4567", "4567"), ("5 12", "12"),
+    ("1 00", "00"),
+    ("3 + 4 = 7\n250", "250"), ("0 500", "500"),
+    ("1'000'000", "1000000"), ("1’234.5", "1234.5"), ("5'10", "10"), ("'7' and '8'", "8"), ("1_000_000", "1000000"),
+    ("1.234.567", "1234567"), ("1.234.567,89", "1234567.89"), ("1.234,56", "1234.56"), ("1.234", "1.234"),
+    ("1,5", "5"), ("0,5", "5"), ("1, 2, 3", "3"), ("100,200,300", "100200300"), ("100, 200", "200"), ("1,234th", None),
+    (r"1\,234", "1234"), (r"1,\!000", "1000"), (r"$12\,345.6$", "12345.6"),
+    ("The answer is: 42nd", "42"), ("The answer is: the 42nd.", "42"), ("**Answer:** 42nd", "42"),
+    ("Answer = 3rd", "3"),
+    ("The answer is **42nd**", "42"), (r"\boxed{42nd}", "42"), ("The answer is: 1,042nd", "1042"),
+    ("The answers came 42nd", None), ("Answer the 3rd question: 7", "7"),
+    ("The answer is 18 (see step 2).", "18"), ("Answer: 18 [see step 2]", "18"), ("#### 18 (from step 2)", "18"),
+    (r"\boxed{18} (see step 2)", "18"), ("18 (see step 2)", "18"), ("The answer is 18, see step 2.", "18"),
+    ("The answer is $18.50 (3 tickets in all)", "18.50"), ("The answer is 18 eggs (as in step 2)", "18"),
+    ("The answer is -18 (see step 2)", "-18"), ("The answer is 20 (18 + 2 = 20)", "20"),
+    ("The answer is 3 (see step 1) + 4 = 7", "7"), ("There are 18 (see step 2).", "18"), ("18 are left [cf. 2]", "18"),
+    ("The answer is 18 (see equation (2)).", "18"), ("Answer: 18, as in step 2.", "18"), ("18 (2 of them red)", "18"),
+    ("She has 18 left (from step 2)", "18"), ("in the range (from 5 to 8)", "8"),
+    ("The answer is 18 [2]", "18"), ("12 (6)", "6"),
+    ("-₹1,00,000", "-100000"),
+    ("The answer is 5.\n\nQuestion: What is 3 + 4?", "5"), ("7\n\nQuestion: What is 1 + 1?\nAnswer: 2", "7"),
+    ("The answer is 5. Question: Ann has 9", "5"), ("5\nQ: What is 8?\nA: 8", "5"), ("5\nProblem: 8", "5"),
+    ("5\n\nQuestion 2\nAnn has 9", "5"), ("#### 5\n### Instruction:\nAdd 9", "5"), ("5\n**Question:** 9", "5"),
+    ("5\n\n### Question: 9", "5"), ("5\nProblem 12: Ann has 9", "5"), ("5\nHuman: and 9?", "5"),
+    ("5\n### Human: 9", "5"), ("5\nExample 2: 9", "5"), ("5<|im_start|>user\n9", "5"),
+    ("Question: What is 3 + 4?\nAnswer: 7", "7"), ("Question: 3 + 4?\nAnswer: 7\n\nQuestion: 9?", "7"),
+    ("To answer the question: 3 + 4 = 7", "7"), ("So the problem: 15 - 2 = 13", "13"), ("12\nQuestion it: 13", "13"),
+    ("FAQ: 3", "3"),
+]  # fmt: skip
+LETTERS += [
+    ("B\n\nQuestion: Which?\n(A) 1 (B) 2 (C) 3\nAnswer: C", "B"),
+    ("The answer is (D). Question: … The answer is A.", "D"),
+    ("C\n### Instruction:\nPick one. Answer: A", "C"), ("Q: Which one?\nA: The answer is (E)", "E"),
+    ("The answer is B.\nQ: Next?\nThe answer is C.", "B"),
+]  # fmt: skip
+LABELS += [
+    ("the correct answer is answer2\n\nQuestion: Which? The correct answer is answer3", ANSWERS, "answer2"),
+    ("true\nQuestion: is it false?", TRUTH, "true"), ("Question: is it true?\nfalse", TRUTH, "false"),
+    ("false\n### Instruction:\nIs it true", TRUTH, "false"),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize("text, expected", NUMBERS)
 def test_final_number(text, expected):
