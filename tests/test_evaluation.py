@@ -598,6 +598,57 @@ def test_prompts_that_are_too_long_are_wrong_and_counted(checkpoint, data_dir, t
     assert json.loads(out.read_text())["tasks"]["gsm8k"]["too_long"] == 0
 
 
+def recite(monkeypatch, answers):
+    """Each question, by how its prompt begins, is answered with what was learnt by heart, as far as tokens last."""
+
+    def generate(self, prompts, max_new_tokens):
+        out = []
+        for prompt in prompts:
+            text = self.tokenizer.decode(prompt)
+            question = next(question for question in answers if text.startswith(question))
+            left = list(answers[question].encode())[len(text) - len(question) :]
+            said = left[:max_new_tokens]
+            out.append(Generation(self.tokenizer.decode(said), said, len(left) < max_new_tokens))
+        return out
+
+    monkeypatch.setattr(Generator, "generate", generate)
+
+
+def test_own_answers_have_room(checkpoint, data_dir, tmp_path, monkeypatch, capsys, caplog):
+    """From the longest of them, or what a flag says; what is cut is said, before scoring and in the result."""
+    answers = {"first": "x" * 299, "second": "short"}
+    recite(monkeypatch, answers)
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in answers.items()]
+    file, out = tmp_path / "mine{}.jsonl", tmp_path / "result.json"
+    file.write_text("\n".join(json.dumps({"messages": messages}) for messages in turns))
+    arguments = ["--model", checkpoint, "--protocol", "llm_adapters", "--out", out, "--tasks", file]
+
+    def scored(*flags):
+        caplog.clear()
+        assert command("evaluate", *arguments, *flags) == 0
+        [scores] = json.loads(out.read_text())["tasks"].values()
+        said = [record.getMessage() for record in caplog.records if record.name == "flora_jax.evaluation.run"]
+        assert all(line.startswith(f"{file}: ") and "\n" not in line for line in said)
+        return scores["accuracy"], scores["decode"]["max_new_tokens"], scores["unfinished"], said
+
+    assert scored() == (1.0, 299 + 1 + 16, 0.0, [])
+    *found, said = scored("--max_new_tokens", 100)
+    assert found == [0.5, 100, 0.5] and "50.0 % of the answers did not end within 100 new tokens" in said[0]
+    *found, said = scored("--max_length", 290)
+    assert found == [0.5, 284, 0.5] and len(said) == 2
+    assert "the longest answer has 299 tokens, but max_length=290 leaves 284 after the longest prompt" in said[0]
+    *found, said = scored("--max_length", 306, "--max_new_tokens", 301)
+    assert found == [0.5, 301, 0.0] and "1 of 2 prompts leave no room for 301 new tokens in max_length=306" in said[0]
+    # Short ones have what they had.
+    file.write_text(json.dumps({"messages": turns[1]}))
+    assert scored() == (1.0, 256, 0.0, [])
+    lm_eval = ["--max_new_tokens", 5, "--tasks", "ARC-Easy", "--protocol", "lm_eval"]
+    for flags, words in ((["--max_new_tokens", 0], "--max_new_tokens 0 must be"), (lm_eval, "has no effect")):
+        capsys.readouterr()
+        assert command("evaluate", *arguments, "--data_dir", data_dir, *flags) == 2
+        assert words in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
 def test_an_out_that_cannot_be_written_is_refused_before_the_model_is_loaded(data_dir, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     arguments = ["--model", "./nowhere", "--tasks", "ARC-Easy", "--data_dir", data_dir]
