@@ -128,6 +128,8 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config.eval.limit = 200  # items a task
     config.eval.batch_size = 16
     config.eval.max_length = 1024  # tokens of prompt and answer; longer prompts are counted, and wrong
+    # Of a generated answer; unset: the task's own number, and for a JSONL file at least its longest answer's.
+    config.eval.max_new_tokens = placeholder(int)
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # devices along each axis; -1: what the others leave
@@ -284,6 +286,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         check(field, value >= 1 or value == -1, "must be at least 1, or -1 for the rest of the devices")
     check("eval.max_length", config.eval.max_length >= 2, "must be at least 2: a prompt and an answer")
     check("data.limit", config.data.limit is None or config.data.limit >= 1, "must be at least 1")
+    given = config.eval.max_new_tokens
+    check("eval.max_new_tokens", given is None or given >= 1, "must be at least 1")
     rate = learning_rate(config)
     check("optim.learning_rate", math.isfinite(rate) and rate > 0, "must be a positive number")
     check("optim.final_fraction", 0 <= config.optim.final_fraction <= 1, "must be in [0, 1]")

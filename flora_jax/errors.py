@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
+# What may help where a score or a token would come of numbers that are not finite.
+NOT_FINITE = "check the weights and the adapter, or compute in float32, whose range is the largest"
+
 
 class UserError(ValueError):
     """Bad input: its message is one line that says what is wrong, with which value, and what would do."""

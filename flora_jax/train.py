@@ -58,7 +58,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
             adapter=result.variables.get("adapter"), adapter_config=prepared.adapter_config,
             protocol=config.eval.protocol, prompt_style=style, published_faults=config.eval.published_faults,
             batch_size=config.eval.batch_size,
-            max_length=min(config.eval.max_length, prepared.model_config.max_position_embeddings))  # fmt: skip
+            max_length=min(config.eval.max_length, prepared.model_config.max_position_embeddings),
+            max_new_tokens=config.eval.max_new_tokens)  # fmt: skip
         write_json(path, summary)
     return summary
 
@@ -85,7 +86,7 @@ def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskD
         generator=generator_settings(config), cache_dir=config.data.cache_dir)  # fmt: skip
     if tasks:
         check_prompts(tasks, setup.model_config, setup.tokenizer, config.eval.protocol, style,
-                      config.eval.published_faults, config.eval.max_length)  # fmt: skip
+                      config.eval.published_faults, config.eval.max_length, config.eval.max_new_tokens)  # fmt: skip
     return tasks, style
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from flora_jax.adapters import AdapterConfig, init_adapter
 from flora_jax.errors import UserError
+from flora_jax.interop import adapter_files
 from flora_jax.interop.adapter_files import load_adapter, save_adapter
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
@@ -130,6 +131,44 @@ def test_ours_loads_peft(tmp_path, base, torch_llama):
 
 
 @pytest.mark.parametrize(
+    "targets, excluded, expected",
+    [
+        (["q_proj", "k_proj", "v_proj"], ["k_proj"], "q,v"),
+        (["q_proj", "k_proj", "v_proj"], r".*\.self_attn\.[kv]_proj", "q"),
+        (r".*\.(q|v|up)_proj", ["self_attn.v_proj"], "q,up"),
+        (["q_proj", "up_proj"], [f"model.layers.{i}.mlp.up_proj" for i in range(TINY.num_hidden_layers)], "q"),
+        (["q_proj", "v_proj"], ["lm_head", "proj"], "q,v"),  # names are whole
+    ],
+)
+def test_what_peft_excludes_is_not_targeted(tmp_path, base, torch_llama, targets, excluded, expected):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=targets, exclude_modules=excluded, init_lora_weights=False)
+    model = peft.get_peft_model(torch_llama(), lora).eval()
+    model.save_pretrained(tmp_path / "a")
+    adapter_config, trained = load_adapter(tmp_path / "a", TINY)
+    assert adapter_config.targets == AdapterConfig("lora", 4, targets=expected).targets
+    tokens = np.random.default_rng(0).integers(0, 320, (2, 20))
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    ours = Llama(TINY, adapter_config).apply({"params": base, "adapter": trained["adapter"]}, jnp.asarray(tokens))
+    assert np.abs(theirs - np.asarray(ours)).max() <= 2e-4
+
+
+def test_every_field_of_peft_is_known():
+    """Read, refused, or without a part in what is computed; a newer PEFT's fields are to be looked at."""
+    peft = pytest.importorskip("peft")
+    read = {"peft_type", "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules",
+            "init_lora_weights"}  # fmt: skip
+    # layers_pattern goes with layers_to_transform, qalora_group_size with use_qalora, the configs with their
+    # initialisation; megatron_core with megatron_config; the others say how an adapter came about.
+    idle = {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
+            "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+            "qalora_group_size", "runtime_config", "ensure_weight_tying"}  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert fields <= read | idle | set(adapter_files._PEFT_REFUSED)
+
+
+@pytest.mark.parametrize(
     "field, value",
     [
         ("use_dora", True),
@@ -143,6 +182,20 @@ def test_ours_loads_peft(tmp_path, base, torch_llama):
         ("init_lora_weights", "pissa_niter_4"),
         ("target_modules", ["q_proj", "lm_head"]),
         ("target_modules", None),
+        ("target_modules", ["q_proj", "model.layers.1.self_attn.v_proj"]),
+        ("target_modules", r"model\.layers\.0\..*_proj"),
+        ("target_modules", "*_proj"),
+        ("exclude_modules", ["layers.0.self_attn.v_proj"]),
+        ("exclude_modules", r".*\.1\..*"),
+        ("exclude_modules", 3),
+        ("exclude_modules", "("),
+        ("lora_bias", True),
+        ("layer_replication", [[0, 2], [1, 2]]),
+        ("trainable_token_indices", [5]),
+        ("target_parameters", ["mlp.up_proj.weight"]),
+        ("use_qalora", True),
+        ("megatron_config", {"a": 1}),
+        ("alora_invocation_tokens", [1, 2]),
         ("r", 0),
         ("r", "8"),
         ("peft_type", "IA3"),

@@ -124,6 +124,7 @@ FIELDS = [
     (["optim.eps=inf", "finite"], "--config.optim.eps=inf"),
     (["optim.eps=1e-50", "float32"], "--config.optim.eps=1e-50"),
     (["eval.max_length=1", "at least 2"], "--config.eval.max_length=1"),
+    (["eval.max_new_tokens=0", "at least 1"], "--config.eval.max_new_tokens=0"),
     (["protocol lm_eval scores choices as plain text", "prompt_style='chat'"],
      "--config.eval.tasks=boolq,chain_sum --config.eval.protocol=lm_eval --config.data.prompt_style=chat"),
     (["leaves no room", "chain_sum"],

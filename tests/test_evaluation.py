@@ -92,6 +92,54 @@ LABELS = [
     ("Not true", TRUTH, None), ("the answer is not answer1", ANSWERS, None),
 ]  # fmt: skip
 
+# By kind, with what a person reads: thousands; a remark behind the answer; ordinals; another question behind it.
+NUMBERS += [
+    ("1,00,000", "100000"), ("It costs Rs. 12,34,567.50.", "1234567.50"), ("1,23,45,678", "12345678"),
+    ("-1,00,000", "-100000"), ("10,00,000 people", "1000000"), ("12,34", "34"), ("1,00,00", "00"),
+    ("1, 00, 000", "000"),
+    ("1 000", "1000"), ("12 345 678.5", "12345678.5"), ("1\u00a0234", "1234"), ("1\u202f234,56 €", "1234.56"),
+    ("1\u2009000\u2009000", "1000000"), ("1 234,56", "1234.56"), ("- 5 000", "5000"), ("= -5 000", "-5000"),
+    ("in 2010 300 people", "300"), ("12 345 6789", "6789"), ("call 555 123 4567", "4567"), ("5 12", "12"),
+    ("1 00", "00"),
+    ("3 + 4 = 7\n250", "250"), ("0 500", "500"),
+    ("1'000'000", "1000000"), ("1’234.5", "1234.5"), ("5'10", "10"), ("'7' and '8'", "8"), ("1_000_000", "1000000"),
+    ("1.234.567", "1234567"), ("1.234.567,89", "1234567.89"), ("1.234,56", "1234.56"), ("1.234", "1.234"),
+    ("1,5", "5"), ("0,5", "5"), ("1, 2, 3", "3"), ("100,200,300", "100200300"), ("100, 200", "200"), ("1,234th", None),
+    (r"1\,234", "1234"), (r"1,\!000", "1000"), (r"$12\,345.6$", "12345.6"),
+    ("The answer is: 42nd", "42"), ("The answer is: the 42nd.", "42"), ("**Answer:** 42nd", "42"),
+    ("Answer = 3rd", "3"),
+    ("The answer is **42nd**", "42"), (r"\boxed{42nd}", "42"), ("The answer is: 1,042nd", "1042"),
+    ("The answers came 42nd", None), ("Answer the 3rd question: 7", "7"),
+    ("The answer is 18 (see step 2).", "18"), ("Answer: 18 [see step 2]", "18"), ("#### 18 (from step 2)", "18"),
+    (r"\boxed{18} (see step 2)", "18"), ("18 (see step 2)", "18"), ("The answer is 18, see step 2.", "18"),
+    ("The answer is $18.50 (3 tickets in all)", "18.50"), ("The answer is 18 eggs (as in step 2)", "18"),
+    ("The answer is -18 (see step 2)", "-18"), ("The answer is 20 (18 + 2 = 20)", "20"),
+    ("The answer is 3 (see step 1) + 4 = 7", "7"), ("There are 18 (see step 2).", "18"), ("18 are left [cf. 2]", "18"),
+    ("The answer is 18 (see equation (2)).", "18"), ("Answer: 18, as in step 2.", "18"), ("18 (2 of them red)", "18"),
+    ("She has 18 left (from step 2)", "18"), ("in the range (from 5 to 8)", "8"),
+    ("The answer is 18 [2]", "18"), ("12 (6)", "6"),
+    ("-₹1,00,000", "-100000"),
+    ("The answer is 5.\n\nQuestion: What is 3 + 4?", "5"), ("7\n\nQuestion: What is 1 + 1?\nAnswer: 2", "7"),
+    ("The answer is 5. Question: Ann has 9", "5"), ("5\nQ: What is 8?\nA: 8", "5"), ("5\nProblem: 8", "5"),
+    ("5\n\nQuestion 2\nAnn has 9", "5"), ("#### 5\n### Instruction:\nAdd 9", "5"), ("5\n**Question:** 9", "5"),
+    ("5\n\n### Question: 9", "5"), ("5\nProblem 12: Ann has 9", "5"), ("5\nHuman: and 9?", "5"),
+    ("5\n### Human: 9", "5"), ("5\nExample 2: 9", "5"), ("5<|im_start|>user\n9", "5"),
+    ("Question: What is 3 + 4?\nAnswer: 7", "7"), ("Question: 3 + 4?\nAnswer: 7\n\nQuestion: 9?", "7"),
+    ("To answer the question: 3 + 4 = 7", "7"), ("So the problem: 15 - 2 = 13", "13"), ("12\nQuestion it: 13", "13"),
+    ("FAQ: 3", "3"),
+]  # fmt: skip
+LETTERS += [
+    ("B\n\nQuestion: Which?\n(A) 1 (B) 2 (C) 3\nAnswer: C", "B"),
+    ("The answer is (D). Question: … The answer is A.", "D"),
+    ("C\n### Instruction:\nPick one. Answer: A", "C"), ("Q: Which one?\nA: The answer is (E)", "E"),
+    ("The answer is B.\nQ: Next?\nThe answer is C.", "B"),
+]  # fmt: skip
+LABELS += [
+    ("the correct answer is answer2\n\nQuestion: Which? The correct answer is answer3", ANSWERS, "answer2"),
+    ("true\nQuestion: is it false?", TRUTH, "true"), ("Question: is it true?\nfalse", TRUTH, "false"),
+    ("false\n### Instruction:\nIs it true", TRUTH, "false"),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize("text, expected", NUMBERS)
 def test_final_number(text, expected):
@@ -548,6 +596,57 @@ def test_prompts_that_are_too_long_are_wrong_and_counted(checkpoint, data_dir, t
     assert "openbookqa: question" in error and "max_position_embeddings=2048" in error and error.count("\n") == 1
     assert command("evaluate", *arguments, "--max_length", 1024, "--out", out) == 0
     assert json.loads(out.read_text())["tasks"]["gsm8k"]["too_long"] == 0
+
+
+def recite(monkeypatch, answers):
+    """Each question, by how its prompt begins, is answered with what was learnt by heart, as far as tokens last."""
+
+    def generate(self, prompts, max_new_tokens):
+        out = []
+        for prompt in prompts:
+            text = self.tokenizer.decode(prompt)
+            question = next(question for question in answers if text.startswith(question))
+            left = list(answers[question].encode())[len(text) - len(question) :]
+            said = left[:max_new_tokens]
+            out.append(Generation(self.tokenizer.decode(said), said, len(left) < max_new_tokens))
+        return out
+
+    monkeypatch.setattr(Generator, "generate", generate)
+
+
+def test_own_answers_have_room(checkpoint, data_dir, tmp_path, monkeypatch, capsys, caplog):
+    """From the longest of them, or what a flag says; what is cut is said, before scoring and in the result."""
+    answers = {"first": "x" * 299, "second": "short"}
+    recite(monkeypatch, answers)
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in answers.items()]
+    file, out = tmp_path / "mine{}.jsonl", tmp_path / "result.json"
+    file.write_text("\n".join(json.dumps({"messages": messages}) for messages in turns))
+    arguments = ["--model", checkpoint, "--protocol", "llm_adapters", "--out", out, "--tasks", file]
+
+    def scored(*flags):
+        caplog.clear()
+        assert command("evaluate", *arguments, *flags) == 0
+        [scores] = json.loads(out.read_text())["tasks"].values()
+        said = [record.getMessage() for record in caplog.records if record.name == "flora_jax.evaluation.run"]
+        assert all(line.startswith(f"{file}: ") and "\n" not in line for line in said)
+        return scores["accuracy"], scores["decode"]["max_new_tokens"], scores["unfinished"], said
+
+    assert scored() == (1.0, 299 + 1 + 16, 0.0, [])
+    *found, said = scored("--max_new_tokens", 100)
+    assert found == [0.5, 100, 0.5] and "50.0 % of the answers did not end within 100 new tokens" in said[0]
+    *found, said = scored("--max_length", 290)
+    assert found == [0.5, 284, 0.5] and len(said) == 2
+    assert "the longest answer has 299 tokens, but max_length=290 leaves 284 after the longest prompt" in said[0]
+    *found, said = scored("--max_length", 306, "--max_new_tokens", 301)
+    assert found == [0.5, 301, 0.0] and "1 of 2 prompts leave no room for 301 new tokens in max_length=306" in said[0]
+    # Short ones have what they had.
+    file.write_text(json.dumps({"messages": turns[1]}))
+    assert scored() == (1.0, 256, 0.0, [])
+    lm_eval = ["--max_new_tokens", 5, "--tasks", "ARC-Easy", "--protocol", "lm_eval"]
+    for flags, words in ((["--max_new_tokens", 0], "--max_new_tokens 0 must be"), (lm_eval, "has no effect")):
+        capsys.readouterr()
+        assert command("evaluate", *arguments, "--data_dir", data_dir, *flags) == 2
+        assert words in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
 def test_an_out_that_cannot_be_written_is_refused_before_the_model_is_loaded(data_dir, tmp_path, capsys):

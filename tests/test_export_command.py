@@ -10,12 +10,13 @@ import struct
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import random_adapter
 from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from flora_jax.adapters import AdapterConfig
 from flora_jax.errors import UserError, run_command
@@ -25,8 +26,11 @@ from flora_jax.interop.adapter_files import load_adapter, save_adapter
 from flora_jax.interop.exports import MARKER
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
+from flora_jax.models.llama import Llama
 from flora_jax.models.loading import find_licence, load_pretrained
 from flora_jax.train import run
+from flora_jax.training.loop import train
+from flora_jax.training.runs import read_run
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -124,6 +128,32 @@ def test_without_scores_and_from_an_adapter_directory(ffba_run, hf_directory, tm
     assert "license: mit" in card and "| licence of the base | mit |" in card and "| base model | base |" in card
     assert json.loads((tmp_path / "pair/generation_config.json").read_text()) == {
         "temperature": 0.6, "eos_token_id": [257, 260]}  # fmt: skip
+
+
+def test_a_tied_base_with_a_head_of_its_own(hf_directory, tmp_path):
+    """What is exported loads in transformers with the logits of the base's own head, adapter and all."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    base = hf_directory(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1] * 3
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert json.loads((base / "config.json").read_text())["tie_word_embeddings"] is True
+    config, params = load_pretrained(str(base))
+    tokens = np.arange(40).reshape(2, 20)
+    for method, form in (("ffba", "transformers"), ("lora", "merged")):
+        adapter_config = AdapterConfig(method, 8)
+        adapter, out = random_adapter(config, adapter_config, 1), tmp_path / f"{method}_{form}"
+        save_adapter(out / "a", {"adapter": adapter, "params": {}}, config, adapter_config, str(base),
+                     base_fingerprint(params))  # fmt: skip
+        command("--model", base, "--adapter", out / "a", "--format", form, "--out", out / "out")
+        ours = Llama(config, adapter_config).apply({"params": params, "adapter": adapter}, tokens)
+        model = AutoModelForCausalLM.from_pretrained(out / "out", trust_remote_code=True, dtype=torch.float32).eval()
+        with torch.no_grad():
+            theirs = model(torch.tensor(tokens)).logits.numpy()
+        assert np.abs(theirs - np.asarray(ours)).max() <= 2e-4, form
+        assert json.loads((out / "out/config.json").read_text())["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize(
@@ -239,6 +269,23 @@ def test_a_damaged_checkpoint_is_refused(refused, lora_run, tmp_path):
     shutil.copy(lora_run / "checkpoints/4/meta/metadata", meta)
     shutil.rmtree(workdir / "checkpoints/4/state/d")
     refused(["checkpoint 4 of --workdir", "cannot be read"], *step)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_checkpoint_that_is_not_finite_is_refused(refused, lora_run, tmp_path):
+    """By the export of its step, and by the run that would go on from it."""
+    shutil.copytree(lora_run, workdir := tmp_path / "run")
+    state, checkpointer = workdir / "checkpoints/6/state", ocp.PyTreeCheckpointer()
+    tree = checkpointer.restore(state)
+    product = tree["trainable"]["adapter"]["layers"]["mlp"]["down"]
+    product["A"] = product["A"].at[0, 1, 2].set(np.nan)
+    checkpointer.save(state, tree, force=True)
+    step = ["--workdir", workdir, "--step", 6, "--format", "peft", "--out", tmp_path / "out"]
+    words = ["checkpoint 6 of --workdir", "trainable/adapter/layers/mlp/down/A holds a value that is not finite"]
+    refused([*words, "take another with --step 2 or 4"], *step)
+    config = read_run(workdir)
+    with pytest.raises(UserError, match=r"down/A holds a value that is not finite.* to go on from step 4"):
+        train(config, workdir)
 
 
 # ---------------------------------------------------------------------------------------------- hostile input

@@ -77,8 +77,8 @@ def write_gguf(path, config=TINY, tensors=None, quantise=None, fields=None, extr
     }  # fmt: skip
     for key, value in metadata.items():
         if value is not None:
-            add = writer.add_string if isinstance(value, str) else writer.add_uint32
-            add(f"llama.{key}", value)
+            kinds = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32, list: writer.add_array}
+            kinds.get(type(value), writer.add_uint32)(f"llama.{key}", value)
     writer.add_float32("llama.rope.freq_base", config.rope_theta)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
     if tokenizer is None:
@@ -324,3 +324,73 @@ def test_smollm2_speaks_as_in_transformers(smollm2):
             assert row.argmax() == theirs[t + 1] or best - second < 1e-3
     print(f"max |logit difference| {worst:.2e}")
     assert worst <= 1e-3
+
+
+# ------------------------------------------------------------------------------------- keys that change numbers
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("rope.scaling.factor", 8.0), ("rope.scale_linear", 2.0), ("rope.scaling.attn_factor", 0.5),
+        ("rope.scaling.attn_factor", 0.0), ("rope.scaling.alpha", 1000.0), ("rope.scaling.yarn_ext_factor", 1.0),
+        ("rope.scaling.yarn_attn_factor", 0.1), ("rope.scaling.yarn_beta_fast", 16.0),
+        ("rope.scaling.yarn_log_multiplier", 0.1), ("rope.dimension_sections", [4, 4, 0, 0]),
+        ("rope.freq_base_swa", 10.0), ("rope.dimension_count_swa", 8), ("rope.something_new", 3),
+        ("attention.scale", 0.0156), ("attention.sliding_window", 512), ("attention.clamp_kqv", 8.0),
+        ("attention.max_alibi_bias", 8.0), ("attention.causal", False), ("attention.output_scale", 0.5),
+        ("attention.temperature_length", 8192), ("attention.temperature_scale", 0.1), ("attention.key_length_mla", 32),
+        ("attention.sliding_window_pattern", [True, False]), ("attention.q_lora_rank", 4), ("attention.kind", "new"),
+        ("logit_scale", 0.0625), ("residual_scale", 0.22), ("embedding_scale", 12.0), ("expert_used_count", 2),
+        ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0), ("use_parallel_residual", True),
+        ("embedding_length_out", 48), ("attention.scale", float("nan")), ("hidden_activation", "gelu"),
+    ],
+)  # fmt: skip
+def test_a_key_that_may_change_the_numbers_is_refused_by_name(key, value, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", fields={key: value})
+    with pytest.raises(UserError, match=f"llama.{key}=.* is not supported") as error:
+        GgufFile(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_keys_that_change_nothing_pass(tmp_path):
+    """Every key that the format lists for rotary embeddings and attention, at the value that a plain Llama has."""
+    neutral = {
+        "rope.scaling.type": "linear", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0,
+        "rope.scaling.original_context_length": 2048, "rope.scaling.finetuned": True, "rope.scaling.attn_factor": 1.0,
+        "rope.scaling.yarn_ext_factor": -1.0, "rope.scaling.yarn_attn_factor": 1.0, "rope.scaling.yarn_beta_fast": 32.0,
+        "rope.scaling.yarn_beta_slow": 1.0, "rope.scaling.yarn_log_multiplier": 0.0,
+        "rope.dimension_sections": [0, 0, 0, 0], "attention.scale": 0.25, "attention.sliding_window": 2048,
+        "attention.clamp_kqv": 0.0, "attention.causal": True, "attention.layer_norm_epsilon": 1e-5,
+        "attention.key_length_swa": 16, "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 0.0,
+        "expert_count": 0, "expert_used_count": 0, "tensor_data_layout": "Meta AI original pth",
+        "use_parallel_residual": False, "embedding_length_out": 96,
+    }  # fmt: skip
+    assert GgufFile(write_gguf(tmp_path / "m.gguf", fields=neutral)).config == TINY
+    # Llama 3's own scaling may be named beside its tensor, and is a lie without it.
+    extra, named = {"rope_freqs.weight": rope_divisors(SMALL, 8.0)}, {"rope.scaling.type": "llama3"}
+    fields = {**named, "rope.scaling.factor": 8.0}
+    assert GgufFile(write_gguf(tmp_path / "n.gguf", SMALL, extra=extra, fields=fields)).config.rope_scaling.factor == 8
+    for fields in ({"rope.scaling.factor": 8.0}, {**named, "rope.scaling.factor": 4.0}):
+        with pytest.raises(UserError, match=r"llama.rope.scaling.factor="):
+            GgufFile(write_gguf(tmp_path / "o.gguf", SMALL, extra=extra, fields=fields))
+    with pytest.raises(UserError, match=r"llama.rope.scaling.type='llama3' is not supported"):
+        GgufFile(write_gguf(tmp_path / "p.gguf", SMALL, fields=named))
+
+
+def test_values_that_are_not_finite_are_refused_with_their_tensor(tmp_path):
+    """Stored as they are, as the scale of a quantised block, or too large for the dtype that is asked for."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    for value, quantise, dtype, words in (
+        (np.nan, None, jnp.float32, "is not finite"), (np.inf, "F16", jnp.bfloat16, "is not finite"),
+        (1e6, "Q8_0", jnp.float32, "is not finite"),  # its scale is a float16
+        (7e4, None, jnp.float16, "which float16 cannot hold"),
+    ):  # fmt: skip
+        tensors = random_tensors(TINY)
+        tensors[name][7, 3] = value if quantise != "Q8_0" else 127 * value
+        kind = quantise and gguf.GGMLQuantizationType[quantise]
+        with np.errstate(over="ignore"):
+            path = write_gguf(tmp_path / f"{value}.gguf", TINY, tensors, quantise=kind)
+        with pytest.raises(UserError, match=f"tensor '{name}' .*{words}") as error:
+            load_pretrained(str(path), dtype)
+        assert "\n" not in str(error.value) and str(path) in str(error.value)

@@ -249,6 +249,13 @@ def test_what_cannot_be_scored_is_refused(models, base):
         lm.loglikelihood(requests("loglikelihood", [("a", "")]))
     with pytest.raises(UserError, match="65 tokens; 1 to max_length=64"):
         lm.loglikelihood(requests("loglikelihood", [("a", "b" * 65)]))
+    nowhere = {**base, "final_norm": {"scale": base["final_norm"]["scale"] * np.nan}}
+    spoilt = HarnessLM(TINY, nowhere, load_tokenizer("tiny"))
+    for score, given in ((spoilt.loglikelihood, ("The sky", " is")), (spoilt.loglikelihood_rolling, ("The sky is",))):
+        with pytest.raises(FloatingPointError, match=r"harness request .*The sky is', choice 0: the logits are not"):
+            score(requests(score.__name__, [given]))
+    with pytest.raises(FloatingPointError, match=r"prompt 0 \('The sky'\)"):
+        spoilt.generate_until(requests("generate_until", [("The sky", {"until": ["."], "max_gen_toks": 4})]))
     for arguments, words in (({"batch_size": 0}, "batch_size=0"), ({"max_length": 1}, "max_length=1"),
                              ({"max_length": 4096}, "max_position_embeddings=2048")):  # fmt: skip
         with pytest.raises(UserError, match=words):

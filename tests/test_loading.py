@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from flora_jax.errors import UserError
 from flora_jax.models import loading
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.hf import from_hf_tensors, hf_shapes, leaf_shapes, to_hf_tensors
+from flora_jax.models.hf import all_finite, from_hf_tensors, hf_shapes, leaf_shapes, to_hf_tensors
 from flora_jax.models.loading import load_config, load_pretrained
 
 TINY = LlamaConfig.preset("tiny")
@@ -451,3 +451,111 @@ def test_old_and_new_rotary_fields_together_are_read_as_transformers_does(both):
     assert (ours.rope_scaling is not None) == (theirs["rope_type"] == "llama3")
     if ours.rope_scaling is not None:
         assert ours.rope_scaling.factor == theirs["factor"]
+
+
+# ------------------------------------------------------------------------------- values that are not finite
+
+
+@pytest.mark.parametrize(
+    "value, stored, dtype, words",
+    [
+        (np.nan, np.float32, jnp.float32, "holds a value that is not finite"),
+        (-np.inf, ml_dtypes.bfloat16, jnp.bfloat16, "holds a value that is not finite"),
+        (np.nan, np.float16, jnp.bfloat16, "holds a value that is not finite"),
+        (-7e4, np.float32, jnp.float16, "holds 7e.04, which float16 cannot hold; load it in float32"),
+        (3.4e38, np.float32, jnp.bfloat16, "holds 3.4e.38, which bfloat16 cannot hold"),
+        (1e300, np.float64, jnp.float32, "holds 1e.300, which float32 cannot hold"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_a_value_that_is_not_finite_is_refused_with_its_tensor(value, stored, dtype, words, name, tmp_path):
+    tensors = random_tensors(TINY, stored)
+    tensors[name][-1] = value
+    folder = write_checkpoint(tmp_path, TINY, tensors)
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "a.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=rf"a.safetensors: tensor '{name}' {words}") as error:
+        load_pretrained(str(folder), dtype)
+    assert "\n" not in str(error.value)
+
+
+def test_the_largest_and_smallest_values_of_a_dtype_pass(tmp_path):
+    for dtype in (np.float32, ml_dtypes.bfloat16, np.float16):
+        info = ml_dtypes.finfo(dtype)
+        values = np.array([info.max, info.min, info.tiny, info.smallest_subnormal, 0, -0.0], dtype)
+        assert all_finite(values) and all_finite(np.resize(values, (2, 6)).T)
+        assert not all_finite(np.append(values, np.array([np.nan], dtype)))
+        assert not all_finite(np.append(values, np.array([-np.inf], dtype)))
+
+
+# ------------------------------------------------------------------------------------------- a tied lm_head
+
+
+def tied_with_head(folder, change):
+    """A tied transformers Llama, saved with an lm_head beside its embedding: `change(embedding)`."""
+    torch_llama(num_attention_heads=3, num_key_value_heads=3, tie_word_embeddings=True).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = change(tensors["model.embed_tokens.weight"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def logits_of_both(folder):
+    """Ours and transformers', of one checkpoint."""
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaForCausalLM
+
+    from flora_jax.models.llama import Llama
+
+    tokens = np.random.default_rng(0).integers(0, 128, (1, 20))
+    with torch.no_grad():
+        theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(torch.from_numpy(tokens)).logits
+    config, base = load_pretrained(str(folder))
+    ours = Llama(config, None).apply({"params": base}, jnp.asarray(tokens, jnp.int32))
+    return np.asarray(ours), theirs.numpy()
+
+
+def test_a_tied_model_with_a_head_of_its_own_is_read_as_transformers_does(tmp_path):
+    tensors = tied_with_head(tmp_path, lambda embedding: embedding[::-1] * 2)
+    ours, theirs = logits_of_both(tmp_path)
+    assert np.abs(ours - theirs).max() <= 2e-4
+    config, base = load_pretrained(str(tmp_path))
+    assert config.tie_word_embeddings is False and config == load_config(str(tmp_path))
+    loading.check_weights(str(tmp_path))
+    exported = dict(to_hf_tensors(config, base))
+    np.testing.assert_array_equal(exported["lm_head.weight"], tensors["lm_head.weight"])
+    assert exported.keys() == tensors.keys() and config.to_hf()["tie_word_embeddings"] is False
+    # One that is of another shape is no head of this model's.
+    tied_with_head(tmp_path, lambda embedding: embedding[:-1])
+    with pytest.raises(UserError, match=r"'lm_head.weight' has shape \[127, 48\], .* asks for \[128, 48\]"):
+        loading.check_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["beside the embedding", "in its place"])
+def test_a_head_that_is_the_embedding_stays_tied(alone, tmp_path):
+    tensors = tied_with_head(tmp_path, lambda embedding: embedding.copy())
+    _, plain = load_pretrained(str(tmp_path))
+    if alone:
+        del tensors["model.embed_tokens.weight"]
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        ours, theirs = logits_of_both(tmp_path)
+        assert np.abs(ours - theirs).max() <= 2e-4
+    config, base = load_pretrained(str(tmp_path))
+    assert config.tie_word_embeddings and load_config(str(tmp_path)) == config
+    assert traverse_util.flatten_dict(base, sep="/").keys() == leaf_shapes(config).keys()
+    jax.tree.map(np.testing.assert_array_equal, base, plain)
+
+
+def test_a_config_without_the_field_is_not_tied(tmp_path):
+    """transformers' default for Llamas."""
+    torch_llama(num_attention_heads=3, num_key_value_heads=3, tie_word_embeddings=False).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "tie_word_embeddings"}))
+    ours, theirs = logits_of_both(tmp_path)
+    assert np.abs(ours - theirs).max() <= 2e-4
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"'lm_head.weight' is missing"):
+        load_pretrained(str(tmp_path))

@@ -215,7 +215,7 @@ def test_what_a_resumed_run_may_change(finished, small, tree_hash, tmp_path):
     before = tree_hash(folder / "w")
     free = {"data.cache_dir": str(tmp_path), "train.log_every": 7, "train.save_every": 5, "train.keep": 9,
             "eval.limit": 3, "eval.batch_size": 2, "eval.max_length": 99, "eval.protocol": "lm_eval",
-            "mesh.data": 1, "model.remat": "none"}  # fmt: skip
+            "eval.max_new_tokens": 9, "mesh.data": 1, "model.remat": "none"}  # fmt: skip
     run(small(**{**values, **free}), folder / "w")
     assert tree_hash(folder / "w") == before
 

@@ -273,7 +273,7 @@ WITH_ANOTHER = {"data.weights": "9,1", "adapter.zero_init": "B"}  # computed, of
 ELSEWHERE = {
     "data.allow_contaminated", "data.generator.test", "data.cache_dir", "train.log_every", "train.eval_every",
     "train.save_every", "train.keep", "eval.protocol", "eval.published_faults", "eval.limit", "eval.batch_size",
-    "eval.max_length",
+    "eval.max_length", "eval.max_new_tokens",
 }  # fmt: skip
 
 
@@ -340,7 +340,7 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     values = {
         "train.steps": 6, "train.log_every": 4, "train.eval_every": 5, "train.save_every": 3, "train.keep": 3,
         "eval.tasks": "chain_sum", "eval.protocol": "lm_eval", "eval.limit": 5, "eval.batch_size": 3,
-        "eval.max_length": 400,
+        "eval.max_length": 400, "eval.max_new_tokens": 24,
         "data.cache_dir": str(tmp_path / "cache"),
     }  # fmt: skip
     run(small(**values), tmp_path / "w")
@@ -350,7 +350,7 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     assert {int(p.name) for p in (tmp_path / "w/checkpoints").iterdir()} == {3, 5, 6}
     assert (asked["protocol"], asked["n"], asked["batch_size"], asked["max_length"]) == ("lm_eval", 5, 3, 400)
     assert list((tmp_path / "cache").iterdir())
-    assert asked["published_faults"] is False
+    assert asked["published_faults"] is False and asked["max_new_tokens"] == 24
     changed = {"eval.limit": 50, "data.generator.test": 4, "eval.protocol": "llm_adapters",
                "data.prompt_style": "llm_adapters", "data.max_length": 512}  # fmt: skip
     run(small(**{**values, **changed, "eval.published_faults": True}), tmp_path / "v")

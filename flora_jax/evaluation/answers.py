@@ -13,10 +13,11 @@ The evaluation scripts of LLM-Adapters set the protocol, and these of its faults
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
-from flora_jax.data.numbers import final_number, same_number
+from flora_jax.data.numbers import final_number, read_answer, same_number
 from flora_jax.errors import UserError
 
 
@@ -24,7 +25,11 @@ def final_letter(text: str) -> str | None:
     """The option letter that `text` settles on, or None: behind "answer is" (the last time), or else what it begins
     with ("B", "B. 12", "b) 12"), or else the last one in brackets, after "option" or before "is correct" or "is the
     answer". Options listed in order, "(A) 1 (B) 2 (C) 3 …", are repeated from the question and do not count; nor does
-    one behind "not"."""
+    one behind "not", nor what stands behind a next question."""
+    return read_answer(text, _letter)
+
+
+def _letter(text: str) -> str | None:
     letters = "ABCDE"
     one = f"[{letters}]"
     # Behind "answer is" a bare letter must end there: in "the answer is A train" it is an article.
@@ -75,7 +80,11 @@ def _without_lists(marks: list[str], letters: str) -> list[str]:
 def final_label(text: str, labels: Sequence[str]) -> str | None:
     """The label word (one of `labels`, any case, as a whole word) that `text` settles on: the last behind "answer is",
     or else the last mentioned. What lists them in order, "Answer1: cat Answer2: dog" or "answer1/answer2", is repeated
-    from the question and does not count; nor does one behind "not"."""
+    from the question and does not count; nor does one behind "not", nor what stands behind a next question."""
+    return read_answer(text, functools.partial(_label, labels=labels))
+
+
+def _label(text: str, labels: Sequence[str]) -> str | None:
     words = "|".join(map(re.escape, labels))
     mention = rf"(?P<stated>\banswer\s*(?:is|:)\W*)?\b(?<!\bnot )(?P<label>{words})\b\s*(?P<mark>[:/]?)"
     order = [label.lower() for label in labels]

@@ -202,7 +202,13 @@ class HarnessLM(TemplateLM):
         return [score for question in self._score(questions) for score in question]
 
     def _score(self, questions: list[list[tuple[list[int], list[int]]]]) -> list[list[tuple[float, bool]]]:
-        return token_loglik(self.config, self.base, self.adapter, self.adapter_config, questions, self.batch_size)
+        def describe(i: int) -> str:
+            context, continuation = questions[i][0]
+            return f"harness request {self.tokenizer.decode([*context, *continuation])[-60:]!r}"
+
+        return token_loglik(
+            self.config, self.base, self.adapter, self.adapter_config, questions, self.batch_size, describe
+        )
 
     def _settings(self, arguments: Mapping[str, Any]) -> tuple[list[str], int, Sampling]:
         """Stop strings, number of new tokens and decode settings of a request's generation arguments."""

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -25,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flora_jax.adapters import AdapterConfig
-from flora_jax.errors import UserError
+from flora_jax.errors import NOT_FINITE, UserError
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
 from flora_jax.tokens import encode_open
@@ -84,12 +85,14 @@ def token_loglik(
     adapter_config: AdapterConfig | None,
     requests: Pairs,
     batch_size: int = 16,
+    describe: Callable[[int], str] = "question {}".format,
 ) -> list[list[tuple[float, bool]]]:
     """`choice_loglik` of pairs that are token ids already, neither side empty: `(log-likelihood, is_greedy)` of each,
     is_greedy where every token of the continuation is the most likely one at its place.
 
     Pairs of one question that share a context are computed in one row. The last token of a pair is never read, so a
-    pair may have max_position_embeddings + 1 tokens; that it has no more is the caller's to see to.
+    pair may have max_position_embeddings + 1 tokens; that it has no more is the caller's to see to. Raises
+    FloatingPointError, with the question as `describe(index)` calls it, for a score of logits that are not finite.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be a positive integer")
@@ -101,6 +104,10 @@ def token_loglik(
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     for batch in tqdm(batches, desc="log-likelihood", disable=len(batches) < 2 or not sys.stderr.isatty()):
         for (question, choice), score in _score(model, variables, batch, batch_size):
+            if not math.isfinite(score[0]):
+                raise FloatingPointError(
+                    f"{describe(question)}, choice {choice}: the logits are not finite, nor is its score; {NOT_FINITE}"
+                )
             out[question][choice] = score
     return out
 
@@ -192,9 +199,10 @@ def _hidden(model: Llama, variables: Tree, tokens: Array, positions: Array, grou
 @functools.partial(jax.jit, static_argnames="model")
 def _next_tokens(model: Llama, variables: Tree, hidden: Array, where: Array) -> tuple[Array, Array]:
     """log p `[C]` of the next tokens `where[:, 2]`, read at `hidden[where[:, 0], where[:, 1]]`, and whether each is
-    the most likely one."""
+    the most likely one; log p is NaN where a logit is not finite."""
     rows, places, targets = where.T
     unembedding = model.apply(variables, method="unembedding").astype(hidden.dtype)
     logits = jnp.einsum("CD,VD->CV", hidden[rows, places], unembedding, preferred_element_type=jnp.float32)
     loglik = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=-1)[:, 0]
+    loglik = jnp.where(jnp.isfinite(logits).all(axis=-1), loglik, jnp.nan)
     return loglik, jnp.argmax(logits, axis=-1) == targets

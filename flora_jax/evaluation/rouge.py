@@ -2,27 +2,82 @@
 
 A text is scored against each of its references. `rouge1`, `rouge2`, `rougeL` and `rougeLsum` (summary level: lines are
 sentences) are F-measures averaged over a text's references; the same with `_max` take the best reference.
+
+The package's tokenizer knows the letters a to z and the digits 0 to 9 alone and drops all else: of a Chinese text
+nothing is left, of "été" a "t". Where that is more than a trace of a task's references, all of its texts are cut by
+`UnicodeTokenizer` instead. English texts, with a foreign name here and there, are scored as they always were.
 """
 
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 POLICY = "F-measure with stemming; mean over the references of a text, _max: the best of them"
+# German, with the fewest letters of its own of the languages that have some, has 1.5 %; English news 0.004 %.
+_TRACE = 0.005
+
+# Scripts that put no space between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, ideographs.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+
+
+class UnicodeTokenizer(Tokenizer):
+    """Words of letters, marks and digits of any script, in lower case; where a script has no spaces between words,
+    each character (with its marks) is one. Words of a to z and 0 to 9 are stemmed as the package stems them."""
+
+    name = "unicode: words of any script; characters where it has no spaces between words"
+
+    def __init__(self):
+        self._ascii = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        """The tokens of `text`."""
+        pieces, alone = [], False
+        for character in unicodedata.normalize("NFKC", text).lower():
+            kind = unicodedata.category(character)
+            if kind[0] in "LN":
+                before, alone = alone, bool(_UNSPACED.match(character))
+                pieces.append(" " * (alone or before) + character)
+            elif kind[0] == "M":
+                pieces.append(character)
+            elif kind != "Cf":  # joiners and soft hyphens stand inside words
+                pieces.append(" ")
+        return [
+            token for word in "".join(pieces).split()
+            for token in (self._ascii.tokenize(word) if word.isascii() else [word])
+        ]  # fmt: skip
+
+
+def choose_tokenizer(references: Sequence[Sequence[str]]) -> UnicodeTokenizer | None:
+    """The tokenizer for all texts of a task, by its references; None: the package's own."""
+    kept = dropped = 0
+    for text in (text for own in references for text in own):
+        for character in text.lower():
+            if character.isascii():
+                kept += character.isalnum()
+            else:
+                dropped += unicodedata.category(character) in ("Ll", "Lo", "Lm", "Mn", "Mc", "Nd")
+    return UnicodeTokenizer() if dropped > _TRACE * (kept + dropped) else None
 
 
 def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Means over the texts of each kind, `<kind>_max`, and `<kind>_stderr` (standard deviation over sqrt(n)); `items`:
-    the rougeL of each text."""
-    scorer = RougeScorer(KINDS, use_stemmer=True)
+    the rougeL of each text; `tokenizer`: what cut the texts."""
+    tokenizer = choose_tokenizer(references)
+    scorer = RougeScorer(KINDS, use_stemmer=True, tokenizer=tokenizer)
     scores = [[scorer.score(target, text) for target in own] for text, own in zip(texts, references, strict=True)]
-    result = {}
+    result: dict[str, Any] = {"tokenizer": "rouge_score: a-z and 0-9" if tokenizer is None else tokenizer.name}
     for kind in KINDS:
         each = [[score[kind].fmeasure for score in own] for own in scores]
         means = np.array([np.mean(own) for own in each])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import logging
 import math
 import os
 import platform
@@ -50,7 +51,10 @@ Tree = dict[str, Any]
 SCHEMA_VERSION = 1
 PROTOCOLS = ("lm_eval", "llm_adapters")
 
+_MARGIN = 16  # tokens beside the longest answer and its end: it may be said in more of them than it is written in
 _SHOT_BREAK = "\n\n"  # between the examples of a plain few-shot prompt; a generated answer ends at it
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,15 @@ class TaskData:
     examples: Sequence[Example]
     shots: Sequence[Example]
     data_hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A task's prompts as token ids, whether each leaves room for its answer, and that room in tokens."""
+
+    prompts: list[list[int]]
+    fits: list[bool]
+    new_tokens: int
 
 
 def is_generated(task: Task, protocol: str) -> bool:
@@ -157,21 +170,26 @@ def evaluate_tasks(
     published_faults: bool = False,
     batch_size: int = 16,
     max_length: int = 1024,
+    max_new_tokens: int | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The result as a JSON-ready dict: what ran (`about`, e.g. model and adapter, goes in as it is), versions, and by
     task `accuracy` and `stderr` (sqrt(p (1 − p) / n)), `accuracy_norm` and `stderr_norm` where choices are scored, or
     `rouge1`, `rouge2`, `rougeL`, `rougeLsum` (rouge.py says which mean) where texts are, `items` (1 or 0 by
     question, in order; the rougeL of texts), `texts` (what was generated for each, None where the prompt was too long),
-    `n`, `scoring`, `decode` settings, `data_hash`, one whole `prompt` as an example, and `seconds`.
+    `finished` (the share that ended at a token) and `unfinished` (that ended neither there nor at a stop text), `n`,
+    `scoring`, `decode` settings, `data_hash`, one whole `prompt` as an example, and `seconds`.
 
     published_faults: score generated answers as the published scripts of LLM-Adapters do (`published`).
     base, adapter: trees as `Llama` takes them; arithmetic in the base's dtype. max_length: prompt and new tokens of
-    generated answers; a prompt that leaves no room counts as wrong and in `too_long`. Raises UserError if none fits,
-    for choices beyond max_position_embeddings, and for sizes that no Generator of this base can have.
+    generated answers; a prompt that leaves no room counts as wrong and in `too_long`. max_new_tokens: of a generated
+    answer, in place of its task's own number; a JSONL file has room for its longest answer, as far as max_length leaves
+    it. Raises UserError if none fits, for choices beyond max_position_embeddings, and for sizes that no Generator of
+    this base can have; FloatingPointError for scores and tokens of values that are not finite.
     """
     # A task whose prompts leave no room, or whose choices are too long, is refused before another one is scored.
-    choices = check_prompts(tasks, config, tokenizer, protocol, prompt_style, published_faults, max_length)
+    asked = check_prompts(
+        tasks, config, tokenizer, protocol, prompt_style, published_faults, max_length, max_new_tokens)  # fmt: skip
     if any(is_generated(data.task, protocol) for data in tasks):
         check_sizes(config, base, max_length, batch_size)
     results: dict[str, Any] = {}
@@ -182,9 +200,10 @@ def evaluate_tasks(
             if generator is None:
                 adapters = {"adapter": adapter} if adapter is not None else None
                 generator = Generator(config, base, adapters, adapter_config, tokenizer, max_length, batch_size)
-            result = _generate_answers(data, generator, prompt_style, published_faults, batch_size)
+            result = _generate_answers(
+                data, asked[data.task.name], generator, prompt_style, published_faults, batch_size)  # fmt: skip
         else:
-            result = _score_choices(data, choices[data.task.name], config, base, adapter, adapter_config, batch_size)
+            result = _score_choices(data, asked[data.task.name], config, base, adapter, adapter_config, batch_size)
         results[data.task.name] = {
             **result,
             "n": len(data.examples),
@@ -213,19 +232,19 @@ def evaluate_tasks(
 
 def check_prompts(
     tasks: Sequence[TaskData], config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, protocol: str,
-    prompt_style: str, published_faults: bool, max_length: int,
-) -> dict[str, Pairs]:  # fmt: skip
-    """Raises UserError where `evaluate_tasks` would, for prompts that the style cannot express or that leave no room,
-    and choices that are too long: before a model is trained to be scored on them. The token ids of the choices, by
-    task that has some."""
-    choices = {}
+    prompt_style: str, published_faults: bool, max_length: int, max_new_tokens: int | None = None,
+) -> dict[str, Asked | Pairs]:  # fmt: skip
+    """What is asked, by task: prompts, or the token ids of choices. Raises UserError where `evaluate_tasks` would, for
+    prompts that the style cannot express or that leave no room, and choices that are too long: before a model is
+    trained to be scored on them. A line says how many prompts leave no room, and where answers may be cut."""
+    asked = {}
     for data in tasks:
         if is_generated(data.task, protocol):
             room = min(max_length, config.max_position_embeddings)
-            _prompts(data, tokenizer, prompt_style, published_faults, room)
+            asked[data.task.name] = _prompts(data, tokenizer, prompt_style, published_faults, room, max_new_tokens)
         else:
-            choices[data.task.name] = _choices(data, config, tokenizer)
-    return choices
+            asked[data.task.name] = _choices(data, config, tokenizer)
+    return asked
 
 
 def describe(scores: Mapping[str, Any]) -> str:
@@ -265,7 +284,8 @@ def _score_choices(
     data: TaskData, pairs: Pairs, config: LlamaConfig, base: Tree, adapter: Tree | None,
     adapter_config: AdapterConfig | None, batch_size: int,
 ) -> dict[str, Any]:  # fmt: skip
-    scores = token_loglik(config, base, adapter, adapter_config, pairs, batch_size)
+    describe = lambda i: f"{data.task.name}: question {i}"  # noqa: E731
+    scores = token_loglik(config, base, adapter, adapter_config, pairs, batch_size, describe)
     right, right_norm = [], []
     for example, found in zip(data.examples, scores, strict=True):
         loglik = [value for value, _ in found]
@@ -292,9 +312,10 @@ def _choices(data: TaskData, config: LlamaConfig, tokenizer: PreTrainedTokenizer
 
 
 def _prompts(
-    data: TaskData, tokenizer: PreTrainedTokenizerFast, style: str, published_faults: bool, max_length: int
-) -> tuple[list[list[int]], list[bool]]:
-    """The token ids of each prompt, and whether it leaves room for the answer. Raises UserError if none does."""
+    data: TaskData, tokenizer: PreTrainedTokenizerFast, style: str, published_faults: bool, max_length: int,
+    max_new_tokens: int | None,
+) -> Asked:  # fmt: skip
+    """Raises UserError where no prompt leaves room for its answer."""
     asked = [few_shot_messages(example, data.shots, style) for example in data.examples]
     try:
         if published_faults:
@@ -303,29 +324,48 @@ def _prompts(
             prompts = [encode_prompt(messages, tokenizer, style) for messages in asked]
     except UserError as error:
         raise UserError(f"{data.task.name}: {error}") from None
-    fits = [len(prompt) <= max_length - data.task.new_tokens for prompt in prompts]
+    name, new_tokens = data.task.name, max_new_tokens or data.task.new_tokens
+    lengths = [len(prompt) for prompt in prompts]
+    fits = [length <= max_length - new_tokens for length in lengths]
     if not any(fits):
         raise UserError(
-            f"max_length={max_length} leaves no room for {data.task.new_tokens} new tokens after any prompt of "
-            f"{data.task.name}; the shortest has {min(map(len, prompts))} tokens"
+            f"max_length={max_length} leaves no room for {new_tokens} new tokens after any prompt of {name}; the "
+            f"shortest has {min(lengths)} tokens"
         )
-    return prompts, fits
+    if not all(fits):
+        _log.warning("%s: %d of %d prompts leave no room for %d new tokens in max_length=%d and count as wrong",
+                     name, len(fits) - sum(fits), len(fits), new_tokens, max_length)  # fmt: skip
+    if max_new_tokens is None and data.task.source == "jsonl":
+        answers = tokenizer([example.answer for example in data.examples], add_special_tokens=False, verbose=False)
+        longest = max(map(len, answers["input_ids"]))
+        left = max_length - max(length for length, fit in zip(lengths, fits, strict=True) if fit)
+        new_tokens = max(new_tokens, min(longest + 1 + _MARGIN, left))
+        if new_tokens <= longest:  # its end is a token, too
+            _log.warning("%s: the longest answer has %d tokens, but max_length=%d leaves %d after the longest prompt; "
+                         "such answers are cut and count as wrong", name, longest, max_length, left)  # fmt: skip
+    return Asked(prompts, fits, new_tokens)
 
 
 def _generate_answers(
-    data: TaskData, generator: Generator, style: str, published_faults: bool, batch_size: int
+    data: TaskData, asked: Asked, generator: Generator, style: str, published_faults: bool, batch_size: int
 ) -> dict[str, Any]:
-    metric, new_tokens, tokenizer = data.task.metric, data.task.new_tokens, generator.tokenizer
+    metric, new_tokens, tokenizer = data.task.metric, asked.new_tokens, generator.tokenizer
     judge = published.is_right if published_faults else is_right
-    prompts, fits = _prompts(data, tokenizer, style, published_faults, generator.max_length)
-    asked = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
+    prompts = [prompt for prompt, fit in zip(asked.prompts, asked.fits, strict=True) if fit]
     if published_faults:
-        asked = published.pad(asked, metric, batch_size)
+        prompts = published.pad(prompts, metric, batch_size)
     stop_text = _SHOT_BREAK if data.shots and style != "chat" else None
     ended = lambda i, text: stop_text is not None and stop_text in text.lstrip()  # noqa: E731
-    generations = generate_in_rounds(generator, asked, new_tokens, ended)
+    try:
+        generations = generate_in_rounds(generator, prompts, new_tokens, ended)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{data.task.name}: {error}") from None
+    unfinished = sum(not g.finished and not ended(i, g.text) for i, g in enumerate(generations)) / len(generations)
+    if unfinished:
+        _log.warning("%s: %.1f %% of the answers did not end within %d new tokens; max_new_tokens gives them more",
+                     data.task.name, 100 * unfinished, new_tokens)  # fmt: skip
     said = iter([g.text.lstrip().split(stop_text)[0] if stop_text else g.text for g in generations])
-    texts = [next(said) if fit else None for fit in fits]
+    texts = [next(said) if fit else None for fit in asked.fits]
     if metric == "rouge":  # a prompt that leaves no room is answered with nothing
         references = [example.references for example in data.examples]
         scores = {**rouge([text or "" for text in texts], references), "scoring": f"ROUGE: {POLICY}"}
@@ -343,8 +383,9 @@ def _generate_answers(
         "decode": {"temperature": 0.0, "max_new_tokens": new_tokens, "first_round": FIRST_ROUND,
                    "stop_text": stop_text},
         "finished": sum(g.finished for g in generations) / len(generations),
-        "too_long": len(prompts) - len(asked),
-        "prompt": tokenizer.decode(prompts[0]),
+        "unfinished": unfinished,
+        "too_long": len(asked.prompts) - len(prompts),
+        "prompt": tokenizer.decode(asked.prompts[0]),
     }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from flora_jax.adapters import (
@@ -36,7 +37,7 @@ from flora_jax.adapters import (
     widen,
     write_adapter,
 )
-from flora_jax.errors import UserError, check_text, near_misses
+from flora_jax.errors import NOT_FINITE, UserError, check_text, near_misses
 from flora_jax.inference.sampling import Sampling, sample
 from flora_jax.models.attention import kernel_runs
 from flora_jax.models.config import LlamaConfig
@@ -145,23 +146,30 @@ def grow(cache: KVCache, slots: int) -> KVCache:
 @flax.struct.dataclass
 class State:
     """Between two tokens: step, scalar int32; token `[B]`, the last one chosen; out `[B, S]`, those chosen so far;
-    count `[B]`, how many of them a row keeps; done `[B]` bool; cache, without the last token."""
+    count `[B]`, how many of them a row keeps; done `[B]` bool; failed `[B]` bool, whether it ended because its logits
+    were not finite; cache, without the last token."""
 
     step: Array
     token: Array
     out: Array
     count: Array
     done: Array
+    failed: Array
     cache: KVCache
 
 
 def _choose(state: State, logits: Array, stop: Array, keys: Array, sampling: Sampling) -> State:
     """The state with the next token, from its logits `[B, V]`."""
     token = sample(jax.vmap(jax.random.fold_in, (0, None))(keys, state.step), logits, sampling)
-    done = state.done | (token[:, None] == stop).any(-1)
+    # NaN is the largest of all that it stands among. Where a GPU takes the best token, to look at the logit of that one
+    # alone is no launch more; a sample has computed their maximum anyway.
+    greedy = sampling.temperature == 0
+    best = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] if greedy else logits.max(axis=-1)
+    failed = state.failed | (~state.done & ~jnp.isfinite(best))  # the host looks at it once all rows are through
+    done = state.done | failed | (token[:, None] == stop).any(-1)
     return state.replace(
         step=state.step + 1, token=token, out=jax.lax.dynamic_update_slice(state.out, token[:, None], (0, state.step)),
-        count=jnp.where(done, state.count, state.step + 1), done=done,
+        count=jnp.where(done, state.count, state.step + 1), done=done, failed=failed,
     )  # fmt: skip
 
 
@@ -182,7 +190,9 @@ def begin(logits: Array, cache: KVCache, done: Array, stop: Array, keys: Array, 
     asked for. The cache (S slots) is consumed."""
     B, S = cache.valid.shape
     zero = jnp.zeros((), jnp.int32)
-    state = State(zero, jnp.zeros(B, jnp.int32), jnp.zeros((B, S), jnp.int32), jnp.zeros(B, jnp.int32), done, cache)
+    tokens, out = jnp.zeros(B, jnp.int32), jnp.zeros((B, S), jnp.int32)
+    failed = ~done & ~jnp.isfinite(logits).all(axis=-1)
+    state = State(zero, tokens, out, jnp.zeros(B, jnp.int32), done, failed, cache)
     return _choose(state, logits, stop, keys, sampling)
 
 
@@ -238,6 +248,9 @@ def _share(
     for name, adapter in adapters.items():
         own = configs[name]
         check_adapter(adapter, config, own)
+        for path, leaf in flatten_dict(adapter, sep="/").items():
+            if not np.isfinite(leaf).all():
+                raise UserError(f"adapter {name!r}: leaf {path!r} holds a value that is not finite; train it anew")
         if own.rank < shared.rank:
             adapter, own = widen(adapter, own, shared.rank)
         riders[name] = jax.device_get(adapter_riders(adapter, config, own))
@@ -344,7 +357,7 @@ class Generator:
         ends at the model's or the tokenizer's end-of-text token, that of the chat template's turns, or one of `stop`
         (ids). What prompt i draws depends on `seed` (0 to 2**32 - 1) and i alone. Raises UserError for a prompt that is
         empty, has ids outside the vocabulary, or is longer than max_length − max_new_tokens, and for an adapter that is
-        not loaded.
+        not loaded; FloatingPointError, with the prompt, where a token was to be chosen from logits that are not finite.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise UserError(f"{_PROMPTS}, not {'one text' if isinstance(prompts, str) else repr(prompts)}")
@@ -373,7 +386,7 @@ class Generator:
     ) -> Iterator[str]:  # fmt: skip
         """The text of `generate([prompt], …)` with the adapter in use, piece by piece as tokens come; a piece ends
         where characters are whole. Returns to Python after every token; raises UserError if the generator's arrays
-        have been given another adapter meanwhile."""
+        have been given another adapter meanwhile, FloatingPointError as `generate` does."""
         if self.tokenizer is None:
             raise UserError("stream gives text, but there is no tokenizer")
         max_new_tokens = _new_tokens(max_new_tokens)
@@ -383,6 +396,8 @@ class Generator:
         state, *settings = self._start([row], [self._name], [0], max_new_tokens, sampling, seed, stop_ids, batch_size=1)
         while True:
             tokens = np.asarray(state.out)[0, : int(state.count[0])].tolist()
+            if state.failed[0]:
+                raise self._not_finite(0, row, self._name, len(tokens))
             last = bool(state.done[0]) or int(state.step) >= max_new_tokens
             text = self._text(tokens)
             if last or not text.endswith("\ufffd"):
@@ -463,8 +478,19 @@ class Generator:
         """The generations of the prompts `batch`."""
         state, *settings = self._start(rows, names, batch, max_new_tokens, sampling, seed, stop, self.batch_size)
         state = decode(self._model, self.params, state, jnp.int32(max_new_tokens), *settings, sampling=sampling)
-        out, counts, finished = jax.device_get((state.out, state.count, state.done))
+        out, counts, finished, failed = jax.device_get((state.out, state.count, state.done, state.failed))
+        for b, i in enumerate(batch):
+            if failed[b]:
+                raise self._not_finite(i, rows[i], names[i], int(counts[b]))
         return [self.generation(out[b, : counts[b]].tolist(), bool(finished[b])) for b in range(len(batch))]
+
+    def _not_finite(self, i: int, prompt: list[int], name: str | None, count: int) -> FloatingPointError:
+        """What stops a generation whose logits are NaN or infinite after `count` new tokens."""
+        text = "" if self.tokenizer is None else f" ({self._text(prompt)[:60]!r})"
+        adapter = "" if name is None else f" with adapter {name!r}"
+        return FloatingPointError(
+            f"prompt {i}{text}{adapter}: the logits after {count} new tokens are not finite; {NOT_FINITE}"
+        )
 
     def _text(self, tokens: list[int]) -> str:
         # To clean up is to take spaces out ("it 's" is "it's"), which the text was never given.

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,7 @@ _PLACES = {p: (block, product) for block, products in BLOCKS.items() for product
 _PEFT_REFUSED = (
     "use_dora", "modules_to_save", "bias", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out",
     "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters", "use_qalora", "use_bdlora",
-    "alora_invocation_tokens", "velora_config", "monteclora_config", "kasa_config", "arrow_config",
+    "alora_invocation_tokens", "megatron_config", "velora_config", "monteclora_config", "kasa_config", "arrow_config",
 )  # fmt: skip
 # Initialisations that change the base: the adapter means nothing on the base as published.
 _PEFT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -293,7 +294,7 @@ def _from_peft(
         raise UserError(f"{where}: field 'lora_alpha' is missing, and the scale of the adapter with it")
     adapter_config = _make_config(
         where, method=method, rank=stored.get("r"), alpha=stored["lora_alpha"],
-        rslora=stored.get("use_rslora") or False, targets=_peft_targets(where, stored, tensors),
+        rslora=stored.get("use_rslora") or False, targets=_peft_targets(where, stored, tensors, config),
         dropout=stored.get("lora_dropout", 0.0))  # fmt: skip
     r, expected = adapter_config.rank, {}
     for projection in adapter_config.targets:
@@ -320,18 +321,44 @@ def _from_peft(
     return adapter_config, {"adapter": {"layers": layers}, "params": {}}
 
 
-def _peft_targets(where: Path, stored: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[str, ...]:
-    """The projections adapted: those of `target_modules`, or where that is a pattern those that have tensors."""
-    modules = stored.get("target_modules")
-    if isinstance(modules, str):
-        return tuple(p for p in PROJECTIONS if any(f".{PEFT_MODULES[p]}." in name for name in tensors))
-    if not isinstance(modules, list) or not modules:
-        raise UserError(f"{where}: target_modules={modules!r} must name projections such as 'q_proj'")
+def _peft_targets(
+    where: Path, stored: Mapping[str, Any], tensors: Mapping[str, Any], config: LlamaConfig
+) -> tuple[str, ...]:
+    """The projections adapted: those of `target_modules`, or where that is a pattern those that have tensors, without
+    those of `exclude_modules`. Raises UserError where either says so of some layers alone."""
+    modules, excluded = stored.get("target_modules"), stored.get("exclude_modules") or []
     names = {f"{p}_proj": p for p in PROJECTIONS}
-    for module in modules:
-        if str(module).rpartition(".")[2] not in names:
-            raise UserError(f"{where}: target_modules has {module!r}, not supported; {near_misses(str(module), names)}")
-    return tuple(names[str(module).rpartition(".")[2]] for module in modules)
+    if isinstance(modules, str):
+        found = [p for p in PROJECTIONS if any(f".{PEFT_MODULES[p]}." in name for name in tensors)]
+    else:
+        if not isinstance(modules, list) or not modules:
+            raise UserError(f"{where}: target_modules={modules!r} must name projections such as 'q_proj'")
+        for module in modules:
+            if str(module).rpartition(".")[2] not in names:
+                near = near_misses(str(module), names)
+                raise UserError(f"{where}: target_modules has {module!r}, not supported; {near}")
+        found = list(dict.fromkeys(names[str(module).rpartition(".")[2]] for module in modules))
+    left_out = set()
+    for p in found:
+        keys = [f"model.layers.{i}.{PEFT_MODULES[p]}" for i in range(config.num_hidden_layers)]
+        for field, value in (("target_modules", modules), ("exclude_modules", excluded)):
+            matched = [_peft_matches(where, field, value, key) for key in keys]
+            if any(matched) and not all(matched):
+                raise UserError(f"{where}: {field}={value!r} names {p}_proj in some layers alone, which is not "
+                                "supported: an adapter here is the same in every layer")  # fmt: skip
+        if any(matched):  # of exclude_modules
+            left_out.add(p)
+    return tuple(p for p in found if p not in left_out)
+
+
+def _peft_matches(where: Path, field: str, value: str | list[str], key: str) -> bool:
+    """Whether a field of PEFT's names a module: by its path or the end of it, or as a pattern of the whole path."""
+    if isinstance(value, list):
+        return any(f".{key}".endswith(f".{name}") for name in value)
+    try:
+        return re.fullmatch(value, key) is not None
+    except (TypeError, re.error) as error:
+        raise UserError(f"{where}: {field}={value!r} must be a list of names or a pattern ({error})") from None
 
 
 def _adapter_config(directory: Path, stored: Mapping[str, Any]) -> AdapterConfig:

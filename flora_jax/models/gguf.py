@@ -8,6 +8,7 @@ interleaved: a head's rows `[a0 b0 a1 b1 …]` are HF's `[a0 a1 … b0 b1 …]`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,27 @@ from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig, RopeScaling
 from flora_jax.models.hf import check_hf_tensors, hf_shapes
 from flora_jax.models.rope import inverse_frequencies
+
+# Keys, behind "llama.", that are read here …
+_READ = frozenset((
+    "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "expert_count",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
+))  # fmt: skip
+# … and those that change no number of a Llama: notes, and settings of what it has not.
+_IDLE = frozenset((
+    "tensor_data_layout", "pooling_type", "attention.layer_norm_epsilon", "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+))  # fmt: skip
+# What the others say where they change nothing, if that is not 0, false or empty. Without a type, a factor is linear
+# scaling (llama.cpp); `rope.scale_linear` is its older name.
+_NEUTRAL = {
+    "rope.scaling.factor": (0, 1), "rope.scale_linear": (0, 1), "rope.scaling.alpha": (0, 1),
+    "rope.scaling.attn_factor": (1,), "rope.scaling.yarn_attn_factor": (1,), "rope.scaling.yarn_ext_factor": (-1, 0),
+    "rope.scaling.yarn_beta_fast": (32,), "rope.scaling.yarn_beta_slow": (1,), "attention.causal": (1,),
+    "attention.output_scale": (0, 1), "logit_scale": (0, 1), "residual_scale": (0, 1), "embedding_scale": (0, 1),
+    "expert_weights_scale": (0, 1),
+}  # fmt: skip
 
 
 class GgufTensor:
@@ -53,7 +75,11 @@ class GgufFile:
             raise UserError(f"{self.path}: the file has another byte order than this machine; convert it first")
         self._stored = {tensor.name: tensor for tensor in self._reader.tensors}
         self._refuse_unsupported()
-        self.config = self._read_config()
+        try:
+            self.config = self._read_config()
+        except UserError as error:  # the configuration knows of no file
+            raise UserError(str(error) if str(self.path) in str(error) else f"{self.path}: {error}") from None
+        self._refuse_unread_keys(self.config)
         self.tensors = self._name_tensors()
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -76,7 +102,8 @@ class GgufFile:
             raise UserError(f"{self.path}: llama.expert_count={self.get('llama.expert_count')} is not supported; "
                             "only dense Llamas are")  # fmt: skip
         scaling = self.get("llama.rope.scaling.type", "none")
-        if scaling not in ("none", "llama3"):
+        # Linear by a factor of one is none; Llama 3's is in a tensor.
+        if scaling not in ("none", "linear") and (scaling, "rope_freqs.weight" in self._stored) != ("llama3", True):
             raise UserError(f"{self.path}: llama.rope.scaling.type={scaling!r} is not supported; "
                             "'none' and Llama 3's rope_freqs are")  # fmt: skip
         for tensor in {t.tensor_type: t for t in self._stored.values()}.values():
@@ -131,6 +158,36 @@ class GgufFile:
             pad_token_id=self.get("tokenizer.ggml.padding_token_id"),
         )
         return self._with_rope_scaling(config)
+
+    def _refuse_unread_keys(self, config: LlamaConfig) -> None:
+        """Raises UserError for the first key that is not read here and may change what the model computes."""
+        width = (0, config.head_dim)
+        window = self.get("llama.attention.sliding_window", 0)
+        neutral = {
+            **_NEUTRAL,
+            "embedding_length_out": (0, config.hidden_size),
+            "attention.scale": (0, config.head_dim**-0.5),
+            "attention.key_length_swa": width,
+            "attention.value_length_swa": width,
+            "rope.dimension_count_swa": width,
+            "rope.freq_base_swa": (0, config.rope_theta),
+        }
+        if isinstance(window, int) and window >= config.max_position_embeddings:  # it hides nothing
+            neutral["attention.sliding_window"] = (window,)
+        if self.get("llama.rope.scaling.type") == "llama3":
+            neutral["rope.scaling.factor"] = (0, 1, config.rope_scaling.factor)
+        for key in self._reader.fields:
+            name = key.removeprefix("llama.")
+            if name == key or name in _READ or name in _IDLE:
+                continue
+            value = self.get(key)
+            if isinstance(value, list | str):
+                silent = not any(value)
+            else:
+                silent = any(math.isclose(value, one, rel_tol=1e-6) for one in neutral.get(name, (0,)))
+            if not silent:
+                raise UserError(f"{self.path}: {key}={value!r:.60} is not supported: it may change what the model "
+                                "computes, and this reader does not know how")  # fmt: skip
 
     def _with_rope_scaling(self, config: LlamaConfig) -> LlamaConfig:
         """Adds Llama 3's scaling, which files carry only as its result: a divisor for each of the H/2 frequencies."""

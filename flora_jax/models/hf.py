@@ -7,8 +7,9 @@ are stacked on axis 0. So `model.layers.0 … 29.mlp.up_proj.weight`, 30 tensors
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,11 @@ HF_TABLE = tuple(Row(*row) for row in (
     ("layers/mlp/down/down_bias",       "model.layers.{}.mlp.down_proj.bias",               "D", "mlp_bias"),
     ("final_norm/scale",                "model.norm.weight",                                "D"),
 ))  # fmt: skip
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# Two bytes of a float at a time: numpy has no fast way to ask bfloat16 whether it is finite.
+_EXPONENT_BITS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
 
 # Rows of an HF tensor copied at a time: bounds what a load holds beside its result and keeps a transpose in cache.
 _BLOCK_ROWS = 64
@@ -110,10 +116,29 @@ def check_hf_tensors(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]],
                 f"{source}: tensor {name!r} has shape {list(shapes[name])}, the configuration asks for {list(shape)}"
             )
     for name in shapes:
-        if name not in expected and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
+        if name not in expected and not name.endswith("rotary_emb.inv_freq") and name != _HEAD:
             raise UserError(
                 f"{source}: unexpected tensor {name!r}; only unquantised Llama checkpoints without adapters are read"
             )
+
+
+def settle_tying(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> tuple[LlamaConfig, Mapping[str, Tensor]]:
+    """The configuration and tensors of a checkpoint, tied as transformers 5 ties them: a model that says it is tied but
+    is stored with an lm_head that is not its embedding is not. Where one of the two is stored, it is both."""
+    head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
+    if not config.tie_word_embeddings or head is None:
+        return config, tensors
+    if embedding is None:
+        return config, {**tensors, _EMBEDDING: head}
+    return dataclasses.replace(config, tie_word_embeddings=_equal(head, embedding)), tensors
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if tuple(a.shape) != tuple(b.shape):
+        return False
+    blocks = (slice(i, i + _BLOCK_ROWS) for i in range(0, a.shape[0], _BLOCK_ROWS))
+    same_kind = lambda tensor, rows: tensor[(rows,)].astype(np.float32, copy=False)  # noqa: E731
+    return all(np.array_equal(same_kind(a, rows), same_kind(b, rows)) for rows in blocks)
 
 
 def from_hf_tensors(
@@ -134,7 +159,8 @@ def from_hf_tensors(
         `layers/attention/qkv/q_kernel`); None puts everything, uncommitted, on the default device.
       source: the name that errors give to the checkpoint.
 
-    Returns: the nested dict of jax arrays. Raises UserError before it allocates anything.
+    Returns: the nested dict of jax arrays. Raises UserError before it allocates anything, but for a value that is not
+    finite, or not in `dtype`, which is met where it is read.
     """
     check_hf_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, source)
     dtype, shapes, rows = _float_dtype(dtype), leaf_shapes(config), dict(_by_path(config))
@@ -144,7 +170,8 @@ def from_hf_tensors(
 
         def read(index: tuple[slice, ...], row: Row = rows[path], shape: tuple[int, ...] = shape) -> np.ndarray:
             names = _hf_names(row, config)
-            return _read(names, tensors, row, tuple(range(n)[s] for n, s in zip(shape, index, strict=True)), dtype)
+            part = tuple(range(n)[s] for n, s in zip(shape, index, strict=True))
+            return _read(names, tensors, row, part, dtype, source)
 
         sharding = sharding_of(path)
         if sharding is None:
@@ -205,8 +232,9 @@ def _sharding_lookup(shardings: Any, shapes: Mapping[str, Any]) -> Callable[[str
 
 
 def _read(
-    names: list[str], tensors: Mapping[str, Tensor], row: Row, index: tuple[range, ...], dtype: np.dtype
-) -> np.ndarray:
+    names: list[str], tensors: Mapping[str, Tensor], row: Row, index: tuple[range, ...], dtype: np.dtype,
+    source: str,
+) -> np.ndarray:  # fmt: skip
     """The part `index` of one leaf, read from the HF tensors `names` into one buffer."""
     buffer = _aligned_empty(tuple(map(len, index)), dtype)
     layers, axes = (index[0], index[1:]) if row.stacked else (range(1), index)
@@ -216,8 +244,30 @@ def _read(
         out = out.T if row.transposed else out  # a view in HF orientation
         for start in range(rows.start, rows.stop, _BLOCK_ROWS):
             stop = min(start + _BLOCK_ROWS, rows.stop)
-            out[start - rows.start : stop - rows.start] = tensors[names[layer]][(slice(start, stop), *columns)]
+            block = out[start - rows.start : stop - rows.start]
+            with np.errstate(over="ignore", invalid="ignore"):  # said below, with a name
+                found = tensors[names[layer]][(slice(start, stop), *columns)]
+                block[...] = found
+            if not all_finite(block):
+                _refuse_values(found, dtype, getattr(tensors[names[layer]], "file", source), names[layer])
     return buffer
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether no value of a float array is NaN or an infinity: those have all bits of the exponent set."""
+    bits = _EXPONENT_BITS.get(values.dtype.name)
+    if bits is None:
+        return bool(np.isfinite(values).all())
+    return not ((values.view(bits.dtype) & bits) == bits).any()
+
+
+def _refuse_values(found: np.ndarray, dtype: np.dtype, file: str, name: str) -> NoReturn:
+    if not np.isfinite(found.astype(np.float64)).all():
+        raise UserError(f"{file}: tensor {name!r} holds a value that is not finite (NaN or infinity); download the "
+                        "checkpoint again, or take an earlier one of its training")  # fmt: skip
+    largest = np.abs(found.astype(np.float64)).max()
+    raise UserError(f"{file}: tensor {name!r} holds {largest:.4g}, which {dtype.name} cannot hold"
+                    + "; load it in float32" * (dtype.name != "float32"))  # fmt: skip
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from flora_jax.errors import UserError, near_misses
 from flora_jax.files import cache_root, read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
-from flora_jax.models.hf import check_hf_tensors, from_hf_tensors
+from flora_jax.models.hf import Tensor, check_hf_tensors, from_hf_tensors, settle_tying
 
 _SMOLLM2 = {
     f"smollm2-{size.lower()}{suffix}": f"HuggingFaceTB/SmolLM2-{size}-Instruct"
@@ -54,6 +55,7 @@ LICENCE_FILES = ("LICENSE", "LICENCE", "USE_POLICY", "NOTICE")
 _CONFIG_FILES = (
     "*.json", "tokenizer*", "*.jinja", "README.md", *(f"{name}*" for name in LICENCE_FILES)
 )  # fmt: skip
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -76,16 +78,25 @@ def load_pretrained(source: str, dtype: Any = jnp.float32, *, shardings: Any = N
     if path.is_file():
         file = GgufFile(path)
         return file.config, from_hf_tensors(file.config, file.tensors, dtype, shardings=shardings, source=str(path))
-    config = _read_config(path)
     with contextlib.ExitStack() as stack:
-        tensors = _open_safetensors(path, stack)
+        config, tensors = _open_checkpoint(path, stack)
         return config, from_hf_tensors(config, tensors, dtype, shardings=shardings, source=str(path))
 
 
 def load_config(source: str) -> LlamaConfig:
-    """The configuration that `load_pretrained(source)` gives, without reading a weight."""
+    """The configuration that `load_pretrained(source)` gives. No weight is read but where a model that says it is tied
+    stores an lm_head, too."""
     path = resolve_source(source, weights=False)
-    return GgufFile(path).config if path.is_file() else _read_config(path)
+    if path.is_file():
+        return GgufFile(path).config
+    config = _read_config(path)
+    if not config.tie_word_embeddings or source in PUBLISHED:
+        return config
+    path = resolve_source(source)  # of the hub, what it is for the weights to say comes with them
+    if not any((path / name).is_file() for name in (SINGLE, INDEX)):
+        return config
+    with contextlib.ExitStack() as stack:
+        return _open_checkpoint(path, stack)[0]
 
 
 def check_weights(source: str) -> None:
@@ -94,8 +105,8 @@ def check_weights(source: str) -> None:
     path = Path(source).expanduser()
     if path.is_dir():
         with contextlib.ExitStack() as stack:
-            shapes = {name: tensor.shape for name, tensor in _open_safetensors(path, stack).items()}
-            check_hf_tensors(_read_config(path), shapes, str(path))
+            config, tensors = _open_checkpoint(path, stack)
+            check_hf_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, str(path))
     elif path.is_file():
         GgufFile(path)
 
@@ -172,7 +183,7 @@ class _FileTensor:
     """A tensor of an open safetensors file; indexing with slices reads just those."""
 
     def __init__(self, path: Path, handle: Any, name: str):
-        self._slice = handle.get_slice(name)
+        self._slice, self.file = handle.get_slice(name), str(path)
         self.shape = tuple(self._slice.get_shape())
         if self._slice.get_dtype() not in FLOATS:
             raise UserError(f"{path}: tensor {name!r} is stored as {self._slice.get_dtype()}; "
@@ -182,9 +193,14 @@ class _FileTensor:
         return self._slice[index]
 
 
+def _open_checkpoint(directory: Path, stack: contextlib.ExitStack) -> tuple[LlamaConfig, Mapping[str, Tensor]]:
+    """What a directory is and holds; its files stay open as long as `stack`."""
+    return settle_tying(_read_config(directory), _open_safetensors(directory, stack))
+
+
 def _open_safetensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _FileTensor]:
     """HF name -> tensor, for the one file or all shards, which stay open as long as `stack`."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index = directory / SINGLE, directory / INDEX
     if single.is_file():
         handle = _open_shard(single, stack)
         return {name: _FileTensor(single, handle, name) for name in handle.keys()}  # noqa: SIM118 - no mapping

@@ -15,6 +15,7 @@ from typing import Any
 import grain
 import grain.checkpoint
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -94,6 +95,7 @@ class Checkpoints:
         if data is not None:
             items["data"] = grain.checkpoint.CheckpointRestore(data)
         state = self._manager.restore(step, args=ocp.args.Composite(**items)).state
+        _check_values(state)
         return TrainState(**{**state, "key": jax.random.wrap_key_data(state["key"])})
 
     def trained(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,11 +107,22 @@ class Checkpoints:
             self._manager.directory / str(step) / "state",
             args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
         )
+        _check_values(found)
         return found["trainable"]
 
     def close(self) -> None:
         """Waits for what is being written."""
         self._manager.close()
+
+
+def _check_values(tree: Any) -> None:
+    """Raises ValueError, with its path, for a leaf that holds a value that is not finite; of what this process has."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        parts = [shard.data for shard in leaf.addressable_shards] if isinstance(leaf, jax.Array) else [leaf]
+        for part in parts:
+            if jnp.issubdtype(part.dtype, jnp.floating) and not np.isfinite(part).all():
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise ValueError(f"{name} holds a value that is not finite")
 
 
 @contextlib.contextmanager

@@ -141,7 +141,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
     )
 
     _, adapter_key, key = run_keys(config)
-    base = load_base(config, placed["params"])
+    base = together(lambda: load_base(config, placed["params"]))  # a value that is not finite is met as it is read
     fingerprint = base_fingerprint(base)
     variables = {"params": base}
     if setup.shapes["adapter"]:

@@ -21,7 +21,8 @@ SCHEMA_VERSION = 1
 # data.)
 FREE_FIELDS = ("mesh.", "model.remat", "distributed.auto", "distributed.coordinator", "distributed.process_id",
                "eval.protocol", "eval.published_faults", "eval.limit", "eval.batch_size", "eval.max_length",
-               "data.cache_dir", "train.keep", "train.save_every", "train.log_every")  # fmt: skip
+               "eval.max_new_tokens", "data.cache_dir", "train.keep", "train.save_every",
+               "train.log_every")  # fmt: skip
 
 
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
