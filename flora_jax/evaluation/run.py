@@ -33,6 +33,7 @@ from flora_jax.data.tasks import (
     lm_eval_request,
     prompt_digests,
 )
+from flora_jax.device import check_jax
 from flora_jax.errors import UserError, near_misses
 from flora_jax.evaluation import published
 from flora_jax.evaluation.answers import is_right
@@ -170,6 +171,7 @@ def evaluate_tasks(
     generated answers; a prompt that leaves no room counts as wrong and in `too_long`. Raises UserError if none fits,
     for choices beyond max_position_embeddings, and for sizes that no Generator of this base can have.
     """
+    check_jax()
     # A task whose prompts leave no room, or whose choices are too long, is refused before another one is scored.
     choices = check_prompts(tasks, config, tokenizer, protocol, prompt_style, published_faults, max_length)
     if any(is_generated(data.task, protocol) for data in tasks):
