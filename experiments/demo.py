@@ -29,8 +29,8 @@ CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
 def main(argv: list[str]) -> None:
     """The command."""
     parser = CommandParser(prog="python -m experiments.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", default="runs/demo")
-    workdir = Path(parser.parse_args(argv[1:]).workdir)
+    parser.add_argument("--workdir", type=Path, default="runs/demo")
+    workdir = parser.parse_args(argv[1:]).workdir
     config = runpy.run_path(str(CONFIG))["get_config"]()
     start = time.perf_counter()
 

@@ -81,6 +81,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default="wheels", help="the folder for the wheels; new or empty")
     parser.add_argument("--have", type=Path, help="what the machine has, as `pip freeze` prints it there")
     args = parser.parse_args(argv[1:])
+    args.out = args.out.expanduser()
+    args.have = args.have and args.have.expanduser()
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"--out {args.out} is not empty; remove it first")
     if args.have is not None and not args.have.is_file():

@@ -152,6 +152,7 @@ def read_config(path: str | Path) -> ml_collections.ConfigDict:
     """What `get_config()` of a configuration file returns, or of `FILE:NAME` its `get_config(NAME)`. Raises UserError
     for a file that cannot be read or run."""
     where = f"--config={path}"
+    path = os.path.expanduser(path)
     file, colon, name = str(path).rpartition(":")
     path, given = (file, [name]) if colon and not Path(path).is_file() else (str(path), [])
     if not Path(path).is_file():
@@ -322,7 +323,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     check("eval.published_faults", theirs or not config.eval.published_faults,
           "are those of eval.protocol and data.prompt_style 'llm_adapters'")  # fmt: skip
     data_dir = config.data.dir
-    check("data.dir", data_dir in (None, "tfds") or os.path.isdir(data_dir.removeprefix("tfds:")),
+    check("data.dir", data_dir in (None, "tfds") or os.path.isdir(os.path.expanduser(data_dir.removeprefix("tfds:"))),
           "is not a directory (nor tfds, nor tfds:DIR)")  # fmt: skip
 
 

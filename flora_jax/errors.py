@@ -2,19 +2,29 @@
 
 Whatever a user can mend (a misspelt field, a missing file, a rank that does not divide) is raised as
 `UserError` with one line that names the field or file, the value, and what would do. Commands print that
-line on stderr and exit with 2; anything else is a defect of ours and keeps its traceback (exit code 1).
+line on stderr and exit with 2. What a disk refuses is one line as well (exit code 1); anything else is a
+defect of ours and keeps its traceback (exit code 1).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
+
+# What a disk says that is full, over its quota, read-only, limited, broken, gone, or not ours.
+_DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EACCES,
+)  # fmt: skip
+_BROKEN_PIPE = 128 + 13  # how a shell writes an end by SIGPIPE
 
 # What may help where a score or a token would come of numbers that are not finite.
 NOT_FINITE = "check the weights and the adapter, or compute in float32, whose range is the largest"
@@ -46,8 +56,70 @@ class Stopped(Exception):
     """A signal ended the run early, after its checkpoint was written."""
 
 
+def hangups() -> tuple[int, ...]:
+    """The signal of a terminal that closes; nothing where it is ignored (`nohup`) or the system has none."""
+    hangup = getattr(signal, "SIGHUP", None)
+    return () if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else (hangup,)
+
+
+class WriteError(Exception):
+    """A disk refused what was to be written: its message is one line, with what is safe and what would do."""
+
+
+def disk_fault(error: BaseException | None) -> str | None:
+    """The system's words where `error`, or one behind it, comes of a disk; None for any other.
+
+    They are looked for in its text: what writes in C++ or Rust (tensorstore, array_record, safetensors) has classes of
+    its own, and carries the system's words along.
+    """
+    while error is not None:
+        for words in map(os.strerror, _DISK):
+            if words in str(error):
+                return words
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def writing(what: str, remedy: str) -> Iterator[None]:
+    """Raises WriteError, with what would help, where a disk refuses what the block writes."""
+    try:
+        yield
+    except (UserError, WriteError):
+        raise
+    except Exception as error:  # of tensorstore, array_record and safetensors, too
+        if (reason := disk_fault(error)) is None:
+            raise
+        raise WriteError(f"{what} cannot be written ({reason}); {remedy}") from error
+
+
+def expand_path(text: str | os.PathLike) -> str:
+    """A path with its leading `~` or `~user` spelt out, as a shell leaves it in `--out=~/x`. Raises UserError for a
+    home directory that there is not, and for an address such as `gs://bucket/x`, which would be made as a folder."""
+    text = os.fspath(text)
+    if re.match(r"\w+://", text):
+        raise UserError(f"{text!r} is an address, not a path; mount what it stands for, or copy it")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise UserError(f"{text!r}: there is no such home directory; spell the path out (or ./~… for such a name)")
+    return path
+
+
+def path_flag(text: str) -> str:
+    """`expand_path` as the `type` of a command's flag."""
+    try:
+        return expand_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser whose refusals are UserErrors: one line, like all others."""
+    """An ArgumentParser whose refusals are UserErrors, one line like all others, and whose flags of `type=Path` expand
+    a leading `~` (those that stay text: `type=path_flag`)."""
+
+    def __init__(self, *args: Any, **keywords: Any):
+        super().__init__(*args, **keywords)
+        self.register("type", Path, lambda text: Path(path_flag(text)))
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError with argparse's own message."""
@@ -71,21 +143,57 @@ def check_writable(path: Path, flag: str) -> None:
         raise UserError(f"{flag}={path} cannot be written: {parent} is no directory that may be written to")
 
 
+def silence(stream: TextIO) -> None:
+    """Has whatever is still printed to a stream that nobody reads go nowhere, and raise no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Runs a command's `main` and exits: 0 done, 2 bad input (one line on stderr), 1 anything else."""
+    """Runs a command's `main` and exits: 0 done, 2 bad input (one line on stderr), 1 anything else, 141 where what it
+    prints is no longer read (`| head`), as of a program that SIGPIPE ends."""
     try:
-        main(sys.argv if argv is None else argv)
+        code = _run(main, sys.argv if argv is None else argv)
+    except BrokenPipeError:
+        code = _BROKEN_PIPE
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the shell
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            silence(stream)
+            code = _BROKEN_PIPE
+        except OSError as error:
+            silence(stream)
+            code = code or _fail(f"error: what is printed cannot be written ({error.strerror})", 1)
+    sys.exit(code)
+
+
+def _run(main: Callable[[list[str]], None], argv: list[str]) -> int | str | None:
+    try:
+        main(argv)
+    except SystemExit as end:  # of --help
+        return end.code
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
-        sys.exit(2)
+        return _fail(f"error: {error}", 2)
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(1)
+        return _fail("interrupted", 1)
     except (Stopped, FloatingPointError) as end:  # ends of a run that its message explains
-        print(end, file=sys.stderr)
-        sys.exit(1)
+        return _fail(str(end), 1)
+    except WriteError as error:
+        return _fail(f"error: {error}", 1)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return _fail(f"error: {error.strerror}: {error.filename}", 2)
+        if (reason := disk_fault(error)) is None:
+            raise
+        where = getattr(error, "filename", None) or str(error)
+        return _fail(f"error: {reason}: {where}", 1)
+    return 0
+
+
+def _fail(line: str, code: int) -> int:
+    """Says why on stderr, in one line, where anybody is there to read it (a closed terminal is not)."""
+    with contextlib.suppress(OSError):
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
+    return code

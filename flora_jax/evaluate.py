@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flora_jax.errors import CommandParser, UserError, check_writable, run_command
+from flora_jax.errors import CommandParser, UserError, check_writable, path_flag, run_command
 from flora_jax.models.config import DTYPES
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="flora_jax.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="HF directory, hub id, .gguf file or preset name")
-    parser.add_argument("--adapter", help="adapter directory")
+    parser.add_argument("--adapter", type=path_flag, help="adapter directory")
     parser.add_argument("--tasks", required=True, help="comma-separated task names, or a path ending in .jsonl")
     parser.add_argument("--data_dir", help="folder with one folder a task, or tfds or tfds:DIR; generated tasks: none")
     parser.add_argument("--protocol", default="lm_eval", help="lm_eval (default) or llm_adapters")
@@ -33,7 +33,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--seed", type=int, default=0, help="draws the few-shot examples")
     parser.add_argument("--allow_contaminated", action="store_true",
                         help="score a test though over 1 %% of it was trained on; the result has the share")
-    parser.add_argument("--out", help="result file, JSON")
+    parser.add_argument("--out", type=path_flag, help="result file, JSON")
     return parser
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     # After the arguments are read: these imports take seconds.
     from flora_jax.data.tasks import get_task
     from flora_jax.evaluation.run import check_seen, describe, evaluate_tasks, is_generated, load_task_data
-    from flora_jax.files import keep_programs, write_json
+    from flora_jax.files import keep_programs, write_result
     from flora_jax.interop.adapter_files import load_adapted, read_trained_on
 
     if args.batch_size < 1:
@@ -78,10 +78,10 @@ def main(argv: list[str]) -> None:
         batch_size=args.batch_size, max_length=args.max_length, max_new_tokens=args.max_new_tokens,
         about={"model": args.model, "adapter": args.adapter, "base_fingerprint": model.fingerprint, "seed": args.seed,
                "limit": args.limit, "generator": generator, "share_of_test_in_train": seen})  # fmt: skip
+    if args.out:
+        write_result(Path(args.out), result, f"--out {args.out}")
     for name, scores in result["tasks"].items():
         print(f"{name:16} {describe(scores)}  n {scores['n']}")
-    if args.out:
-        write_json(Path(args.out), result)
 
 
 if __name__ == "__main__":

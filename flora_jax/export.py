@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flora_jax.errors import CommandParser, Stopped, UserError, check_writable, run_command
+from flora_jax.errors import (
+    CommandParser,
+    Stopped,
+    UserError,
+    check_writable,
+    disk_fault,
+    hangups,
+    path_flag,
+    run_command,
+)
 from flora_jax.models.config import DTYPES
 
 if TYPE_CHECKING:
@@ -25,10 +34,11 @@ Tree = dict[str, Any]
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="flora_jax.export", description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", help="of a run of flora_jax.train")
+    parser.add_argument("--workdir", type=path_flag, help="of a run of flora_jax.train")
     parser.add_argument("--step", type=int, help="a step that the run kept; default the best on validation")
     parser.add_argument("--model", help="in place of --workdir: HF directory, hub id, .gguf file or preset name …")
-    parser.add_argument("--adapter", help="… and the adapter directory that belongs to it, ours or a PEFT LoRA")
+    parser.add_argument("--adapter", type=path_flag,
+                        help="… and the adapter directory that belongs to it, ours or a PEFT LoRA")
     parser.add_argument(
         "--format", required=True, dest="form", help="merged, peft or transformers: README, 'Hand it over'"
     )
@@ -130,6 +140,8 @@ def _export(
     trained: Trained, summary: dict[str, Any], source: str, form: str, out: Path, dtype: str | None, overwrite: bool,
     arguments: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
+    from safetensors import SafetensorError
+
     from flora_jax.analysis.provenance import provenance
     from flora_jax.interop.exports import export
     from flora_jax.interop.model_card import model_card
@@ -143,8 +155,9 @@ def _export(
     stored = "float32" if form == "peft" else trained.base["embed_tokens"]["embedding"].dtype.name
     try:
         return export(trained, out, form, dtype=dtype or stored, card=card, overwrite=overwrite)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}; nothing is left of it") from None
+    except (OSError, SafetensorError) as error:
+        reason = disk_fault(error) or getattr(error, "strerror", None) or error
+        raise UserError(f"--out {out} cannot be written: {reason}; nothing is left of it") from None
 
 
 def main(argv: list[str]) -> None:
@@ -162,8 +175,8 @@ def main(argv: list[str]) -> None:
 
     check_directory(args.out, args.overwrite)
     check_writable(args.out, "--out")
-    # A termination, too, clears away what is half written.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A termination and a closed terminal, too, clear away what is half written.
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, *hangups())}
     common = {"dtype": args.dtype, "overwrite": args.overwrite, "arguments": argv[1:]}
     try:
         if args.workdir:
@@ -173,7 +186,8 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         raise Stopped("stopped by a signal; nothing was written") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     logits = report["logits"]
     if "changed" in report:
         print(f"{report['changed']} of {report['tensors']} tensors differ from the base; {report['targeted']} trained")

@@ -3,28 +3,93 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, WriteError, disk_fault, expand_path
+
+# Linux's second names for what a process holds open.
+_OPEN = "/proc/self/fd"
 
 
 def cache_root(given: str | os.PathLike | None = None) -> Path:
     """The folder for downloaded weights and prepared data: `given`, or `$FLORA_CACHE`, or `~/.cache/flora_jax`."""
-    return Path(given or os.environ.get("FLORA_CACHE") or "~/.cache/flora_jax").expanduser()
+    path = given or os.environ.get("FLORA_CACHE")
+    try:
+        return Path(expand_path(path or "~/.cache/flora_jax"))
+    except UserError as error:
+        raise UserError(f"{error}; set FLORA_CACHE to a folder for downloads and prepared data") from None
+
+
+@contextlib.contextmanager
+def filling_cache(directory: Path) -> Iterator[None]:
+    """Raises UserError where `directory`, of the cache, cannot hold what the block writes there."""
+    try:
+        yield
+    except Exception as error:  # array_record has classes of its own
+        reason = disk_fault(error) or getattr(error, "strerror", None)
+        if reason is None:
+            raise
+        raise UserError(f"cache directory {directory} cannot be written ({reason}); make room, or set FLORA_CACHE to "
+                        "one that can") from error  # fmt: skip
+
+
+def plain_path(directory: Path, where: str) -> Path:
+    """A directory that is there, under a name that means nothing else to the libraries below.
+
+    etils.epath, which orbax and TFDS go through, looks for files with `glob` on whole paths, so that `[` and `*` in
+    any parent are patterns to it, and takes `/gs/…` for object storage. Linux has a second name for every open
+    directory; elsewhere such a path is a UserError (`check_plain`), with `where` for the flag that it comes from.
+    """
+    path = directory.absolute()
+    if _is_plain(path):
+        return path
+    check_plain(path, where)
+    there = os.stat(path)
+    return Path(_second_name(str(path), there.st_dev, there.st_ino))
+
+
+def check_plain(path: Path, where: str) -> None:
+    """Raises UserError if `plain_path` could not name the directory, which need not be there."""
+    if not _is_plain(path.absolute()) and not os.path.isdir(_OPEN):
+        raise UserError(f"{where}={str(path)!r} has signs that orbax and TFDS take for a pattern or an address; use "
+                        "letters, digits, '.', '_' and '-' alone")  # fmt: skip
+
+
+def _is_plain(path: Path) -> bool:
+    address = path.parts[1:2] and path.parts[1] in ("gs", "s3", "az", "hf")
+    return not address and re.fullmatch(r"[\w./-]*", str(path), re.ASCII) is not None
+
+
+@functools.cache
+def _second_name(path: str, device: int, inode: int) -> str:
+    """Kept open as long as the process: those that write there keep the name."""
+    return f"{_OPEN}/{os.open(path, os.O_RDONLY | os.O_DIRECTORY)}"
 
 
 def keep_programs() -> None:
     """Has JAX keep what it compiles under the cache folder, so that a command's second start reads it there. JAX's own
-    setting (`JAX_COMPILATION_CACHE_DIR`) comes first."""
+    setting (`JAX_COMPILATION_CACHE_DIR`) comes first. Without a folder that can be written, nothing is kept."""
     import jax  # takes a second, which what reads files alone need not wait for
 
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "programs"))
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        folder = cache_root() / "programs"
+        with filling_cache(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        folder = plain_path(folder, "FLORA_CACHE")
+    except UserError as error:
+        print(f"warning: what is compiled is not kept: {error}", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:
@@ -47,9 +112,51 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON; the file appears complete or not at all, and its folder is made if absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    # A name may be 255 bytes long, and its temporary one no longer.
+    name = path.name if len(os.fsencode(path.name)) < 250 else path.name[:50]
+    temporary = path.with_name(name + ".tmp")
+    try:
+        temporary.write_text(_json(value), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_result(path: Path, value: Any, where: str) -> None:
+    """`write_json` of what took hours. Where `path`, which `where` names, cannot be written, the result is printed and
+    kept in a temporary file, and WriteError names that."""
+    try:
+        write_json(path, value)
+    except OSError as error:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                print(_json(value), file=stream, flush=True)
+                break
+        kept = _keep(_json(value))
+        raise WriteError(f"{where} cannot be written ({error.strerror}); what it was to hold is printed"
+                         + (f" and kept in {kept}" if kept else "")) from None  # fmt: skip
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _keep(text: str) -> str | None:
+    """A file elsewhere that holds the text; None where no disk takes it."""
+    for folder in (None, os.curdir, os.path.expanduser("~")):
+        try:
+            file, name = tempfile.mkstemp(".json", "flora_jax-", folder)
+        except OSError:
+            continue
+        try:
+            with open(file, "w", encoding="utf-8") as opened:
+                opened.write(text)
+            return name
+        except OSError:
+            os.unlink(name)
+    return None
 
 
 @contextlib.contextmanager
@@ -63,7 +170,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
     missing = [parent for parent in directory.parents if not parent.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.unfinished-") as scratch:
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name[:50]}.unfinished-") as scratch:
             new, old = Path(scratch) / "new", Path(scratch) / "old"
             new.mkdir()
             yield new

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from flora_jax.errors import CommandParser, UserError, check_text, run_command
+from flora_jax.errors import CommandParser, UserError, check_text, path_flag, run_command
 from flora_jax.files import keep_programs
 from flora_jax.models.config import DTYPES
 
@@ -13,7 +13,7 @@ from flora_jax.models.config import DTYPES
 def _parser() -> CommandParser:
     parser = CommandParser(prog="flora_jax.generate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="HF directory, hub id, .gguf file or preset name")
-    parser.add_argument("--adapter", help="adapter directory")
+    parser.add_argument("--adapter", type=path_flag, help="adapter directory")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--max_new_tokens", type=int, default=128)

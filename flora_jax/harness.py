@@ -8,23 +8,23 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from flora_jax.errors import CommandParser, UserError, check_writable, run_command
+from flora_jax.errors import CommandParser, UserError, check_writable, path_flag, run_command
 from flora_jax.models.config import DTYPES
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="flora_jax.harness", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="HF directory, hub id, .gguf file or preset name")
-    parser.add_argument("--adapter", help="adapter directory")
+    parser.add_argument("--adapter", type=path_flag, help="adapter directory")
     parser.add_argument("--tasks", required=True, help="comma-separated names of harness tasks, groups or tags")
-    parser.add_argument("--include_path", help="folder of task files beside the harness's own")
+    parser.add_argument("--include_path", type=path_flag, help="folder of task files beside the harness's own")
     parser.add_argument("--num_fewshot", type=int, help="solved examples before each question; default the task's own")
     parser.add_argument("--limit", type=int, help="score the first N documents of each task; default all")
     parser.add_argument("--apply_chat_template", action="store_true", help="ask in the tokenizer's chat template")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_length", type=int, help="tokens read at once; default the model's positions")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--out", help="result file, JSON")
+    parser.add_argument("--out", type=path_flag, help="result file, JSON")
     return parser
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         raise UserError("the harness is not installed; pip install -e '.[lm-eval]'")
     # After the arguments are read: these imports take seconds.
     from flora_jax.evaluation.harness import HarnessLM, evaluate_harness, load_harness_tasks, table
-    from flora_jax.files import keep_programs, write_json
+    from flora_jax.files import keep_programs, write_result
     from flora_jax.interop.adapter_files import load_adapted
 
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
@@ -55,9 +55,9 @@ def main(argv: list[str]) -> None:
     result = evaluate_harness(
         lm, tasks, num_fewshot=args.num_fewshot, limit=args.limit, apply_chat_template=args.apply_chat_template,
         about={"model": args.model, "adapter": args.adapter, "base_fingerprint": model.fingerprint})  # fmt: skip
-    print(table(result))
     if args.out:
-        write_json(Path(args.out), result)
+        write_result(Path(args.out), result, f"--out {args.out}")
+    print(table(result))
 
 
 if __name__ == "__main__":

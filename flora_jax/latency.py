@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora_jax.errors import CommandParser, UserError, check_writable, positive_integers, run_command
-from flora_jax.files import keep_programs, read_json, write_json
+from flora_jax.files import keep_programs, read_json, write_result
 from flora_jax.models.config import DTYPES, LlamaConfig
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _check_out(out: Path, arguments: dict[str, Any]) -> None:
 def _write(result: dict[str, Any], out: Path) -> None:
     from flora_jax.analysis.latency_report import markdown, plot
 
-    write_json(out / RESULT, result)
+    write_result(out / RESULT, result, f"--out {out}")
     (out / "latency.md").write_text(markdown(result), encoding="utf-8")
     for suffix in ("png", "pdf"):
         plot(result, out / f"latency.{suffix}")
@@ -134,9 +134,11 @@ def main(argv: list[str]) -> None:
     from flora_jax.analysis import comparison
     from flora_jax.analysis.provenance import provenance
     from flora_jax.analysis.timing import read_bandwidth
+    from flora_jax.device import check_jax
     from flora_jax.models.llama import abstract_base, init_base
     from flora_jax.models.loading import load_pretrained
 
+    check_jax()
     config, methods, settings, arguments = _check(args)
     configs = comparison.adapter_configs(methods, config, args.rank, args.equal_parameters)
     packages: tuple[str, ...] = ()

@@ -16,8 +16,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, positive_integers, run_command
-from flora_jax.files import write_json
+from flora_jax.errors import (
+    CommandParser,
+    UserError,
+    check_writable,
+    near_misses,
+    path_flag,
+    positive_integers,
+    run_command,
+)
+from flora_jax.files import write_result
 from flora_jax.models.config import DTYPES, LlamaConfig
 
 _METHODS = "base,base_7,lora,pf_lora,fpa,ffba,ffba_qg_add,ffba_qg_add_folded,zflora"
@@ -39,7 +47,8 @@ def _parser() -> CommandParser:
     parser.add_argument("--cache_length", type=int, default=1024, help="slots of the key/value cache")
     parser.add_argument("--row_multiple", type=int, default=128, help="rows of products with B's are filled up to it")
     parser.add_argument("--launch_us", type=float, default=2.0, help="of the time model: cost of a dependent launch")
-    parser.add_argument("--out", help="folder for launches.json and launches.md; default: the table is printed only")
+    parser.add_argument("--out", type=path_flag,
+                        help="folder for launches.json and launches.md; default: the table is printed only")
     return parser
 
 
@@ -139,7 +148,9 @@ def main(argv: list[str]) -> None:
     from flora_jax.analysis.launch_plan import MODES, TARGETS, check_bank, modelled_ms, plan_model, smallest_kernel
     from flora_jax.analysis.provenance import provenance
     from flora_jax.analysis.variants import get_variant
+    from flora_jax.device import check_jax
 
+    check_jax()
     config = LlamaConfig.preset(args.preset)
     targets, modes = _names("--targets", args.targets, TARGETS), _names("--modes", args.modes, MODES)
     batches = positive_integers("--batch_sizes", args.batch_sizes)
@@ -191,10 +202,10 @@ def main(argv: list[str]) -> None:
         "settings": settings | {"num_hidden_layers": config.num_hidden_layers},
         "smallest_kernel": smallest_kernel(config, args.dtype), "rows": rows,
     }  # fmt: skip
-    print(table(result))
     if args.out:
-        write_json(Path(args.out) / "launches.json", result)
+        write_result(Path(args.out) / "launches.json", result, f"--out {args.out}")
         (Path(args.out) / "launches.md").write_text(table(result), encoding="utf-8")
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from ml_collections import config_flags
 
 from flora_jax.config import check_config, fields, generator_settings, names, read_config, weights_source
 from flora_jax.data import get_task
-from flora_jax.errors import UserError, near_misses, run_command
+from flora_jax.errors import UserError, expand_path, near_misses, run_command, writing
 from flora_jax.evaluation.run import TaskData, check_prompts, evaluate_tasks, is_generated, load_task_data
-from flora_jax.files import keep_programs, read_json, write_json
+from flora_jax.files import keep_programs, read_json, write_result
 from flora_jax.interop.adapter_files import save_adapter
 from flora_jax.models.loading import base_name
 from flora_jax.training.cluster import join, together
@@ -31,7 +31,7 @@ from flora_jax.training.report import say
 
 def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Trains, writes `adapter/` and `eval.json`, and returns the latter's contents. Raises as `train` does."""
-    workdir = Path(workdir)
+    workdir = Path(expand_path(workdir))
     check_config(config)
     config = join(config)
     tasks, style = together(lambda: _check(config, workdir))
@@ -39,10 +39,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     prepared, summary = result.run, dict(result.summary)
     if jax.process_index() != 0:
         return summary
-    save_adapter(
-        workdir / "adapter", result.trained, prepared.model_config, prepared.adapter_config,
-        base_model=base_name(weights_source(config)), fingerprint=prepared.fingerprint,
-        trained_on={"tasks": prepared.inputs.account["tasks"], "prompts": sorted(prepared.inputs.prompts)})  # fmt: skip
+    trained_on = {"tasks": prepared.inputs.account["tasks"], "prompts": sorted(prepared.inputs.prompts)}
+    with writing(str(workdir / "adapter"), "make room, and the same command writes it"):
+        save_adapter(
+            workdir / "adapter", result.trained, prepared.model_config, prepared.adapter_config,
+            base_model=base_name(weights_source(config)), fingerprint=prepared.fingerprint,
+            trained_on=trained_on)  # fmt: skip
     # The scores of a run that was finished before stay until there are new ones.
     path = workdir / "eval.json"
     try:
@@ -50,7 +52,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     except UserError:  # damaged, and about to be written anew
         before = {}
     if {k: v for k, v in before.items() if k != "evaluation"} != json.loads(json.dumps(summary)):
-        write_json(path, summary)
+        write_result(path, summary, str(path))
     say(f"step {summary['step']} is the best; its adapter is in {workdir / 'adapter'}")
     if tasks:
         summary["evaluation"] = evaluate_tasks(
@@ -60,7 +62,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
             batch_size=config.eval.batch_size,
             max_length=min(config.eval.max_length, prepared.model_config.max_position_embeddings),
             max_new_tokens=config.eval.max_new_tokens)  # fmt: skip
-        write_json(path, summary)
+        write_result(path, summary, str(path))
     return summary
 
 

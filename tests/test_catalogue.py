@@ -174,6 +174,21 @@ def test_hash_and_cache_follow_the_data_and_not_its_place(tmp_path, monkeypatch)
     assert sources.load_records(task, "test", "tfds", cache) == first
 
 
+def test_a_folder_whose_path_is_a_pattern(tmp_path, monkeypatch):
+    """TFDS looks for its files with glob; `~` and its own folder too may lead there."""
+    home, folder = tmp_path / "a[b]*?%s {x}~", tmp_path / "a[b]*?%s {x}~/data [v=1]"
+    prepare(tmp_path / "plain", "piqa", validation=[PIQA, {**PIQA, "goal": "How [to] sit?"}])
+    wanted = sources.load_records(get_task("piqa"), "test", f"tfds:{tmp_path / 'plain'}", tmp_path / "cache")
+    home.mkdir()
+    (tmp_path / "plain").rename(folder)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(folder))
+    for i, name in enumerate((f"tfds:{folder}", "tfds:~/data [v=1]", "tfds")):
+        assert sources.load_records(get_task("piqa"), "test", name, tmp_path / f"cache{i}") == wanted
+    with pytest.raises(UserError, match=re.escape(f"TFDS hellaswag is not prepared in {folder}, and")):
+        sources.load_records(get_task("hellaswag"), "test", "tfds:~/data [v=1]", tmp_path / "cache")
+
+
 def test_splits_and_tasks_that_need_no_catalogue(tmp_path):
     splits = lambda name: [s for s in sources.SPLITS if sources.has_split(get_task(name), s, "tfds")]  # noqa: E731
     assert splits("piqa") == ["train", "test"]

@@ -164,9 +164,12 @@ def test_licences_of_strange_cards(hf_directory, tmp_path, readme):
     assert find_licence(str(tmp_path / "base")) is None
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_interrupted(lora_run, tmp_path, monkeypatch, capsys, overwrite, tree_hash):
+@pytest.mark.parametrize(
+    ("number", "overwrite"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, False)]
+)
+def test_interrupted(lora_run, tmp_path, monkeypatch, capsys, number, overwrite, tree_hash):
     """By a signal in the middle of the weights: exit code 1, one line, and what stood there stands."""
+    before_it = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where tests run under nohup it is ignored
     out = tmp_path / "new/out"
     flags = ["export", "--workdir", str(lora_run), "--format", "merged", "--out", str(out)]
     if overwrite:
@@ -175,7 +178,7 @@ def test_interrupted(lora_run, tmp_path, monkeypatch, capsys, overwrite, tree_ha
     before = tree_hash(tmp_path)
 
     def stop(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         raise AssertionError("the signal came too late")
 
     monkeypatch.setattr(formats, "write_shards", stop)
@@ -184,7 +187,8 @@ def test_interrupted(lora_run, tmp_path, monkeypatch, capsys, overwrite, tree_ha
         run_command(main, flags)
     assert stopped.value.code == 1 and capsys.readouterr().err == "stopped by a signal; nothing was written\n"
     assert tree_hash(tmp_path) == before and (tmp_path / "new").exists() == overwrite
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(number) == signal.SIG_DFL
+    signal.signal(signal.SIGHUP, before_it)
 
 
 @pytest.fixture

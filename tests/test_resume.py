@@ -1,6 +1,7 @@
 """Stopping and going on: killed, told to stop, or finished, a run ends as if nothing had happened; and a workdir is
 never mixed with another run."""
 
+import errno
 import json
 import random
 import shutil
@@ -9,6 +10,7 @@ import time
 
 import jax
 import pytest
+from tqdm import tqdm
 
 from flora_jax.config import fields
 from flora_jax.errors import Stopped, UserError
@@ -116,9 +118,29 @@ def test_two_runs_in_one_directory(finished, small):
     assert run(small(**values), folder / "w")["step"] == 2
 
 
+def test_a_run_that_another_overtook(small, quick_compile, monkeypatch, tmp_path, tree_hash):
+    """Both found the directory empty; while one waits for its weights the other trains there, to its end."""
+    prepare, before = loop.prepare, {}
+
+    def slow(config, workdir):
+        prepared = prepare(config, workdir)
+        monkeypatch.setattr(loop, "prepare", prepare)
+        run(small(**{"train.steps": 2}), workdir)
+        before.update(tree_hash(workdir))
+        return prepared
+
+    monkeypatch.setattr(loop, "prepare", slow)
+    with pytest.raises(UserError, match=r"holds a run with config.train.seed=0, not 1"):
+        run(small(**{"train.steps": 2, "train.seed": 1}), tmp_path / "w")
+    assert tree_hash(tmp_path / "w") == before
+    config, result = (json.loads((tmp_path / "w" / name).read_text()) for name in ("config.json", "eval.json"))
+    assert config["config"]["train"]["seed"] == result["seed"] == 0
+
+
 def test_a_kill_before_anything_was_written(small, tmp_path):
     """What is left of a config.json that was being written does not keep the same command from starting."""
     (tmp_path / "config.json.tmp").write_text('{"schema')
+    (tmp_path / ".lock").touch()
     check_workdir(tmp_path, small())
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and holds no run"):
@@ -135,6 +157,50 @@ def test_a_second_ctrl_c_ends_at_once():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     signal.signal(signal.SIGINT, before)
+
+
+def test_a_closed_terminal_ends_a_run_as_a_termination_does():
+    """Unless it is told not to: `nohup` has SIGHUP ignored. With other processes beside, all of them are to stop."""
+    given = [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)]
+    told = []
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+        with _signals() as noted:
+            signal.raise_signal(signal.SIGHUP)
+        assert noted == [signal.SIGHUP] and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        with _signals(alone=False) as noted:
+            signal.raise_signal(signal.SIGHUP)
+        assert noted == [] and told == [signal.SIGTERM]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with _signals() as noted:
+            signal.raise_signal(signal.SIGHUP)
+        assert noted == [] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in zip((signal.SIGHUP, signal.SIGTERM), given, strict=True):
+            signal.signal(number, handler)
+
+
+def test_a_run_outlives_who_reads_what_it_says(small, quick_compile, capfd, monkeypatch, tmp_path):
+    """A terminal that is closed gives an input/output error at every line; the checkpoint is written all the same."""
+    write = Metrics.write
+
+    def close(self, step, values):
+        write(self, step, values)
+        if step == 1:
+            monkeypatch.setattr(tqdm, "write", lostly)
+            signal.raise_signal(signal.SIGHUP)
+
+    def lostly(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    monkeypatch.setattr(Metrics, "write", close)
+    monkeypatch.setattr("flora_jax.training.report.silence", lambda _: None)
+    with pytest.raises(Stopped, match="after step 2, which is saved"):
+        run(small(), tmp_path / "w")
+    signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "w/checkpoints/2").is_dir()
 
 
 def test_scores_stay_until_there_are_new_ones(small, quick_compile, tmp_path, monkeypatch):
@@ -154,9 +220,9 @@ def test_a_damaged_checkpoint_names_itself_and_the_one_before(small, quick_compi
     config = small(**{"train.steps": 4, "train.save_every": 2})
     run(config, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints/4/meta")
-    with pytest.raises(UserError, match=r"checkpoint 4 of .*remove .*checkpoints/4 to go on from step 2"):
+    with pytest.raises(UserError, match=r"checkpoint 4 of .*move .*checkpoints/4 elsewhere, .* goes on from step 2"):
         run(config, tmp_path)
-    shutil.rmtree(tmp_path / "checkpoints/4")
+    (tmp_path / "checkpoints/4").rename(tmp_path / "elsewhere")
     assert run(config, tmp_path)["validation_losses"].keys() == {"0", "2", "4"}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -75,11 +76,15 @@ class Conversations(_Builder):
 BUILDERS = {"records": Records, "texts": Texts, "generated": Generated, "jsonl": Conversations}
 
 
-def catalogue_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """The data set `name` of the TFDS catalogue, prepared under `data_dir` (None: TFDS's own); where it is not, TFDS
-    downloads and prepares it there. Raises UserError where that fails, and says why and what would do."""
-    where = {"data_dir": data_dir, "file_format": "array_record"}
-    folder = data_dir or tfds.core.constants.DATA_DIR
+def own_folder() -> Path:
+    """Where TFDS itself keeps data sets: `$TFDS_DATA_DIR`, or a folder of the home directory."""
+    return Path(tfds.core.constants.DATA_DIR)
+
+
+def catalogue_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
+    """The data set `name` of the TFDS catalogue, prepared under `folder`; where it is not, TFDS downloads and prepares
+    it there. Raises UserError where that fails, and says why and what would do."""
+    where = {"data_dir": folder, "file_format": "array_record"}
     build = f"`tfds build {name} --file_format=array_record"
     try:
         return builder_from_files(name, **where)

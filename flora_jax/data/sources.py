@@ -25,8 +25,8 @@ from flora_jax.data.catalogue import CATALOGUE
 from flora_jax.data.generated import draw, generated_key
 from flora_jax.data.records import CONVERT, Record, raw_records
 from flora_jax.data.tasks import Example, Task
-from flora_jax.errors import UserError, near_misses
-from flora_jax.files import cache_root
+from flora_jax.errors import UserError, disk_fault, expand_path, near_misses
+from flora_jax.files import cache_root, filling_cache, plain_path
 
 SPLITS = ("train", "validation", "test")
 _FORMAT = "1"  # part of every cache key: raise it when a builder's features or a reader's output change
@@ -66,10 +66,12 @@ def load_records(
     import tensorflow_datasets as tfds
 
     try:
-        [built] = directory.glob("*/*/*")
+        [built] = plain_path(directory, "FLORA_CACHE").glob("*/*/*")
         source = tfds.builder_from_directory(built).as_data_source(split)
         return [_decode(source[i]) for i in range(len(source))]
     except Exception as error:  # TFDS and array_record have no narrower class for files that are damaged
+        if isinstance(error, UserError) or disk_fault(error):
+            raise
         why = " ".join(str(error).split())[:120]
         raise UserError(f"prepared data in {directory} is damaged ({why}); remove that folder") from error
 
@@ -125,13 +127,18 @@ def _catalogue_split(task: Task, split: str, data_dir: str | Path) -> tuple[tfds
     if split not in CATALOGUE[task.name].splits:
         raise UserError(f"split {split!r} of task {task.name!r} is not in the TFDS catalogue; TFDS "
                         f"{CATALOGUE[task.name].name} gives {', '.join(CATALOGUE[task.name].splits)}")  # fmt: skip
-    folder = str(data_dir).partition(":")[2]
+    folder = expand_path(str(data_dir).partition(":")[2])
     if folder and not Path(folder).is_dir():
         raise UserError(f"data.dir={data_dir}: {folder} is not a directory; make it, or name one with prepared data")
-    from flora_jax.data.builders import catalogue_builder
+    from flora_jax.data.builders import catalogue_builder, own_folder
 
-    with _quiet():
-        builder = catalogue_builder(CATALOGUE[task.name].name, folder or None)
+    folder = Path(folder) if folder else own_folder()
+    place = plain_path(folder, "data.dir") if folder.is_dir() else folder
+    try:
+        with _quiet():
+            builder = catalogue_builder(CATALOGUE[task.name].name, str(place))
+    except UserError as error:
+        raise UserError(str(error).replace(str(place), str(folder))) from None
     official = CATALOGUE[task.name].splits[split]
     if official not in builder.info.splits:
         raise UserError(f"TFDS {builder.info.full_name} was prepared without its split {official!r}; "
@@ -148,10 +155,11 @@ def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Pat
             return []
         if Path(task.name).stem == "sample" and split == "test":
             raise UserError(f"{task.name}: a sample is never a test set; name a file of your own test records")
-        return [Path(task.name), *([Path(data_dir) / task.name] if data_dir else [])]
+        return [Path(expand_path(task.name)), *([Path(expand_path(data_dir)) / task.name] if data_dir else [])]
     if data_dir is None:
         other = f", or to tfds for {CATALOGUE[task.name].name} of the TFDS catalogue" if task.name in CATALOGUE else ""
         raise UserError(f"task {task.name!r} is read from files; {_SET} the folder that holds them{other}")
+    data_dir = expand_path(data_dir)
     if not Path(data_dir).is_dir():
         raise UserError(f"data.dir={str(data_dir)!r} is not a directory (nor tfds, nor tfds:DIR)")
     folder = Path(data_dir) if task.source == "jsonl" else Path(data_dir) / task.name
@@ -257,14 +265,13 @@ def _prepare(task: Task, split: str, records: list[Record], directory: Path) -> 
     that is killed, or another one that prepares the same data, leaves either all of it or nothing."""
     from flora_jax.data.builders import BUILDERS, SourceConfig
 
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(filling_cache(directory.parent))
         directory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=directory.parent, prefix="preparing-")
-    except OSError as error:
-        why = f"cache directory {directory.parent} cannot be written ({error.strerror})"
-        raise UserError(f"{why}; set FLORA_CACHE to one that can") from None
-    with scratch, _quiet():
-        built = Path(scratch.name) / "built"
+        parent = plain_path(directory.parent, "FLORA_CACHE")
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix="preparing-"))
+        stack.enter_context(_quiet())
+        built = Path(scratch) / "built"
         config = SourceConfig(name=split, split=split, records=records)
         builder = BUILDERS[task.source](config=config, data_dir=built, file_format="array_record")
         builder.download_and_prepare()

@@ -34,6 +34,7 @@ from flora_jax.data.tasks import (
     lm_eval_request,
     prompt_digests,
 )
+from flora_jax.device import check_jax
 from flora_jax.errors import UserError, near_misses
 from flora_jax.evaluation import published
 from flora_jax.evaluation.answers import is_right
@@ -187,6 +188,7 @@ def evaluate_tasks(
     it. Raises UserError if none fits, for choices beyond max_position_embeddings, and for sizes that no Generator of
     this base can have; FloatingPointError for scores and tokens of values that are not finite.
     """
+    check_jax()
     # A task whose prompts leave no room, or whose choices are too long, is refused before another one is scored.
     asked = check_prompts(
         tasks, config, tokenizer, protocol, prompt_style, published_faults, max_length, max_new_tokens)  # fmt: skip

@@ -37,6 +37,7 @@ from flora_jax.adapters import (
     widen,
     write_adapter,
 )
+from flora_jax.device import check_jax
 from flora_jax.errors import NOT_FINITE, UserError, check_text, near_misses
 from flora_jax.inference.sampling import Sampling, sample
 from flora_jax.models.attention import kernel_runs
@@ -284,6 +285,7 @@ class Generator:
         batch_size: int = 8,
         decode_kernel: bool | None = None,
     ):
+        check_jax()
         check_sizes(config, base, max_length, batch_size)
         if adapters is not None and not isinstance(adapters, Mapping):
             raise UserError(f"adapters must be trees by name, {{'mine': adapter}}, not a {type(adapters).__name__}")

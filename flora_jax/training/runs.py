@@ -13,6 +13,7 @@ import ml_collections
 
 from flora_jax.adapters import AdapterConfig, abstract_adapter
 from flora_jax.config import fields, get_config, weights_source
+from flora_jax.device import check_jax
 from flora_jax.errors import UserError, near_misses
 from flora_jax.files import read_json
 from flora_jax.models.config import LlamaConfig
@@ -70,6 +71,7 @@ def check_base(config: ml_collections.ConfigDict) -> tuple[LlamaConfig, PreTrain
 
 def load_base(config: ml_collections.ConfigDict, shardings: Tree | None = None) -> Tree:
     """The base's parameters as a run starts from them: loaded, or drawn from its seed."""
+    check_jax()
     dtype, source = jnp.dtype(config.model.param_dtype), weights_source(config)
     if source == "random":
         return init_base(run_keys(config)[0], model_config(config), dtype, shardings)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import ml_collections
 from filelock import FileLock, Timeout
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from flora_jax.config import fields, get_config
 from flora_jax.errors import UserError, check_text
+from flora_jax.files import check_plain, plain_path
 
 SCHEMA_VERSION = 1
+LOCK = ".lock"
 # Fields that a resumed run may change: they do not enter its numbers, or by rounding alone. (eval.tasks does: training
 # records that are also in those tests are dropped. distributed.processes does: each process reads its share of the
 # data.)
@@ -28,6 +33,7 @@ FREE_FIELDS = ("mesh.", "model.remat", "distributed.auto", "distributed.coordina
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Raises UserError if the directory cannot be written or holds anything but a run of this configuration."""
     check_text(str(workdir), "--workdir")
+    check_plain(workdir, "--workdir")
     # os.path, since Path.exists raises below a directory that may not be read.
     parent = next(p for p in (workdir, *workdir.absolute().parents) if os.path.exists(p))
     if not os.path.isdir(parent):
@@ -36,8 +42,9 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         raise UserError(f"--workdir={workdir} cannot be written: no permission in {parent}")
     path = workdir / "config.json"
     if not path.exists():
-        # What a kill in the middle of writing config.json leaves is no other's.
-        if workdir.exists() and any(entry.name != "config.json.tmp" for entry in workdir.iterdir()):
+        # What a kill before config.json was written leaves is no other's.
+        left = ("config.json.tmp", LOCK)
+        if workdir.exists() and any(entry.name not in left for entry in workdir.iterdir()):
             raise UserError(f"--workdir={workdir} is not empty and holds no run (no config.json); name another")
         return
     try:
@@ -57,7 +64,7 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
     """Keeps other processes out of the run, until this one is through or dies. Raises UserError where one is at it."""
-    lock = FileLock(workdir / ".lock", timeout=0)
+    lock = FileLock(workdir / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -90,16 +97,22 @@ class Metrics:
         temporary.write_text("".join(kept))
         temporary.replace(path)
         self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # The bare writer: with tensorboardX's thread before it, a disk that is full stops the run without a word.
+        self._board = EventsWriter(str(plain_path(folder, "--workdir") / "events"))
+        self._board.write_event(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line and flushes it, so that a kill loses nothing that was logged."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self._board.flush()
 
     def close(self) -> None:
-        """Closes both files."""
-        self._file.close()
-        self._board.close()
+        """Closes both files. Each line of theirs was flushed, or has raised when it was written."""
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                file.close()
