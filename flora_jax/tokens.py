@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flora_jax.errors import UserError
@@ -19,13 +20,88 @@ DATE = "26 Jul 2024"
 def encode_open(tokenizer: PreTrainedTokenizerFast, text: str, add_special_tokens: bool = True) -> list[int]:
     """The ids of `text` with what the tokenizer puts before a text (bos, by its own rule, but no second one before that
     of a rendered chat), and without what some put behind it (`add_eos_token`): the text goes on."""
-    special = add_special_tokens and not text.startswith(tokenizer.bos_token or "\0")
-    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"] if special else [0]
-    return ids[: len(ids) - (mask[::-1].index(0) if 0 in mask else 0)]
+    return encode_open_batch(tokenizer, [text], add_special_tokens)[0]
 
 
-def render(tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Mapping[str, str]], **how: Any) -> str:
+def encode_open_batch(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], add_special_tokens: bool = True
+) -> list[list[int]]:
+    """`encode_open` of each text."""
+    bos = tokenizer.bos_token or "\0"
+    special = [add_special_tokens and not text.startswith(bos) for text in texts]
+    mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"] if any(special) else [0]
+    closing = mask[::-1].index(0) if 0 in mask else 0
+    ids: dict[int, list[int]] = {}
+    for one in (True, False):
+        places = [i for i, its in enumerate(special) if its is one]
+        if places:
+            found = tokenizer([texts[i] for i in places], add_special_tokens=one, verbose=False)["input_ids"]
+            ids |= {i: row[: len(row) - closing * one] for i, row in zip(places, found, strict=True)}
+    return [ids[i] for i in range(len(texts))]
+
+
+def encode_cut(
+    tokenizer: PreTrainedTokenizerFast, text: str, cuts: Sequence[int], encoding: Encoding | None = None
+) -> list[list[int]]:
+    """The ids of `text`, nothing added, in `len(cuts) + 1` pieces that end where the characters `cuts` (ascending) lie.
+
+    The pieces up to a cut are the ids of the text up to it, as generation is given them. Where tokens end at a cut, as
+    they do in nearly every chat template, the pieces together are the ids of the whole text. Where a token would run
+    across it, the text behind the cut is tokenised apart.
+    encoding: of the whole text, where it is known.
+    """
+    return _cut(tokenizer, text, cuts, encoding or encode_batch(tokenizer, [text])[0], inside=False)
+
+
+Encoding = tuple[list[int], list[tuple[int, int]] | None]  # ids, and the characters that each stands for
+
+
+def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Encoding]:
+    """The ids of each text, nothing added, and the characters `(start, stop)` of each id (None where the tokenizer
+    cannot tell: one that is written in Python)."""
+    if not texts:
+        return []
+    found = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
+        return_offsets_mapping=tokenizer.is_fast, verbose=False)  # fmt: skip
+    offsets = found["offset_mapping"] if tokenizer.is_fast else itertools.repeat(None)
+    return list(zip(found["input_ids"], offsets, strict=False))
+
+
+def _cut(
+    tokenizer: PreTrainedTokenizerFast, text: str, cuts: Sequence[int], encoding: Encoding, inside: bool
+) -> list[list[int]]:
+    """`encode_cut`; inside: of a text that stands behind another."""
+    ids, offsets = encoding
+    stops = []
+    for i, cut in enumerate(cuts):
+        k = 0 if offsets is None else bisect.bisect_left(offsets, (cut,))
+        clear = k > 0 and offsets[k - 1][1] == cut and (k == len(ids) or offsets[k][0] == cut)
+        if not clear:  # offsets leave out spaces, or hold those beside an added token: the ids up to here alone tell
+            before = _encode_inside(tokenizer, text[:cut]) if inside else encode_batch(tokenizer, [text[:cut]])[0]
+            k = len(before[0])
+            if ids[:k] != before[0]:
+                behind, rest = text[cut:], [later - cut for later in cuts[i + 1 :]]
+                return [
+                    *_cut(tokenizer, text[:cut], cuts[:i], before, inside),
+                    *_cut(tokenizer, behind, rest, _encode_inside(tokenizer, behind), inside=True),
+                ]
+        stops.append(k)
+    return [ids[start:stop] for start, stop in itertools.pairwise([0, *stops, len(ids)])]
+
+
+def _encode_inside(tokenizer: PreTrainedTokenizerFast, text: str) -> Encoding:
+    """The ids and offsets of a text that stands behind another: without the space that SentencePiece puts before one
+    that begins."""
+    (line, _), (alone, _), (behind, _) = encode_batch(tokenizer, ["\n", "a", "\na"])
+    if behind[len(line) :] != alone:
+        ids, offsets = encode_batch(tokenizer, [f"\n{text}"])[0]
+        if ids[: len(line)] == line:
+            return ids[len(line) :], offsets and [(start - 1, stop - 1) for start, stop in offsets[len(line) :]]
+    return encode_batch(tokenizer, [text])[0]
+
+
+def render(tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Mapping[str, Any]], **how: Any) -> str:
     """The conversation, `{"role", "content"}` by turn, as the tokenizer's chat template has it. Raises UserError where
     the template refuses it."""
     try:
@@ -36,8 +112,8 @@ def render(tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Mapping[st
 
 
 def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The tokens by which a model says that it is done: eos, and the special ones that the chat template ends an answer
-    with, such as ChatML's `<|im_end|>` (none without a template, or where a turn ends in words)."""
+    """The tokens by which a model says that it is done: eos, and the added ones, special or not, that the chat template
+    ends an answer with, such as ChatML's `<|im_end|>` (none without a template, or where a turn ends in words)."""
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if not tokenizer.chat_template:
         return eos
@@ -47,9 +123,25 @@ def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
         rendered = render(tokenizer, turns)
     except UserError:
         return eos
-    if answer not in rendered:
+    before, found, after = rendered.rpartition(answer)
+    if not found:
         return eos
-    after = tokenizer(rendered.rpartition(answer)[2].lstrip(), add_special_tokens=False)["input_ids"]
-    added = tokenizer.added_tokens_decoder
-    special = lambda id: id in added and added[id].special and id != tokenizer.bos_token_id  # noqa: E731
-    return list(dict.fromkeys([*eos, *itertools.takewhile(special, after)]))
+    # Tokenised as a whole: some added tokens are found only behind a text, others only at the start of one.
+    ids, offsets = encode_batch(tokenizer, [rendered])[0]
+    if offsets is None:
+        ids, _ = encode_batch(tokenizer, [after.lstrip()])[0]
+        offsets = [(len(rendered) - 1, len(rendered))] * len(ids)
+    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    added.discard(tokenizer.bos_token_id)
+    tokens = [(id, *span) for id, span in zip(ids, offsets, strict=True)]
+    answered = len(before) + len(answer)
+    behind = [token for token in tokens if token[1] >= answered]
+    opening = [id for id, _, end in tokens if end < answered and id in added][-1:]
+
+    def run(tokens: Iterable[tuple[int, int, int]], known: set[int]) -> list[int]:
+        said = itertools.dropwhile(lambda token: not rendered[token[1] : token[2]].strip(), tokens)
+        return list(itertools.takewhile(known.__contains__, (id for id, *_ in said)))
+
+    # The last resort is for words before it, and what opens the next answer ends none.
+    closing = run(behind, added) or run(reversed(behind), added.difference(opening))
+    return list(dict.fromkeys([*eos, *closing]))

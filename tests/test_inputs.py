@@ -1,6 +1,8 @@
 """What a run trains on: never a record of a test set or of the validation set, every drop counted, all of it hashed."""
 
+import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from flora_jax.config import check_config
 from flora_jax.data import MIXTURES, get_task
 from flora_jax.errors import UserError
 from flora_jax.models.tokenizer import byte_tokenizer
+from flora_jax.progress import progress
 from flora_jax.training.inputs import load_inputs
 
 
@@ -208,3 +211,76 @@ def test_limit(inputs, write):
     assert asked(inputs(**{"data.limit": 7}).train) == numbers and asked(some.validation) == [50]
     whole = inputs(**{"data.limit": 30}).train
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, everything.train, strict=True))
+
+
+def same(one, other):
+    arrays = [[array for e in (*x.train, *x.validation) for array in (e.tokens, e.loss)] for x in (one, other)]
+    assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(*arrays, strict=True))
+    assert (one.account, one.prompts, one.parts) == (other.account, other.prompts, other.parts)
+    assert len(one.train) == len(other.train)
+
+
+def test_a_second_start_reads_what_the_first_prepared(inputs, write, tmp_path, monkeypatch):
+    write("gsm8k", train=range(40), validation=(50, 51), test=(3, 99))
+    write("mawps", train=range(100, 120), test=(99,))
+    (tmp_path / "mawps/train.json").rename(tmp_path / "mawps/train_decontaminated.json")
+    fields = {"data.tasks": "gsm8k,mawps", "data.weights": "3,1", "data.cache_dir": str(tmp_path / "cache")}
+    first = inputs(**fields)
+    [kept] = (tmp_path / "cache" / "encoded").iterdir()  # and no scratch is left behind
+    with monkeypatch.context() as patch:
+        patch.setattr("flora_jax.training.inputs.load_examples", lambda *_: pytest.fail("read what is kept"))
+        same(inputs(**fields), first)
+        assert inputs(**fields).parts == [(first.parts[0][0], 3.0), (first.parts[1][0], 1.0)]
+    whole = kept.read_bytes()
+    half_changed = bytearray(whole)
+    half_changed[len(whole) // 2] ^= 1
+    for damaged in (whole[: len(whole) // 2], bytes(half_changed), b"", b"x"):
+        kept.write_bytes(damaged)
+        same(inputs(**fields), first)
+        assert kept.read_bytes() == whole  # rebuilt
+
+
+def test_whatever_changes_the_inputs_is_prepared_anew(inputs, write, tmp_path):
+    write("gsm8k", train=range(40), validation=(50, 51), test=(99,))
+    write("AddSub", test=(98,))
+    base = {"data.cache_dir": str(tmp_path / "cache"), "data.prompt_style": "chat"}
+    folder = tmp_path / "cache" / "encoded"
+    changed_template, changed_tokens = byte_tokenizer(), byte_tokenizer()
+    changed_template.chat_template = changed_template.chat_template.replace("\n", "\n\n")
+    changed_tokens.add_tokens(["What"])
+    runs = [(None, {}), (changed_template, {}), (changed_tokens, {}), (None, {"data.prompt_style": "plain"}),
+            (None, {"data.loss_on": "all"}), (None, {"data.max_length": 100}), (None, {"data.limit": 5}),
+            (None, {"data.validation_size": 1}), (None, {"eval.tasks": "AddSub"})]  # fmt: skip
+    for number, (tokenizer, fields) in enumerate(runs, 1):
+        inputs(tokenizer, **{**base, **fields})
+        assert len(list(folder.iterdir())) == number
+    inputs(**base)
+    assert len(list(folder.iterdir())) == len(runs)
+    for split, numbers in (("train", range(39)), ("validation", (50,)), ("test", (97,))):
+        write("gsm8k", **{split: numbers})
+        found = inputs(**base)
+        assert len(list(folder.iterdir())) == len(runs) + 1
+        runs.append(split)
+    assert len(found.train) == 39 and len(found.validation) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(inputs, write, tmp_path):
+    write("gsm8k", train=range(20), test=(99,))
+    fields = {"data.cache_dir": str(tmp_path / "cache")}
+    first = inputs(**fields)
+    shutil.rmtree(tmp_path / "cache" / "encoded")
+    (tmp_path / "cache" / "encoded").write_text("in the way")
+    same(inputs(**fields), first)
+
+
+def test_long_work_says_how_far_it_is(monkeypatch, capsys):
+    clock = itertools.count(0, 1.5)
+    monkeypatch.setattr("flora_jax.progress.time.monotonic", lambda: next(clock))
+    assert list(progress(range(8), 8, "encoding", "example")) == list(range(8))
+    assert capsys.readouterr().err.splitlines() == [
+        "encoding: 2 of 8 examples, 1 a second, 00:09 left",
+        "encoding: 4 of 8 examples, 1 a second, 00:06 left",
+        "encoding: 6 of 8 examples, 1 a second, 00:03 left",
+        "encoding: 8 of 8 examples, 1 a second, 00:00 left",
+    ]
+    assert list(progress(range(8), 8, "encoding", "example", silent=True)) and not capsys.readouterr().err

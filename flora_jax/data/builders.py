@@ -7,15 +7,18 @@ Importing this module imports tensorflow_datasets, which takes a second: `source
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.read_only_builder import builder_from_files
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from flora_jax.errors import UserError
+from flora_jax.progress import progress
 
 Text = tfds.features.Text
 
@@ -46,7 +49,9 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
         return {self.builder_config.split: self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        return iter(enumerate(self.builder_config.records))
+        records = self.builder_config.records
+        # On a terminal TFDS has bars of its own.
+        return enumerate(progress(records, len(records), "preparing", "record", silent=sys.stderr.isatty()))
 
 
 class Records(_Builder):
@@ -70,7 +75,15 @@ class Generated(_Builder):
 class Conversations(_Builder):
     """People's own JSONL, as messages."""
 
-    FEATURES = {"messages": tfds.features.Sequence({"role": Text(), "content": Text()})}  # noqa: RUF012
+    FEATURES = {  # noqa: RUF012
+        "messages": tfds.features.Sequence({
+            "role": Text(),
+            "content": Text(),
+            "trained": tfds.features.Scalar(np.bool_),
+            "more": Text(),
+        }),
+        "tools": Text(),
+    }  # fmt: skip
 
 
 BUILDERS = {"records": Records, "texts": Texts, "generated": Generated, "jsonl": Conversations}

@@ -1,21 +1,26 @@
 """From an `Example` to token ids and a loss mask.
 
-The mask is built together with the tokens, piece by piece, and never read off token ids: `pad` may equal `eos`,
-and an answer may contain any token. Prompt and answer are tokenised apart, so the boundary between them lies
-where generation will put it: it too tokenises the prompt alone.
+The mask is built together with the tokens and never read off token ids: `pad` may equal `eos`, and an answer may
+contain any token. What stands before an answer has the ids that generation will be given, which tokenises the prompt
+alone. In chat style the rendered conversation is tokenised once and has the ids of `apply_chat_template`, with one
+exception: where a token would run from the prompt into the answer (`\\n` and `\\n` in a vocabulary that has
+`\\n\\n`), it is cut there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from flora_jax.data.tasks import Example, Message
 from flora_jax.errors import UserError, near_misses
-from flora_jax.tokens import encode_open, render
+from flora_jax.progress import progress
+from flora_jax.tokens import encode_batch, encode_cut, encode_open, encode_open_batch, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,7 +35,7 @@ _TRAINED_ON = (
     f"\n\n{' ' * 16}### Instruction:\n{' ' * 16}{{}}\n{' ' * 16}\n{' ' * 16}### Response:\n{' ' * 16}"
 )
 
-_Piece = tuple[list[int], bool]  # tokens, and whether they are what the assistant is to produce
+_CHUNK = 512  # examples that are tokenised at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,24 +64,29 @@ def encode(
 
     'plain': the prompt as the tokenizer encodes it (BOS by its own policy), a space, the answer, EOS; the answer
     and EOS count. 'llm_adapters': the same with the prompt in that project's frame. 'chat': the tokenizer's chat
-    template; the content of each assistant turn and its end-of-turn token count. With `loss_on='all'` every token
-    counts. Raises UserError for what the style cannot express.
+    template; of each assistant turn all that follows the prompt to it counts, up to its end-of-turn token. With
+    `loss_on='all'` every token counts. Turns that are not to be trained on count in neither. Raises UserError for what
+    the style cannot express, and for a conversation of which the template makes several examples (`encode_all`).
     """
-    encoded = _encode(example, tokenizer, style, loss_on)
-    return encoded if len(encoded.tokens) - 1 <= max_length else None
+    _check(tokenizer, style, loss_on)
+    [found] = _finish([_plan(example, tokenizer, style, loss_on)], tokenizer)
+    if len(found) > 1:
+        raise UserError(f"the tokenizer's chat template makes {len(found)} training examples of this conversation; "
+                        "encode_all gives them")  # fmt: skip
+    return found[0] if len(found[0].tokens) - 1 <= max_length else None
 
 
 def encode_all(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerFast, *, style: Style, loss_on: LossOn, max_length: int
-) -> tuple[list[Encoded], EncodeReport]:
-    """`encode` of each example that fits, and the counts. Raises UserError if there are none, or none fits."""
-    encoded = []
-    for i, example in enumerate(examples):
-        try:
-            encoded.append(_encode(example, tokenizer, style, loss_on))
-        except UserError as error:
-            start = " ".join(example.messages[0].content.split())[:40]
-            raise UserError(f"{error} (example {i}, which begins {start!r})") from None
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, *, style: Style, loss_on: LossOn, max_length: int,
+    silent: bool = False,
+) -> tuple[list[Encoded], EncodeReport]:  # fmt: skip
+    """`encode` of each example that fits, and the counts. Where the chat template renders a turn otherwise once others
+    follow it (thinking stripped from earlier turns), a conversation is one example for each turn that is trained on,
+    each behind the prompt to that turn. silent: without a bar or lines. Raises UserError if there are no examples, or
+    none fits."""
+    _check(tokenizer, style, loss_on)
+    shown = progress(examples, len(examples), "encoding", "example", silent)
+    encoded = list(_encode(shown, tokenizer, style, loss_on))
     if not encoded:
         raise UserError("there are no examples to encode; data.tasks must name data that holds some")
     lengths = [len(e.tokens) - 1 for e in encoded]
@@ -96,91 +106,191 @@ def encode_all(
 
 
 def encode_prompt(
-    prompt: Example | Sequence[Message], tokenizer: PreTrainedTokenizerFast, style: Style
+    prompt: Example | Sequence[Message], tokenizer: PreTrainedTokenizerFast, style: Style, tools: str = ""
 ) -> list[int]:
     """The tokens to generate from: of an example exactly its training tokens before the (last) answer, of
-    messages, which end with the user's turn, what training would put before the answer to them."""
-    messages = prompt.messages[:-1] if isinstance(prompt, Example) else tuple(prompt)
-    pieces = _pieces((*messages, None), tokenizer, style)
-    return [token for tokens, _ in pieces for token in tokens]
+    messages, which end with the user's turn, what training would put before the answer to them.
+    tools: as `Example` has them; of an example its own."""
+    _check(tokenizer, style)
+    if isinstance(prompt, Example):
+        messages, tools = prompt.messages[:-1], prompt.tools
+    else:
+        messages = tuple(prompt)
+    if style != "chat":
+        return encode_open(tokenizer, _plain_prompt(messages, style, tools))
+    text = _render(messages, tools, tokenizer, add_generation_prompt=True)
+    answers = _answers(messages, tools, tokenizer, needed=False)
+    # Where the template changes earlier turns, training has cut none of them either.
+    whole = all(answer is not None and text.startswith(answer.text) for answer in answers)
+    cuts = [cut for answer in answers for cut in (answer.start, len(answer.text))] if whole else []
+    return [token for piece in encode_cut(tokenizer, text, cuts) for token in piece]
 
 
-def _encode(example: Example, tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn) -> Encoded:
-    if loss_on not in ("answer", "all"):
-        raise UserError(f"data.loss_on={loss_on!r} is unknown; {near_misses(str(loss_on), ('answer', 'all'))}")
-    pieces = _pieces(example.messages, tokenizer, style)
-    tokens = np.concatenate([np.asarray(tokens, np.int32) for tokens, _ in pieces])
-    loss = np.concatenate([np.full(len(tokens), counts or loss_on == "all") for tokens, counts in pieces])
-    return Encoded(tokens, loss)
-
-
-def _pieces(
-    messages: Sequence[Message | None], tokenizer: PreTrainedTokenizerFast, style: Style
-) -> list[_Piece]:
-    """The token pieces of a conversation in order. A last message of None stands for the answer to come: the
-    pieces are then those before it, by the very code that training runs."""
+def _check(tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn = "answer") -> None:
     if style not in STYLES:
         raise UserError(f"data.prompt_style={style!r} is unknown; {near_misses(str(style), STYLES)}")
+    if loss_on not in ("answer", "all"):
+        raise UserError(f"data.loss_on={loss_on!r} is unknown; {near_misses(str(loss_on), ('answer', 'all'))}")
     if style == "chat" and not tokenizer.chat_template:
         raise UserError("data.prompt_style='chat' needs a chat template and the tokenizer has none; use 'plain'")
-    return _chat(messages, tokenizer) if style == "chat" else _plain(messages, tokenizer, style)
 
 
-def _plain(messages: Sequence[Message | None], tokenizer: PreTrainedTokenizerFast, style: Style) -> list[_Piece]:
-    *before, answer = messages
+def _encode(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn
+) -> Iterator[Encoded]:
+    """What each example gives, in order. Raises UserError that names the example."""
+    number, examples = 0, iter(examples)
+    while chunk := list(itertools.islice(examples, _CHUNK)):
+        plans = []
+        for example in chunk:
+            try:
+                plans.append(_plan(example, tokenizer, style, loss_on))
+            except UserError as error:
+                start = " ".join(example.messages[0].content.split())[:40]
+                raise UserError(f"{error} (example {number}, which begins {start!r})") from None
+            number += 1
+        yield from itertools.chain(*_finish(plans, tokenizer))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """One training example as text: `prompt` as the tokenizer begins a text (None: no such part), then `text` cut into
+    pieces, then `end`; whether the prompt and each of the pieces count, `end` as the last of them."""
+
+    prompt: str | None
+    text: str
+    cuts: list[int]
+    counts: list[bool]
+    end: list[int]
+
+
+def _plan(example: Example, tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn) -> list[_Plan]:
+    """What is to be tokenised of an example, and what of it counts. Raises UserError for what the style cannot
+    express."""
+    everything = loss_on == "all"
+    if style == "chat":
+        return _chat_plans(example, tokenizer, everything)
+    *before, answer = example.messages
+    prompt = _plain_prompt(before, style, example.tools)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token")
+    # One space between the two, in the answer's first token, where byte-level vocabularies expect it.
+    glue = "" if prompt[-1:].isspace() or answer.content[:1].isspace() else " "
+    return [_Plan(prompt, glue + answer.content, [], [everything, True], [tokenizer.eos_token_id])]
+
+
+def _finish(plans: Sequence[list[_Plan]], tokenizer: PreTrainedTokenizerFast) -> list[list[Encoded]]:
+    """The plans, tokenised together."""
+    flat = list(itertools.chain(*plans))
+    prompts = iter(encode_open_batch(tokenizer, [plan.prompt for plan in flat if plan.prompt is not None]))
+    encodings = encode_batch(tokenizer, [plan.text for plan in flat])
+    encoded = iter(
+        _encoded(
+            [[] if plan.prompt is None else next(prompts), *encode_cut(tokenizer, plan.text, plan.cuts, encoding)], plan
+        )
+        for plan, encoding in zip(flat, encodings, strict=True)
+    )
+    return [[next(encoded) for _ in several] for several in plans]
+
+
+def _encoded(pieces: list[list[int]], plan: _Plan) -> Encoded:
+    pieces[-1] = [*pieces[-1], *plan.end]
+    lengths = [len(piece) for piece in pieces]
+    return Encoded(np.fromiter(itertools.chain(*pieces), np.int32, sum(lengths)), np.repeat(plan.counts, lengths))
+
+
+def _plain_prompt(before: Sequence[Message], style: Style, tools: str) -> str:
     if any(message.role == "assistant" for message in before):
         raise UserError(f"data.prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'")
-    if answer is not None and tokenizer.eos_token_id is None:
-        raise UserError(f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token")
+    if tools or any(message.role == "tool" for message in before):
+        raise UserError(f"data.prompt_style={style!r} has no place for tools; use 'chat'")
     prompt = "\n\n".join(message.content for message in before)
-    prompt = _TRAINED_ON.format(prompt) if style == "llm_adapters" else prompt
-    pieces = [(encode_open(tokenizer, prompt), False)]
-    if answer is not None:
-        # One space between the two, in the answer's first token, where byte-level vocabularies expect it.
-        glue = "" if prompt[-1:].isspace() or answer.content[:1].isspace() else " "
-        pieces.append(([*_tokens(glue + answer.content, tokenizer), tokenizer.eos_token_id], True))
-    return pieces
+    return _TRAINED_ON.format(prompt) if style == "llm_adapters" else prompt
 
 
-def _chat(messages: Sequence[Message | None], tokenizer: PreTrainedTokenizerFast) -> list[_Piece]:
-    """Cuts the rendered conversation before each assistant's content and after its end-of-turn token, by rendering
-    it up to the turn and then with it: `…assistant\\n` | `Hello.<|im_end|>` | `\\n<|im_start|>user…`."""
-    pieces, done = [], ""  # `done`: the rendered text already in pieces
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """An assistant's turn: the conversation as the template renders it, up to its end-of-turn token; the number of
+    characters before the answer; whether it is to be trained on."""
+
+    text: str
+    start: int
+    trained: bool
+
+
+def _chat_plans(example: Example, tokenizer: PreTrainedTokenizerFast, everything: bool) -> list[_Plan]:
+    """The rendered conversation up to the last turn that is trained on, cut before each answer and behind its
+    end-of-turn token: `…assistant\\n` | `Hello.<|im_end|>` | `\\n<|im_start|>user…`. Where that text does not hold each
+    turn as it was rendered when it was the last, one plan for each that is trained on."""
+    last = max(i for i, message in enumerate(example.messages) if message.role == "assistant" and message.trained)
+    answers = _answers(example.messages[: last + 1], example.tools, tokenizer)
+    if all(answer is not None and answers[-1].text.startswith(answer.text) for answer in answers):
+        together = [answers]
+    else:
+        together = [[answer] for answer in answers if answer is not None and answer.trained]
+    plans = []
+    for several in together:
+        cuts = [cut for answer in several for cut in (answer.start, len(answer.text))][:-1]
+        counts = [one for answer in several for one in (everything, answer.trained)]
+        plans.append(_Plan(None, several[-1].text, cuts, [False, *counts], []))
+    return plans
+
+
+def _answers(
+    messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokenizerFast, needed: bool = True
+) -> list[_Answer | None]:
+    """The assistant's turns; None for one that cannot be told from its prompt. Raises UserError for such a one that is
+    to be trained on, if it is needed."""
+    answers = []
     for i, message in enumerate(messages):
-        if message is not None and message.role != "assistant":
-            continue
-        before = _render(messages[:i], tokenizer, add_generation_prompt=True)
-        pieces.append((_tokens(_suffix(before, done), tokenizer), False))
-        if message is None:
-            break
-        turn = _suffix(_render(messages[: i + 1], tokenizer, add_generation_prompt=False), before)
-        # Some templates strip what they are given.
-        content = message.content if turn.startswith(message.content) else message.content.strip()
-        end = turn.removeprefix(content).rstrip()
-        if not turn.startswith(content) or not end:
-            raise UserError(
-                f"the tokenizer's chat template renders the assistant's turn {content[:30]!r} as {turn[:40]!r}; it "
-                f"must be the content and then an end-of-turn token (data.prompt_style='plain' needs no template)"
-            )
-        pieces.append((_tokens(content + end, tokenizer), True))
-        done = before + content + end
-    return pieces  # what a template puts after the last end-of-turn token is nothing to learn from
+        if message.role == "assistant":
+            try:
+                answers.append(_answer(messages[: i + 1], tools, tokenizer))
+            except UserError:
+                if needed and message.trained:
+                    raise
+                answers.append(None)
+    return answers
 
 
-def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, *, add_generation_prompt: bool) -> str:
-    conversation = [dataclasses.asdict(message) for message in messages]
-    return render(tokenizer, conversation, add_generation_prompt=add_generation_prompt)
-
-
-def _suffix(text: str, prefix: str) -> str:
-    """What follows `prefix` in `text`; that it is a prefix is what the loss mask rests on."""
-    if not text.startswith(prefix):
+def _answer(messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokenizerFast) -> _Answer:
+    """The last turn of the conversation, the assistant's."""
+    *before, message = messages
+    prompt = _render(before, tools, tokenizer, add_generation_prompt=True)
+    whole = _render(messages, tools, tokenizer, add_generation_prompt=False)
+    if not whole.startswith(prompt):
         raise UserError(
             "the tokenizer's chat template changes earlier turns when a later one is added, so the answers cannot be "
             "told apart (data.prompt_style='plain' needs no template)"
         )
-    return text[len(prefix):]
+    turn = whole[len(prompt) :].rstrip()
+    content = message.content.strip()
+    # Some templates render thinking in the content anew: what is said last is then found.
+    if content not in turn:
+        content = content.split()[-1]
+    lead, found, end = turn.partition(content) if content else ("", True, _added_end(turn, tokenizer))
+    if lead.strip():  # what follows the template's prompt is the model's to write; a header is not
+        found = found and prompt != _render(before, tools, tokenizer, add_generation_prompt=False)
+    if not found or not end.strip():
+        raise UserError(
+            f"the tokenizer's chat template renders the assistant's turn {message.content[:30]!r} as {turn[:40]!r}; it "
+            f"must be the content and then an end-of-turn token (data.prompt_style='plain' needs no template)"
+        )
+    return _Answer(prompt + turn, len(prompt), message.trained)
 
 
-def _tokens(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def _added_end(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The added token that `text` ends with; empty without one."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values())
+    return next((token for token in added if text.endswith(token)), "")
+
+
+def _render(
+    messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokenizerFast, *, add_generation_prompt: bool
+) -> str:
+    conversation = [
+        {"role": message.role, "content": message.content, **(json.loads(message.more) if message.more else {})}
+        for message in messages
+    ]
+    given = {"tools": json.loads(tools)} if tools else {}
+    return render(tokenizer, conversation, add_generation_prompt=add_generation_prompt, **given)

@@ -147,28 +147,86 @@ def _conversation(raw: Mapping[str, Any], where: str) -> Record:
                 f"{where}: a record needs 'messages', or 'prompt' and 'completion'; "
                 f"there are {', '.join(map(repr, raw)) or 'no fields'}"
             )
-        prompt, completion = _field(raw, "prompt", where), _field(raw, "completion", where)
-        return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]}
+        turns = [("user", _field(raw, "prompt", where)), ("assistant", _field(raw, "completion", where))]
+        messages = [{"role": role, "content": text, "trained": True, "more": ""} for role, text in turns]
+        return {"messages": messages, "tools": ""}
     turns = raw["messages"]
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: field 'messages' must be a list of at least one message, not {turns!r:.40}")
-    messages = []
-    for i, turn in enumerate(turns):
-        place = f"{where}: messages[{i}]"
-        if not isinstance(turn, dict):
-            raise UserError(f"{place} must be an object with 'role' and 'content', not {type(turn).__name__}")
-        role = _field(turn, "role", place)
-        if role not in ROLES:
-            raise UserError(f"{place}: role {role!r} is unknown; {near_misses(role, ROLES)}")
-        messages.append({"role": role, "content": _field(turn, "content", place)})
+    messages = [_turn(turn, f"{where}: messages[{i}]") for i, turn in enumerate(turns)]
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant":
         raise UserError(f"{where}: 'messages' ends with role {roles[-1]!r}; the last turn must be the assistant's")
     if "user" not in roles:
         raise UserError(f"{where}: 'messages' has no turn with role 'user'; the assistant must answer one")
-    if next(role for role in roles if role != "system") != "user":
-        raise UserError(f"{where}: 'messages' begins with the assistant's turn; the first after 'system' is a user's")
-    return {"messages": messages}
+    first = next(role for role in roles if role != "system")
+    if first != "user":
+        named = f"a {first}'s" if first == "tool" else "the assistant's"
+        raise UserError(f"{where}: 'messages' begins with {named} turn; the first after 'system' is a user's")
+    if not any(message["trained"] for message in messages if message["role"] == "assistant"):
+        raise UserError(f"{where}: no turn of the assistant is trained on (each has weight 0, or train false); "
+                        "leave the record out, or give one of them weight 1")  # fmt: skip
+    return {"messages": messages, "tools": _tools(raw, where)}
+
+
+# What chat templates read of a turn beside its role and content.
+_MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+# By which of its turns a record says whether they count in the loss: OpenAI's name, and axolotl's two.
+_TRAINED = ("weight", "train", "training")
+
+
+def _turn(turn: Any, place: str) -> Record:
+    """One message, as `Turn` has it."""
+    if not isinstance(turn, dict):
+        raise UserError(f"{place} must be an object with 'role' and 'content', not {type(turn).__name__}")
+    role = _field(turn, "role", place)
+    if role not in ROLES:
+        raise UserError(f"{place}: role {role!r} is unknown; {near_misses(role, ROLES)}")
+    more = {name: turn[name] for name in _MORE if turn.get(name)}
+    if "tool_calls" in more:
+        _objects(more["tool_calls"], f"{place}: field 'tool_calls'")
+    calls = role == "assistant" and "tool_calls" in more
+    if calls and turn.get("content") is None:
+        content = ""
+        more["content"] = None
+    else:
+        content = _field(turn, "content", place, default="" if calls or role == "tool" else None)
+    text = json.dumps(more, ensure_ascii=False) if more else ""
+    check_text(text, place)
+    return {"role": role, "content": content, "trained": role != "assistant" or _trained(turn, place), "more": text}
+
+
+def _trained(turn: Mapping[str, Any], place: str) -> bool:
+    """Whether an assistant's turn counts in the loss: it does unless it says otherwise."""
+    said = {name: turn[name] for name in _TRAINED if turn.get(name) is not None}
+    for name, value in said.items():
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise UserError(f"{place}: field {name!r} is {value!r:.40}; it must be 0 or 1, or false or true")
+    if len({bool(value) for value in said.values()}) > 1:
+        named = ", ".join(f"{name!r} is {value!r}" for name, value in said.items())
+        raise UserError(f"{place}: {named}; they must say the same")
+    return all(said.values())
+
+
+def _tools(raw: Mapping[str, Any], where: str) -> str:
+    """The field `tools`, a list of objects or the JSON text of one, as JSON text; empty without any."""
+    tools, place = raw.get("tools"), f"{where}: field 'tools'"
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise UserError(f"{place} is text that is no JSON ({tools!r:.40}); it must be a list of objects") from None
+    if not tools:
+        return ""
+    _objects(tools, place)
+    text = json.dumps(tools, ensure_ascii=False)
+    check_text(text, place)
+    return text
+
+
+def _objects(value: Any, place: str) -> None:
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise UserError(f"{place} must be a list of objects, not {value!r:.60}")
 
 
 # By a task's source: what makes a Record, or several, of a raw one and its place. Raises UserError.

@@ -29,7 +29,7 @@ from flora_jax.errors import UserError, disk_fault, expand_path, near_misses
 from flora_jax.files import cache_root, filling_cache, plain_path
 
 SPLITS = ("train", "validation", "test")
-_FORMAT = "1"  # part of every cache key: raise it when a builder's features or a reader's output change
+_FORMAT = "2"  # part of every cache key: raise it when a builder's features or a reader's output change
 _SET = "set data.dir (evaluate: --data_dir) to"
 
 if TYPE_CHECKING:  # importing it takes a second
@@ -55,14 +55,17 @@ def load_records(
     """The records of one split of a task ('train', 'validation' or 'test'), in the order of its source.
 
     Records are dicts of str: `instruction, input, output, answer` of a 'records' task, `text` and `references` (a list)
-    of a 'texts' one, `question, answer` of a generated one, `messages` (a list of `role, content`) of a 'jsonl' one.
+    of a 'texts' one, `question, answer` of a generated one, of a 'jsonl' one `tools` and `messages` (a list of
+    `role, content, trained, more`, as `Turn` has them).
     `data_dir` is a folder of files, or `tfds` or `tfds:DIR` for the TFDS catalogue in TFDS's own folder or in DIR;
     generated tasks need none. Prepared data is cached in `cache_dir`, by default `$FLORA_CACHE` or else
     `~/.cache/flora_jax`. Raises UserError for a missing, empty or malformed source, naming file and record.
     """
     directory = cache_root(cache_dir) / "tfds" / _cache_key(task, split, data_dir)
     if not directory.exists():
-        _prepare(task, split, _read(task, split, data_dir), directory)
+        records = _read(task, split, data_dir)
+        _prepare(task, split, records, directory)
+        return records
     import tensorflow_datasets as tfds
 
     try:

@@ -14,12 +14,12 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from flora_jax.data.numbers import canonical_number, final_number, same_number
 from flora_jax.errors import UserError, near_misses
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 CONTAMINATED = 0.01  # the share of a test's questions that may be in the training data
 
 
@@ -29,6 +29,17 @@ class Message:
 
     role: str
     content: str
+    trained: ClassVar[bool] = True
+    more: ClassVar[str] = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn(Message):
+    """A turn that says more: whether an assistant's counts in the loss, and what else the chat template is given of it
+    (`tool_calls`, …; a `content` of null), as a JSON object."""
+
+    trained: bool = True
+    more: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +54,17 @@ class Example:
     question: str | None = None  # the question alone, without instructions and choices
     labels: tuple[str, ...] = ()  # the label word of each choice, e.g. answer1, solution2, true
     requests: tuple[tuple[str, str], ...] = ()  # (context, continuation) of each choice, as lm-eval scores it
+    tools: str = ""  # the functions that a conversation's assistant may call: a JSON list for the chat template
+
+    @functools.cached_property
+    def prompt_digest(self) -> str:
+        """sha256 of everything before the answer, normalised: by which `dedupe` knows a prompt again."""
+        return _digest(self.messages[:-1], self.tools)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """`prompt_digest` of prompt and answer."""
+        return _digest(self.messages, self.tools)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,9 +241,11 @@ def _text(instruction: str, cue: str) -> Callable[[Mapping[str, Any]], Example]:
 
 def _parse_messages(record: Mapping[str, Any]) -> Example:
     """People's own conversations; the last assistant turn is the answer."""
-    messages = tuple(Message(m["role"], m["content"]) for m in record["messages"])
+    messages = tuple(
+        Message(m["role"], m["content"]) if m["trained"] and not m["more"] else Turn(**m) for m in record["messages"]
+    )
     question = next(m.content for m in reversed(messages) if m.role == "user")
-    return Example(messages=messages, answer=messages[-1].content, question=question)
+    return Example(messages=messages, answer=messages[-1].content, question=question, tools=record["tools"])
 
 
 # ------------------------------------------------------------------------------------------------ table
@@ -342,16 +366,18 @@ def dedupe(
 ) -> tuple[list[Example], int]:
     """`train` without the examples whose prompt (everything before the answer, normalised) is one of `test`'s, with
     `answers` whose prompt and answer are, and how many were dropped."""
-    held_out = {_key(example, answers) for example in test}
-    kept = [example for example in train if _key(example, answers) not in held_out]
+    digest = (lambda example: example.digest) if answers else (lambda example: example.prompt_digest)
+    held_out = set(map(digest, test))
+    kept = [example for example in train if digest(example) not in held_out] if held_out else list(train)
     return kept, len(train) - len(kept)
 
 
 def prompt_digests(examples: Iterable[Example]) -> set[str]:
     """64 bits of the sha256 of each prompt, as `dedupe` compares them: enough to know a prompt again."""
-    return {hashlib.sha256(_key(example, False).encode()).hexdigest()[:16] for example in examples}
+    return {example.prompt_digest[:16] for example in examples}
 
 
-def _key(example: Example, answers: bool) -> str:
-    messages = example.messages if answers else example.messages[:-1]
-    return "\n".join(normalise(message.content) or message.content.strip() for message in messages)
+def _digest(messages: Sequence[Message], tools: str) -> str:
+    said = "\n".join(normalise(message.content) or message.content.strip() for message in messages)
+    beside = [message.more for message in messages if message.more] + [tools] * bool(tools)
+    return hashlib.sha256("\n".join([said, *beside]).encode()).hexdigest()

@@ -323,7 +323,10 @@ def _prompts(
         if published_faults:
             prompts = [published.encode_prompt(messages, tokenizer) for messages in asked]
         else:
-            prompts = [encode_prompt(messages, tokenizer, style) for messages in asked]
+            prompts = [
+                encode_prompt(messages, tokenizer, style, example.tools)
+                for messages, example in zip(asked, data.examples, strict=True)
+            ]
     except UserError as error:
         raise UserError(f"{data.task.name}: {error}") from None
     name, new_tokens = data.task.name, max_new_tokens or data.task.new_tokens

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -15,6 +18,7 @@ from flora_jax.data import (
     CONTAMINATED,
     Encoded,
     Example,
+    Task,
     data_hash,
     dedupe,
     encode_all,
@@ -24,7 +28,10 @@ from flora_jax.data import (
     load_examples,
     prompt_digests,
 )
+from flora_jax.data.kept import code_digest, keep, read_kept, tokenizer_digest
+from flora_jax.data.sources import SPLITS
 from flora_jax.errors import UserError
+from flora_jax.files import cache_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -45,7 +52,20 @@ class Inputs:
 
 
 def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast) -> Inputs:
-    """Reads, de-duplicates and encodes the tasks of `config.data`.
+    """The tasks of `config.data`, read, de-duplicated and encoded; what was once is kept under the cache folder and
+    found there by the next start with the same data, tokenizer and settings. Raises UserError.
+    """
+    path = _kept_path(config, tokenizer)
+    inputs = path and _read_inputs(path)
+    if inputs is None:
+        inputs = _prepare(config, tokenizer)
+        if path:
+            _keep_inputs(path, inputs)
+    return inputs
+
+
+def _prepare(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast) -> Inputs:
+    """Reads, de-duplicates and encodes the tasks.
 
     A task without a validation split gives a fixed sample of its training records. Records whose prompt is also in a
     test set, of `config.eval.tasks` or of a trained task itself, are dropped from both and counted; so are training
@@ -83,7 +103,7 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
     tests: list[Example] = []
     scored = {name: get_task(name, generator_settings(config)) for name in names(config.eval.tasks)}
     # One file given by its path is a test set only where it is to be scored.
-    beside = [task for task in tasks if not task.name.endswith(".jsonl") and has_split(task, "test", data.dir)]
+    beside = [task for task in tasks if not _is_file(task) and has_split(task, "test", data.dir)]
     overlaps = {}
     for name, task in {**{task.name: task for task in beside}, **scored}.items():
         asked = load_examples(task, "test", data.dir, data.cache_dir)
@@ -113,7 +133,12 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
         kept = [kept[i] for i in chosen]
     trained = set(map(id, kept))
     by_task = [[example for example in examples if id(example) in trained] for examples in by_task]
-    settings = {"style": data.prompt_style, "loss_on": data.loss_on, "max_length": data.max_length}
+    settings = {
+        "style": data.prompt_style,
+        "loss_on": data.loss_on,
+        "max_length": data.max_length,
+        "silent": jax.process_index() != 0,
+    }
     parts = by_task if weights else [list(itertools.chain(*by_task))]
     encoded_parts, reports = [], []
     for task, part in zip(tasks, parts, strict=False):
@@ -150,3 +175,58 @@ def _tokens_hash(encoded: list[Encoded]) -> str:
     for example in encoded:
         digest.update(example.tokens.tobytes() + example.loss.tobytes() + b"|")
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- kept
+
+
+def _kept_path(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast) -> Path | None:
+    """The file whose name says all that the inputs depend on: data, tokenizer, settings and the code that makes them.
+    None where the tokenizer's contents cannot be told."""
+    known = tokenizer_digest(tokenizer)
+    if known is None:
+        return None
+    data = config.data.to_dict()
+    folder, cache = data.pop("dir"), data.pop("cache_dir")
+    trained = [(name, get_task(name, generator_settings(config))) for name in expand(names(config.data.tasks))]
+    scored = [(name, get_task(name, generator_settings(config))) for name in names(config.eval.tasks)]
+    asked = [(task, split) for _, task in trained for split in SPLITS if split == "train" or not _is_file(task)]
+    asked += [(task, "test") for _, task in scored]
+    found = [(task.name, split, data_hash(task, split, folder) if has_split(task, split, folder) else None)
+             for task, split in asked]  # fmt: skip
+    code = code_digest("data", "tokens.py", "training/inputs.py")
+    about = json.dumps([known, code, data, config.eval.tasks, found], sort_keys=True, default=list)
+    return cache_root(cache) / "encoded" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.arrays"
+
+
+def _is_file(task: Task) -> bool:
+    return task.name.endswith(".jsonl")
+
+
+def _keep_inputs(path: Path, inputs: Inputs) -> None:
+    encoded = [*inputs.train, *inputs.validation]
+    about = json.dumps({"train": len(inputs.train), "account": inputs.account, "parts": inputs.parts})
+    keep(path, {
+        "lengths": np.array([len(example.tokens) for example in encoded]),
+        "tokens": np.concatenate([example.tokens for example in encoded]),
+        "loss": np.concatenate([example.loss for example in encoded]),
+        "prompts": np.array(sorted(inputs.prompts), "S16"),
+        "about": np.frombuffer(about.encode(), np.uint8),
+    })  # fmt: skip
+
+
+def _read_inputs(path: Path) -> Inputs | None:
+    stored = read_kept(path)
+    if stored is None:
+        return None
+    about = json.loads(stored["about"].tobytes())
+    ends = np.cumsum(stored["lengths"])[:-1]
+    arrays = zip(np.split(stored["tokens"], ends), np.split(stored["loss"], ends), strict=True)
+    encoded = [Encoded(tokens, loss) for tokens, loss in arrays]
+    return Inputs(
+        train=encoded[: about["train"]],
+        validation=encoded[about["train"] :],
+        account=about["account"],
+        prompts={digest.decode() for digest in stored["prompts"].tolist()},
+        parts=about["parts"] and [(size, weight) for size, weight in about["parts"]],
+    )
