@@ -7,11 +7,12 @@ sentences) are F-measures averaged over a text's references; the same with `_max
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 POLICY = "F-measure with stemming; mean over the references of a text, _max: the best of them"
@@ -20,6 +21,11 @@ POLICY = "F-measure with stemming; mean over the references of a text, _max: the
 def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Means over the texts of each kind, `<kind>_max`, and `<kind>_stderr` (standard deviation over sqrt(n)); `items`:
     the rougeL of each text."""
+    # nltk, which it imports, needs a folder for what it might download, even where there is no home directory.
+    if os.path.expanduser("~") == "~":
+        os.environ.setdefault("NLTK_DATA", tempfile.gettempdir())
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(KINDS, use_stemmer=True)
     scores = [[scorer.score(target, text) for target in own] for text, own in zip(texts, references, strict=True)]
     result = {}
