@@ -14,9 +14,16 @@ def check_jax() -> None:
     """
     if jax.config.jax_enable_x64:
         raise UserError("JAX_ENABLE_X64 (jax_enable_x64) is on, and flora_jax computes in 32 bits; unset it")
+    check_device()
+
+
+def check_device() -> None:
+    """Raises UserError where JAX is told to use devices that are not there."""
     try:
         jax.devices()
-    except RuntimeError as error:
-        asked = jax.config.jax_platforms
-        reason = f"JAX finds no such devices here ({str(error).rstrip('.')})"
-        raise UserError(f"JAX_PLATFORMS={asked}: {reason}; unset it, or set it to cpu") from None
+    except (RuntimeError, AssertionError) as error:  # the latter for cuda where no plugin is installed
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0].rstrip(".") or "no plugin for it is installed"
+        raise UserError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms or ''}: JAX finds no such device here ({reason}); unset it, or "
+            "set it to cpu, which is always there"
+        ) from None

@@ -88,11 +88,13 @@ def load_run(workdir: Path, step: int | None, form: str, dtype: str | None) -> t
 
 def load_pair(source: str, directory: Path, form: str, dtype: str | None) -> Trained:
     """A base and an adapter directory, ours or a PEFT LoRA's. Raises UserError as `load_run` does."""
+    from flora_jax.device import check_jax
     from flora_jax.interop.adapter_files import check_fingerprint, load_adapter
     from flora_jax.interop.exports import check_format
     from flora_jax.models.loading import load_config, load_pretrained
     from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
 
+    check_jax()
     config, tokenizer = load_config(source), load_tokenizer(source)
     check_tokenizer(tokenizer, config)
     adapter_config, trained = load_adapter(directory, config)

@@ -21,11 +21,20 @@ _OPEN = "/proc/self/fd"
 
 def cache_root(given: str | os.PathLike | None = None) -> Path:
     """The folder for downloaded weights and prepared data: `given`, or `$FLORA_CACHE`, or `~/.cache/flora_jax`."""
-    path = given or os.environ.get("FLORA_CACHE")
-    try:
-        return Path(expand_path(path or "~/.cache/flora_jax"))
-    except UserError as error:
-        raise UserError(f"{error}; set FLORA_CACHE to a folder for downloads and prepared data") from None
+    if path := given or os.environ.get("FLORA_CACHE"):
+        return Path(expand_path(path))
+    if not os.path.isabs(home := os.path.expanduser("~")):
+        raise UserError("FLORA_CACHE is unset, and there is no home directory; set it to a folder for downloads and "
+                        "prepared data")  # fmt: skip
+    return Path(home, ".cache", "flora_jax")
+
+
+def make_cache(given: str | os.PathLike | None = None) -> Path:
+    """`cache_root`, made if absent. Raises UserError where it cannot be."""
+    root = cache_root(given)
+    with filling_cache(root):
+        root.mkdir(parents=True, exist_ok=True)
+    return root
 
 
 @contextlib.contextmanager
@@ -82,10 +91,7 @@ def keep_programs() -> None:
     if jax.config.jax_compilation_cache_dir is not None:
         return
     try:
-        folder = cache_root() / "programs"
-        with filling_cache(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        folder = plain_path(folder, "FLORA_CACHE")
+        folder = plain_path(make_cache(cache_root() / "programs"), "FLORA_CACHE")
     except UserError as error:
         print(f"warning: what is compiled is not kept: {error}", file=sys.stderr)
         return

@@ -21,7 +21,7 @@ from flora_jax.config import check_config, fields, generator_settings, names, re
 from flora_jax.data import get_task
 from flora_jax.errors import UserError, expand_path, near_misses, run_command, writing
 from flora_jax.evaluation.run import TaskData, check_prompts, evaluate_tasks, is_generated, load_task_data
-from flora_jax.files import keep_programs, read_json, write_result
+from flora_jax.files import keep_programs, make_cache, read_json, write_result
 from flora_jax.interop.adapter_files import save_adapter
 from flora_jax.models.loading import base_name
 from flora_jax.training.cluster import join, together
@@ -133,6 +133,7 @@ def main(argv: list[str]) -> None:
     """The command."""
     config, workdir = parse(argv)
     check_config(config)
+    make_cache(config.data.cache_dir)
     keep_programs()
     run(config, workdir)
 

@@ -10,6 +10,7 @@ import time
 
 import jax
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
 from flora_jax.config import fields
@@ -321,6 +322,22 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     metrics.write(0, {"loss": 2.0})
     metrics.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": 2.0}
+    assert scalars(tmp_path)[-1] == [(1, []), (0, [("loss", 2.0)])]  # TensorBoard forgets from step 1 on
+
+
+def scalars(workdir):
+    """`(step, [(name, value), …])` of each event after a file's first, by file: a record is its length in 8 bytes, 4
+    of a checksum, the event, and 4 of another."""
+    found = []
+    for file in sorted((workdir / "tensorboard").iterdir()):
+        data, events = file.read_bytes(), []
+        while data:
+            end = 12 + int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12:end])
+            events.append((event.step, [(value.tag, value.simple_value) for value in event.summary.value]))
+            data = data[end + 4 :]
+        found.append(events[1:])
+    return found
 
 
 def test_the_best_checkpoint_outlives_a_resume(finished, small, monkeypatch, tmp_path):

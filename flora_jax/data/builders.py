@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.read_only_builder import builder_from_files
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, expand_path
 from flora_jax.progress import progress
 
 Text = tfds.features.Text
@@ -91,7 +91,7 @@ BUILDERS = {"records": Records, "texts": Texts, "generated": Generated, "jsonl":
 
 def own_folder() -> Path:
     """Where TFDS itself keeps data sets: `$TFDS_DATA_DIR`, or a folder of the home directory."""
-    return Path(tfds.core.constants.DATA_DIR)
+    return Path(expand_path(tfds.core.constants.DATA_DIR))
 
 
 def catalogue_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:

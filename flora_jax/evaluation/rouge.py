@@ -11,12 +11,20 @@ nothing is left, of "été" a "t". Where that is more than a trace of a task's r
 from __future__ import annotations
 
 import math
+import os
 import re
+import tempfile
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+# nltk, which rouge_score imports, needs a folder for what it might download, even where there is
+# no home directory.
+if os.path.expanduser("~") == "~":
+    os.environ.setdefault("NLTK_DATA", tempfile.gettempdir())
+
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 

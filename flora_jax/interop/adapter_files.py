@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flora_jax.adapters import BLOCKS, PRODUCTS, PROJECTIONS, AdapterConfig, abstract_adapter
+from flora_jax.device import check_jax
 from flora_jax.errors import UserError, near_misses
 from flora_jax.files import new_directory, read_json, write_json
 from flora_jax.models.config import LlamaConfig
@@ -196,6 +197,7 @@ class Adapted:
 def load_adapted(source: str, directory: str | os.PathLike | None, dtype: Any = np.float32) -> Adapted:
     """Base and tokenizer of `source` (as `load_pretrained`), and the adapter of `directory`, which may be None; base
     leaves that trained with the adapter replace the base's. Raises UserError where they do not belong together."""
+    check_jax()
     if directory is not None and not (Path(directory) / CONFIG).is_file():  # before a model is loaded
         below = Path(directory) / "adapter"
         at = f"it is in {below}" if (below / CONFIG).is_file() else f"an adapter directory has {CONFIG} and {WEIGHTS}"

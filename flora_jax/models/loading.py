@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from flora_jax.device import check_jax
+from flora_jax.device import check_device
 from flora_jax.errors import UserError, expand_path, near_misses
 from flora_jax.files import cache_root, filling_cache, read_json
 from flora_jax.models.config import LlamaConfig
@@ -75,7 +75,7 @@ def load_pretrained(source: str, dtype: Any = jnp.float32, *, shardings: Any = N
 
     Raises UserError (one line) for whatever is wrong with the source, before anything is allocated.
     """
-    check_jax()
+    check_device()
     path = resolve_source(source)
     if path.is_file():
         file = GgufFile(path)
@@ -248,8 +248,10 @@ def _refuse_other_formats(directory: Path) -> None:
 
 
 def _from_hub(repository: str, weights: bool) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
+    if constants.HF_HUB_CACHE.startswith("~"):
+        raise UserError(f"{repository!r} is kept in the home directory, and there is none; set HF_HOME to a folder")
     patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, etag_timeout=10))

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import grain
 import grain.checkpoint
 import jax
@@ -78,7 +81,7 @@ class Checkpoints:
             return
         there = self.latest
         rest = "from the beginning" if there is None else f"after step {there}, which is saved"
-        with writing(f"the checkpoint of step {step}", f"make room, and the same command goes on {rest}"):
+        with writing(f"the checkpoint of step {step}", f"make room, and the same command goes on {rest}"), _quiet():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -130,6 +133,30 @@ def _check_values(tree: Any) -> None:
             if jnp.issubdtype(part.dtype, jnp.floating) and not np.isfinite(part).all():
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise ValueError(f"{name} holds a value that is not finite")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What fails in a thread of orbax is raised here in the end, and said once.
+
+    The other threads and tasks end later, some of them after the block, and each says so with a traceback: in absl's
+    log, in asyncio's, or as an error that nobody can catch. After a failure they are therefore not heard any more.
+    """
+    verbosity, hook = absl.logging.get_verbosity(), sys.unraisablehook
+
+    def but_late_ends(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    sys.unraisablehook = but_late_ends
+    try:
+        yield
+    except Exception:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise
+    absl.logging.set_verbosity(verbosity)
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
