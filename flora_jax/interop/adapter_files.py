@@ -405,6 +405,7 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
             for name in file.keys():  # noqa: SIM118
                 if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
                     raise UserError(f"{path}: tensor {name!r} is stored as {kind}; {', '.join(FLOATS)} are read")
-            return {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
+            with np.errstate(over="ignore"):  # what becomes an infinity is refused by name
+                return {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path}: not a complete safetensors file ({error})") from None

@@ -73,7 +73,8 @@ def load_pretrained(source: str, dtype: Any = jnp.float32, *, shardings: Any = N
       shardings: a tree of `jax.sharding.Sharding` like the parameters, or a function path -> Sharding (path as
         `layers/attention/qkv/q_kernel`); each device then reads just its part. None: the default device.
 
-    Raises UserError (one line) for whatever is wrong with the source, before anything is allocated.
+    Raises UserError (one line) for whatever is wrong with the source, before anything is allocated; for a value that is
+    not finite, or not in `dtype`, with its tensor as it is read.
     """
     check_device()
     path = resolve_source(source)
