@@ -25,6 +25,7 @@ RUNTIME = [
     "tensorflow-datasets>=4.9.9",
     "tokenizers>=0.22",
     "tqdm>=4.66",
+    # Those from 5.15 to 5.21 misread some byte-level tokenizers, which is checked when one is loaded.
     "transformers>=5.0,!=5.3.0",
 ]
 DEMO = ["reasoning-gym>=0.1.20"]

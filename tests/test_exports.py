@@ -583,3 +583,55 @@ def smollm2(tmp_path_factory):
     save_file(dict(to_hf_tensors(config, base)), path / "model.safetensors", metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(config.to_hf()))
     return config, base, tokenizer, path
+
+
+def write_beside_the_weights(path, tokenizer, base_files=None):
+    """What every format with a tokenizer writes beside its weights."""
+    path.mkdir()
+    about = (AdapterConfig("lora", 8), {}, {}, tokenizer, "base", "f", base_files)
+    formats._write_model_files(Trained(TINY, {}, *about), path, np.dtype("float32"))
+    return path
+
+
+def test_the_tokenizer_is_the_bases_own_to_the_byte(tmp_path):
+    """Whatever reads the base's tokenizer, a transformers 4 say, then reads the export's."""
+    own = tmp_path / "base"
+    load_tokenizer("tiny").save_pretrained(own)
+    files = {"added_tokens.json": "{}", "special_tokens_map.json": "{ }", "tokenizer.model": "no model",
+             "merges.txt": "#version: 0.2\n", "vocab.json": "{}", "additional_chat_templates/tool_use.jinja": "x",
+             "tokenizer_config.json": '{"tokenizer_class":  "PreTrainedTokenizerFast"}'}  # fmt: skip
+    for name, text in files.items():
+        (own / name).parent.mkdir(exist_ok=True)
+        (own / name).write_text(text)
+    (own / "unrelated.json").write_text("{}")
+    out = write_beside_the_weights(tmp_path / "out", load_tokenizer("tiny"), own)
+    for name in (*files, "tokenizer.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (own / name).read_bytes()
+    assert not (out / "unrelated.json").exists()
+
+
+@pytest.mark.parametrize("extra", [[], ["<extra>"]])
+def test_a_tokenizer_of_no_directory_is_written_for_transformers_4(tmp_path, extra):
+    """Which knows no class TokenizersBackend and takes no list for `extra_special_tokens`; the older of it look for the
+    chat template in tokenizer_config.json alone."""
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.add_special_tokens({"extra_special_tokens": extra})
+    out = write_beside_the_weights(tmp_path / "out", tokenizer)
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in written
+    assert written.get("additional_special_tokens", []) == extra
+    assert written["chat_template"] == tokenizer.chat_template
+    again = load_tokenizer(str(out))
+    chat = [{"role": "user", "content": "a <extra> b"}]
+    assert again.apply_chat_template(chat)["input_ids"] == tokenizer.apply_chat_template(chat)["input_ids"]
+    assert again.special_tokens_map == tokenizer.special_tokens_map
+
+
+def test_any_added_token_that_ends_a_turn_is_in_the_stop_list(tmp_path):
+    """`tokenizer.add_tokens`, as axolotl writes: no special one."""
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.add_tokens(["<|done|>"])
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|done|>")
+    out = write_beside_the_weights(tmp_path / "out", tokenizer)
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [257, tokenizer.convert_tokens_to_ids("<|done|>")]

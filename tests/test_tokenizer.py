@@ -5,10 +5,14 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
+from test_chat_templates import LLAMA2, LLAMA3, byte_level, llama, sentencepiece
 from test_gguf import write_gguf
 from tokenizers.pre_tokenizers import ByteLevel
 
 from flora_jax.errors import UserError
+from flora_jax.models import tokenizer as module
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.loading import resolve_source
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
@@ -223,3 +227,71 @@ def test_code_of_a_directory_is_neither_run_nor_asked_for(tmp_path, monkeypatch)
         except UserError as error:
             assert "\n" not in str(error)
         assert not (tmp_path / "ran").exists()
+
+
+def declared(path, tokenizer, tokenizer_class, **settings):
+    """An HF directory that names the class of its tokenizer, and more."""
+    tokenizer.save_pretrained(path)
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": tokenizer_class, **settings}))
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return str(path)
+
+
+def llama3():
+    return byte_level(module._llama3(), LLAMA3)
+
+
+@pytest.mark.parametrize(("make", "tokenizer_class", "settings"), [
+    (llama3, "PreTrainedTokenizerFast", {}),
+    (llama3, "GPT2Tokenizer", {"add_prefix_space": True}),
+    (lambda: sentencepiece("bpe", "legacy", LLAMA2), "LlamaTokenizer", {"legacy": True}),
+    (lambda: sentencepiece("bpe", "legacy", LLAMA2), "LlamaTokenizerFast",
+     {"legacy": False, "add_prefix_space": False}),
+    (lambda: sentencepiece("bpe", "never", LLAMA2), "LlamaTokenizer", {}),
+    (lambda: sentencepiece("unigram", "always", LLAMA2), "PreTrainedTokenizerFast", {}),
+    (lambda: llama(LLAMA2), "LlamaTokenizer", {}),
+    (module.byte_tokenizer, "PreTrainedTokenizerFast", {"split_special_tokens": True}),
+])  # fmt: skip
+def test_a_tokenizer_that_is_read_right_is_not_refused(tmp_path, make, tokenizer_class, settings):
+    loaded = load_tokenizer(declared(tmp_path, make(), tokenizer_class, **settings))
+    raw = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = loaded("x hello  12 345", add_special_tokens=False).input_ids
+    assert ids[-5:] == raw.encode("x hello  12 345", add_special_tokens=False).ids[-5:]
+
+
+def test_a_tokenizer_that_transformers_misreads_is_refused(tmp_path, monkeypatch):
+    """As many releases read a byte-level Llama that is declared a LlamaTokenizer: without its spaces."""
+    path = declared(tmp_path / "llama3", llama3(), "LlamaTokenizer")
+    assert load_tokenizer(path)(" the", add_special_tokens=False).input_ids == [llama3().get_vocab()["Ġthe"]]
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", transformers.LlamaTokenizer.from_pretrained)
+        patch.setattr(transformers, "__version__", "5.19.0")
+        line = r"llama3: transformers 5\.19\.0 reads the tokenizer, as a Llama.*pip install transformers==5\.24\.0"
+        with pytest.raises(UserError, match=line) as error:
+            load_tokenizer(path)
+        assert "\n" not in str(error.value)
+    # One that the installed release misreads, too: Unigram read as BPE. The remedy that the line names mends it.
+    path = declared(tmp_path / "unigram", sentencepiece("unigram", "first", LLAMA2), "LlamaTokenizer")
+    with pytest.raises(UserError, match="write PreTrainedTokenizerFast as tokenizer_class"):
+        load_tokenizer(path)
+    path = declared(tmp_path / "unigram", sentencepiece("unigram", "first", LLAMA2), "PreTrainedTokenizerFast")
+    load_tokenizer(path)
+
+
+PIECES = b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02"  # how a SentencePiece model begins
+
+
+@pytest.mark.parametrize(("content", "there", "line"), [
+    (PIECES, [], "SentencePiece.*: pip install sentencepiece protobuf, or add"),
+    (PIECES, ["google.protobuf"], "SentencePiece.*: pip install sentencepiece, or add"),
+    (b"IQ== 0\nIg== 1\n", ["sentencepiece", "google.protobuf"], "tiktoken.*: pip install tiktoken, or add the token"),
+])  # fmt: skip
+def test_a_lone_model_file_says_what_it_needs(tmp_path, monkeypatch, content, there, line):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(module, "_installed", there.__contains__)
+    with pytest.raises(UserError, match=line) as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)

@@ -30,6 +30,7 @@ from flora_jax.interop.licences import NO_LICENCE, Licence
 from flora_jax.interop.shards import map_shards, row_blocks, write_shards
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import hf_names, hf_shapes, to_hf_tensors
+from flora_jax.models.tokenizer import VOCABULARIES
 from flora_jax.tokens import ends
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _module(layer: int | str, product: str) -> str:
 
 def _write_model_files(trained: Trained, directory: Path, dtype: Any, **fields: Any) -> None:
     """config.json with `fields` in it, generation_config.json (the base's own, where it came with one, with all tokens
-    that end an answer), tokenizer."""
+    that end an answer), the tokenizer's files."""
     config = trained.config.to_hf()
     # transformers 5 reads `dtype`, those before `torch_dtype`.
     write_json(directory / "config.json", {**config, "dtype": dtype.name, "torch_dtype": dtype.name, **fields})
@@ -98,7 +99,36 @@ def _write_model_files(trained: Trained, directory: Path, dtype: Any, **fields: 
     stop = list(dict.fromkeys([*trained.config.eos_token_id, *ends(trained.tokenizer)]))
     generation |= {"eos_token_id": stop[0] if len(stop) == 1 else stop} if stop else {}
     write_json(directory / "generation_config.json", generation)
-    trained.tokenizer.save_pretrained(directory)
+    _write_tokenizer(trained, directory)
+
+
+# A tokenizer's files in an HF directory.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+
+
+def _write_tokenizer(trained: Trained, directory: Path) -> None:
+    """The base's own files, byte for byte, where it came with any: whatever reads the base's then reads these.
+    Otherwise files that transformers 4 and 5 read."""
+    own = trained.base_files
+    files = [file for name in _TOKENIZER_FILES for file in (own.glob(name) if own else ())]
+    if any(file.name in VOCABULARIES for file in files):
+        for file in files:
+            copy = directory / file.relative_to(own)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+        return
+    # The chat template in tokenizer_config.json, where every version looks for it.
+    trained.tokenizer.save_pretrained(directory, save_jinja_files=False)
+    config = read_json(directory / "tokenizer_config.json")
+    # What transformers 5 alone knows: its name of the class, and its name of what was `additional_special_tokens`.
+    extra = config.pop("extra_special_tokens", None)
+    config = {name: value for name, value in config.items() if name not in ("backend", "is_local")}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {"additional_special_tokens": extra} if extra else {}
+    write_json(directory / "tokenizer_config.json", config)
 
 
 def _read_outside(trained: Trained, tensors: dict[str, np.ndarray], stream: int) -> Tree:

@@ -7,6 +7,10 @@ SmolLM2's numbers wrongly.
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
@@ -17,6 +21,7 @@ from flora_jax.files import read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
 from flora_jax.models.loading import resolve_source
+from flora_jax.tokens import encode_batch
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
@@ -36,8 +41,12 @@ _LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # of an HF directory, one of them at least
+
 # llama.cpp's token types
 _CONTROL, _USER_DEFINED = 3, 4
+
+_RIGHT = "5.24.0"  # a release of transformers that reads byte-level Llamas right, which many before it do not
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
@@ -48,7 +57,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     path = resolve_source(source, weights=False)
     if path.is_file():
         return gguf_tokenizer(GgufFile(path))
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    there = [name for name in VOCABULARIES if (path / name).is_file()]
+    if not there:
         raise UserError(f"{path}: no tokenizer.json, tokenizer.model or vocab.json in the directory")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (path / name).is_file():
@@ -60,11 +70,73 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # `tokenizers` raises no narrower class for a file that it cannot use
-        raise UserError(f"{path}: the tokenizer cannot be read ({' '.join(str(error).split())[:200]})") from error
+        why = _missing_packages(path / there[0]) or " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: the tokenizer cannot be read ({why})") from error
     finally:
         logging.set_verbosity(verbosity)
+    if "tokenizer.json" in there:
+        _check_ids(tokenizer, path)
+    return tokenizer
+
+
+def _missing_packages(vocabulary: Path) -> str:
+    """What a tokenizer.model that stands alone needs and is not installed; empty if that is not why."""
+    if vocabulary.name != "tokenizer.model":
+        return ""
+    # A SentencePiece model is a protobuf message; Llama 3's own file holds a base64 token and its rank a line.
+    with vocabulary.open("rb") as file:
+        text = re.match(rb"[A-Za-z0-9+/]+=* \d+\n", file.read(200))
+    needed = {"tiktoken": "tiktoken"} if text else {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    missing = [package for module, package in needed.items() if not _installed(module)]
+    kind = "tiktoken" if text else "SentencePiece"
+    hint = f"pip install {' '.join(missing)}, or add the tokenizer.json that belongs to it"
+    return f"tokenizer.model alone, a {kind} model, needs packages that are not installed: {hint}" if missing else ""
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even what it lies in
+        return False
+
+
+# Spaces of every kind, numbers, contractions, marks like special tokens' and characters of two to four bytes.
+_PROBE = (
+    "x  Two  spaces, don't: 3.14 + 12345 = 'a_b'?\n\tdef f(x):\n    return [ZQ] <|zq|> </zq>\n\n naïve 漢字 🙂 …It's "
+)
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    """Raises UserError if transformers gives a text other ids than the directory's tokenizer.json: some of its releases
+    build certain tokenizers anew, and lose the spaces. How a text begins (`add_prefix_space`) is the settings' own to
+    say, and is not compared; nor is how many unknown characters are one unknown token."""
+    raw = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    raw.no_truncation()
+    raw.no_padding()
+    encoding = raw.encode(_PROBE, add_special_tokens=False)
+    [(ids, offsets)] = encode_batch(tokenizer, [_PROBE])
+    if offsets is None:
+        return
+    unknown = tokenizer.unk_token_id
+
+    def compared(ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
+        behind = [id for id, (start, _) in zip(ids, offsets, strict=True) if start]
+        return [id for before, id in itertools.pairwise([None, *behind]) if id != unknown or id != before]
+
+    if compared(ids, offsets) == compared(encoding.ids, encoding.offsets):
+        return
+    import transformers
+
+    declared = tokenizer.init_kwargs.get("tokenizer_class") or type(tokenizer).__name__
+    version = transformers.__version__
+    other = "" if version == _RIGHT else f", or try another version (pip install transformers=={_RIGHT})"
+    raise UserError(
+        f"{path}: transformers {version} reads the tokenizer, as a {declared}, otherwise than its tokenizer.json says, "
+        "and gives a text other ids; write PreTrainedTokenizerFast as tokenizer_class into its "
+        f"tokenizer_config.json{other}"
+    )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LlamaConfig) -> None:
