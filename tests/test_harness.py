@@ -13,6 +13,7 @@ import pytest
 import yaml
 from conftest import random_adapter, spread
 from safetensors.numpy import save_file
+from test_chat_templates import VICUNA, sentencepiece
 from tokenizers.processors import TemplateProcessing
 
 from flora_jax import harness as harness_command
@@ -240,6 +241,17 @@ def test_a_rendered_conversation_gets_no_second_bos(checkpoint):
     twice, once = generator.generate([[tokenizer.bos_token_id, *trained]], 8), generator.generate([trained], 8)
     assert twice != once == generator.generate([text], 8)
     assert generator.generate(["hi"], 8) == generator.generate([tokenizer("hi").input_ids], 8)  # with its BOS
+
+
+def test_a_chat_has_the_special_tokens_of_its_template_alone(base):
+    """Vicuna's template has no bos, its tokenizer begins every other text with one."""
+    tokenizer = sentencepiece("bpe", "first", VICUNA)
+    lm = HarnessLM(TINY, base, tokenizer)
+    assert lm.tok_encode("hello") == tokenizer("hello").input_ids and lm.tok_encode("hello")[0] == 1
+    said = [{"role": "user", "content": "hello"}]
+    expected = tokenizer.apply_chat_template(said, tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert lm.tok_encode(lm.apply_chat_template(said)) == expected
+    assert expected == encode_prompt([Message("user", "hello")], tokenizer, "chat") and expected[0] != 1
 
 
 def test_what_cannot_be_scored_is_refused(models, base):

@@ -265,8 +265,8 @@ def test_a_tokenizer_that_transformers_misreads_is_refused(tmp_path, monkeypatch
     path = declared(tmp_path / "llama3", llama3(), "LlamaTokenizer")
     assert load_tokenizer(path)(" the", add_special_tokens=False).input_ids == [llama3().get_vocab()["Ġthe"]]
     with monkeypatch.context() as patch:
-        patch.setattr(transformers.AutoTokenizer, "from_pretrained", transformers.LlamaTokenizer.from_pretrained)
-        patch.setattr(transformers, "__version__", "5.19.0")
+        patch.setattr("transformers.AutoTokenizer.from_pretrained", transformers.LlamaTokenizer.from_pretrained)
+        patch.setattr("transformers.__version__", "5.19.0")
         line = r"llama3: transformers 5\.19\.0 reads the tokenizer, as a Llama.*pip install transformers==5\.24\.0"
         with pytest.raises(UserError, match=line) as error:
             load_tokenizer(path)

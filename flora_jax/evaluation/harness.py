@@ -95,6 +95,7 @@ class HarnessLM(TemplateLM):
         self.max_length = max_length or config.max_position_embeddings
         self.max_gen_toks = 256  # the harness's default, for tasks that set none
         self._generator: Generator | None = None
+        self._chat = False
 
     @property
     def eot_token_id(self) -> int | None:
@@ -117,12 +118,14 @@ class HarnessLM(TemplateLM):
         """The conversation as a prompt. Raises UserError where there is no template or it refuses the conversation."""
         if self.tokenizer.chat_template is None:
             raise UserError("apply_chat_template: the tokenizer has no chat template")
+        self._chat = True  # the harness asks so in all of its prompts, or in none
         return render(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt,
                       continue_final_message=not add_generation_prompt)  # fmt: skip
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; special tokens where the tokenizer adds them, and no second bos before one in the text."""
-        return encode_open(self.tokenizer, string, add_special_tokens is not False)
+        """Token ids; special tokens where the tokenizer adds them, and no second bos before one in the text. A chat
+        has those of its template alone, as in training."""
+        return encode_open(self.tokenizer, string, add_special_tokens is not False and not self._chat)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """`(summed log-likelihood, is_greedy)` of each request's continuation after its context."""
