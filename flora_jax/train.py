@@ -68,6 +68,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
 
 def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskData], str]:
     """Checks all but what training itself does; the tasks to score and the style of their prompts."""
+    make_cache(config.data.cache_dir)
     setup = check_run(config, workdir)  # before its data is prepared and kept
     scored = [get_task(name, generator_settings(config)) for name in names(config.eval.tasks)]
     # Choices are scored as plain text.
@@ -133,7 +134,6 @@ def main(argv: list[str]) -> None:
     """The command."""
     config, workdir = parse(argv)
     check_config(config)
-    make_cache(config.data.cache_dir)
     keep_programs()
     run(config, workdir)
 
