@@ -73,11 +73,15 @@ def disk_fault(error: BaseException | None) -> str | None:
     its own, and carries the system's words along.
     """
     while error is not None:
-        for words in map(os.strerror, _DISK):
-            if words in str(error):
-                return words
-        error = error.__cause__ or error.__context__
+        if (words := _disk_words(error)) is not None:
+            return words
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
+
+
+def _disk_words(error: BaseException) -> str | None:
+    """`disk_fault` of this error alone: what was raised behind it may be a defect of ours."""
+    return next((words for words in map(os.strerror, _DISK) if words in str(error)), None)
 
 
 @contextlib.contextmanager
@@ -185,7 +189,7 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int | str | None
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return _fail(f"error: {error.strerror}: {error.filename}", 2)
-        if (reason := disk_fault(error)) is None:
+        if (reason := _disk_words(error)) is None:
             raise
         where = getattr(error, "filename", None) or str(error)
         return _fail(f"error: {reason}: {where}", 1)

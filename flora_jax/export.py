@@ -10,7 +10,7 @@ import functools
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flora_jax.errors import (
     CommandParser,
@@ -162,6 +162,13 @@ def _export(
         raise UserError(f"--out {out} cannot be written: {reason}; nothing is left of it") from None
 
 
+def _stop_once(number: int, frame: Any) -> NoReturn:
+    """Stops what runs. A terminal that closes says so twice, and the second must not stop the clearing away."""
+    for again in (signal.SIGTERM, *hangups()):
+        signal.signal(again, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str]) -> None:
     """The command."""
     args = _parser().parse_args(argv[1:])
@@ -178,7 +185,7 @@ def main(argv: list[str]) -> None:
     check_directory(args.out, args.overwrite)
     check_writable(args.out, "--out")
     # A termination and a closed terminal, too, clear away what is half written.
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, *hangups())}
+    before = {number: signal.signal(number, _stop_once) for number in (signal.SIGTERM, *hangups())}
     common = {"dtype": args.dtype, "overwrite": args.overwrite, "arguments": argv[1:]}
     try:
         if args.workdir:

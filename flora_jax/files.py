@@ -55,26 +55,28 @@ def plain_path(directory: Path, where: str) -> Path:
 
     etils.epath, which orbax and TFDS go through, looks for files with `glob` on whole paths, so that `[` and `*` in
     any parent are patterns to it, and takes `/gs/…` for object storage. Linux has a second name for every open
-    directory; elsewhere such a path is a UserError (`check_plain`), with `where` for the flag that it comes from.
+    directory, which then stands for all but the plainest; elsewhere a path that misleads epath is a UserError
+    (`check_plain`), with `where` for the flag that it comes from.
     """
     path = directory.absolute()
-    if _is_plain(path):
+    if re.fullmatch(r"[\w./-]*", str(path), re.ASCII) and not _misleads(path):
         return path
     check_plain(path, where)
+    if not os.path.isdir(_OPEN):
+        return path
     there = os.stat(path)
     return Path(_second_name(str(path), there.st_dev, there.st_ino))
 
 
 def check_plain(path: Path, where: str) -> None:
     """Raises UserError if `plain_path` could not name the directory, which need not be there."""
-    if not _is_plain(path.absolute()) and not os.path.isdir(_OPEN):
-        raise UserError(f"{where}={str(path)!r} has signs that orbax and TFDS take for a pattern or an address; use "
-                        "letters, digits, '.', '_' and '-' alone")  # fmt: skip
+    if _misleads(path.absolute()) and not os.path.isdir(_OPEN):
+        raise UserError(f"{where}={str(path)!r} is a pattern or an address to orbax and TFDS; use a path without "
+                        "'*', '?' and '[' that does not begin with /gs, /s3, /az or /hf")  # fmt: skip
 
 
-def _is_plain(path: Path) -> bool:
-    address = path.parts[1:2] and path.parts[1] in ("gs", "s3", "az", "hf")
-    return not address and re.fullmatch(r"[\w./-]*", str(path), re.ASCII) is not None
+def _misleads(path: Path) -> bool:
+    return path.parts[1:2] in [("gs",), ("s3",), ("az",), ("hf",)] or re.search(r"[*?\[]", str(path)) is not None
 
 
 @functools.cache

@@ -152,6 +152,17 @@ def test_what_each_writer_says_of_a_disk():
     assert disk_fault(ValueError("shape (3,) does not fit")) is None
 
 
+def test_a_defect_behind_a_disk_fault_keeps_its_traceback():
+    def main(argv):
+        try:
+            raise PermissionError(errno.EACCES, "Permission denied", "/root/x")
+        except PermissionError:
+            raise KeyError("a defect")  # noqa: B904 - what Python does by itself
+
+    with pytest.raises(KeyError):
+        run_command(main, [])
+
+
 _PRINTS = """
 import sys
 from flora_jax.errors import run_command

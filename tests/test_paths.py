@@ -113,11 +113,14 @@ def test_where_no_second_name_can_be_had(tmp_path, monkeypatch):
     """Without Linux's names of open directories such paths are refused before anything is written, others are not."""
     monkeypatch.setattr(files, "_OPEN", str(tmp_path / "absent"))
     config = get_config("tiny")
-    for path in (tmp_path / "sweep[lr=0.3]/run", Path("/gs/runs/1"), tmp_path / "a*", tmp_path / "ü"):
-        with pytest.raises(UserError, match=r"--workdir=.* has signs"):
+    for path in (tmp_path / "sweep[lr=0.3]/run", Path("/gs/runs/1"), tmp_path / "a*", tmp_path / "a?"):
+        with pytest.raises(UserError, match=r"--workdir=.* is a pattern or an address"):
             check_workdir(path, config)
         assert not path.exists()
-    check_workdir(tmp_path / "sweep-lr_0.3/run", config)
+    for path in (tmp_path / "sweep-lr_0.3/run", tmp_path / "My Drive/ü,lr=0.3@x"):
+        check_workdir(path, config)
+        path.mkdir(parents=True)
+        assert files.plain_path(path, "--workdir") == path
 
 
 @pytest.mark.parametrize(
