@@ -77,7 +77,10 @@ def _cut(
     for i, cut in enumerate(cuts):
         k = 0 if offsets is None else bisect.bisect_left(offsets, (cut,))
         clear = k > 0 and offsets[k - 1][1] == cut and (k == len(ids) or offsets[k][0] == cut)
-        if not clear:  # offsets leave out spaces, or hold those beside an added token: the ids up to here alone tell
+        # GPT-2's split, `\s+(?!\S)`, takes the last of several spaces apart only where something follows.
+        spaced = k > 0 and offsets[k - 1][0] == cut - 1 and text[cut - 2 : cut].isspace()
+        # Offsets may also leave out spaces, or hold those beside an added token: the ids up to here alone tell.
+        if not clear or spaced:
             before = _encode_inside(tokenizer, text[:cut]) if inside else encode_batch(tokenizer, [text[:cut]])[0]
             k = len(before[0])
             if ids[:k] != before[0]:
@@ -119,9 +122,13 @@ def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
         return eos
     answer = "0123456789"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    try:
-        rendered = render(tokenizer, turns)
-    except UserError:
+    for system in ([], [{"role": "system", "content": "?"}]):  # some templates ask for a system's turn
+        try:
+            rendered = render(tokenizer, [*system, *turns])
+            break
+        except UserError:
+            continue
+    else:
         return eos
     before, found, after = rendered.rpartition(answer)
     if not found:
@@ -136,12 +143,18 @@ def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     tokens = [(id, *span) for id, span in zip(ids, offsets, strict=True)]
     answered = len(before) + len(answer)
     behind = [token for token in tokens if token[1] >= answered]
-    opening = [id for id, _, end in tokens if end < answered and id in added][-1:]
+    opening = [(id, end) for id, _, end in tokens if end < answered and id in added][-1:]
+    named = [id for id, end in opening if rendered[end : len(before)].strip()]  # by the role behind it
 
     def run(tokens: Iterable[tuple[int, int, int]], known: set[int]) -> list[int]:
         said = itertools.dropwhile(lambda token: not rendered[token[1] : token[2]].strip(), tokens)
         return list(itertools.takewhile(known.__contains__, (id for id, *_ in said)))
 
-    # The last resort is for words before it, and what opens the next answer ends none.
-    closing = run(behind, added) or run(reversed(behind), added.difference(opening))
+    # What opens the next turn ends none. The first token does: a role in words has that of the turn before in front.
+    # The last resort is for words before the end.
+    first, *more = run(behind, added) or [None]
+    if first is None:
+        closing = run(reversed(behind), added.difference(id for id, _ in opening))
+    else:
+        closing = [first, *itertools.takewhile(lambda id: id not in named, more)]
     return list(dict.fromkeys([*eos, *closing]))

@@ -18,11 +18,11 @@ from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 
 from flora_jax.data import get_task, load_examples
 from flora_jax.data.encode import encode, encode_all, encode_prompt
-from flora_jax.data.tasks import Example, Message
+from flora_jax.data.tasks import Example, Message, Turn
 from flora_jax.errors import UserError
 from flora_jax.models import tokenizer as ours
 from flora_jax.models.tokenizer import byte_tokenizer, load_tokenizer
-from flora_jax.tokens import ends
+from flora_jax.tokens import DATE, ends
 
 CHATML = byte_tokenizer().chat_template
 LLAMA3 = (
@@ -319,6 +319,75 @@ def test_turns_that_change_each_other_are_an_example_each():
         encode(Example(tuple(messages)), tokenizer, style="chat", loss_on="answer", max_length=999)
 
 
+BYTE_LEVEL = {"byte": lambda template: with_template(byte_tokenizer(), template),
+              "smollm": lambda template: byte_level(ours._smollm(), template),
+              "llama3": lambda template: byte_level(ours._llama3(), template),
+              "gpt2": lambda template: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), template),
+              "no pattern": lambda template: byte_level(ours._byte_level(use_regex=False), template)}  # fmt: skip
+
+
+def with_template(tokenizer, template):
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", BYTE_LEVEL)
+@pytest.mark.parametrize("name", [*TEMPLATES, "llama3", "spaces"])
+def test_an_answer_stands_behind_the_very_ids_of_its_prompt(make, name):
+    spaces = CHATML.replace("assistant\n'", "assistant \n \n'").replace("'\n' + m", "' \n \n' + m")
+    tokenizer = BYTE_LEVEL[make]({**TEMPLATES, "llama3": LLAMA3, "spaces": spaces}[name])
+    for example in itertools.islice(conversations(), 0, None, 23):
+        if example.messages[0].role == "system" and name in ("mistral", "vicuna", "gemma"):
+            continue
+        if not all(message.content.strip() for message in example.messages):
+            continue
+        [encoded], _ = encode_all([example], tokenizer, style="chat", loss_on="answer", max_length=10**6)
+        prompt = encode_prompt(example, tokenizer, "chat")
+        assert encoded.tokens[: len(prompt)].tolist() == prompt
+        assert runs(encoded.loss)[-1][0] == len(prompt)
+
+
+def test_spaces_that_end_a_prompt_are_one_token_where_generation_has_one():
+    """GPT-2's split takes the last of them apart before a word."""
+    tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), LLAMA3)
+    example = Example((Message("user", "a"), Message("assistant", "hello hello")))
+    encoded = encode(example, tokenizer, style="chat", loss_on="answer", max_length=99)
+    tokens = tokenizer.convert_ids_to_tokens(encoded.tokens)
+    assert tokens[-5:] == ["<|end_header_id|>", "ĊĊ", "hello", "Ġhello", "<|eot_id|>"]
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True,
+                                           date_string=DATE)["input_ids"]  # fmt: skip
+    assert encoded.tokens[: len(prompt)].tolist() == prompt and not encoded.loss[: len(prompt)].any()
+
+
+def test_of_turns_that_change_each_other_each_token_counts_once():
+    """With loss_on='all': the first prompt, and each answer that is trained on."""
+    tokenizer = with_template(byte_tokenizer(), QWEN3)
+    said = ["<think>t</think>\n\na0", "<think>t</think>\n\na1", "a2"]
+    messages = tuple(turn for i in range(3) for turn in (Message("user", f"q{i}"), Turn("assistant", said[i], i > 0)))
+
+    def counted(messages):
+        found, _ = encode_all([Example(messages)], tokenizer, style="chat", loss_on="all", max_length=999)
+        return ["".join(tokenizer.decode(one.tokens[start:stop]) for start, stop in runs(one.loss)) for one in found]
+
+    ends = ["<think>\nt\n</think>\n\na1<|im_end|>", "<think>\n\n</think>\n\na2<|im_end|>"]
+    assert counted(messages) == ends
+    trained = tuple(Message(message.role, message.content) for message in messages)
+    first = "<|im_start|>user\nq0<|im_end|>\n<|im_start|>assistant\n<think>\nt\n</think>\n\na0<|im_end|>"
+    assert counted(trained) == [first, *ends]
+
+
+def test_a_prompt_that_opens_thinking_which_turns_do_not_have_is_named():
+    """As DeepSeek-R1-Distill's."""
+    template = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
+    assert template != CHATML
+    tokenizer = with_template(byte_tokenizer(), template)
+    example = Example((Message("user", "a"), Message("assistant", "b")))
+    with pytest.raises(UserError) as error:
+        encode(example, tokenizer, style="chat", loss_on="answer", max_length=99)
+    assert r"ends a prompt in '<|im_start|>assistant\n<think>\n', which the assistant's turn" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 # ------------------------------------------------------------------------------- weights, tools, records
 
 # As Qwen2.5's, in short.
@@ -372,6 +441,36 @@ def test_tools_pass_through_to_the_template(read, tools):
         encode_prompt(example.messages[:1], tokenizer, "plain", example.tools)
 
 
+# Of a turn that calls, the call alone, as Llama 3.1's.
+CALL_ALONE = TOOLS.replace("{%- if m.content %}", "{%- if m.content and not m.tool_calls %}")
+
+
+@pytest.mark.parametrize("content", ["Let me look.", "the weather", None])
+def test_a_template_may_leave_out_the_text_beside_a_call(read, content):
+    turns = [ASKED[0], {**ASKED[1], "content": content}, *ASKED[2:]]
+    [example] = read({"messages": turns, "tools": FUNCTIONS})
+    tokenizer = with_template(byte_tokenizer(), CALL_ALONE)
+    encoded = encode(example, tokenizer, style="chat", loss_on="answer", max_length=999)
+    whole = tokenizer.apply_chat_template(turns, tools=FUNCTIONS, tokenize=True)["input_ids"]
+    assert encoded.tokens.tolist() == whole[:-1]
+    call = '<tool_call>{"name": "weather", "arguments": {"city": "Zürich", "days": 2}}</tool_call><|im_end|>'
+    said = [tokenizer.decode(encoded.tokens[start:stop]) for start, stop in runs(encoded.loss)]
+    assert said == [call, "It rains.<|im_end|>"]
+
+
+@pytest.mark.parametrize("content", ["Let me look.", None, ""])
+def test_a_call_is_never_left_out(read, content):
+    [example] = read({"messages": [ASKED[0], {**ASKED[1], "content": content}]})
+    tokenizer = byte_tokenizer()
+    for style in ("plain", "llm_adapters"):
+        with pytest.raises(UserError, match=f"'{style}' has no place for tools; use 'chat'"):
+            encode(example, tokenizer, style=style, loss_on="answer", max_length=999)
+    tokenizer.chat_template = TOOLS.replace("m.tool_calls or []", "[]")
+    if not content:
+        with pytest.raises(UserError, match=r"renders the assistant's turn '' as '<\|im_end\|>'"):
+            encode(example, tokenizer, style="chat", loss_on="answer", max_length=999)
+
+
 def weighted(*flags):
     turns = []
     for i, flag in enumerate(flags):
@@ -406,6 +505,12 @@ def test_turns_of_no_weight_are_context(read, name, no, yes):
     (weighted({}, {"weight": 0.5}), r"messages\[3\]: field 'weight' is 0\.5; it must be 0 or 1"),
     (weighted({"train": "false"}), r"messages\[1\]: field 'train' is 'false'; it must be 0 or 1, or false or true"),
     (weighted({"weight": 1, "training": False}), r"messages\[1\]: 'weight' is 1, 'training' is False; they must say"),
+    (weighted({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}),
+     r"messages\[1\]: field 'train_detail' is not supported"),
+    (weighted({"training_detail": [{"begin_offset": 0}]}), r"messages\[1\]: field 'training_detail' is not supported"),
+    ({"prompt": "p", "completion": "c", "weight": 0}, r"jsonl:2: the record is not trained on \(it has weight 0"),
+    ({"prompt": "p", "completion": "c", "weight": 0.5}, r"train\.jsonl:2: field 'weight' is 0\.5; it must be 0 or 1"),
+    ({**weighted({}), "weight": 2}, r"train\.jsonl:2: field 'weight' is 2; it must be 0 or 1"),
     ({"messages": ASKED, "tools": "weather"}, "field 'tools' is text that is no JSON"),
     ({"messages": ASKED, "tools": {"name": "weather"}}, "field 'tools' must be a list of objects"),
     ({"messages": [ASKED[0], {**ASKED[3], "tool_calls": ["weather"]}]}, "field 'tool_calls' must be a list of objects"),
@@ -416,6 +521,12 @@ def test_turns_that_cannot_be_read(read, record, message):
     with pytest.raises(UserError, match=message) as error:
         read({"prompt": "p", "completion": "c"}, record)
     assert "\n" not in str(error.value)
+
+
+def test_a_record_may_say_that_it_counts(read):
+    plain = {"prompt": "p", "completion": "c"}
+    first, second = read(plain, {**plain, "weight": 1, "train_detail": None})
+    assert first == second
 
 
 # --------------------------------------------------------------------------------------------- ends of turns
@@ -445,6 +556,11 @@ def test_any_added_token_that_ends_a_turn_ends_an_answer(flags, prefix, closing)
     ("{% for m in messages %}{{ m.content }}\n\nriver\n{% endfor %}", []),
     ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + ' . ' }}{% endfor %}<|assistant|>\n", []),
     ("{% for m in messages %}{{ m.content }}\n\n{% endfor %}", []),
+    ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}<|im_start|>",
+     ["<|im_end|>"]),
+    ("{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}", ["<|end|>"]),
+    ("{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+     "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", ["<|im_end|>"]),
     (LLAMA2, []),
 ])  # fmt: skip
 def test_what_else_stands_behind_an_answer_ends_none(template, names):

@@ -19,12 +19,12 @@ from safetensors.numpy import save_file
 from flora_jax.adapters import AdapterConfig, init_adapter
 from flora_jax.data.encode import encode_prompt
 from flora_jax.data.numbers import final_number, same_number
-from flora_jax.data.tasks import Example, Message, get_task, lm_eval_request, prompt_digests
+from flora_jax.data.tasks import Example, Message, Turn, get_task, lm_eval_request, prompt_digests
 from flora_jax.errors import UserError, run_command
 from flora_jax.evaluation import published, rounds
 from flora_jax.evaluation.answers import final_label, final_letter, is_right
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
-from flora_jax.evaluation.run import few_shot_messages, few_shot_requests, load_task_data
+from flora_jax.evaluation.run import TaskData, check_prompts, few_shot_messages, few_shot_requests, load_task_data
 from flora_jax.inference.generator import Generation, Generator
 from flora_jax.interop.adapter_files import load_adapted, save_adapter
 from flora_jax.models.config import LlamaConfig
@@ -367,6 +367,23 @@ def test_few_shot_prompts(data_dir):
     shot, asked = (Example((told, *example.messages)) for example in (shot, asked))
     assert few_shot_messages(asked, [shot], "plain") == [Message("user", "Sums.\n\n1 + 1? 2\n\nSums.\n\n2 + 2?")]
     assert few_shot_messages(asked, [shot], "chat") == [told, *chat]
+
+
+@pytest.mark.parametrize("style", ["plain", "chat"])
+@pytest.mark.parametrize("content", ["", "Let me look."])
+def test_a_call_of_a_tool_is_no_text_to_compare_with(tiny, style, content):
+    """Silence would be as right as its empty text."""
+    call = Turn("assistant", content, more=json.dumps({"tool_calls": [{"function": {"name": "weather"}}]}))
+    turns = Message("assistant", "x"), call
+    good, bad = (Example((Message("user", "hi"), turn), answer=turn.content) for turn in turns)
+    check = lambda *data: check_prompts([TaskData(get_task("a.jsonl"), *data, "")], TINY, byte_tokenizer(),  # noqa: E731
+                                        "llm_adapters", style, False, 999)  # fmt: skip
+    with pytest.raises(UserError, match=r"^a\.jsonl: question 1 is to be answered by a call of a tool"):
+        check([good, bad], [])
+    if style == "plain":
+        with pytest.raises(UserError, match=r"^a\.jsonl: .*'plain' has no place for tools"):
+            check([good], [bad])
+    assert check([good], [good])
 
 
 def test_what_is_asked_is_never_shown(tmp_path):

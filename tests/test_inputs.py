@@ -9,6 +9,7 @@ import pytest
 
 from flora_jax.config import check_config
 from flora_jax.data import MIXTURES, get_task
+from flora_jax.data.kept import tokenizer_digest
 from flora_jax.errors import UserError
 from flora_jax.models.tokenizer import byte_tokenizer
 from flora_jax.progress import progress
@@ -262,6 +263,14 @@ def test_whatever_changes_the_inputs_is_prepared_anew(inputs, write, tmp_path):
         assert len(list(folder.iterdir())) == len(runs) + 1
         runs.append(split)
     assert len(found.train) == 39 and len(found.validation) == 1
+
+
+def test_a_tokenizer_is_known_by_all_that_changes_its_ids():
+    tokenizer, whole = byte_tokenizer(), byte_tokenizer()
+    assert tokenizer_digest(whole) == tokenizer_digest(tokenizer)
+    tokenizer.split_special_tokens = True
+    assert tokenizer("<|im_end|>")["input_ids"] != whole("<|im_end|>")["input_ids"]
+    assert tokenizer_digest(tokenizer) != tokenizer_digest(whole)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(inputs, write, tmp_path):

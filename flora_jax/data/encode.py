@@ -4,7 +4,8 @@ The mask is built together with the tokens and never read off token ids: `pad` m
 contain any token. What stands before an answer has the ids that generation will be given, which tokenises the prompt
 alone. In chat style the rendered conversation is tokenised once and has the ids of `apply_chat_template`, with one
 exception: where a token would run from the prompt into the answer (`\\n` and `\\n` in a vocabulary that has
-`\\n\\n`), it is cut there.
+`\\n\\n`), it is cut there, and a prompt that ends in several spaces has the ids that it has alone (GPT-2's split takes
+the last of them apart where something follows).
 """
 
 from __future__ import annotations
@@ -171,6 +172,7 @@ def _plan(example: Example, tokenizer: PreTrainedTokenizerFast, style: Style, lo
     if style == "chat":
         return _chat_plans(example, tokenizer, everything)
     *before, answer = example.messages
+    refuse_tools(example.messages, style, example.tools)
     prompt = _plain_prompt(before, style, example.tools)
     if tokenizer.eos_token_id is None:
         raise UserError(f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token")
@@ -202,10 +204,21 @@ def _encoded(pieces: list[list[int]], plan: _Plan) -> Encoded:
 def _plain_prompt(before: Sequence[Message], style: Style, tools: str) -> str:
     if any(message.role == "assistant" for message in before):
         raise UserError(f"data.prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'")
-    if tools or any(message.role == "tool" for message in before):
-        raise UserError(f"data.prompt_style={style!r} has no place for tools; use 'chat'")
+    refuse_tools(before, style, tools)
     prompt = "\n\n".join(message.content for message in before)
     return _TRAINED_ON.format(prompt) if style == "llm_adapters" else prompt
+
+
+def calls_tools(message: Message) -> bool:
+    """Whether an assistant's turn calls tools, with or without a text."""
+    return bool(message.more) and "tool_calls" in json.loads(message.more)
+
+
+def refuse_tools(messages: Sequence[Message], style: Style, tools: str = "") -> None:
+    """Raises UserError where a style without turns is asked to write tools, their results or calls of them."""
+    used = tools or any(message.role == "tool" or calls_tools(message) for message in messages)
+    if style != "chat" and used:
+        raise UserError(f"data.prompt_style={style!r} has no place for tools; use 'chat'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +234,8 @@ class _Answer:
 def _chat_plans(example: Example, tokenizer: PreTrainedTokenizerFast, everything: bool) -> list[_Plan]:
     """The rendered conversation up to the last turn that is trained on, cut before each answer and behind its
     end-of-turn token: `…assistant\\n` | `Hello.<|im_end|>` | `\\n<|im_start|>user…`. Where that text does not hold each
-    turn as it was rendered when it was the last, one plan for each that is trained on."""
+    turn as it was rendered when it was the last, one plan for each that is trained on; of `everything` the prompt then
+    counts where it holds no earlier answer, so that none counts twice, nor one that is not to be trained on."""
     last = max(i for i, message in enumerate(example.messages) if message.role == "assistant" and message.trained)
     answers = _answers(example.messages[: last + 1], example.tools, tokenizer)
     if all(answer is not None and answers[-1].text.startswith(answer.text) for answer in answers):
@@ -231,7 +245,8 @@ def _chat_plans(example: Example, tokenizer: PreTrainedTokenizerFast, everything
     plans = []
     for several in together:
         cuts = [cut for answer in several for cut in (answer.start, len(answer.text))][:-1]
-        counts = [one for answer in several for one in (everything, answer.trained)]
+        asked = everything and several[0] is answers[0]
+        counts = [one for answer in several for one in (asked, answer.trained)]
         plans.append(_Plan(None, several[-1].text, cuts, [False, *counts], []))
     return plans
 
@@ -259,16 +274,27 @@ def _answer(messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokeni
     prompt = _render(before, tools, tokenizer, add_generation_prompt=True)
     whole = _render(messages, tools, tokenizer, add_generation_prompt=False)
     if not whole.startswith(prompt):
+        asked = _render(before, tools, tokenizer, add_generation_prompt=False)
+        if whole.startswith(asked) and prompt.startswith(asked):  # what differs is the prompt's own end
+            raise UserError(
+                f"the tokenizer's chat template ends a prompt in {prompt[len(asked) :][-40:]!r}, which the assistant's "
+                f"turn as it renders it, {whole[len(asked) :][:40]!r}, does not begin with; a model would be asked "
+                "otherwise than it was trained (data.prompt_style='plain' needs no template)"
+            )
         raise UserError(
             "the tokenizer's chat template changes earlier turns when a later one is added, so the answers cannot be "
             "told apart (data.prompt_style='plain' needs no template)"
         )
     turn = whole[len(prompt) :].rstrip()
     content = message.content.strip()
-    # Some templates render thinking in the content anew: what is said last is then found.
     if content not in turn:
-        content = content.split()[-1]
-    lead, found, end = turn.partition(content) if content else ("", True, _added_end(turn, tokenizer))
+        # Beside a call some templates leave out the text. Others render thinking anew: what is said last is then found.
+        content = "" if calls_tools(message) else content.split()[-1]
+    if content:
+        lead, found, end = turn.partition(content)
+    else:
+        end = _added_end(turn, tokenizer)
+        lead, found = "", not calls_tools(message) or turn != end  # a template without tools leaves nothing of a call
     if lead.strip():  # what follows the template's prompt is the model's to write; a header is not
         found = found and prompt != _render(before, tools, tokenizer, add_generation_prompt=False)
     if not found or not end.strip():

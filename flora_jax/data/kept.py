@@ -46,7 +46,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str | None:
 
     versions = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
     special = sorted(tokenizer.special_tokens_map.items(), key=str)
-    about = repr((*versions, type(tokenizer).__name__, special, tokenizer.chat_template))
+    split = tokenizer.split_special_tokens  # what the backend does not hold: set anew at each call
+    about = repr((*versions, type(tokenizer).__name__, special, tokenizer.chat_template, split))
     return hashlib.sha256(f"{about}\n{tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()
 
 

@@ -141,6 +141,8 @@ def _untagged(text: str) -> str:
 
 def _conversation(raw: Mapping[str, Any], where: str) -> Record:
     """`{"prompt", "completion"}` or `{"messages": [{"role", "content"}, …]}` as messages ending with the assistant."""
+    if not _trained(raw, where):
+        raise UserError(f"{where}: the record is not trained on (it has weight 0, or train false); leave it out")
     if "messages" not in raw:
         if "prompt" not in raw and "completion" not in raw:
             raise UserError(
@@ -173,6 +175,8 @@ def _conversation(raw: Mapping[str, Any], where: str) -> Record:
 _MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 # By which of its turns a record says whether they count in the loss: OpenAI's name, and axolotl's two.
 _TRAINED = ("weight", "train", "training")
+# axolotl's names for parts of a turn that count, of which the loss mask here knows none.
+_PARTS = ("train_detail", "training_detail")
 
 
 def _turn(turn: Any, place: str) -> Record:
@@ -197,7 +201,11 @@ def _turn(turn: Any, place: str) -> Record:
 
 
 def _trained(turn: Mapping[str, Any], place: str) -> bool:
-    """Whether an assistant's turn counts in the loss: it does unless it says otherwise."""
+    """Whether an assistant's turn, or a record, counts in the loss: it does unless it says otherwise."""
+    for name in _PARTS:
+        if turn.get(name):
+            raise UserError(f"{place}: field {name!r} is not supported: a turn counts as a whole or not at all; leave "
+                            "it out, or give the turn a 'weight' of 0 or 1")  # fmt: skip
     said = {name: turn[name] for name in _TRAINED if turn.get(name) is not None}
     for name, value in said.items():
         if not isinstance(value, int | float) or value not in (0, 1):

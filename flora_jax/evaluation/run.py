@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from flora_jax.adapters import AdapterConfig
-from flora_jax.data.encode import STYLES, encode_prompt
+from flora_jax.data.encode import STYLES, calls_tools, encode_prompt, refuse_tools
 from flora_jax.data.sources import data_hash, load_examples
 from flora_jax.data.tasks import (
     CONTAMINATED,
@@ -318,8 +318,14 @@ def _prompts(
     max_new_tokens: int | None,
 ) -> Asked:  # fmt: skip
     """Raises UserError where no prompt leaves room for its answer."""
+    for i, example in enumerate(data.examples):
+        if calls_tools(example.messages[-1]):
+            raise UserError(f"{data.task.name}: question {i} is to be answered by a call of a tool, but answers are "
+                            "compared as texts; leave it out of the test set")  # fmt: skip
     asked = [few_shot_messages(example, data.shots, style) for example in data.examples]
     try:
+        for example in data.shots:
+            refuse_tools(example.messages, style, example.tools)
         if published_faults:
             prompts = [published.encode_prompt(messages, tokenizer) for messages in asked]
         else:
