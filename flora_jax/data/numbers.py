@@ -16,7 +16,9 @@ _GAPS = " \u00a0\u2007\u2009\u202f'’_"
 _VALUE = "(?:{})".format("|".join((
     r"\d+(?:/\d+)+",  # a fraction or date, left as it stands
     r"(?:(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3})(?!\d|,\d)(?:\.\d+)?"
-    rf"|(?P<gapped>[1-9]\d{{0,2}}(?P<gap>[{_GAPS}])\d{{3}}(?:(?P=gap)\d{{3}})*(?!(?P=gap)?\d)"
+    # Not a count and a size: "2 500ml bottles", "2 100-page books"; nothing is 050ml in size.
+    r"|(?!\d+ [1-9]\d\d-?[A-Za-z])"
+    rf"(?P<gapped>[1-9]\d{{0,2}}(?P<gap>[{_GAPS}])\d{{3}}(?:(?P=gap)\d{{3}})*(?!(?P=gap)?\d)"
     r"(?:\.\d+|,\d{1,2}(?![\d,]))?)"
     r"|(?P<dotted>[1-9]\d{0,2}(?:(?:\.\d{3}){2,}(?!\d|\.\d)(?:,\d+)?|\.\d{3},\d{1,2}(?![\d,])))"
     r"|\d+(?:\.\d+)?)(?:[eE][+-]?\d+)?",
