@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -102,6 +103,9 @@ NUMBERS += [
     ("in 2010 300 people", "300"), ("12 345 6789", "6789"), ("call 555 123 4567", "4567"), ("5 12", "12"),
     ("1 00", "00"),
     ("3 + 4 = 7\n250", "250"), ("0 500", "500"),
+    ("I have 2 500ml bottles", "500"), ("She bought 2 100-page books", "100"), ("There are 3 100-page books", "100"),
+    ("1 000km", "1000"), ("1 050km", "1050"), ("1 234 567km", "1234567"), ("2 500 ml", "2500"),
+    ("1\u00a0500ml", "1500"), ("2 500 - 100 = 2 400", "2400"), ("12 250g bags", "250"), ("it is 2 500.", "2500"),
     ("1'000'000", "1000000"), ("1’234.5", "1234.5"), ("5'10", "10"), ("'7' and '8'", "8"), ("1_000_000", "1000000"),
     ("1.234.567", "1234567"), ("1.234.567,89", "1234567.89"), ("1.234,56", "1234.56"), ("1.234", "1.234"),
     ("1,5", "5"), ("0,5", "5"), ("1, 2, 3", "3"), ("100,200,300", "100200300"), ("100, 200", "200"), ("1,234th", None),
@@ -140,6 +144,40 @@ LABELS += [
     ("false\n### Instruction:\nIs it true", TRUTH, "false"),
 ]  # fmt: skip
 
+# A question that the text repeats before it answers, and ways in which another one begins.
+NUMBERS += [
+    ("Given: 3 boxes with 4 apples.\nQuestion: how many?\nSolution: 3*4 = 12. The answer is 12", "12"),
+    ("There are 3 cats.\nTask: count legs.\n3*4=12", "12"), ("We have 5.\n\nProblem: find 2x.\nAnswer: 10", "10"),
+    ("The answer is 5.\n\nQuestion: What is 7 + 8?\nThe answer is 15", "5"),
+    ("Given x = 5.\nQuestion: what is 2x?\nAnswer: 10", "10"), ("Step 1: 3 boxes.\nExample: 4\nSo 12", "12"),
+    ("Part 1: 3 + 4 = 7.\n\nProblem: now double it.\n2 * 7 = 14. The answer is 14", "14"),
+    ("Problem: 3 cats with 4 legs.\nQuestion: how many legs?\nSolution: 12", "12"),
+    ("To find the answer: we have 3 boxes.\nQuestion: how many apples?\n12", "12"),
+    ("3 + 4 = 7.\n\nQuestion: Bob has 9 and 2?\nAnswer: 9 + 2 = 11", "7"),
+    ("So she has 7 left.\n\nQuestion: Bob has 9", "7"), ("A: 18\nQ: 4?\nA: 4", "18"),
+    ("18\n\nExplanation: there are 18.\n\nQuestion: 9", "18"), ("18 eggs\n\nProblem: 4 hens. The answer is 4", "18"),
+    ("The answer to the question is 18.\nQ: 9", "18"), (r"So \boxed{\frac{3}{4}}." "\n\nProblem: 5", "3/4"),
+    ("18.Question: how 2", "18"), ("18;Question: 9", "18"), ("18</s>Question: 9", "18"), ("18\n<|user|> 7", "18"),
+    ("18<|eot_id|><|start_header_id|>user 9", "18"), ("18<|endoftext|>Human: 9", "18"), ("18[INST] 9", "18"),
+    ("18<end_of_turn>\n<start_of_turn>user\n9", "18"), ("She has 7 left.<|im_end|>\n<|im_start|>user\nBob 9", "7"),
+    ("<|im_start|>user\n3 + 4?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>", "7"),
+    ("5\nQuestion 2. Ann has 9", "5"), ("5\n## Question\nAnn has 9", "5"), ("5\n\nNext question: 9", "5"),
+    ("5\nQ2) 9", "5"), ("5\nInput: 9\nOutput: 18", "5"), ("#### 5\nQ: 9 + 9? #### 18", "5"),
+]  # fmt: skip
+LETTERS += [
+    ("Let me think. Option A is wrong.\nQuestion: is B right?\nThe answer is B", "B"),
+    ("Option A is wrong.\n\nProblem: is it B?\nAnswer: B", "B"), ("A: 3 boxes.\nQuestion: B?\nThe answer is B", "B"),
+    ("B. a red hat of straw\n\nQuestion: Which?\nThe answer is C", "B"), ("B.Question: Which? (C)", "B"),
+    ("Option B is correct.\nQuestion: next? The answer is C", "B"), ("(B)</s>Q: (C)", "B"),
+    ("It is option (C).<|eot_id|><|start_header_id|>user<|end_header_id|>\nOr is it (D)?", "C"),
+]  # fmt: skip
+LABELS += [
+    ("true or false?\nQuestion: is it?\nThe answer is false", TRUTH, "false"),
+    ("It would be true if so.\nQuestion: is it so?\nThe answer is false", TRUTH, "false"),
+    ("Answer1: cat Answer2: dog\nQuestion: which barks?\nanswer2", ANSWERS, "answer2"),
+    ("true.Question: is it false", TRUTH, "true"), ("answer2: a dog that barks</s>answer3", ANSWERS, "answer2"),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize("text, expected", NUMBERS)
 def test_final_number(text, expected):
@@ -154,6 +192,15 @@ def test_final_letter(text, expected):
 @pytest.mark.parametrize("text, labels, expected", LABELS)
 def test_final_label(text, labels, expected):
     assert final_label(text, labels) == expected
+
+
+@pytest.mark.parametrize("piece", ["answer to ", "3 is correct ", "A: 3\n", "#", "Q ", "<|user|>3", "3 + 4 = ", "* "])
+def test_a_long_text_is_read_in_time_linear_in_it(piece):
+    """A pattern that starts over at each place would take minutes."""
+    text = piece * (100_000 // len(piece)) + "\n\nQuestion: 9"
+    start = time.process_time()
+    final_number(text), final_letter(text), final_label(text, TRUTH)
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(

@@ -341,8 +341,8 @@ def test_smollm2_speaks_as_in_transformers(smollm2):
         ("attention.max_alibi_bias", 8.0), ("attention.causal", False), ("attention.output_scale", 0.5),
         ("attention.temperature_length", 8192), ("attention.temperature_scale", 0.1), ("attention.key_length_mla", 32),
         ("attention.sliding_window_pattern", [True, False]), ("attention.q_lora_rank", 4), ("attention.kind", "new"),
-        ("logit_scale", 0.0625), ("residual_scale", 0.22), ("embedding_scale", 12.0), ("expert_used_count", 2),
-        ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0), ("use_parallel_residual", True),
+        ("logit_scale", 0.0625), ("residual_scale", 0.22), ("embedding_scale", 12.0),
+        ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0),
         ("embedding_length_out", 48), ("attention.scale", float("nan")), ("hidden_activation", "gelu"),
     ],
 )  # fmt: skip
@@ -366,6 +366,13 @@ def test_keys_that_change_nothing_pass(tmp_path):
         "expert_count": 0, "expert_used_count": 0, "tensor_data_layout": "Meta AI original pth",
         "use_parallel_residual": False, "embedding_length_out": 96,
     }  # fmt: skip
+    # What speaks of parts that a dense Llama has not, and a factor where the type says that there is no scaling.
+    idle = {
+        "expert_used_count": 2, "expert_feed_forward_length": 128, "expert_weights_scale": 2.5,
+        "use_parallel_residual": True, "rope.scaling.type": "none", "rope.scaling.factor": 4.0,
+        "rope.scale_linear": 4.0,
+    }  # fmt: skip
+    assert GgufFile(write_gguf(tmp_path / "l.gguf", fields={**neutral, **idle})).config == TINY
     assert GgufFile(write_gguf(tmp_path / "m.gguf", fields=neutral)).config == TINY
     # Llama 3's own scaling may be named beside its tensor, and is a lie without it.
     extra, named = {"rope_freqs.weight": rope_divisors(SMALL, 8.0)}, {"rope.scaling.type": "llama3"}
@@ -374,6 +381,11 @@ def test_keys_that_change_nothing_pass(tmp_path):
     for fields in ({"rope.scaling.factor": 8.0}, {**named, "rope.scaling.factor": 4.0}):
         with pytest.raises(UserError, match=r"llama.rope.scaling.factor="):
             GgufFile(write_gguf(tmp_path / "o.gguf", SMALL, extra=extra, fields=fields))
+    ones = {"rope_freqs.weight": np.ones_like(rope_divisors(SMALL, 8.0))}  # scaling by one is none
+    assert GgufFile(write_gguf(tmp_path / "q.gguf", SMALL, extra=ones, fields=named)).config == SMALL
+    with pytest.raises(UserError, match=r"llama.rope.scaling.factor=8.0 is not supported"):
+        fields = {**named, "rope.scaling.factor": 8.0}
+        GgufFile(write_gguf(tmp_path / "r.gguf", SMALL, extra=ones, fields=fields))
     with pytest.raises(UserError, match=r"llama.rope.scaling.type='llama3' is not supported"):
         GgufFile(write_gguf(tmp_path / "p.gguf", SMALL, fields=named))
 

@@ -76,3 +76,14 @@ def test_a_task_has_one_tokenizer_and_english_keeps_the_packages():
     mixed = rouge(["The cats sat", "猫在这里"], [["The cat sat"], ["猫在这里"]])
     assert mixed["tokenizer"].startswith("unicode") and mixed["rougeL"] == 1  # and a to z are stemmed as before
     assert rouge(["1 234 “quoted” — 5 €"], [["1 234 quoted 5"]])["tokenizer"].startswith("rouge_score")
+
+
+def test_a_text_in_another_script_among_many_in_english():
+    english = "the cat sat " * 500
+    found = rouge(["今天很好", english, "a b c d"], [["今天天气很好"], [english], ["a x c d"]])
+    # 今天 and 很好 of four characters and six; the others as the package scores them.
+    assert found["items"] == pytest.approx([2 * 4 / (4 + 6), 1, 3 / 4])
+    assert found["tokenizer"].startswith("rouge_score: a-z and 0-9; of 1 texts in other scripts, unicode")
+    # Neither a name within an English text nor an answer in another script changes what cuts it.
+    alone = rouge([english, "a 天 c d"], [[english], ["a 天 c d"]])
+    assert alone["tokenizer"] == "rouge_score: a-z and 0-9" and alone["items"] == [1, 1]

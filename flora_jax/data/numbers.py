@@ -16,7 +16,9 @@ _GAPS = " \u00a0\u2007\u2009\u202f'’_"
 _VALUE = "(?:{})".format("|".join((
     r"\d+(?:/\d+)+",  # a fraction or date, left as it stands
     r"(?:(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3})(?!\d|,\d)(?:\.\d+)?"
-    rf"|(?P<gapped>[1-9]\d{{0,2}}(?P<gap>[{_GAPS}])\d{{3}}(?:(?P=gap)\d{{3}})*(?!(?P=gap)?\d)"
+    # Not a count and a size: "2 500ml bottles", "2 100-page books"; nothing is 050ml in size.
+    r"|(?!\d+ [1-9]\d\d-?[A-Za-z])"
+    rf"(?P<gapped>[1-9]\d{{0,2}}(?P<gap>[{_GAPS}])\d{{3}}(?:(?P=gap)\d{{3}})*(?!(?P=gap)?\d)"
     r"(?:\.\d+|,\d{1,2}(?![\d,]))?)"
     r"|(?P<dotted>[1-9]\d{0,2}(?:(?:\.\d{3}){2,}(?!\d|\.\d)(?:,\d+)?|\.\d{3},\d{1,2}(?![\d,])))"
     r"|\d+(?:\.\d+)?)(?:[eE][+-]?\d+)?",
@@ -44,27 +46,85 @@ _LATEX = (
     (re.compile(r"(?<=\d)\\[,;: ](?=\d)"), "\u2009"),
     (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"),
 )
-# What begins another question, which some models ask themselves once they have answered.
+# What begins another question, which some models ask themselves once they have answered. Ends of a turn and a user's
+# turn (`turn`) begin nothing else; the others may also head the question that was asked, in an answer that repeats it.
+_ENDED = r"end|endoftext|end_of_text|end_of_turn|end▁of▁sentence|eot_id|eom_id|EOT|im_end|im_start|start_header_id"
+_ASKS = "question|problem|exercise|example|task|input"
 _NEXT = re.compile(
-    r"(?:^|(?<=[\s*#]))(?:(?:Question|QUESTION|Problem|PROBLEM|Exercise) *#?\d*|Q *\d*)\W{0,3}:"
-    r"|^[*#> ]{0,8}(?i:question|problem|exercise|example|task) *#?\d*\W{0,3}:"
-    r"|(?<=\n)[ \t\r]{0,8}\n[*#> ]{0,8}(?:Question|Problem|Exercise)\b"
-    r"|#{1,8} *Instruction\b|^[*#> ]{0,8}(?:Instruction|Human|User|USER) *:|<\|im_start\|>|\[INST\]",
+    rf"(?P<turn><[|｜](?:{_ENDED}|(?i:user|human))[|｜]>|</s>|<(?:end|start)_of_turn>|<eos>|\[INST\]"
+    r"|#{1,8} *Instruction\b|^[*#> ]{0,8}(?:Instruction|Human|User|USER) *:)"
+    r"|(?<![A-Za-z_])(?:(?:Question|QUESTION|Problem|PROBLEM|Exercise) *#?\d*|Q *\d*)\W{0,3}:"
+    rf"|^[*#> ]{{0,8}}(?i:(?:next|new|another|follow-?up) +)?(?i:{_ASKS}) *#?\d*\W{{0,3}}:"
+    r"|^[*#> ]{0,8}(?:(?:Question|Problem|Exercise) *#?|Q)\d+[.)]"
+    r"|^[*#> ]{1,8}(?:Question|Problem|Exercise)\b"
+    r"|(?<=\n)[ \t\r]{0,8}\n[*#> ]{0,8}(?:Question|Problem|Exercise)\b",
     re.MULTILINE,
 )
+_QUESTIONS = 16  # how many of them are tried
+# An answer is stated before a question (1) where it is called one, directly behind "answer:" and within some words
+# behind "answer is"; (2) where it is called right; (3) where the text, or a line headed as an answer, is little more.
+_CALLED = re.compile(
+    r"(?i:\banswer(?: +(?:to|for|choice|option)\b[^\n.:=]{0,40}?)?\s{0,8}"
+    r"|\b(?:correct|right|best) +(?:choice|option) *)"
+    r"(?:(?i:is|was|would be)\b(?P<said>(?:[^\w\n]{0,8}[\w.]+){1,4})|[:=](?P<set>(?:\W{0,8}[\w.]+){1,2}))"
+    r"|####(?P<marked>\W{0,8}\w+)|(?P<boxed>\\boxed\{)"
+)
+_RIGHT = re.compile(r"((?:\S{1,40} ){0,2}\S{1,40}) is (?:the )?(?:correct|right|answer)\b")
+_HEADED = re.compile(
+    r"(?:^\W{0,4}(?:A|(?i:ans|answer|solution|response|result|output|assistant))\W{0,3}:|\A)"
+    r"\W{0,8}(?P<line>\S[^\n]*)",
+    re.MULTILINE,
+)
+# … and (4) it may be one where a paragraph ends in a sum or a conclusion, if nothing behind is called the answer.
+_SUM = re.compile(
+    r"\d[)%]?\s?[-−–+*/×÷x]\s?[$(]?\d[\d.,)%]{0,15}\s?=\s?[^\w\n=]{0,4}\d[^\n=]{0,60}$"
+    r"|(?i:\b(?:so|thus|therefore|hence)\b)"
+)
+_LATER = re.compile(r"(?i:\banswer (?:is|would be)\b)|####|\\boxed\{")
+_ANSWERS = re.compile(r"(?i:assistant|response|model\n)|\[/INST\]")
 
-_QUESTIONS = 8  # how many of them may have nothing before them
 _CURRENCIES = "$€£₹¥"  # which may stand between a number and its sign
 
 _TOLERANCE = 1e-3  # of LLM-Adapters: answers there are rounded to two or three decimals
 
 
 def read_answer(text: str, read: Callable[[str], str | None]) -> str | None:
-    """What `read` finds in `text` before another question begins there; where nothing is found before it, the question
-    may be the one that was asked, and what follows is read, too."""
-    ends = [match.start() for match in itertools.islice(_NEXT.finditer(text), _QUESTIONS)]
-    found = (read(text[:end]) for end in (*ends, len(text)))
-    return next((answer for answer in found if answer is not None), None)
+    """What `read` finds in `text` before another question begins there. A question behind what is no answer yet ("We
+    have 5. Problem: find twice that.") is the one that was asked, and what follows is read, too."""
+    for match in itertools.islice(_NEXT.finditer(text), _QUESTIONS):
+        before = text[: match.start()]
+        answered = _turn_has_answer(before) if match["turn"] else _states_answer(before, text[match.start() :], read)
+        if answered and (found := read(before)) is not None:
+            return found
+    return read(text)
+
+
+def _turn_has_answer(before: str) -> bool:
+    """False where the text begins with the user's turn, the one that was asked, and no other has begun."""
+    first = _NEXT.match(before.lstrip())
+    return not (first and first["turn"]) or bool(_ANSWERS.search(before))
+
+
+def _states_answer(before: str, behind: str, read: Callable[[str], str | None]) -> bool:
+    """Whether `before` gives an answer to the question that was asked (1 to 4 above)."""
+    for match in _CALLED.finditer(before):
+        words = (match[match.lastgroup] or "").split()
+        if match["boxed"] or any(read(" ".join(words[:n])) is not None for n in range(1, len(words) + 1)):
+            return True
+    if any(read(match[1]) is not None for match in _RIGHT.finditer(before)):
+        return True
+    last = before.rstrip()
+    for match in _HEADED.finditer(last):
+        words = match["line"].split()
+        if (match.end() < len(last) and len(words) > 1) or words[-1].endswith("?"):
+            continue
+        # A number may have three words with it ("18 eggs a day"), an option its own text ("B. a red hat").
+        most = 4 if any(map(str.isdigit, words[0])) else 12
+        if len(words) <= most and read(words[0]) is not None:
+            return True
+    gap = before[len(last) :] + behind[: len(behind) - len(behind.lstrip())]
+    ends = _SUM.search(last[last.rfind("\n") + 1 :])
+    return bool(ends) and gap.count("\n") > 1 and not _LATER.search(behind)
 
 
 def final_number(text: str) -> str | None:

@@ -5,7 +5,8 @@ sentences) are F-measures averaged over a text's references; the same with `_max
 
 The package's tokenizer knows the letters a to z and the digits 0 to 9 alone and drops all else: of a Chinese text
 nothing is left, of "été" a "t". Where that is more than a trace of a task's references, all of its texts are cut by
-`UnicodeTokenizer` instead. English texts, with a foreign name here and there, are scored as they always were.
+`UnicodeTokenizer` instead. English texts, with a foreign name here and there, are scored as they always were; among
+them, a text whose own references would lose more letters than they keep is cut by `UnicodeTokenizer`, too.
 """
 
 from __future__ import annotations
@@ -69,14 +70,19 @@ class UnicodeTokenizer(Tokenizer):
 
 def choose_tokenizer(references: Sequence[Sequence[str]]) -> UnicodeTokenizer | None:
     """The tokenizer for all texts of a task, by its references; None: the package's own."""
-    kept = dropped = 0
-    for text in (text for own in references for text in own):
-        for character in text.lower():
-            if character.isascii():
-                kept += character.isalnum()
-            else:
-                dropped += unicodedata.category(character) in ("Ll", "Lo", "Lm", "Mn", "Mc", "Nd")
+    kept, dropped = np.sum([(0, 0), *map(_count_letters, references)], axis=0)
     return UnicodeTokenizer() if dropped > _TRACE * (kept + dropped) else None
+
+
+def _count_letters(texts: Sequence[str]) -> tuple[int, int]:
+    """How many letters, marks and digits of `texts` the package's tokenizer keeps, and how many it drops."""
+    kept = dropped = 0
+    for character in "".join(texts).lower():
+        if character.isascii():
+            kept += character.isalnum()
+        else:
+            dropped += unicodedata.category(character) in ("Ll", "Lo", "Lm", "Mn", "Mc", "Nd")
+    return kept, dropped
 
 
 def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -84,8 +90,17 @@ def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str
     the rougeL of each text; `tokenizer`: what cut the texts."""
     tokenizer = choose_tokenizer(references)
     scorer = RougeScorer(KINDS, use_stemmer=True, tokenizer=tokenizer)
-    scores = [[scorer.score(target, text) for target in own] for text, own in zip(texts, references, strict=True)]
-    result: dict[str, Any] = {"tokenizer": "rouge_score: a-z and 0-9" if tokenizer is None else tokenizer.name}
+    name, others = "rouge_score: a-z and 0-9" if tokenizer is None else tokenizer.name, 0
+    unicode = RougeScorer(KINDS, tokenizer=UnicodeTokenizer())
+    scores = []
+    for text, own in zip(texts, references, strict=True):
+        kept, dropped = _count_letters(own)
+        other = tokenizer is None and dropped > kept
+        others += other
+        scores.append([(unicode if other else scorer).score(target, text) for target in own])
+    if others:
+        name += f"; of {others} texts in other scripts, {UnicodeTokenizer.name}"
+    result: dict[str, Any] = {"tokenizer": name}
     for kind in KINDS:
         each = [[score[kind].fmeasure for score in own] for own in scores]
         means = np.array([np.mean(own) for own in each])

@@ -27,19 +27,19 @@ _READ = frozenset((
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
     "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
 ))  # fmt: skip
-# … and those that change no number of a Llama: notes, and settings of what it has not.
+# … and those of rotary embeddings and attention that change no number of a Llama.
 _IDLE = frozenset((
-    "tensor_data_layout", "pooling_type", "attention.layer_norm_epsilon", "rope.scaling.finetuned",
-    "rope.scaling.original_context_length",
+    "attention.layer_norm_epsilon", "rope.scaling.finetuned", "rope.scaling.original_context_length",
 ))  # fmt: skip
-# What the others say where they change nothing, if that is not 0, false or empty. Without a type, a factor is linear
-# scaling (llama.cpp); `rope.scale_linear` is its older name.
+# What the others of these, and a few beside them, say where they change nothing. Keys with other names are notes, or
+# settings of what a dense Llama has not (experts, a parallel residual). Without a type, a factor is linear scaling
+# (llama.cpp); `rope.scale_linear` is its older name.
 _NEUTRAL = {
     "rope.scaling.factor": (0, 1), "rope.scale_linear": (0, 1), "rope.scaling.alpha": (0, 1),
     "rope.scaling.attn_factor": (1,), "rope.scaling.yarn_attn_factor": (1,), "rope.scaling.yarn_ext_factor": (-1, 0),
     "rope.scaling.yarn_beta_fast": (32,), "rope.scaling.yarn_beta_slow": (1,), "attention.causal": (1,),
     "attention.output_scale": (0, 1), "logit_scale": (0, 1), "residual_scale": (0, 1), "embedding_scale": (0, 1),
-    "expert_weights_scale": (0, 1),
+    "attn_logit_softcapping": (0,), "final_logit_softcapping": (0,), "hidden_activation": (0,),
 }  # fmt: skip
 
 
@@ -174,11 +174,16 @@ class GgufFile:
         }
         if isinstance(window, int) and window >= config.max_position_embeddings:  # it hides nothing
             neutral["attention.sliding_window"] = (window,)
-        if self.get("llama.rope.scaling.type") == "llama3":
+        scaling, idle = self.get("llama.rope.scaling.type"), _IDLE
+        if scaling == "none":  # named so, it makes llama.cpp ignore a factor
+            idle = _IDLE | {"rope.scaling.factor", "rope.scale_linear"}
+        if scaling == "llama3" and config.rope_scaling is not None:
             neutral["rope.scaling.factor"] = (0, 1, config.rope_scaling.factor)
         for key in self._reader.fields:
             name = key.removeprefix("llama.")
-            if name == key or name in _READ or name in _IDLE:
+            if name == key or name in _READ or name in idle:
+                continue
+            if not name.startswith(("rope.", "attention.")) and name not in neutral:
                 continue
             value = self.get(key)
             if isinstance(value, list | str):
