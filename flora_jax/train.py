@@ -132,7 +132,8 @@ def main(argv: list[str]) -> None:
     """The command."""
     config, workdir = parse(argv)
     check_config(config)
-    make_cache(config.data.cache_dir)
+    config = join(config)
+    together(lambda: make_cache(config.data.cache_dir))
     keep_programs()
     run(config, workdir)
 
