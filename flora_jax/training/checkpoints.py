@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from flora_jax.adapters import AdapterConfig
-from flora_jax.errors import UserError, writing
+from flora_jax.errors import UserError, disk_fault, writing
 from flora_jax.files import plain_path
 from flora_jax.training.step import TrainState
 
@@ -163,10 +163,13 @@ def _quiet() -> Iterator[None]:
 def readable(where: str, remedy: str) -> Iterator[None]:
     """Raises UserError, with what would help, where a checkpoint is missing or damaged."""
     try:
-        yield
+        with _quiet():
+            yield
     except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):  # none of them is damage
         raise
     except Exception as error:  # orbax and tensorstore have no narrower class for files that are damaged
+        if disk_fault(error):
+            raise
         raise UserError(f"{where} cannot be read ({' '.join(str(error).split())[:120]}); {remedy}") from error
 
 
