@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,23 @@ if TYPE_CHECKING:
 # What Llama 3's chat template names as today where it is given nothing: with any other date, the same data and the same
 # prompt would change every day.
 DATE = "26 Jul 2024"
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """sha256 of all that decides which ids a text or a conversation has; None for a tokenizer that is written in
+    Python, whose code it would take."""
+    if not tokenizer.is_fast:
+        return None
+    import jinja2
+    import tokenizers
+    import transformers
+
+    tokenizer("")  # a call sets padding and truncation, which the backend holds, too
+    versions = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
+    special = sorted(tokenizer.special_tokens_map.items(), key=str)
+    split = tokenizer.split_special_tokens  # what the backend does not hold: set anew at each call
+    about = repr((*versions, type(tokenizer).__name__, special, tokenizer.chat_template, split))
+    return hashlib.sha256(f"{about}\n{tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()
 
 
 def encode_open(tokenizer: PreTrainedTokenizerFast, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -604,10 +604,24 @@ def test_the_tokenizer_is_the_bases_own_to_the_byte(tmp_path):
         (own / name).parent.mkdir(exist_ok=True)
         (own / name).write_text(text)
     (own / "unrelated.json").write_text("{}")
-    out = write_beside_the_weights(tmp_path / "out", load_tokenizer("tiny"), own)
+    out = write_beside_the_weights(tmp_path / "out", load_tokenizer(str(own)), own)
     for name in (*files, "tokenizer.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (own / name).read_bytes()
     assert not (out / "unrelated.json").exists()
+
+
+@pytest.mark.parametrize("change", ["token", "template"])
+def test_a_tokenizer_that_was_changed_is_written_as_it_is(tmp_path, change):
+    own = tmp_path / "base"
+    load_tokenizer("tiny").save_pretrained(own)
+    tokenizer = load_tokenizer(str(own))
+    if change == "token":
+        tokenizer.add_tokens(["<call>"])
+    else:
+        tokenizer.chat_template = "{{ messages[0].content }}"
+    written = load_tokenizer(str(write_beside_the_weights(tmp_path / "out", tokenizer, own)))
+    assert written.chat_template == tokenizer.chat_template
+    assert written("a<call>b").input_ids == tokenizer("a<call>b").input_ids
 
 
 @pytest.mark.parametrize("extra", [[], ["<extra>"]])

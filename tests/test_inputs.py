@@ -9,10 +9,10 @@ import pytest
 
 from flora_jax.config import check_config
 from flora_jax.data import MIXTURES, get_task
-from flora_jax.data.kept import tokenizer_digest
 from flora_jax.errors import UserError
 from flora_jax.models.tokenizer import byte_tokenizer
 from flora_jax.progress import progress
+from flora_jax.tokens import tokenizer_digest
 from flora_jax.training.inputs import load_inputs
 
 

@@ -13,16 +13,12 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 import flora_jax
 
 _SUM = 32  # bytes of the check sum that a file begins with
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 def code_digest(*names: str) -> str:
@@ -33,22 +29,6 @@ def code_digest(*names: str) -> str:
         for path in sorted((root / name).glob("*.py")) if (root / name).is_dir() else [root / name]:
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """sha256 of all that decides which ids a text or a conversation has; None for a tokenizer that is written in
-    Python, whose code it would take."""
-    if not tokenizer.is_fast:
-        return None
-    import jinja2
-    import tokenizers
-    import transformers
-
-    versions = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
-    special = sorted(tokenizer.special_tokens_map.items(), key=str)
-    split = tokenizer.split_special_tokens  # what the backend does not hold: set anew at each call
-    about = repr((*versions, type(tokenizer).__name__, special, tokenizer.chat_template, split))
-    return hashlib.sha256(f"{about}\n{tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()
 
 
 def read_kept(path: Path) -> dict[str, np.ndarray] | None:

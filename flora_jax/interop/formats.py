@@ -30,8 +30,8 @@ from flora_jax.interop.licences import NO_LICENCE, Licence
 from flora_jax.interop.shards import map_shards, row_blocks, write_shards
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import hf_names, hf_shapes, to_hf_tensors
-from flora_jax.models.tokenizer import VOCABULARIES
-from flora_jax.tokens import ends
+from flora_jax.models.tokenizer import VOCABULARIES, load_tokenizer
+from flora_jax.tokens import ends, tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -110,11 +110,12 @@ _TOKENIZER_FILES = (
 
 
 def _write_tokenizer(trained: Trained, directory: Path) -> None:
-    """The base's own files, byte for byte, where it came with any: whatever reads the base's then reads these.
-    Otherwise files that transformers 4 and 5 read."""
+    """The base's own files, byte for byte, where it came with any and they are the tokenizer's: whatever reads the
+    base's then reads these. Otherwise files that transformers 4 and 5 read."""
     own = trained.base_files
     files = [file for name in _TOKENIZER_FILES for file in (own.glob(name) if own else ())]
-    if any(file.name in VOCABULARIES for file in files):
+    known = any(file.name in VOCABULARIES for file in files)
+    if known and tokenizer_digest(load_tokenizer(str(own))) == tokenizer_digest(trained.tokenizer):
         for file in files:
             copy = directory / file.relative_to(own)
             copy.parent.mkdir(exist_ok=True)

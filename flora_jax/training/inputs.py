@@ -28,10 +28,11 @@ from flora_jax.data import (
     load_examples,
     prompt_digests,
 )
-from flora_jax.data.kept import code_digest, keep, read_kept, tokenizer_digest
+from flora_jax.data.kept import code_digest, keep, read_kept
 from flora_jax.data.sources import SPLITS
 from flora_jax.errors import UserError
 from flora_jax.files import cache_root
+from flora_jax.tokens import tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
