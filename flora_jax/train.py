@@ -68,7 +68,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
 
 def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskData], str]:
     """Checks all but what training itself does; the tasks to score and the style of their prompts."""
-    make_cache(config.data.cache_dir)
     setup = check_run(config, workdir)  # before its data is prepared and kept
     scored = [get_task(name, generator_settings(config)) for name in names(config.eval.tasks)]
     # Choices are scored as plain text.
@@ -83,6 +82,7 @@ def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskD
         raise UserError(f"config.mesh.tensor={tensor}: answers are generated without tensor parallelism, and "
                         f"config.eval.tasks has {generated[0]!r}; use config.mesh.fsdp, or leave it out and score the "
                         "adapter with flora_jax.evaluate")  # fmt: skip
+    make_cache(config.data.cache_dir)
     tasks = names(config.eval.tasks) and load_task_data(
         names(config.eval.tasks), config.data.dir, protocol=config.eval.protocol, prompt_style=style,
         published_faults=config.eval.published_faults, limit=config.eval.limit,

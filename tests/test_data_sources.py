@@ -394,8 +394,11 @@ def test_every_real_record_parses(name, split, cache):
         assert not any("<<" in e.messages[1].content for e in examples)
 
 
+# Of gsm8k 771 are documented, by a reading that does not know "$118 000", which is right in two more.
 @needs_data
-@pytest.mark.parametrize(("name", "count"), [("AddSub", 370), ("MultiArith", 560), ("SingleEq", 484), ("gsm8k", 771)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("AddSub", 370), ("MultiArith", 560), ("SingleEq", 484), ("gsm8k", 771 + 2)]
+)
 def test_right_rationales_are_as_many_as_documented(name, count, cache):
     examples = sources.load_examples(get_task(name), "test", DATA, cache)
     assert sum(e.messages[1].content != f"The answer is {e.answer}." for e in examples) == count

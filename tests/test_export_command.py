@@ -288,7 +288,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused(refused, lora_run, tmp_path)
     words = ["checkpoint 6 of --workdir", "trainable/adapter/layers/mlp/down/A holds a value that is not finite"]
     refused([*words, "take another with --step 2 or 4"], *step)
     config = read_run(workdir)
-    with pytest.raises(UserError, match=r"down/A holds a value that is not finite.* to go on from step 4"):
+    with pytest.raises(UserError, match=r"down/A holds a value that is not finite.* goes on from step 4"):
         train(config, workdir)
 
 
