@@ -20,6 +20,8 @@ from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import Llama, init_base
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TINY = LlamaConfig.preset("tiny")
 
 

@@ -28,6 +28,8 @@ from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama, abstract_base
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TINY = LlamaConfig.preset("tiny")
 ADAPTED = [method for method in METHODS if method != "fft"]
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 9)).astype(np.int32)

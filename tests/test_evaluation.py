@@ -34,6 +34,8 @@ from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import init_base
 from flora_jax.models.tokenizer import byte_tokenizer, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TINY = LlamaConfig.preset("tiny")
 ROOT = Path(__file__).parents[1]
 

@@ -24,6 +24,8 @@ from flora_jax.models.loading import load_pretrained
 from flora_jax.models.tokenizer import load_tokenizer
 from flora_jax.tokens import ends
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(scope="module")
 def tiny():

@@ -22,6 +22,8 @@ from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import leaf_shapes
 from flora_jax.models.llama import KVCache, Llama, abstract_base, init_base
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TINY = LlamaConfig.preset("tiny")
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
 RNG = np.random.default_rng(0)

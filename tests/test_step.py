@@ -20,6 +20,8 @@ from flora_jax.training.optimizer import make_optimizer, trains
 from flora_jax.training.rules import combine, partition, paths
 from flora_jax.training.step import TrainState, make_eval_step, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TINY = LlamaConfig.preset("tiny")
 FAST_COMPILE = {"xla_backend_optimization_level": 0}  # the values are the same, and compiling is what takes the time
 
