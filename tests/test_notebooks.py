@@ -18,13 +18,13 @@ def printed(notebook):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_runs(path, monkeypatch, caches):
+def test_runs(path, monkeypatch, environment):
     if path.stem == "export":
         pytest.importorskip("torch")
         pytest.importorskip("peft")
     monkeypatch.setenv("FLORA_NOTEBOOK", "tiny")
-    monkeypatch.setenv("FLORA_CACHE", str(caches / "data"))
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for name, value in environment.items():  # of a kernel that compiles quickly and keeps its programs
+        monkeypatch.setenv(name, value)
     notebook = execute(path)
     assert any(cell.get("outputs") for cell in notebook.cells)
     assert REAL[path.stem] not in printed(notebook)
