@@ -155,7 +155,7 @@ def test_what_each_writer_says_of_a_disk():
 def test_a_defect_behind_a_disk_fault_keeps_its_traceback():
     def main(argv):
         try:
-            raise PermissionError(errno.EACCES, "Permission denied", "/root/x")
+            raise PermissionError(errno.EACCES, "Permission denied", "x")
         except PermissionError:
             raise KeyError("a defect")  # noqa: B904 - what Python does by itself
 
