@@ -10,7 +10,8 @@ RUNTIME = [
     "gguf>=0.17",
     "grain>=0.2.14",
     "huggingface_hub>=1.0",
-    "importlib_resources>=6.0",  # tensorflow-datasets needs it to prepare its own data sets and does not say so
+    # tensorflow-datasets needs it to prepare its own data sets and does not say so
+    "importlib_resources>=6.0",
     "jinja2>=3.1",
     "jax>=0.10",
     "matplotlib>=3.9",

@@ -20,7 +20,10 @@ def _at(method, rank, **changes):
 
 
 # What trains of the base beside the adapter, at the rate of full fine-tuning (fpa's own, times 0.05).
-_FREE = {"train.trainable": "params/.*/q_kernel,params/.*/gate_kernel", "optim.rate_rules": "params/.*=0.05"}
+_FREE = {
+    "train.trainable": "params/.*/q_kernel,params/.*/gate_kernel",
+    "optim.rate_rules": "params/.*=0.05",
+}
 
 GROUPS = {
     # Where repeat-and-add adds, the path around the block being there in all.

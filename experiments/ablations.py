@@ -24,7 +24,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.accuracy import SCHEMA_VERSION, item_losses, read_result, read_seeds, train, workdir_of
+from experiments.accuracy import (
+    SCHEMA_VERSION,
+    item_losses,
+    read_result,
+    read_seeds,
+    train,
+    workdir_of,
+)
 from experiments.report import (
     about_run,
     about_runs,
@@ -73,14 +80,21 @@ def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     path = args.out / f"{name}-seed{seed}.json"
     setup = configuration(name, seed, args)
     # By what it sets: two names of one run share their result, and a changed table makes its old results void.
-    asked = {**setup.to_dict(), "data": {**setup.data.to_dict(), "dir": "DIR"}, "test_items": args.limit}
+    asked = {
+        **setup.to_dict(),
+        "data": {**setup.data.to_dict(), "dir": "DIR"},
+        "test_items": args.limit,
+    }
     if path.exists() and (differ := differences(read_result(path)["asked"], asked)):
         raise UserError(f"{path} was run with {differ}; name another --out")
     for other in [path, *sorted(args.out.glob("*.json"))]:
         if other.exists() and not differences((result := read_result(other))["asked"], asked):
             tested = {f"{args.task}/test": result["data_hash"]} if "data_hash" in result else {}
             check_data(result["data"]["sha256"] | tested, args.data_dir, other)
-            print(f"{other} is there and is not run again; another --out runs it anew", file=sys.stderr)
+            print(
+                f"{other} is there and is not run again; another --out runs it anew",
+                file=sys.stderr,
+            )
             if other != path:
                 write_json(path, {**result, "name": name, "same_run_as": result["name"]})
             return {**result, "name": name}
@@ -90,12 +104,19 @@ def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     model, adapter = load_adapted(args.model, str(workdir / "adapter")), adapter_config(setup)
     [losses] = item_losses(model, tasks).values()
     result = {
-        "schema_version": SCHEMA_VERSION, "name": name, "asked": asked, "learning_rate": learning_rate(setup),
-        "parameters": trained_parameters(load_config(args.model), adapter), "scale": adapter.scale,
-        "trains_beside": setup.train.trainable, **{k: v for k, v in account.items() if k != "config"},
-        "data_hash": tasks[0].data_hash, "reference_losses": [loss / size for loss, size in losses],
-        "minutes": (time.perf_counter() - start) / 60, "provenance": about_run(args),
-    }  # fmt: skip
+        "schema_version": SCHEMA_VERSION,
+        "name": name,
+        "asked": asked,
+        "learning_rate": learning_rate(setup),
+        "parameters": trained_parameters(load_config(args.model), adapter),
+        "scale": adapter.scale,
+        "trains_beside": setup.train.trainable,
+        **{k: v for k, v in account.items() if k != "config"},
+        "data_hash": tasks[0].data_hash,
+        "reference_losses": [loss / size for loss, size in losses],
+        "minutes": (time.perf_counter() - start) / 60,
+        "provenance": about_run(args),
+    }
     write_json(path, result)
     jax.clear_caches()
     return result
@@ -107,45 +128,74 @@ def rows(group: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, A
     for name, runs in found.items():
         test = [float(np.mean(run["reference_losses"])) for run in runs]
         row = {
-            "group": group, "name": name, "parameters": runs[0]["parameters"], "rate": runs[0]["learning_rate"],
-            "seeds": len(runs), "minutes": float(np.mean([run["minutes"] for run in runs])),
-            "validation_loss": float(np.mean([min(v for k, v in r["validation_losses"].items() if k != "0")
-                                              for r in runs])),
+            "group": group,
+            "name": name,
+            "parameters": runs[0]["parameters"],
+            "rate": runs[0]["learning_rate"],
+            "seeds": len(runs),
+            "minutes": float(np.mean([run["minutes"] for run in runs])),
+            "validation_loss": float(
+                np.mean(
+                    [min(v for k, v in r["validation_losses"].items() if k != "0") for r in runs]
+                )
+            ),
             "test_loss": float(np.mean(test)),
             **spread(test, standard_error(runs[0]["reference_losses"])),
-        }  # fmt: skip
+        }
         table.append(row)
     return table
 
 
-def write_tables(groups: dict[str, dict[str, list[dict[str, Any]]]], args: argparse.Namespace) -> str:
+def write_tables(
+    groups: dict[str, dict[str, list[dict[str, Any]]]], args: argparse.Namespace
+) -> str:
     """OUT.md, OUT.csv and OUT.png; the Markdown."""
     reference = next((found[REFERENCE] for found in groups.values() if REFERENCE in found), None)
-    items = lambda runs: np.mean([run["reference_losses"] for run in runs], axis=0)  # noqa: E731
+
+    def items(runs):
+        return np.mean([run["reference_losses"] for run in runs], axis=0)
+
     made = [run for found in groups.values() for runs in found.values() for run in runs]
     tables = {group: rows(group, found) for group, found in groups.items()}
     every = [row for table in tables.values() for row in table]
-    lines = [header("Ablations", about_runs(made, args)),
-             f"{args.model}, float32, {args.task}, {args.steps} steps of 4 packed rows of {args.max_length} tokens; "
-             f"test loss: of the reference answer of the first {args.limit} test items, nats a token, mean over items "
-             f"(± standard error over {every[0]['stderr_over']}); "
-             "minutes of training and scoring in the call that ended a run; "
-             f"difference to {REFERENCE} [95 % interval, paired bootstrap over items]; rates are the method's own "
-             "unless the name's configuration says another.\n"]  # fmt: skip
+    lines = [
+        header("Ablations", about_runs(made, args)),
+        f"{args.model}, float32, {args.task}, {args.steps} steps of 4 packed rows of {args.max_length} tokens; "
+        f"test loss: of the reference answer of the first {args.limit} test items, nats a token, mean over items "
+        f"(± standard error over {every[0]['stderr_over']}); "
+        "minutes of training and scoring in the call that ended a run; "
+        f"difference to {REFERENCE} [95 % interval, paired bootstrap over items]; rates are the method's own "
+        "unless the name's configuration says another.\n",
+    ]
     for group, table in tables.items():
-        lines += [f"## {group}\n",
-                  "| run | parameters | rate | seeds | minutes | validation loss | test loss | difference |",
-                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            f"## {group}\n",
+            "| run | parameters | rate | seeds | minutes | validation loss | test loss | difference |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
         for row in table:
             runs = groups[group][row["name"]]
-            also = " + " + runs[0]["trains_beside"].replace("params/.*/", "") if runs[0]["trains_beside"] else ""
+            also = (
+                " + " + runs[0]["trains_beside"].replace("params/.*/", "")
+                if runs[0]["trains_beside"]
+                else ""
+            )
             difference = ""
             if reference is not None and row["name"] != REFERENCE:
-                row["difference"], row["low"], row["high"] = paired_bootstrap(items(runs), items(reference))
+                row["difference"], row["low"], row["high"] = paired_bootstrap(
+                    items(runs), items(reference)
+                )
                 difference = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-            cells = [row["name"], f"{row['parameters']:,}{also}", f"{row['rate']:g}", str(row["seeds"]),
-                     f"{row['minutes']:.1f}", f"{row['validation_loss']:.3f}",
-                     with_error(row["test_loss"], row["stderr"]), difference]  # fmt: skip
+            cells = [
+                row["name"],
+                f"{row['parameters']:,}{also}",
+                f"{row['rate']:g}",
+                str(row["seeds"]),
+                f"{row['minutes']:.1f}",
+                f"{row['validation_loss']:.3f}",
+                with_error(row["test_loss"], row["stderr"]),
+                difference,
+            ]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     write_csv(beside(args.out, ".csv"), every)
@@ -160,9 +210,17 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     groups = {row["group"]: [r for r in table if r["group"] == row["group"]] for row in table}
-    figure = Figure(figsize=(6, 0.6 + sum(0.35 + 0.24 * len(own) for own in groups.values())), layout="constrained")
-    panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False,
-                             gridspec_kw={"height_ratios": [len(own) for own in groups.values()]})[:, 0]  # fmt: skip
+    figure = Figure(
+        figsize=(6, 0.6 + sum(0.35 + 0.24 * len(own) for own in groups.values())),
+        layout="constrained",
+    )
+    panels = figure.subplots(
+        len(groups),
+        1,
+        sharex=True,
+        squeeze=False,
+        gridspec_kw={"height_ratios": [len(own) for own in groups.values()]},
+    )[:, 0]
     for panel, (group, own) in zip(panels, groups.items(), strict=True):
         for place, row in enumerate(own):
             middle = row.get("difference", 0.0)
@@ -174,27 +232,41 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
         panel.grid(axis="x", color="0.92")
         panel.set_axisbelow(True)
         panel.set_title(group, fontsize=9, loc="left")
-    figure.supxlabel(f"test loss less that of {REFERENCE}, nats a token (left is better)", fontsize=9)
+    figure.supxlabel(
+        f"test loss less that of {REFERENCE}, nats a token (left is better)", fontsize=9
+    )
     figure.savefig(path, dpi=150)
 
 
 def main(argv: list[str]) -> None:
     """The command."""
     known = runpy.run_path(str(CONFIGS))["GROUPS"]
-    parser = CommandParser(prog="python -m experiments.ablations", description=__doc__.split("\n")[0])
-    parser.add_argument("--groups", default=",".join(known), help="comma-separated, run in this order")
+    parser = CommandParser(
+        prog="python -m experiments.ablations", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--groups", default=",".join(known), help="comma-separated, run in this order"
+    )
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument(
-        "--workdir", type=Path, help="default runs/ablations, for another OUT runs/ablations/FULL/PATH/OF/OUT"
+        "--workdir",
+        type=Path,
+        help="default runs/ablations, for another OUT runs/ablations/FULL/PATH/OF/OUT",
     )
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes")
+    parser.add_argument(
+        "--model", default="smollm2-135m-instruct", help="what load_pretrained takes"
+    )
     parser.add_argument("--task", default="dailydialogpp")
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--seeds", default="0", help="comma-separated")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--limit", type=int, default=200, help="test items")
-    parser.add_argument("--allow_contaminated", action="store_true", help="train where over 1 %% of the test is known")
+    parser.add_argument(
+        "--allow_contaminated",
+        action="store_true",
+        help="train where over 1 %% of the test is known",
+    )
     args = parser.parse_args(argv[1:])
     args.workdir = args.workdir or workdir_of(args.out, OUT)
     for group in names(args.groups):
@@ -205,20 +277,30 @@ def main(argv: list[str]) -> None:
     seeds = read_seeds(args.seeds)
     check_writable(beside(args.out, ".md"), "--out")
     check_writable(args.out / "add_qg-seed0.json", "--out")
-    load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)  # before the first run
+    # before the first run
+    load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)
     every = [name for group in known.values() for name in group]
-    asked = [(name, seed) for group in names(args.groups) for name in known[group] for seed in seeds]
+    asked = [
+        (name, seed) for group in names(args.groups) for name in known[group] for seed in seeds
+    ]
     # What OUT holds is read before anything is trained, and stands in the tables whatever is asked for.
     ends = [path.stem.rpartition("-seed") for path in sorted(args.out.glob("*-seed*.json"))]
     recorded = [(name, int(seed)) for name, _, seed in ends if name in every and seed.isdecimal()]
     found = {run: one(*run, args) for run in recorded}
     # The reference first: every table is beside it.
-    for run in sorted((run for run in asked if run not in found), key=lambda run: run[0] != REFERENCE):
+    for run in sorted(
+        (run for run in asked if run not in found), key=lambda run: run[0] != REFERENCE
+    ):
         found[run] = one(*run, args)
         print(f"{run[0]}, seed {run[1]}: {rows('', {run[0]: [found[run]]})[0]}", file=sys.stderr)
-    tables = {group: {name: [found[run] for run in sorted(found) if run[0] == name] for name in own}
-              for group, own in known.items()}  # fmt: skip
-    shown = {group: {name: runs for name, runs in table.items() if runs} for group, table in tables.items()}
+    tables = {
+        group: {name: [found[run] for run in sorted(found) if run[0] == name] for name in own}
+        for group, own in known.items()
+    }
+    shown = {
+        group: {name: runs for name, runs in table.items() if runs}
+        for group, table in tables.items()
+    }
     print(write_tables({group: table for group, table in shown.items() if table}, args))
 
 

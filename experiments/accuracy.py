@@ -88,15 +88,28 @@ class Suite:
 SUITES = {
     "commonsense": Suite(
         ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq"),
-        ("ARC-Easy", "openbookqa", "boolq", "piqa", "social_i_qa", "hellaswag"), "llm_adapters", 256, 200, 4),
+        ("ARC-Easy", "openbookqa", "boolq", "piqa", "social_i_qa", "hellaswag"),
+        "llm_adapters",
+        256,
+        200,
+        4,
+    ),
     "math": Suite(
-        ("gsm8k", "mawps"), ("AddSub", "MultiArith", "SingleEq", "gsm8k", "AQuA"), "llm_adapters", 384, 150, 4),
+        ("gsm8k", "mawps"),
+        ("AddSub", "MultiArith", "SingleEq", "gsm8k", "AQuA"),
+        "llm_adapters",
+        384,
+        150,
+        4,
+    ),
     "dialogue": Suite(("dailydialogpp",), ("dailydialogpp",), "llm_adapters", 256, 150, 4),
     "summary": Suite(("dialogsum",), ("dialogsum",), "llm_adapters", 512, 120, 2),
-}  # fmt: skip
+}
 
 
-def configuration(suite: Suite, method: str, rank: int, rate: float, seed: int, args: argparse.Namespace) -> Any:
+def configuration(
+    suite: Suite, method: str, rank: int, rate: float, seed: int, args: argparse.Namespace
+) -> Any:
     """The configuration of one run."""
     config = get_config("smollm2-135m" if args.preset is None else args.preset, method)
     config.model.weights = args.model
@@ -120,25 +133,39 @@ def configuration(suite: Suite, method: str, rank: int, rate: float, seed: int, 
     return config
 
 
-def choose_rate(suite: Suite, method: str, rank: int, args: argparse.Namespace) -> tuple[float, dict[str, float]]:
+def choose_rate(
+    suite: Suite, method: str, rank: int, args: argparse.Namespace
+) -> tuple[float, dict[str, float]]:
     """The method's rate, and the validation loss of each rate that was tried for it (none: the method's own rate).
 
     Rates are tried with `--rate_steps` steps where that is given and none of the method's is on record yet: a grid over
     two decades around its own; a winner at the edge extends it, one at which the loss is no number has lost."""
     own, losses = LEARNING_RATES[method], {}
     path = args.out / "rates" / f"{method}.json"
-    record = {"schema_version": SCHEMA_VERSION, "model": args.model, "suite": args.suite, "rank": rank,
-              "steps": args.rate_steps}  # fmt: skip
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "model": args.model,
+        "suite": args.suite,
+        "rank": rank,
+        "steps": args.rate_steps,
+    }
     if path.exists():
         found = read_json(path)
         if (model := found.get("model")) != args.model:
-            raise UserError(f"{path} has the rate for --model {model}, not {args.model}; name another --out")
+            raise UserError(
+                f"{path} has the rate for --model {model}, not {args.model}; name another --out"
+            )
         other = [field for field in ("suite", "rank", "steps") if found.get(field) != record[field]]
         if args.rate_steps and not found.get("chosen") and other:
-            raise UserError(f"{path} holds an unfinished search at {other[0]}={found.get(other[0])!r}, not "
-                            f"{record[other[0]]!r}; let it end, or delete it")  # fmt: skip
+            raise UserError(
+                f"{path} holds an unfinished search at {other[0]}={found.get(other[0])!r}, not "
+                f"{record[other[0]]!r}; let it end, or delete it"
+            )
         record = found
-        losses = {float(rate): math.inf if loss is None else loss for rate, loss in record["validation_losses"].items()}
+        losses = {
+            float(rate): math.inf if loss is None else loss
+            for rate, loss in record["validation_losses"].items()
+        }
     grid = [float(f"{own * 10 ** (i / 2):.2g}") for i in range(-2, 3)]
     while args.rate_steps and not record.get("chosen"):
         for rate in (rate for rate in grid if rate not in losses):
@@ -171,10 +198,13 @@ def train(setup: Any, workdir: Path) -> tuple[dict[str, Any], dict[str, Any] | N
     summary = run(setup, workdir)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {
-        "seed": setup.train.seed, "step": summary["step"], "validation_losses": summary["validation_losses"],
-        "data": summary["data"], "loss_curve": {str(line["step"]): line["loss"] for line in lines if "loss" in line},
+        "seed": setup.train.seed,
+        "step": summary["step"],
+        "validation_losses": summary["validation_losses"],
+        "data": summary["data"],
+        "loss_curve": {str(line["step"]): line["loss"] for line in lines if "loss" in line},
         "config": {**setup.to_dict(), "data": {**setup.data.to_dict(), "dir": "DIR"}},
-    }, summary.get("evaluation")  # fmt: skip
+    }, summary.get("evaluation")
 
 
 def item_losses(model: Any, tasks: Sequence[TaskData]) -> dict[str, list[tuple[float, int]]]:
@@ -185,7 +215,9 @@ def item_losses(model: Any, tasks: Sequence[TaskData]) -> dict[str, list[tuple[f
         pairs = [(e.messages[0].content, " " + e.messages[-1].content) for e in task.examples]
         sizes = [len(encode_pair(model.tokenizer, *pair)[1]) for pair in pairs]
         found = choice_loglik(*parts, [[pair] for pair in pairs])
-        losses[task.task.name] = [(-float(one), size) for [one], size in zip(found, sizes, strict=True)]
+        losses[task.task.name] = [
+            (-float(one), size) for [one], size in zip(found, sizes, strict=True)
+        ]
     return losses
 
 
@@ -197,13 +229,23 @@ def score(
     tasks = load_task_data(suite.tests, args.data_dir, protocol=suite.protocol, limit=args.limit)
     model = load_adapted(args.model, adapter and str(adapter))
     result = result or evaluate_tasks(
-        tasks, model.config, model.base, model.tokenizer, protocol=suite.protocol,
-        batch_size=_EVAL_BATCH, max_length=suite.max_length + 256)  # fmt: skip
+        tasks,
+        model.config,
+        model.base,
+        model.tokenizer,
+        protocol=suite.protocol,
+        batch_size=_EVAL_BATCH,
+        max_length=suite.max_length + 256,
+    )
     for name, losses in item_losses(model, tasks).items():
         nats, sizes = zip(*losses, strict=True)
-        result["tasks"][name] |= {"reference_loss": sum(nats) / sum(sizes), "reference_losses": nats,
-                                  "reference_tokens": sizes}  # fmt: skip
-        for words in ("prompt", "texts"):  # the data's own, and long ones, stay out of what is published
+        result["tasks"][name] |= {
+            "reference_loss": sum(nats) / sum(sizes),
+            "reference_losses": nats,
+            "reference_tokens": sizes,
+        }
+        # the data's own, and long ones, stay out of what is published
+        for words in ("prompt", "texts"):
             result["tasks"][name].pop(words, None)
     return result
 
@@ -212,8 +254,14 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
     """Trains and scores one run, or reads what an earlier call has left."""
     method, side = ARMS[arm]
     path = args.out / args.suite / (f"{arm}-seed{seed}.json" if method else f"{arm}.json")
-    asked = {"model": args.model, "rank": args.rank, "steps": args.steps or suite.steps, "limit": args.limit,
-             "validation_size": args.validation_size, "allow_contaminated": args.allow_contaminated}  # fmt: skip
+    asked = {
+        "model": args.model,
+        "rank": args.rank,
+        "steps": args.steps or suite.steps,
+        "limit": args.limit,
+        "validation_size": args.validation_size,
+        "allow_contaminated": args.allow_contaminated,
+    }
     config = load_config(args.model)
     if method:
         budget = trained_parameters(config, AdapterConfig("ffba", args.rank))
@@ -223,28 +271,47 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
         run_of = suite, method, rank, rate, seed
     if path.exists():
         result = read_result(path)
-        result["asked"] = {"allow_contaminated": False, **result["asked"]}  # the first results had no such field
+        # the first results had no such field
+        result["asked"] = {"allow_contaminated": False, **result["asked"]}
         if result["asked"] != asked:
-            differ = ", ".join(f"{k}={result['asked'].get(k)!r} (now {v!r})" for k, v in asked.items()
-                               if result["asked"].get(k) != v)  # fmt: skip
+            differ = ", ".join(
+                f"{k}={result['asked'].get(k)!r} (now {v!r})"
+                for k, v in asked.items()
+                if result["asked"].get(k) != v
+            )
             raise UserError(f"{path} was asked for {differ}; name another --out")
-        if method and (differ := differences(result["config"], configuration(*run_of, args).to_dict())):
+        if method and (
+            differ := differences(result["config"], configuration(*run_of, args).to_dict())
+        ):
             raise UserError(f"{path} was run with {differ}; name another --out")
-        found = {f"{name}/test": task["data_hash"] for name, task in result["evaluation"]["tasks"].items()}
+        found = {
+            f"{name}/test": task["data_hash"]
+            for name, task in result["evaluation"]["tasks"].items()
+        }
         check_data(found | result.get("data", {}).get("sha256", {}), args.data_dir, path)
         print(f"{path} is there and is not run again; another --out runs it anew", file=sys.stderr)
         return result
     start, adapter, scored = time.perf_counter(), None, None
-    result = {"schema_version": SCHEMA_VERSION, "suite": args.suite, "arm": arm, "method": method, "asked": asked}
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "suite": args.suite,
+        "arm": arm,
+        "method": method,
+        "asked": asked,
+    }
     if method:
         workdir = args.workdir / args.suite / f"{arm}-seed{seed}"
         account, scored = train(configuration(*run_of, args), workdir)
         adapter = workdir / "adapter"
         result |= {
-            "rank": rank, "learning_rate": rate, "rates_tried": {f"{r:g}": _finite(v) for r, v in tried.items()},
-            "parameters": None if method == "fft" else trained_parameters(config, AdapterConfig(method, rank)),
+            "rank": rank,
+            "learning_rate": rate,
+            "rates_tried": {f"{r:g}": _finite(v) for r, v in tried.items()},
+            "parameters": None
+            if method == "fft"
+            else trained_parameters(config, AdapterConfig(method, rank)),
             **account,
-        }  # fmt: skip
+        }
     result["evaluation"] = score(suite, adapter, scored, args)
     result |= {"minutes": (time.perf_counter() - start) / 60, "provenance": about_run(args)}
     write_json(path, result)
@@ -254,11 +321,18 @@ def one(suite: Suite, arm: str, seed: int, args: argparse.Namespace) -> dict[str
 
 def check_comparable(args: argparse.Namespace) -> None:
     """Raises UserError if OUT/SUITE holds results that cannot stand in one table with what is asked for."""
-    asked = {"model": args.model, "rank": args.rank, "steps": args.steps or SUITES[args.suite].steps,
-             "limit": args.limit, "validation_size": args.validation_size,
-             "allow_contaminated": args.allow_contaminated}  # fmt: skip
+    asked = {
+        "model": args.model,
+        "rank": args.rank,
+        "steps": args.steps or SUITES[args.suite].steps,
+        "limit": args.limit,
+        "validation_size": args.validation_size,
+        "allow_contaminated": args.allow_contaminated,
+    }
     for path in sorted((args.out / args.suite).glob("*.json")):
-        if differ := differences({"allow_contaminated": False, **read_result(path)["asked"]}, asked):
+        if differ := differences(
+            {"allow_contaminated": False, **read_result(path)["asked"]}, asked
+        ):
             raise UserError(f"{path}, of the same table, has {differ}; name another --out")
 
 
@@ -277,9 +351,17 @@ def rows(by_arm: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             for name in metrics(found[0]):
                 values = [scores[name] for scores in found]
                 over_items = found[0].get("stderr" if name == "accuracy" else f"{name}_stderr")
-                table.append({"method": arm, "task": task, "metric": name, "mean": float(np.mean(values)),
-                              **spread(values, over_items), "seeds": len(values),
-                              "minutes": float(np.mean([one_run["minutes"] for one_run in own]))})  # fmt: skip
+                table.append(
+                    {
+                        "method": arm,
+                        "task": task,
+                        "metric": name,
+                        "mean": float(np.mean(values)),
+                        **spread(values, over_items),
+                        "seeds": len(values),
+                        "minutes": float(np.mean([one_run["minutes"] for one_run in own])),
+                    }
+                )
     return table
 
 
@@ -288,23 +370,45 @@ def pairs(by_arm: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     rougeL of texts, and the reference loss), with the 95 % interval of a paired bootstrap over items."""
     table = []
     for task, scores in next(iter(by_arm.values()))[0]["evaluation"]["tasks"].items():
-        shown = {"accuracy" if "accuracy" in scores else "rougeL": "items", "reference_loss": "reference_losses"}
+        shown = {
+            "accuracy" if "accuracy" in scores else "rougeL": "items",
+            "reference_loss": "reference_losses",
+        }
         for metric, column in shown.items():
-            of = {arm: [run["evaluation"]["tasks"][task] for run in own] for arm, own in by_arm.items()}
+            of = {
+                arm: [run["evaluation"]["tasks"][task] for run in own]
+                for arm, own in by_arm.items()
+            }
             of = {arm: own for arm, own in of.items() if all(column in one_run for one_run in own)}
-            items = {arm: np.mean([one_run[column] for one_run in own], axis=0) for arm, own in of.items()}
+            items = {
+                arm: np.mean([one_run[column] for one_run in own], axis=0)
+                for arm, own in of.items()
+            }
             for beside, arm in itertools.permutations(of, 2):
-                sizes = np.array(of[arm][0]["reference_tokens"]) if metric == "reference_loss" else None
+                sizes = (
+                    np.array(of[arm][0]["reference_tokens"]) if metric == "reference_loss" else None
+                )
                 found = paired_bootstrap(items[arm], items[beside], sizes)
-                table.append({"method": arm, "beside": beside, "task": task, "metric": metric,
-                              **dict(zip(("difference", "low", "high"), found, strict=True))})  # fmt: skip
+                table.append(
+                    {
+                        "method": arm,
+                        "beside": beside,
+                        "task": task,
+                        "metric": metric,
+                        **dict(zip(("difference", "low", "high"), found, strict=True)),
+                    }
+                )
     return table
 
 
 def write_tables(args: argparse.Namespace) -> str:
     """OUT/SUITE.md and .csv from every run's JSON that is there; the Markdown."""
     runs = [read_json(path) for path in sorted((args.out / args.suite).glob("*.json"))]
-    by_arm = {arm: [r for r in runs if r["arm"] == arm] for arm in ARMS if any(r["arm"] == arm for r in runs)}
+    by_arm = {
+        arm: [r for r in runs if r["arm"] == arm]
+        for arm in ARMS
+        if any(r["arm"] == arm for r in runs)
+    }
     table, differ = rows(by_arm), pairs(by_arm)
     write_csv(args.out / f"{args.suite}.csv", table)
     write_csv(args.out / f"{args.suite}_pairs.csv", differ)
@@ -312,27 +416,50 @@ def write_tables(args: argparse.Namespace) -> str:
     cell = {(row["method"], row["task"], row["metric"]): row for row in table}
     limit, units = runs[0]["asked"]["limit"], {row["stderr_over"] for row in table}
     over = " or, of one seed, ".join(f"over {unit}" for unit in ("seeds", "items") if unit in units)
-    lines = [header(f"Suite {args.suite}", about_runs(runs, args)),
-             f"{runs[0]['asked']['model']}, float32, {runs[0]['asked']['steps']} steps; first {limit} test items a "
-             f"task, protocol {runs[0]['evaluation']['protocol']}; means over seeds (± standard error {over}; the "
-             "reference loss has none over items); minutes of training and scoring in the call that ended a run.\n",
-             "| method | rank | parameters | rate | seeds | minutes | validation loss | "
-             + " | ".join(f"{task} {name}" for task, name in columns) + " |",
-             "|---" * (7 + len(columns)) + "|"]  # fmt: skip
+    lines = [
+        header(f"Suite {args.suite}", about_runs(runs, args)),
+        f"{runs[0]['asked']['model']}, float32, {runs[0]['asked']['steps']} steps; first {limit} test items a "
+        f"task, protocol {runs[0]['evaluation']['protocol']}; means over seeds (± standard error {over}; the "
+        "reference loss has none over items); minutes of training and scoring in the call that ended a run.\n",
+        "| method | rank | parameters | rate | seeds | minutes | validation loss | "
+        + " | ".join(f"{task} {name}" for task, name in columns)
+        + " |",
+        "|---" * (7 + len(columns)) + "|",
+    ]
     for arm, own in by_arm.items():
         first = own[0]
-        best = [min(v for k, v in r["validation_losses"].items() if k != "0") for r in own if "step" in r]
-        count = f"{first['parameters']:,}" if first.get("parameters") else "all" if arm == "fft" else ""
-        cells = [arm, str(first["rank"]) if first.get("parameters") else "", count,
-                 f"{first['learning_rate']:g}" if "rank" in first else "", str(len(own)),
-                 f"{cell[(arm, *columns[0])]['minutes']:.1f}", f"{np.mean(best):.3f}" if best else ""]  # fmt: skip
-        cells += [with_error(cell[(arm, *column)]["mean"], cell[(arm, *column)]["stderr"]) for column in columns]
+        best = [
+            min(v for k, v in r["validation_losses"].items() if k != "0")
+            for r in own
+            if "step" in r
+        ]
+        count = (
+            f"{first['parameters']:,}" if first.get("parameters") else "all" if arm == "fft" else ""
+        )
+        cells = [
+            arm,
+            str(first["rank"]) if first.get("parameters") else "",
+            count,
+            f"{first['learning_rate']:g}" if "rank" in first else "",
+            str(len(own)),
+            f"{cell[(arm, *columns[0])]['minutes']:.1f}",
+            f"{np.mean(best):.3f}" if best else "",
+        ]
+        cells += [
+            with_error(cell[(arm, *column)]["mean"], cell[(arm, *column)]["stderr"])
+            for column in columns
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     accounts = [one_run["data"]["share_of_test_in_train"] for one_run in runs if "data" in one_run]
-    overlaps = {task: share for found in accounts for task, share in found.items() if share > CONTAMINATED}
+    overlaps = {
+        task: share for found in accounts for task, share in found.items() if share > CONTAMINATED
+    }
     if overlaps:
         shares = ", ".join(f"{100 * share:.0f} % of {task}" for task, share in overlaps.items())
-        lines += ["", f"Contaminated: the training data held {shares} (word for word; those records were dropped)."]
+        lines += [
+            "",
+            f"Contaminated: the training data held {shares} (word for word; those records were dropped).",
+        ]
     beside = [row for row in differ if row["beside"] == "lora"]
     lines += ["", *_beside_lora(beside)]
     text = "\n".join(lines) + "\n"
@@ -353,15 +480,29 @@ def plot(by_arm: dict[str, list[dict[str, Any]]], beside: list[dict[str, Any]], 
             if "step" in one_run:
                 losses = {int(step): loss for step, loss in one_run["validation_losses"].items()}
                 label = None if number else arm
-                left.plot(list(losses), list(losses.values()), marker="o", ms=3, color=colors[arm], label=label)
+                left.plot(
+                    list(losses),
+                    list(losses.values()),
+                    marker="o",
+                    ms=3,
+                    color=colors[arm],
+                    label=label,
+                )
     left.set(xlabel="step", ylabel="validation loss, nats a token")
     tasks = list(next(iter(by_arm.values()))[0]["evaluation"]["tasks"])
     others = list(dict.fromkeys(row["method"] for row in beside))
     for row in (row for row in beside if row["metric"] != "reference_loss"):
         arm, line, middle = row["method"], tasks.index(row["task"]), row["difference"]
         height = line + 0.8 * ((others.index(arm) + 0.5) / len(others) - 0.5)
-        right.errorbar(middle, height, xerr=[[middle - row["low"]], [row["high"] - middle]], fmt="o", ms=3,
-                       color=colors[arm], label=None if line else arm)  # fmt: skip
+        right.errorbar(
+            middle,
+            height,
+            xerr=[[middle - row["low"]], [row["high"] - middle]],
+            fmt="o",
+            ms=3,
+            color=colors[arm],
+            label=None if line else arm,
+        )
     right.set_yticks(range(len(tasks)), tasks)
     right.invert_yaxis()
     right.axvline(0, color="0.5", lw=0.8)
@@ -378,14 +519,25 @@ def _beside_lora(beside: list[dict[str, Any]]) -> list[str]:
     columns = list(dict.fromkeys((row["task"], row["metric"]) for row in beside))
     if not columns:
         return []
-    lines = ["Paired bootstrap over test items (means over seeds): difference to lora [95 % interval]; it says nothing "
-             "of the spread over seeds.", "",
-             "| method | " + " | ".join(f"{task} {name}" for task, name in columns) + " |",
-             "|---" * (1 + len(columns)) + "|"]  # fmt: skip
-    cell = {(row["method"], row["task"], row["metric"]): f"{row['difference']:+.3f} [{row['low']:+.3f}, "
-            f"{row['high']:+.3f}]" for row in beside}  # fmt: skip
+    lines = [
+        "Paired bootstrap over test items (means over seeds): difference to lora [95 % interval]; it says nothing "
+        "of the spread over seeds.",
+        "",
+        "| method | " + " | ".join(f"{task} {name}" for task, name in columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    cell = {
+        (
+            row["method"],
+            row["task"],
+            row["metric"],
+        ): f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+        for row in beside
+    }
     for arm in dict.fromkeys(row["method"] for row in beside):
-        lines.append(f"| {' | '.join([arm, *(cell.get((arm, *column), '') for column in columns)])} |")
+        lines.append(
+            f"| {' | '.join([arm, *(cell.get((arm, *column), '') for column in columns)])} |"
+        )
     return lines
 
 
@@ -400,7 +552,9 @@ def read_seeds(value: str) -> list[int]:
     """`"0,1"` as numbers. Raises UserError."""
     seeds = [int(seed) if seed.isdecimal() else -1 for seed in names(value)]
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {value!r} must be integers, 0 or more, each once, with commas between")
+        raise UserError(
+            f"--seeds {value!r} must be integers, 0 or more, each once, with commas between"
+        )
     return seeds
 
 
@@ -414,24 +568,38 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(prog="python -m experiments.accuracy", description=__doc__.split("\n")[0])
+    parser = CommandParser(
+        prog="python -m experiments.accuracy", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--suite", required=True, help=", ".join(SUITES))
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument(
-        "--workdir", type=Path, help="default runs/accuracy, for another OUT runs/accuracy/FULL/PATH/OF/OUT"
+        "--workdir",
+        type=Path,
+        help="default runs/accuracy, for another OUT runs/accuracy/FULL/PATH/OF/OUT",
     )
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes")
+    parser.add_argument(
+        "--model", default="smollm2-135m-instruct", help="what load_pretrained takes"
+    )
     parser.add_argument("--preset", help="whose settings a run starts from; default SmolLM2-135M's")
-    parser.add_argument("--methods", default=",".join(ARMS), help="comma-separated, run in this order")
+    parser.add_argument(
+        "--methods", default=",".join(ARMS), help="comma-separated, run in this order"
+    )
     parser.add_argument("--seeds", default="0", help="comma-separated")
-    parser.add_argument("--rank", type=int, default=32, help="ffba's: all have about its number of parameters")
+    parser.add_argument(
+        "--rank", type=int, default=32, help="ffba's: all have about its number of parameters"
+    )
     parser.add_argument("--steps", type=int, help="default the suite's")
-    parser.add_argument("--rate_steps", type=int, default=0, help="steps of each trial of a rate; 0: none is tried")
+    parser.add_argument(
+        "--rate_steps", type=int, default=0, help="steps of each trial of a rate; 0: none is tried"
+    )
     parser.add_argument("--validation_size", type=int, default=60)
     parser.add_argument("--limit", type=int, default=200, help="test items a task")
     parser.add_argument(
-        "--allow_contaminated", action="store_true", help="train on data that holds over 1 %% of a test, and record it"
+        "--allow_contaminated",
+        action="store_true",
+        help="train on data that holds over 1 %% of a test, and record it",
     )
     args = parser.parse_args(argv[1:])
     args.workdir = args.workdir or workdir_of(args.out, OUT)
@@ -457,8 +625,12 @@ def main(argv: list[str]) -> None:
             if method == "base" and seed != seeds[0]:
                 continue
             result = one(suite, method, seed, args)
-            found = {task: metrics(scores) for task, scores in result["evaluation"]["tasks"].items()}
-            print(f"{method}, seed {seed}, {result['minutes']:.1f} minutes: {found}", file=sys.stderr)
+            found = {
+                task: metrics(scores) for task, scores in result["evaluation"]["tasks"].items()
+            }
+            print(
+                f"{method}, seed {seed}, {result['minutes']:.1f} minutes: {found}", file=sys.stderr
+            )
             write_tables(args)
     print(write_tables(args))
 

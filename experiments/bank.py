@@ -24,7 +24,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from experiments.report import add_model_flags, header, load_model, provenance, write_result
 from flora_jax.adapters import AdapterConfig, apart, fuse
 from flora_jax.analysis.comparison import device_layout, on_disk
-from flora_jax.analysis.timing import Programs, Setting, compile_programs, interleave, paired_ratio, summary
+from flora_jax.analysis.timing import (
+    Programs,
+    Setting,
+    compile_programs,
+    interleave,
+    paired_ratio,
+    summary,
+)
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
 from flora_jax.errors import CommandParser, UserError, run_command
 from flora_jax.inference.generator import bucket
@@ -42,8 +49,12 @@ def stack_lora(
     shared, riders, transposed = {}, [], device_layout()["transposed"]
     for adapter in adapters:
         leaves = flatten_dict(apart(base, adapter, config, adapter_config, transposed=transposed))
-        riders.append({path: leaf for path, leaf in leaves.items() if path[-1].endswith(("_A", "_B"))})
-        shared = shared or {path: jnp.asarray(leaf) for path, leaf in leaves.items() if path not in riders[0]}
+        riders.append(
+            {path: leaf for path, leaf in leaves.items() if path[-1].endswith(("_A", "_B"))}
+        )
+        shared = shared or {
+            path: jnp.asarray(leaf) for path, leaf in leaves.items() if path not in riders[0]
+        }
     return shared, {path: jnp.stack([one[path] for one in riders]) for path in riders[0]}
 
 
@@ -55,12 +66,20 @@ def decode_gathered(
     every token. Written for one row and mapped: the base's products still see all rows at once."""
 
     B = len(token)
-    by_row = lambda leaves: tuple(leaf.reshape(B, -1, *leaf.shape[1:]) for leaf in leaves)  # noqa: E731
-    together = lambda leaves: tuple(leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves)  # noqa: E731
 
-    def row(own: Tree, token: Array, k: Any, v: Any, valid: Array, index: Array) -> tuple[Array, Any, Any, Array]:
+    def by_row(leaves):
+        return tuple(leaf.reshape(B, -1, *leaf.shape[1:]) for leaf in leaves)
+
+    def together(leaves):
+        return tuple(leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves)
+
+    def row(
+        own: Tree, token: Array, k: Any, v: Any, valid: Array, index: Array
+    ) -> tuple[Array, Any, Any, Array]:
         variables = {"params": unflatten_dict({**shared, **own})}
-        logits, one = model.apply(variables, token[None, None], cache=KVCache(k, v, valid[None], index))
+        logits, one = model.apply(
+            variables, token[None, None], cache=KVCache(k, v, valid[None], index)
+        )
         return jnp.argmax(logits[0, 0]).astype(jnp.int32), one.k, one.v, one.valid[0]
 
     rows = jax.vmap(row, (0, 0, 0, 0, 0, None))
@@ -68,16 +87,24 @@ def decode_gathered(
     def body(_: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
         token, cache = carry
         own = jax.tree.map(lambda leaf: leaf[ids], riders)
-        token, k, v, valid = rows(own, token, by_row(cache.k), by_row(cache.v), cache.valid, cache.index)
+        token, k, v, valid = rows(
+            own, token, by_row(cache.k), by_row(cache.v), cache.valid, cache.index
+        )
         return token, KVCache(together(k), together(v), valid, cache.index + 1)
 
     return jax.lax.fori_loop(0, steps, body, (token, cache))
 
 
 def run_gathered(
-    programs: Programs, served: Tree, prompts: Array, model: Llama, shared: Tree, riders: Tree, ids: Array,
+    programs: Programs,
+    served: Tree,
+    prompts: Array,
+    model: Llama,
+    shared: Tree,
+    riders: Tree,
+    ids: Array,
     new_tokens: int,
-) -> float:  # fmt: skip
+) -> float:
     """TPOT of `decode_gathered`; the prompt is read by `programs` with the tree `served`, outside the clock."""
     B, length = prompts.shape
     tokens = jnp.zeros((B, bucket(length)), jnp.int32).at[:, :length].set(prompts)
@@ -85,19 +112,32 @@ def run_gathered(
     token, cache = jnp.argmax(logits, -1).astype(jnp.int32), programs.grow(cache)
     jax.block_until_ready((token, cache))
     start = time.perf_counter()
-    jax.block_until_ready(decode_gathered(model, shared, riders, ids, token, cache, jnp.int32(new_tokens - 1)))
+    jax.block_until_ready(
+        decode_gathered(model, shared, riders, ids, token, cache, jnp.int32(new_tokens - 1))
+    )
     return (time.perf_counter() - start) / (new_tokens - 1)
 
 
 def measure(
-    base: Tree, config: LlamaConfig, setting: Setting, adapter_config: AdapterConfig, lora: AdapterConfig, places: int,
+    base: Tree,
+    config: LlamaConfig,
+    setting: Setting,
+    adapter_config: AdapterConfig,
+    lora: AdapterConfig,
+    places: int,
     rounds: int,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Times of a bank of `places` adapters and of what it stands beside."""
     B, layout = setting.batch_size, device_layout()
-    draw = lambda own: [random_adapter(jax.random.key(i), config, own) for i in range(places)]  # noqa: E731
+
+    def draw(own):
+        return [random_adapter(jax.random.key(i), config, own) for i in range(places)]
+
     adapters, ids = draw(adapter_config), jnp.arange(B) % places
-    on_device = lambda tree: jax.tree.map(jnp.asarray, tree)  # noqa: E731
+
+    def on_device(tree):
+        return jax.tree.map(jnp.asarray, tree)
+
     one = on_device(fuse(base, adapters[0], config, adapter_config, **layout))
     bank = one if places == 1 else on_device(fuse(base, adapters, config, adapter_config, **layout))
     shared, riders = stack_lora(base, draw(lora), config, lora)
@@ -108,11 +148,15 @@ def measure(
     model, prompts = Llama(config, adapter_config), setting.prompts(config)
     single, few_rows = (compile_programs(model, one, s) for s in (setting, few))
     many = compile_programs(model, bank, setting, select)
-    gathered = functools.partial(run_gathered, single, one, prompts, Llama(config, lora), shared, riders, ids)
+    gathered = functools.partial(
+        run_gathered, single, one, prompts, Llama(config, lora), shared, riders, ids
+    )
     contestants = {
         "one adapter": lambda: single.run(one, prompts)[1],
         "bank": lambda: many.run(bank, prompts, select=select)[1],
-        "separate batches": lambda: sum(few_rows.run(one, prompts[: few.batch_size])[1] for _ in range(batches)),
+        "separate batches": lambda: sum(
+            few_rows.run(one, prompts[: few.batch_size])[1] for _ in range(batches)
+        ),
         "gathered lora": lambda: gathered(setting.new_tokens),
     }
     for run in contestants.values():
@@ -122,7 +166,9 @@ def measure(
     for name in contestants:
         out[name] = summary([t[name] for t in times]) | {"rounds": [t[name] for t in times]}
         if name != "bank":
-            out[f"bank over {name}"] = paired_ratio([t["bank"] for t in times], [t[name] for t in times])
+            out[f"bank over {name}"] = paired_ratio(
+                [t["bank"] for t in times], [t[name] for t in times]
+            )
     return out
 
 
@@ -137,15 +183,23 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=8)
     args = parser.parse_args(argv[1:])
     places = [int(n) if n.isdecimal() else 0 for n in args.adapters.split(",")]
-    if min(places) < 1 or args.batch_size < 1 or any(args.batch_size % min(n, args.batch_size) for n in places):
-        raise UserError(f"--adapters {args.adapters}: give positive numbers, comma-separated, that divide --batch_size "
-                        f"{args.batch_size} or are larger")  # fmt: skip
+    if (
+        min(places) < 1
+        or args.batch_size < 1
+        or any(args.batch_size % min(n, args.batch_size) for n in places)
+    ):
+        raise UserError(
+            f"--adapters {args.adapters}: give positive numbers, comma-separated, that divide --batch_size "
+            f"{args.batch_size} or are larger"
+        )
     if args.new_tokens < 2 or args.rounds < 1 or args.prompt_length < 1:
         raise UserError("--new_tokens must be at least 2, --rounds and --prompt_length at least 1")
     config, base = load_model(args)
     if args.prompt_length + args.new_tokens > config.max_position_embeddings:
-        raise UserError(f"--prompt_length {args.prompt_length} with --new_tokens {args.new_tokens} are more than the "
-                        f"model's max_position_embeddings={config.max_position_embeddings}")  # fmt: skip
+        raise UserError(
+            f"--prompt_length {args.prompt_length} with --new_tokens {args.new_tokens} are more than the "
+            f"model's max_position_embeddings={config.max_position_embeddings}"
+        )
     adapter_config = AdapterConfig(args.method, args.rank)
     adapter_config.check(config.widths)
     parameters = trained_parameters(config, adapter_config)
@@ -158,19 +212,24 @@ def main(argv: list[str]) -> None:
             print(f"{n} adapters done", file=sys.stderr)
 
     about = provenance()
-    lines = [header("A bank of adapters", about),
-             f"{args.preset or args.model}, {args.dtype}, prompt {args.prompt_length}, batch {args.batch_size}, "
-             f"{args.rounds} interleaved rounds; {args.method} at rank {args.rank} ({parameters:,} parameters an "
-             f"adapter), lora at rank {lora.rank} ({trained_parameters(config, lora):,}). Times: TPOT in ms, a "
-             "token for every row; ratios: the bank over each, in the same round; medians [quartiles].\n",
-             "| adapters | bank | one adapter | ratio | separate batches | ratio | LoRA gathered by row | ratio |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        header("A bank of adapters", about),
+        f"{args.preset or args.model}, {args.dtype}, prompt {args.prompt_length}, batch {args.batch_size}, "
+        f"{args.rounds} interleaved rounds; {args.method} at rank {args.rank} ({parameters:,} parameters an "
+        f"adapter), lora at rank {lora.rank} ({trained_parameters(config, lora):,}). Times: TPOT in ms, a "
+        "token for every row; ratios: the bank over each, in the same round; medians [quartiles].\n",
+        "| adapters | bank | one adapter | ratio | separate batches | ratio | LoRA gathered by row | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for one in results:
         cells = [str(one["adapters"]), f"{1e3 * one['bank']['median']:.2f}"]
         for name in ("one adapter", "separate batches", "gathered lora"):
             ratio = one[f"bank over {name}"]
             low, high = ratio["quartiles"]
-            cells += [f"{1e3 * one[name]['median']:.2f}", f"{ratio['median']:.3f} [{low:.3f}, {high:.3f}]"]
+            cells += [
+                f"{1e3 * one[name]['median']:.2f}",
+                f"{ratio['median']:.3f} [{low:.3f}, {high:.3f}]",
+            ]
         lines.append(f"| {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     write_result(args, about, text, parameters=parameters, lora_rank=lora.rank, results=results)

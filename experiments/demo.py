@@ -40,30 +40,57 @@ def main(argv: list[str]) -> None:
 
     def score_base(shots: int) -> dict[str, Any]:
         tasks = load_task_data(
-            [config.data.tasks], None, protocol=config.eval.protocol, prompt_style=style, limit=config.eval.limit,
-            num_fewshot=shots, generator=generator_settings(config))  # fmt: skip
+            [config.data.tasks],
+            None,
+            protocol=config.eval.protocol,
+            prompt_style=style,
+            limit=config.eval.limit,
+            num_fewshot=shots,
+            generator=generator_settings(config),
+        )
         scored = evaluate_tasks(
-            tasks, model_config, base, tokenizer, protocol=config.eval.protocol, prompt_style=style,
-            batch_size=config.eval.batch_size)  # fmt: skip
+            tasks,
+            model_config,
+            base,
+            tokenizer,
+            protocol=config.eval.protocol,
+            prompt_style=style,
+            batch_size=config.eval.batch_size,
+        )
         return scored["tasks"][config.data.tasks]
 
-    print(f"Scoring the base on {config.eval.limit} unseen problems, with no and with 4 examples …", flush=True)
+    print(
+        f"Scoring the base on {config.eval.limit} unseen problems, with no and with 4 examples …",
+        flush=True,
+    )
     before, few_shot = score_base(0), score_base(4)
     print("Fine-tuning …", flush=True)
     after = run(config, workdir)["evaluation"]["tasks"][config.data.tasks]
     adapter_config, trained = load_adapter(workdir / "adapter", model_config)
 
     print(f"\naccuracy on {after['n']} unseen problems (± one standard error)")
-    for name, result in (("base", before), ("base, 4 examples", few_shot), (f"base + {adapter_config.method}", after)):
+    for name, result in (
+        ("base", before),
+        ("base, 4 examples", few_shot),
+        (f"base + {adapter_config.method}", after),
+    ):
         print(f"  {name:20} {100 * result['accuracy']:5.1f} % ± {100 * result['stderr']:.1f}")
     generator = Generator(
-        model_config, base, {"adapter": trained["adapter"]}, adapter_config, tokenizer, max_length=128, batch_size=1
+        model_config,
+        base,
+        {"adapter": trained["adapter"]},
+        adapter_config,
+        tokenizer,
+        max_length=128,
+        batch_size=1,
     )
     print(f"\n{after['prompt']}")
     for name, adapter in (("base", None), ("base + adapter", "adapter")):
         generator.use(adapter)
         print(f"  {name:16} {generator.generate([after['prompt']], 32)[0].text.strip()!r}")
-    print(f"\nthe adapter is in {workdir / 'adapter'}; {(time.perf_counter() - start) / 60:.1f} minutes in all")
+    print(
+        f"\nthe adapter is in {workdir / 'adapter'}; {(time.perf_counter() - start) / 60:.1f} minutes in all"
+    )
 
 
 if __name__ == "__main__":

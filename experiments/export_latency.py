@@ -33,9 +33,13 @@ from flora_jax.models.tokenizer import load_tokenizer
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(prog="python -m experiments.export_latency", description=__doc__.split("\n")[0])
+    parser = CommandParser(
+        prog="python -m experiments.export_latency", description=__doc__.split("\n")[0]
+    )
     add_model_flags(parser)
-    parser.add_argument("--methods", default="ffba,ffba_qg_add,fpa,zflora", help="comma-separated, exported")
+    parser.add_argument(
+        "--methods", default="ffba,ffba_qg_add,fpa,zflora", help="comma-separated, exported"
+    )
     parser.add_argument("--batch_sizes", default="1,8", help="comma-separated")
     parser.add_argument("--prompt_length", type=int, default=128)
     parser.add_argument("--new_tokens", type=int, default=33)
@@ -49,15 +53,30 @@ def main(argv: list[str]) -> None:
 
     config, base = load_model(args)
     parameters = trained_parameters(config, AdapterConfig(args.method, args.rank))
-    variants = {name: AdapterConfig(name, rank_for(name, config, parameters)) for name in names(args.methods)}
+    variants = {
+        name: AdapterConfig(name, rank_for(name, config, parameters))
+        for name in names(args.methods)
+    }
     tokenizer = load_tokenizer("random" if args.model == "random" else args.model)
     peer = Peer(config, base, rank_for("lora", config, parameters))
     models: dict[str, Any] = {"bare": torch_llama(config, base), "peft lora": peer.model}
-    counts = {"bare": ("–", 0), "peft lora": (rank_for("lora", config, parameters), peer.parameters)}
+    counts = {
+        "bare": ("–", 0),
+        "peft lora": (rank_for("lora", config, parameters), peer.parameters),
+    }
     with tempfile.TemporaryDirectory() as folder:
         for method, adapter_config in variants.items():
             adapter = random_adapter(jax.random.key(1), config, adapter_config)
-            trained = Trained(config, base, adapter_config, adapter, {}, tokenizer, args.model, base_fingerprint(base))
+            trained = Trained(
+                config,
+                base,
+                adapter_config,
+                adapter,
+                {},
+                tokenizer,
+                args.model,
+                base_fingerprint(base),
+            )
             out = Path(folder) / method
             export(trained, out, "transformers", dtype=args.dtype)
             load = transformers.AutoModelForCausalLM.from_pretrained
@@ -76,27 +95,40 @@ def main(argv: list[str]) -> None:
         for one in contestants.values():
             one()
         rounds = interleave(contestants, args.rounds)
-        times = list(tqdm(rounds, f"batch {batch}", args.rounds, unit="round", disable=not sys.stderr.isatty()))
+        times = list(
+            tqdm(
+                rounds, f"batch {batch}", args.rounds, unit="round", disable=not sys.stderr.isatty()
+            )
+        )
         cell: dict[str, Any] = {"batch_size": batch}
         for name in contestants:
             own = [t[name] for t in times]
             cell[name] = {
-                **summary(own), "rounds": own, "over bare": paired_ratio(own, [t["bare"] for t in times]),
-                "over peft": paired_ratio(own, [t["peft lora"] for t in times])}  # fmt: skip
+                **summary(own),
+                "rounds": own,
+                "over bare": paired_ratio(own, [t["bare"] for t in times]),
+                "over peft": paired_ratio(own, [t["peft lora"] for t in times]),
+            }
         results.append(cell)
 
     about = provenance(*PACKAGES)
-    lines = [header("Exports in PyTorch", about),
-             f"{args.preset or args.model}, {args.dtype}, prompt {args.prompt_length}, {args.new_tokens} new tokens, "
-             f"eager transformers, {args.rounds} interleaved rounds; medians [quartiles] of TPOT and its ratios.\n",
-             "| | rank | parameters | " + " | ".join(f"batch {b}: ms | over bare | over PEFT" for b in batches) + " |",
-             "|---" * (3 + 3 * len(batches)) + "|"]  # fmt: skip
+    lines = [
+        header("Exports in PyTorch", about),
+        f"{args.preset or args.model}, {args.dtype}, prompt {args.prompt_length}, {args.new_tokens} new tokens, "
+        f"eager transformers, {args.rounds} interleaved rounds; medians [quartiles] of TPOT and its ratios.\n",
+        "| | rank | parameters | "
+        + " | ".join(f"batch {b}: ms | over bare | over PEFT" for b in batches)
+        + " |",
+        "|---" * (3 + 3 * len(batches)) + "|",
+    ]
     for name, (rank, count) in counts.items():
         cells = [name, str(rank), f"{count:,}"]
         for cell in results:
             cells.append(f"{1e3 * cell[name]['median']:.1f}")
             for ratio in (cell[name]["over bare"], cell[name]["over peft"]):
-                cells.append(f"{ratio['median']:.3f} [{ratio['quartiles'][0]:.3f}, {ratio['quartiles'][1]:.3f}]")
+                cells.append(
+                    f"{ratio['median']:.3f} [{ratio['quartiles'][0]:.3f}, {ratio['quartiles'][1]:.3f}]"
+                )
         lines.append(f"| {' | '.join(cells)} |")
     write_result(args, about, "\n".join(lines) + "\n", parameters=counts, results=results)
 

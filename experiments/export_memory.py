@@ -59,27 +59,39 @@ def measure(workdir: str, form: str, out: str) -> dict[str, float]:
 
 def _train(preset: str, method: str, dtype: str, workdir: Path) -> None:
     fields = {
-        "model.preset": preset, "model.weights": "random", "model.param_dtype": dtype, "adapter.method": method,
-        "adapter.rank": 32, "train.steps": 1, "train.batch_size": 1, "train.eval_every": 0,
+        "model.preset": preset,
+        "model.weights": "random",
+        "model.param_dtype": dtype,
+        "adapter.method": method,
+        "adapter.rank": 32,
+        "train.steps": 1,
+        "train.batch_size": 1,
+        "train.eval_every": 0,
         "optim.learning_rate": 1e-2,
-    }  # fmt: skip
+    }
     flags = ["--config", "configs/tiny.py", "--workdir", str(workdir)]
     flags += [f"--config.{field}={value}" for field, value in fields.items()]
-    subprocess.run([sys.executable, "-m", "flora_jax.train", *flags], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "flora_jax.train", *flags], check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(prog="python -m experiments.export_memory", description=__doc__.split("\n")[0])
+    parser = CommandParser(
+        prog="python -m experiments.export_memory", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--preset", default="llama3.2-1b")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # workdir, format, directory: in this process
+    # workdir, format, directory: in this process
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv[1:])
     if args.measure:
         print(json.dumps(measure(*args.measure)))
         return
-    from experiments.report import beside, header, provenance, write_result  # not where memory is measured
+    # not where memory is measured
+    from experiments.report import beside, header, provenance, write_result
 
     config = LlamaConfig.preset(args.preset)
     if args.out:
@@ -90,7 +102,14 @@ def main(argv: list[str]) -> None:
             _train(args.preset, method, args.dtype, Path(folder) / method)
             print(f"{method} trained", file=sys.stderr)
         for method, form in CASES:
-            command = [sys.executable, "-m", "experiments.export_memory", "--measure", f"{folder}/{method}", form]
+            command = [
+                sys.executable,
+                "-m",
+                "experiments.export_memory",
+                "--measure",
+                f"{folder}/{method}",
+                form,
+            ]
             command.append(f"{folder}/{method}-{form}")
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
@@ -102,15 +121,26 @@ def main(argv: list[str]) -> None:
     sizes = [width * math.prod(shape) for shape in hf_shapes(config).values()]
     about: dict[str, Any] = provenance("safetensors")
     base, largest = sum(sizes), max(sizes)
-    lines = [header("Memory and time of an export", about),
-             f"{args.preset}, random weights, {args.dtype}: the base is {base / 1e9:.2f} GB, its largest tensor "
-             f"{largest / 1e9:.2f} GB. Growth of anonymous memory from before the base is made to the peak.\n",
-             "| method | format | growth GB | of base + largest tensor | seconds |",
-             "|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        header("Memory and time of an export", about),
+        f"{args.preset}, random weights, {args.dtype}: the base is {base / 1e9:.2f} GB, its largest tensor "
+        f"{largest / 1e9:.2f} GB. Growth of anonymous memory from before the base is made to the peak.\n",
+        "| method | format | growth GB | of base + largest tensor | seconds |",
+        "|---|---|---|---|---|",
+    ]
     for one in results:
-        lines.append(f"| {one['method']} | {one['format']} | {one['growth'] / 1e9:.2f} | "
-                     f"{one['growth'] / (base + largest):.3f} | {one['seconds']:.0f} |")  # fmt: skip
-    write_result(args, about, "\n".join(lines) + "\n", base_bytes=base, largest_bytes=largest, results=results)
+        lines.append(
+            f"| {one['method']} | {one['format']} | {one['growth'] / 1e9:.2f} | "
+            f"{one['growth'] / (base + largest):.3f} | {one['seconds']:.0f} |"
+        )
+    write_result(
+        args,
+        about,
+        "\n".join(lines) + "\n",
+        base_bytes=base,
+        largest_bytes=largest,
+        results=results,
+    )
 
 
 if __name__ == "__main__":

@@ -161,7 +161,10 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
         contestants[who].warm_up()
         contestants[who]()  # once unseen: clocks rise
     rounds = list(interleave(contestants, args.rounds))
-    ms = lambda who, i: [1e3 * one[who][i] for one in rounds]  # noqa: E731
+
+    def ms(who, i):
+        return [1e3 * one[who][i] for one in rounds]
+
     size = built[name][2]
     return {
         "method": args.method,
@@ -205,7 +208,9 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
                 _, tpot = programs.go_on(params, state, args.new_tokens)
             found[graphs] = {"seconds": time.perf_counter() - start, "tpot_ms": 1e3 * tpot}
             if graphs:
-                found[graphs]["graph_launches"] = kernel_profile.graph_launches(Path(folder)) / steps
+                found[graphs]["graph_launches"] = (
+                    kernel_profile.graph_launches(Path(folder)) / steps
+                )
             else:
                 events = kernel_profile.device_events(Path(folder))
     summary = kernel_profile.summarise(events, steps, config.num_hidden_layers)
@@ -244,7 +249,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
     # What trains is float32, as in flora_jax.train.
     base = init_base(jax.random.key(0), config, jnp.float32 if full else args.dtype)
-    trainable = {"params": base} if full else {"adapter": init_adapter(jax.random.key(1), config, own)}
+    trainable = (
+        {"params": base} if full else {"adapter": init_adapter(jax.random.key(1), config, own)}
+    )
     frozen = {} if full else {"params": base}
     state = TrainState(
         jnp.zeros((), jnp.int32), trainable, jax.jit(optimizer.init)(trainable), jax.random.key(2)

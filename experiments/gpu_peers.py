@@ -123,7 +123,10 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
         compiled(4)
     warm = time.perf_counter() - start
     rounds = list(interleave({"eager": eager, "compiled": compiled}, args.rounds))
-    ms = lambda who, i: [1e3 * one[who][i] for one in rounds]  # noqa: E731
+
+    def ms(who, i):
+        return [1e3 * one[who][i] for one in rounds]
+
     return {
         **_named(),
         "method": args.method,
@@ -200,11 +203,16 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             del model, run, optimizer, trained
         peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
         seconds = statistics.median(taken[3:])
-        tried.append({
-            "rows": rows, "compiled": compiled, "first_step_seconds": taken[0],
-            "step_seconds": taken[3:], "tokens_per_second": rows * args.length / seconds,
-            "peak_gb": peak,
-        })  # fmt: skip
+        tried.append(
+            {
+                "rows": rows,
+                "compiled": compiled,
+                "first_step_seconds": taken[0],
+                "step_seconds": taken[3:],
+                "tokens_per_second": rows * args.length / seconds,
+                "peak_gb": peak,
+            }
+        )
     best = max(tried, key=lambda one: one.get("tokens_per_second", 0.0))
     flops = 4 * matmul_parameters(config)
     return {

@@ -113,12 +113,26 @@ def cells(scale: Scale, results: Path) -> list[Cell]:
     rounds = ("--rounds", str(scale.rounds))
 
     def measure(
-        kind: str, preset: str, method: str, batch: int, prompt: int, limit: int, module: str = "cells"
+        kind: str,
+        preset: str,
+        method: str,
+        batch: int,
+        prompt: int,
+        limit: int,
+        module: str = "cells",
     ) -> Cell:
         where = f"{preset}-{method}" + (f"-b{batch}-p{prompt}" if kind == "latency" else "")
         what = {"cells": kind, "peers": f"torch_{kind}"}[module]
         asked = ("--batch_size", str(batch), "--prompt_length", str(prompt))
-        command = (f"experiments.gpu_{module}", kind, "--preset", preset, "--method", method, *sizes)
+        command = (
+            f"experiments.gpu_{module}",
+            kind,
+            "--preset",
+            preset,
+            "--method",
+            method,
+            *sizes,
+        )
         tokens = ("--new_tokens", str(scale.new_tokens))
         return Cell(f"{what}-{where}", (*command, *rounds, *asked, *tokens), limit)
 
@@ -144,10 +158,7 @@ def cells(scale: Scale, results: Path) -> list[Cell]:
     # Theirs stand between two of ours.
     ours = measure("latency", first, "ffba", *alone, 150)
     again = dataclasses.replace(ours, name=ours.name.replace("ffba", "ffba_again"))
-    theirs = [
-        measure("latency", first, method, *alone, 240, "peers")
-        for method in scale.torch
-    ]
+    theirs = [measure("latency", first, method, *alone, 240, "peers") for method in scale.torch]
     out += [theirs[0], again, *theirs[1:]]
     out += [train("lora"), train("ffba"), train("peft", "peers"), train("fft")]
     plan = ("experiments.gpu_cells", "plan", "--preset", first, *sizes, "--results", str(results))
@@ -159,7 +170,9 @@ def cells(scale: Scale, results: Path) -> list[Cell]:
     ]
     adapters, batch = scale.banks
     few = ("--prompt_length", str(scale.prompt_length), "--new_tokens", str(scale.new_tokens))
-    bank = plain("experiments.bank", first, *few, "--adapters", adapters, "--batch_size", str(batch))
+    bank = plain(
+        "experiments.bank", first, *few, "--adapters", adapters, "--batch_size", str(batch)
+    )
     out.append(Cell(f"bank-{first}", bank, 300))
     out.append(Cell(f"switching-{first}", plain("experiments.switching", first), 180))
     patient = [dataclasses.replace(cell, limit=round(scale.patience * cell.limit)) for cell in out]
@@ -180,7 +193,9 @@ def _end(process: subprocess.Popen) -> None:
             return
 
 
-def run_cell(cell: Cell, results: Path, logs: Path, seconds: float, environment: Mapping[str, str]) -> str:
+def run_cell(
+    cell: Cell, results: Path, logs: Path, seconds: float, environment: Mapping[str, str]
+) -> str:
     """Runs a cell for at most `seconds`: "done", or what became of it. Its JSON is there only where
     it is done, its output in the logs."""
     out, log = results / f"{cell.name}.json", logs / f"{cell.name}.log"
@@ -188,9 +203,13 @@ def run_cell(cell: Cell, results: Path, logs: Path, seconds: float, environment:
     command = [sys.executable, "-m", *cell.command, "--out", str(out)]
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=dict(environment),
-            stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -254,7 +273,9 @@ def device_kind(device: str, environment: Mapping[str, str]) -> str:
     done = subprocess.run(
         [sys.executable, "-c", ask], env=dict(environment), capture_output=True, text=True
     )
-    platform, _, kind = done.stdout.strip().splitlines()[-1].partition("|") if done.stdout else ("",) * 3
+    platform, _, kind = (
+        done.stdout.strip().splitlines()[-1].partition("|") if done.stdout else ("",) * 3
+    )
     if done.returncode or platform != device:
         found = f"JAX finds {kind or 'none'}"
         raise UserError(f"--device {device}: {found}; --device cpu rehearses the report anywhere")
@@ -274,30 +295,49 @@ def table(results: Path, said: Mapping[str, str]) -> str:
     lines = [f"# GPU report: {results.name}\n"]
     if rates:
         versions = ", ".join(f"{name} {version}" for name, version in rates["versions"].items())
-        lines.append(f"{rates['device']}; driver {rates['driver'].get('driver_version', '–')}; {versions}; "
-                     f"{rates['date']}  \ncopies {rates['copy_gb_per_s']:.0f} GB/s (read and written), "
-                     f"multiplies {rates['bf16_tflop_per_s']:.0f} TFLOP/s in bfloat16\n")  # fmt: skip
+        lines.append(
+            f"{rates['device']}; driver {rates['driver'].get('driver_version', '–')}; {versions}; "
+            f"{rates['date']}  \ncopies {rates['copy_gb_per_s']:.0f} GB/s (read and written), "
+            f"multiplies {rates['bf16_tflop_per_s']:.0f} TFLOP/s in bfloat16\n"
+        )
     timed = [one for name, one in found.items() if name.startswith("latency-")]
     places = dict.fromkeys((o["preset"], o["batch_size"], o["prompt_length"]) for o in timed)
     for preset, batch, prompt in places:
-        here = [o for o in timed if (o["preset"], o["batch_size"], o["prompt_length"]) == (preset, batch, prompt)]
+        here = [
+            o
+            for o in timed
+            if (o["preset"], o["batch_size"], o["prompt_length"]) == (preset, batch, prompt)
+        ]
         ratios = {id(o): paired_ratio(o["tpot_ms"], o["base_tpot_ms"]) for o in here}
         loras = [ratios[id(o)]["median"] for o in here if o["method"] == "lora"]
         lines.append(f"## {preset}, batch {batch}, prompt {prompt}\n")
-        lines.append("| | rank | bytes | TPOT ms | over the base | TTFT | less than LoRA | of LoRA's overhead | "
-                     "of the bandwidth |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+        lines.append(
+            "| | rank | bytes | TPOT ms | over the base | TTFT | less than LoRA | of LoRA's overhead | "
+            "of the bandwidth |\n|---|---|---|---|---|---|---|---|---|"
+        )
         for one in sorted(here, key=lambda one: ratios[id(one)]["median"]):
             ratio, tpot = ratios[id(one)], statistics.median(one["tpot_ms"])
             low, high = ratio["quartiles"]
             ttft = paired_ratio(one["ttft_ms"], one["base_ttft_ms"])["median"]
             beside = claims(ratio["median"], loras[0]) if loras and one["rank"] else {}
             share = one["read_bytes"] / tpot / 1e6 / rates["copy_gb_per_s"] if rates else None
-            lines.append("| " + " | ".join([
-                one["method"], str(one["rank"] or "–"), f"{one['bytes']:.3f}", f"{tpot:.3f}",
-                f"{ratio['median']:.3f} [{low:.3f}, {high:.3f}]", f"{ttft:.3f}",
-                _percent(beside.get("less_than_lora")), _percent(beside.get("overhead_removed")),
-                _percent(share),
-            ]) + " |")  # fmt: skip
+            lines.append(
+                "| "
+                + " | ".join(
+                    [
+                        one["method"],
+                        str(one["rank"] or "–"),
+                        f"{one['bytes']:.3f}",
+                        f"{tpot:.3f}",
+                        f"{ratio['median']:.3f} [{low:.3f}, {high:.3f}]",
+                        f"{ttft:.3f}",
+                        _percent(beside.get("less_than_lora")),
+                        _percent(beside.get("overhead_removed")),
+                        _percent(share),
+                    ]
+                )
+                + " |"
+            )
         lines.append("")
     lines += _other_lines(found)
     missing = {name: what for name, what in said.items() if what != "done"}
@@ -322,7 +362,9 @@ def _other_lines(found: Mapping[str, Any]) -> list[str]:
 
 def _of_torch(one: dict[str, Any]) -> str:
     graphs = f"{one['graph_launches_a_step']:.1f} graphs a token"
-    compiled = f"{statistics.median(one['tpot_ms']):.3f} ms a token ({one['compiled_by']}, {graphs})"
+    compiled = (
+        f"{statistics.median(one['tpot_ms']):.3f} ms a token ({one['compiled_by']}, {graphs})"
+    )
     return f"{compiled}, eager {statistics.median(one['eager_tpot_ms']):.3f}"
 
 
@@ -399,7 +441,9 @@ def unpack(file: Path, out: Path) -> None:
 def _parser() -> CommandParser:
     parser = CommandParser(prog="experiments.gpu_report", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, required=True, help="all of it ends within them")
-    parser.add_argument("--out", type=Path, required=True, help="new, empty, or of this very command")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="new, empty, or of this very command"
+    )
     parser.add_argument("--resume", type=Path, help="report.tar of an earlier start")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--preset", help="one architecture in place of the device's own")
@@ -438,8 +482,10 @@ def _open(args: Namespace, arguments: dict[str, Any]) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, "arguments": arguments, "failed": {}}
     report = read_json(args.out / RESULT)
     if report.get("arguments") != arguments:
-        raise UserError(f"--out {args.out} holds a report of {report.get('arguments')}, asked for now is "
-                        f"{arguments}; name another directory")  # fmt: skip
+        raise UserError(
+            f"--out {args.out} holds a report of {report.get('arguments')}, asked for now is "
+            f"{arguments}; name another directory"
+        )
     return report
 
 

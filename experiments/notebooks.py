@@ -40,7 +40,9 @@ def execute(path: Path) -> Any:
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(prog="python -m experiments.notebooks", description=__doc__.split("\n")[0])
+    parser = CommandParser(
+        prog="python -m experiments.notebooks", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("paths", nargs="*", type=Path, default=sorted(NOTEBOOKS.glob("*.ipynb")))
     for path in parser.parse_args(argv[1:]).paths:
         if not path.is_file():

@@ -30,7 +30,16 @@ from flora_jax.train import run
 MODEL = "smollm2-135m-instruct"
 TASKS = ("ARC-Easy", "openbookqa")
 # As near to ffba's 5.53 M parameters at rank 32 as each method's rank can be (zflora's must divide 576).
-RANKS = {"fft": 1, "lora": 18, "ffa": 32, "fpa": 80, "ffba": 32, "ffba_qg_add": 32, "ffba_qd_add": 32, "zflora": 32}
+RANKS = {
+    "fft": 1,
+    "lora": 18,
+    "ffa": 32,
+    "fpa": 80,
+    "ffba": 32,
+    "ffba_qg_add": 32,
+    "ffba_qd_add": 32,
+    "zflora": 32,
+}
 
 
 def configuration(method: str, data_dir: str, steps: int) -> Any:
@@ -59,7 +68,13 @@ def label_accuracy(adapter: Path | None, data_dir: str, limit: int) -> dict[str,
             prompt, targets = label_request(example)
             requests.append([(prompt, " " + target) for target in targets])
         scores = choice_loglik(
-            model.config, model.base, model.adapter, model.adapter_config, model.tokenizer, requests, batch_size=16
+            model.config,
+            model.base,
+            model.adapter,
+            model.adapter_config,
+            model.tokenizer,
+            requests,
+            batch_size=16,
         )
         right = [int(np.argmax(s)) == e.gold for s, e in zip(scores, examples, strict=True)]
         accuracy[name] = sum(right) / len(right)
@@ -94,7 +109,9 @@ def one(method: str, found: dict[str, Any] | None, args: argparse.Namespace) -> 
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(prog="python -m experiments.real_text", description=__doc__.split("\n")[0])
+    parser = CommandParser(
+        prog="python -m experiments.real_text", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--workdir", type=Path, default=Path("runs/real_text"))
     parser.add_argument("--methods", default=",".join(RANKS))
@@ -103,13 +120,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="OUT.json and OUT.md are written")
     args = parser.parse_args(argv[1:])
     if not names(args.methods) or args.limit < 1:
-        raise UserError(f"--methods {args.methods!r} must name some, and --limit {args.limit} must be positive")
+        raise UserError(
+            f"--methods {args.methods!r} must name some, and --limit {args.limit} must be positive"
+        )
     check_writable(beside(args.out, ".json"), "--out")
     for method in names(args.methods):
         if method not in RANKS:
             raise UserError(f"--methods: {method!r} is unknown; {near_misses(method, RANKS)}")
     path = beside(args.out, ".json")
-    found = {result["method"]: result for result in read_json(path)["results"]} if path.exists() else {}
+    found = (
+        {result["method"]: result for result in read_json(path)["results"]} if path.exists() else {}
+    )
     base = label_accuracy(None, args.data_dir, args.limit)
     for method in [*found, *names(args.methods)]:
         found[method] = one(method, found.get(method), args)
@@ -119,7 +140,9 @@ def main(argv: list[str]) -> None:
     results = [found[method] for method in RANKS if method in found]
     data = results[0]["data"]
     lines = [
-        header(f"ARC-Easy + openbookqa, label words, {args.steps} steps", about_runs(results, args)),
+        header(
+            f"ARC-Easy + openbookqa, label words, {args.steps} steps", about_runs(results, args)
+        ),
         f"{MODEL}, float32, batch of 2 packed rows of 256 tokens, one seed; {data['train']['kept']:,} training "
         f"examples, validation loss over {data['validation']['kept']} held-out ones (answer tokens alone), accuracy of "
         f"the label sentence by log-likelihood on the first {args.limit} test questions of each task.\n",
@@ -129,7 +152,11 @@ def main(argv: list[str]) -> None:
     ]
     for r in results:
         losses, settings = list(r["validation_losses"].values()), r["settings"]
-        cells = [r["method"], "" if r["method"] == "fft" else str(settings["rank"]), f"{settings['learning_rate']:g}"]
+        cells = [
+            r["method"],
+            "" if r["method"] == "fft" else str(settings["rank"]),
+            f"{settings['learning_rate']:g}",
+        ]
         cells += [f"{losses[0]:.3f}", f"{min(losses[1:]):.3f}"]
         cells += [f"{r['accuracy'][name]:.2f}" for name in TASKS]
         lines.append(f"| {' | '.join(cells)} |")

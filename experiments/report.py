@@ -30,7 +30,11 @@ def provenance(*packages: str, data_dir: str | None = None) -> dict[str, Any]:
     """Where and with what this process ran; `packages` are named beside jax and flax; the data's place is DIR."""
     module = sys.modules["__main__"].__spec__
     places = {data_dir: "DIR", f"--data_dir={data_dir}": "--data_dir=DIR"}
-    return record(module.name if module else sys.argv[0], [places.get(one, one) for one in sys.argv[1:]], packages)
+    return record(
+        module.name if module else sys.argv[0],
+        [places.get(one, one) for one in sys.argv[1:]],
+        packages,
+    )
 
 
 def about_run(args: argparse.Namespace) -> dict[str, Any]:
@@ -56,11 +60,15 @@ def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """What is asked for now and is not so in a recorded configuration, as `field=value (now value)`, empty if nothing
     is. Fields that change no number do not count; one that is younger than the record had its default then."""
     default, before, now = (
-        flatten_dict(json.loads(json.dumps(tree)), sep=".") for tree in (get_config().to_dict(), found, asked)
+        flatten_dict(json.loads(json.dumps(tree)), sep=".")
+        for tree in (get_config().to_dict(), found, asked)
     )
     before = {field: before.get(field, default.get(field, "absent")) for field in now}
-    return ", ".join(f"{field}={before[field]!r} (now {now[field]!r})" for field in now
-                     if field not in _NO_NUMBERS and before[field] != now[field])  # fmt: skip
+    return ", ".join(
+        f"{field}={before[field]!r} (now {now[field]!r})"
+        for field in now
+        if field not in _NO_NUMBERS and before[field] != now[field]
+    )
 
 
 def check_data(hashes: Mapping[str, str], data_dir: str | None, path: Path) -> None:
@@ -69,12 +77,16 @@ def check_data(hashes: Mapping[str, str], data_dir: str | None, path: Path) -> N
     for name, digest in hashes.items():
         task, slash, split = name.rpartition("/")
         if slash and data_hash(get_task(task), split, data_dir) != digest:
-            raise UserError(f"{path} is of other records of {name} than --data_dir has; name another --out")
+            raise UserError(
+                f"{path} is of other records of {name} than --data_dir has; name another --out"
+            )
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """--model, --preset, --method, --rank, --dtype and --out."""
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes, or random")
+    parser.add_argument(
+        "--model", default="smollm2-135m-instruct", help="what load_pretrained takes, or random"
+    )
     parser.add_argument("--preset", help="architecture of --model random")
     parser.add_argument("--method", default="ffba")
     parser.add_argument("--rank", type=int, default=32)
@@ -106,7 +118,12 @@ def write_result(args: argparse.Namespace, about: dict[str, Any], text: str, **f
     """OUT.json with the arguments and `fields`, and OUT.md with `text`, where --out is given; `text` to stdout."""
     print(text)
     if args.out:
-        result = {"schema_version": 1, "provenance": about, "arguments": {**vars(args), "out": str(args.out)}, **fields}
+        result = {
+            "schema_version": 1,
+            "provenance": about,
+            "arguments": {**vars(args), "out": str(args.out)},
+            **fields,
+        }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(beside(args.out, ".json"), result)
         beside(args.out, ".md").write_text(text)
@@ -126,7 +143,11 @@ def _drawn(items: int) -> np.ndarray:
     """`[resamples, items]`: how often each item is in a sample of as many, drawn with replacement."""
     drawn = np.random.default_rng(_SEED_OF_BOOTSTRAP).integers(0, items, (_RESAMPLES, items))
     places = drawn + items * np.arange(_RESAMPLES)[:, None]
-    return np.bincount(places.ravel(), minlength=_RESAMPLES * items).reshape(_RESAMPLES, items).astype(float)
+    return (
+        np.bincount(places.ravel(), minlength=_RESAMPLES * items)
+        .reshape(_RESAMPLES, items)
+        .astype(float)
+    )
 
 
 def paired_bootstrap(
@@ -160,6 +181,8 @@ def with_error(mean: float, error: float | None) -> str:
 def write_csv(path: Path, table: Sequence[dict[str, Any]]) -> None:
     """Rows of which some have more columns than others."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in table for column in row)))
+        writer = csv.DictWriter(
+            file, list(dict.fromkeys(column for row in table for column in row))
+        )
         writer.writeheader()
         writer.writerows(table)

@@ -23,7 +23,9 @@ from flora_jax.inference.generator import Generator
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(prog="python -m experiments.switching", description=__doc__.split("\n")[0])
+    parser = CommandParser(
+        prog="python -m experiments.switching", description=__doc__.split("\n")[0]
+    )
     add_model_flags(parser)
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args(argv[1:])
@@ -59,16 +61,26 @@ def main(argv: list[str]) -> None:
     share = paired_ratio(seconds["switch"], seconds["merge"])
 
     about = provenance()
-    lines = [header("Switching an adapter beside merging a LoRA", about),
-             f"{args.preset or args.model}, {args.dtype}, {args.rounds} rounds in turns; medians [quartiles].\n",
-             "| | rank | parameters | ms |", "|---|---|---|---|"]  # fmt: skip
-    for name, label, adapter_config in (("switch", f"use, {args.method}", own), ("merge", "merge, lora", lora)):
+    lines = [
+        header("Switching an adapter beside merging a LoRA", about),
+        f"{args.preset or args.model}, {args.dtype}, {args.rounds} rounds in turns; medians [quartiles].\n",
+        "| | rank | parameters | ms |",
+        "|---|---|---|---|",
+    ]
+    for name, label, adapter_config in (
+        ("switch", f"use, {args.method}", own),
+        ("merge", "merge, lora", lora),
+    ):
         value = summary(seconds[name])
         low, high = value["quartiles"]
-        lines.append(f"| {label} | {adapter_config.rank} | {trained_parameters(config, adapter_config):,} | "
-                     f"{1e3 * value['median']:.2f} [{1e3 * low:.2f}, {1e3 * high:.2f}] |")  # fmt: skip
+        lines.append(
+            f"| {label} | {adapter_config.rank} | {trained_parameters(config, adapter_config):,} | "
+            f"{1e3 * value['median']:.2f} [{1e3 * low:.2f}, {1e3 * high:.2f}] |"
+        )
     low, high = share["quartiles"]
-    lines.append(f"\nA switch takes {share['median']:.2%} [{low:.2%}, {high:.2%}] of the merge's time.")
+    lines.append(
+        f"\nA switch takes {share['median']:.2%} [{low:.2%}, {high:.2%}] of the merge's time."
+    )
     text = "\n".join(lines) + "\n"
     each = {name: summary(values) | {"rounds": values} for name, values in seconds.items()}
     write_result(args, about, text, lora_rank=lora.rank, share=share, **each)

@@ -44,7 +44,9 @@ def make_batch(rows: int, length: int, vocab: int, answers: float) -> dict[str, 
     }
 
 
-def jax_stepper(method: str, weights: tuple[Any, Any] | None = None) -> Callable[[dict[str, np.ndarray]], float]:
+def jax_stepper(
+    method: str, weights: tuple[Any, Any] | None = None
+) -> Callable[[dict[str, np.ndarray]], float]:
     """A function that does one optimizer step of ours and returns the loss."""
     import jax
     import jax.numpy as jnp
@@ -60,7 +62,9 @@ def jax_stepper(method: str, weights: tuple[Any, Any] | None = None) -> Callable
     adapter_config = AdapterConfig(method, RANKS[method])
     trainable = {"adapter": init_adapter(jax.random.key(0), config, adapter_config)}
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key(1))
+    state = TrainState(
+        jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key(1)
+    )
     model = Llama(config, adapter_config, remat=get_config("smollm2-135m", method).model.remat)
     step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
     frozen = {"params": base}
@@ -73,7 +77,9 @@ def jax_stepper(method: str, weights: tuple[Any, Any] | None = None) -> Callable
     return one
 
 
-def peft_stepper(weights: tuple[Any, Any] | None = None) -> Callable[[dict[str, np.ndarray]], float]:
+def peft_stepper(
+    weights: tuple[Any, Any] | None = None,
+) -> Callable[[dict[str, np.ndarray]], float]:
     """The same step by transformers + PEFT's LoRA on all seven projections, eager torch."""
     import peft
     import torch
@@ -90,7 +96,9 @@ def peft_stepper(weights: tuple[Any, Any] | None = None) -> Callable[[dict[str, 
     del state, base
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     rank = RANKS["lora"]
-    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=projections))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=projections)
+    )
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -99,7 +107,9 @@ def peft_stepper(weights: tuple[Any, Any] | None = None) -> Callable[[dict[str, 
         targets = np.where(batch["loss_weights"] > 0, batch["targets"], -100)
         # transformers shifts labels itself.
         labels = np.concatenate([np.full((len(targets), 1), -100), targets], axis=1)[:, :-1]
-        out = model(input_ids=torch.tensor(batch["tokens"], dtype=torch.long), labels=torch.tensor(labels))
+        out = model(
+            input_ids=torch.tensor(batch["tokens"], dtype=torch.long), labels=torch.tensor(labels)
+        )
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -140,7 +150,14 @@ def compare(rows: int, length: int, rounds: int, answers: float) -> dict[str, An
     for step in steppers.values():
         step(batch), step(batch)
     contestants = {name: functools.partial(timed, step) for name, step in steppers.items()}
-    times = list(tqdm(interleave(contestants, rounds), total=rounds, unit="round", disable=not sys.stderr.isatty()))
+    times = list(
+        tqdm(
+            interleave(contestants, rounds),
+            total=rounds,
+            unit="round",
+            disable=not sys.stderr.isatty(),
+        )
+    )
     seconds = {name: [one[name] for one in times] for name in steppers}
     result = {}
     for name, own in seconds.items():
@@ -155,28 +172,47 @@ def compare(rows: int, length: int, rounds: int, answers: float) -> dict[str, An
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(prog="python -m experiments.train_throughput", description=__doc__.split("\n")[0])
+    parser = CommandParser(
+        prog="python -m experiments.train_throughput", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--answers", type=float, default=0.1, help="share of counted targets in the second comparison")
+    parser.add_argument(
+        "--answers",
+        type=float,
+        default=0.1,
+        help="share of counted targets in the second comparison",
+    )
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # one name, measured in this process
     args = parser.parse_args(argv[1:])
     if min(args.rows, args.length, args.rounds) < 1 or not 0 < args.answers <= 1:
-        raise UserError("--rows, --length and --rounds must be at least 1, --answers above 0 and at most 1")
+        raise UserError(
+            "--rows, --length and --rounds must be at least 1, --answers above 0 and at most 1"
+        )
     if args.memory:
-        print(json.dumps(measure_memory(args.memory, make_batch(args.rows, args.length, 49152, 1.0))))
+        print(
+            json.dumps(measure_memory(args.memory, make_batch(args.rows, args.length, 49152, 1.0)))
+        )
         return
-    from experiments.report import beside, header, provenance  # not in a process whose memory is measured
+    # not in a process whose memory is measured
+    from experiments.report import beside, header, provenance
     from flora_jax.files import write_json
 
     if round(args.answers * args.length) < 2:  # PEFT's side drops the last target
-        raise UserError(f"--answers {args.answers} of --length {args.length} leaves too few targets; raise one")
+        raise UserError(
+            f"--answers {args.answers} of --length {args.length} leaves too few targets; raise one"
+        )
     if args.out:
         check_writable(beside(args.out, ".json"), "--out")
 
-    result: dict[str, Any] = {"model": MODEL, "rows": args.rows, "length": args.length, "rounds": args.rounds}
+    result: dict[str, Any] = {
+        "model": MODEL,
+        "rows": args.rows,
+        "length": args.length,
+        "rounds": args.rounds,
+    }
     for loss, answers in (("all tokens", 1.0), ("answers alone", args.answers)):
         result[loss] = compare(args.rows, args.length, args.rounds, answers)
     names = ["peft", *RANKS]
@@ -185,23 +221,37 @@ def main(argv: list[str]) -> None:
         name: json.loads(
             subprocess.run(
                 [sys.executable, "-m", "experiments.train_throughput", "--memory", name, *sizes],
-                check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout.splitlines()[-1]
+        )
         for name in names
-    }  # fmt: skip
+    }
 
     result["provenance"] = about = provenance("torch", "transformers", "peft")
     lines = [header("Training speed beside PEFT", about)]
-    lines.append(f"{MODEL}, float32, {args.rows} rows of {args.length} tokens, about 5.5 M trained parameters each, "
-                 f"{args.rounds} interleaved rounds; ratio: PEFT's time over ours, median [quartiles].\n")  # fmt: skip
-    lines.append("| | rank | all tokens in the loss | ratio | answers alone | ratio | peak GB | first step s |")
+    lines.append(
+        f"{MODEL}, float32, {args.rows} rows of {args.length} tokens, about 5.5 M trained parameters each, "
+        f"{args.rounds} interleaved rounds; ratio: PEFT's time over ours, median [quartiles].\n"
+    )
+    lines.append(
+        "| | rank | all tokens in the loss | ratio | answers alone | ratio | peak GB | first step s |"
+    )
     lines.append("|---|---|---|---|---|---|---|---|")
     for name, alone in zip(["peft lora", *RANKS], names, strict=True):
         cells = [name, str(RANKS.get(name, RANKS["lora"]))]
         for loss in ("all tokens", "answers alone"):
             r = result[loss][name]
             low, high = r["ratio_quartiles"]
-            cells += [f"{r['tokens_per_second']:.0f} tokens/s", f"{r['ratio']:.2f} [{low:.2f}, {high:.2f}]"]
-        cells += [f"{result['alone'][alone]['peak_gb']:.2f}", f"{result['alone'][alone]['first_step_s']:.0f}"]
+            cells += [
+                f"{r['tokens_per_second']:.0f} tokens/s",
+                f"{r['ratio']:.2f} [{low:.2f}, {high:.2f}]",
+            ]
+        cells += [
+            f"{result['alone'][alone]['peak_gb']:.2f}",
+            f"{result['alone'][alone]['first_step_s']:.0f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     print(text)

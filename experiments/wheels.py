@@ -32,7 +32,9 @@ toolz torch tqdm transformers treescope typing-extensions wrapt zipp
 Packages = Mapping[str, Mapping[str, Any]]  # metadata by canonical name
 
 
-def needs(packages: Packages, roots: Iterable[Requirement], without: set[str] = frozenset()) -> set[str]:
+def needs(
+    packages: Packages, roots: Iterable[Requirement], without: set[str] = frozenset()
+) -> set[str]:
     """The canonical names of `roots` and of all they need, not looking at or behind those in `without`."""
     seen = set()
     waiting = list(roots)
@@ -44,7 +46,9 @@ def needs(packages: Packages, roots: Iterable[Requirement], without: set[str] = 
         seen.add((name, *root.extras))
         for text in packages[name].get("requires_dist", []):
             need = Requirement(text)
-            if need.marker is None or any(need.marker.evaluate({"extra": e}) for e in ("", *root.extras)):
+            if need.marker is None or any(
+                need.marker.evaluate({"extra": e}) for e in ("", *root.extras)
+            ):
                 waiting.append(need)
     return {name for name, *_ in seen}
 
@@ -65,9 +69,17 @@ def read_have(lines: Iterable[str]) -> list[str]:
 def resolve() -> Packages:
     """The metadata of this project and of all it needs, at versions that go together."""
     command = [
-        sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-",
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--dry-run",
+        "--ignore-installed",
+        "--report",
+        "-",
         f".[{','.join(EXTRAS)}]",
-    ]  # fmt: skip
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:  # pip has said why
         sys.exit(done.returncode)
@@ -78,8 +90,12 @@ def resolve() -> Packages:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="experiments.wheels", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default="wheels", help="the folder for the wheels; new or empty")
-    parser.add_argument("--have", type=Path, help="what the machine has, as `pip freeze` prints it there")
+    parser.add_argument(
+        "--out", type=Path, default="wheels", help="the folder for the wheels; new or empty"
+    )
+    parser.add_argument(
+        "--have", type=Path, help="what the machine has, as `pip freeze` prints it there"
+    )
     args = parser.parse_args(argv[1:])
     args.out = args.out.expanduser()
     args.have = args.have and args.have.expanduser()
@@ -92,7 +108,16 @@ def main(argv: list[str]) -> None:
     root = Requirement(f"flora_jax[{','.join(EXTRAS)}]")
     chosen = sorted(missing(packages, root, have))
     exact = [f"{name}=={packages[name]['version']}" for name in chosen]
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(args.out)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(args.out),
+    ]
     done = subprocess.run([*command, *exact])
     if done.returncode:
         sys.exit(done.returncode)

@@ -43,7 +43,11 @@ LEARNING_RATES: dict[str, float] = {
 }
 # What a model preset changes in the base configuration: the Llamas are for GPUs, where bfloat16 is native.
 _GPU = {"model.param_dtype": "bfloat16", "model.dtype": "bfloat16"}
-PRESET_SETTINGS: dict[str, dict[str, Any]] = {"llama3.2-1b": _GPU, "llama3.2-3b": _GPU, "llama3.1-8b": _GPU}
+PRESET_SETTINGS: dict[str, dict[str, Any]] = {
+    "llama3.2-1b": _GPU,
+    "llama3.2-3b": _GPU,
+    "llama3.1-8b": _GPU,
+}
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
@@ -60,9 +64,12 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config = ml_collections.ConfigDict()
 
     config.model = ml_collections.ConfigDict()
-    config.model.preset = preset  # where `weights` is unset: its published weights; where it is "random": its shape
-    config.model.weights = placeholder(str)  # HF directory, hub id, .gguf file, preset name, or "random"
-    config.model.param_dtype = "float32"  # dtype the frozen base is stored in; what trains is always float32
+    # where `weights` is unset: its published weights; where it is "random": its shape
+    config.model.preset = preset
+    # HF directory, hub id, .gguf file, preset name, or "random"
+    config.model.weights = placeholder(str)
+    # dtype the frozen base is stored in; what trains is always float32
+    config.model.param_dtype = "float32"
     config.model.dtype = "float32"  # dtype of compute; norms, softmax, logits and loss stay float32
     # What a layer keeps for the backward pass: products (what its four products give; to compute the rest again is
     # faster than to store it, on a CPU), full (nothing), none (all).
@@ -74,28 +81,46 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config.adapter.alpha = placeholder(float)  # scale s = alpha / rank; unset: alpha = rank
     config.adapter.rslora = False  # s = alpha / sqrt(rank)
     config.adapter.targets = placeholder(str)  # comma-separated projections; unset: all seven
-    config.adapter.add_to = placeholder(str)  # comma-separated, where repeat-and-add adds; unset: the method's row
+    # comma-separated, where repeat-and-add adds; unset: the method's row
+    config.adapter.add_to = placeholder(str)
     config.adapter.activation = "identity"  # on the parallel path of fpa and parallel
     config.adapter.dropout = 0.0  # on the adapter's input
-    config.adapter.zero_init = placeholder(str)  # the side that starts at zero, A or B; unset: the method's row
+    # the side that starts at zero, A or B; unset: the method's row
+    config.adapter.zero_init = placeholder(str)
 
     config.data = ml_collections.ConfigDict()
     # Comma-separated tasks, paths ending in .jsonl, or mixtures ("commonsense", "math": what LLM-Adapters trains on).
     config.data.tasks = "ARC-Easy,ARC-Challenge,openbookqa,boolq"
-    config.data.weights = placeholder(str)  # shares drawn of the tasks, such as 3,1,1; unset: each example an epoch
-    config.data.dir = placeholder(str)  # folder with one folder a task, or tfds or tfds:DIR; generated tasks need none
-    config.data.cache_dir = placeholder(str)  # prepared data; unset: $FLORA_CACHE or ~/.cache/flora_jax
+    # shares drawn of the tasks, such as 3,1,1; unset: each example an epoch
+    config.data.weights = placeholder(str)
+    # folder with one folder a task, or tfds or tfds:DIR; generated tasks need none
+    config.data.dir = placeholder(str)
+    # prepared data; unset: $FLORA_CACHE or ~/.cache/flora_jax
+    config.data.cache_dir = placeholder(str)
     config.data.max_length = 512  # positions of a row
     # plain: prompt, a space, answer; chat: the tokenizer's chat template; llm_adapters: that project's frame.
     config.data.prompt_style = "plain"
     config.data.loss_on = "answer"  # answer: only what the model should say; all: every token
     config.data.packing = True  # several examples a row, segments kept apart
     config.data.limit = placeholder(int)  # use only N training examples, always the same
-    config.data.allow_contaminated = False  # train on data that holds over 1 % of a test of eval.tasks, and record it
-    config.data.validation_size = 200  # examples: of the validation split, or held out of train where there is none
-    config.data.generator = ml_collections.ConfigDict()  # reasoning-gym tasks; unset: the task's own
-    for field in ("train", "validation", "test", "seed", "min_terms", "max_terms", "min_digits", "max_digits"):
-        config.data.generator[field] = placeholder(int)  # sizes of the splits, seed of the draw, problem sizes
+    # train on data that holds over 1 % of a test of eval.tasks, and record it
+    config.data.allow_contaminated = False
+    # examples: of the validation split, or held out of train where there is none
+    config.data.validation_size = 200
+    # reasoning-gym tasks; unset: the task's own
+    config.data.generator = ml_collections.ConfigDict()
+    for field in (
+        "train",
+        "validation",
+        "test",
+        "seed",
+        "min_terms",
+        "max_terms",
+        "min_digits",
+        "max_digits",
+    ):
+        # sizes of the splits, seed of the draw, problem sizes
+        config.data.generator[field] = placeholder(int)
 
     config.train = ml_collections.ConfigDict()
     config.train.steps = 1000  # optimizer steps
@@ -106,8 +131,10 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config.train.eval_every = 100  # steps between validation losses; 0: never
     config.train.save_every = 100  # steps between checkpoints
     config.train.keep = 2  # latest checkpoints kept, beside the best on validation
-    config.train.trainable = ""  # comma-separated path rules of base leaves that train too, e.g. params/.*norm/scale
-    config.train.chunk_tokens = 256  # positions whose logits exist at once, or one a row if that is more
+    # comma-separated path rules of base leaves that train too, e.g. params/.*norm/scale
+    config.train.trainable = ""
+    # positions whose logits exist at once, or one a row if that is more
+    config.train.chunk_tokens = 256
 
     config.optim = ml_collections.ConfigDict()
     config.optim.learning_rate = placeholder(float)  # peak; unset: the method's own
@@ -119,15 +146,19 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ml_collecti
     config.optim.b1 = 0.9
     config.optim.b2 = 0.999
     config.optim.eps = 1e-8
-    config.optim.rate_rules = ""  # comma-separated PATH_RULE=FACTOR on the rate, e.g. adapter/.*_B=16 (LoRA+)
+    # comma-separated PATH_RULE=FACTOR on the rate, e.g. adapter/.*_B=16 (LoRA+)
+    config.optim.rate_rules = ""
 
     config.eval = ml_collections.ConfigDict()
     config.eval.tasks = ""  # comma-separated tasks scored when training ends; empty: none
-    config.eval.protocol = "llm_adapters"  # llm_adapters: generate and extract; lm_eval: choices by likelihood, plain
-    config.eval.published_faults = False  # llm_adapters with the faults of its scripts (evaluation/published.py)
+    # llm_adapters: generate and extract; lm_eval: choices by likelihood, plain
+    config.eval.protocol = "llm_adapters"
+    # llm_adapters with the faults of its scripts (evaluation/published.py)
+    config.eval.published_faults = False
     config.eval.limit = 200  # items a task
     config.eval.batch_size = 16
-    config.eval.max_length = 1024  # tokens of prompt and answer; longer prompts are counted, and wrong
+    # tokens of prompt and answer; longer prompts are counted, and wrong
+    config.eval.max_length = 1024
     # Of a generated answer; unset: the task's own number, and for a JSONL file at least its longest answer's.
     config.eval.max_new_tokens = placeholder(int)
 
@@ -156,21 +187,31 @@ def read_config(path: str | Path) -> ml_collections.ConfigDict:
     file, colon, name = str(path).rpartition(":")
     path, given = (file, [name]) if colon and not Path(path).is_file() else (str(path), [])
     if not Path(path).is_file():
-        raise UserError(f"{where}: there is no such file; configs/ has one for each method and model")
+        raise UserError(
+            f"{where}: there is no such file; configs/ has one for each method and model"
+        )
     try:
         make = runpy.run_path(path).get("get_config")
         if make and given and not inspect.signature(make).parameters:
-            raise UserError(f"{path} is one configuration and takes no name; leave {':' + given[0]!r} out")
+            raise UserError(
+                f"{path} is one configuration and takes no name; leave {':' + given[0]!r} out"
+            )
         made = make(*given) if make else None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except Exception as error:  # whatever the file raises is the file's own
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == path
+        ]
         place = f", line {lines[-1]}" if lines else ""
         reason = str(error).strip() or "no message"
         raise UserError(f"{where}{place}: {type(error).__name__}: {reason}") from None
     if not isinstance(made, ml_collections.ConfigDict):
-        raise UserError(f"{where}: get_config() must return the configuration of flora_jax.config.get_config, changed")
+        raise UserError(
+            f"{where}: get_config() must return the configuration of flora_jax.config.get_config, changed"
+        )
     return made.lock()
 
 
@@ -203,7 +244,12 @@ def task_weights(config: ml_collections.ConfigDict) -> list[float] | None:
     except ValueError:
         weights = []
     well = [math.isfinite(weight) and weight > 0 for weight in weights]
-    if len(weights) != len(tasks) or not all(well) or min(weights) < 1e-6 * max(weights) or ",," in value:
+    if (
+        len(weights) != len(tasks)
+        or not all(well)
+        or min(weights) < 1e-6 * max(weights)
+        or ",," in value
+    ):
         raise UserError(
             f"config.data.weights={config.data.weights!r} must be {len(tasks)} positive numbers with commas between, "
             f"none below a millionth of another, for {', '.join(tasks)}"
@@ -220,7 +266,9 @@ def learning_rate(config: ml_collections.ConfigDict) -> float:
     """The peak rate: the given one, or the method's own."""
     rate, method = config.optim.learning_rate, config.adapter.method
     if rate is None and method not in LEARNING_RATES:
-        raise UserError(f"config.optim.learning_rate is unset, and {method} has none of its own in LEARNING_RATES")
+        raise UserError(
+            f"config.optim.learning_rate is unset, and {method} has none of its own in LEARNING_RATES"
+        )
     return LEARNING_RATES[method] if rate is None else rate
 
 
@@ -254,7 +302,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         if isinstance(default, bool | str):
             check(field, isinstance(value, type(default)), f"must be a {type(default).__name__}")
         elif isinstance(default, int):
-            check(field, number and isinstance(value, int) and abs(value) < 2**63, "must be an integer of 64 bits")
+            check(
+                field,
+                number and isinstance(value, int) and abs(value) < 2**63,
+                "must be an integer of 64 bits",
+            )
         else:
             check(field, number and math.isfinite(value), "must be a finite number")
     for field, known in CHOICES.items():
@@ -274,9 +326,21 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         tasks = expand(names(config[field.split(".")[0]].tasks))
         check(field, len(tasks) == len(set(tasks)), "names a task twice")
     task_weights(config)
-    for field in ("data.max_length", "data.validation_size", "train.steps", "train.batch_size", "train.accumulation",
-                  "train.log_every", "train.save_every", "train.keep", "train.chunk_tokens", "eval.limit",
-                  "eval.batch_size", "eval.max_length", "distributed.processes"):  # fmt: skip
+    for field in (
+        "data.max_length",
+        "data.validation_size",
+        "train.steps",
+        "train.batch_size",
+        "train.accumulation",
+        "train.log_every",
+        "train.save_every",
+        "train.keep",
+        "train.chunk_tokens",
+        "eval.limit",
+        "eval.batch_size",
+        "eval.max_length",
+        "distributed.processes",
+    ):
         section, name = field.split(".")
         check(field, config[section][name] >= 1, "must be at least 1")
     for field in ("train.seed", "train.eval_every", "optim.weight_decay", "optim.clip_norm"):
@@ -284,8 +348,14 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         check(field, config[section][name] >= 0, "must not be negative")
     for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         value = config.mesh[field.split(".")[1]]
-        check(field, value >= 1 or value == -1, "must be at least 1, or -1 for the rest of the devices")
-    check("eval.max_length", config.eval.max_length >= 2, "must be at least 2: a prompt and an answer")
+        check(
+            field,
+            value >= 1 or value == -1,
+            "must be at least 1, or -1 for the rest of the devices",
+        )
+    check(
+        "eval.max_length", config.eval.max_length >= 2, "must be at least 2: a prompt and an answer"
+    )
     check("data.limit", config.data.limit is None or config.data.limit >= 1, "must be at least 1")
     given = config.eval.max_new_tokens
     check("eval.max_new_tokens", given is None or given >= 1, "must be at least 1")
@@ -295,7 +365,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     for field in ("optim.b1", "optim.b2"):
         check(field, 0 <= config.optim[field.split(".")[1]] < 1, "must be in [0, 1)")
     floats = np.finfo(np.float32)
-    check("optim.eps", floats.tiny <= config.optim.eps <= floats.max, "must be positive and finite in float32")
+    check(
+        "optim.eps",
+        floats.tiny <= config.optim.eps <= floats.max,
+        "must be positive and finite in float32",
+    )
     check("train.seed", config.train.seed < 2**32, "must be below 2**32")
     warmup = warmup_steps(config)
     steps = config.train.steps
@@ -310,21 +384,45 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     check("distributed.coordinator", not auto or config.distributed.coordinator is None, beside)
     check("distributed.processes", not auto or processes in (1, detected), beside)
     check("distributed.process_id", not auto or config.distributed.process_id == 0, beside)
-    check("train.batch_size", rows % processes == 0, f"must be a multiple of distributed.processes={processes}")
-    check("distributed.process_id", 0 <= config.distributed.process_id < processes, f"must be in 0 … {processes - 1}")
-    check("distributed.coordinator", auto or bool(config.distributed.coordinator) == (processes > 1),
-          f"must be host:port of process 0 for several processes and unset for one; there are {processes}")  # fmt: skip
+    check(
+        "train.batch_size",
+        rows % processes == 0,
+        f"must be a multiple of distributed.processes={processes}",
+    )
+    check(
+        "distributed.process_id",
+        0 <= config.distributed.process_id < processes,
+        f"must be in 0 … {processes - 1}",
+    )
+    check(
+        "distributed.coordinator",
+        auto or bool(config.distributed.coordinator) == (processes > 1),
+        f"must be host:port of process 0 for several processes and unset for one; there are {processes}",
+    )
     host, _, port = (config.distributed.coordinator or "host:1").rpartition(":")
-    check("distributed.coordinator", bool(host) and port.isdecimal() and 1 <= int(port) < 2**16,
-          "must be host:port, the port from 1 to 65535")  # fmt: skip
-    check("eval.tasks", processes == 1 or not config.eval.tasks,
-          f"needs one process, not {processes}; score the adapter with flora_jax.evaluate instead")  # fmt: skip
+    check(
+        "distributed.coordinator",
+        bool(host) and port.isdecimal() and 1 <= int(port) < 2**16,
+        "must be host:port, the port from 1 to 65535",
+    )
+    check(
+        "eval.tasks",
+        processes == 1 or not config.eval.tasks,
+        f"needs one process, not {processes}; score the adapter with flora_jax.evaluate instead",
+    )
     theirs = (config.eval.protocol, config.data.prompt_style) == ("llm_adapters", "llm_adapters")
-    check("eval.published_faults", theirs or not config.eval.published_faults,
-          "are those of eval.protocol and data.prompt_style 'llm_adapters'")  # fmt: skip
+    check(
+        "eval.published_faults",
+        theirs or not config.eval.published_faults,
+        "are those of eval.protocol and data.prompt_style 'llm_adapters'",
+    )
     data_dir = config.data.dir
-    check("data.dir", data_dir in (None, "tfds") or os.path.isdir(os.path.expanduser(data_dir.removeprefix("tfds:"))),
-          "is not a directory (nor tfds, nor tfds:DIR)")  # fmt: skip
+    check(
+        "data.dir",
+        data_dir in (None, "tfds")
+        or os.path.isdir(os.path.expanduser(data_dir.removeprefix("tfds:"))),
+        "is not a directory (nor tfds, nor tfds:DIR)",
+    )
 
 
 def generator_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -13,7 +13,9 @@ def check_jax() -> None:
     With 64 bits an adapter trains to other values, and a step takes twice the memory.
     """
     if jax.config.jax_enable_x64:
-        raise UserError("JAX_ENABLE_X64 (jax_enable_x64) is on, and flora_jax computes in 32 bits; unset it")
+        raise UserError(
+            "JAX_ENABLE_X64 (jax_enable_x64) is on, and flora_jax computes in 32 bits; unset it"
+        )
     check_device()
 
 
@@ -21,8 +23,12 @@ def check_device() -> None:
     """Raises UserError where JAX is told to use devices that are not there."""
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter for cuda where no plugin is installed
-        reason = str(error).partition(" (set JAX_PLATFORMS")[0].rstrip(".") or "no plugin for it is installed"
+    # the latter for cuda where no plugin is installed
+    except (RuntimeError, AssertionError) as error:
+        reason = (
+            str(error).partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+            or "no plugin for it is installed"
+        )
         raise UserError(
             f"JAX_PLATFORMS={jax.config.jax_platforms or ''}: JAX finds no such device here ({reason}); unset it, or "
             "set it to cpu, which is always there"

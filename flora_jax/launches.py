@@ -38,17 +38,35 @@ def _parser() -> CommandParser:
     parser.add_argument("--preset", default="llama3.2-1b", help="model preset")
     parser.add_argument("--methods", default=_METHODS, help=f"comma-separated; default {_METHODS}")
     parser.add_argument("--targets", default="h100,a100", help="comma-separated GPUs")
-    parser.add_argument("--modes", default="triton,cublas", help="who computes the products, comma-separated")
-    parser.add_argument("--attention", choices=tuple(_ATTENTION), default="kernel", help="a step's attention")
+    parser.add_argument(
+        "--modes", default="triton,cublas", help="who computes the products, comma-separated"
+    )
+    parser.add_argument(
+        "--attention", choices=tuple(_ATTENTION), default="kernel", help="a step's attention"
+    )
     parser.add_argument("--batch_sizes", default="1,8", help="comma-separated")
-    parser.add_argument("--adapters", default="1", help="adapters in the bank, comma-separated; above 1 with a mask")
+    parser.add_argument(
+        "--adapters", default="1", help="adapters in the bank, comma-separated; above 1 with a mask"
+    )
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--cache_length", type=int, default=1024, help="slots of the key/value cache")
-    parser.add_argument("--row_multiple", type=int, default=128, help="rows of products with B's are filled up to it")
-    parser.add_argument("--launch_us", type=float, default=2.0, help="of the time model: cost of a dependent launch")
-    parser.add_argument("--out", type=path_flag,
-                        help="folder for launches.json and launches.md; default: the table is printed only")
+    parser.add_argument(
+        "--cache_length", type=int, default=1024, help="slots of the key/value cache"
+    )
+    parser.add_argument(
+        "--row_multiple",
+        type=int,
+        default=128,
+        help="rows of products with B's are filled up to it",
+    )
+    parser.add_argument(
+        "--launch_us", type=float, default=2.0, help="of the time model: cost of a dependent launch"
+    )
+    parser.add_argument(
+        "--out",
+        type=path_flag,
+        help="folder for launches.json and launches.md; default: the table is printed only",
+    )
     return parser
 
 
@@ -81,7 +99,8 @@ def _compilers() -> tuple[str, ...]:
     found = []
     plugins = ("jax-cuda12-plugin", "jax-cuda13-plugin")
     for name in (*plugins, "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # ptxas may be from the PATH
+        # ptxas may be from the PATH
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(importlib.metadata.distribution(name).name)
     return tuple(found)
 
@@ -97,7 +116,10 @@ def _shown(value: float) -> str:
 def table(result: dict[str, Any]) -> str:
     """The Markdown of a result: launches (GEMMs) a layer of every method by target, mode and batch, then every row."""
     rows, about, settings = result["rows"], result["provenance"], result["settings"]
-    keys, labels = list(dict.fromkeys(map(_key, rows))), list(dict.fromkeys(row["label"] for row in rows))
+    keys, labels = (
+        list(dict.fromkeys(map(_key, rows))),
+        list(dict.fromkeys(row["label"] for row in rows)),
+    )
     cells = {(row["label"], _key(row)): row["layer"] for row in rows}
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
@@ -115,7 +137,10 @@ def table(result: dict[str, Any]) -> str:
     ]
     for label in labels:
         shares = [cells.get((label, key)) for key in keys]
-        texts = [f"{_shown(share['launches'])} ({_shown(share['gemms'])})" if share else "–" for share in shares]
+        texts = [
+            f"{_shown(share['launches'])} ({_shown(share['gemms'])})" if share else "–"
+            for share in shares
+        ]
         lines.append(f"| {label} | " + " | ".join(texts) + " |")
     lines += [
         "\n## A step\n",
@@ -130,7 +155,9 @@ def table(result: dict[str, Any]) -> str:
     for row in rows:
         step = row["step"]
         counts = " | ".join(_shown(step[key]) for key in _COLUMNS)
-        copies = " / ".join(_shown(step[f"{kind}_copies"]) for kind in ("weight", "cache", "activation"))
+        copies = " / ".join(
+            _shown(step[f"{kind}_copies"]) for kind in ("weight", "cache", "activation")
+        )
         lines.append(
             f"| {_key(row)} | {row['label']} | {counts} | {step['moved'] / 1e6:.0f} | {copies} | "
             f"{row['temporary'] / 1e6:.0f} | {row['graphs']} | {row['model_ms']:.3f} |"
@@ -145,14 +172,24 @@ def main(argv: list[str]) -> None:
     from tqdm import tqdm
 
     from flora_jax.adapters import AdapterConfig
-    from flora_jax.analysis.launch_plan import MODES, TARGETS, check_bank, modelled_ms, plan_model, smallest_kernel
+    from flora_jax.analysis.launch_plan import (
+        MODES,
+        TARGETS,
+        check_bank,
+        modelled_ms,
+        plan_model,
+        smallest_kernel,
+    )
     from flora_jax.analysis.provenance import provenance
     from flora_jax.analysis.variants import get_variant
     from flora_jax.device import check_jax
 
     check_jax()
     config = LlamaConfig.preset(args.preset)
-    targets, modes = _names("--targets", args.targets, TARGETS), _names("--modes", args.modes, MODES)
+    targets, modes = (
+        _names("--targets", args.targets, TARGETS),
+        _names("--modes", args.modes, MODES),
+    )
     batches = positive_integers("--batch_sizes", args.batch_sizes)
     banks = positive_integers("--adapters", args.adapters)
     for flag in ("cache_length", "row_multiple"):
@@ -179,29 +216,57 @@ def main(argv: list[str]) -> None:
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     cells = [
         (target, mode, batch, adapters if method[2] is not None else 1, *method)
-        for target in targets for mode in modes for batch in batches for adapters in banks for method in methods
+        for target in targets
+        for mode in modes
+        for batch in batches
+        for adapters in banks
+        for method in methods
         if adapters == banks[0] or method[2] is not None  # the bare base holds no bank
-    ]  # fmt: skip
+    ]
     rows = []
     progress = tqdm(cells, desc="plan", disable=not sys.stderr.isatty())
     for target, mode, batch, adapters, label, name, adapter_config, dot_merger in progress:
         row = plan_model(
-            name, config, adapter_config, target=target, mode=mode, batch=batch, adapters=adapters,
-            dot_merger=dot_merger, dtype=args.dtype, cache_length=args.cache_length, row_multiple=args.row_multiple,
+            name,
+            config,
+            adapter_config,
+            target=target,
+            mode=mode,
+            batch=batch,
+            adapters=adapters,
+            dot_merger=dot_merger,
+            dtype=args.dtype,
+            cache_length=args.cache_length,
+            row_multiple=args.row_multiple,
             attention=args.attention,
-        )  # fmt: skip
+        )
         label += f", bank of {adapters}" if adapters > 1 else ""
-        ms = modelled_ms(row["step"]["moved"], row["step"]["chain"], TARGETS[target].bandwidth, args.launch_us)
-        rows.append({"target": target, "mode": mode, "batch": batch, "adapters": adapters, "label": label,
-                     "method": name, "dot_merger": dot_merger, **row, "model_ms": ms})  # fmt: skip
+        ms = modelled_ms(
+            row["step"]["moved"], row["step"]["chain"], TARGETS[target].bandwidth, args.launch_us
+        )
+        rows.append(
+            {
+                "target": target,
+                "mode": mode,
+                "batch": batch,
+                "adapters": adapters,
+                "label": label,
+                "method": name,
+                "dot_merger": dot_merger,
+                **row,
+                "model_ms": ms,
+            }
+        )
         counts = [_shown(row["layer"][key]) for key in ("launches", "gemms", "weight_copies")]
         line = "{} launches ({} GEMMs) a layer, {} weight copies".format(*counts)
         tqdm.write(f"{_key(rows[-1]):24} {label:28} {line}", file=sys.stderr)
     result = {
-        "schema_version": 1, "provenance": about,
+        "schema_version": 1,
+        "provenance": about,
         "settings": settings | {"num_hidden_layers": config.num_hidden_layers},
-        "smallest_kernel": smallest_kernel(config, args.dtype), "rows": rows,
-    }  # fmt: skip
+        "smallest_kernel": smallest_kernel(config, args.dtype),
+        "rows": rows,
+    }
     if args.out:
         write_result(Path(args.out) / "launches.json", result, f"--out {args.out}")
         (Path(args.out) / "launches.md").write_text(table(result), encoding="utf-8")

@@ -13,14 +13,22 @@ Item = TypeVar("Item")
 _EVERY = 2.0  # seconds between lines; what takes less says nothing
 
 
-def progress(items: Iterable[Item], total: int, what: str, unit: str, silent: bool = False) -> Iterator[Item]:
+def progress(
+    items: Iterable[Item], total: int, what: str, unit: str, silent: bool = False
+) -> Iterator[Item]:
     """The items, of which there are `total`, with a bar or lines on stderr that begin with `what`."""
     terminal = sys.stderr.isatty()
     start = said = time.monotonic()
     with tqdm(
-        total=total, desc=what, unit=unit, unit_scale=True, dynamic_ncols=True, delay=0.5, file=sys.stderr,
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=True,
+        dynamic_ncols=True,
+        delay=0.5,
+        file=sys.stderr,
         disable=silent or not terminal,
-    ) as bar:  # fmt: skip
+    ) as bar:
         for done, item in enumerate(items, 1):
             yield item
             bar.update()
@@ -28,4 +36,7 @@ def progress(items: Iterable[Item], total: int, what: str, unit: str, silent: bo
             if not silent and not terminal and now - said > _EVERY:
                 said, rate = now, done / (now - start)
                 left = tqdm.format_interval((total - done) / rate)
-                tqdm.write(f"{what}: {done:,} of {total:,} {unit}s, {rate:,.0f} a second, {left} left", file=sys.stderr)
+                tqdm.write(
+                    f"{what}: {done:,} of {total:,} {unit}s, {rate:,.0f} a second, {left} left",
+                    file=sys.stderr,
+                )

@@ -35,7 +35,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str | None:
     return hashlib.sha256(f"{about}\n{tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()
 
 
-def encode_open(tokenizer: PreTrainedTokenizerFast, text: str, add_special_tokens: bool = True) -> list[int]:
+def encode_open(
+    tokenizer: PreTrainedTokenizerFast, text: str, add_special_tokens: bool = True
+) -> list[int]:
     """The ids of `text` with what the tokenizer puts before a text (bos, by its own rule, but no second one before that
     of a rendered chat), and without what some put behind it (`add_eos_token`): the text goes on."""
     return encode_open_batch(tokenizer, [text], add_special_tokens)[0]
@@ -47,19 +49,30 @@ def encode_open_batch(
     """`encode_open` of each text."""
     bos = tokenizer.bos_token or "\0"
     special = [add_special_tokens and not text.startswith(bos) for text in texts]
-    mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"] if any(special) else [0]
+    mask = (
+        tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        if any(special)
+        else [0]
+    )
     closing = mask[::-1].index(0) if 0 in mask else 0
     ids: dict[int, list[int]] = {}
     for one in (True, False):
         places = [i for i, its in enumerate(special) if its is one]
         if places:
-            found = tokenizer([texts[i] for i in places], add_special_tokens=one, verbose=False)["input_ids"]
-            ids |= {i: row[: len(row) - closing * one] for i, row in zip(places, found, strict=True)}
+            found = tokenizer([texts[i] for i in places], add_special_tokens=one, verbose=False)[
+                "input_ids"
+            ]
+            ids |= {
+                i: row[: len(row) - closing * one] for i, row in zip(places, found, strict=True)
+            }
     return [ids[i] for i in range(len(texts))]
 
 
 def encode_cut(
-    tokenizer: PreTrainedTokenizerFast, text: str, cuts: Sequence[int], encoding: Encoding | None = None
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    cuts: Sequence[int],
+    encoding: Encoding | None = None,
 ) -> list[list[int]]:
     """The ids of `text`, nothing added, in `len(cuts) + 1` pieces that end where the characters `cuts` (ascending) lie.
 
@@ -71,7 +84,8 @@ def encode_cut(
     return _cut(tokenizer, text, cuts, encoding or encode_batch(tokenizer, [text])[0], inside=False)
 
 
-Encoding = tuple[list[int], list[tuple[int, int]] | None]  # ids, and the characters that each stands for
+# ids, and the characters that each stands for
+Encoding = tuple[list[int], list[tuple[int, int]] | None]
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Encoding]:
@@ -80,14 +94,23 @@ def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
     if not texts:
         return []
     found = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
-        return_offsets_mapping=tokenizer.is_fast, verbose=False)  # fmt: skip
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=tokenizer.is_fast,
+        verbose=False,
+    )
     offsets = found["offset_mapping"] if tokenizer.is_fast else itertools.repeat(None)
     return list(zip(found["input_ids"], offsets, strict=False))
 
 
 def _cut(
-    tokenizer: PreTrainedTokenizerFast, text: str, cuts: Sequence[int], encoding: Encoding, inside: bool
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    cuts: Sequence[int],
+    encoding: Encoding,
+    inside: bool,
 ) -> list[list[int]]:
     """`encode_cut`; inside: of a text that stands behind another."""
     ids, offsets = encoding
@@ -99,7 +122,11 @@ def _cut(
         spaced = k > 0 and offsets[k - 1][0] == cut - 1 and text[cut - 2 : cut].isspace()
         # Offsets may also leave out spaces, or hold those beside an added token: the ids up to here alone tell.
         if not clear or spaced:
-            before = _encode_inside(tokenizer, text[:cut]) if inside else encode_batch(tokenizer, [text[:cut]])[0]
+            before = (
+                _encode_inside(tokenizer, text[:cut])
+                if inside
+                else encode_batch(tokenizer, [text[:cut]])[0]
+            )
             k = len(before[0])
             if ids[:k] != before[0]:
                 behind, rest = text[cut:], [later - cut for later in cuts[i + 1 :]]
@@ -118,18 +145,27 @@ def _encode_inside(tokenizer: PreTrainedTokenizerFast, text: str) -> Encoding:
     if behind[len(line) :] != alone:
         ids, offsets = encode_batch(tokenizer, [f"\n{text}"])[0]
         if ids[: len(line)] == line:
-            return ids[len(line) :], offsets and [(start - 1, stop - 1) for start, stop in offsets[len(line) :]]
+            return ids[len(line) :], offsets and [
+                (start - 1, stop - 1) for start, stop in offsets[len(line) :]
+            ]
     return encode_batch(tokenizer, [text])[0]
 
 
-def render(tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Mapping[str, Any]], **how: Any) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Mapping[str, Any]], **how: Any
+) -> str:
     """The conversation, `{"role", "content"}` by turn, as the tokenizer's chat template has it. Raises UserError where
     the template refuses it."""
     try:
-        return tokenizer.apply_chat_template(list(conversation), tokenize=False, date_string=DATE, **how)
-    except Exception as error:  # a template is a program, which may raise anything at what is not for it
+        return tokenizer.apply_chat_template(
+            list(conversation), tokenize=False, date_string=DATE, **how
+        )
+    # a template is a program, which may raise anything at what is not for it
+    except Exception as error:
         roles = ", ".join(str(turn.get("role")) for turn in conversation)
-        raise UserError(f"the tokenizer's chat template refuses a conversation of roles {roles}: {error}") from None
+        raise UserError(
+            f"the tokenizer's chat template refuses a conversation of roles {roles}: {error}"
+        ) from None
 
 
 def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -140,7 +176,8 @@ def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
         return eos
     answer = "0123456789"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    for system in ([], [{"role": "system", "content": "?"}]):  # some templates ask for a system's turn
+    # some templates ask for a system's turn
+    for system in ([], [{"role": "system", "content": "?"}]):
         try:
             rendered = render(tokenizer, [*system, *turns])
             break
@@ -162,7 +199,8 @@ def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     answered = len(before) + len(answer)
     behind = [token for token in tokens if token[1] >= answered]
     opening = [(id, end) for id, _, end in tokens if end < answered and id in added][-1:]
-    named = [id for id, end in opening if rendered[end : len(before)].strip()]  # by the role behind it
+    # by the role behind it
+    named = [id for id, end in opening if rendered[end : len(before)].strip()]
 
     def run(tokens: Iterable[tuple[int, int, int]], known: set[int]) -> list[int]:
         said = itertools.dropwhile(lambda token: not rendered[token[1] : token[2]].strip(), tokens)

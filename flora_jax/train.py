@@ -17,10 +17,23 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from flora_jax.config import check_config, fields, generator_settings, names, read_config, weights_source
+from flora_jax.config import (
+    check_config,
+    fields,
+    generator_settings,
+    names,
+    read_config,
+    weights_source,
+)
 from flora_jax.data import get_task
 from flora_jax.errors import UserError, expand_path, near_misses, run_command, writing
-from flora_jax.evaluation.run import TaskData, check_prompts, evaluate_tasks, is_generated, load_task_data
+from flora_jax.evaluation.run import (
+    TaskData,
+    check_prompts,
+    evaluate_tasks,
+    is_generated,
+    load_task_data,
+)
 from flora_jax.files import keep_programs, make_cache, read_json, write_result
 from flora_jax.interop.adapter_files import save_adapter
 from flora_jax.models.loading import base_name
@@ -39,12 +52,20 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     prepared, summary = result.run, dict(result.summary)
     if jax.process_index() != 0:
         return summary
-    trained_on = {"tasks": prepared.inputs.account["tasks"], "prompts": sorted(prepared.inputs.prompts)}
+    trained_on = {
+        "tasks": prepared.inputs.account["tasks"],
+        "prompts": sorted(prepared.inputs.prompts),
+    }
     with writing(str(workdir / "adapter"), "make room, and the same command writes it"):
         save_adapter(
-            workdir / "adapter", result.trained, prepared.model_config, prepared.adapter_config,
-            base_model=base_name(weights_source(config)), fingerprint=prepared.fingerprint,
-            trained_on=trained_on)  # fmt: skip
+            workdir / "adapter",
+            result.trained,
+            prepared.model_config,
+            prepared.adapter_config,
+            base_model=base_name(weights_source(config)),
+            fingerprint=prepared.fingerprint,
+            trained_on=trained_on,
+        )
     # The scores of a run that was finished before stay until there are new ones.
     path = workdir / "eval.json"
     try:
@@ -56,12 +77,19 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     say(f"step {summary['step']} is the best; its adapter is in {workdir / 'adapter'}")
     if tasks:
         summary["evaluation"] = evaluate_tasks(
-            tasks, prepared.model_config, result.variables["params"], prepared.tokenizer,
-            adapter=result.variables.get("adapter"), adapter_config=prepared.adapter_config,
-            protocol=config.eval.protocol, prompt_style=style, published_faults=config.eval.published_faults,
+            tasks,
+            prepared.model_config,
+            result.variables["params"],
+            prepared.tokenizer,
+            adapter=result.variables.get("adapter"),
+            adapter_config=prepared.adapter_config,
+            protocol=config.eval.protocol,
+            prompt_style=style,
+            published_faults=config.eval.published_faults,
             batch_size=config.eval.batch_size,
             max_length=min(config.eval.max_length, prepared.model_config.max_position_embeddings),
-            max_new_tokens=config.eval.max_new_tokens)  # fmt: skip
+            max_new_tokens=config.eval.max_new_tokens,
+        )
         write_result(path, summary, str(path))
     return summary
 
@@ -74,22 +102,40 @@ def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskD
     plain = not all(is_generated(task, config.eval.protocol) for task in scored)
     style = "plain" if plain else config.data.prompt_style
     if style != config.data.prompt_style and any(task.metric != "choice" for task in scored):
-        raise UserError(f"config.eval.tasks={config.eval.tasks!r}: protocol lm_eval scores choices as plain text, and "
-                        f"would ask the others so, too, not in config.data.prompt_style={config.data.prompt_style!r}; "
-                        "name tasks of one kind, and score the others with flora_jax.evaluate")  # fmt: skip
+        raise UserError(
+            f"config.eval.tasks={config.eval.tasks!r}: protocol lm_eval scores choices as plain text, and "
+            f"would ask the others so, too, not in config.data.prompt_style={config.data.prompt_style!r}; "
+            "name tasks of one kind, and score the others with flora_jax.evaluate"
+        )
     generated = [task.name for task in scored if is_generated(task, config.eval.protocol)]
     if (tensor := setup.mesh.shape["tensor"]) > 1 and generated:
-        raise UserError(f"config.mesh.tensor={tensor}: answers are generated without tensor parallelism, and "
-                        f"config.eval.tasks has {generated[0]!r}; use config.mesh.fsdp, or leave it out and score the "
-                        "adapter with flora_jax.evaluate")  # fmt: skip
+        raise UserError(
+            f"config.mesh.tensor={tensor}: answers are generated without tensor parallelism, and "
+            f"config.eval.tasks has {generated[0]!r}; use config.mesh.fsdp, or leave it out and score the "
+            "adapter with flora_jax.evaluate"
+        )
     make_cache(config.data.cache_dir)
     tasks = names(config.eval.tasks) and load_task_data(
-        names(config.eval.tasks), config.data.dir, protocol=config.eval.protocol, prompt_style=style,
-        published_faults=config.eval.published_faults, limit=config.eval.limit,
-        generator=generator_settings(config), cache_dir=config.data.cache_dir)  # fmt: skip
+        names(config.eval.tasks),
+        config.data.dir,
+        protocol=config.eval.protocol,
+        prompt_style=style,
+        published_faults=config.eval.published_faults,
+        limit=config.eval.limit,
+        generator=generator_settings(config),
+        cache_dir=config.data.cache_dir,
+    )
     if tasks:
-        check_prompts(tasks, setup.model_config, setup.tokenizer, config.eval.protocol, style,
-                      config.eval.published_faults, config.eval.max_length, config.eval.max_new_tokens)  # fmt: skip
+        check_prompts(
+            tasks,
+            setup.model_config,
+            setup.tokenizer,
+            config.eval.protocol,
+            style,
+            config.eval.published_faults,
+            config.eval.max_length,
+            config.eval.max_new_tokens,
+        )
     return tasks, style
 
 
@@ -98,13 +144,19 @@ def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     first, known = flags.FlagValues(), flags.FlagValues()
     path = flags.DEFINE_string("config", None, "A file of configs/.", flag_values=first)
     workdir = flags.DEFINE_string(
-        "workdir", None, "Directory of the run; made if absent, resumed if it holds this run.", flag_values=known
+        "workdir",
+        None,
+        "Directory of the run; made if absent, resumed if it holds this run.",
+        flag_values=known,
     )
-    flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=known, allow_overwrite=False)
+    flags.DEFINE_bool(
+        "help", False, "Show this text.", short_name="h", flag_values=known, allow_overwrite=False
+    )
     config = None
     try:
         for values in (first, known):
-            values.set_gnu_getopt()  # flags may stand after an argument that is none, which is then named below
+            # flags may stand after an argument that is none, which is then named below
+            values.set_gnu_getopt()
         rest = first(argv, known_only=True)
         if path.value is not None:
             config = read_config(path.value)

@@ -24,7 +24,11 @@ from flora_jax.models.tokenizer import load_tokenizer
 ROOT = Path(__file__).parent.parent
 PLANS = has_compiler()  # an extra gpu-plan is installed
 # Without a device (as JAX looks for one, or through WSL) its plugin does not start, and then plans for no GPU either.
-if PLANS and not jax.config.jax_platforms and not any(Path("/dev", name).exists() for name in ("nvidia0", "dxg")):
+if (
+    PLANS
+    and not jax.config.jax_platforms
+    and not any(Path("/dev", name).exists() for name in ("nvidia0", "dxg"))
+):
     jax.config.update("jax_platforms", "cpu")
 # The values are the same, and compiling is what takes the time.
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
@@ -48,7 +52,9 @@ def random_adapter(config, adapter_config, seed, std=0.1):
     shapes = abstract_adapter(config, adapter_config)
     leaves, structure = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return structure.unflatten([std * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+    return structure.unflatten(
+        [std * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
 
 
 def spread(base):
@@ -69,9 +75,15 @@ def silent_pieces(variables, rank):
     silent = []
     for path, leaf in flatten_dict(variables, sep="/").items():
         for i, layer in enumerate(np.asarray(leaf) if "/layers/" in path else [np.asarray(leaf)]):
-            count = layer.shape[-1 if path.endswith("/A") else 0] // rank if path.startswith("adapter") else 1
+            count = (
+                layer.shape[-1 if path.endswith("/A") else 0] // rank
+                if path.startswith("adapter")
+                else 1
+            )
             pieces = np.split(layer, count, axis=-1 if path.endswith("/A") else 0)
-            silent += [f"{path}[{i}], piece {n}" for n, piece in enumerate(pieces) if not piece.any()]
+            silent += [
+                f"{path}[{i}], piece {n}" for n, piece in enumerate(pieces) if not piece.any()
+            ]
     return silent
 
 
@@ -127,7 +139,10 @@ def hf_directory():
     def make(path, seed=0):
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(json.dumps(config.to_hf()))
-        save_file(dict(to_hf_tensors(config, init_base(jax.random.key(seed), config))), path / "model.safetensors")
+        save_file(
+            dict(to_hf_tensors(config, init_base(jax.random.key(seed), config))),
+            path / "model.safetensors",
+        )
         load_tokenizer("tiny").save_pretrained(path)
         return path
 

@@ -41,7 +41,9 @@ def meshes(folder: Path, names: list[str]) -> None:
             for kind, tree in (("frozen", made.frozen), ("trainable", made.state.trainable))
         }  # fmt: skip
         moments = [leaf for leaf in jax.tree.leaves(made.state.optimizer) if leaf.ndim]
-        here = sum(s.data.nbytes for leaf in moments for s in leaf.addressable_shards if s.device == device)
+        here = sum(
+            s.data.nbytes for leaf in moments for s in leaf.addressable_shards if s.device == device
+        )
         held[workdir]["moments"] = [here, sum(leaf.nbytes for leaf in moments)]
         return made
 
@@ -79,7 +81,9 @@ def attention(folder: Path) -> None:
     """The all-gathers in the compiled gradient of attention, rows over data and fsdp, heads over tensor."""
     mesh = make_mesh(config_of(folder / "fft.json", (2, 2, 2)))
     place = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor", None))
-    q, k, v = (jax.ShapeDtypeStruct((4, 128, heads, 16), np.float32, sharding=place) for heads in (8, 4, 4))
+    q, k, v = (
+        jax.ShapeDtypeStruct((4, 128, heads, 16), np.float32, sharding=place) for heads in (8, 4, 4)
+    )
     gradient = jax.jit(jax.grad(lambda q, k, v: attend(q, k, v, None).sum(), argnums=(0, 1, 2)))
     program = gradient.lower(q, k, v).compile().as_text()
     (folder / "attention.json").write_text(json.dumps(program.count(" all-gather(")))

@@ -41,13 +41,19 @@ def test_every_ablation_is_a_run_that_can_be_made():
 def test_budgets_and_adds_are_what_the_names_say():
     counts = {name: trained_parameters(SMOLLM2, adapter_config(config_of(name))) for name in NAMES}
     budget = trained_parameters(SMOLLM2, AdapterConfig("ffba_qg_add", 32))
-    for place, name in enumerate(GROUPS["rank"]):  # three of half a budget, three of one, three of two
+    # three of half a budget, three of one, three of two
+    for place, name in enumerate(GROUPS["rank"]):
         assert abs(counts[name] / (budget * 2.0 ** (place // 3 - 1)) - 1) < 0.02
     assert {counts[name] for name in GROUPS["add_set"]} == {budget}
-    adds = {name: "".join(p[0] for p in adapter_config(config_of(name)).add_to) for name in GROUPS["add_set"]}
+    adds = {
+        name: "".join(p[0] for p in adapter_config(config_of(name)).add_to)
+        for name in GROUPS["add_set"]
+    }
     assert adds == {"add_none": "", "add_q": "q", "add_qg": "qg", "add_qd": "qd", "add_qkv": "qkv",
                     "add_inputs": "qkvgu", "add_all": "qkvogud"}  # fmt: skip
-    assert [adapter_config(config_of(name)).scale for name in GROUPS["scale"]] == pytest.approx([0.5, 1, 2, 4, 32**0.5])
+    assert [adapter_config(config_of(name)).scale for name in GROUPS["scale"]] == pytest.approx(
+        [0.5, 1, 2, 4, 32**0.5]
+    )
     for name in GROUPS["initialisation"]:
         assert adapter_config(config_of(name)).zero_init == name[-1]
 
@@ -58,7 +64,10 @@ def test_the_script(tmp_path, hf_directory, caches, monkeypatch, capsys, quick_c
     monkeypatch.chdir(tmp_path)  # where runs/ is
     (tmp_path / "samsum").mkdir()
     for split, first in (("train", 0), ("test", 500)):
-        lines = [json.dumps({"dialogue": f"A: I am {i}.", "summary": f"A is {i}."}) for i in range(first, first + 30)]
+        lines = [
+            json.dumps({"dialogue": f"A: I am {i}.", "summary": f"A is {i}."})
+            for i in range(first, first + 30)
+        ]
         (tmp_path / "samsum" / f"{split}.jsonl").write_text("\n".join(lines))
     model, small = hf_directory(tmp_path / "model"), tmp_path / "ablations.py"
     # The same file at ranks that a tiny model has.
@@ -83,25 +92,34 @@ def test_the_script(tmp_path, hf_directory, caches, monkeypatch, capsys, quick_c
         return capsys.readouterr().out
 
     table = run()
-    assert trained == ["add_qg-seed0", "add_none-seed0", "free_q_gate-seed0"]  # the reference first, scale_1 is it
+    # the reference first, scale_1 is it
+    assert trained == ["add_qg-seed0", "add_none-seed0", "free_q_gate-seed0"]
     assert "| scale_1 |" in table and "## low_rank" in table and "q_kernel,gate_kernel" in table
-    assert (tmp_path / "out.md").read_text() in table + "\n" and (tmp_path / "out.png").stat().st_size > 5000
+    assert (tmp_path / "out.md").read_text() in table + "\n" and (
+        tmp_path / "out.png"
+    ).stat().st_size > 5000
     found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
     assert found["scale_1-seed0"]["same_run_as"] == "add_qg"
     assert found["scale_1-seed0"]["reference_losses"] == found["add_qg-seed0"]["reference_losses"]
     assert len(found["add_none-seed0"]["reference_losses"]) == 5
-    assert str(tmp_path) not in json.dumps([v for k, v in flatten_dict(found).items() if "data" in k])
+    assert str(tmp_path) not in json.dumps(
+        [v for k, v in flatten_dict(found).items() if "data" in k]
+    )
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out.csv").open())}
     assert float(rows["scale_1"]["difference"]) == 0 and rows["add_qg"]["difference"] == ""
     none = found["add_none-seed0"]
     assert rows["add_none"]["stderr_over"] == "items" and "(± standard error over items)" in table
-    assert float(rows["add_none"]["stderr"]) == pytest.approx(np.std(none["reference_losses"], ddof=1) / 5**0.5)
+    assert float(rows["add_none"]["stderr"]) == pytest.approx(
+        np.std(none["reference_losses"], ddof=1) / 5**0.5
+    )
     assert float(rows["add_none"]["minutes"]) == pytest.approx(none["minutes"])
     assert re.search(rf"\| 1 \| {none['minutes']:.1f} \| \d\.\d+ \| \d\.\d+ ± 0\.\d+ \|", table)
     again = run()
-    assert again.splitlines()[4:] == table.splitlines()[4:] and len(trained) == 3  # above: command and time
+    # above: command and time
+    assert again.splitlines()[4:] == table.splitlines()[4:] and len(trained) == 3
     part = run("--groups", "scale")
-    assert part.splitlines()[4:] == table.splitlines()[4:]  # what was run before stays in the tables
+    # what was run before stays in the tables
+    assert part.splitlines()[4:] == table.splitlines()[4:]
     with pytest.raises(UserError, match="--seeds '0,0' must be integers, 0 or more, each once"):
         run("--seeds", "0,0")
     with pytest.raises(UserError, match=r"--out=.* cannot be written"):

@@ -36,12 +36,16 @@ def sweep(tmp_path, hf_directory, caches, monkeypatch):
     for task, split, first in (("gsm8k", "train", 0), ("AddSub", "test", 500)):
         (data / task).mkdir(parents=True)
         records = [
-            {"instruction": f"What is {i} + 1?", "output": "", "answer": str(i + 1)} for i in range(first, first + 30)
+            {"instruction": f"What is {i} + 1?", "output": "", "answer": str(i + 1)}
+            for i in range(first, first + 30)
         ]
         (data / task / f"{split}.json").write_text(json.dumps(records))
     (data / "samsum").mkdir()
     for split, first in (("train", 0), ("test", 500)):
-        lines = [json.dumps({"dialogue": f"A: I am {i}.", "summary": f"A is {i}."}) for i in range(first, first + 30)]
+        lines = [
+            json.dumps({"dialogue": f"A: I am {i}.", "summary": f"A is {i}."})
+            for i in range(first, first + 30)
+        ]
         (data / "samsum" / f"{split}.jsonl").write_text("\n".join(lines))
 
     def run(methods, out="a", *flags):
@@ -55,9 +59,13 @@ def sweep(tmp_path, hf_directory, caches, monkeypatch):
 
 def numbers(run):
     """What must not depend on when and how often it ran."""
-    scores = {task: {k: v for k, v in s.items() if k != "seconds"} for task, s in run["evaluation"]["tasks"].items()}
+    scores = {
+        task: {k: v for k, v in s.items() if k != "seconds"}
+        for task, s in run["evaluation"]["tasks"].items()
+    }
     return [
-        run.get(k) for k in ("rank", "parameters", "learning_rate", "validation_losses", "loss_curve", "data")
+        run.get(k)
+        for k in ("rank", "parameters", "learning_rate", "validation_losses", "loss_curve", "data")
     ], scores
 
 
@@ -93,21 +101,40 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
     assert not kills and not (tmp_path / "a/tiny/ffba-seed0.json").exists()
     found = sweep("base,lora,ffba", "a", "--seeds", "0,1")
     # Nothing that was finished, and no step that was saved.
-    assert started == ["lora-seed0", "ffba-seed0", "ffba-seed0", "ffba-seed0", "lora-seed1", "ffba-seed1"]
+    assert started == [
+        "lora-seed0",
+        "ffba-seed0",
+        "ffba-seed0",
+        "ffba-seed0",
+        "lora-seed1",
+        "ffba-seed1",
+    ]
     assert [step for name, step in saved if name == "ffba-seed0"] == [1, 2, 3]
     assert found.keys() == {"base", "lora-seed0", "lora-seed1", "ffba-seed0", "ffba-seed1"}
     again = sweep("ffba", "b")
     assert [step for _, step in saved[-3:]] == [1, 2, 3]  # another OUT trains anew
-    assert numbers(again["ffba-seed0"]) == numbers(found["ffba-seed0"]) != numbers(found["ffba-seed1"])
+    assert (
+        numbers(again["ffba-seed0"]) == numbers(found["ffba-seed0"]) != numbers(found["ffba-seed1"])
+    )
 
     lora, ffba = found["lora-seed0"], found["ffba-seed0"]
-    assert abs(lora["parameters"] / ffba["parameters"] - 1) < 0.1 and lora["learning_rate"] == LEARNING_RATES["lora"]
-    assert len(ffba["loss_curve"]) >= 1 and ffba["data"]["share_of_test_in_train"] == {"AddSub": 0.0, "samsum": 0.0}
+    assert (
+        abs(lora["parameters"] / ffba["parameters"] - 1) < 0.1
+        and lora["learning_rate"] == LEARNING_RATES["lora"]
+    )
+    assert len(ffba["loss_curve"]) >= 1 and ffba["data"]["share_of_test_in_train"] == {
+        "AddSub": 0.0,
+        "samsum": 0.0,
+    }
     assert ffba["config"]["adapter"]["rank"] == 8 and ffba["provenance"]["versions"]["jax"]
     tasks = ffba["evaluation"]["tasks"]
-    assert tasks["AddSub"]["n"] == 4 == len(tasks["AddSub"]["items"]) and 0 <= tasks["AddSub"]["accuracy"] <= 1
     assert (
-        0 <= tasks["samsum"]["rougeL"] <= tasks["samsum"]["rougeL_max"] <= 1 and tasks["samsum"]["reference_loss"] > 0
+        tasks["AddSub"]["n"] == 4 == len(tasks["AddSub"]["items"])
+        and 0 <= tasks["AddSub"]["accuracy"] <= 1
+    )
+    assert (
+        0 <= tasks["samsum"]["rougeL"] <= tasks["samsum"]["rougeL_max"] <= 1
+        and tasks["samsum"]["reference_loss"] > 0
     )
     assert str(tmp_path) not in json.dumps(ffba["config"]["data"])
     assert "I am 5" not in json.dumps(found)  # none of the data's own text
@@ -118,23 +145,40 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
     assert "samsum rougeLsum" in table and "difference to lora" in table
     assert "± standard error over seeds or, of one seed, over items" in table  # base has one
     assert (tmp_path / "a/tiny.png").stat().st_size > 10_000
-    rows = {(r["method"], r["task"], r["metric"]): r for r in csv.DictReader((tmp_path / "a/tiny.csv").open())}
-    losses = [found[f"ffba-seed{s}"]["evaluation"]["tasks"]["samsum"]["reference_loss"] for s in (0, 1)]
+    rows = {
+        (r["method"], r["task"], r["metric"]): r
+        for r in csv.DictReader((tmp_path / "a/tiny.csv").open())
+    }
+    losses = [
+        found[f"ffba-seed{s}"]["evaluation"]["tasks"]["samsum"]["reference_loss"] for s in (0, 1)
+    ]
     row = rows["ffba", "samsum", "reference_loss"]
     assert float(row["mean"]) == pytest.approx(np.mean(losses)) and row["seeds"] == "2"
-    assert float(row["stderr"]) == pytest.approx(abs(losses[0] - losses[1]) / 2) and row["stderr_over"] == "seeds"
+    assert (
+        float(row["stderr"]) == pytest.approx(abs(losses[0] - losses[1]) / 2)
+        and row["stderr_over"] == "seeds"
+    )
     minutes = [found[f"ffba-seed{s}"]["minutes"] for s in (0, 1)]
     assert float(row["minutes"]) == pytest.approx(np.mean(minutes))
     # A sum over tokens, as the score is: the difference of two methods' is that of their scores.
-    differ = {tuple(r.values())[:4]: r for r in csv.DictReader((tmp_path / "a/tiny_pairs.csv").open())}
+    differ = {
+        tuple(r.values())[:4]: r for r in csv.DictReader((tmp_path / "a/tiny_pairs.csv").open())
+    }
     assert len(differ) == 3 * 2 * 2 * 2  # three methods beside two others, two tasks, two metrics
     other = rows["lora", "samsum", "reference_loss"]
-    found = {k: float(v) for k, v in differ["ffba", "lora", "samsum", "reference_loss"].items() if k[0] in "dlh"}
+    found = {
+        k: float(v)
+        for k, v in differ["ffba", "lora", "samsum", "reference_loss"].items()
+        if k[0] in "dlh"
+    }
     assert found["difference"] == pytest.approx(float(row["mean"]) - float(other["mean"]), abs=1e-9)
     assert found["low"] <= found["difference"] <= found["high"] and found["low"] < found["high"]
     for flags, words in (
         (("--validation_size", "2"), r"of the same table, has validation_size=4 \(now 2\)"),
-        (("--preset", "llama3.2-1b"), r"ffba-seed0.*was run with model.dtype='float32' \(now 'bfloat16'\)"),
+        (
+            ("--preset", "llama3.2-1b"),
+            r"ffba-seed0.*was run with model.dtype='float32' \(now 'bfloat16'\)",
+        ),
         (("--steps", "2"), r"of the same table, has steps=3 \(now 2\)"),
         (("--limit", "3"), r"of the same table, has limit=4 \(now 3\)"),
     ):
@@ -165,19 +209,32 @@ def test_tables_of_one_seed(tmp_path, monkeypatch):
             "provenance": {"device": "a machine", "date": "2026-11-20"},
         })  # fmt: skip
     table = accuracy.write_tables(argparse.Namespace(out=tmp_path, suite="tiny", data_dir="DIR"))
-    assert "means over seeds (± standard error over items; the reference loss has none over items)" in table
+    assert (
+        "means over seeds (± standard error over items; the reference loss has none over items)"
+        in table
+    )
     assert "| base |  |  |  | 1 | 2.5 |  | 0.500 ± 0.250 | 1.500 | 0.500 ± 0.125 |" in table
     rows = list(csv.DictReader((tmp_path / "tiny.csv").open()))
     errors = [(row["metric"], row["stderr"], row["stderr_over"]) for row in rows[:3]]
-    assert errors == [("accuracy", "0.25", "items"), ("reference_loss", "", "items"), ("rougeL", "0.125", "items")]
+    assert errors == [
+        ("accuracy", "0.25", "items"),
+        ("reference_loss", "", "items"),
+        ("rougeL", "0.125", "items"),
+    ]
     # Of the reference loss, which these results do not have by item, there is none.
     differ = list(csv.DictReader((tmp_path / "tiny_pairs.csv").open()))
     assert [tuple(row.values())[:4] for row in differ] == [
         (*two, *task) for task in (("AddSub", "accuracy"), ("samsum", "rougeL"))
         for two in (("lora", "base"), ("base", "lora"))]  # fmt: skip
-    beside = [[float(row[name]) for name in ("difference", "low", "high")] for row in differ if row["beside"] == "lora"]
+    beside = [
+        [float(row[name]) for name in ("difference", "low", "high")]
+        for row in differ
+        if row["beside"] == "lora"
+    ]
     mean, low, high = beside[0]
-    assert (mean, low, high) == report.paired_bootstrap(*map(np.array, items.values())) and low < mean < high
+    assert (mean, low, high) == report.paired_bootstrap(
+        *map(np.array, items.values())
+    ) and low < mean < high
     assert beside[1] == [0, 0, 0]
     assert f"| base | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | +0.000 [+0.000, +0.000] |" in table
 
@@ -185,7 +242,10 @@ def test_tables_of_one_seed(tmp_path, monkeypatch):
 def test_every_out_has_its_workdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)
-    of = lambda out: accuracy.workdir_of(Path(out), ablations.OUT)  # noqa: E731
+
+    def of(out):
+        return accuracy.workdir_of(Path(out), ablations.OUT)
+
     usual = "experiments/results/ablations"
     for out in (usual, f"./{usual}/", tmp_path / usual, f"link/{usual}"):
         assert of(out) == Path("runs/ablations")
@@ -217,7 +277,13 @@ def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch
         assert min(losses) < rate < max(losses) and max(losses) / min(losses) > 90
         args.rate_steps = 0
         assert choose(args) == (rate, losses) and len(asked) == tried  # none is tried twice
-        begun = {"model": "m", "suite": "math", "rank": 32, "steps": 5, "validation_losses": {"1e-3": 1.0}}
+        begun = {
+            "model": "m",
+            "suite": "math",
+            "rank": 32,
+            "steps": 5,
+            "validation_losses": {"1e-3": 1.0},
+        }
         args.rate_steps, args.out = 5, tmp_path / f"begun {best}"
         write_json(args.out / "rates/ffba.json", begun)
         with pytest.raises(UserError, match="unfinished search at suite='math', not 'dialogue'"):
@@ -238,7 +304,10 @@ def test_arms_have_the_budget_as_nearly_as_their_ranks_allow():
              if method not in (None, "fft")}  # fmt: skip
     assert ranks == {"lora": 18, "ffba_qg_add": 32, "ffba": 32, "fpa": 80, "ffa": 32, "zflora_below": 24,
                      "zflora_above": 32}  # fmt: skip
-    counts = {arm: trained_parameters(config, AdapterConfig(accuracy.ARMS[arm][0], r)) for arm, r in ranks.items()}
+    counts = {
+        arm: trained_parameters(config, AdapterConfig(accuracy.ARMS[arm][0], r))
+        for arm, r in ranks.items()
+    }
     assert counts["zflora_below"] < budget < counts["zflora_above"]
     assert all(abs(counts[arm] / budget - 1) < 0.02 for arm in ("lora", "fpa", "ffba_qg_add"))
     with pytest.raises(UserError, match="no rank below 100 parameters"):
@@ -255,13 +324,17 @@ def test_a_table_names_the_devices_of_its_runs(monkeypatch):
         for device, day in zip("abab", "3142", strict=True)
     ]
     about = accuracy.about_runs(made, argparse.Namespace(data_dir="DIR"))
-    assert (about["device"], about["date"]) == ("a and b", "2026-11-24") and about["versions"]["jax"]
+    assert (about["device"], about["date"]) == ("a and b", "2026-11-24") and about["versions"][
+        "jax"
+    ]
 
 
 def test_a_new_method_needs_a_rate(monkeypatch):
     monkeypatch.setitem(METHODS, "ffba_v_add", METHODS["ffba_qg_add"])
     config = get_config("tiny", "ffba_v_add")
-    with pytest.raises(UserError, match=r"optim.learning_rate is unset, and ffba_v_add has none of its own"):
+    with pytest.raises(
+        UserError, match=r"optim.learning_rate is unset, and ffba_v_add has none of its own"
+    ):
         check_config(config)
     config.optim.learning_rate = 1e-3
     check_config(config)
@@ -273,7 +346,9 @@ def test_paired_bootstrap():
     mean, low, high = report.paired_bootstrap(ones, half)
     assert mean == 0.5
     # A binomial's normal approximation.
-    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.5 / 50**0.5, 0.5 + 1.96 * 0.5 / 50**0.5), abs=0.02)
+    assert (low, high) == pytest.approx(
+        (0.5 - 1.96 * 0.5 / 50**0.5, 0.5 + 1.96 * 0.5 / 50**0.5), abs=0.02
+    )
     # Sums over sums of sizes: as with each item drawn, and both sides added up, in turn.
     rng = np.random.default_rng(1)
     ours, theirs, sizes = rng.normal(5, 1, 20), rng.normal(4, 1, 20), rng.integers(1, 9, 20)
@@ -286,7 +361,10 @@ def test_paired_bootstrap():
 
 def test_what_is_refused(tmp_path):
     common = ["accuracy", "--data_dir", str(tmp_path), "--out", str(tmp_path / "out")]
-    run = lambda *flags: accuracy.main([*common, *flags])  # noqa: E731
+
+    def run(*flags):
+        return accuracy.main([*common, *flags])
+
     for flags, words in (
         (["--suite", "dialog"], "'dialogue'"),
         (["--suite", "dialogue", "--methods", "lora,pf_lora"], "'pf_lora' is unknown here"),
@@ -302,7 +380,11 @@ def test_differences_of_configurations():
     """A field that is younger than the record had its default then; those that change no number do not count."""
     asked = get_config("smollm2-135m", "ffba").to_dict()
     record = get_config("smollm2-135m", "ffba").to_dict()
-    record["model"].pop("remat"), record["data"].update(dir="elsewhere"), record["adapter"].pop("dropout")
+    (
+        record["model"].pop("remat"),
+        record["data"].update(dir="elsewhere"),
+        record["adapter"].pop("dropout"),
+    )
     assert differences(record, asked) == ""
     asked["adapter"]["dropout"] = 0.5
     assert differences(record, asked) == "adapter.dropout=0.0 (now 0.5)"
@@ -316,7 +398,9 @@ def test_the_datas_place_is_not_recorded(monkeypatch):
         command = provenance(data_dir="/home/me/my data")["command"]
         assert "DIR" in command and "/home/me" not in command and "--data_dir" in command
     # Nor is any other place on this machine.
-    monkeypatch.setattr("sys.argv", ["x", "--model", "/home/me/tuned", "--out=/home/a b", "--rates", "1/2"])
+    monkeypatch.setattr(
+        "sys.argv", ["x", "--model", "/home/me/tuned", "--out=/home/a b", "--rates", "1/2"]
+    )
     assert provenance()["command"].endswith("--model tuned '--out=a b' --rates 1/2")
 
 

@@ -34,7 +34,9 @@ def random_adapter(adapter_config, seed=1, config=TINY):
     adapter = init_adapter(jax.random.key(seed), config, adapter_config)
     leaves, structure = jax.tree.flatten(adapter)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return structure.unflatten([0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+    return structure.unflatten(
+        [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
 
 
 def assert_same(a, b):
@@ -68,7 +70,9 @@ def test_round_trip_is_bit_equal(tmp_path, base, adapter_config, with_params):
     assert_same(found["adapter"], adapter)
     assert_same(found["params"], params)
     kind = json.loads((tmp_path / "a/adapter_config.json").read_text())["peft_type"]
-    assert kind == ("LORA" if adapter_config.method in ("lora", "pf_lora") and not with_params else "FLORA")
+    assert kind == (
+        "LORA" if adapter_config.method in ("lora", "pf_lora") and not with_params else "FLORA"
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["a"]  # nothing half-written is left beside it
 
 
@@ -92,13 +96,18 @@ def torch_llama(base):
 
 @pytest.mark.parametrize(
     "adapter_config",
-    [AdapterConfig("lora", 4, alpha=8.0), AdapterConfig("pf_lora", 8, targets="q,v,down", rslora=True)],
+    [
+        AdapterConfig("lora", 4, alpha=8.0),
+        AdapterConfig("pf_lora", 8, targets="q,v,down", rslora=True),
+    ],
     ids=["lora", "pf_lora"],
 )
 def test_peft_loads_ours(tmp_path, base, torch_llama, adapter_config):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     adapter = random_adapter(adapter_config)
-    save_adapter(tmp_path / "a", {"adapter": adapter, "params": {}}, TINY, adapter_config, "src", "f")
+    save_adapter(
+        tmp_path / "a", {"adapter": adapter, "params": {}}, TINY, adapter_config, "src", "f"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a missing or unexpected key is only a warning in PEFT
         warnings.simplefilter("ignore", FutureWarning)  # of transformers itself
@@ -108,7 +117,9 @@ def test_peft_loads_ours(tmp_path, base, torch_llama, adapter_config):
         theirs = model(torch.tensor(tokens)).logits.numpy()
         with model.disable_adapter():
             off = model(torch.tensor(tokens)).logits.numpy()
-    ours = Llama(TINY, adapter_config).apply({"params": base, "adapter": adapter}, jnp.asarray(tokens))
+    ours = Llama(TINY, adapter_config).apply(
+        {"params": base, "adapter": adapter}, jnp.asarray(tokens)
+    )
     assert np.abs(theirs - np.asarray(ours)).max() <= 2e-4
     assert np.abs(theirs - off).max() > 0.05
 
@@ -123,12 +134,17 @@ def test_ours_loads_peft(tmp_path, base, torch_llama):
     with torch.no_grad():
         theirs = model(torch.tensor(tokens)).logits.numpy()
     bf16_base = {k: v.numpy() for k, v in model.get_base_model().state_dict().items()}
-    model.to(torch.bfloat16).save_pretrained(tmp_path / "a")  # half precision, as many adapters are stored
+    # half precision, as many adapters are stored
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "a")
     adapter_config, trained = load_adapter(tmp_path / "a", TINY)
     assert adapter_config == AdapterConfig("lora", 4, alpha=16.0, targets="q,v")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), base)
-    assert np.array_equal(bf16_base["model.embed_tokens.weight"], rounded["embed_tokens"]["embedding"])
-    ours = Llama(TINY, adapter_config).apply({"params": rounded, "adapter": trained["adapter"]}, jnp.asarray(tokens))
+    assert np.array_equal(
+        bf16_base["model.embed_tokens.weight"], rounded["embed_tokens"]["embedding"]
+    )
+    ours = Llama(TINY, adapter_config).apply(
+        {"params": rounded, "adapter": trained["adapter"]}, jnp.asarray(tokens)
+    )
     assert np.abs(theirs - np.asarray(ours)).max() <= 2e-4
 
 
@@ -138,13 +154,21 @@ def test_ours_loads_peft(tmp_path, base, torch_llama):
         (["q_proj", "k_proj", "v_proj"], ["k_proj"], "q,v"),
         (["q_proj", "k_proj", "v_proj"], r".*\.self_attn\.[kv]_proj", "q"),
         (r".*\.(q|v|up)_proj", ["self_attn.v_proj"], "q,up"),
-        (["q_proj", "up_proj"], [f"model.layers.{i}.mlp.up_proj" for i in range(TINY.num_hidden_layers)], "q"),
+        (
+            ["q_proj", "up_proj"],
+            [f"model.layers.{i}.mlp.up_proj" for i in range(TINY.num_hidden_layers)],
+            "q",
+        ),
         (["q_proj", "v_proj"], ["lm_head", "proj"], "q,v"),  # names are whole
     ],
 )
-def test_what_peft_excludes_is_not_targeted(tmp_path, base, torch_llama, targets, excluded, expected):
+def test_what_peft_excludes_is_not_targeted(
+    tmp_path, base, torch_llama, targets, excluded, expected
+):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    lora = peft.LoraConfig(r=4, target_modules=targets, exclude_modules=excluded, init_lora_weights=False)
+    lora = peft.LoraConfig(
+        r=4, target_modules=targets, exclude_modules=excluded, init_lora_weights=False
+    )
     model = peft.get_peft_model(torch_llama(), lora).eval()
     model.save_pretrained(tmp_path / "a")
     adapter_config, trained = load_adapter(tmp_path / "a", TINY)
@@ -152,7 +176,9 @@ def test_what_peft_excludes_is_not_targeted(tmp_path, base, torch_llama, targets
     tokens = np.random.default_rng(0).integers(0, 320, (2, 20))
     with torch.no_grad():
         theirs = model(torch.tensor(tokens)).logits.numpy()
-    ours = Llama(TINY, adapter_config).apply({"params": base, "adapter": trained["adapter"]}, jnp.asarray(tokens))
+    ours = Llama(TINY, adapter_config).apply(
+        {"params": base, "adapter": trained["adapter"]}, jnp.asarray(tokens)
+    )
     assert np.abs(theirs - np.asarray(ours)).max() <= 2e-4
 
 
@@ -224,11 +250,17 @@ def test_damaged_or_foreign_directories_are_refused(tmp_path):
     adapter_config = AdapterConfig("ffba", 8)
     trained = {"adapter": random_adapter(adapter_config), "params": {}}
     path = tmp_path / "a"
-    save = lambda: save_adapter(path, trained, TINY, adapter_config, "src", "abc")  # noqa: E731
+
+    def save():
+        return save_adapter(path, trained, TINY, adapter_config, "src", "abc")
 
     refused(path, "no such adapter directory")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "adapter_config.json: there is no such file", "adapter_model.safetensors")
+    refused(
+        tmp_path / "empty",
+        "adapter_config.json: there is no such file",
+        "adapter_model.safetensors",
+    )
     save()
     A = trained["adapter"]["layers"]["attention"]["qkv"]["A"]
     trained["adapter"]["layers"]["attention"]["qkv"]["A"] = A.at[0, 0, 0].set(np.nan)
@@ -260,7 +292,10 @@ def test_damaged_or_foreign_directories_are_refused(tmp_path):
         ({**tensors, name: tensors[name][:, :, :8]}, (name, "(2, 96, 24)", "(2, 96, 8)")),
         ({k: v for k, v in tensors.items() if k != name}, (name, "nothing")),
         ({**tensors, "adapter/x": tensors[name]}, ("adapter/x", "no such leaf")),
-        ({**tensors, "params/final_norm/scale": tensors[name]}, ("params/final_norm/scale", "(96,)")),
+        (
+            {**tensors, "params/final_norm/scale": tensors[name]},
+            ("params/final_norm/scale", "(96,)"),
+        ),
         ({**tensors, "x": tensors[name]}, ("'x'", "neither")),
     ]:
         save_file(changed, weights)
@@ -304,7 +339,10 @@ def test_peft_tensor_missing_or_misshapen(tmp_path):
     for changed, words in [
         ({k: v for k, v in tensors.items() if k != name}, (name, "nothing")),
         ({**tensors, name: tensors[name][:2]}, (name, "(4, 96)", "(2, 96)")),
-        ({**tensors, name.replace("q_proj", "o_proj"): tensors[name]}, ("o_proj", "no such tensor")),
+        (
+            {**tensors, name.replace("q_proj", "o_proj"): tensors[name]},
+            ("o_proj", "no such tensor"),
+        ),
     ]:
         save_file(changed, weights)
         with pytest.raises(UserError) as error:
@@ -321,7 +359,9 @@ def test_save_keeps_what_is_not_ours(tmp_path):
         save_adapter(tmp_path / "thesis", trained, TINY, adapter_config, "src", "f")
     assert (tmp_path / "thesis/final.tex").read_text() == "x"
     with pytest.raises(UserError, match="expected"):
-        save_adapter(tmp_path / "b", {"adapter": {}, "params": {}}, TINY, adapter_config, "src", "f")
+        save_adapter(
+            tmp_path / "b", {"adapter": {}, "params": {}}, TINY, adapter_config, "src", "f"
+        )
     assert not (tmp_path / "b").exists()
 
 

@@ -121,7 +121,9 @@ TREES = {
 def test_tree(method):
     """The expected tree, at rank 8 on tiny (L 2, D = Q = 96, K 32, F 192), is the assertion."""
     tree = by_path(abstract_adapter(TINY, AdapterConfig(method, 8)))
-    assert {path: leaf.shape for path, leaf in tree.items()} == {f"layers/{k}": v for k, v in TREES[method].items()}
+    assert {path: leaf.shape for path, leaf in tree.items()} == {
+        f"layers/{k}": v for k, v in TREES[method].items()
+    }
     assert {leaf.dtype for leaf in tree.values()} <= {np.dtype(np.float32)}
 
 
@@ -148,7 +150,11 @@ def test_names_as_strings_or_tuples():
     assert strings == AdapterConfig("ffba", 8, targets=PROJECTIONS, add_to=("q", "gate"))
     assert hash(strings) == hash(AdapterConfig("ffba", 8, add_to=["gate", "q"]))
     assert strings.add_to == ("q", "gate")
-    assert AdapterConfig("ffba", 8, add_to=()).add_to == () == AdapterConfig("ffba", 8, add_to="").add_to
+    assert (
+        AdapterConfig("ffba", 8, add_to=()).add_to
+        == ()
+        == AdapterConfig("ffba", 8, add_to="").add_to
+    )
     assert AdapterConfig("ffba", 8, targets="q,k,v,o").add_to == ("q", "k", "v")
 
 
@@ -166,27 +172,45 @@ REFUSALS = [
     (dict(dropout=1.0), "adapter.dropout=1.0"),
     (dict(dropout=-0.1), "adapter.dropout=-0.1"),
     (dict(dropout=math.nan), "adapter.dropout=nan"),
-    (dict(method="fpa", activation="sillu"), "adapter.activation='sillu' is unknown; did you mean 'silu'"),
+    (
+        dict(method="fpa", activation="sillu"),
+        "adapter.activation='sillu' is unknown; did you mean 'silu'",
+    ),
     (dict(method="lora", activation="silu"), "lora is linear; only fpa, parallel"),
     (dict(method="zflora", activation="relu"), "zflora is linear"),
     (dict(targets="q,donw"), "adapter.targets: projection 'donw' is unknown; did you mean 'down'"),
     (dict(targets=""), "adapter.targets is empty"),
     (dict(targets=5), "adapter.targets=5 must name projections"),
-    (dict(method="ffba", add_to="gaet"), "adapter.add_to: projection 'gaet' is unknown; did you mean 'gate'"),
-    (dict(method="lora", add_to="q"), "adapter.add_to=q: lora has no repeat-and-add; only ffa, ffba"),
+    (
+        dict(method="ffba", add_to="gaet"),
+        "adapter.add_to: projection 'gaet' is unknown; did you mean 'gate'",
+    ),
+    (
+        dict(method="lora", add_to="q"),
+        "adapter.add_to=q: lora has no repeat-and-add; only ffa, ffba",
+    ),
     (dict(method="fpa", add_to="q"), "fpa has no repeat-and-add"),
-    (dict(method="ffba", targets=ATTENTION, add_to="q,gate"), "adapter.add_to: 'gate' is not among"),
+    (
+        dict(method="ffba", targets=ATTENTION, add_to="q,gate"),
+        "adapter.add_to: 'gate' is not among",
+    ),
     (dict(method="ffba", targets="q,o", add_to="k"), "adapter.add_to: 'k' is not among"),
     (dict(method="ffa", add_to="q"), "ffa adds to every target"),
     (dict(method="ffba", targets="o"), "writes 'o' but reads none of q, k, v"),
     (dict(method="ffba_qg_add", targets="q,k"), "the adapter of 'k' would reach nothing; add 'o'"),
     (dict(method="ffba", targets="q,k,v,o,down"), "writes 'down' but reads none of gate, up"),
-    (dict(method="fpa", targets="q,v,o"), "fpa goes around the attention block; name all of q, k, v, o"),
+    (
+        dict(method="fpa", targets="q,v,o"),
+        "fpa goes around the attention block; name all of q, k, v, o",
+    ),
     (dict(method="parallel", targets="q,k,v,o,gate,up"), "parallel goes around the mlp block"),
     (dict(method="fpa", targets="o"), "fpa writes 'o' but reads none"),
     (dict(method="zflora", targets=ATTENTION), "zflora carries channels through every block"),
     (dict(method="lora", zero_init="C"), "adapter.zero_init='C' must be A or B"),
-    (dict(method="ffba_qg_add", zero_init="B"), "adds z as it is (add_to=q,gate), so A must start at zero"),
+    (
+        dict(method="ffba_qg_add", zero_init="B"),
+        "adds z as it is (add_to=q,gate), so A must start at zero",
+    ),
     (dict(method="zflora", zero_init="B"), "the stream's channels"),
     (dict(method="fft", zero_init="A"), "fft has no adapter"),
     (dict(method="fft", alpha=16), "adapter.alpha=16.0: fft has no adapter"),
@@ -196,7 +220,9 @@ REFUSALS = [
 
 
 def test_targets_may_have_the_names_of_peft():
-    assert AdapterConfig("lora", 8, targets="q_proj, v_proj") == AdapterConfig("lora", 8, targets="q,v")
+    assert AdapterConfig("lora", 8, targets="q_proj, v_proj") == AdapterConfig(
+        "lora", 8, targets="q,v"
+    )
 
 
 def test_numbers_of_numpy_are_plain_ones():
@@ -218,7 +244,8 @@ def test_refusals(fields, words):
     [
         ("ffa", 12, 32, ["4", "8", "16"]),  # K and V are 32 wide
         ("ffba", 64, 96, ["8", "16", "32"]),
-        ("ffba_qg_add", 40, 96, ["32", "48"]),  # q 96 and gate 192: 48 fits, though it does not fit k
+        # q 96 and gate 192: 48 fits, though it does not fit k
+        ("ffba_qg_add", 40, 96, ["32", "48"]),
         ("zflora", 20, 96, ["16", "24"]),
     ],
 )
@@ -267,13 +294,16 @@ def test_initial_values(method, full):
             if side == "A":
                 bound = 1 / math.sqrt(fan)
                 assert 0.98 * bound < np.abs(layer).max() <= bound
-                variance, spread = bound**2 / 3, math.sqrt(0.8 / n)  # kurtosis of the uniform is 1.8
+                # kurtosis of the uniform is 1.8
+                variance, spread = bound**2 / 3, math.sqrt(0.8 / n)
             else:
                 variance, spread = 1 / fan, math.sqrt(2 / n)
                 assert np.abs(layer).max() > 2.5 / math.sqrt(fan)  # tails, so not uniform
             assert abs(layer.var() / variance - 1) < 5 * spread, path
             assert abs(layer.mean()) < 5 * math.sqrt(variance / n), path
-        assert not any(np.array_equal(a, b) for i, a in enumerate(value) for b in value[:i]), f"{path}: equal layers"
+        assert not any(np.array_equal(a, b) for i, a in enumerate(value) for b in value[:i]), (
+            f"{path}: equal layers"
+        )
 
 
 def test_initial_values_are_the_keys():
@@ -288,7 +318,9 @@ def test_init_touches_no_base():
     """Making a 1B's adapter holds the adapter, not the 1.2 billion parameters it will sit in."""
     config, adapter = LlamaConfig.preset("llama3.2-1b"), AdapterConfig("ffba", 8)
     memory = fast_init.lower(jax.random.key(0), config, adapter).compile().memory_analysis()
-    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 3 * 4 * paper_count("ffba", 8, config)
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 3 * 4 * paper_count(
+        "ffba", 8, config
+    )
     assert init_adapter(jax.random.key(0), config, AdapterConfig("fft", 8)) == {}
 
 
@@ -304,14 +336,17 @@ def base_tree():
     for path, leaf in by_path(abstract_base(TINY)).items():
         value = rng.standard_normal(leaf.shape)
         value = 1 + 0.2 * value if path.endswith("scale") else value / math.sqrt(leaf.shape[-2])
-        leaves[path] = (value if "embed" not in path else rng.standard_normal(leaf.shape)).astype(np.float32)
+        leaves[path] = (value if "embed" not in path else rng.standard_normal(leaf.shape)).astype(
+            np.float32
+        )
     return unflatten_dict(leaves, sep="/")
 
 
 def random_adapter(adapter: AdapterConfig, seed=2, std=0.05):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda leaf: (std * rng.standard_normal(leaf.shape)).astype(np.float32), abstract_adapter(TINY, adapter)
+        lambda leaf: (std * rng.standard_normal(leaf.shape)).astype(np.float32),
+        abstract_adapter(TINY, adapter),
     )
 
 
@@ -328,9 +363,17 @@ def numpy_logits(
     config=TINY, tokens=TOKENS, segments=None,
 ):  # fmt: skip
     """Logits `[B, T, V]` of tokens, float64; a token sees its segment alone."""
-    to64 = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)  # noqa: E731
+
+    def to64(tree):
+        return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
     base, adapter = to64(base or base_tree()), to64(adapter).get("layers", {})
-    D, H, N, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    D, H, N, K = (
+        config.hidden_size,
+        config.head_dim,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
     B, T = tokens.shape
     segments = np.zeros((B, T)) if segments is None else np.asarray(segments)
     kernels, stream = base["layers"], method == "zflora"
@@ -348,7 +391,9 @@ def numpy_logits(
         q, k, v = (y.reshape(B, T, -1, H) for y in (q, k, v))
         q, k, v = rope(q), np.repeat(rope(k), N // K, 2), np.repeat(v, N // K, 2)
         scores = np.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(H)
-        scores = np.where(np.tril(segments[:, None, :, None] == segments[:, None, None]), scores, -np.inf)
+        scores = np.where(
+            np.tril(segments[:, None, :, None] == segments[:, None, None]), scores, -np.inf
+        )
         p = np.exp(scores - scores.max(-1, keepdims=True))
         return np.einsum("bnts,bsnh->btnh", p / p.sum(-1, keepdims=True), v).reshape(B, T, -1)
 
@@ -412,7 +457,8 @@ def apply(adapter_config, adapter, base=None):
 @functools.cache
 def compiled(adapter_config):
     return jax.jit(
-        lambda variables: Llama(TINY, adapter_config).apply(variables, TOKENS), compiler_options=FAST_COMPILE
+        lambda variables: Llama(TINY, adapter_config).apply(variables, TOKENS),
+        compiler_options=FAST_COMPILE,
     )
 
 
@@ -424,13 +470,22 @@ def test_base_is_numpys():
     assert_close(apply(None, {}), numpy_logits("fft", 1, 1.0, {}))
 
 
-DEFAULT_ADDS = {"ffba": ("q", "k", "v", "gate", "up"), "ffba_qg_add": ("q", "gate"), "ffba_qd_add": ("q", "down")}
+DEFAULT_ADDS = {
+    "ffba": ("q", "k", "v", "gate", "up"),
+    "ffba_qg_add": ("q", "gate"),
+    "ffba_qd_add": ("q", "down"),
+}
 
 
 @pytest.mark.parametrize(  # ranks below and above head_dim 16
     "method, rank",
     [(m, 8) for m in ADAPTED]
-    + [pytest.param(m, 32, marks=[] if m in ("lora", "ffa", "ffba", "zflora") else pytest.mark.slow) for m in ADAPTED],
+    + [
+        pytest.param(
+            m, 32, marks=[] if m in ("lora", "ffa", "ffba", "zflora") else pytest.mark.slow
+        )
+        for m in ADAPTED
+    ],
 )
 def test_method_is_its_equation(method, rank):
     """With one side zero, as at step 0, the logits are the base's bit for bit; with random leaves (s = 1/2) they are
@@ -442,7 +497,9 @@ def test_method_is_its_equation(method, rank):
     np.testing.assert_array_equal(apply(adapter_config, unflatten_dict(fresh, sep="/")), bare)
     found = apply(adapter_config, adapter)
     assert np.abs(found - bare).max() > 0.1
-    assert_close(found, numpy_logits(method, rank, 0.5, adapter, add_to=DEFAULT_ADDS.get(method, ())))
+    assert_close(
+        found, numpy_logits(method, rank, 0.5, adapter, add_to=DEFAULT_ADDS.get(method, ()))
+    )
 
 
 VARIANTS = [
@@ -454,8 +511,14 @@ VARIANTS = [
     (dict(method="fpa", rank=8, activation="silu", alpha=16.0), dict(act=silu, s=2.0)),
     (dict(method="lora", rank=8, targets="q,v"), dict(targets=("q", "v"))),
     (dict(method="lora", rank=8, targets="k,up,down"), dict(targets=("k", "up", "down"))),
-    (dict(method="ffba", rank=8, targets=ATTENTION), dict(targets=("q", "k", "v", "o"), add_to=("q", "k", "v"))),
-    (dict(method="ffba", rank=8, targets="k,v,o", add_to="v,o"), dict(targets=("k", "v", "o"), add_to=("v", "o"))),
+    (
+        dict(method="ffba", rank=8, targets=ATTENTION),
+        dict(targets=("q", "k", "v", "o"), add_to=("q", "k", "v")),
+    ),
+    (
+        dict(method="ffba", rank=8, targets="k,v,o", add_to="v,o"),
+        dict(targets=("k", "v", "o"), add_to=("v", "o")),
+    ),
     (dict(method="ffa", rank=8, targets="o,down"), dict(targets=("o", "down"))),
     (dict(method="fpa", rank=8, targets="gate,up,down"), dict(targets=("gate", "up", "down"))),
 ]
@@ -472,7 +535,9 @@ def test_variant_is_its_equation(fields, expected):
     adapter = random_adapter(adapter_config)
     found = apply(adapter_config, adapter)
     assert np.abs(found - apply(None, {})).max() > 0.1
-    expected = numpy_logits(adapter_config.method, adapter_config.rank, adapter=adapter, **{"s": 1.0, **expected})
+    expected = numpy_logits(
+        adapter_config.method, adapter_config.rank, adapter=adapter, **{"s": 1.0, **expected}
+    )
     assert_close(found, expected)
 
 
@@ -484,7 +549,8 @@ def test_two_layouts_of_one_function(one, other):
 
 
 @pytest.mark.parametrize(
-    "block, product, names, out", [("attention", "qkv", "qkv", "o"), ("mlp", "gate_up", ["gate", "up"], "down")]
+    "block, product, names, out",
+    [("attention", "qkv", "qkv", "o"), ("mlp", "gate_up", ["gate", "up"], "down")],
 )
 def test_ffba_is_ffa_merged_plus_fpa(block, product, names, out):
     """Repeat-and-add is linear in x: fold it into W, and what is left is fpa of as many ranks as there are pieces."""
@@ -507,7 +573,9 @@ def test_ffa_is_lora_with_the_tiling_as_b():
     leaves = by_path(adapter)
     for path, leaf in by_path(abstract_adapter(TINY, lora)).items():
         if path.endswith("_B"):
-            leaves[path] = np.stack([rep(np.eye(r, dtype=np.float32), leaf.shape[-1])] * leaf.shape[0])
+            leaves[path] = np.stack(
+                [rep(np.eye(r, dtype=np.float32), leaf.shape[-1])] * leaf.shape[0]
+            )
     assert_close(apply(ffa, adapter), apply(lora, unflatten_dict(leaves, sep="/")))
 
 
@@ -534,9 +602,13 @@ def test_dropout_is_on_the_adapters_input_alone(method):
     adapter = random_adapter(adapter_config)
     # A deterministic model ignores the rate.
     still = apply(adapter_config, adapter)
-    np.testing.assert_array_equal(still, apply(dataclasses.replace(adapter_config, dropout=0.0), adapter))
+    np.testing.assert_array_equal(
+        still, apply(dataclasses.replace(adapter_config, dropout=0.0), adapter)
+    )
     variables = {"params": base_tree(), "adapter": adapter}
-    one, again, other = (np.asarray(dropped(adapter_config)(variables, jax.random.key(k))) for k in (0, 0, 1))
+    one, again, other = (
+        np.asarray(dropped(adapter_config)(variables, jax.random.key(k))) for k in (0, 0, 1)
+    )
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - still).max() > 0.1 and np.abs(one - other).max() > 0.1
     # Nothing of the base's path is dropped.
@@ -552,24 +624,38 @@ def test_each_layer_draws_its_own_mask():
     for leaves in (base, adapter):
         for path, leaf in leaves.items():
             if "layers" in path:
-                leaves[path] = np.stack([leaf[0]] * 2) * (not path.endswith(("o_kernel", "down_kernel")))
+                leaves[path] = np.stack([leaf[0]] * 2) * (
+                    not path.endswith(("o_kernel", "down_kernel"))
+                )
     path = "layers/attention/o/o_B"
-    only = [{**adapter, path: adapter[path] * np.eye(2, dtype=np.float32)[l][:, None, None]} for l in range(2)]
+    only = [
+        {**adapter, path: adapter[path] * np.eye(2, dtype=np.float32)[l][:, None, None]}
+        for l in range(2)
+    ]
     first, second = (
-        {"params": unflatten_dict(base, sep="/"), "adapter": unflatten_dict(leaves, sep="/")} for leaves in only
+        {"params": unflatten_dict(base, sep="/"), "adapter": unflatten_dict(leaves, sep="/")}
+        for leaves in only
     )
     np.testing.assert_array_equal(compiled(adapter_config)(first), compiled(adapter_config)(second))
     key = jax.random.key(0)
-    assert np.abs(dropped(adapter_config)(first, key) - dropped(adapter_config)(second, key)).max() > 0.1
+    assert (
+        np.abs(dropped(adapter_config)(first, key) - dropped(adapter_config)(second, key)).max()
+        > 0.1
+    )
 
 
 def fused_dense(method, rate):
     rng = np.random.default_rng(4)
     adapter_config = AdapterConfig(method, 8, dropout=rate)
     dense = FusedDense("qkv", TINY.widths, adapter_config, name="qkv")
-    draw = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+
+    def draw(shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     params = {f"{p}_kernel": draw(TINY.widths[p]) for p in "qkv"}
-    layer = jax.tree.map(lambda leaf: draw(leaf.shape[1:]), abstract_adapter(TINY, adapter_config))["layers"]
+    layer = jax.tree.map(lambda leaf: draw(leaf.shape[1:]), abstract_adapter(TINY, adapter_config))[
+        "layers"
+    ]
     return dense, params, layer["attention"]["qkv"], draw((3, 96))
 
 
@@ -612,7 +698,8 @@ def test_bfloat16_compute(method):
     assert 1e-4 < error < 0.04  # it did compute in bfloat16
 
 
-@pytest.mark.parametrize("copies", [1, 6, 64, 96, 131, 256])  # one row of copies, several, a prime number of them
+# one row of copies, several, a prime number of them
+@pytest.mark.parametrize("copies", [1, 6, 64, 96, 131, 256])
 def test_repeat_and_add_is_the_same_on_every_device(copies):
     """What a CPU runs, what others run, and tiling in NumPy; the gradient is the sum over a channel's copies."""
     y, z = (jax.random.normal(jax.random.key(i), (2, 3, n)) for i, n in enumerate((5 * copies, 5)))
@@ -624,7 +711,9 @@ def test_repeat_and_add_is_the_same_on_every_device(copies):
     weights = jax.random.normal(jax.random.key(2), y.shape)
     dy, dz = jax.grad(lambda y, z: (weights * repeat_and_add(y, z)).sum(), argnums=(0, 1))(y, z)
     np.testing.assert_array_equal(dy, weights)
-    np.testing.assert_allclose(dz, np.asarray(weights).reshape(2, 3, copies, 5).sum(2), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        dz, np.asarray(weights).reshape(2, 3, copies, 5).sum(2), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("tokens, most", [(1, 5 * 7), (1, 5 * 7 - 1), (3, 5 * 7)])
@@ -638,9 +727,13 @@ def test_a_product_that_is_a_sum_is_taken_in_float32(tokens, most, monkeypatch):
     (product,) = (eqn for eqn in jax.make_jaxpr(lambda *arrays: layer_module.multiply(*arrays))(x, W).eqns
                   if eqn.primitive.name == "dot_general")  # fmt: skip
     assert product.outvars[0].aval.dtype == (jnp.float32 if summed else jnp.bfloat16)
-    found, x64, W64 = (np.asarray(array, np.float64) for array in (layer_module.multiply(x, W), x, W))
+    found, x64, W64 = (
+        np.asarray(array, np.float64) for array in (layer_module.multiply(x, W), x, W)
+    )
     bound = 2**-8 * (abs(x64 @ W64) + 1e-3 if summed else 5 * abs(x64) @ abs(W64))
-    assert (abs(found - x64 @ W64) <= bound).all() and layer_module.multiply(x, W).dtype == jnp.bfloat16
+    assert (abs(found - x64 @ W64) <= bound).all() and layer_module.multiply(
+        x, W
+    ).dtype == jnp.bfloat16
     for other in (W[:4], jnp.pad(W, ((0, 3), (0, 0)))):
         with pytest.raises(TypeError):
             layer_module.multiply(x, other)

@@ -30,7 +30,9 @@ def refused(tmp_path, tree_hash, capsys, caches):
             run_command(main, ["train", f"--workdir={workdir}", *map(str, flags)])
         out, err = capsys.readouterr()
         assert stopped.value.code == 2, err
-        assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and len(err) < 500, err
+        assert (
+            out == "" and err.startswith("error: ") and err.count("\n") == 1 and len(err) < 500
+        ), err
         for word in words:
             assert word in err, (word, err)
         assert tree_hash(tmp_path) == before and not (tmp_path / "new").exists()
@@ -50,7 +52,9 @@ def test_command_line(refused, capsys):
     refused(["--config.train.steps=many", "int"], *TINY, "--config.train.steps=many")
     refused(["--config.train.steps=1.5", "int"], *TINY, "--config.train.steps=1.5")
     refused(["--config.adapter.rslora=maybe", "oolean"], *TINY, "--config.adapter.rslora=maybe")
-    refused(["--config.optim.learning_rate=fast", "float"], *TINY, "--config.optim.learning_rate=fast")
+    refused(
+        ["--config.optim.learning_rate=fast", "float"], *TINY, "--config.optim.learning_rate=fast"
+    )
     refused(["'workdri'", "workdir"], *TINY, "--workdri=x")
     refused(["unexpected argument 'train.steps=3'"], *TINY, "train.steps=3")
 
@@ -67,12 +71,28 @@ def test_configuration_file(refused, tmp_path):
     refused(["mine.py", "SyntaxError", "line 1"], file("steps: 3 batch 8"))
     refused(["mine.py", "get_config() must return"], file("config = {}"))
     refused(["mine.py", "get_config() must return"], file(begin))
-    refused(["mine.py, line 2", "ModuleNotFoundError", "no_such_module"], file("\nimport no_such_module"))
-    refused(["mine.py, line 5", "TypeError", "'steps'"], file(begin + "    c.train.steps = 'x'\n    return c"))
-    refused(["config.train.stpes", "'train.steps'"], file(begin + "    c.train.stpes = 3\n    return c"))
-    refused(["config.train.steps=None", "integer"], file(begin + "    c.train.steps = None\n    return c"))
-    refused(["config.eval.tasks=None", "str"], file(begin + "    c.eval.tasks = None\n    return c"))
-    refused(["config.train.batch_size=True", "integer"], file(begin + "    c.train.batch_size = True\n    return c"))
+    refused(
+        ["mine.py, line 2", "ModuleNotFoundError", "no_such_module"],
+        file("\nimport no_such_module"),
+    )
+    refused(
+        ["mine.py, line 5", "TypeError", "'steps'"],
+        file(begin + "    c.train.steps = 'x'\n    return c"),
+    )
+    refused(
+        ["config.train.stpes", "'train.steps'"], file(begin + "    c.train.stpes = 3\n    return c")
+    )
+    refused(
+        ["config.train.steps=None", "integer"],
+        file(begin + "    c.train.steps = None\n    return c"),
+    )
+    refused(
+        ["config.eval.tasks=None", "str"], file(begin + "    c.eval.tasks = None\n    return c")
+    )
+    refused(
+        ["config.train.batch_size=True", "integer"],
+        file(begin + "    c.train.batch_size = True\n    return c"),
+    )
     refused(["config.train.steps is missing"], file(begin + "    del c.train.steps\n    return c"))
 
 
@@ -132,14 +152,22 @@ FIELDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "flags"), FIELDS, ids=[flags.removeprefix("--config.") for _, flags in FIELDS])
+@pytest.mark.parametrize(
+    ("words", "flags"), FIELDS, ids=[flags.removeprefix("--config.") for _, flags in FIELDS]
+)
 def test_fields(refused, words, flags):
     refused(words, *TINY, refused.cache, *flags.split())
 
 
 def test_data_files(refused, tmp_path):
     def from_folder(words, task="gsm8k", folder=tmp_path / "data"):
-        refused(words, *TINY, refused.cache, f"--config.data.tasks={task}", f"--config.data.dir={folder}")
+        refused(
+            words,
+            *TINY,
+            refused.cache,
+            f"--config.data.tasks={task}",
+            f"--config.data.dir={folder}",
+        )
 
     file, mine = tmp_path / "data/gsm8k/train.json", tmp_path / "mine.jsonl"
     file.parent.mkdir(parents=True)
@@ -156,7 +184,12 @@ def test_data_files(refused, tmp_path):
     from_folder([f"{mine}:3", "'completion' is missing"], task=mine)
     from_folder(["absent.jsonl is missing"], task=tmp_path / "absent.jsonl")
     good = "".join(json.dumps({"prompt": f"a{i}", "completion": "b"}) + "\n" for i in range(9))
-    turns = lambda *roles: json.dumps({"messages": [{"role": r, "content": f"{r} {i}"} for i, r in enumerate(roles)]})  # noqa: E731
+
+    def turns(*roles):
+        return json.dumps(
+            {"messages": [{"role": r, "content": f"{r} {i}"} for i, r in enumerate(roles)]}
+        )
+
     for line, words in (
         ('{"prompt": "a \\ud83d", "completion": "b"}', "half a character"),
         ('{"prompt": "a", "completion": ' + "9" * 5000 + "}", "cannot be read"),
@@ -172,14 +205,21 @@ def test_data_files(refused, tmp_path):
     mine.write_text(good + turns("user", "assistant", "user", "assistant"))
     from_folder(["holds one answer", "'user 0'"], task=mine)
     mine.write_text('{"prompt": "a", "completion": "b"}\n')
-    from_folder(["mine.jsonl", "one record is too few"], task=mine)  # one record to hold out, none to train on
+    # one record to hold out, none to train on
+    from_folder(["mine.jsonl", "one record is too few"], task=mine)
 
 
 def test_examples_longer_than_the_model(refused, tmp_path):
     mine = tmp_path / "mine.jsonl"
-    mine.write_text("".join(json.dumps({"prompt": f"{i} " + "a" * 3000, "completion": "b"}) + "\n" for i in range(9)))
+    mine.write_text(
+        "".join(
+            json.dumps({"prompt": f"{i} " + "a" * 3000, "completion": "b"}) + "\n" for i in range(9)
+        )
+    )
     words = ["data.max_length=4096", "an example of 3004 positions", "max_position_embeddings=2048"]
-    refused(words, *TINY, refused.cache, f"--config.data.tasks={mine}", "--config.data.max_length=4096")
+    refused(
+        words, *TINY, refused.cache, f"--config.data.tasks={mine}", "--config.data.max_length=4096"
+    )
     # One that is left out refuses nothing: what is short of data.max_length is all that counts.
     mine.write_text("".join(json.dumps({"prompt": f"{i} " + "a" * n, "completion": "b"}) + "\n"
                             for i, n in enumerate([5000, *[9] * 20])))  # fmt: skip
@@ -192,7 +232,9 @@ def test_examples_longer_than_the_model(refused, tmp_path):
 
 def test_models(refused, tmp_path, hf_directory):
     model = hf_directory(tmp_path / "model")
-    weights, config, tokenizer = (model / name for name in ("model.safetensors", "config.json", "tokenizer.json"))
+    weights, config, tokenizer = (
+        model / name for name in ("model.safetensors", "config.json", "tokenizer.json")
+    )
     whole, stored = weights.read_bytes(), config.read_text()
 
     def from_model(words, source=model):

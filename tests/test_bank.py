@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from conftest import random_adapter, spread
 
-from flora_jax.adapters import METHODS, AdapterConfig, apart, device_layout, fuse, init_adapter, merge
+from flora_jax.adapters import (
+    METHODS,
+    AdapterConfig,
+    apart,
+    device_layout,
+    fuse,
+    init_adapter,
+    merge,
+)
 from flora_jax.errors import UserError
 from flora_jax.inference.generator import Generator
 from flora_jax.models.config import LlamaConfig
@@ -47,10 +55,15 @@ def test_a_bank_gives_each_row_what_it_gets_alone(two_layers, prompts, method):
     assert generator.generate(prompts, 6, adapter_names=["a"] * 5) == alone["a"]
 
 
-@pytest.mark.parametrize("method, rank", [("lora", 6), ("fpa", 3), ("ffba_qg_add", 4), ("zflora", 4)])
+@pytest.mark.parametrize(
+    "method, rank", [("lora", 6), ("fpa", 3), ("ffba_qg_add", 4), ("zflora", 4)]
+)
 def test_adapters_of_other_ranks_and_scales_share_a_bank(two_layers, prompts, method, rank):
     config, base = two_layers
-    configs = {"a": AdapterConfig(method, rank=8, alpha=4.0), "b": AdapterConfig(method, rank=rank, alpha=9.0)}
+    configs = {
+        "a": AdapterConfig(method, rank=8, alpha=4.0),
+        "b": AdapterConfig(method, rank=rank, alpha=9.0),
+    }
     adapters = {name: random_adapter(config, configs[name], i) for i, name in enumerate("ab")}
     bank = Generator(config, base, adapters, configs, max_length=64, batch_size=8)
     found = bank.generate(prompts, 6, adapter_names=["a", "b", "b", None, "a"])
@@ -100,15 +113,28 @@ def test_products_apart_decode_to_the_same(two_layers, prompts, method, merged):
 
 def test_adapters_that_do_not_go_together_are_refused(two_layers):
     config, base = two_layers
-    make = lambda method, **fields: AdapterConfig(method, rank=8, **fields)  # noqa: E731
+
+    def make(method, **fields):
+        return AdapterConfig(method, rank=8, **fields)
+
     for one, other, words in [
-        (make("ffba"), make("ffba_qg_add"), ("'b' (ffba_qg_add", "add_to=q,gate", "add_to=q,k,v,gate,up")),
+        (
+            make("ffba"),
+            make("ffba_qg_add"),
+            ("'b' (ffba_qg_add", "add_to=q,gate", "add_to=q,k,v,gate,up"),
+        ),
         (make("fpa"), make("fpa", activation="relu"), ("activation=relu", "activation=identity")),
         (make("lora"), AdapterConfig("fft", 16), ("'b' (fft", "as the first is (lora")),
-        (AdapterConfig("ffba_qg_add", 6), AdapterConfig("ffba_qg_add", 8), ("rank 6", "rank 8", "multiple of 6")),
+        (
+            AdapterConfig("ffba_qg_add", 6),
+            AdapterConfig("ffba_qg_add", 8),
+            ("rank 6", "rank 8", "multiple of 6"),
+        ),
     ]:
         configs = {"a": one, "b": other}
-        adapters = {name: init_adapter(jax.random.key(0), config, configs[name]) for name in configs}
+        adapters = {
+            name: init_adapter(jax.random.key(0), config, configs[name]) for name in configs
+        }
         with pytest.raises(UserError) as error:
             Generator(config, base, adapters, configs)
         assert all(word in str(error.value) for word in words), error.value
@@ -126,7 +152,9 @@ def test_full_fine_tuning_is_its_base(two_layers, prompts):
     """fft has no adapter to write: under any name it is the base that was given."""
     config, base = two_layers
     plain = Generator(config, base, max_length=64, batch_size=8).generate(prompts, 4)
-    generator = Generator(config, base, {"a": {}}, AdapterConfig("fft", 1), max_length=64, batch_size=8)
+    generator = Generator(
+        config, base, {"a": {}}, AdapterConfig("fft", 1), max_length=64, batch_size=8
+    )
     assert generator.generate(prompts, 4) == plain
     generator.use("a")
     assert generator.generate(prompts, 4, adapter_names=["a", None, "a", "a", None]) == plain

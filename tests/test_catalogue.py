@@ -29,7 +29,12 @@ def choice(ask, marked, answer, end="\n\n"):
 
 
 def arc(texts, key, labels):
-    return {"id": "1", "question": "Why?", "choices": {"text": texts, "label": labels}, "answerKey": key}
+    return {
+        "id": "1",
+        "question": "Why?",
+        "choices": {"text": texts, "label": labels},
+        "answerKey": key,
+    }
 
 
 def swag(context, endings, label):
@@ -41,8 +46,18 @@ OBQA = {"question": {"stem": "The sun is", "choice_A": "a", "choice_B": "b ", "c
         "fact1": "f", "humanScore": 1.0, "clarity": 2.0, "turkIdAnonymized": "t", "answerKey": "C"}  # fmt: skip
 PIQA = {"id": "1", "goal": "How to wait?", "sol1": "Sit: down.", "sol2": "Run ", "label": 1}
 BLANK = {"sentence": "Café _ met Bob.", "option1": "Ann", "option2": "Eve"}
-SUM = {"question": "How much?", "answer": "3*4 = <<3*4=12>>12.\n#### 1,012", "annotation": "", "short_answer": ""}
-NEWS = {"article": "A man. He sat.", "highlights": "Man sits .\nHe sat .", "publisher": "cnn", "id": "1"}
+SUM = {
+    "question": "How much?",
+    "answer": "3*4 = <<3*4=12>>12.\n#### 1,012",
+    "annotation": "",
+    "short_answer": "",
+}
+NEWS = {
+    "article": "A man. He sat.",
+    "highlights": "Man sits .\nHe sat .",
+    "publisher": "cnn",
+    "id": "1",
+}
 
 # task, our split, its official split, an element as TFDS's builder would yield it, the same record as a file holds it
 CASES = [
@@ -81,12 +96,20 @@ def builder_class(name):
         return tfds.builder_cls(name)
     except registered.DatasetNotFoundError:
         root = Path(tfds.__file__).parent
-        [path] = [path for path in root.glob(f"*/**/{name}.py") if path.parent.parent in (root, root / "text")]
+        [path] = [
+            path
+            for path in root.glob(f"*/**/{name}.py")
+            if path.parent.parent in (root, root / "text")
+        ]
         spec = importlib.util.spec_from_file_location(f"older_{name}", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         with registered.skip_registration():
             spec.loader.exec_module(module)
-        [found] = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, tfds.core.DatasetBuilder)]
+        [found] = [
+            v
+            for v in vars(module).values()
+            if isinstance(v, type) and issubclass(v, tfds.core.DatasetBuilder)
+        ]
         return found
 
 
@@ -96,13 +119,18 @@ def prepare(directory, name, **splits):
     real = builder_class(kind)
     changed = {
         "name": kind,
-        "code_path": None,  # there would be checksums beside it, found with a package that TFDS does not declare
+        # there would be checksums beside it, found with a package that TFDS does not declare
+        "code_path": None,
         "MANUAL_DOWNLOAD_INSTRUCTIONS": None,
-        "_split_generators": lambda self, manager: {split: iter(enumerate(splits[split])) for split in splits},
+        "_split_generators": lambda self, manager: {
+            split: iter(enumerate(splits[split])) for split in splits
+        },
     }
     with registered.skip_registration():
         builder = type(real.__name__, (real,), changed)
-    builder(config=config or None, data_dir=directory, file_format="array_record").download_and_prepare()
+    builder(
+        config=config or None, data_dir=directory, file_format="array_record"
+    ).download_and_prepare()
 
 
 def write(path, records):
@@ -110,14 +138,20 @@ def write(path, records):
     path.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
 
 
-@pytest.mark.parametrize("name, split, official, element, record", CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES])
-def test_an_element_is_read_as_the_same_record_of_a_file(name, split, official, element, record, tmp_path, capfd):
+@pytest.mark.parametrize(
+    "name, split, official, element, record", CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES]
+)
+def test_an_element_is_read_as_the_same_record_of_a_file(
+    name, split, official, element, record, tmp_path, capfd
+):
     prepare(tmp_path / "tfds", CATALOGUE[name].name, **{official: [element]})
     capfd.readouterr()
     task, file = get_task(name), TASKS[name].files.get(split, f"{split}.jsonl")
     write(tmp_path / name / file, [record])
     wanted = sources.load_records(task, split, tmp_path, tmp_path / "cache")
-    assert sources.load_records(task, split, f"tfds:{tmp_path / 'tfds'}", tmp_path / "cache") == wanted
+    assert (
+        sources.load_records(task, split, f"tfds:{tmp_path / 'tfds'}", tmp_path / "cache") == wanted
+    )
     examples = sources.load_examples(task, split, f"tfds:{tmp_path / 'tfds'}", tmp_path / "cache")
     assert examples == sources.load_examples(task, split, tmp_path, tmp_path / "cache")
     assert capfd.readouterr() == ("", "")
@@ -142,7 +176,9 @@ ELEMENTS["ARC-Challenge"] = ELEMENTS["ARC-Easy"]
 OPENBOOK = ("choice_A", "choice_B", "choice_C", "choice_D")
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="benchmark files absent: set FLORA_DATA to their folder")
+@pytest.mark.skipif(
+    not DATA.is_dir(), reason="benchmark files absent: set FLORA_DATA to their folder"
+)
 @pytest.mark.parametrize("name", [*ELEMENTS, "social_i_qa"])
 def test_the_wording_is_that_of_llm_adapters_byte_for_byte(name):
     files = sorted((DATA / name).glob("*.json"))
@@ -154,7 +190,10 @@ def test_the_wording_is_that_of_llm_adapters_byte_for_byte(name):
                 made = CATALOGUE[name].convert(ELEMENTS[name](example))
             else:  # TFDS does not have it
                 made = catalogue._compose(example.question, example.choices, example.gold)
-            assert (made["instruction"], made["answer"]) == (record["instruction"], record["answer"])
+            assert (made["instruction"], made["answer"]) == (
+                record["instruction"],
+                record["answer"],
+            )
 
 
 def test_hash_and_cache_follow_the_data_and_not_its_place(tmp_path, monkeypatch):
@@ -162,12 +201,21 @@ def test_hash_and_cache_follow_the_data_and_not_its_place(tmp_path, monkeypatch)
     for folder, count in (("a", 3), ("b", 3), ("c", 2)):
         prepare(tmp_path / folder, "piqa", train=elements, validation=elements[:count])
     task, cache = get_task("piqa"), tmp_path / "cache"
-    hashes = {(s, f): sources.data_hash(task, s, f"tfds:{tmp_path / f}") for s in ("train", "test") for f in "abc"}
+    hashes = {
+        (s, f): sources.data_hash(task, s, f"tfds:{tmp_path / f}")
+        for s in ("train", "test")
+        for f in "abc"
+    }
     assert hashes["test", "a"] == hashes["test", "b"] != hashes["test", "c"]
     assert hashes["train", "a"] == hashes["train", "c"] != hashes["test", "a"]
     first = sources.load_records(task, "test", f"tfds:{tmp_path / 'a'}", cache)
-    assert len(first) == 3 and len(sources.load_records(task, "test", f"tfds:{tmp_path / 'c'}", cache)) == 2
-    monkeypatch.setattr(sources, "_prepare", lambda *args: pytest.fail("prepared what the cache holds"))
+    assert (
+        len(first) == 3
+        and len(sources.load_records(task, "test", f"tfds:{tmp_path / 'c'}", cache)) == 2
+    )
+    monkeypatch.setattr(
+        sources, "_prepare", lambda *args: pytest.fail("prepared what the cache holds")
+    )
     assert sources.load_records(task, "test", f"tfds:{tmp_path / 'b'}", cache) == first
     # TFDS's own folder, as $TFDS_DATA_DIR sets it
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "a"))
@@ -178,33 +226,57 @@ def test_a_folder_whose_path_is_a_pattern(tmp_path, monkeypatch):
     """TFDS looks for its files with glob; `~` and its own folder too may lead there."""
     home, folder = tmp_path / "a[b]*?%s {x}~", tmp_path / "a[b]*?%s {x}~/data [v=1]"
     prepare(tmp_path / "plain", "piqa", validation=[PIQA, {**PIQA, "goal": "How [to] sit?"}])
-    wanted = sources.load_records(get_task("piqa"), "test", f"tfds:{tmp_path / 'plain'}", tmp_path / "cache")
+    wanted = sources.load_records(
+        get_task("piqa"), "test", f"tfds:{tmp_path / 'plain'}", tmp_path / "cache"
+    )
     home.mkdir()
     (tmp_path / "plain").rename(folder)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(folder))
     for i, name in enumerate((f"tfds:{folder}", "tfds:~/data [v=1]", "tfds")):
-        assert sources.load_records(get_task("piqa"), "test", name, tmp_path / f"cache{i}") == wanted
-    with pytest.raises(UserError, match=re.escape(f"TFDS hellaswag is not prepared in {folder}, and")):
+        assert (
+            sources.load_records(get_task("piqa"), "test", name, tmp_path / f"cache{i}") == wanted
+        )
+    with pytest.raises(
+        UserError, match=re.escape(f"TFDS hellaswag is not prepared in {folder}, and")
+    ):
         sources.load_records(get_task("hellaswag"), "test", "tfds:~/data [v=1]", tmp_path / "cache")
 
 
 def test_splits_and_tasks_that_need_no_catalogue(tmp_path):
-    splits = lambda name: [s for s in sources.SPLITS if sources.has_split(get_task(name), s, "tfds")]  # noqa: E731
+    def splits(name):
+        return [s for s in sources.SPLITS if sources.has_split(get_task(name), s, "tfds")]
+
     assert splits("piqa") == ["train", "test"]
     assert splits("ARC-Easy") == splits("chain_sum") == list(sources.SPLITS)
     assert splits("dialogsum") == splits("jsonl") == []
     write(tmp_path / "mine.jsonl", [{"prompt": "p", "completion": "c"}])
     assert sources.has_split(get_task(str(tmp_path / "mine.jsonl")), "train", "tfds")
-    assert len(sources.load_records(get_task("chain_sum", {"test": 3}), "test", "tfds", tmp_path / "cache")) == 3
+    assert (
+        len(
+            sources.load_records(
+                get_task("chain_sum", {"test": 3}), "test", "tfds", tmp_path / "cache"
+            )
+        )
+        == 3
+    )
     with pytest.raises(UserError, match=r"split 'tests' .*did you mean 'test'"):
         sources.has_split(get_task("piqa"), "tests", "tfds")
 
 
 def test_texts_that_are_empty_are_left_out(tmp_path):
     record = {"dialogue": "A: hi", "summary": "A greets.", "id": "1"}
-    prepare(tmp_path, "samsum", train=[record, {**record, "dialogue": ""}, {**record, "summary": " "}])
-    assert len(sources.load_records(get_task("samsum"), "train", f"tfds:{tmp_path}", tmp_path / "cache")) == 1
+    prepare(
+        tmp_path, "samsum", train=[record, {**record, "dialogue": ""}, {**record, "summary": " "}]
+    )
+    assert (
+        len(
+            sources.load_records(
+                get_task("samsum"), "train", f"tfds:{tmp_path}", tmp_path / "cache"
+            )
+        )
+        == 1
+    )
 
 
 def refused(words, name, split, directory):
@@ -216,32 +288,51 @@ def refused(words, name, split, directory):
 def test_what_the_catalogue_cannot_give(tmp_path, monkeypatch, capfd):
     here = f"tfds:{tmp_path}"
     for name in ("dialogsum", "social_i_qa", "jsonl"):
-        words = refused(f"task '{name}' is not in the TFDS catalogue, which has ARC-Easy", name, "test", here)
+        words = refused(
+            f"task '{name}' is not in the TFDS catalogue, which has ARC-Easy", name, "test", here
+        )
         assert all(task in words for task in ("hellaswag", "cnn_dailymail", "data.dir"))
     refused("split 'validation' of task 'piqa' is not in the TFDS catalogue; TFDS piqa gives train, test", "piqa",
             "validation", here)  # fmt: skip
     refused("piqa' is unknown .a sample is never a test set", "piqa", "sample", here)
     # Not prepared: one of TFDS's older builders, and one whose download fails.
-    words = refused("TFDS hellaswag is not prepared in .* needs tensorflow", "hellaswag", "test", here)
-    assert "`tfds build hellaswag --file_format=array_record --data_dir=DIR`" in words and "tfds:DIR" in words
+    words = refused(
+        "TFDS hellaswag is not prepared in .* needs tensorflow", "hellaswag", "test", here
+    )
+    assert (
+        "`tfds build hellaswag --file_format=array_record --data_dir=DIR`" in words
+        and "tfds:DIR" in words
+    )
 
     def offline(self, **kwargs):
         raise ConnectionError("no\nnetwork " + "x" * 999)
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", offline)
-    words = refused(r"TFDS piqa is not prepared in .* \(ConnectionError: no network x+…\)", "piqa", "test", here)
+    words = refused(
+        r"TFDS piqa is not prepared in .* \(ConnectionError: no network x+…\)", "piqa", "test", here
+    )
     assert "`tfds build piqa " in words and len(words) < 800
     monkeypatch.undo()
     prepare(tmp_path, "piqa", train=[PIQA])
     capfd.readouterr()
-    refused(r"piqa/1\.0\.0 was prepared without its split 'validation'; there are train", "piqa", "test", here)
+    refused(
+        r"piqa/1\.0\.0 was prepared without its split 'validation'; there are train",
+        "piqa",
+        "test",
+        here,
+    )
     prepare(tmp_path, "winogrande", validation=[{**BLANK, "label": -1}])
     capfd.readouterr()
     refused(r"TFDS winogrande, split validation: record 0 \(from 0\): field 'label' is -1; .* one of 2 options",
             "winogrande", "test", here)  # fmt: skip
     info = tmp_path / "piqa/1.0.0/dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    refused(r"TFDS piqa in .*tfrecord.*`tfds build piqa --file_format=array_record --overwrite`", "piqa", "train", here)
+    refused(
+        r"TFDS piqa in .*tfrecord.*`tfds build piqa --file_format=array_record --overwrite`",
+        "piqa",
+        "train",
+        here,
+    )
     assert capfd.readouterr() == ("", "")
 
 
@@ -265,5 +356,7 @@ def test_hellaswag_files_of_either_layout_are_one_record(tmp_path):
         folder = tmp_path / name / "hellaswag"
         folder.mkdir(parents=True)
         (folder / "validation.jsonl").write_text(json.dumps(record))
-        found += sources.load_records(get_task("hellaswag"), "test", folder.parent, tmp_path / "cache")
+        found += sources.load_records(
+            get_task("hellaswag"), "test", folder.parent, tmp_path / "cache"
+        )
     assert found[0] == found[1] and found[0]["answer"] == "ending3"

@@ -79,9 +79,14 @@ MERGES = ["Ċ Ċ", "Ġ Ġ", "ĠĠ ĠĠ", "Ċ Ġ", "h e", "l l", "he ll", "hell o
 
 def byte_level(cut, template):
     """A byte-level BPE whose merges reach across spaces and line ends."""
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
+    tokens = [
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        *(merge.replace(" ", "") for merge in MERGES),
+    ]
     vocabulary = {token: id for id, token in enumerate(tokens)}
-    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[tuple(m.split()) for m in MERGES]))
+    core = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocabulary, merges=[tuple(m.split()) for m in MERGES])
+    )
     core.pre_tokenizer, core.decoder = cut, decoders.ByteLevel()
     core.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>",
                              "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])  # fmt: skip
@@ -95,7 +100,15 @@ def byte_level(cut, template):
 WORDS = "El be . river question answer USER ASSISTANT INST Hello there user assistant model hello a 12 think system"
 WORDS = WORDS.split()
 CONTROL = ["<unk>", "<s>", "</s>"]
-MARKS = ["<|user|>", "<|assistant|>", "<|end|>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"]
+MARKS = [
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|im_start|>",
+    "<|im_end|>",
+]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CHARACTERS = sorted({*"".join(WORDS), *"▁[]/:<>|.,!?_"})
 
@@ -116,22 +129,40 @@ def sentencepiece(kind, prefix, template, marks=MARKS, **flags):
     Metaspace's; flags: of the template's own tokens."""
     if kind == "bpe":
         vocabulary, merges = bpe_parts()
-        model = tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        model = tokenizers.models.BPE(
+            vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
     else:
         scores = [(-3.0, [f"▁{word}" for word in WORDS]), (-4.0, [w for w in WORDS if len(w) > 1]), (-5.0, ["▁▁"]),
                   (-8.0, CHARACTERS), (-20.0, BYTES)]  # fmt: skip
-        pieces = {token: score - i / 100 for score, tokens in reversed(scores) for i, token in enumerate(tokens)}
+        pieces = {
+            token: score - i / 100
+            for score, tokens in reversed(scores)
+            for i, token in enumerate(tokens)
+        }
         pieces = [(token, 0.0) for token in CONTROL] + list(pieces.items())
         model = tokenizers.models.Unigram(pieces, unk_id=0, byte_fallback=True)
     core = tokenizers.Tokenizer(model)
     if prefix == "legacy":
-        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        core.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:
-        core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=prefix, split=kind == "unigram")
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
-    core.add_tokens([AddedToken(token, **{"special": True, "normalized": False, **flags}) for token in marks])
-    core.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        core.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement="▁", prepend_scheme=prefix, split=kind == "unigram"
+        )
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    core.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in CONTROL]
+    )
+    core.add_tokens(
+        [AddedToken(token, **{"special": True, "normalized": False, **flags}) for token in marks]
+    )
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>",
         chat_template=template, clean_up_tokenization_spaces=False)  # fmt: skip
@@ -157,7 +188,10 @@ TEXTS = ["Hi", "Hello there!", "hello", " hello", "  two  spaces ", "\n", "\nhel
 
 def conversations():
     rng = random.Random(0)
-    out = [(Message("user", a), Message("assistant", b)) for a, b in itertools.product(TEXTS[:12], TEXTS)]
+    out = [
+        (Message("user", a), Message("assistant", b))
+        for a, b in itertools.product(TEXTS[:12], TEXTS)
+    ]
     for _ in range(200):
         turns = [Message("system", rng.choice(TEXTS))] if rng.random() < 0.4 else []
         for _ in range(rng.randint(1, 6)):
@@ -172,7 +206,9 @@ def digest(tokenizer):
     """sha256 of tokens, masks, counts and prompts of all conversations."""
     found, examples = hashlib.sha256(), conversations()
     for loss_on, length in (("answer", 10**6), ("all", 10**6), ("answer", 60)):
-        kept, report = encode_all(examples, tokenizer, style="chat", loss_on=loss_on, max_length=length)
+        kept, report = encode_all(
+            examples, tokenizer, style="chat", loss_on=loss_on, max_length=length
+        )
         for one in kept:
             found.update(one.tokens.tobytes() + one.loss.tobytes() + b"|")
         found.update(repr(report).encode())
@@ -204,7 +240,11 @@ def talks(system):
     rng, spoken = random.Random(1), [text for text in TEXTS[:13] if text.strip()]
 
     def say():
-        return " ".join(rng.choices(WORDS, k=rng.randint(1, 5))) if rng.random() < 0.6 else rng.choice(spoken)
+        return (
+            " ".join(rng.choices(WORDS, k=rng.randint(1, 5)))
+            if rng.random() < 0.6
+            else rng.choice(spoken)
+        )
 
     for _ in range(20):
         turns = [Message("system", "Be a river.")] if system and rng.random() < 0.3 else []
@@ -225,7 +265,9 @@ def runs(loss):
 
 def check(tokenizer, example):
     """One example with the template's ids; each answer counts, behind the very prompt that the template gives it."""
-    [encoded], _ = encode_all([example], tokenizer, style="chat", loss_on="answer", max_length=10**6)
+    [encoded], _ = encode_all(
+        [example], tokenizer, style="chat", loss_on="answer", max_length=10**6
+    )
     tokens = encoded.tokens.tolist()
     whole = tokenizer.apply_chat_template(as_dicts(example.messages), tokenize=True)["input_ids"]
     assert tokens == whole[: len(tokens)] and encoded.loss[-1]
@@ -235,7 +277,9 @@ def check(tokenizer, example):
     assert len(found) == len(answers)
     for (start, stop), i in zip(found, answers, strict=True):
         before = as_dicts(example.messages[:i])
-        prompt = tokenizer.apply_chat_template(before, tokenize=True, add_generation_prompt=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(before, tokenize=True, add_generation_prompt=True)[
+            "input_ids"
+        ]
         assert tokens[:start] == prompt == encode_prompt(example.messages[:i], tokenizer, "chat")
         said = example.messages[i].content
         assert tokenizer.decode(tokens[start:stop]).strip().startswith(said.strip()[:1])
@@ -290,7 +334,9 @@ def test_a_prompt_that_ends_in_a_space_is_cut_there(prefix):
                        Message("user", "river"), Message("assistant", "answer")))  # fmt: skip
     [encoded], _ = encode_all([example], tokenizer, style="chat", loss_on="answer", max_length=999)
     tokens, (first, second) = encoded.tokens.tolist(), runs(encoded.loss)
-    prompt = tokenizer.apply_chat_template(as_dicts(example.messages[:1]), tokenize=True, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        as_dicts(example.messages[:1]), tokenize=True, add_generation_prompt=True
+    )
     assert tokens[: first[0]] == prompt["input_ids"]
     assert tokenizer.convert_ids_to_tokens(tokens[slice(*first)]) == ["El", "▁be", "</s>"]
     assert tokenizer.convert_ids_to_tokens(tokens[slice(*second)]) == ["answer", "</s>"]
@@ -305,15 +351,31 @@ def test_turns_that_change_each_other_are_an_example_each():
     messages = [Message("user", "Two?"), Message("assistant", "<think>\n1 + 1\n</think>\n\n2"),
                 Message("user", "Three?"), Message("assistant", "3"), Message("user", "Four?"),
                 Message("assistant", "<think>hm</think>4 or so")]  # fmt: skip
-    encoded, report = encode_all([Example(tuple(messages))], tokenizer, style="chat", loss_on="answer", max_length=999)
-    said = ["<think>\n1 + 1\n</think>\n\n2", "<think>\n\n</think>\n\n3", "<think>\nhm\n</think>\n\n4 or so"]
+    encoded, report = encode_all(
+        [Example(tuple(messages))], tokenizer, style="chat", loss_on="answer", max_length=999
+    )
+    said = [
+        "<think>\n1 + 1\n</think>\n\n2",
+        "<think>\n\n</think>\n\n3",
+        "<think>\nhm\n</think>\n\n4 or so",
+    ]
     assert report.kept == len(encoded) == 3
     for i, one, text in zip((1, 3, 5), encoded, said, strict=True):
-        prompt = tokenizer.apply_chat_template(as_dicts(messages[:i]), tokenize=True, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(
+            as_dicts(messages[:i]), tokenize=True, add_generation_prompt=True
+        )
         [(start, stop)] = runs(one.loss)
-        assert one.tokens[:start].tolist() == prompt["input_ids"] == encode_prompt(messages[:i], tokenizer, "chat")
-        assert stop == len(one.tokens) and tokenizer.decode(one.tokens[start:]) == text + "<|im_end|>"
-        whole = tokenizer.apply_chat_template(as_dicts(messages[: i + 1]), tokenize=True)["input_ids"]
+        assert (
+            one.tokens[:start].tolist()
+            == prompt["input_ids"]
+            == encode_prompt(messages[:i], tokenizer, "chat")
+        )
+        assert (
+            stop == len(one.tokens) and tokenizer.decode(one.tokens[start:]) == text + "<|im_end|>"
+        )
+        whole = tokenizer.apply_chat_template(as_dicts(messages[: i + 1]), tokenize=True)[
+            "input_ids"
+        ]
         assert one.tokens.tolist() == whole[:-1]
     with pytest.raises(UserError, match="makes 3 training examples of this conversation"):
         encode(Example(tuple(messages)), tokenizer, style="chat", loss_on="answer", max_length=999)
@@ -341,7 +403,9 @@ def test_an_answer_stands_behind_the_very_ids_of_its_prompt(make, name):
             continue
         if not all(message.content.strip() for message in example.messages):
             continue
-        [encoded], _ = encode_all([example], tokenizer, style="chat", loss_on="answer", max_length=10**6)
+        [encoded], _ = encode_all(
+            [example], tokenizer, style="chat", loss_on="answer", max_length=10**6
+        )
         prompt = encode_prompt(example, tokenizer, "chat")
         assert encoded.tokens[: len(prompt)].tolist() == prompt
         assert runs(encoded.loss)[-1][0] == len(prompt)
@@ -356,18 +420,29 @@ def test_spaces_that_end_a_prompt_are_one_token_where_generation_has_one():
     assert tokens[-5:] == ["<|end_header_id|>", "ĊĊ", "hello", "Ġhello", "<|eot_id|>"]
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True,
                                            date_string=DATE)["input_ids"]  # fmt: skip
-    assert encoded.tokens[: len(prompt)].tolist() == prompt and not encoded.loss[: len(prompt)].any()
+    assert (
+        encoded.tokens[: len(prompt)].tolist() == prompt and not encoded.loss[: len(prompt)].any()
+    )
 
 
 def test_of_turns_that_change_each_other_each_token_counts_once():
     """With loss_on='all': the first prompt, and each answer that is trained on."""
     tokenizer = with_template(byte_tokenizer(), QWEN3)
     said = ["<think>t</think>\n\na0", "<think>t</think>\n\na1", "a2"]
-    messages = tuple(turn for i in range(3) for turn in (Message("user", f"q{i}"), Turn("assistant", said[i], i > 0)))
+    messages = tuple(
+        turn
+        for i in range(3)
+        for turn in (Message("user", f"q{i}"), Turn("assistant", said[i], i > 0))
+    )
 
     def counted(messages):
-        found, _ = encode_all([Example(messages)], tokenizer, style="chat", loss_on="all", max_length=999)
-        return ["".join(tokenizer.decode(one.tokens[start:stop]) for start, stop in runs(one.loss)) for one in found]
+        found, _ = encode_all(
+            [Example(messages)], tokenizer, style="chat", loss_on="all", max_length=999
+        )
+        return [
+            "".join(tokenizer.decode(one.tokens[start:stop]) for start, stop in runs(one.loss))
+            for one in found
+        ]
 
     ends = ["<think>\nt\n</think>\n\na1<|im_end|>", "<think>\n\n</think>\n\na2<|im_end|>"]
     assert counted(messages) == ends
@@ -384,7 +459,10 @@ def test_a_prompt_that_opens_thinking_which_turns_do_not_have_is_named():
     example = Example((Message("user", "a"), Message("assistant", "b")))
     with pytest.raises(UserError) as error:
         encode(example, tokenizer, style="chat", loss_on="answer", max_length=99)
-    assert r"ends a prompt in '<|im_start|>assistant\n<think>\n', which the assistant's turn" in str(error.value)
+    assert (
+        r"ends a prompt in '<|im_start|>assistant\n<think>\n', which the assistant's turn"
+        in str(error.value)
+    )
     assert "\n" not in str(error.value)
 
 
@@ -398,14 +476,20 @@ TOOLS = (
     "{{- '<tool_call>' + call.function | tojson + '</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
-CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich", "days": 2}}}
+CALL = {
+    "id": "1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Zürich", "days": 2}},
+}
 ASKED = [
     {"role": "user", "content": "Weather?"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "1", "name": "weather", "content": "rain"},
     {"role": "assistant", "content": "It rains."},
 ]
-FUNCTIONS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+FUNCTIONS = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+]
 
 
 @pytest.fixture
@@ -414,8 +498,13 @@ def read(tmp_path):
 
     def load(*records):
         file = tmp_path / "train.jsonl"
-        file.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), encoding="utf-8")
-        first, again = (load_examples(get_task(str(file)), "train", None, tmp_path / "cache") for _ in range(2))
+        file.write_text(
+            "\n".join(json.dumps(record, ensure_ascii=False) for record in records),
+            encoding="utf-8",
+        )
+        first, again = (
+            load_examples(get_task(str(file)), "train", None, tmp_path / "cache") for _ in range(2)
+        )
         assert first == again
         return first
 
@@ -429,14 +518,21 @@ def test_tools_pass_through_to_the_template(read, tools):
     tokenizer.chat_template = TOOLS
     encoded = encode(example, tokenizer, style="chat", loss_on="answer", max_length=999)
     whole = tokenizer.apply_chat_template(ASKED, tools=FUNCTIONS, tokenize=True)["input_ids"]
-    assert encoded.tokens.tolist() == whole[:-1] and b"Z\xc3\xbcrich" in bytes(t for t in whole if t < 256)
+    assert encoded.tokens.tolist() == whole[:-1] and b"Z\xc3\xbcrich" in bytes(
+        t for t in whole if t < 256
+    )
     (first, end), (second, _) = runs(encoded.loss)
     call = '<tool_call>{"name": "weather", "arguments": {"city": "Zürich", "days": 2}}</tool_call><|im_end|>'
     assert tokenizer.decode(encoded.tokens[first:end]) == call
     assert tokenizer.decode(encoded.tokens[second:]) == "It rains.<|im_end|>"
-    prompt = tokenizer.apply_chat_template(ASKED[:3], tools=FUNCTIONS, tokenize=True, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        ASKED[:3], tools=FUNCTIONS, tokenize=True, add_generation_prompt=True
+    )
     assert encode_prompt(example, tokenizer, "chat") == prompt["input_ids"]
-    assert encode_prompt(example.messages[:-1], tokenizer, "chat", example.tools) == prompt["input_ids"]
+    assert (
+        encode_prompt(example.messages[:-1], tokenizer, "chat", example.tools)
+        == prompt["input_ids"]
+    )
     with pytest.raises(UserError, match="'plain' has no place for tools"):
         encode_prompt(example.messages[:1], tokenizer, "plain", example.tools)
 
@@ -483,7 +579,9 @@ def weighted(*flags):
 @pytest.mark.parametrize(("no", "yes"), [(0, 1), (False, True), (0.0, None)])
 def test_turns_of_no_weight_are_context(read, name, no, yes):
     tokenizer = byte_tokenizer()
-    examples = read(weighted({name: no}, {name: yes}), weighted({name: yes}, {name: no}, {}, {name: no}))
+    examples = read(
+        weighted({name: no}, {name: yes}), weighted({name: yes}, {name: no}, {}, {name: no})
+    )
     said = [["a1<|im_end|>"], ["a0<|im_end|>", "a2<|im_end|>"]]
     for example, wanted in zip(examples, said, strict=True):
         for loss_on in ("answer", "all"):
@@ -491,13 +589,17 @@ def test_turns_of_no_weight_are_context(read, name, no, yes):
             plain = [Message(m.role, m.content) for m in example.messages]
             whole = tokenizer.apply_chat_template(as_dicts(plain), tokenize=True)["input_ids"]
             assert encoded.tokens.tolist() == whole[: len(encoded.tokens)]
-            parts = [tokenizer.decode(encoded.tokens[start:stop]) for start, stop in runs(encoded.loss)]
+            parts = [
+                tokenizer.decode(encoded.tokens[start:stop]) for start, stop in runs(encoded.loss)
+            ]
             if loss_on == "answer":
                 assert parts == wanted
             else:  # all the rest
                 kept = "".join(parts)
                 assert all(text in kept for text in wanted) and "q0" in kept
-                assert ("a0" in kept, "a1" in kept) == ((False, True), (True, False))[example is examples[1]]
+                assert ("a0" in kept, "a1" in kept) == ((False, True), (True, False))[
+                    example is examples[1]
+                ]
 
 
 @pytest.mark.parametrize(("record", "message"), [

@@ -36,15 +36,22 @@ def byte():
 def merging():
     """A BPE whose merges reach across words and line ends, with BOS by its own policy, to expose moved boundaries."""
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     core.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"], show_progress=False)  # fmt: skip
-    core.train_from_iterator(["assistant\nHello there", "question? answer", "user\nHi"] * 50, trainer)
-    core.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    core.train_from_iterator(
+        ["assistant\nHello there", "question? answer", "user\nHi"] * 50, trainer
+    )
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>",  # pad = eos on purpose
+        # pad = eos on purpose
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>",
         chat_template=byte_tokenizer().chat_template)  # fmt: skip
 
 
@@ -60,7 +67,9 @@ def test_plain_boundary_is_where_generation_puts_it(merging):
     encoded = encode(example, merging, style="plain", **ANSWER)
     prompt = encode_prompt(example, merging, "plain")
     assert prompt == merging("question?")["input_ids"] and prompt[0] == merging.bos_token_id
-    assert encoded.tokens[: len(prompt)].tolist() == prompt and not encoded.loss[: len(prompt)].any()
+    assert (
+        encoded.tokens[: len(prompt)].tolist() == prompt and not encoded.loss[: len(prompt)].any()
+    )
     assert trained_text(encoded, merging) == " answer</s>"
     # The test can fail: tokenised as one text, a token runs across the boundary.
     assert merging("question? answer")["input_ids"][: len(prompt)] != prompt
@@ -83,8 +92,9 @@ def test_chat_counts_each_answer_and_its_end_alone(byte):
     assert trained_text(encoded, byte) == "Hello<|im_end|> No. \n<|im_end|>"
     conversation = [dataclasses.asdict(m) for m in example.messages]
     whole = byte.apply_chat_template(conversation, tokenize=True)["input_ids"]
-    assert encoded.tokens.tolist() == whole[: len(encoded.tokens)]  # all but the line end after the last turn
-    assert byte.decode(whole[len(encoded.tokens):]) == "\n"
+    # all but the line end after the last turn
+    assert encoded.tokens.tolist() == whole[: len(encoded.tokens)]
+    assert byte.decode(whole[len(encoded.tokens) :]) == "\n"
     runs = np.flatnonzero(np.diff(encoded.loss.astype(int)))  # no, yes, no, yes
     assert len(runs) == 3 and encoded.loss[-1]
 
@@ -92,10 +102,18 @@ def test_chat_counts_each_answer_and_its_end_alone(byte):
 def test_the_frame_of_llm_adapters_is_plain_around_another_prompt(byte):
     framed = encode(talk("question?", "answer"), byte, style="llm_adapters", **ANSWER)
     prompt = byte.decode(encode_prompt(talk("question?", "answer"), byte, "llm_adapters"))
-    assert framed.tokens.tolist() == encode(talk(prompt, "answer"), byte, style="plain", **ANSWER).tokens.tolist()
+    assert (
+        framed.tokens.tolist()
+        == encode(talk(prompt, "answer"), byte, style="plain", **ANSWER).tokens.tolist()
+    )
     head, instruction, response = prompt.split("###")
-    assert head.startswith("Below is an instruction that describes a task.") and head.endswith("\n\n" + " " * 16)
-    assert instruction.split() == ["Instruction:", "question?"] and response == " Response:\n" + " " * 16
+    assert head.startswith("Below is an instruction that describes a task.") and head.endswith(
+        "\n\n" + " " * 16
+    )
+    assert (
+        instruction.split() == ["Instruction:", "question?"]
+        and response == " Response:\n" + " " * 16
+    )
 
 
 @pytest.mark.parametrize("style", ["plain", "chat"])
@@ -103,24 +121,32 @@ def test_the_frame_of_llm_adapters_is_plain_around_another_prompt(byte):
 def test_prompt_is_exactly_the_training_prefix(style, which, request):
     tokenizer = request.getfixturevalue(which)
     examples = [talk("question?", "answer"), talk("Hi", "\nHello there")]
-    examples += [talk("Hi", "Hello there", "user\nHi", "assistant\nHello")] if style == "chat" else []
+    examples += (
+        [talk("Hi", "Hello there", "user\nHi", "assistant\nHello")] if style == "chat" else []
+    )
     for example in examples:
         encoded = encode(example, tokenizer, style=style, **ANSWER)
         prompt = encode_prompt(example, tokenizer, style)
-        last_answer = len(encoded.loss) - np.argmin(encoded.loss[::-1])  # where the last run of True begins
+        # where the last run of True begins
+        last_answer = len(encoded.loss) - np.argmin(encoded.loss[::-1])
         assert encoded.tokens[:last_answer].tolist() == prompt
         assert encode_prompt(example.messages[:-1], tokenizer, style) == prompt
         rendered = tokenizer.apply_chat_template(
             [dataclasses.asdict(m) for m in example.messages[:-1]], tokenize=False, add_generation_prompt=True
         ) if style == "chat" else example.messages[0].content  # fmt: skip
-        assert tokenizer.decode(prompt) == ("<s>" if (style, which) == ("plain", "merging") else "") + rendered
+        assert (
+            tokenizer.decode(prompt)
+            == ("<s>" if (style, which) == ("plain", "merging") else "") + rendered
+        )
 
 
 def test_loss_on_all(byte):
     for style in ("plain", "chat"):
         everything = encode(talk("Hi", "Yes"), byte, style=style, loss_on="all", max_length=64)
         assert everything.loss.all()
-        assert (everything.tokens == encode(talk("Hi", "Yes"), byte, style=style, **ANSWER).tokens).all()
+        assert (
+            everything.tokens == encode(talk("Hi", "Yes"), byte, style=style, **ANSWER).tokens
+        ).all()
 
 
 def test_max_length_counts_positions(byte):
@@ -133,8 +159,16 @@ def test_too_long_examples_are_counted(byte):
     examples = [talk("Hi?", "Yes"), talk("Hi?", "Yes" * 10), talk("H", "Y")]
     kept, report = encode_all(examples, byte, style="plain", loss_on="answer", max_length=7)
     assert [len(e.tokens) for e in kept] == [8, 4]
-    assert dataclasses.asdict(report) == {"kept": 2, "too_long": 1, "positions": 10, "loss_tokens": 8, "longest": 34}
-    with pytest.raises(UserError, match=r"data\.max_length=2 is too short for each of the 3 examples; .* needs 3"):
+    assert dataclasses.asdict(report) == {
+        "kept": 2,
+        "too_long": 1,
+        "positions": 10,
+        "loss_tokens": 8,
+        "longest": 34,
+    }
+    with pytest.raises(
+        UserError, match=r"data\.max_length=2 is too short for each of the 3 examples; .* needs 3"
+    ):
         encode_all(examples, byte, style="plain", loss_on="answer", max_length=2)
     with pytest.raises(UserError, match="no examples to encode"):
         encode_all([], byte, style="plain", loss_on="answer", max_length=2)
@@ -170,7 +204,9 @@ def test_a_template_that_strips_is_followed(byte):
     assert trained_text(encoded, tokenizer) == "Hello<|im_end|>"
 
 
-DATED = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+DATED = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+)
 
 
 @pytest.mark.parametrize("day", [1, 2])
@@ -186,7 +222,9 @@ def test_a_template_that_names_the_date_gives_the_same_tokens_every_day(day, mon
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = DATED + "Today Date: {{ date_string }}\n" + CHATML
     conversation = [{"role": "user", "content": "Hi"}]
-    assert f"Today Date: 0{day} May 2031" in tokenizer.apply_chat_template(conversation, tokenize=False)
+    assert f"Today Date: 0{day} May 2031" in tokenizer.apply_chat_template(
+        conversation, tokenize=False
+    )
     example = talk("Hi", "Hello")
     encoded = encode(example, tokenizer, style="chat", **ANSWER)
     text = "Today Date: 26 Jul 2024\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -196,11 +234,17 @@ def test_a_template_that_names_the_date_gives_the_same_tokens_every_day(day, mon
 
 
 def test_what_a_style_cannot_express(byte):
-    with pytest.raises(UserError, match="holds one answer, but a conversation has several; use 'chat'"):
+    with pytest.raises(
+        UserError, match="holds one answer, but a conversation has several; use 'chat'"
+    ):
         encode(talk("Hi", "Hello", "More", "No"), byte, style="plain", **ANSWER)
-    with pytest.raises(UserError, match=r"data\.prompt_style='chatt' is unknown; did you mean 'chat'"):
+    with pytest.raises(
+        UserError, match=r"data\.prompt_style='chatt' is unknown; did you mean 'chat'"
+    ):
         encode(talk("Hi", "Hello"), byte, style="chatt", **ANSWER)
-    with pytest.raises(UserError, match=r"data\.loss_on='answers' is unknown; did you mean 'answer'"):
+    with pytest.raises(
+        UserError, match=r"data\.loss_on='answers' is unknown; did you mean 'answer'"
+    ):
         encode(talk("Hi", "Hello"), byte, style="plain", loss_on="answers", max_length=9)
     without = byte_tokenizer()
     without.eos_token = None
@@ -226,7 +270,9 @@ def test_no_eos_of_the_tokenizers_own_comes_between(style):
 def test_a_prompt_needs_no_eos(byte):
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
-    assert encode_prompt(talk("One?", "two"), tokenizer, "plain") == encode_prompt(talk("One?", "two"), byte, "plain")
+    assert encode_prompt(talk("One?", "two"), tokenizer, "plain") == encode_prompt(
+        talk("One?", "two"), byte, "plain"
+    )
     with pytest.raises(UserError, match="has no eos_token"):
         encode(talk("One?", "two"), tokenizer, style="plain", **ANSWER)
 
@@ -254,4 +300,6 @@ def test_what_ends_an_answer(template, expected):
     tokenizer.chat_template = template
     assert ends(tokenizer) == expected
     tokenizer.eos_token = None
-    assert set(ends(tokenizer)) == {token for token in expected if token != 257 or (template and "eos" in template)}
+    assert set(ends(tokenizer)) == {
+        token for token in expected if token != 257 or (template and "eos" in template)
+    }

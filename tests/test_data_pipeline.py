@@ -24,7 +24,10 @@ def corpus(lengths, seed=0):
     zero occurs as a token, so that padding cannot be told from ids."""
     rng = np.random.default_rng(seed)
     return [
-        Encoded(np.concatenate([[i + 100], rng.integers(0, 3, n - 1)]).astype(np.int32), rng.random(n) < 0.5)
+        Encoded(
+            np.concatenate([[i + 100], rng.integers(0, 3, n - 1)]).astype(np.int32),
+            rng.random(n) < 0.5,
+        )
         for i, n in enumerate(lengths)
     ]
 
@@ -36,7 +39,9 @@ def rows_of(batch):
         for segment in range(1, segments.max() + 1):
             at = np.flatnonzero(segments == segment)
             assert (np.diff(at) == 1).all()  # a segment is one stretch
-            yield tuple(batch[name][row, at] for name in ("tokens", "targets", "loss_weights", "positions"))
+            yield tuple(
+                batch[name][row, at] for name in ("tokens", "targets", "loss_weights", "positions")
+            )
 
 
 def check(row, examples):
@@ -64,7 +69,9 @@ def assert_same(left, right):
 
 
 def make(examples, **options):
-    return train_iterator(examples, **{"batch_size": 3, "max_length": T, "seed": 1, "packing": False, **options})
+    return train_iterator(
+        examples, **{"batch_size": 3, "max_length": T, "seed": 1, "packing": False, **options}
+    )
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -79,7 +86,10 @@ def test_shapes_types_and_padding(packing):
 def test_the_docstring_example():
     examples = [Encoded(np.array([5, 6, 7]), np.array([False, False, True])),
                 Encoded(np.array([8, 9]), np.array([False, True]))]  # fmt: skip
-    batches = (next(train_iterator(examples, batch_size=1, max_length=4, seed=s, packing=True)) for s in range(20))
+    batches = (
+        next(train_iterator(examples, batch_size=1, max_length=4, seed=s, packing=True))
+        for s in range(20)
+    )
     batch = next(b for b in batches if b["tokens"][0, 0] == 5)  # in the order of the docstring
     assert {name: array[0].tolist() for name, array in batch.items()} == {
         "tokens": [5, 6, 8, 0], "targets": [6, 7, 9, 0], "loss_weights": [0, 1, 1, 0],
@@ -131,7 +141,9 @@ def test_parts_are_drawn_by_their_weights(packing):
     assert order.tolist() != numbers(make(examples, **options, seed=2), examples, 640)
     uneven = corpus([2] * 8 + [T] * 40)
     for shard in (0, 3):  # a process fills its rows at its own pace: each must hold the shares
-        drawn = np.array(numbers(make(uneven, **options, shard_index=shard, shard_count=4), uneven, 320))
+        drawn = np.array(
+            numbers(make(uneven, **options, shard_index=shard, shard_count=4), uneven, 320)
+        )
         assert abs((drawn < 8).mean() - 0.75) < 0.04
     state = make(examples, **options)
     for _ in range(30):
@@ -170,13 +182,17 @@ def test_orbax_saves_and_restores_the_iterator(packing, tmp_path):
         manager.wait_until_finished()
         expected = [next(iterator) for _ in range(12)]
         restored = make(examples, packing=packing)
-        manager.restore(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
+        manager.restore(
+            5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored))
+        )
     for batch in expected:
         assert_same(next(restored), batch)
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(2, T + 1), min_size=1, max_size=150), seed=st.integers(0, 2**40))
+@given(
+    lengths=st.lists(st.integers(2, T + 1), min_size=1, max_size=150), seed=st.integers(0, 2**40)
+)
 def test_packing_loses_no_token_and_mixes_no_segments(lengths, seed):
     examples = corpus(lengths)
     iterator = make(examples, packing=True, batch_size=1, seed=seed)
@@ -195,7 +211,11 @@ def test_packing_loses_no_token_and_mixes_no_segments(lengths, seed):
 
 def test_packing_fills_rows():
     examples = corpus(np.random.default_rng(0).integers(2, 8, 400))
-    batches = [next(iterator) for iterator in [make(examples, packing=True, batch_size=8)] for _ in range(8)]
+    batches = [
+        next(iterator)
+        for iterator in [make(examples, packing=True, batch_size=8)]
+        for _ in range(8)
+    ]
     assert np.mean([(b["segment_ids"] > 0).mean() for b in batches]) > 0.85
 
 

@@ -17,7 +17,9 @@ from flora_jax.data.tasks import TASKS, get_task
 from flora_jax.errors import UserError
 
 DATA = Path(os.environ.get("FLORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="benchmark files absent: set FLORA_DATA to their folder")
+needs_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason="benchmark files absent: set FLORA_DATA to their folder"
+)
 REFERENCE = DATA.parent / "reference" / "smollm2_mc_loglik.json"
 
 
@@ -40,7 +42,10 @@ def record(**fields):
 
 
 def test_records_survive_the_cache_in_order_and_as_text(tmp_path, cache):
-    wanted = [record(instruction=f"Café {i} naïve 中 ?", answer=str(i), output="a\nb" * (i % 3)) for i in range(300)]
+    wanted = [
+        record(instruction=f"Café {i} naïve 中 ?", answer=str(i), output="a\nb" * (i % 3))
+        for i in range(300)
+    ]
     write(tmp_path / "AddSub" / "test.json", wanted)
     task = get_task("AddSub")
     assert sources.load_records(task, "test", tmp_path, cache) == wanted  # prepared
@@ -52,7 +57,9 @@ def test_changed_data_is_rebuilt_and_unchanged_data_is_not(tmp_path, cache, monk
     sources.load_records(task, "test", tmp_path, cache)
     write(path, [record(answer="6")])
     assert sources.load_records(task, "test", tmp_path, cache)[0]["answer"] == "6"
-    monkeypatch.setattr(sources, "_prepare", lambda *args: pytest.fail("prepared what the cache holds"))
+    monkeypatch.setattr(
+        sources, "_prepare", lambda *args: pytest.fail("prepared what the cache holds")
+    )
     write(path, [record()])
     assert sources.load_records(task, "test", tmp_path, cache)[0]["answer"] == "5"
 
@@ -67,7 +74,9 @@ def test_cache_is_under_flora_cache_by_default(tmp_path, monkeypatch):
 def test_an_unwritable_cache_names_itself(tmp_path):
     write(tmp_path / "AddSub" / "test.json", [record()])
     with pytest.raises(UserError, match=r"cache directory .*file.* cannot be written"):
-        sources.load_records(get_task("AddSub"), "test", tmp_path, write(tmp_path / "file", "not a directory"))
+        sources.load_records(
+            get_task("AddSub"), "test", tmp_path, write(tmp_path / "file", "not a directory")
+        )
 
 
 def _load_addsub(arguments):
@@ -78,13 +87,19 @@ def _load_addsub(arguments):
 def test_two_processes_prepare_the_same_data(tmp_path):
     write(tmp_path / "AddSub" / "test.json", [record(answer=str(i)) for i in range(2000)])
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        assert pool.map(_load_addsub, [(tmp_path, tmp_path / "cache")] * 2, chunksize=1) == [2000, 2000]
+        assert pool.map(_load_addsub, [(tmp_path, tmp_path / "cache")] * 2, chunksize=1) == [
+            2000,
+            2000,
+        ]
     assert len(list((tmp_path / "cache" / "tfds").iterdir())) == 1  # and no scratch is left behind
 
 
 def test_damaged_prepared_data_names_itself(tmp_path):
     write(tmp_path / "AddSub" / "test.json", [record()])
-    load = lambda: sources.load_records(get_task("AddSub"), "test", tmp_path, tmp_path / "cache")  # noqa: E731
+
+    def load():
+        return sources.load_records(get_task("AddSub"), "test", tmp_path, tmp_path / "cache")
+
     load()
     [entry] = (tmp_path / "cache" / "tfds").iterdir()
     for path in entry.rglob("*.array_record*"):
@@ -118,17 +133,28 @@ def test_builders_state_features_and_keep_order():
     for kind, builder in builders.BUILDERS.items():
         assert {task.source for task in TASKS.values()} >= {kind}
         config = builders.SourceConfig(name="test", split="test", records=[])
-        assert builder(config=config, data_dir="unused", file_format="array_record").info.disable_shuffling
+        assert builder(
+            config=config, data_dir="unused", file_format="array_record"
+        ).info.disable_shuffling
 
 
 def test_raw_mawps_and_gsm8k_layouts_become_records(tmp_path, cache):
-    mawps = {"id": 1, "original_text": "Two and three ?", "segmented_text": "x", "equation": "X=2+3", "ans": 5.0}
+    mawps = {
+        "id": 1,
+        "original_text": "Two and three ?",
+        "segmented_text": "x",
+        "equation": "X=2+3",
+        "ans": 5.0,
+    }
     write(tmp_path / "mawps" / "train_decontaminated.json", [mawps])
     write(tmp_path / "mawps" / "train.json", [{**mawps, "original_text": "contaminated"}])
     (example,) = sources.load_examples(get_task("mawps"), "train", tmp_path, cache)
     assert [m.content for m in example.messages] == ["Two and three ?", "The answer is 5."]
 
-    gsm8k = {"question": "How much?", "answer": "She has 10*108 = <<10*108=1080>>1,080 coins.\n#### 1,080"}
+    gsm8k = {
+        "question": "How much?",
+        "answer": "She has 10*108 = <<10*108=1080>>1,080 coins.\n#### 1,080",
+    }
     write(tmp_path / "gsm8k" / "train.jsonl", json.dumps(gsm8k) + "\n\n")
     (example,) = sources.load_examples(get_task("gsm8k"), "train", tmp_path, cache)
     assert example.messages[1].content == "She has 10*108 = 1,080 coins.\nThe answer is 1080."
@@ -143,7 +169,10 @@ def test_jsonl_of_ones_own_as_folder_and_as_file(tmp_path, cache):
     ]  # fmt: skip
     lines = [{"prompt": "2+2=", "completion": "4"}, {"messages": turns}]
     # A byte order mark, as some editors write, and separators that are line ends to str.splitlines but not to JSON.
-    write(tmp_path / "train.jsonl", "\ufeff" + "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    write(
+        tmp_path / "train.jsonl",
+        "\ufeff" + "\n".join(json.dumps(line, ensure_ascii=False) for line in lines),
+    )
     first, second = sources.load_examples(get_task("jsonl"), "train", tmp_path, cache)
     assert [(m.role, m.content) for m in first.messages] == [("user", "2+2="), ("assistant", "4")]
     assert [dataclasses.asdict(m) for m in second.messages] == turns
@@ -157,7 +186,10 @@ def test_jsonl_of_ones_own_as_folder_and_as_file(tmp_path, cache):
 
 def test_data_hash_is_that_of_the_file(tmp_path):
     path = write(tmp_path / "AddSub" / "test.json", [record()])
-    assert sources.data_hash(get_task("AddSub"), "test", tmp_path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (
+        sources.data_hash(get_task("AddSub"), "test", tmp_path)
+        == hashlib.sha256(path.read_bytes()).hexdigest()
+    )
 
 
 CHOICE = "Please choose the correct answer to the question: Q?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2"  # noqa: E501
@@ -207,7 +239,9 @@ def test_text_that_is_not_utf8(tmp_path, cache):
 
 def test_a_sample_is_never_a_test_set(tmp_path, cache):
     write(tmp_path / "SVAMP" / "sample.json", [record()])
-    with pytest.raises(UserError, match=r"test\.json is missing.*has sample\.json \(a sample is never a test set\)"):
+    with pytest.raises(
+        UserError, match=r"test\.json is missing.*has sample\.json \(a sample is never a test set\)"
+    ):
         sources.load_records(get_task("SVAMP"), "test", tmp_path, cache)
     with pytest.raises(UserError, match=r"split 'sample' .*never a test set"):
         sources.load_records(get_task("SVAMP"), "sample", tmp_path, cache)
@@ -239,10 +273,15 @@ def test_generated_splits_are_disjoint_right_and_deterministic(name, tmp_path, c
     assert [len(splits[s]) for s in sources.SPLITS] == [1500, 50, 150]
     questions = {s: {r["question"] for r in records} for s, records in splits.items()}
     assert len(questions["test"]) == 150  # all different
-    assert not questions["train"] & questions["test"] and not questions["train"] & questions["validation"]
+    assert (
+        not questions["train"] & questions["test"]
+        and not questions["train"] & questions["validation"]
+    )
     assert not questions["validation"] & questions["test"]
     for r in splits["train"]:  # the arithmetic, by Python's own
-        sum_ = r["question"].removeprefix("State the final answer to the following arithmetic problem:")
+        sum_ = r["question"].removeprefix(
+            "State the final answer to the following arithmetic problem:"
+        )
         assert eval(sum_.removeprefix("Calculate").strip(" =.")) == int(r["answer"])
     assert sources.load_records(task, "train", None, tmp_path) == splits["train"]
 
@@ -270,7 +309,9 @@ def test_generator_settings_reach_the_problems_and_are_checked(cache):
     with pytest.raises(UserError, match=r"generator settings .* are refused"):
         sources.load_records(get_task("chain_sum", {"min_terms": 5}), "test", None, cache)
     with pytest.raises(UserError, match=r"generator settings .* are refused: .*digits"):
-        sources.load_records(get_task("chain_sum", {"max_digits": 5000, "test": 9}), "test", None, cache)
+        sources.load_records(
+            get_task("chain_sum", {"max_digits": 5000, "test": 9}), "test", None, cache
+        )
     tiny_space = {"max_terms": 2, "max_digits": 1, "test": 300}
     with pytest.raises(UserError, match=r"only \d+ of test=300 problems are new"):
         sources.load_records(get_task("chain_sum", tiny_space), "test", None, cache)
@@ -331,7 +372,10 @@ def test_requests_of_each_format():
     boolq = TASKS["boolq"].parse(record(
         instruction="Please answer the following question with true or false, question: is it?\n\n"
         "Answer format: true/false", answer="false"))  # fmt: skip
-    assert tasks.lm_eval_request(boolq) == (("Question: is it?\nAnswer:", " yes"), ("Question: is it?\nAnswer:", " no"))
+    assert tasks.lm_eval_request(boolq) == (
+        ("Question: is it?\nAnswer:", " yes"),
+        ("Question: is it?\nAnswer:", " no"),
+    )
     assert boolq.gold == 1 and boolq.messages[1].content == "the correct answer is false"
     with pytest.raises(UserError, match="lm_eval needs a multiple-choice task"):
         tasks.lm_eval_request(TASKS["AddSub"].parse(record()))
@@ -344,7 +388,9 @@ def test_requests_of_each_format():
     ("?", "!"),
 ])  # fmt: skip
 def test_signs_and_marks_of_every_script_tell_prompts_apart(one, other):
-    example = lambda text: tasks.Example((tasks.Message("user", text), tasks.Message("assistant", "a")))  # noqa: E731
+    def example(text):
+        return tasks.Example((tasks.Message("user", text), tasks.Message("assistant", "a")))
+
     assert tasks.dedupe([example(one)], [example(other)]) == ([example(one)], 0)
     assert tasks.dedupe([example(one)], [example(f" {one} ")]) == ([], 1)
     assert tasks.normalise("7 − 3") == tasks.normalise("7-3 !")
@@ -452,7 +498,10 @@ def test_every_answer_of_the_system_is_a_record(tmp_path, cache):
     turns = ["a taxi  please", "where to ?", "home", "done", "thanks"]
     (tmp_path / "multiwoz/test.jsonl").write_text(json.dumps({"dialogue_id": "1", "turns": turns}))
     found = sources.load_examples(get_task("multiwoz"), "test", tmp_path, cache)
-    assert [e.question for e in found] == ["A: a taxi please", "A: a taxi please\nB: where to ?\nA: home"]
+    assert [e.question for e in found] == [
+        "A: a taxi please",
+        "A: a taxi please\nB: where to ?\nA: home",
+    ]
     assert [e.references for e in found] == [("where to ?",), ("done",)]
 
 
@@ -465,7 +514,9 @@ def test_parts_of_a_file(tmp_path, cache):
         found = sources.load_examples(get_task("dialogsum"), split, tmp_path, cache)
         assert [int(e.answer) for e in found] == list(numbers)
     # With a file of its own to train on, nothing is shared.
-    (tmp_path / "dialogsum/train.jsonl").write_text(json.dumps({"dialogue": "A: 7", "summary": "7"}))
+    (tmp_path / "dialogsum/train.jsonl").write_text(
+        json.dumps({"dialogue": "A: 7", "summary": "7"})
+    )
     for split, numbers in (("train", [7]), ("validation", range(500))):
         found = sources.load_examples(get_task("dialogsum"), split, tmp_path, cache)
         assert [int(e.answer) for e in found] == list(numbers)
@@ -475,19 +526,32 @@ def test_a_listed_file_is_no_must(tmp_path, cache):
     """MAWPS's decontaminated training set comes first, and the published one where there is none."""
     for name, answer in (("train", "1"), ("train_decontaminated", "2")):
         write(tmp_path / f"mawps/{name}.json", [record(answer=answer)])
-        assert sources.load_records(get_task("mawps"), "train", tmp_path, cache)[0]["answer"] == answer
+        assert (
+            sources.load_records(get_task("mawps"), "train", tmp_path, cache)[0]["answer"] == answer
+        )
     article = {"article": "Long.", "highlights": "Short."}
     write(tmp_path / "cnn_dailymail/test.jsonl", json.dumps(article))
-    assert sources.load_examples(get_task("cnn_dailymail"), "test", tmp_path, cache)[0].references == ("Short.",)
+    assert sources.load_examples(get_task("cnn_dailymail"), "test", tmp_path, cache)[
+        0
+    ].references == ("Short.",)
 
 
 def test_hellaswag_is_a_choice(tmp_path, cache):
     (tmp_path / "hellaswag").mkdir()
-    raw = {"ind": 0, "activity_and_ctx": "Roof: A man sits. he", "label": 3, "endings": ["a b.", "c.", "d's.", "e."]}
+    raw = {
+        "ind": 0,
+        "activity_and_ctx": "Roof: A man sits. he",
+        "label": 3,
+        "endings": ["a b.", "c.", "d's.", "e."],
+    }
     path = tmp_path / "hellaswag/validation.jsonl"
     path.write_text(json.dumps(raw))
     [example] = sources.load_examples(get_task("hellaswag"), "test", tmp_path, cache)
-    assert example.gold == 3 and example.answer == "ending4" and example.choices == ("a b.", "c.", "d's.", "e.")
+    assert (
+        example.gold == 3
+        and example.answer == "ending4"
+        and example.choices == ("a b.", "c.", "d's.", "e.")
+    )
     assert tasks.lm_eval_request(example)[1] == ("Roof: A man sits. he", " c.")
     path.write_text(json.dumps({**raw, "label": 4}))
     with pytest.raises(UserError, match=r"validation\.jsonl:1: field 'label' is 4"):
@@ -501,7 +565,10 @@ def test_hellaswag_is_a_choice(tmp_path, cache):
         ({"dialogue": "x"}, "neither 'summary', 'summary1' nor 'highlights' beside 'dialogue'"),
         ({"dialogue": 3, "summary": "x"}, "field 'dialogue' is int"),
         ({"context": "Hi", "positive_responses": ["x"]}, "field 'context' must be a list of texts"),
-        ({"context": ["Hi"], "positive_responses": []}, "field 'positive_responses' must be a list of texts"),
+        (
+            {"context": ["Hi"], "positive_responses": []},
+            "field 'positive_responses' must be a list of texts",
+        ),
     ],
 )
 def test_malformed_texts(tmp_path, cache, raw, words):
@@ -513,6 +580,11 @@ def test_malformed_texts(tmp_path, cache, raw, words):
 
 
 def test_absent_texts_say_where_to_get_them(tmp_path, cache):
-    for task, words in (("samsum", "TFDS"), ("dialogsum", "cylnlp"), ("hellaswag", "rowanz"), ("piqa", "LLM-Adapters")):
+    for task, words in (
+        ("samsum", "TFDS"),
+        ("dialogsum", "cylnlp"),
+        ("hellaswag", "rowanz"),
+        ("piqa", "LLM-Adapters"),
+    ):
         with pytest.raises(UserError, match=words):
             sources.load_examples(get_task(task), "test", tmp_path, cache)

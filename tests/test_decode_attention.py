@@ -124,7 +124,9 @@ def test_whole_steps_equal_those_without(method, on_this_machine):
         logits, cache = step(fused, tokens[:, :4], mask=mask, cache=cache)
         steps = [logits[:, -1:]]
         for i in (4, 5):
-            logits, cache = step(fused, tokens[:, i : i + 1], mask=jnp.ones((2, 1), bool), cache=cache)
+            logits, cache = step(
+                fused, tokens[:, i : i + 1], mask=jnp.ones((2, 1), bool), cache=cache
+            )
             steps.append(logits)
         outs.append((jnp.concatenate(steps, axis=1), cache))
     (plain, cache), (ours, our_cache) = outs
@@ -164,6 +166,8 @@ def test_only_a_gpu_runs_it():
 ])  # fmt: skip
 def test_which_devices_run_it(capability, head_dim, runs, monkeypatch):
     """XLA compiles Triton from compute capability 8.0 on; AMD's devices name theirs otherwise, a CPU has none."""
-    device = types.SimpleNamespace(**({} if capability is None else {"compute_capability": capability}))
+    device = types.SimpleNamespace(
+        **({} if capability is None else {"compute_capability": capability})
+    )
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert kernel_runs(dataclasses.replace(TINY, head_dim=head_dim)) == runs

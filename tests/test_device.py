@@ -41,12 +41,17 @@ _CHECKS = "from flora_jax.errors import run_command\nfrom flora_jax.device impor
 
 @pytest.mark.parametrize(
     ("variables", "words"),
-    [({"JAX_PLATFORMS": "cpu,rubbish"}, "JAX_PLATFORMS=cpu,rubbish"), ({"JAX_ENABLE_X64": "1"}, "JAX_ENABLE_X64")],
+    [
+        ({"JAX_PLATFORMS": "cpu,rubbish"}, "JAX_PLATFORMS=cpu,rubbish"),
+        ({"JAX_ENABLE_X64": "1"}, "JAX_ENABLE_X64"),
+    ],
 )
 def test_a_variable_is_named_in_one_line(variables, words):
     code = _CHECKS + "run_command(lambda _: check_jax())"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **variables}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ") and words in done.stderr
 
@@ -72,7 +77,9 @@ def test_no_home_directory(monkeypatch, tmp_path, capsys):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", absent)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^FLORA_CACHE is unset, and there is no home directory") as error:
+    with pytest.raises(
+        UserError, match=r"^FLORA_CACHE is unset, and there is no home directory"
+    ) as error:
         cache_root()
     assert "\n" not in str(error.value)
     before = jax.config.jax_compilation_cache_dir
@@ -80,10 +87,16 @@ def test_no_home_directory(monkeypatch, tmp_path, capsys):
     keep_programs()
     assert jax.config.jax_compilation_cache_dir is None
     jax.config.update("jax_compilation_cache_dir", before)
-    assert (err := capsys.readouterr().err).startswith("warning: ") and err.count("\n") == 1 and "FLORA_CACHE" in err
+    assert (
+        (err := capsys.readouterr().err).startswith("warning: ")
+        and err.count("\n") == 1
+        and "FLORA_CACHE" in err
+    )
     assert not list(tmp_path.iterdir())
     code = "from flora_jax.evaluation.rouge import rouge\nimport json\nprint(json.dumps(rouge(['a b'], [['a b']])))"
     code = f"import pwd\n\ndef absent(number):\n    raise KeyError(number)\n\npwd.getpwuid = absent\n{code}"
     environment = {key: value for key, value in os.environ.items() if key != "NLTK_DATA"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert json.loads(done.stdout)["rougeL"] == 1.0, done.stderr

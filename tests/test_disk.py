@@ -77,7 +77,10 @@ def test_a_log_and_an_adapter_that_find_no_room(small, whole, monkeypatch, tmp_p
             limit(100)
         write(self, step, values)
 
-    with monkeypatch.context() as patched, pytest.raises(WriteError, match=r"--workdir=.*File too large.*"):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(WriteError, match=r"--workdir=.*File too large.*"),
+    ):
         patched.setattr(Metrics, "write", fill)
         try:
             run(config, workdir)
@@ -91,7 +94,10 @@ def test_a_log_and_an_adapter_that_find_no_room(small, whole, monkeypatch, tmp_p
         with full(20_000):
             save(*given, **named)
 
-    with monkeypatch.context() as patched, pytest.raises(WriteError, match="adapter cannot be written"):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(WriteError, match="adapter cannot be written"),
+    ):
         patched.setattr(train, "save_adapter", filled)
         run(config, workdir)
     assert not (workdir / "adapter").exists()
@@ -101,12 +107,23 @@ def test_a_log_and_an_adapter_that_find_no_room(small, whole, monkeypatch, tmp_p
 
 @pytest.mark.parametrize("form", ["merged", "peft", "transformers"])
 def test_an_export_that_finds_no_room(whole, tmp_path, capsys, form):
-    flags = ["export", "--workdir", str(whole), "--format", form, "--out", str(tmp_path / "new/out")]
+    flags = [
+        "export",
+        "--workdir",
+        str(whole),
+        "--format",
+        form,
+        "--out",
+        str(tmp_path / "new/out"),
+    ]
     with full(20_000), pytest.raises(SystemExit) as ended:
         run_command(export.main, flags)
     out, err = capsys.readouterr()
     assert ended.value.code == 2 and out == "", err
-    assert err == f"error: --out {tmp_path}/new/out cannot be written: File too large; nothing is left of it\n"
+    assert (
+        err
+        == f"error: --out {tmp_path}/new/out cannot be written: File too large; nothing is left of it\n"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -122,9 +139,15 @@ def test_a_result_that_finds_no_room_is_printed_and_kept(tmp_path, monkeypatch, 
     result = {"tasks": {"a": {"accuracy": 0.5, "texts": ["é"]}}}
     with pytest.raises(WriteError) as error:
         write_result(tmp_path / "scores.json", result, "--out scores.json")
-    assert str(error.value).startswith("--out scores.json cannot be written (No space left on device); ")
+    assert str(error.value).startswith(
+        "--out scores.json cannot be written (No space left on device); "
+    )
     kept = Path(str(error.value).rpartition(" ")[2])
-    assert json.loads(kept.read_text(encoding="utf-8")) == json.loads(capsys.readouterr().out) == result
+    assert (
+        json.loads(kept.read_text(encoding="utf-8"))
+        == json.loads(capsys.readouterr().out)
+        == result
+    )
     kept.unlink()
     assert not list(tmp_path.iterdir())
 
@@ -132,9 +155,14 @@ def test_a_result_that_finds_no_room_is_printed_and_kept(tmp_path, monkeypatch, 
 def test_a_cache_that_finds_no_room(tmp_path):
     """It is named, nothing is left in it, and with room it is filled."""
     task = get_task("chain_sum", {"train": 200})
-    with full(1_000), pytest.raises(UserError, match=r"cache directory .*File too large.*FLORA_CACHE") as error:
+    with (
+        full(1_000),
+        pytest.raises(UserError, match=r"cache directory .*File too large.*FLORA_CACHE") as error,
+    ):
         load_records(task, "train", None, tmp_path / "cache")
-    assert "\n" not in str(error.value) and not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert "\n" not in str(error.value) and not [
+        p for p in (tmp_path / "cache").rglob("*") if p.is_file()
+    ]
     assert len(load_records(task, "train", None, tmp_path / "cache")) == 200
 
 
@@ -178,9 +206,17 @@ run_command(main, sys.argv)
 @pytest.mark.parametrize("flags", [("100000",), ("100000", "flush"), ("1",)])
 def test_a_reader_that_leaves(flags):
     """No traceback, and the exit code of a program that SIGPIPE ends."""
-    process = subprocess.Popen([sys.executable, "-c", _PRINTS, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _PRINTS, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     process.stdout.close()
     assert process.communicate()[1] == b"" and process.returncode == 141
     with open("/dev/full", "w") as file:
-        done = subprocess.run([sys.executable, "-c", _PRINTS, *flags], stdout=file, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
+        done = subprocess.run(
+            [sys.executable, "-c", _PRINTS, *flags], stdout=file, stderr=subprocess.PIPE, text=True
+        )
+    assert (
+        done.returncode == 1
+        and done.stderr.count("\n") == 1
+        and "No space left on device" in done.stderr
+    )

@@ -25,7 +25,13 @@ from flora_jax.errors import UserError, run_command
 from flora_jax.evaluation import published, rounds
 from flora_jax.evaluation.answers import final_label, final_letter, is_right
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
-from flora_jax.evaluation.run import TaskData, check_prompts, few_shot_messages, few_shot_requests, load_task_data
+from flora_jax.evaluation.run import (
+    TaskData,
+    check_prompts,
+    few_shot_messages,
+    few_shot_requests,
+    load_task_data,
+)
 from flora_jax.inference.generator import Generation, Generator
 from flora_jax.interop.adapter_files import load_adapted, save_adapter
 from flora_jax.models.config import LlamaConfig
@@ -196,7 +202,9 @@ def test_final_label(text, labels, expected):
     assert final_label(text, labels) == expected
 
 
-@pytest.mark.parametrize("piece", ["answer to ", "3 is correct ", "A: 3\n", "#", "Q ", "<|user|>3", "3 + 4 = ", "* "])
+@pytest.mark.parametrize(
+    "piece", ["answer to ", "3 is correct ", "A: 3\n", "#", "Q ", "<|user|>3", "3 + 4 = ", "* "]
+)
 def test_a_long_text_is_read_in_time_linear_in_it(piece):
     """A pattern that starts over at each place would take minutes."""
     text = piece * (100_000 // len(piece)) + "\n\nQuestion: 9"
@@ -216,7 +224,9 @@ def test_same_number(found, answer, equal):
 
 def test_is_right_by_metric():
     assert is_right("number", "It is 5.", "5.0") and not is_right("number", "It is 5.", "4")
-    assert is_right("letter", "The answer is (B).", "B") and not is_right("letter", "The answer is (B).", "A")
+    assert is_right("letter", "The answer is (B).", "B") and not is_right(
+        "letter", "The answer is (B).", "A"
+    )
     assert is_right("choice", "the correct answer is true", "true", TRUTH)
     assert is_right("exact", " yes\n", "yes") and not is_right("exact", "yes.", "yes")
     with pytest.raises(UserError, match="rouge"):
@@ -227,7 +237,8 @@ def test_is_right_by_metric():
 
 REQUESTS = [
     [("Question: why?\nAnswer:", c) for c in (" yes", " because it is so", " n")],
-    [("The sky ", "is blue"), ("The sea ", "is blue")],  # contexts of their own, spaces at their end
+    # contexts of their own, spaces at their end
+    [("The sky ", "is blue"), ("The sea ", "is blue")],
     [("", "no context"), ("", "at all")],
     [("x" * 40, " long context"), ("x" * 40, " y")],
 ]
@@ -271,10 +282,17 @@ def test_loglik_equals_pytorch(tiny, scores):
 def test_loglik_does_not_depend_on_batch(tiny, scores, method):
     base, tokenizer = tiny
     adapter_config = method and AdapterConfig(method, 8)
-    adapter = method and jax.tree.map(lambda x: x + 0.05, init_adapter(jax.random.key(1), TINY, adapter_config))
-    score = lambda requests, b: choice_loglik(TINY, base, adapter, adapter_config, tokenizer, requests, b)  # noqa: E731
+    adapter = method and jax.tree.map(
+        lambda x: x + 0.05, init_adapter(jax.random.key(1), TINY, adapter_config)
+    )
+
+    def score(requests, b):
+        return choice_loglik(TINY, base, adapter, adapter_config, tokenizer, requests, b)
+
     together = score(REQUESTS, 16)
-    np.testing.assert_allclose(np.concatenate(score(REQUESTS, 1)), np.concatenate(together), atol=1e-3)
+    np.testing.assert_allclose(
+        np.concatenate(score(REQUESTS, 1)), np.concatenate(together), atol=1e-3
+    )
     difference = np.abs(np.concatenate(together) - np.concatenate(scores)).max()
     assert difference > 0.1 if method else difference == 0
 
@@ -303,15 +321,22 @@ def test_smollm2_equals_an_independent_harness(name, folder_at):
     from flora_jax.data.sources import load_examples
     from flora_jax.models.loading import load_pretrained
 
-    reference = json.loads((folder_at("FLORA_REFERENCE", "reference") / "smollm2_mc_loglik.json").read_text())[name]
+    reference = json.loads(
+        (folder_at("FLORA_REFERENCE", "reference") / "smollm2_mc_loglik.json").read_text()
+    )[name]
     examples = load_examples(get_task(name), "test", folder_at("FLORA_DATA", "data"))[:200]
     config, base = load_pretrained("smollm2-135m-instruct")
     tokenizer = load_tokenizer("smollm2-135m-instruct")
-    found = choice_loglik(config, base, None, None, tokenizer, [lm_eval_request(e) for e in examples])
+    found = choice_loglik(
+        config, base, None, None, tokenizer, [lm_eval_request(e) for e in examples]
+    )
     for doc, loglik in zip(reference["docs"], found, strict=True):
         np.testing.assert_allclose(loglik, doc["ll"], atol=0.02)
     right = sum(int(np.argmax(ll)) == e.gold for ll, e in zip(found, examples, strict=True))
-    norm = [np.argmax(np.divide(ll, [len(c) for c in e.choices])) for ll, e in zip(found, examples, strict=True)]
+    norm = [
+        np.argmax(np.divide(ll, [len(c) for c in e.choices]))
+        for ll, e in zip(found, examples, strict=True)
+    ]
     assert abs(right - 200 * reference["acc"]) <= 1
     right_norm = sum(int(n) == e.gold for n, e in zip(norm, examples, strict=True))
     assert abs(right_norm - 200 * reference["acc_norm"]) <= 1
@@ -327,9 +352,16 @@ def test_smollm2_scores_are_equal_at_batch_1_and_16(name, protocol, folder_at):
     config, base = load_pretrained("smollm2-135m-instruct")
     tokenizer, folder = load_tokenizer("smollm2-135m-instruct"), folder_at("FLORA_DATA", "data")
     tasks = load_task_data([name], folder, protocol=protocol, limit=40)
-    kept = lambda scores: {k: v for k, v in scores.items() if k != "seconds"}  # noqa: E731
+
+    def kept(scores):
+        return {k: v for k, v in scores.items() if k != "seconds"}
+
     alone, together = (
-        kept(evaluate_tasks(tasks, config, base, tokenizer, protocol=protocol, batch_size=size)["tasks"][name])
+        kept(
+            evaluate_tasks(tasks, config, base, tokenizer, protocol=protocol, batch_size=size)[
+                "tasks"
+            ][name]
+        )
         for size in (1, 16)
     )
     assert alone == together and len(alone["items"]) == 40
@@ -348,7 +380,12 @@ def data_dir(tmp_path_factory):
         return {"instruction": text, "input": "", "output": "", "answer": f"answer{1 + i % 3}"}
 
     def math_problem(i):
-        return {"instruction": f"What is {i} + 1?", "input": "", "output": f"{i + 1}", "answer": str(i + 1)}
+        return {
+            "instruction": f"What is {i} + 1?",
+            "input": "",
+            "output": f"{i + 1}",
+            "answer": str(i + 1),
+        }
 
     for task, make in (("ARC-Easy", choice), ("gsm8k", math_problem)):
         (folder / task).mkdir()
@@ -363,12 +400,20 @@ def checkpoint(tiny, tmp_path_factory):
     base, tokenizer = tiny
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text(json.dumps(TINY.to_hf()))
-    save_file({name: np.ascontiguousarray(v) for name, v in to_hf_tensors(TINY, base)}, folder / "model.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(v) for name, v in to_hf_tensors(TINY, base)},
+        folder / "model.safetensors",
+    )
     tokenizer.save_pretrained(folder)
     adapter_config = AdapterConfig("ffba", 8)
     adapter = jax.tree.map(lambda x: x + 0.1, init_adapter(jax.random.key(1), TINY, adapter_config))
-    trained = {"adapter": adapter, "params": {"final_norm": {"scale": 2 * base["final_norm"]["scale"]}}}
-    save_adapter(folder / "adapter", trained, TINY, adapter_config, str(folder), base_fingerprint(base))
+    trained = {
+        "adapter": adapter,
+        "params": {"final_norm": {"scale": 2 * base["final_norm"]["scale"]}},
+    }
+    save_adapter(
+        folder / "adapter", trained, TINY, adapter_config, str(folder), base_fingerprint(base)
+    )
     return folder
 
 
@@ -394,9 +439,14 @@ def test_few_shot_prompts(data_dir):
     context, continuation = few_shot_requests(data.examples[0], data.shots)[1]
     shown = [int(shot.question.removeprefix("Which is ").rstrip("?")) for shot in data.shots]
     texts = [shot.choices[shot.gold] for shot in data.shots]
-    assert context == "".join(
-        f"Question: Which is {i}?\nAnswer: {text}\n\n" for i, text in zip(shown, texts, strict=True)
-    ) + "Question: Which is 0?\nAnswer:"
+    assert (
+        context
+        == "".join(
+            f"Question: Which is {i}?\nAnswer: {text}\n\n"
+            for i, text in zip(shown, texts, strict=True)
+        )
+        + "Question: Which is 0?\nAnswer:"
+    )
     assert continuation == " 1"
     assert load_task_data(["ARC-Easy"], data_dir, num_fewshot=2, seed=3)[0].shots == data.shots
     assert load_task_data(["ARC-Easy"], data_dir, num_fewshot=2, seed=4)[0].shots != data.shots
@@ -411,10 +461,18 @@ def test_few_shot_prompts(data_dir):
     for conversation, shown in ((long, shot), (asked, long)):
         with pytest.raises(UserError, match="a conversation has several; use 'chat'"):
             few_shot_messages(conversation, [shown], "plain")
-    assert [m.content for m in few_shot_messages(long, [shot], "chat")] == ["1 + 1?", "2", "1 + 1?", "2", "2 + 2?"]
+    assert [m.content for m in few_shot_messages(long, [shot], "chat")] == [
+        "1 + 1?",
+        "2",
+        "1 + 1?",
+        "2",
+        "2 + 2?",
+    ]
     told = Message("system", "Sums.")
     shot, asked = (Example((told, *example.messages)) for example in (shot, asked))
-    assert few_shot_messages(asked, [shot], "plain") == [Message("user", "Sums.\n\n1 + 1? 2\n\nSums.\n\n2 + 2?")]
+    assert few_shot_messages(asked, [shot], "plain") == [
+        Message("user", "Sums.\n\n1 + 1? 2\n\nSums.\n\n2 + 2?")
+    ]
     assert few_shot_messages(asked, [shot], "chat") == [told, *chat]
 
 
@@ -422,12 +480,19 @@ def test_few_shot_prompts(data_dir):
 @pytest.mark.parametrize("content", ["", "Let me look."])
 def test_a_call_of_a_tool_is_no_text_to_compare_with(tiny, style, content):
     """Silence would be as right as its empty text."""
-    call = Turn("assistant", content, more=json.dumps({"tool_calls": [{"function": {"name": "weather"}}]}))
+    call = Turn(
+        "assistant", content, more=json.dumps({"tool_calls": [{"function": {"name": "weather"}}]})
+    )
     turns = Message("assistant", "x"), call
     good, bad = (Example((Message("user", "hi"), turn), answer=turn.content) for turn in turns)
-    check = lambda *data: check_prompts([TaskData(get_task("a.jsonl"), *data, "")], TINY, byte_tokenizer(),  # noqa: E731
-                                        "llm_adapters", style, False, 999)  # fmt: skip
-    with pytest.raises(UserError, match=r"^a\.jsonl: question 1 is to be answered by a call of a tool"):
+
+    def check(*data):
+        return check_prompts([TaskData(get_task("a.jsonl"), *data, "")], TINY, byte_tokenizer(),
+                                            "llm_adapters", style, False, 999)  # fmt: skip
+
+    with pytest.raises(
+        UserError, match=r"^a\.jsonl: question 1 is to be answered by a call of a tool"
+    ):
         check([good, bad], [])
     if style == "plain":
         with pytest.raises(UserError, match=r"^a\.jsonl: .*'plain' has no place for tools"):
@@ -437,7 +502,10 @@ def test_a_call_of_a_tool_is_no_text_to_compare_with(tiny, style, content):
 
 def test_what_is_asked_is_never_shown(tmp_path):
     """One file is both splits, and a folder's two may overlap."""
-    line = lambda i: json.dumps({"prompt": f"{i} + {i}?", "completion": str(2 * i)}) + "\n"  # noqa: E731
+
+    def line(i):
+        return json.dumps({"prompt": f"{i} + {i}?", "completion": str(2 * i)}) + "\n"
+
     mine, folder = tmp_path / "mine.jsonl", tmp_path / "own"
     mine.write_text("".join(map(line, range(4))))
     with pytest.raises(UserError, match="has 0 examples that are not in its test split"):
@@ -446,7 +514,9 @@ def test_what_is_asked_is_never_shown(tmp_path):
     (folder / "test.jsonl").write_text("".join(map(line, range(4))))
     (folder / "train.jsonl").write_text("".join(map(line, range(6))))
     for seed in range(8):
-        [data] = load_task_data(["jsonl"], folder, protocol="llm_adapters", num_fewshot=2, seed=seed)
+        [data] = load_task_data(
+            ["jsonl"], folder, protocol="llm_adapters", num_fewshot=2, seed=seed
+        )
         assert {shot.answer for shot in data.shots} == {"8", "10"}
 
 
@@ -458,7 +528,9 @@ def test_evaluate_command(checkpoint, data_dir, tiny, tmp_path, capsys):
     result = json.loads(out.read_text())
     scores = result["tasks"]["ARC-Easy"]
     [data] = load_task_data(["ARC-Easy"], data_dir, limit=5)
-    loglik = choice_loglik(TINY, base, None, None, tokenizer, [lm_eval_request(e) for e in data.examples])
+    loglik = choice_loglik(
+        TINY, base, None, None, tokenizer, [lm_eval_request(e) for e in data.examples]
+    )
     right = [int(np.argmax(ll)) == e.gold for ll, e in zip(loglik, data.examples, strict=True)]
     norm = [
         int(np.argmax([v / len(c) for v, c in zip(ll, e.choices, strict=True)])) == e.gold
@@ -468,7 +540,11 @@ def test_evaluate_command(checkpoint, data_dir, tiny, tmp_path, capsys):
     assert scores["n"] == 5 and scores["accuracy"] == p and scores["accuracy_norm"] == sum(norm) / 5
     assert scores["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 5))
     assert scores["prompt"] == "Question: Which is 0?\nAnswer: 0"
-    assert result["schema_version"] == 1 and result["protocol"] == "lm_eval" and result["adapter"] is None
+    assert (
+        result["schema_version"] == 1
+        and result["protocol"] == "lm_eval"
+        and result["adapter"] is None
+    )
     assert {"seed", "versions", "dtype", "mask", "base_fingerprint"} <= result.keys()
     assert os.listdir(out.parent) == ["result.json"]
 
@@ -478,11 +554,27 @@ def test_evaluate_command(checkpoint, data_dir, tiny, tmp_path, capsys):
     assert "ARC-Easy" in capsys.readouterr().out
 
 
-def test_sizes_are_checked_before_another_task_is_scored(checkpoint, data_dir, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("flora_jax.evaluation.run.token_loglik", lambda *_: pytest.fail("scored before the check"))
-    arguments = ["--model", checkpoint, "--tasks", "ARC-Easy,gsm8k", "--data_dir", data_dir, "--out", tmp_path / "r"]
+def test_sizes_are_checked_before_another_task_is_scored(
+    checkpoint, data_dir, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(
+        "flora_jax.evaluation.run.token_loglik", lambda *_: pytest.fail("scored before the check")
+    )
+    arguments = [
+        "--model",
+        checkpoint,
+        "--tasks",
+        "ARC-Easy,gsm8k",
+        "--data_dir",
+        data_dir,
+        "--out",
+        tmp_path / "r",
+    ]
     assert command("evaluate", *arguments, "--max_length", 4096) == 2
-    assert "max_length=4096 must be from 2 to the model's max_position_embeddings=2048" in capsys.readouterr().err
+    assert (
+        "max_length=4096 must be from 2 to the model's max_position_embeddings=2048"
+        in capsys.readouterr().err
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -490,21 +582,40 @@ def test_a_test_that_was_trained_on_is_refused(checkpoint, data_dir, tmp_path, c
     """Above 1 % of the questions asked, unless that is allowed; the share is in the result either way."""
     adapter, out = tmp_path / "adapter", tmp_path / "result.json"
     shutil.copytree(checkpoint / "adapter", adapter)
-    arguments = ["--model", checkpoint, "--adapter", adapter, "--tasks", "ARC-Easy,gsm8k", "--data_dir", data_dir]
+    arguments = [
+        "--model",
+        checkpoint,
+        "--adapter",
+        adapter,
+        "--tasks",
+        "ARC-Easy,gsm8k",
+        "--data_dir",
+        data_dir,
+    ]
     arguments += ["--limit", 4, "--max_length", 512, "--out", out]
     [asked] = load_task_data(["gsm8k"], data_dir, protocol="llm_adapters", limit=4)
     record = adapter / "trained_on.json"
-    record.write_text(json.dumps({"tasks": ["mine"], "prompts": sorted(prompt_digests(asked.examples[1:2]))}))
+    record.write_text(
+        json.dumps({"tasks": ["mine"], "prompts": sorted(prompt_digests(asked.examples[1:2]))})
+    )
     assert command("evaluate", *arguments) == 2 and not out.exists()
     assert "--tasks gsm8k: 25.0 % of the questions asked" in (error := capsys.readouterr().err)
-    assert "trained on (mine)" in error and "--allow_contaminated" in error and error.count("\n") == 1
+    assert (
+        "trained on (mine)" in error and "--allow_contaminated" in error and error.count("\n") == 1
+    )
     for prompts, flags, share in ((None, ["--allow_contaminated"], 0.25), ([], [], 0.0)):
         if prompts is not None:
             record.write_text(json.dumps({"tasks": ["mine"], "prompts": prompts}))
         assert command("evaluate", *arguments, *flags) == 0
-        assert json.loads(out.read_text())["share_of_test_in_train"] == {"ARC-Easy": 0.0, "gsm8k": share}
+        assert json.loads(out.read_text())["share_of_test_in_train"] == {
+            "ARC-Easy": 0.0,
+            "gsm8k": share,
+        }
     record.write_text(json.dumps({"tasks": ["mine"]}))
-    assert command("evaluate", *arguments) == 2 and "trained_on.json: field 'prompts'" in capsys.readouterr().err
+    assert (
+        command("evaluate", *arguments) == 2
+        and "trained_on.json: field 'prompts'" in capsys.readouterr().err
+    )
 
 
 def test_llm_adapters_protocol_and_math(checkpoint, data_dir, tmp_path, monkeypatch):
@@ -515,22 +626,53 @@ def test_llm_adapters_protocol_and_math(checkpoint, data_dir, tmp_path, monkeypa
 
     def generate(self, prompts, max_new_tokens):
         asked.append([self.tokenizer.decode(p) for p in prompts])
-        replies = ["the correct answer is answer1", "It is 2.", "the correct answer is answer3\n\n7", "", "5", "no"]
+        replies = [
+            "the correct answer is answer1",
+            "It is 2.",
+            "the correct answer is answer3\n\n7",
+            "",
+            "5",
+            "no",
+        ]
         return [Generation(reply, [1], True) for reply in replies[: len(prompts)]]
 
     monkeypatch.setattr(Generator, "generate", generate)
     arguments = ["--model", checkpoint, "--tasks", "ARC-Easy,gsm8k", "--data_dir", data_dir]
     out = tmp_path / "result.json"
-    assert command("evaluate", *arguments, "--protocol", "llm_adapters", "--prompt_style", "chat", "--out", out) == 0
+    assert (
+        command(
+            "evaluate",
+            *arguments,
+            "--protocol",
+            "llm_adapters",
+            "--prompt_style",
+            "chat",
+            "--out",
+            out,
+        )
+        == 0
+    )
     tasks = json.loads(out.read_text())["tasks"]
     assert tasks["ARC-Easy"]["accuracy"] == 2 / 6 and "accuracy_norm" not in tasks["ARC-Easy"]
     assert tasks["gsm8k"]["accuracy"] == 2 / 6  # "It is 2." to 1 + 1, "5" to 4 + 1
     assert tasks["gsm8k"]["texts"][1:5:3] == ["It is 2.", "5"]
-    assert tasks["gsm8k"]["decode"] == {"temperature": 0.0, "max_new_tokens": 256, "first_round": 64, "stop_text": None}
+    assert tasks["gsm8k"]["decode"] == {
+        "temperature": 0.0,
+        "max_new_tokens": 256,
+        "first_round": 64,
+        "stop_text": None,
+    }
     assert asked[1][0].endswith("What is 0 + 1?<|im_end|>\n<|im_start|>assistant\n")
-    assert command("evaluate", *arguments, "--protocol", "llm_adapters", "--num_fewshot", 2, "--out", out) == 0
+    assert (
+        command(
+            "evaluate", *arguments, "--protocol", "llm_adapters", "--num_fewshot", 2, "--out", out
+        )
+        == 0
+    )
     assert asked[3][0].count("What is") == 3 and asked[3][0].endswith("\n\nWhat is 0 + 1?")
-    assert json.loads(out.read_text())["tasks"]["ARC-Easy"]["decode"]["stop_text"] == run._SHOT_BREAK
+    assert (
+        json.loads(out.read_text())["tasks"]["ARC-Easy"]["decode"]["stop_text"] == run._SHOT_BREAK
+    )
 
     said = [Generation("7\n\nQuestion:", [1] * 64, False), Generation("no", [1] * 64, False)]
     rows = []
@@ -565,7 +707,9 @@ def test_published_faults_and_their_mending(metric, text, answer, theirs, ours):
     assert published.is_right(metric, text, answer, ANSWERS) == theirs
     assert is_right(metric, text, answer, ANSWERS) == ours
     if metric == "choice":
-        assert published.is_right(metric, "untrue", "true", TRUTH) and not is_right(metric, "untrue", "true", TRUTH)
+        assert published.is_right(metric, "untrue", "true", TRUTH) and not is_right(
+            metric, "untrue", "true", TRUTH
+        )
         two = ("solution1", "solution2")  # only of answers five are looked for
         assert published.is_right(metric, "solution3? no, solution1", "solution1", two)
 
@@ -587,10 +731,17 @@ def test_published_prompts(checkpoint, data_dir, tmp_path, monkeypatch):
     asked.clear()
     assert command("evaluate", *arguments, "--tasks", "gsm8k", "--published_faults") == 0
     result = json.loads(out.read_text())
-    assert result["published_faults"] is True and "none over the padding" in result["mask"] and asked[0] == scored
+    assert (
+        result["published_faults"] is True
+        and "none over the padding" in result["mask"]
+        and asked[0] == scored
+    )
     assert "published" in result["tasks"]["gsm8k"]["scoring"]
 
-    lines = [published.encode_prompt([Message("user", text)], tokenizer) for text in ("a", "abc", "abcdef")]
+    lines = [
+        published.encode_prompt([Message("user", text)], tokenizer)
+        for text in ("a", "abc", "abcdef")
+    ]
     assert published.pad(lines, "number", 2) == lines
     one, two, three = published.pad(lines, "choice", 2)
     assert one == [0, 0, *lines[0]] and two == lines[1] and three == lines[2]
@@ -608,7 +759,11 @@ def test_a_long_prompt_is_no_fault_of_its_batch(checkpoint, data_dir, tmp_path, 
                  "--prompt_style", "llm_adapters", "--published_faults", "--max_length", 800, "--out", out]  # fmt: skip
     assert command("evaluate", *arguments) == 0
     found = json.loads(out.read_text())["tasks"]["ARC-Easy"]
-    assert found["too_long"] == 1 and len(asked) == len(records) - 1 and found["accuracy"] == 2 / len(records)
+    assert (
+        found["too_long"] == 1
+        and len(asked) == len(records) - 1
+        and found["accuracy"] == 2 / len(records)
+    )
 
 
 def write_problems(folder, texts):
@@ -630,7 +785,9 @@ def put_words_into(monkeypatch, reply):
     return asked
 
 
-def test_prompts_that_are_too_long_are_wrong_and_counted(checkpoint, data_dir, tmp_path, monkeypatch, capsys):
+def test_prompts_that_are_too_long_are_wrong_and_counted(
+    checkpoint, data_dir, tmp_path, monkeypatch, capsys
+):
     """With 256 new tokens, 280 leave 24 for a prompt: exactly 24 fit, 25 do not."""
     asked = put_words_into(monkeypatch, "It is 7.")
     texts = ["short", "x" * 25, "y" * 24, "z" * 100]
@@ -640,12 +797,22 @@ def test_prompts_that_are_too_long_are_wrong_and_counted(checkpoint, data_dir, t
     result = json.loads(out.read_text())
     scores = result["tasks"]["gsm8k"]
     assert asked == ["short", "y" * 24] and result["max_length"] == 280
-    assert (scores["accuracy"], scores["n"], scores["too_long"], scores["finished"]) == (0.5, 4, 2, 1.0)
+    assert (scores["accuracy"], scores["n"], scores["too_long"], scores["finished"]) == (
+        0.5,
+        4,
+        2,
+        1.0,
+    )
     assert scores["stderr"] == 0.25
     capsys.readouterr()
-    assert command("evaluate", *arguments, "--max_length", 260, "--out", tmp_path / "none.json") == 2
+    assert (
+        command("evaluate", *arguments, "--max_length", 260, "--out", tmp_path / "none.json") == 2
+    )
     error = capsys.readouterr().err
-    assert "max_length=260 leaves no room for 256 new tokens" in error and "the shortest has 5 tokens" in error
+    assert (
+        "max_length=260 leaves no room for 256 new tokens" in error
+        and "the shortest has 5 tokens" in error
+    )
     assert error.count("\n") == 1 and not (tmp_path / "none.json").exists()
     # Nor is another task scored before that is said.
     monkeypatch.setattr("flora_jax.evaluation.run._score_choices", lambda *_: pytest.fail("scored"))
@@ -659,7 +826,11 @@ def test_prompts_that_are_too_long_are_wrong_and_counted(checkpoint, data_dir, t
     (tmp_path / "openbookqa/test.json").write_text(json.dumps(records))
     both = [*arguments, "--tasks", "ARC-Easy,openbookqa", "--protocol", "lm_eval"]
     error = command("evaluate", *both) == 2 and capsys.readouterr().err
-    assert "openbookqa: question" in error and "max_position_embeddings=2048" in error and error.count("\n") == 1
+    assert (
+        "openbookqa: question" in error
+        and "max_position_embeddings=2048" in error
+        and error.count("\n") == 1
+    )
     assert command("evaluate", *arguments, "--max_length", 1024, "--out", out) == 0
     assert json.loads(out.read_text())["tasks"]["gsm8k"]["too_long"] == 0
 
@@ -684,7 +855,10 @@ def test_own_answers_have_room(checkpoint, data_dir, tmp_path, monkeypatch, caps
     """From the longest of them, or what a flag says; what is cut is said, before scoring and in the result."""
     answers = {"first": "x" * 299, "second": "short"}
     recite(monkeypatch, answers)
-    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in answers.items()]
+    turns = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+        for q, a in answers.items()
+    ]
     file, out = tmp_path / "mine{}.jsonl", tmp_path / "result.json"
     file.write_text("\n".join(json.dumps({"messages": messages}) for messages in turns))
     arguments = ["--model", checkpoint, "--protocol", "llm_adapters", "--out", out, "--tasks", file]
@@ -693,35 +867,58 @@ def test_own_answers_have_room(checkpoint, data_dir, tmp_path, monkeypatch, caps
         caplog.clear()
         assert command("evaluate", *arguments, *flags) == 0
         [scores] = json.loads(out.read_text())["tasks"].values()
-        said = [record.getMessage() for record in caplog.records if record.name == "flora_jax.evaluation.run"]
+        said = [
+            record.getMessage()
+            for record in caplog.records
+            if record.name == "flora_jax.evaluation.run"
+        ]
         assert all(line.startswith(f"{file}: ") and "\n" not in line for line in said)
         return scores["accuracy"], scores["decode"]["max_new_tokens"], scores["unfinished"], said
 
     assert scored() == (1.0, 299 + 1 + 16, 0.0, [])
     *found, said = scored("--max_new_tokens", 100)
-    assert found == [0.5, 100, 0.5] and "50.0 % of the answers did not end within 100 new tokens" in said[0]
+    assert (
+        found == [0.5, 100, 0.5]
+        and "50.0 % of the answers did not end within 100 new tokens" in said[0]
+    )
     *found, said = scored("--max_length", 290)
     assert found == [0.5, 284, 0.5] and len(said) == 2
-    assert "the longest answer has 299 tokens, but max_length=290 leaves 284 after the longest prompt" in said[0]
+    assert (
+        "the longest answer has 299 tokens, but max_length=290 leaves 284 after the longest prompt"
+        in said[0]
+    )
     *found, said = scored("--max_length", 306, "--max_new_tokens", 301)
-    assert found == [0.5, 301, 0.0] and "1 of 2 prompts leave no room for 301 new tokens in max_length=306" in said[0]
+    assert (
+        found == [0.5, 301, 0.0]
+        and "1 of 2 prompts leave no room for 301 new tokens in max_length=306" in said[0]
+    )
     # Short ones have what they had.
     file.write_text(json.dumps({"messages": turns[1]}))
     assert scored() == (1.0, 256, 0.0, [])
     lm_eval = ["--max_new_tokens", 5, "--tasks", "ARC-Easy", "--protocol", "lm_eval"]
-    for flags, words in ((["--max_new_tokens", 0], "--max_new_tokens 0 must be"), (lm_eval, "has no effect")):
+    for flags, words in (
+        (["--max_new_tokens", 0], "--max_new_tokens 0 must be"),
+        (lm_eval, "has no effect"),
+    ):
         capsys.readouterr()
         assert command("evaluate", *arguments, "--data_dir", data_dir, *flags) == 2
         assert words in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
-def test_an_out_that_cannot_be_written_is_refused_before_the_model_is_loaded(data_dir, tmp_path, capsys):
+def test_an_out_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    data_dir, tmp_path, capsys
+):
     (tmp_path / "file").write_text("x")
     arguments = ["--model", "./nowhere", "--tasks", "ARC-Easy", "--data_dir", data_dir]
     for out in (tmp_path / "file/result.json", tmp_path / "file/deeper/result.json", tmp_path):
         assert command("evaluate", *arguments, "--out", out) == 2
         error = capsys.readouterr().err
-        assert "--out" in error and str(out) in error and "nowhere" not in error and error.count("\n") == 1
+        assert (
+            "--out" in error
+            and str(out) in error
+            and "nowhere" not in error
+            and error.count("\n") == 1
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -735,7 +932,9 @@ def test_generator_settings_reach_the_task_and_the_result(checkpoint, tmp_path, 
         terms[settings] = {len(re.findall(r"\d+", prompt)) for prompt in asked}
         result = json.loads((tmp_path / "result.json").read_text())
         assert len(asked) == result["tasks"]["chain_sum"]["n"] == 8
-        assert result["generator"] == ({"max_terms": 2, "test": 8} if "terms" in settings else {"test": 8})
+        assert result["generator"] == (
+            {"max_terms": 2, "test": 8} if "terms" in settings else {"test": 8}
+        )
     assert list(terms.values()) == [{2}, {2, 3}]
 
 
@@ -743,9 +942,17 @@ def test_adapter_of_another_base_is_refused(checkpoint, tiny, tmp_path, capsys):
     base, _ = tiny
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
-    other = {name: np.ascontiguousarray(v) for name, v in to_hf_tensors(TINY, jax.tree.map(lambda x: 1.1 * x, base))}
+    other = {
+        name: np.ascontiguousarray(v)
+        for name, v in to_hf_tensors(TINY, jax.tree.map(lambda x: 1.1 * x, base))
+    }
     save_file(other, tmp_path / "model.safetensors")
-    assert command("generate", "--model", tmp_path, "--prompt", "a", "--adapter", checkpoint / "adapter") == 2
+    assert (
+        command(
+            "generate", "--model", tmp_path, "--prompt", "a", "--adapter", checkpoint / "adapter"
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert "another base" in error and str(checkpoint) in error
 
@@ -754,46 +961,83 @@ def test_what_generate_refuses(checkpoint, capsys):
     for flags, words in ((["--prompt", "a", "--adapter", checkpoint], f"it is in {checkpoint / 'adapter'}"),
                          (["--prompt", "\udce9"], "--prompt holds half a character"), (["--prompt", ""], "is empty"),
                          (["--prompt", "a", "--top_k", 5], "--top_k and --top_p need a --temperature")):  # fmt: skip
-        assert command("generate", "--model", checkpoint, *flags) == 2 and words in capsys.readouterr().err
+        assert (
+            command("generate", "--model", checkpoint, *flags) == 2
+            and words in capsys.readouterr().err
+        )
 
 
 def test_generate_command(checkpoint, tiny, capsys):
     base, tokenizer = tiny
     adapted = load_adapted(str(checkpoint), checkpoint / "adapter")
-    np.testing.assert_array_equal(adapted.base["final_norm"]["scale"], 2 * base["final_norm"]["scale"])
-    np.testing.assert_array_equal(adapted.base["embed_tokens"]["embedding"], base["embed_tokens"]["embedding"])
+    np.testing.assert_array_equal(
+        adapted.base["final_norm"]["scale"], 2 * base["final_norm"]["scale"]
+    )
+    np.testing.assert_array_equal(
+        adapted.base["embed_tokens"]["embedding"], base["embed_tokens"]["embedding"]
+    )
 
     prompt, chat = "ab", "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
     bare = Generator(TINY, base, None, None, tokenizer, max_length=128, batch_size=1)
-    with_adapter = Generator(TINY, adapted.base, {"a": adapted.adapter}, adapted.adapter_config, tokenizer, 128, 1)
-    expected = [g.generate([p], 16)[0] for g, p in ((bare, prompt), (bare, chat), (with_adapter, prompt))]
+    with_adapter = Generator(
+        TINY, adapted.base, {"a": adapted.adapter}, adapted.adapter_config, tokenizer, 128, 1
+    )
+    expected = [
+        g.generate([p], 16)[0] for g, p in ((bare, prompt), (bare, chat), (with_adapter, prompt))
+    ]
     assert len({tuple(g.tokens) for g in expected}) == 3
-    for generation, flags in zip(expected, [[], ["--chat"], ["--adapter", checkpoint / "adapter"]], strict=True):
-        assert command("generate", "--model", checkpoint, "--prompt", prompt, "--max_new_tokens", 16, *flags) == 0
+    for generation, flags in zip(
+        expected, [[], ["--chat"], ["--adapter", checkpoint / "adapter"]], strict=True
+    ):
+        assert (
+            command(
+                "generate",
+                "--model",
+                checkpoint,
+                "--prompt",
+                prompt,
+                "--max_new_tokens",
+                16,
+                *flags,
+            )
+            == 0
+        )
         assert capsys.readouterr().out == generation.text + "\n"
 
 
 def test_rounds_are_one_generation(tiny, monkeypatch):
     """Rows that stop at a token, at what they say and not at all, over rounds of 3, 3, 6 and 1 tokens."""
     base, tokenizer = tiny
-    prompts = [tokenizer(text)["input_ids"] for text in ("ab", "The sky is", "x", "once upon a time", "7")]
+    prompts = [
+        tokenizer(text)["input_ids"] for text in ("ab", "The sky is", "x", "once upon a time", "7")
+    ]
     plain = Generator(TINY, base, None, None, tokenizer, max_length=64, batch_size=2)
     free = plain.generate(prompts, 13)
     stop = free[0].tokens[4]
     generator = Generator(
-        dataclasses.replace(TINY, eos_token_id=(stop,)), base, None, None, tokenizer, max_length=64, batch_size=2
+        dataclasses.replace(TINY, eos_token_id=(stop,)),
+        base,
+        None,
+        None,
+        tokenizer,
+        max_length=64,
+        batch_size=2,
     )
     expected = generator.generate(prompts, 13)
     assert expected[0].finished and not all(g.finished for g in expected)
     monkeypatch.setattr(rounds, "FIRST_ROUND", 3)
     asked, generate = [], generator.generate
-    monkeypatch.setattr(generator, "generate", lambda some, n: asked.append((len(some), n)) or generate(some, n))
+    monkeypatch.setattr(
+        generator, "generate", lambda some, n: asked.append((len(some), n)) or generate(some, n)
+    )
     assert rounds.generate_in_rounds(generator, prompts, 13) == expected
     assert [n for _, n in asked] == [3, 3, 6, 1] and asked[0][0] == 5 and asked[-1][0] < 5
 
     endless = next(i for i, g in enumerate(expected) if not g.finished)
     start = tokenizer.decode(expected[endless].tokens[:4], skip_special_tokens=True)
-    ended = rounds.generate_in_rounds(generator, prompts, 13, lambda i, text: i == endless and start in text)
+    ended = rounds.generate_in_rounds(
+        generator, prompts, 13, lambda i, text: i == endless and start in text
+    )
     assert ended[endless].tokens == expected[endless].tokens[:6] and not ended[endless].finished
     assert ended[:endless] + ended[endless + 1 :] == expected[:endless] + expected[endless + 1 :]
 
@@ -812,15 +1056,34 @@ def test_rounds_are_one_generation(tiny, monkeypatch):
         (["--tasks", "ARC-Easy", "--prompt_style", "chat"], "llm_adapters"),
         (["--tasks", "ARC-Easy", "--prompt_style", "llm_adapters"], "protocol 'llm_adapters'"),
         (["--tasks", "ARC-Easy", "--published_faults"], "not of protocol 'lm_eval'"),
-        (["--tasks", "ARC-Easy", "--protocol", "llm_adapters", "--published_faults"], "with prompt_style 'plain'"),
-        (["--tasks", "samsum", "--protocol", "llm_adapters", "--prompt_style", "llm_adapters", "--published_faults"],
-         "LLM-Adapters has no script for samsum"),
+        (
+            ["--tasks", "ARC-Easy", "--protocol", "llm_adapters", "--published_faults"],
+            "with prompt_style 'plain'",
+        ),
+        (
+            [
+                "--tasks",
+                "samsum",
+                "--protocol",
+                "llm_adapters",
+                "--prompt_style",
+                "llm_adapters",
+                "--published_faults",
+            ],
+            "LLM-Adapters has no script for samsum",
+        ),
         (["--tasks", "ARC-Easy", "--protocol", "x"], "protocol"),
         (["--tasks", "ARC-Easy", "--adapter", "missing"], "missing"),
         (["--tasks", "ARC-Easy"], "nowhere"),
         (["--tasks", "chain_sum", "--generator", "max_terms"], "'max_terms' is not FIELD=NUMBER"),
-        (["--tasks", "chain_sum", "--generator", "max_terms=two"], "'max_terms=two' is not FIELD=NUMBER"),
-        (["--tasks", "chain_sum", "--generator", "max_terms=²"], "'max_terms=²' is not FIELD=NUMBER"),
+        (
+            ["--tasks", "chain_sum", "--generator", "max_terms=two"],
+            "'max_terms=two' is not FIELD=NUMBER",
+        ),
+        (
+            ["--tasks", "chain_sum", "--generator", "max_terms=²"],
+            "'max_terms=²' is not FIELD=NUMBER",
+        ),
         (["--tasks", "chain_sum", "--generator", "test=4,"], "'' is not FIELD=NUMBER"),
         (["--tasks", "chain_sum", "--generator", "max_term=2"], "did you mean 'max_terms'"),
         (["--tasks", "chain_sum", "--generator", "max_terms=1"], "max_terms must be >= min_terms"),
@@ -837,8 +1100,12 @@ def test_bad_input_exits_with_2_before_a_model_is_loaded(data_dir, capsys, argum
 
 
 def test_commands_explain_themselves():
-    done = subprocess.run([sys.executable, "-m", "flora_jax.generate", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "flora_jax.generate", "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "--max_new_tokens" in done.stdout
-    done = subprocess.run([sys.executable, "-m", "flora_jax.generate"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "flora_jax.generate"], capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: the following arguments are required: --model, --prompt")

@@ -65,14 +65,25 @@ def test_every_format_of_a_run(lora_run, tmp_path, capsys):
         assert "logits: training moves them by up to" in said and str(tmp_path / form) in said
         report = json.loads((tmp_path / form / MARKER).read_text())
         assert report["schema_version"] == 1 and report["format"] == form
-        digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / form).iterdir()}
-        assert report["files"] == {name: digest for name, digest in digests.items() if name != MARKER}
+        digests = {
+            p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / form).iterdir()
+        }
+        assert report["files"] == {
+            name: digest for name, digest in digests.items() if name != MARKER
+        }
         card = (tmp_path / form / "README.md").read_text()
         assert card.startswith("---\n") and "`lora` (LoRA," in card and "rank | 8" in card
-        assert "flora_jax.export --workdir" in card and "jax " in card and "chain_sum (llm_adapters" in card
+        assert (
+            "flora_jax.export --workdir" in card
+            and "jax " in card
+            and "chain_sum (llm_adapters" in card
+        )
         summary = json.loads((lora_run / "eval.json").read_text())
         loss = summary["validation_losses"][str(summary["step"])]
-        assert f"validation loss {loss:.4f}" in card and summary["data"]["sha256"]["chain_sum/train"] in card
+        assert (
+            f"validation loss {loss:.4f}" in card
+            and summary["data"]["sha256"]["chain_sum/train"] in card
+        )
         assert ".from_pretrained(" in card
     _, trained = load_adapter(tmp_path / "peft", TINY)
     own = flatten_dict(load_adapter(lora_run / "adapter", TINY)[1], sep="/")
@@ -82,28 +93,53 @@ def test_every_format_of_a_run(lora_run, tmp_path, capsys):
 
 def test_a_step_of_several(lora_run, small, tmp_path):
     """Step 2 of 6 is what a run of two steps ends with."""
-    settings = {"train.steps": 2, "train.keep": 1, "optim.schedule": "constant", "optim.warmup_steps": 1}
+    settings = {
+        "train.steps": 2,
+        "train.keep": 1,
+        "optim.schedule": "constant",
+        "optim.warmup_steps": 1,
+    }
     run(small("lora", **settings), tmp_path / "two")
     wanted = load_file(tmp_path / "two/adapter/adapter_model.safetensors")
     for step in (2, 4):
-        command("--workdir", lora_run, "--step", step, "--format", "peft", "--out", tmp_path / f"step{step}")
+        command(
+            "--workdir",
+            lora_run,
+            "--step",
+            step,
+            "--format",
+            "peft",
+            "--out",
+            tmp_path / f"step{step}",
+        )
         found = load_file(tmp_path / f"step{step}/adapter_model.safetensors")
         assert found.keys() == wanted.keys()
         same = [np.array_equal(found[name], wanted[name]) for name in wanted]
         assert all(same) if step == 2 else not any(same)
         assert f"| step | {step} |" in (tmp_path / f"step{step}/README.md").read_text()
-    assert "chain_sum (llm_adapters" not in (tmp_path / "step4/README.md").read_text()  # scores of another step
+    # scores of another step
+    assert "chain_sum (llm_adapters" not in (tmp_path / "step4/README.md").read_text()
 
 
 def test_a_method_of_its_own_with_trained_norms(ffba_run, tmp_path):
-    command("--workdir", ffba_run, "--format", "transformers", "--dtype", "bfloat16", "--out", tmp_path / "out")
+    command(
+        "--workdir",
+        ffba_run,
+        "--format",
+        "transformers",
+        "--dtype",
+        "bfloat16",
+        "--out",
+        tmp_path / "out",
+    )
     norms = load_adapter(ffba_run / "adapter", TINY)[1]["params"]
     stored = load_file(tmp_path / "out/model.safetensors")
     for i in range(2):
         trained = norms["layers"]["mlp_norm"]["scale"][i]
         assert trained.std() > 0
         np.testing.assert_array_equal(
-            stored[f"model.layers.{i}.post_attention_layernorm.weight"], trained.astype(jax.numpy.bfloat16)
+            stored[f"model.layers.{i}.post_attention_layernorm.weight"],
+            trained.astype(jax.numpy.bfloat16),
         )
 
 
@@ -122,10 +158,25 @@ def test_without_scores_and_from_an_adapter_directory(ffba_run, hf_directory, tm
     config, params = load_pretrained(str(base))
     adapter_config = AdapterConfig("ffba", 8)
     trained = {"adapter": random_adapter(TINY, adapter_config, 1), "params": {}}
-    save_adapter(tmp_path / "a", trained, config, adapter_config, str(base), base_fingerprint(params))
-    command("--model", base, "--adapter", tmp_path / "a", "--format", "transformers", "--out", tmp_path / "pair")
+    save_adapter(
+        tmp_path / "a", trained, config, adapter_config, str(base), base_fingerprint(params)
+    )
+    command(
+        "--model",
+        base,
+        "--adapter",
+        tmp_path / "a",
+        "--format",
+        "transformers",
+        "--out",
+        tmp_path / "pair",
+    )
     card = (tmp_path / "pair/README.md").read_text()
-    assert "license: mit" in card and "| licence of the base | mit |" in card and "| base model | base |" in card
+    assert (
+        "license: mit" in card
+        and "| licence of the base | mit |" in card
+        and "| base model | base |" in card
+    )
     assert json.loads((tmp_path / "pair/generation_config.json").read_text()) == {
         "temperature": 0.6, "eos_token_id": [257, 260]}  # fmt: skip
 
@@ -149,7 +200,9 @@ def test_a_tied_base_with_a_head_of_its_own(hf_directory, tmp_path):
                      base_fingerprint(params))  # fmt: skip
         command("--model", base, "--adapter", out / "a", "--format", form, "--out", out / "out")
         ours = Llama(config, adapter_config).apply({"params": params, "adapter": adapter}, tokens)
-        model = AutoModelForCausalLM.from_pretrained(out / "out", trust_remote_code=True, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            out / "out", trust_remote_code=True, dtype=torch.float32
+        ).eval()
         with torch.no_grad():
             theirs = model(torch.tensor(tokens)).logits.numpy()
         assert np.abs(theirs - np.asarray(ours)).max() <= 2e-4, form
@@ -157,7 +210,8 @@ def test_a_tied_base_with_a_head_of_its_own(hf_directory, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "readme", ["", "no header", "---\ntags: 3\nlicense: [a]\n---", "---\n1: x\n---", "---\n: {\n---"]
+    "readme",
+    ["", "no header", "---\ntags: 3\nlicense: [a]\n---", "---\n1: x\n---", "---\n: {\n---"],
 )
 def test_licences_of_strange_cards(hf_directory, tmp_path, readme):
     (hf_directory(tmp_path / "base") / "README.md").write_text(readme)
@@ -165,11 +219,13 @@ def test_licences_of_strange_cards(hf_directory, tmp_path, readme):
 
 
 @pytest.mark.parametrize(
-    ("number", "overwrite"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, False)]
+    ("number", "overwrite"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, False)],
 )
 def test_interrupted(lora_run, tmp_path, monkeypatch, capsys, number, overwrite, tree_hash):
     """By a signal in the middle of the weights: exit code 1, one line, and what stood there stands."""
-    before_it = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where tests run under nohup it is ignored
+    # where tests run under nohup it is ignored
+    before_it = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     out = tmp_path / "new/out"
     flags = ["export", "--workdir", str(lora_run), "--format", "merged", "--out", str(out)]
     if overwrite:
@@ -185,7 +241,10 @@ def test_interrupted(lora_run, tmp_path, monkeypatch, capsys, number, overwrite,
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         run_command(main, flags)
-    assert stopped.value.code == 1 and capsys.readouterr().err == "stopped by a signal; nothing was written\n"
+    assert (
+        stopped.value.code == 1
+        and capsys.readouterr().err == "stopped by a signal; nothing was written\n"
+    )
     assert tree_hash(tmp_path) == before and (tmp_path / "new").exists() == overwrite
     assert signal.getsignal(number) == signal.SIG_DFL
     signal.signal(signal.SIGHUP, before_it)
@@ -214,20 +273,49 @@ def test_what_is_refused(refused, lora_run, ffba_run, small, tmp_path):
     refused(["--format"], "--workdir", lora_run, *out)
     refused(["--format 'megred'", "'merged'"], "--workdir", lora_run, "--format", "megred", *out)
     refused(["--workdir", "--model"], *both)
-    refused(["--adapter goes with --model"], "--workdir", lora_run, "--adapter", lora_run / "adapter", *both)
+    refused(
+        ["--adapter goes with --model"],
+        "--workdir",
+        lora_run,
+        "--adapter",
+        lora_run / "adapter",
+        *both,
+    )
     refused(["--model needs --adapter"], "--model", tmp_path, *both)
-    refused(["--step goes with --workdir"], "--model", tmp_path, "--adapter", tmp_path, "--step", 1, *both)
+    refused(
+        ["--step goes with --workdir"],
+        "--model",
+        tmp_path,
+        "--adapter",
+        tmp_path,
+        "--step",
+        1,
+        *both,
+    )
     refused(["--step 3", "steps 2, 4, 6"], "--workdir", lora_run, "--step", 3, *both)
     refused(["no such directory"], "--workdir", tmp_path / "nothing", *both)
     refused(["config.json", "a run of flora_jax.train has one"], "--workdir", tmp_path, *both)
     refused(["ffba goes around", "--format transformers"], "--workdir", ffba_run, *both)
     refused(["exists"], "--workdir", lora_run, "--format", "merged", "--out", tmp_path)
-    refused(["cannot be written"], "--workdir", lora_run, "--format", "merged", "--out", lora_run / "config.json/out")
+    refused(
+        ["cannot be written"],
+        "--workdir",
+        lora_run,
+        "--format",
+        "merged",
+        "--out",
+        lora_run / "config.json/out",
+    )
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text('{"config": {"model": 3}}')
     refused(["config.json", "config.model is no field"], "--workdir", tmp_path / "run", *both)
     (tmp_path / "run/config.json").write_text('{"config": {"train": {"seed": "x"}}}')
-    refused(["config.json", "config.train.seed='x' is of the wrong type"], "--workdir", tmp_path / "run", *both)
+    refused(
+        ["config.json", "config.train.seed='x' is of the wrong type"],
+        "--workdir",
+        tmp_path / "run",
+        *both,
+    )
     (tmp_path / "run/config.json").write_bytes((lora_run / "config.json").read_bytes())
     refused(["has not ended", "--step"], "--workdir", tmp_path / "run", *both)
     refused(["--step 1", "none is in"], "--workdir", tmp_path / "run", "--step", 1, *both)
@@ -235,7 +323,8 @@ def test_what_is_refused(refused, lora_run, ffba_run, small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "summary", [{"data": 3}, {"evaluation": {"tasks": {"a": 3}}}, {"validation_losses": 3, "step": 1}]
+    "summary",
+    [{"data": 3}, {"evaluation": {"tasks": {"a": 3}}}, {"validation_losses": 3, "step": 1}],
 )
 def test_a_damaged_summary_is_refused(refused, lora_run, tmp_path, summary):
     for name in ("adapter", "config.json"):
@@ -260,7 +349,15 @@ def test_another_base_or_adapter_is_refused(refused, lora_run, tmp_path):
         step = () if field == "seed" else ("--step", 4)
         refused(words, "--workdir", workdir, *step, "--format", "merged", "--out", tmp_path / "out")
     refused(
-        ["fingerprint"], "--workdir", tmp_path / "seed", "--step", 4, "--format", "merged", "--out", tmp_path / "out"
+        ["fingerprint"],
+        "--workdir",
+        tmp_path / "seed",
+        "--step",
+        4,
+        "--format",
+        "merged",
+        "--out",
+        tmp_path / "out",
     )
 
 
@@ -269,7 +366,9 @@ def test_a_damaged_checkpoint_is_refused(refused, lora_run, tmp_path):
     meta = workdir / "checkpoints/4/meta/metadata"
     meta.write_text(meta.read_text()[:20])
     step = ["--workdir", workdir, "--step", 4, "--format", "peft", "--out", tmp_path / "out"]
-    refused(["checkpoint 4 of --workdir", "cannot be read", "take another with --step 2 or 6"], *step)
+    refused(
+        ["checkpoint 4 of --workdir", "cannot be read", "take another with --step 2 or 6"], *step
+    )
     shutil.copy(lora_run / "checkpoints/4/meta/metadata", meta)
     shutil.rmtree(workdir / "checkpoints/4/state/d")
     refused(["checkpoint 4 of --workdir", "cannot be read"], *step)
@@ -285,10 +384,15 @@ def test_a_checkpoint_that_is_not_finite_is_refused(refused, lora_run, tmp_path)
     product["A"] = product["A"].at[0, 1, 2].set(np.nan)
     checkpointer.save(state, tree, force=True)
     step = ["--workdir", workdir, "--step", 6, "--format", "peft", "--out", tmp_path / "out"]
-    words = ["checkpoint 6 of --workdir", "trainable/adapter/layers/mlp/down/A holds a value that is not finite"]
+    words = [
+        "checkpoint 6 of --workdir",
+        "trainable/adapter/layers/mlp/down/A holds a value that is not finite",
+    ]
     refused([*words, "take another with --step 2 or 4"], *step)
     config = read_run(workdir)
-    with pytest.raises(UserError, match=r"down/A holds a value that is not finite.* goes on from step 4"):
+    with pytest.raises(
+        UserError, match=r"down/A holds a value that is not finite.* goes on from step 4"
+    ):
         train(config, workdir)
 
 
@@ -327,8 +431,12 @@ def test_pickles_are_never_opened(refused, hf_directory, lora_directory, tmp_pat
     (lora_directory / "adapter_model.safetensors").rename(tmp_path / "kept.safetensors")
     refused(["adapter_model.bin is a pickle"], *source, "--format", "peft", "--out", tmp_path / "b")
     (lora_directory / "adapter_model.safetensors").write_bytes(payload)
-    refused(["not a complete safetensors file"], *source, "--format", "peft", "--out", tmp_path / "b")
-    (lora_directory / "adapter_model.safetensors").write_bytes((tmp_path / "kept.safetensors").read_bytes())
+    refused(
+        ["not a complete safetensors file"], *source, "--format", "peft", "--out", tmp_path / "b"
+    )
+    (lora_directory / "adapter_model.safetensors").write_bytes(
+        (tmp_path / "kept.safetensors").read_bytes()
+    )
     (base / "model.safetensors").unlink()
     refused(["pytorch_model.bin is a pickle"], *source, "--format", "peft", "--out", tmp_path / "b")
     assert not os.path.exists(mark)
@@ -346,7 +454,16 @@ def test_pickles_are_never_opened(refused, hf_directory, lora_directory, tmp_pat
 )  # fmt: skip
 def test_damaged_safetensors(refused, hf_directory, lora_directory, tmp_path, content):
     base = hf_directory(tmp_path / "base")
-    flags = ("--model", base, "--adapter", lora_directory, "--format", "peft", "--out", tmp_path / "out")
+    flags = (
+        "--model",
+        base,
+        "--adapter",
+        lora_directory,
+        "--format",
+        "peft",
+        "--out",
+        tmp_path / "out",
+    )
     whole = (lora_directory / "adapter_model.safetensors").read_bytes()
     (lora_directory / "adapter_model.safetensors").write_bytes(content)
     refused([str(lora_directory / "adapter_model.safetensors"), "safetensors file"], *flags)
@@ -355,12 +472,16 @@ def test_damaged_safetensors(refused, hf_directory, lora_directory, tmp_path, co
     refused([str(base / "model.safetensors"), "safetensors file"], *flags)
 
 
-@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "a/../../x.safetensors"])
+@pytest.mark.parametrize(
+    "shard", ["../outside.safetensors", "/etc/passwd", "a/../../x.safetensors"]
+)
 def test_shards_outside_the_directory(refused, hf_directory, lora_directory, tmp_path, shard):
     base = hf_directory(tmp_path / "base")
     names = load_file(base / "model.safetensors").keys()
     (base / "model.safetensors").rename(tmp_path / "outside.safetensors")
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, shard)})
+    )
     refused([repr(shard), "outside the checkpoint's directory"], "--model", base, "--adapter", lora_directory,
             "--format", "merged", "--out", tmp_path / "out")  # fmt: skip
 
@@ -371,18 +492,29 @@ ANYTHING = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_any_value_in_an_adapter_config_loads_or_is_refused(tmp_path_factory, data):
     method = data.draw(st.sampled_from(["lora", "ffba"]))
     path = tmp_path_factory.getbasetemp() / f"any-{method}"
     if not path.exists():
         config = AdapterConfig(method, 8)
-        save_adapter(path, {"adapter": random_adapter(TINY, config, 1), "params": {}}, TINY, config, "base", "f")
+        save_adapter(
+            path,
+            {"adapter": random_adapter(TINY, config, 1), "params": {}},
+            TINY,
+            config,
+            "base",
+            "f",
+        )
         (path / "whole.json").write_bytes((path / "adapter_config.json").read_bytes())
     stored = json.loads((path / "whole.json").read_text())
     field = data.draw(
-        st.sampled_from([*stored, "rank_pattern", "use_dora", "init_lora_weights", "layers_to_transform"])
+        st.sampled_from(
+            [*stored, "rank_pattern", "use_dora", "init_lora_weights", "layers_to_transform"]
+        )
     )
     (path / "adapter_config.json").write_text(json.dumps({**stored, field: data.draw(ANYTHING)}))
     try:

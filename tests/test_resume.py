@@ -88,7 +88,11 @@ def test_a_run_told_to_stop_saves_and_goes_on_bit_equal(command, flags, uninterr
     assert time.monotonic() - told < 30 and process.returncode == 1
     last = error.splitlines()[-1]
     stopped = int(last.split("stopped by a signal after step ")[1].split(",")[0])
-    assert "Traceback" not in error and 9 <= stopped < STEPS and (workdir / f"checkpoints/{stopped}").is_dir()
+    assert (
+        "Traceback" not in error
+        and 9 <= stopped < STEPS
+        and (workdir / f"checkpoints/{stopped}").is_dir()
+    )
     done = command(*flags, "--workdir", workdir)
     assert done.returncode == 0 and f"resuming after step {stopped}" in done.stderr, done.stderr
     assert numbers(workdir) == numbers(uninterrupted)
@@ -106,8 +110,16 @@ def finished(tmp_path_factory, small, quick_compile, hf_directory):
     """A run on a checkpoint directory and a file of records: `(folder, its configuration's fields)`."""
     folder = tmp_path_factory.mktemp("finished")
     records = folder / "mine.jsonl"
-    records.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": f"it is {i}"}) + "\n" for i in range(9)))
-    values = {"model.weights": str(hf_directory(folder / "model")), "data.tasks": str(records), "train.steps": 2}
+    records.write_text(
+        "".join(
+            json.dumps({"prompt": f"say {i}", "completion": f"it is {i}"}) + "\n" for i in range(9)
+        )
+    )
+    values = {
+        "model.weights": str(hf_directory(folder / "model")),
+        "data.tasks": str(records),
+        "train.steps": 2,
+    }
     run(small(**values), folder / "w")
     return folder, values
 
@@ -134,7 +146,9 @@ def test_a_run_that_another_overtook(small, quick_compile, monkeypatch, tmp_path
     with pytest.raises(UserError, match=r"holds a run with config.train.seed=0, not 1"):
         run(small(**{"train.steps": 2, "train.seed": 1}), tmp_path / "w")
     assert tree_hash(tmp_path / "w") == before
-    config, result = (json.loads((tmp_path / "w" / name).read_text()) for name in ("config.json", "eval.json"))
+    config, result = (
+        json.loads((tmp_path / "w" / name).read_text()) for name in ("config.json", "eval.json")
+    )
     assert config["config"]["train"]["seed"] == result["seed"] == 0
 
 
@@ -150,7 +164,8 @@ def test_a_kill_before_anything_was_written(small, tmp_path):
 
 def test_a_second_ctrl_c_ends_at_once():
     """Not the first one after a SIGTERM, which asked for a save; schedulers may send that more than once."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
+    # where tests run in the background it is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with _signals() as noted:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
@@ -205,7 +220,14 @@ def test_a_run_outlives_who_reads_what_it_says(small, quick_compile, capfd, monk
 
 
 def test_scores_stay_until_there_are_new_ones(small, quick_compile, tmp_path, monkeypatch):
-    config = small(**{"train.steps": 2, "eval.tasks": "chain_sum", "eval.protocol": "llm_adapters", "eval.limit": 2})
+    config = small(
+        **{
+            "train.steps": 2,
+            "eval.tasks": "chain_sum",
+            "eval.protocol": "llm_adapters",
+            "eval.limit": 2,
+        }
+    )
     scores = run(config, tmp_path / "w")["evaluation"]
 
     def interrupted(*_, **__):
@@ -214,14 +236,18 @@ def test_scores_stay_until_there_are_new_ones(small, quick_compile, tmp_path, mo
     monkeypatch.setattr("flora_jax.train.evaluate_tasks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "w")
-    assert json.loads((tmp_path / "w/eval.json").read_text())["evaluation"] == json.loads(json.dumps(scores))
+    assert json.loads((tmp_path / "w/eval.json").read_text())["evaluation"] == json.loads(
+        json.dumps(scores)
+    )
 
 
 def test_a_damaged_checkpoint_names_itself_and_the_one_before(small, quick_compile, tmp_path):
     config = small(**{"train.steps": 4, "train.save_every": 2})
     run(config, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints/4/meta")
-    with pytest.raises(UserError, match=r"checkpoint 4 of .*move .*checkpoints/4 elsewhere, .* goes on from step 2"):
+    with pytest.raises(
+        UserError, match=r"checkpoint 4 of .*move .*checkpoints/4 elsewhere, .* goes on from step 2"
+    ):
         run(config, tmp_path)
     (tmp_path / "checkpoints/4").rename(tmp_path / "elsewhere")
     assert run(config, tmp_path)["validation_losses"].keys() == {"0", "2", "4"}
@@ -233,7 +259,9 @@ def test_a_best_checkpoint_that_is_gone_is_named(small, quick_compile, monkeypat
     config = small(**{"train.steps": 4, "train.eval_every": 2, "train.save_every": 2})
     assert run(config, tmp_path)["step"] == 2
     shutil.rmtree(tmp_path / "checkpoints/2/state")
-    with pytest.raises(UserError, match=r"checkpoint 2 of .*, the best on validation, cannot be read .*--step 4"):
+    with pytest.raises(
+        UserError, match=r"checkpoint 2 of .*, the best on validation, cannot be read .*--step 4"
+    ):
         run(config, tmp_path)
 
 
@@ -255,8 +283,16 @@ def test_another_base_and_other_records_are_refused(finished, small, tree_hash, 
     folder, values = finished
     records, weights = folder / "mine.jsonl", folder / "model/model.safetensors"
     for file, change, words in (
-        (records, lambda: records.write_text(records.read_text().replace("it is 3", "it is 4")), "mine.jsonl/train"),
-        (weights, lambda: hf_directory(folder / "model", seed=1), "trained on a base with fingerprint"),
+        (
+            records,
+            lambda: records.write_text(records.read_text().replace("it is 3", "it is 4")),
+            "mine.jsonl/train",
+        ),
+        (
+            weights,
+            lambda: hf_directory(folder / "model", seed=1),
+            "trained on a base with fingerprint",
+        ),
     ):
         original = file.read_bytes()
         change()
@@ -322,7 +358,8 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     metrics.write(0, {"loss": 2.0})
     metrics.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": 2.0}
-    assert scalars(tmp_path)[-1] == [(1, []), (0, [("loss", 2.0)])]  # TensorBoard forgets from step 1 on
+    # TensorBoard forgets from step 1 on
+    assert scalars(tmp_path)[-1] == [(1, []), (0, [("loss", 2.0)])]
 
 
 def scalars(workdir):
@@ -334,7 +371,9 @@ def scalars(workdir):
         while data:
             end = 12 + int.from_bytes(data[:8], "little")
             event = Event.FromString(data[12:end])
-            events.append((event.step, [(value.tag, value.simple_value) for value in event.summary.value]))
+            events.append(
+                (event.step, [(value.tag, value.simple_value) for value in event.summary.value])
+            )
             data = data[end + 4 :]
         found.append(events[1:])
     return found

@@ -33,7 +33,9 @@ def test_by_hand():
     assert found["rouge1"] == pytest.approx(3 / 4) and found["rouge2"] == pytest.approx(1 / 3)
     assert found["rougeL"] == pytest.approx(3 / 4) and found["rougeL_stderr"] == 0
     two = rouge(["a b c d"], [["a x c d", "a b"]])
-    assert two["rouge1"] == pytest.approx((3 / 4 + 2 / 3) / 2) and two["rouge1_max"] == pytest.approx(3 / 4)
+    assert two["rouge1"] == pytest.approx((3 / 4 + 2 / 3) / 2) and two[
+        "rouge1_max"
+    ] == pytest.approx(3 / 4)
     # Stemming: cats and cat are one word. Lsum joins what separate lines share, L does not cross their order.
     assert rouge(["cats"], [["cat"]])["rouge1"] == 1
     turned = rouge(["one two\nthree four"], [["three four\none two"]])
@@ -42,7 +44,8 @@ def test_by_hand():
 
 @pytest.mark.parametrize(
     "text, reference, words, pairs, sequence",
-    [  # shares by hand: F of the words that both have, of their pairs, of the longest common sequence
+    # shares by hand: F of the words that both have, of their pairs, of the longest common sequence
+    [
         ("今天天气很好", "今天天气很好", 1, 1, 1),
         ("今天很好", "今天天气很好", 2 * 4 / (4 + 6), 2 * 2 / (3 + 5), 2 * 4 / (4 + 6)),  # 今天 and 很好
         ("GPT模型 2024", "GPT 模型 2023", 3 / 4, 2 / 3, 3 / 4),  # gpt 模 型 2024
@@ -68,14 +71,23 @@ def test_texts_that_the_package_would_drop(text, reference, words, pairs, sequen
 def test_a_task_has_one_tokenizer_and_english_keeps_the_packages():
     """By its references: a name with an accent here and there makes no other language of a task, nor does an answer in
     Chinese; and one that is another language is not scored with two tokenizers."""
-    english = ["The café in Zürich was closed, so they went home and had dinner there instead. " + "It rained. " * 60]
-    found, scorer = rouge(["They went home to Zürich: 回家"], [english]), RougeScorer(KINDS, use_stemmer=True)
+    english = [
+        "The café in Zürich was closed, so they went home and had dinner there instead. "
+        + "It rained. " * 60
+    ]
+    found, scorer = (
+        rouge(["They went home to Zürich: 回家"], [english]),
+        RougeScorer(KINDS, use_stemmer=True),
+    )
     assert found["tokenizer"] == "rouge_score: a-z and 0-9"
     score = scorer.score(english[0], "They went home to Zürich: 回家")
     assert {kind: found[kind] for kind in KINDS} == {kind: score[kind].fmeasure for kind in KINDS}
     mixed = rouge(["The cats sat", "猫在这里"], [["The cat sat"], ["猫在这里"]])
-    assert mixed["tokenizer"].startswith("unicode") and mixed["rougeL"] == 1  # and a to z are stemmed as before
-    assert rouge(["1 234 “quoted” — 5 €"], [["1 234 quoted 5"]])["tokenizer"].startswith("rouge_score")
+    # and a to z are stemmed as before
+    assert mixed["tokenizer"].startswith("unicode") and mixed["rougeL"] == 1
+    assert rouge(["1 234 “quoted” — 5 €"], [["1 234 quoted 5"]])["tokenizer"].startswith(
+        "rouge_score"
+    )
 
 
 def test_a_text_in_another_script_among_many_in_english():
@@ -83,7 +95,9 @@ def test_a_text_in_another_script_among_many_in_english():
     found = rouge(["今天很好", english, "a b c d"], [["今天天气很好"], [english], ["a x c d"]])
     # 今天 and 很好 of four characters and six; the others as the package scores them.
     assert found["items"] == pytest.approx([2 * 4 / (4 + 6), 1, 3 / 4])
-    assert found["tokenizer"].startswith("rouge_score: a-z and 0-9; of 1 texts in other scripts, unicode")
+    assert found["tokenizer"].startswith(
+        "rouge_score: a-z and 0-9; of 1 texts in other scripts, unicode"
+    )
     # Neither a name within an English text nor an answer in another script changes what cuts it.
     alone = rouge([english, "a 天 c d"], [[english], ["a 天 c d"]])
     assert alone["tokenizer"] == "rouge_score: a-z and 0-9" and alone["items"] == [1, 1]

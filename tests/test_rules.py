@@ -44,7 +44,11 @@ def test_first_match_wins_and_matches_the_whole_path():
     names = ["a/b/scale", "a/b/kernel", "c/scale"]
     rules = [(r"a/.*/scale", 1), (r"a/.*", 2), (r".*", 3)]
     assert decide(rules, names, "it") == {"a/b/scale": 1, "a/b/kernel": 2, "c/scale": 3}
-    assert decide([(r"a/.*", 2)], names, "it", default=0) == {"a/b/scale": 2, "a/b/kernel": 2, "c/scale": 0}
+    assert decide([(r"a/.*", 2)], names, "it", default=0) == {
+        "a/b/scale": 2,
+        "a/b/kernel": 2,
+        "c/scale": 0,
+    }
     with pytest.raises(UserError, match="no rule covers 'a/b/scale'"):
         decide([(r"scale", 1), (r"c/.*", 2)], names, "it")
 
@@ -53,8 +57,12 @@ def test_first_match_wins_and_matches_the_whole_path():
     "rules, words",
     [
         ([(r"a/.*", 1)], "rates: no rule covers 'b/scale'"),
-        ([(r".*", 1), (r"a/kernel", 2)], "rates: rule 'a/kernel' decides no leaf"),  # always beaten to it
-        ([(r"a/kernl", 1), (r".*", 1)], "rates: rule 'a/kernl' decides no leaf; did you mean 'a/kernel'"),
+        # always beaten to it
+        ([(r".*", 1), (r"a/kernel", 2)], "rates: rule 'a/kernel' decides no leaf"),
+        (
+            [(r"a/kernl", 1), (r".*", 1)],
+            "rates: rule 'a/kernl' decides no leaf; did you mean 'a/kernel'",
+        ),
         ([(r"a/(", 1)], "rates: 'a/(' is not a regular expression"),
     ],
 )
@@ -80,7 +88,11 @@ def test_partition_and_combine_are_inverse(decision):
 def test_the_adapter_trains_or_all_of_the_base(method):
     variables = variables_of(method)
     trained = {path for path, does in trains(settings(method), variables).items() if does}
-    assert trained == {path for path in paths(variables) if path.startswith("params" if method == "fft" else "adapter")}
+    assert trained == {
+        path
+        for path in paths(variables)
+        if path.startswith("params" if method == "fft" else "adapter")
+    }
 
 
 @pytest.mark.parametrize("rule, named", [("params/.*norm/scale", "scale"), ("params/.*embedding, params/.*scale", "s"),
@@ -89,7 +101,11 @@ def test_base_leaves_train_by_rule(rule, named):
     decisions = trains(settings(train__trainable=rule), variables_of("ffba"))
     base = {path for path in decisions if path.startswith("params")}
     expected = {
-        "scale": {"params/final_norm/scale", "params/layers/attention_norm/scale", "params/layers/mlp_norm/scale"},
+        "scale": {
+            "params/final_norm/scale",
+            "params/layers/attention_norm/scale",
+            "params/layers/mlp_norm/scale",
+        },
         "": base,
     }
     expected["s"] = expected["scale"] | {"params/embed_tokens/embedding"}
@@ -98,7 +114,9 @@ def test_base_leaves_train_by_rule(rule, named):
 
 
 def test_a_rule_that_trains_nothing_is_refused():
-    with pytest.raises(UserError, match=r"config.train.trainable: rule 'params/.\*nrom/scale' decides no leaf"):
+    with pytest.raises(
+        UserError, match=r"config.train.trainable: rule 'params/.\*nrom/scale' decides no leaf"
+    ):
         trains(settings(train__trainable="params/.*nrom/scale"), variables_of("ffba"))
     with pytest.raises(UserError, match="fft trains every leaf already"):
         trains(settings("fft", train__trainable="params/.*norm/scale"), variables_of("fft"))
@@ -114,7 +132,9 @@ def first_updates(config, variables, gradients):
     optimizer = make_optimizer(config, variables, trained)
     trainable, _ = partition(variables, trained)
     rng = np.random.default_rng(0)
-    parameters = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), trainable)
+    parameters = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), trainable
+    )
     grads = jax.tree.map(gradients, parameters)
     updates, _ = jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p))(parameters, grads)
     return paths(parameters), paths(updates)
@@ -122,7 +142,9 @@ def first_updates(config, variables, gradients):
 
 def test_decay_spares_norms():
     """With zero gradients only decay is left: p shrinks by rate x decay, a norm's scale stays."""
-    config = settings(train__trainable="params/.*norm/scale", optim__weight_decay=0.1, optim__warmup_steps=0)
+    config = settings(
+        train__trainable="params/.*norm/scale", optim__weight_decay=0.1, optim__warmup_steps=0
+    )
     parameters, updates = first_updates(config, variables_of("ffba"), np.zeros_like)
     assert sum(path.endswith("scale") for path in updates) == 3
     for path, update in updates.items():
@@ -138,24 +160,33 @@ def test_first_adam_step_is_the_rate():
         np.testing.assert_allclose(np.abs(update), 1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("rules", ["adapter/.*_B=16", "adapter/.*_B=16, adapter/.*/A=1"])  # one covers every leaf
+# one covers every leaf
+@pytest.mark.parametrize("rules", ["adapter/.*_B=16", "adapter/.*_B=16, adapter/.*/A=1"])
 def test_rate_rules_scale_their_leaves_alone(rules):
     variables = variables_of("lora")
     _, plain = first_updates(settings("lora"), variables, np.copy)
     _, scaled = first_updates(settings("lora", optim__rate_rules=rules), variables, np.copy)
     for path, update in plain.items():
-        np.testing.assert_array_equal(scaled[path], update * np.float32(16 if path.endswith("_B") else 1))
+        np.testing.assert_array_equal(
+            scaled[path], update * np.float32(16 if path.endswith("_B") else 1)
+        )
 
 
-@pytest.mark.parametrize("rule", ["adapter/.*_B", "adapter/.*_B=fast", "adapter/.*_B=-1", "adapter/.*_B=inf", "=2"])
+@pytest.mark.parametrize(
+    "rule", ["adapter/.*_B", "adapter/.*_B=fast", "adapter/.*_B=-1", "adapter/.*_B=inf", "=2"]
+)
 def test_a_malformed_rate_rule_is_refused(rule):
     with pytest.raises(UserError, match="is not PATH_RULE=FACTOR"):
         first_updates(settings("lora", optim__rate_rules=rule), variables_of("lora"), np.copy)
 
 
 def test_an_idle_rate_rule_is_refused():
-    with pytest.raises(UserError, match=r"config.optim.rate_rules: rule 'adapter/.\*_C' decides no leaf"):
-        first_updates(settings("lora", optim__rate_rules="adapter/.*_C=2"), variables_of("lora"), np.copy)
+    with pytest.raises(
+        UserError, match=r"config.optim.rate_rules: rule 'adapter/.\*_C' decides no leaf"
+    ):
+        first_updates(
+            settings("lora", optim__rate_rules="adapter/.*_C=2"), variables_of("lora"), np.copy
+        )
 
 
 def test_gradients_are_clipped_as_one():
@@ -175,7 +206,10 @@ def test_gradients_are_clipped_as_one():
     "fields, rates",
     [
         # 4 steps of ramp, peak at step 4, half-way down at 12, the final fraction from 20 on.
-        (dict(schedule="cosine"), {0: 0.2, 3: 0.8, 4: 1.0, 8: 0.55 + 0.45 * 2**-0.5, 12: 0.55, 20: 0.1, 30: 0.1}),
+        (
+            dict(schedule="cosine"),
+            {0: 0.2, 3: 0.8, 4: 1.0, 8: 0.55 + 0.45 * 2**-0.5, 12: 0.55, 20: 0.1, 30: 0.1},
+        ),
         (dict(schedule="linear"), {0: 0.2, 1: 0.4, 4: 1.0, 8: 0.775, 12: 0.55, 20: 0.1, 30: 0.1}),
         (dict(schedule="constant"), {0: 0.2, 4: 1.0, 12: 1.0, 30: 1.0}),
         (dict(schedule="linear", warmup_steps=0, final_fraction=0.0), {0: 1.0, 5: 0.75, 20: 0.0}),
@@ -200,7 +234,10 @@ def test_schedule(fields, rates):
 def test_sharding_rules_cover_every_leaf(tied, biased):
     """For every method; `decide` itself refuses an uncovered leaf and an idle rule."""
     sizes = {**TINY.__dict__, "tie_word_embeddings": tied, "attention_bias": biased}
-    for config in (LlamaConfig(**sizes), LlamaConfig(**{**sizes, "attention_bias": False, "mlp_bias": biased})):
+    for config in (
+        LlamaConfig(**sizes),
+        LlamaConfig(**{**sizes, "attention_bias": False, "mlp_bias": biased}),
+    ):
         base = abstract_base(config)
         for method in METHODS:
             adapter = AdapterConfig(method, 8)

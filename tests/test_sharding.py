@@ -30,7 +30,9 @@ METHODS = ("lora", "ffba", "fft")
 MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x1x2")  # data, fsdp, tensor
 # Each compiles for seconds, so not every method on every mesh by default.
 FAST = ("ffba-8x1x1", "lora-1x8x1", "lora-1x1x2", "lora-2x2x2", "fft-2x2x2")
-SLOW = tuple(f"{method}-{mesh}" for mesh in MESHES for method in METHODS if f"{method}-{mesh}" not in FAST)
+SLOW = tuple(
+    f"{method}-{mesh}" for mesh in MESHES for method in METHODS if f"{method}-{mesh}" not in FAST
+)
 NAMES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
@@ -110,10 +112,18 @@ def test_what_a_device_holds(ran, name):
     _, fsdp, tensor = sizes(name)
     held = json.loads((ran(name) / "held.json").read_text())
     leaves = held["frozen"] | held["trainable"]
-    assert {path for path in leaves if path.startswith("params")} == {f"params/{path}" for path in leaf_shapes(TINY)}
+    assert {path for path in leaves if path.startswith("params")} == {
+        f"params/{path}" for path in leaf_shapes(TINY)
+    }
     assert {path.startswith("params") for path in held["trainable"]} == {name.startswith("fft")}
     for path, (here, whole) in leaves.items():
-        cuts = fsdp if path.startswith("adapter") else 1 if path.endswith("norm/scale") else fsdp * tensor
+        cuts = (
+            fsdp
+            if path.startswith("adapter")
+            else 1
+            if path.endswith("norm/scale")
+            else fsdp * tensor
+        )
         assert here == whole / cuts, path
     # AdamW's two moments lie as what they are of.
     trained = np.array(list(held["trainable"].values())).sum(0)
@@ -162,11 +172,15 @@ def test_a_mesh_that_does_not_fit_is_refused(small, count, fields, words):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "processes"), [((2, 1, 4), 4), ((1, 2, 4), 4), ((2, 2, 2), 8), ((8, 1, 1), 3), ((1, 1, 8), 2)]
+    ("sizes", "processes"),
+    [((2, 1, 4), 4), ((1, 2, 4), 4), ((2, 2, 2), 8), ((8, 1, 1), 3), ((1, 1, 8), 2)],
 )
 def test_each_process_feeds_rows_of_its_own(small, monkeypatch, sizes, processes):
     """Data times fsdp is a multiple of the processes, or refused: a tensor axis would cross them."""
-    config = small(**{f"mesh.{axis}": size for axis, size in zip(AXES, sizes, strict=True)}, **{"train.batch_size": 16})
+    config = small(
+        **{f"mesh.{axis}": size for axis, size in zip(AXES, sizes, strict=True)},
+        **{"train.batch_size": 16},
+    )
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     words = f"data x fsdp = {sizes[0] * sizes[1]} must be a multiple of {processes} processes"
     with pytest.raises(UserError, match=words):
@@ -190,7 +204,10 @@ def test_rules_fit_whatever_adapter_is_accepted():
                 continue
             names = [f"adapter/layers/{block}/{product}/{leaf}" for block, products in BLOCKS.items()
                      for product in products for leaf in adapter_leaves(adapter, product, TINY.widths)]  # fmt: skip
-            assert decide(sharding_rules(TINY, adapter), base + names, "sharding rules").keys() == {*base, *names}
+            assert decide(sharding_rules(TINY, adapter), base + names, "sharding rules").keys() == {
+                *base,
+                *names,
+            }
             accepted.add((method, targets, add_to))
     assert {("lora", ("q",), None), ("ffba", ("q", "k", "v"), None), ("ffba", PROJECTIONS, ()),
             ("ffba_qd_add", ("q", "o"), ())} <= accepted  # fmt: skip
@@ -202,8 +219,15 @@ def test_rules_fit_whatever_adapter_is_accepted():
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
 def test_an_axis_that_does_not_divide_is_refused(axis):
     sizes = [5 if name == axis else 1 for name in AXES]
-    with pytest.raises(UserError, match=rf"config\.mesh\.{axis}=5 does not divide axis \d \(\d+\) of params/"):
-        shardings({"params": abstract_base(TINY)}, AbstractMesh(tuple(sizes), AXES), TINY, AdapterConfig("fft", 1))
+    with pytest.raises(
+        UserError, match=rf"config\.mesh\.{axis}=5 does not divide axis \d \(\d+\) of params/"
+    ):
+        shardings(
+            {"params": abstract_base(TINY)},
+            AbstractMesh(tuple(sizes), AXES),
+            TINY,
+            AdapterConfig("fft", 1),
+        )
 
 
 def test_the_command_refuses_a_mesh_with_one_line(command, tmp_path):
@@ -218,7 +242,9 @@ def test_answers_that_a_tensor_axis_cannot_generate_are_refused_first(command, t
     fields = {"mesh.tensor": 2, "eval.tasks": "boolq,chain_sum", "eval.protocol": "lm_eval",
               "data.prompt_style": "plain", "data.cache_dir": tmp_path / "data"}  # fmt: skip
     flags = [f"--config.{k}={v}" for k, v in fields.items()]
-    done = command("--config", "configs/tiny.py", "--workdir", tmp_path / "w", *flags, XLA_FLAGS=devices(2))
+    done = command(
+        "--config", "configs/tiny.py", "--workdir", tmp_path / "w", *flags, XLA_FLAGS=devices(2)
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "config.mesh.tensor=2: answers are generated without tensor parallelism" in done.stderr
     assert not list(tmp_path.iterdir())

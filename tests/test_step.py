@@ -23,12 +23,15 @@ from flora_jax.training.step import TrainState, make_eval_step, make_train_step
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TINY = LlamaConfig.preset("tiny")
-FAST_COMPILE = {"xla_backend_optimization_level": 0}  # the values are the same, and compiling is what takes the time
+# the values are the same, and compiling is what takes the time
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 def methods(*fast):
     """All methods; those not named are held to the same, but not on every run: each costs a compilation."""
-    return [pytest.param(method, marks=[] if method in fast else pytest.mark.slow) for method in METHODS]
+    return [
+        pytest.param(method, marks=[] if method in fast else pytest.mark.slow) for method in METHODS
+    ]
 
 
 def draw(method, config=TINY, rank=8, zero_side=True):
@@ -63,7 +66,9 @@ def batch_of(rows=4, T=12, vocabulary=TINY.vocab_size, seed=1):
 def start(variables, trained, optimizer):
     trainable, frozen = partition(variables, trained)
     trainable, frozen = jax.tree.map(jax.numpy.array, (trainable, frozen))  # copies on the device
-    state = TrainState(jax.numpy.int32(0), trainable, jax.jit(optimizer.init)(trainable), jax.random.key(0))
+    state = TrainState(
+        jax.numpy.int32(0), trainable, jax.jit(optimizer.init)(trainable), jax.random.key(0)
+    )
     return state, frozen
 
 
@@ -85,7 +90,10 @@ def optimizer_of(method):
 @functools.cache
 def step_of(method):
     optimizer = optimizer_of(method)[2]
-    return jax.jit(make_train_step(Llama(TINY, AdapterConfig(method, 8)), optimizer), compiler_options=FAST_COMPILE)
+    return jax.jit(
+        make_train_step(Llama(TINY, AdapterConfig(method, 8)), optimizer),
+        compiler_options=FAST_COMPILE,
+    )
 
 
 @functools.cache
@@ -113,28 +121,41 @@ def test_training_moves_the_adapter_and_nothing_else(method):
     after = paths(combine(states[-1].trainable, frozen))
     moved = {path for path, leaf in paths(before).items() if not np.array_equal(leaf, after[path])}
     assert after.keys() == paths(before).keys()
-    assert moved == {path for path in after if path.startswith("params" if method == "fft" else "adapter")}
+    assert moved == {
+        path for path in after if path.startswith("params" if method == "fft" else "adapter")
+    }
     # Adam's two moments for what trains, and besides that only counters.
     moments = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(states[-1].trainable))
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(states[-1].optimizer))
     assert moments <= held <= moments + 64
     losses = [m["loss"] for m in metrics]
     assert np.isfinite(losses).all() and losses[-1] < losses[0] - 0.1
-    assert all(m["tokens"] == batch["loss_weights"].sum() and m["gradient_norm"] > 0 for m in metrics)
+    assert all(
+        m["tokens"] == batch["loss_weights"].sum() and m["gradient_norm"] > 0 for m in metrics
+    )
 
 
 def test_the_loss_is_the_mean_over_counted_tokens():
     """Of plain logits, scored by optax; the validation step gives the same as a sum and a count."""
     variables, batch = draw("ffba", zero_side=False), batch_of()
     model = Llama(TINY, AdapterConfig("ffba", 8))
-    trainable, frozen = partition(variables, {path: path.startswith("adapter") for path in paths(variables)})
+    trainable, frozen = partition(
+        variables, {path: path.startswith("adapter") for path in paths(variables)}
+    )
 
     def plain(variables):
-        logits = model.apply(variables, batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"])
+        logits = model.apply(
+            variables,
+            batch["tokens"],
+            segment_ids=batch["segment_ids"],
+            positions=batch["positions"],
+        )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         return jax.numpy.sum(losses * batch["loss_weights"])
 
-    plain, validate = (jax.jit(f, compiler_options=FAST_COMPILE) for f in (plain, make_eval_step(model, 8)))
+    plain, validate = (
+        jax.jit(f, compiler_options=FAST_COMPILE) for f in (plain, make_eval_step(model, 8))
+    )
     total, count = validate(trainable, frozen, batch)
     assert count == batch["loss_weights"].sum()
     np.testing.assert_allclose(total, plain(variables), rtol=1e-6)
@@ -148,9 +169,13 @@ def sgd_step(accumulation, batch, variables):
     optimizer = optax.sgd(1.0)
     state, frozen = start(variables, trained, optimizer)
     model = Llama(TINY, AdapterConfig("ffba", 8))
-    step = jax.jit(make_train_step(model, optimizer, accumulation, 16), compiler_options=FAST_COMPILE)
+    step = jax.jit(
+        make_train_step(model, optimizer, accumulation, 16), compiler_options=FAST_COMPILE
+    )
     after, metrics = step(state, frozen, batch)
-    update = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b), after.trainable, state.trainable)
+    update = jax.tree.map(
+        lambda a, b: np.asarray(a, np.float64) - np.asarray(b), after.trainable, state.trainable
+    )
     return paths(update), metrics
 
 
@@ -172,7 +197,9 @@ def test_micro_batches_are_one_big_batch(monkeypatch):
 def test_a_batch_without_counted_tokens_only_decays():
     """Loss 0, no NaN, and the only change to fresh moments is p -> (1 - rate x decay) p."""
     before, states, frozen, _, batch = trained_run("ffba")
-    after, metrics = step_of("ffba")(states[0], frozen, batch | {"loss_weights": np.zeros((4, 12), np.float32)})
+    after, metrics = step_of("ffba")(
+        states[0], frozen, batch | {"loss_weights": np.zeros((4, 12), np.float32)}
+    )
     assert metrics == {"loss": 0.0, "tokens": 0.0, "gradient_norm": 0.0}
     for path, leaf in paths(after.trainable).items():
         np.testing.assert_allclose(leaf, (1 - 3e-3 * 0.1) * paths(before)[path], rtol=1e-6)
@@ -194,7 +221,9 @@ def test_norms_beside_the_adapter_and_a_mask_for_each_step():
     assert norms[0] == norms[1] != norms[2]
     after, before = paths(runs[0][0].trainable), paths(variables)
     moved = {path for path, leaf in after.items() if not np.array_equal(leaf, before[path])}
-    assert moved == {path for path in before if path.startswith("adapter") or path.endswith("norm/scale")}
+    assert moved == {
+        path for path in before if path.startswith("adapter") or path.endswith("norm/scale")
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -234,7 +263,11 @@ def dots(compiled):
 
 
 def kernels():
-    return {path: leaf for path, leaf in paths(abstract_base(MIDDLE)).items() if path.endswith("_kernel")}
+    return {
+        path: leaf
+        for path, leaf in paths(abstract_base(MIDDLE)).items()
+        if path.endswith("_kernel")
+    }
 
 
 def test_differentiating_the_base_would_show():
@@ -252,4 +285,6 @@ def test_the_base_costs_no_gradient(method):
     assert held(compiled_step(method, True)) - held(ours) > 0.9 * bytes_of_kernels
     assert held(ours) < 0.9 * bytes_of_kernels
     assert not dots(ours) & KERNEL_SHAPES
-    assert not any(math.prod(shape) >= min(leaf.size for leaf in kernels().values()) for shape in dots(ours))
+    assert not any(
+        math.prod(shape) >= min(leaf.size for leaf in kernels().values()) for shape in dots(ours)
+    )

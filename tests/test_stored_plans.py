@@ -22,7 +22,9 @@ def stored(model):
 def test_stored_plans_keep_the_promises(model, planned, left_out):
     result = stored(model)
     rows, layers = result["rows"], result["settings"]["num_hidden_layers"]
-    cells = {(row["target"], row["mode"], row["batch"]): row for row in rows if row["label"] == "base"}
+    cells = {
+        (row["target"], row["mode"], row["batch"]): row for row in rows if row["label"] == "base"
+    }
     targets, modes, batches = (set(part) for part in zip(*cells, strict=True))
     assert targets == planned and modes == {"triton", "cublas"} and batches == {1, 8, 32}
     assert len(cells) == 6 * len(planned)
@@ -52,12 +54,24 @@ def test_stored_plans_keep_the_promises(model, planned, left_out):
 
 def test_both_versions_of_cuda_plan_the_same():
     """But for LoRA under the dot merger above batch 1, which only the older XLA joins to copies of the weights."""
-    place = lambda row: (row["target"], row["mode"], row["batch"], row["label"])  # noqa: E731
+
+    def place(row):
+        return (row["target"], row["mode"], row["batch"], row["label"])
+
     before = {place(row): row["layer"] for row in stored("1b")["rows"]}
     for row in stored("1b_cuda13")["rows"]:
         old, new = before[place(row)], row["layer"]
         if row["label"] == "lora" and row["batch"] > 1:
             assert old["weight_copies"] == 4 and new["weight_copies"] == 0, place(row)
         else:
-            same = ("launches", "gemms", "products", "weight_copies", "cache_copies", "activation_copies")
-            assert {part: old[part] for part in same} == {part: new[part] for part in same}, place(row)
+            same = (
+                "launches",
+                "gemms",
+                "products",
+                "weight_copies",
+                "cache_copies",
+                "activation_copies",
+            )
+            assert {part: old[part] for part in same} == {part: new[part] for part in same}, place(
+                row
+            )

@@ -24,7 +24,9 @@ VOCABULARY = ["<s>", "</s>", "<pad>", "<note>", *sorted(ByteLevel.alphabet()),
 CHAT = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 
 
-def tokenizer_fields(pre, tokens=VOCABULARY, merges=MERGES, model="gpt2", ids=(0, 1, 2), add_bos=None, add_eos=None):
+def tokenizer_fields(
+    pre, tokens=VOCABULARY, merges=MERGES, model="gpt2", ids=(0, 1, 2), add_bos=None, add_eos=None
+):
     def add(writer):
         writer.add_tokenizer_model(model)
         if pre:
@@ -47,7 +49,9 @@ def tokenizer_fields(pre, tokens=VOCABULARY, merges=MERGES, model="gpt2", ids=(0
 def gguf_with(tmp_path, *arguments, **settings):
     tokens = settings.get("tokens", VOCABULARY)
     config = dataclasses.replace(TINY, vocab_size=len(tokens), num_hidden_layers=1)
-    return str(write_gguf(tmp_path / "m.gguf", config, tokenizer=tokenizer_fields(*arguments, **settings)))
+    return str(
+        write_gguf(tmp_path / "m.gguf", config, tokenizer=tokenizer_fields(*arguments, **settings))
+    )
 
 
 def pieces(tokenizer, text):
@@ -60,7 +64,11 @@ def test_byte_tokenizer(source, tmp_path):
     text = "Grüße, 世界!\n\t 123 \x00"
     assert tokenizer(text).input_ids == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
+        256,
+        257,
+        258,
+    )
     assert tokenizer("<|im_start|>a<|im_end|>").input_ids == [259, ord("a"), 260]
     assert tokenizer.decode([259, 97, 260, 257], skip_special_tokens=True) == "a"
     check_tokenizer(tokenizer, TINY)
@@ -113,8 +121,15 @@ def test_llama3_split_by_hand(text, expected, tmp_path):
 
 def test_special_tokens_are_those_of_the_file(tmp_path):
     tokenizer = load_tokenizer(gguf_with(tmp_path, "llama-bpe"))
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<pad>")
-    assert tokenizer.chat_template == CHAT and tokenizer.model_max_length == TINY.max_position_embeddings
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<s>",
+        "</s>",
+        "<pad>",
+    )
+    assert (
+        tokenizer.chat_template == CHAT
+        and tokenizer.model_max_length == TINY.max_position_embeddings
+    )
     ids = tokenizer("a</s><note>").input_ids
     assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "a", "</s>", "<note>"]
     # Control tokens are left out of a decoded text, user-defined ones belong to it.
@@ -146,8 +161,14 @@ def test_bos_follows_the_file_and_survives_saving(pre, flags, expected, tmp_path
 def test_llama3_takes_whole_words_before_merges(tmp_path):
     """Llama 3 looks a word up before it merges: '1234'[:3] is cut first, but 'Ġthe' needs no merge to be found."""
     merges = [merge for merge in MERGES if merge != "Ġ the"]
-    assert pieces(load_tokenizer(gguf_with(tmp_path, "llama-bpe", merges=merges)), " the") == ["<s>", "Ġthe"]
-    assert pieces(load_tokenizer(gguf_with(tmp_path, "gpt-2", merges=merges)), " the") == ["Ġ", "the"]
+    assert pieces(load_tokenizer(gguf_with(tmp_path, "llama-bpe", merges=merges)), " the") == [
+        "<s>",
+        "Ġthe",
+    ]
+    assert pieces(load_tokenizer(gguf_with(tmp_path, "gpt-2", merges=merges)), " the") == [
+        "Ġ",
+        "the",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -169,9 +190,13 @@ def test_another_tokenizer_is_refused(arguments, words, tmp_path):
 
 def test_a_vocabulary_of_another_size_is_refused(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", TINY, tokenizer=tokenizer_fields("smollm"))
-    with pytest.raises(UserError, match=f"counts {len(VOCABULARY)} tokens, token_embd.weight has 320 rows"):
+    with pytest.raises(
+        UserError, match=f"counts {len(VOCABULARY)} tokens, token_embd.weight has 320 rows"
+    ):
         load_tokenizer(str(path))
-    with pytest.raises(UserError, match=r"largest id is 260, the model's vocab_size=260.*at least 261"):
+    with pytest.raises(
+        UserError, match=r"largest id is 260, the model's vocab_size=260.*at least 261"
+    ):
         check_tokenizer(load_tokenizer("tiny"), dataclasses.replace(TINY, vocab_size=260))
 
 
@@ -208,7 +233,9 @@ def test_smollm2_tokenizer():
         "in", "Ġ", "2", "0", "2", "4", ":", "Ġ", "3", ".", "1", "4"]  # fmt: skip
     chat = [{"role": "user", "content": "Hi"}]
     ours = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-    np.testing.assert_array_equal(ours, theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
+    np.testing.assert_array_equal(
+        ours, theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    )
     check_tokenizer(tokenizer, LlamaConfig.preset("smollm2-135m"))
 
 
@@ -217,7 +244,10 @@ def test_code_of_a_directory_is_neither_run_nor_asked_for(tmp_path, monkeypatch)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
     load_tokenizer("tiny").save_pretrained(tmp_path)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.T", None]}}
+    config = {
+        "model_type": "evil",
+        "auto_map": {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.T", None]},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     for extra in ({}, {"auto_map": {"AutoTokenizer": ["evil.T", None]}}):
@@ -233,7 +263,9 @@ def declared(path, tokenizer, tokenizer_class, **settings):
     """An HF directory that names the class of its tokenizer, and more."""
     tokenizer.save_pretrained(path)
     file = path / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": tokenizer_class, **settings}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "tokenizer_class": tokenizer_class, **settings})
+    )
     (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return str(path)
 
@@ -263,19 +295,28 @@ def test_a_tokenizer_that_is_read_right_is_not_refused(tmp_path, make, tokenizer
 def test_a_tokenizer_that_transformers_misreads_is_refused(tmp_path, monkeypatch):
     """As many releases read a byte-level Llama that is declared a LlamaTokenizer: without its spaces."""
     path = declared(tmp_path / "llama3", llama3(), "LlamaTokenizer")
-    assert load_tokenizer(path)(" the", add_special_tokens=False).input_ids == [llama3().get_vocab()["Ġthe"]]
+    assert load_tokenizer(path)(" the", add_special_tokens=False).input_ids == [
+        llama3().get_vocab()["Ġthe"]
+    ]
     with monkeypatch.context() as patch:
-        patch.setattr("transformers.AutoTokenizer.from_pretrained", transformers.LlamaTokenizer.from_pretrained)
+        patch.setattr(
+            "transformers.AutoTokenizer.from_pretrained",
+            transformers.LlamaTokenizer.from_pretrained,
+        )
         patch.setattr("transformers.__version__", "5.19.0")
         line = r"llama3: transformers 5\.19\.0 reads the tokenizer, as a Llama.*pip install transformers==5\.24\.0"
         with pytest.raises(UserError, match=line) as error:
             load_tokenizer(path)
         assert "\n" not in str(error.value)
     # One that the installed release misreads, too: Unigram read as BPE. The remedy that the line names mends it.
-    path = declared(tmp_path / "unigram", sentencepiece("unigram", "first", LLAMA2), "LlamaTokenizer")
+    path = declared(
+        tmp_path / "unigram", sentencepiece("unigram", "first", LLAMA2), "LlamaTokenizer"
+    )
     with pytest.raises(UserError, match="write PreTrainedTokenizerFast as tokenizer_class"):
         load_tokenizer(path)
-    path = declared(tmp_path / "unigram", sentencepiece("unigram", "first", LLAMA2), "PreTrainedTokenizerFast")
+    path = declared(
+        tmp_path / "unigram", sentencepiece("unigram", "first", LLAMA2), "PreTrainedTokenizerFast"
+    )
     load_tokenizer(path)
 
 

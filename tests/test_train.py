@@ -32,7 +32,8 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = LlamaConfig.preset("tiny")
 # The same rows of the table, or the same trees, under other names.
 DOUBLES = ("pf_lora", "parallel", "ffba_qd_add")
-OTHERS = [m for m in METHODS if m not in ("lora", "ffba_qg_add")]  # these two have tests of their own
+# these two have tests of their own
+OTHERS = [m for m in METHODS if m not in ("lora", "ffba_qg_add")]
 
 
 def lines(workdir):
@@ -46,7 +47,9 @@ def losses(workdir):
 def checkpoint(workdir, step):
     """The trainable leaves in a checkpoint, read by orbax alone."""
     with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-        state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+        state = manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
+        ).state
     return flatten_dict(state["trainable"], sep="/")
 
 
@@ -59,33 +62,60 @@ def test_a_run_leaves_what_the_readme_names(tmp_path, small, monkeypatch):
     summary = run(config, tmp_path / "w")
     workdir = tmp_path / "w"
     found = {path.name for path in workdir.iterdir()}
-    assert found == {".lock", "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "eval.json"}
+    assert found == {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "adapter",
+        "eval.json",
+    }
     assert fields(json.loads((workdir / "config.json").read_text())["config"]) == fields(config)
 
     records = lines(workdir)
     logged = [record for record in records if "loss" in record]
     assert [record["step"] for record in logged] == list(range(1, 9))
     assert all(record["tokens_per_second"] > 0 and record["gradient_norm"] > 0 for record in logged)
-    assert {r["step"]: r["validation_loss"] for r in records if "validation_loss" in r} == validation
+    assert {
+        r["step"]: r["validation_loss"] for r in records if "validation_loss" in r
+    } == validation
     assert logged[-1]["loss"] < logged[0]["loss"] - 0.3
 
     written = json.loads((workdir / "eval.json").read_text())
-    assert written == json.loads(json.dumps(summary)) and written["schema_version"] == 1 and written["step"] == 4
+    assert (
+        written == json.loads(json.dumps(summary))
+        and written["schema_version"] == 1
+        and written["step"] == 4
+    )
     assert written["validation_losses"] == {str(step): value for step, value in validation.items()}
     scores = written["evaluation"]["tasks"]["chain_sum"]
-    assert scores["n"] == 4 and 0 <= scores["accuracy"] <= 1 and scores["decode"]["max_new_tokens"] == 32
+    assert (
+        scores["n"] == 4
+        and 0 <= scores["accuracy"] <= 1
+        and scores["decode"]["max_new_tokens"] == 32
+    )
     assert "Give only the final number." in scores["prompt"]
 
     tasks, prompts = read_trained_on(workdir / "adapter")
-    trained_on = load_examples(get_task("chain_sum", generator_settings(config)), "train", None, config.data.cache_dir)
+    trained_on = load_examples(
+        get_task("chain_sum", generator_settings(config)), "train", None, config.data.cache_dir
+    )
     assert tasks == ["chain_sum"] and prompts == prompt_digests(trained_on) and len(prompts) > 4
 
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4", "8"]
     adapter_config, trained = load_adapter(workdir / "adapter", TINY, written["base_fingerprint"])
     assert adapter_config == loop.make_adapter_config(config)
     saved, best = flatten_dict(trained, sep="/"), checkpoint(workdir, 4)
-    norms = {"params/final_norm/scale", "params/layers/attention_norm/scale", "params/layers/mlp_norm/scale"}
-    assert saved.keys() == best.keys() and {path for path in saved if path.startswith("params")} == norms
+    norms = {
+        "params/final_norm/scale",
+        "params/layers/attention_norm/scale",
+        "params/layers/mlp_norm/scale",
+    }
+    assert (
+        saved.keys() == best.keys()
+        and {path for path in saved if path.startswith("params")} == norms
+    )
     last = checkpoint(workdir, 8)
     for path, value in saved.items():
         np.testing.assert_array_equal(value, best[path], err_msg=path)
@@ -139,17 +169,24 @@ def test_bfloat16_base_and_compute(tmp_path, small, hf_directory):
     model = str(hf_directory(tmp_path / "model"))
     settings = {"model.weights": model, "train.steps": 3, "train.eval_every": 0}
     run(small(**settings), tmp_path / "a")
-    run(small(**settings, **{"model.param_dtype": "bfloat16", "model.dtype": "bfloat16"}), tmp_path / "b")
+    run(
+        small(**settings, **{"model.param_dtype": "bfloat16", "model.dtype": "bfloat16"}),
+        tmp_path / "b",
+    )
     np.testing.assert_allclose(losses(tmp_path / "b"), losses(tmp_path / "a"), rtol=2e-2)
     assert losses(tmp_path / "b") != losses(tmp_path / "a")
     assert all(leaf.dtype == np.float32 for leaf in checkpoint(tmp_path / "b", 3).values())
-    a, b = (json.loads((tmp_path / name / "eval.json").read_text())["base_fingerprint"] for name in "ab")
+    a, b = (
+        json.loads((tmp_path / name / "eval.json").read_text())["base_fingerprint"] for name in "ab"
+    )
     assert a == b  # the same base
     other = str(hf_directory(tmp_path / "other", seed=1))
     for name in "ab":
         for dtype in ("float32", "bfloat16"):
             adapted = load_adapted(model, tmp_path / name / "adapter", dtype)
-            assert adapted.fingerprint == a and adapted.adapter_config == loop.make_adapter_config(small())
+            assert adapted.fingerprint == a and adapted.adapter_config == loop.make_adapter_config(
+                small()
+            )
             assert {leaf.dtype for leaf in jax.tree.leaves(adapted.base)} == {np.dtype(dtype)}
             loaded, saved = paths({"adapter": adapted.adapter}), checkpoint(tmp_path / name, 3)
             assert loaded.keys() == saved.keys()
@@ -162,13 +199,21 @@ def test_bfloat16_base_and_compute(tmp_path, small, hf_directory):
 
 def test_peoples_own_jsonl(tmp_path, small):
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": f"it is {i}"}) + "\n" for i in range(30)))
+    pairs.write_text(
+        "".join(
+            json.dumps({"prompt": f"say {i}", "completion": f"it is {i}"}) + "\n" for i in range(30)
+        )
+    )
     turns = tmp_path / "folder/train.jsonl"
     turns.parent.mkdir()
     turns.write_text("".join(json.dumps({"messages": [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": f"hello {i}"},
         {"role": "assistant", "content": f"hi {i}"}]}) + "\n" for i in range(30)))  # fmt: skip
-    both = {"data.tasks": f"{pairs}, jsonl", "data.dir": str(turns.parent), "data.prompt_style": "chat"}
+    both = {
+        "data.tasks": f"{pairs}, jsonl",
+        "data.dir": str(turns.parent),
+        "data.prompt_style": "chat",
+    }
     summary = run(small(**both, **{"train.eval_every": 4}), tmp_path / "w")
     assert summary["data"]["tasks"] == [str(pairs), "jsonl"]
     # 30 each: a tenth of each is held out, since neither has a validation split.
@@ -176,7 +221,9 @@ def test_peoples_own_jsonl(tmp_path, small):
     assert losses(tmp_path / "w")[-1] < losses(tmp_path / "w")[0]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path, small, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(
+    tmp_path, small, monkeypatch, capsys
+):
     config = small(**{"optim.learning_rate": 1e38, "optim.warmup_steps": 0, "train.eval_every": 0})
     with pytest.raises(FloatingPointError, match=r"at step 2; lower config\.optim\.learning_rate"):
         run(config, tmp_path / "a")
@@ -188,10 +235,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path, small, 
     assert not (tmp_path / "b/adapter").exists() and not (tmp_path / "b/eval.json").exists()
     # Nor does one that was none before anything trained blame the rate.
     monkeypatch.setattr(loop, "validation_loss", lambda run: float("nan"))
-    with pytest.raises(FloatingPointError, match=r"is nan at step 0; nothing has trained yet: check config\.model"):
+    with pytest.raises(
+        FloatingPointError, match=r"is nan at step 0; nothing has trained yet: check config\.model"
+    ):
         run(small(), tmp_path / "d")
     # Not on validation either: a checkpoint with such parameters is never written.
-    monkeypatch.setattr(loop, "validation_loss", lambda run: 1.0 if run.state.step < 2 else float("nan"))
+    monkeypatch.setattr(
+        loop, "validation_loss", lambda run: 1.0 if run.state.step < 2 else float("nan")
+    )
     with pytest.raises(FloatingPointError, match="validation loss is nan at step 2; lower"):
         run(small(), tmp_path / "c")
     assert not list((tmp_path / "c/checkpoints").iterdir())
@@ -202,7 +253,9 @@ def test_zflora_needs_a_second_layer(small, hf_directory, tmp_path):
     refuses."""
     model = hf_directory(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
-    save_file({k: v for k, v in tensors.items() if ".layers.1." not in k}, model / "model.safetensors")
+    save_file(
+        {k: v for k, v in tensors.items() if ".layers.1." not in k}, model / "model.safetensors"
+    )
     (model / "config.json").write_text(json.dumps(json.loads((model / "config.json").read_text())
                                                   | {"num_hidden_layers": 1}))  # fmt: skip
     with pytest.raises(UserError, match=r"config\.adapter\.method='zflora' .*num_hidden_layers=1"):
@@ -217,7 +270,10 @@ def test_every_configuration_file(subtests):
         with subtests.test(path.name):
             check_config(read_config(path))
             docstring = ast.get_docstring(ast.parse(path.read_text()))
-            assert re.search(rf"python -m flora_jax.train --config configs/{path.name}(:\w+)? --workdir", docstring)
+            assert re.search(
+                rf"python -m flora_jax.train --config configs/{path.name}(:\w+)? --workdir",
+                docstring,
+            )
 
 
 def test_a_configuration_of_another_form(tmp_path):
@@ -234,7 +290,11 @@ def test_a_run_from_before_a_field_was_there_goes_on(tmp_path, small):
     run(config, tmp_path / "w")
     path = tmp_path / "w/config.json"
     stored = json.loads(path.read_text())
-    for section, field in (("adapter", "zero_init"), ("eval", "published_faults"), ("data", "weights")):
+    for section, field in (
+        ("adapter", "zero_init"),
+        ("eval", "published_faults"),
+        ("data", "weights"),
+    ):
         del stored["config"][section][field]
     path.write_text(json.dumps(stored))
     [*metas] = (tmp_path / "w/checkpoints").rglob("metadata")
@@ -269,7 +329,8 @@ REFUSED = {  # on one device, for a linear method
     "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "distributed.processes": 2, "distributed.process_id": 1,
     "distributed.coordinator": "localhost:1", "distributed.auto": True, "eval.tasks": "no_task",
 }  # fmt: skip
-WITH_ANOTHER = {"data.weights": "9,1", "adapter.zero_init": "B"}  # computed, of two tasks without repeat-and-add
+# computed, of two tasks without repeat-and-add
+WITH_ANOTHER = {"data.weights": "9,1", "adapter.zero_init": "B"}
 ELSEWHERE = {
     "data.allow_contaminated", "data.generator.test", "data.cache_dir", "train.log_every", "train.eval_every",
     "train.save_every", "train.keep", "eval.protocol", "eval.published_faults", "eval.limit", "eval.batch_size",
@@ -286,12 +347,17 @@ def prepared(config, tmp_path):
     for leaf in jax.tree.leaves((made.state.trainable, made.frozen, validation, batches)):
         digest.update(np.asarray(leaf).tobytes())
     yield digest.hexdigest()
-    yield made.compiled_step.lower(made.state, made.frozen, shard_batch(batches[0], made.mesh)).as_text()
+    yield made.compiled_step.lower(
+        made.state, made.frozen, shard_batch(batches[0], made.mesh)
+    ).as_text()
 
 
 def test_no_field_is_read_by_nothing(tmp_path, small, subtests, monkeypatch):
     # A field of the base configuration that is in no list below is one nobody proved.
-    assert fields(get_config()).keys() == COMPUTED.keys() | WITH_ANOTHER.keys() | REFUSED.keys() | ELSEWHERE
+    assert (
+        fields(get_config()).keys()
+        == COMPUTED.keys() | WITH_ANOTHER.keys() | REFUSED.keys() | ELSEWHERE
+    )
     assert not (tmp_path / "absent").exists()
     made, init = {}, runs.init_base
 
@@ -306,7 +372,10 @@ def test_no_field_is_read_by_nothing(tmp_path, small, subtests, monkeypatch):
     assert first == list(prepared(small(), tmp_path))
     for field, value in COMPUTED.items():
         with subtests.test(field):  # the program is made only where what it starts from is the same
-            assert any(a != b for a, b in zip(prepared(small(**{field: value}), tmp_path), first, strict=True))
+            assert any(
+                a != b
+                for a, b in zip(prepared(small(**{field: value}), tmp_path), first, strict=True)
+            )
     mixed = {"data.tasks": "chain_sum,basic_arithmetic", "adapter.add_to": ""}
     second = list(prepared(small(**mixed), tmp_path))
     for field, value in WITH_ANOTHER.items():
@@ -328,14 +397,19 @@ def test_a_fully_fine_tuned_base_is_scored(tmp_path, small, hf_directory):
     [data] = load_task_data(["chain_sum"], None, limit=2, generator=dict(train=60, validation=10, test=6),
                             cache_dir=str(tmp_path / "data"))  # fmt: skip
     model = load_adapted(base, tmp_path / "w/adapter")
-    result = evaluate_tasks([data], model.config, model.base, model.tokenizer, protocol="llm_adapters")
+    result = evaluate_tasks(
+        [data], model.config, model.base, model.tokenizer, protocol="llm_adapters"
+    )
     assert len(texts) == 2 and result["tasks"]["chain_sum"]["texts"] == texts
 
 
 def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     """The fields of ELSEWHERE: when lines, validations and checkpoints are written, and what scoring is given."""
     asked = {}
-    scored = lambda tasks, *_, **settings: asked.update(settings, n=len(tasks[0].examples)) or {}  # noqa: E731
+
+    def scored(tasks, *_, **settings):
+        return asked.update(settings, n=len(tasks[0].examples)) or {}
+
     monkeypatch.setattr(command, "evaluate_tasks", scored)
     values = {
         "train.steps": 6, "train.log_every": 4, "train.eval_every": 5, "train.save_every": 3, "train.keep": 3,
@@ -348,7 +422,12 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     assert [r["step"] for r in records if "loss" in r] == [4]
     assert [r["step"] for r in records if "validation_loss" in r] == [0, 5, 6]
     assert {int(p.name) for p in (tmp_path / "w/checkpoints").iterdir()} == {3, 5, 6}
-    assert (asked["protocol"], asked["n"], asked["batch_size"], asked["max_length"]) == ("lm_eval", 5, 3, 400)
+    assert (asked["protocol"], asked["n"], asked["batch_size"], asked["max_length"]) == (
+        "lm_eval",
+        5,
+        3,
+        400,
+    )
     assert list((tmp_path / "cache").iterdir())
     assert asked["published_faults"] is False and asked["max_new_tokens"] == 24
     changed = {"eval.limit": 50, "data.generator.test": 4, "eval.protocol": "llm_adapters",

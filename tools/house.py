@@ -1,6 +1,6 @@
 """Counts what makes code hard to read: long functions, many decisions, dense lines.
 
-    python tools/house.py [FOLDER …]           (default: flora_jax)
+python tools/house.py [FOLDER …]           (default: flora_jax)
 """
 
 from __future__ import annotations

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, PROJECTIONS, Method
 from flora_jax.errors import UserError, near_misses
 
-ACTIVATIONS = {"identity": lambda z: z, "relu": jax.nn.relu, "silu": jax.nn.silu, "gelu": jax.nn.gelu, "tanh": jnp.tanh}
+ACTIVATIONS = {
+    "identity": lambda z: z,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,
+    "tanh": jnp.tanh,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +46,21 @@ def _names(value: str | Sequence[str] | None, field: str) -> tuple[str, ...] | N
     if value is None:
         return None
     if not isinstance(value, str | Sequence):
-        raise UserError(f"adapter.{field}={value!r} must name projections, some of {', '.join(PROJECTIONS)}")
-    given = [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else list(value)
-    given = [v.removesuffix("_proj") if isinstance(v, str) else v for v in given]  # as PEFT has them
+        raise UserError(
+            f"adapter.{field}={value!r} must name projections, some of {', '.join(PROJECTIONS)}"
+        )
+    given = (
+        [v.strip() for v in value.split(",") if v.strip()]
+        if isinstance(value, str)
+        else list(value)
+    )
+    # as PEFT has them
+    given = [v.removesuffix("_proj") if isinstance(v, str) else v for v in given]
     for name in given:
         if name not in PROJECTIONS:
-            raise UserError(f"adapter.{field}: projection {name!r} is unknown; {near_misses(str(name), PROJECTIONS)}")
+            raise UserError(
+                f"adapter.{field}: projection {name!r} is unknown; {near_misses(str(name), PROJECTIONS)}"
+            )
     return tuple(p for p in PROJECTIONS if p in given)
 
 
@@ -77,13 +92,22 @@ class AdapterConfig:
 
     def __post_init__(self):
         if self.method not in list(METHODS):  # a list compares what a dict could not hash
-            raise UserError(f"adapter.method={self.method!r} is unknown; {near_misses(str(self.method), METHODS)}")
-        if not isinstance(self.rank, numbers.Integral) or isinstance(self.rank, bool) or self.rank < 1:
+            raise UserError(
+                f"adapter.method={self.method!r} is unknown; {near_misses(str(self.method), METHODS)}"
+            )
+        if (
+            not isinstance(self.rank, numbers.Integral)
+            or isinstance(self.rank, bool)
+            or self.rank < 1
+        ):
             raise UserError(f"adapter.rank={self.rank!r} must be a positive integer")
         object.__setattr__(self, "rank", int(self.rank))
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
-        number = lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool)  # noqa: E731
+
+        def number(value):
+            return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
         if not (number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0):
             raise UserError(f"adapter.alpha={self.alpha!r} must be a positive number")
         if not (number(self.dropout) and 0 <= self.dropout < 1):
@@ -118,13 +142,21 @@ class AdapterConfig:
             raise UserError(f"adapter.zero_init={self.zero_init!r} must be A or B")
         if self.zero_init == "B" and (add_to or self.row.writes == "stream"):
             where = f"add_to={','.join(add_to)}" if add_to else "the stream's channels"
-            raise UserError(f"adapter.zero_init='B': {self.method} adds z as it is ({where}), so A must start at zero")
+            raise UserError(
+                f"adapter.zero_init='B': {self.method} adds z as it is ({where}), so A must start at zero"
+            )
         object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "add_to", add_to)
-        unset = AdapterConfig("lora", self.rank, zero_init=self.row.zero) if self.row.reads is None else self
+        unset = (
+            AdapterConfig("lora", self.rank, zero_init=self.row.zero)
+            if self.row.reads is None
+            else self
+        )
         for field in ("alpha", "rslora", "targets", "dropout", "zero_init"):
             if (value := getattr(self, field)) != getattr(unset, field):
-                raise UserError(f"adapter.{field}={value!r}: {self.method} has no adapter; leave it unset")
+                raise UserError(
+                    f"adapter.{field}={value!r}: {self.method} has no adapter; leave it unset"
+                )
         self._check_reach()
 
     def _check_reach(self) -> None:
@@ -132,26 +164,36 @@ class AdapterConfig:
         row, where = self.row, f"adapter.targets={','.join(self.targets)}"
         outside = [p for p in self.add_to if p not in self.targets]
         if outside:
-            raise UserError(f"adapter.add_to: {outside[0]!r} is not among {where}; add it there or leave it out here")
+            raise UserError(
+                f"adapter.add_to: {outside[0]!r} is not among {where}; add it there or leave it out here"
+            )
         if row.reads == "projection" and row.adds == "repeat" and self.add_to != self.targets:
             raise UserError(
                 f"adapter.add_to={','.join(self.add_to)}: {self.method} adds to every target; restrict targets instead"
             )
         if row.writes == "stream" and self.targets != PROJECTIONS:
-            raise UserError(f"{where}: {self.method} carries channels through every block and needs all projections")
+            raise UserError(
+                f"{where}: {self.method} carries channels through every block and needs all projections"
+            )
         if row.writes != "block":
             return
         for block, (inputs, output) in BLOCKS.items():
             whole = (*PRODUCTS[inputs], output)
             reads = [p for p in PRODUCTS[inputs] if p in self.targets]
             if output in self.targets and not reads:
-                raise UserError(f"{where}: {self.method} writes {output!r} but reads none of {', '.join(whole[:-1])}")
+                raise UserError(
+                    f"{where}: {self.method} writes {output!r} but reads none of {', '.join(whole[:-1])}"
+                )
             if row.reads == "block" and reads and any(p not in self.targets for p in whole):
                 names = ", ".join(whole)
-                raise UserError(f"{where}: {self.method} goes around the {block} block; name all of {names} or none")
+                raise UserError(
+                    f"{where}: {self.method} goes around the {block} block; name all of {names} or none"
+                )
             idle = [p for p in reads if p not in self.add_to and output not in self.targets]
             if idle:
-                raise UserError(f"{where}: the adapter of {idle[0]!r} would reach nothing; add {output!r} to targets")
+                raise UserError(
+                    f"{where}: the adapter of {idle[0]!r} would reach nothing; add {output!r} to targets"
+                )
 
     @property
     def row(self) -> Method:
@@ -170,7 +212,9 @@ class AdapterConfig:
         for inputs, output in BLOCKS.values():
             ins = tuple(p for p in PRODUCTS[inputs] if p in self.targets)
             outs = tuple(p for p in PRODUCTS[output] if p in self.targets)
-            forward_in = {"projection": ins, "input": ins, "block": ("block",) if ins else ()}.get(row.reads, ())
+            forward_in = {"projection": ins, "input": ins, "block": ("block",) if ins else ()}.get(
+                row.reads, ()
+            )
             forward_out = outs if row.reads in ("projection", "output") else ()
             matrix = row.adds == "matrix"
             slots[inputs] = Slot(

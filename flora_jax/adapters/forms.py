@@ -19,18 +19,28 @@ Array = jax.Array
 Tree = dict[str, Any]
 
 
-def folded(base: Tree, adapter: Tree, adapter_config: AdapterConfig) -> tuple[Tree, Tree, AdapterConfig]:
+def folded(
+    base: Tree, adapter: Tree, adapter_config: AdapterConfig
+) -> tuple[Tree, Tree, AdapterConfig]:
     """Base, adapter and configuration with every repeat-and-add of an ffba folded: into W where z is read beside
     (`W + s rep(A)`), into B where it is added to the block's output (`B` plus stacked tilings of the identity)."""
     row, r = adapter_config.row, adapter_config.rank
     if row.adds != "repeat" or row.writes != "block":
-        able = ", ".join(name for name, other in METHODS.items() if other.adds == "repeat" and other.writes == "block")
-        raise UserError(f"fold_adds: {adapter_config.method} has no adds beside a path around the block; {able} have")
+        able = ", ".join(
+            name
+            for name, other in METHODS.items()
+            if other.adds == "repeat" and other.writes == "block"
+        )
+        raise UserError(
+            f"fold_adds: {adapter_config.method} has no adds beside a path around the block; {able} have"
+        )
     slots = adapter_config.slots
     for inputs, output in BLOCKS.values():
         if slots[inputs].forward and not slots[output].backward:
-            raise UserError(f"fold_adds: no z would reach anything but W, since adapter.targets="
-                            f"{','.join(adapter_config.targets)} leave {output!r} out; serve it without")  # fmt: skip
+            raise UserError(
+                f"fold_adds: no z would reach anything but W, since adapter.targets="
+                f"{','.join(adapter_config.targets)} leave {output!r} out; serve it without"
+            )
     layers = jax.tree.map(lambda leaf: leaf, base["layers"])
     trained = jax.tree.map(lambda leaf: leaf, adapter["layers"])
     for block, (inputs, output) in BLOCKS.items():
@@ -38,14 +48,20 @@ def folded(base: Tree, adapter: Tree, adapter_config: AdapterConfig) -> tuple[Tr
         for i, name in enumerate(slot.forward):
             if name in slot.repeat:
                 kernel = layers[block][inputs][f"{name}_kernel"]
-                change = jnp.tile(trained[block][inputs]["A"][..., i * r : (i + 1) * r], kernel.shape[-1] // r)
+                change = jnp.tile(
+                    trained[block][inputs]["A"][..., i * r : (i + 1) * r], kernel.shape[-1] // r
+                )
                 change = kernel.astype(jnp.float32) + adapter_config.scale * change
                 layers[block][inputs][f"{name}_kernel"] = change.astype(kernel.dtype)
         if output in adapter_config.slots[output].repeat:
             B = trained[block][output][f"{output}_B"]
             identity = jnp.tile(jnp.eye(r, dtype=B.dtype), (B.shape[1] // r, B.shape[2] // r))
             trained[block][output][f"{output}_B"] = B + identity
-    return {**base, "layers": layers}, {"layers": trained}, dataclasses.replace(adapter_config, add_to=())
+    return (
+        {**base, "layers": layers},
+        {"layers": trained},
+        dataclasses.replace(adapter_config, add_to=()),
+    )
 
 
 def widen(adapter: Tree, adapter_config: AdapterConfig, rank: int) -> tuple[Tree, AdapterConfig]:
@@ -57,8 +73,14 @@ def widen(adapter: Tree, adapter_config: AdapterConfig, rank: int) -> tuple[Tree
     r, row = adapter_config.rank, adapter_config.row
     repeats = row.adds == "repeat" or row.writes == "stream"
     if rank < r or (repeats and rank % r):
-        need = f"a multiple of {r}, since {adapter_config.method} tiles z" if repeats else f"at least {r}"
-        raise UserError(f"an adapter of rank {r} cannot be widened to rank {rank}; it must be {need}")
+        need = (
+            f"a multiple of {r}, since {adapter_config.method} tiles z"
+            if repeats
+            else f"at least {r}"
+        )
+        raise UserError(
+            f"an adapter of rank {r} cannot be widened to rank {rank}; it must be {need}"
+        )
 
     def grown(path: str, leaf: Array) -> Array:
         axis = leaf.ndim - 1 if path == "A" else leaf.ndim - 2
@@ -72,7 +94,8 @@ def widen(adapter: Tree, adapter_config: AdapterConfig, rank: int) -> tuple[Tree
 
     layers = {
         block: {
-            product: {path: grown(path, leaf) for path, leaf in leaves.items()} for product, leaves in products.items()
+            product: {path: grown(path, leaf) for path, leaf in leaves.items()}
+            for product, leaves in products.items()
         }
         for block, products in adapter["layers"].items()
     }
@@ -92,7 +115,9 @@ def merge(base: Tree, adapter: Tree, config: Any, adapter_config: AdapterConfig)
     if not row.mergeable:
         able = ", ".join(name for name, other in METHODS.items() if other.mergeable)
         why = "its base is the result already" if row.reads is None else "it is no change of W"
-        raise UserError(f"{adapter_config.method} cannot be merged into the base: {why}; {able} can")
+        raise UserError(
+            f"{adapter_config.method} cannot be merged into the base: {why}; {able} can"
+        )
     check_base(base, config)
     check_adapter(adapter, config, adapter_config)
     layers = dict(base["layers"])
@@ -102,14 +127,20 @@ def merge(base: Tree, adapter: Tree, config: Any, adapter_config: AdapterConfig)
             kernels = layers[block][product] = dict(layers[block][product])
             for name in adapter_config.slots[product].forward:
                 leaves = adapter["layers"][block][product]
-                kernels[f"{name}_kernel"] = merged_kernel(kernels[f"{name}_kernel"], leaves, adapter_config, name)
+                kernels[f"{name}_kernel"] = merged_kernel(
+                    kernels[f"{name}_kernel"], leaves, adapter_config, name
+                )
     return {**base, "layers": layers}
 
 
-def merged_kernel(kernel: Array, leaves: Mapping[str, Array], adapter_config: AdapterConfig, projection: str) -> Array:
+def merged_kernel(
+    kernel: Array, leaves: Mapping[str, Array], adapter_config: AdapterConfig, projection: str
+) -> Array:
     """`W + s A B` or `W + s rep(A)` of one projection, in the kernel's dtype: kernel `[…, d_in, d_out]` and the
     adapter leaves of its product, of all layers or of one. Sums are taken in float32 and cast once."""
-    slot = next(slot for product, slot in adapter_config.slots.items() if projection in PRODUCTS[product])
+    slot = next(
+        slot for product, slot in adapter_config.slots.items() if projection in PRODUCTS[product]
+    )
     start, r = slot.forward.index(projection) * adapter_config.rank, adapter_config.rank
     change = leaves["A"][..., start : start + r]
     if projection in slot.matrix:
@@ -119,7 +150,9 @@ def merged_kernel(kernel: Array, leaves: Mapping[str, Array], adapter_config: Ad
     return (kernel.astype(jnp.float32) + adapter_config.scale * change).astype(kernel.dtype)
 
 
-def as_lora(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> tuple[Tree, AdapterConfig]:
+def as_lora(
+    adapter: Tree, config: Any, adapter_config: AdapterConfig
+) -> tuple[Tree, AdapterConfig]:
     """The same function as a `lora`: a lora or pf_lora as it is, an ffa with the fixed tiling `[I I … I]` as its B's.
     Raises UserError for a method that is no change of W, and for an adapter of another configuration."""
     row = adapter_config.row
@@ -131,9 +164,15 @@ def as_lora(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> tuple[
     for block, products in BLOCKS.items():
         for product in products:
             for name in adapter_config.slots[product].forward:
-                leaves = layers.setdefault(block, {}).setdefault(product, dict(adapter["layers"][block][product]))
+                leaves = layers.setdefault(block, {}).setdefault(
+                    product, dict(adapter["layers"][block][product])
+                )
                 if row.adds == "repeat":
                     shape = (adapter_config.rank, config.widths[name][1])
-                    tiling = jnp.tile(jnp.eye(shape[0], dtype=leaves["A"].dtype), shape[1] // shape[0])
-                    leaves[f"{name}_B"] = jnp.broadcast_to(tiling, (config.num_hidden_layers, *shape))
+                    tiling = jnp.tile(
+                        jnp.eye(shape[0], dtype=leaves["A"].dtype), shape[1] // shape[0]
+                    )
+                    leaves[f"{name}_B"] = jnp.broadcast_to(
+                        tiling, (config.num_hidden_layers, *shape)
+                    )
     return {"layers": layers}, dataclasses.replace(adapter_config, method="lora", add_to=())

@@ -39,11 +39,13 @@ from flora_jax.errors import UserError
 Array = jax.Array
 Initializer = Callable[[Array, Sequence[int], Any], Array]
 
-SAVED = "product"  # the name under which jax.checkpoint knows what a FusedDense gives, adapter and all
+# the name under which jax.checkpoint knows what a FusedDense gives, adapter and all
+SAVED = "product"
 
 _DRAWN_AT_ONCE = 2**22  # values
 _COPIES = 64  # operands of one concatenation
-_SUMMED = 10**7  # weights that one token's product has at the most where XLA for a GPU makes a sum of it
+# weights that one token's product has at the most where XLA for a GPU makes a sum of it
+_SUMMED = 10**7
 _FEW_ROWS = 128  # up to which `(W xᵀ)ᵀ` is not slower than `x Wᵀ` on a CPU
 
 
@@ -53,9 +55,18 @@ def normal(stddev: float) -> Initializer:
 
     def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         least = -(-math.prod(shape) // _DRAWN_AT_ONCE)
-        blocks = next(n for n in range(least, shape[0] + 1) if shape[0] % n == 0) if least > 1 else 1
-        draw = lambda key: stddev * jax.random.normal(key, (shape[0] // blocks, *shape[1:]), dtype)  # noqa: E731
-        return draw(key) if blocks == 1 else jax.lax.map(draw, jax.random.split(key, blocks)).reshape(shape)
+        blocks = (
+            next(n for n in range(least, shape[0] + 1) if shape[0] % n == 0) if least > 1 else 1
+        )
+
+        def draw(key):
+            return stddev * jax.random.normal(key, (shape[0] // blocks, *shape[1:]), dtype)
+
+        return (
+            draw(key)
+            if blocks == 1
+            else jax.lax.map(draw, jax.random.split(key, blocks)).reshape(shape)
+        )
 
     return init
 
@@ -102,7 +113,11 @@ def keep_own(y: Array, start: int, width: int, select: Array) -> Array:
     not choose; channels before them are kept."""
     before = jnp.ones((*select.shape[:-1], start), bool)
     after = y.shape[-1] - start - width * select.shape[-1]
-    chosen = [before, jnp.repeat(select, width, axis=-1), jnp.ones((*select.shape[:-1], after), bool)]
+    chosen = [
+        before,
+        jnp.repeat(select, width, axis=-1),
+        jnp.ones((*select.shape[:-1], after), bool),
+    ]
     return jnp.where(jnp.concatenate(chosen, axis=-1)[:, None, :], y, 0)
 
 
@@ -207,21 +222,35 @@ class FusedDense(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, z: Array | None = None, *, select: Array | None = None, deterministic: bool = True
+        self,
+        x: Array,
+        z: Array | None = None,
+        *,
+        select: Array | None = None,
+        deterministic: bool = True,
     ) -> tuple[list[Array], Array | None]:
         if self.fused:
             return self._fused(x, z, select)
         ys, z_out = self._split(x, z, deterministic)
         return checkpoint_name(ys, SAVED), z_out
 
-    def _split(self, x: Array, z: Array | None, deterministic: bool) -> tuple[list[Array], Array | None]:
+    def _split(
+        self, x: Array, z: Array | None, deterministic: bool
+    ) -> tuple[list[Array], Array | None]:
         """The product over base kernels and adapter leaves apart."""
         names = PRODUCTS[self.product]
         ys = []
         for name in names:
-            y = x @ self.param(f"{name}_kernel", normal(0.02), self.widths[name], self.param_dtype).astype(x.dtype)
+            y = x @ self.param(
+                f"{name}_kernel", normal(0.02), self.widths[name], self.param_dtype
+            ).astype(x.dtype)
             if self.use_bias:
-                bias = self.param(f"{name}_bias", nn.initializers.zeros_init(), self.widths[name][1:], self.param_dtype)
+                bias = self.param(
+                    f"{name}_bias",
+                    nn.initializers.zeros_init(),
+                    self.widths[name][1:],
+                    self.param_dtype,
+                )
                 y = y + bias.astype(x.dtype)
             ys.append(y)
         if self.adapter is None:
@@ -234,8 +263,12 @@ class FusedDense(nn.Module):
         }
         z_out, own = None, {}
         if slot.forward:
-            read = nn.Dropout(adapter.dropout, rng_collection="dropout")(x, deterministic=deterministic)
-            z_out = checkpoint_name(adapter.scale * ACTIVATIONS[adapter.activation](read @ leaves["A"]), SAVED)
+            read = nn.Dropout(adapter.dropout, rng_collection="dropout")(
+                x, deterministic=deterministic
+            )
+            z_out = checkpoint_name(
+                adapter.scale * ACTIVATIONS[adapter.activation](read @ leaves["A"]), SAVED
+            )
             own = dict(zip(slot.forward, jnp.split(z_out, len(slot.forward), axis=-1), strict=True))
         for i, name in enumerate(names):
             if name in slot.matrix:
@@ -243,11 +276,15 @@ class FusedDense(nn.Module):
             if name in slot.backward:
                 ys[i] = ys[i] + expand(z, leaves[f"{name}_B"])
             if name in slot.repeat:
-                piece = own[name] if name in own else z.reshape(*z.shape[:-1], -1, adapter.rank).sum(-2)
+                piece = (
+                    own[name] if name in own else z.reshape(*z.shape[:-1], -1, adapter.rank).sum(-2)
+                )
                 ys[i] = repeat_and_add(ys[i], piece)
         return ys, z_out
 
-    def _fused(self, x: Array, z: Array | None, select: Array | None) -> tuple[list[Array], Array | None]:
+    def _fused(
+        self, x: Array, z: Array | None, select: Array | None
+    ) -> tuple[list[Array], Array | None]:
         """The product over the leaves of layouts.py: `kernel` with what rides in it, or, for the baselines of a
         measurement, `<projection>_kernel`, `<piece>_A` and `<projection>_B` apart."""
         names, adapter = PRODUCTS[self.product], self.adapter
@@ -260,11 +297,15 @@ class FusedDense(nn.Module):
         if suffix in leaves:
             inputs = [x] if z is None or not slot.backward or f"{names[0]}_B" in leaves else [x, z]
             rows = sum(part.shape[-1] for part in inputs)
-            shapes = {name: leaf.shape[::-1] if transposed else leaf.shape for name, leaf in leaves.items()}
+            shapes = {
+                name: leaf.shape[::-1] if transposed else leaf.shape
+                for name, leaf in leaves.items()
+            }
             self._check_shapes(shapes, suffix, rows, 0 if apart else len(slot.forward), select)
             kernel, (filled, columns) = leaves[suffix], shapes[suffix]
             if filled > rows and not transposed and _is_sum(x, rows * columns):
-                kernel = kernel[:rows]  # GEMMs want rows in blocks; a sum over more rows might be written out
+                # GEMMs want rows in blocks; a sum over more rows might be written out
+                kernel = kernel[:rows]
             elif filled > rows:
                 inputs.append(jnp.zeros((*x.shape[:-1], filled - rows), x.dtype))
             y = times(jnp.concatenate(inputs, axis=-1) if len(inputs) > 1 else x, kernel)
@@ -276,11 +317,15 @@ class FusedDense(nn.Module):
         else:
             ys = [times(x, leaves[f"{name}_{suffix}"]) for name in names]
         if "bias" in leaves:
-            ys = [y + bias for y, bias in zip(ys, jnp.split(leaves["bias"], edges[:-1]), strict=True)]
+            ys = [
+                y + bias for y, bias in zip(ys, jnp.split(leaves["bias"], edges[:-1]), strict=True)
+            ]
         z_out, own = None, {}
         if slot.forward:
             if apart:
-                riding = jnp.concatenate([times(x, leaves[f"{piece}_A"]) for piece in slot.forward], axis=-1)
+                riding = jnp.concatenate(
+                    [times(x, leaves[f"{piece}_A"]) for piece in slot.forward], axis=-1
+                )
             z_out = ACTIVATIONS[adapter.activation](riding)
             if select is not None:
                 z_out = keep_own(z_out, 0, adapter.rank * len(slot.forward), select)
@@ -297,7 +342,12 @@ class FusedDense(nn.Module):
         return ys, z_out
 
     def _check_shapes(
-        self, shapes: Mapping[str, tuple[int, ...]], kernel: str, rows: int, pieces: int, select: Array | None
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        kernel: str,
+        rows: int,
+        pieces: int,
+        select: Array | None,
     ) -> None:
         """Raises UserError unless the fused kernel has `rows`, the columns of `pieces` pieces a place, and its B's."""
         adapter, places = self.adapter, 1 if select is None else select.shape[-1]
@@ -312,19 +362,31 @@ class FusedDense(nn.Module):
         for leaf, shape in expected.items():
             found = shapes.get(leaf, "absent")
             # Rows B, and a stream, may be filled up with zeros.
-            fills = leaf == kernel and ((slot.backward and rows > d_in, False) if not stream else (False, pieces > 0))
+            fills = leaf == kernel and (
+                (slot.backward and rows > d_in, False) if not stream else (False, pieces > 0)
+            )
             fits = found != "absent" and all(
                 n == wanted or (may and n > wanted)
                 for n, wanted, may in zip(found, shape, fills or (False, False), strict=True)
             )
             if not fits:
-                what = "the bare base" if adapter is None else f"{adapter.method} at rank {adapter.rank}, {places=},"
-                raise UserError(f"fused {leaf} of {self.product!r} is {found}, but {what} has {shape} there")
+                what = (
+                    "the bare base"
+                    if adapter is None
+                    else f"{adapter.method} at rank {adapter.rank}, {places=},"
+                )
+                raise UserError(
+                    f"fused {leaf} of {self.product!r} is {found}, but {what} has {shape} there"
+                )
 
     def _leaf(self, name: str, shape: tuple[int, ...], init: Initializer) -> Array:
-        value = self.variable("adapter", name, lambda: init(self.make_rng("params"), shape, jnp.float32)).value
+        value = self.variable(
+            "adapter", name, lambda: init(self.make_rng("params"), shape, jnp.float32)
+        ).value
         if value.shape != shape:
-            raise UserError(f"adapter leaf {self.name}/{name} has shape {value.shape}, expected {shape}")
+            raise UserError(
+                f"adapter leaf {self.name}/{name} has shape {value.shape}, expected {shape}"
+            )
         return value
 
 
@@ -339,10 +401,14 @@ def init_adapter(rng: Array, config: Any, adapter_config: AdapterConfig) -> dict
     keys = iter(jax.random.split(rng, 64))
     for block, products in BLOCKS.items():
         for product in products:
-            for leaf, (shape, init) in adapter_leaves(adapter_config, product, config.widths).items():
+            for leaf, (shape, init) in adapter_leaves(
+                adapter_config, product, config.widths
+            ).items():
                 skipped = adapter_config.slots[product].skips_first and leaf != "A"
                 each = jax.random.split(next(keys), config.num_hidden_layers - skipped)
-                value = jax.vmap(lambda key, init=init, shape=shape: init(key, shape, jnp.float32))(each)
+                value = jax.vmap(lambda key, init=init, shape=shape: init(key, shape, jnp.float32))(
+                    each
+                )
                 layers.setdefault(block, {}).setdefault(product, {})[leaf] = value
     return {"layers": layers} if layers else {}
 

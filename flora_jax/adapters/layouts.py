@@ -38,7 +38,10 @@ def _riders(layers: Tree, adapter_config: AdapterConfig) -> Tree:
     """What of a stacked adapter goes into each product, by block and product: `columns` [L, d_in, R_f], `rows`
     [L, R_b, d_out], `<projection>_B` [L, r, width]. The scale is in the side that by the
     method's own row starts at zero: in A for ffa, ffba* and zflora, in B for the others."""
-    scaled = lambda leaf, side: leaf * (adapter_config.scale if adapter_config.row.zero == side else 1)  # noqa: E731
+
+    def scaled(leaf, side):
+        return leaf * (adapter_config.scale if adapter_config.row.zero == side else 1)
+
     out: Tree = {}
     for block, products in pad_first_layer(layers, adapter_config).items():
         for product, leaves in products.items():
@@ -47,7 +50,9 @@ def _riders(layers: Tree, adapter_config: AdapterConfig) -> Tree:
             if slot.forward:
                 riders["columns"] = scaled(leaves["A"], "A")
             if slot.backward:
-                riders["rows"] = scaled(jnp.concatenate([leaves[f"{p}_B"] for p in slot.backward], axis=-1), "B")
+                riders["rows"] = scaled(
+                    jnp.concatenate([leaves[f"{p}_B"] for p in slot.backward], axis=-1), "B"
+                )
             riders.update({f"{p}_B": scaled(leaves[f"{p}_B"], "B") for p in slot.matrix})
     return out
 
@@ -57,7 +62,11 @@ def _has_adapter(adapter_config: AdapterConfig | None) -> bool:
 
 
 def _extent(
-    config: Any, adapter_config: AdapterConfig | None, product: str, places: int, row_multiple: int = 1
+    config: Any,
+    adapter_config: AdapterConfig | None,
+    product: str,
+    places: int,
+    row_multiple: int = 1,
 ) -> tuple[int, int]:
     """Rows and columns of a fused kernel with room for `places` adapters, filled up to the multiple."""
     names = PRODUCTS[product]
@@ -69,7 +78,9 @@ def _extent(
         width = fill(config.hidden_size + places * adapter_config.rank)
         return (width, columns) if slot.backward else (rows, width)
     backward = places * slot.backward_rank
-    return fill(rows + backward) if backward else rows, columns + places * adapter_config.rank * len(slot.forward)
+    return fill(
+        rows + backward
+    ) if backward else rows, columns + places * adapter_config.rank * len(slot.forward)
 
 
 def _refuse_tensor_parallel(base: Tree) -> None:
@@ -104,10 +115,18 @@ def fuse(
     tensor-parallel base, and fold_adds of another method.
     """
     fused = {name: leaf for name, leaf in base.items() if name != "layers"}
-    fused["layers"] = dict(fused_layers(base, adapter, config, adapter_config, row_multiple, fold_adds, transposed))
+    fused["layers"] = dict(
+        fused_layers(base, adapter, config, adapter_config, row_multiple, fold_adds, transposed)
+    )
     if adapter:
-        fused["riders"] = _mark(fused, 1 if isinstance(adapter, Mapping) else len(adapter), adapter_config)
-    return {**fused, "folded": jnp.zeros(0, base["embed_tokens"]["embedding"].dtype)} if fold_adds else fused
+        fused["riders"] = _mark(
+            fused, 1 if isinstance(adapter, Mapping) else len(adapter), adapter_config
+        )
+    return (
+        {**fused, "folded": jnp.zeros(0, base["embed_tokens"]["embedding"].dtype)}
+        if fold_adds
+        else fused
+    )
 
 
 def _mark(fused: Tree, places: int, adapter_config: AdapterConfig) -> Array:
@@ -134,19 +153,26 @@ def fused_layers(
     if adapters and not _has_adapter(adapter_config):
         raise UserError("an adapter was given without the adapter_config that it belongs to")
     if _has_adapter(adapter_config) and not adapters:
-        raise UserError(f"adapter_config is of {adapter_config.method}, but no adapter was given; pass None for both")
+        raise UserError(
+            f"adapter_config is of {adapter_config.method}, but no adapter was given; pass None for both"
+        )
     for one in adapters:
         check_adapter(one, config, adapter_config)
     if fold_adds:
         if len(adapters) != 1:
-            raise UserError(f"fold_adds takes one adapter, {len(adapters)} were given: it changes the base")
+            raise UserError(
+                f"fold_adds takes one adapter, {len(adapters)} were given: it changes the base"
+            )
         base, adapters[0], adapter_config = folded(base, adapters[0], adapter_config)
     banks = [_riders(one["layers"], adapter_config) for one in adapters]
 
     def product(i: int, block: str, name: str) -> Tree:
         leaves = {path: leaf[i] for path, leaf in base["layers"][block][name].items()}
         first = next(iter(leaves.values()))
-        kind, xp = first.dtype if dtype is None else dtype, np if isinstance(first, np.ndarray) else jnp
+        kind, xp = (
+            first.dtype if dtype is None else dtype,
+            np if isinstance(first, np.ndarray) else jnp,
+        )
         leaves = {path: leaf.astype(kind, copy=False) for path, leaf in leaves.items()}
         riders = [
             {path: xp.asarray(leaf[i], kind) for path, leaf in bank[block][name].items()}
@@ -161,12 +187,19 @@ def fused_layers(
                 kernel = xp.concatenate([kernel, *parts], axis=-1 if path == "columns" else 0)
             else:
                 out[path] = xp.concatenate(parts, axis=0)
-        out["kernel"] = _pad_to(kernel, _extent(config, adapter_config, name, len(adapters), row_multiple))
+        out["kernel"] = _pad_to(
+            kernel, _extent(config, adapter_config, name, len(adapters), row_multiple)
+        )
         if f"{PRODUCTS[name][0]}_bias" in leaves:
             out["bias"] = xp.concatenate([leaves[f"{p}_bias"] for p in PRODUCTS[name]])
         return _turned(out) if transposed else out
 
-    return _each_layer(base, config, product, _extent(config, adapter_config, "qkv", len(adapters), row_multiple)[0])
+    return _each_layer(
+        base,
+        config,
+        product,
+        _extent(config, adapter_config, "qkv", len(adapters), row_multiple)[0],
+    )
 
 
 def _turned(leaves: Tree) -> Tree:
@@ -188,21 +221,29 @@ def _pad_to(array: Array, shape: Sequence[int]) -> Array:
     return xp.pad(array, [(0, to - n) for n, to in zip(array.shape, shape, strict=True)])
 
 
-def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: int, row_multiple: int = 1) -> Tree:
+def make_room(
+    fused: Tree, config: Any, adapter_config: AdapterConfig, places: int, row_multiple: int = 1
+) -> Tree:
     """The fused tree of the same base with zeros where `places` adapters of `adapter_config` will be written; whatever
     adapter was in it is dropped. What was there is copied layer by layer. Raises UserError for a tree whose adds were
     folded: they are in its base."""
     if "folded" in fused:
-        raise UserError("the repeat-and-adds of this tree were folded into its base: make_room cannot take them out "
-                        "again")  # fmt: skip
+        raise UserError(
+            "the repeat-and-adds of this tree were folded into its base: make_room cannot take them out "
+            "again"
+        )
 
     def product(name: str, leaves: Tree) -> Tree:
         transposed, (d_in, d_out) = "weight" in leaves, _extent(config, None, name, 0)
         leaves = _turned(leaves) if transposed else leaves
         kernel = leaves["kernel"][:d_in, :d_out]
-        out = {"kernel": _pad_to(kernel, _extent(config, adapter_config, name, places, row_multiple))}
+        out = {
+            "kernel": _pad_to(kernel, _extent(config, adapter_config, name, places, row_multiple))
+        }
         for p in adapter_config.slots[name].matrix:
-            out[f"{p}_B"] = jnp.zeros((places * adapter_config.rank, config.widths[p][1]), kernel.dtype)
+            out[f"{p}_B"] = jnp.zeros(
+                (places * adapter_config.rank, config.widths[p][1]), kernel.dtype
+            )
         out |= {"bias": leaves["bias"]} if "bias" in leaves else {}
         return _turned(out) if transposed else out
 
@@ -214,7 +255,10 @@ def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: i
                 for name, leaf in layer.items()
                 if name not in BLOCKS
             },
-            **{block: {name: product(name, layer[block][name]) for name in names} for block, names in BLOCKS.items()},
+            **{
+                block: {name: product(name, layer[block][name]) for name in names}
+                for block, names in BLOCKS.items()
+            },
         }
         for i, layer in fused["layers"].items()
     }
@@ -230,7 +274,10 @@ def _each_layer(base: Tree, config: Any, product: Any, stream: int) -> Iterator[
             for name, leaf in base["layers"].items()
             if name not in BLOCKS
         }
-        blocks = {block: {name: product(i, block, name) for name in products} for block, products in BLOCKS.items()}
+        blocks = {
+            block: {name: product(i, block, name) for name in products}
+            for block, products in BLOCKS.items()
+        }
         yield str(i), {**norms, **blocks}
 
 
@@ -279,7 +326,9 @@ def apart(
     return {**out, "layers": dict(_each_layer(base, config, product, config.hidden_size))}
 
 
-def split(fused: Tree, config: Any, adapter_config: AdapterConfig | None, place: int = 0) -> tuple[Tree, Tree]:
+def split(
+    fused: Tree, config: Any, adapter_config: AdapterConfig | None, place: int = 0
+) -> tuple[Tree, Tree]:
     """`(base, adapter)` of a fused tree, stacked again; of a bank, the adapter at `place`.
 
     The base is bit-equal to what was fused; so is the adapter where s is a power of two (else within 2 ulp) and the
@@ -287,13 +336,20 @@ def split(fused: Tree, config: Any, adapter_config: AdapterConfig | None, place:
     without such a place.
     """
     if "folded" in fused:
-        raise UserError("the repeat-and-adds of this tree were folded into its base: split cannot take them out again")
+        raise UserError(
+            "the repeat-and-adds of this tree were folded into its base: split cannot take them out again"
+        )
     places = check_fused(fused, config, adapter_config)
     if not 0 <= place < max(1, places):
-        raise UserError(f"place={place} must be from 0 to {places - 1}: the tree has {places} adapters")
-    scale = lambda leaf, side: (  # noqa: E731
-        leaf / adapter_config.scale if adapter_config.row.zero == side else leaf
-    ).astype(jnp.float32)
+        raise UserError(
+            f"place={place} must be from 0 to {places - 1}: the tree has {places} adapters"
+        )
+
+    def scale(leaf, side):
+        return (leaf / adapter_config.scale if adapter_config.row.zero == side else leaf).astype(
+            jnp.float32
+        )
+
     base: Tree = {name: leaf for name, leaf in fused.items() if name not in ("layers", "riders")}
     layers = [fused["layers"][str(i)] for i in range(config.num_hidden_layers)]
     base["layers"] = {
@@ -304,7 +360,10 @@ def split(fused: Tree, config: Any, adapter_config: AdapterConfig | None, place:
     adapter: Tree = {}
     for block, products in BLOCKS.items():
         for product in products:
-            names, leaves = PRODUCTS[product], base["layers"].setdefault(block, {}).setdefault(product, {})
+            names, leaves = (
+                PRODUCTS[product],
+                base["layers"].setdefault(block, {}).setdefault(product, {}),
+            )
             each = [layer[block][product] for layer in layers]
             each = [_turned(one) for one in each] if "weight" in each[0] else each
             stacked = {path: jnp.stack([one[path] for one in each]) for path in each[0]}
@@ -320,13 +379,17 @@ def split(fused: Tree, config: Any, adapter_config: AdapterConfig | None, place:
             slot, r, own = adapter_config.slots[product], adapter_config.rank, {}
             if slot.forward:
                 n = r * len(slot.forward)
-                own["A"] = scale(stacked["kernel"][:, :d_in, edge + place * n : edge + (place + 1) * n], "A")
+                own["A"] = scale(
+                    stacked["kernel"][:, :d_in, edge + place * n : edge + (place + 1) * n], "A"
+                )
             for name in slot.matrix:
                 own[f"{name}_B"] = scale(stacked[f"{name}_B"][:, place * r : (place + 1) * r], "B")
             edge = 0
             for name in slot.backward:
                 width, start = config.widths[name][1], d_in + place * slot.backward_rank
-                rows = stacked["kernel"][int(slot.skips_first) :, start : start + slot.backward_rank]
+                rows = stacked["kernel"][
+                    int(slot.skips_first) :, start : start + slot.backward_rank
+                ]
                 own[f"{name}_B"] = scale(rows[..., edge : edge + width], "B")
                 edge += width
             if own:
@@ -339,8 +402,13 @@ def check_fused(fused: Tree, config: Any, adapter_config: AdapterConfig | None) 
     _, places, rank = fused["riders"].shape if "riders" in fused else (0, 0, None)
     wanted = adapter_config.rank if _has_adapter(adapter_config) else None
     if rank != wanted:
-        held = lambda rank: "no adapter" if rank is None else f"an adapter of rank {rank}"  # noqa: E731
-        raise UserError(f"the fused tree holds {held(rank)}, but adapter_config is of {held(wanted)}")
+
+        def held(rank):
+            return "no adapter" if rank is None else f"an adapter of rank {rank}"
+
+        raise UserError(
+            f"the fused tree holds {held(rank)}, but adapter_config is of {held(wanted)}"
+        )
     method = f"{adapter_config.method} at rank {rank}" if places else "the bare base"
     for i in range(config.num_hidden_layers):
         for block, products in BLOCKS.items():
@@ -356,13 +424,20 @@ def check_fused(fused: Tree, config: Any, adapter_config: AdapterConfig | None) 
                 # Rows B, and a stream, may be filled up with zeros.
                 stream = places and adapter_config.row.writes == "stream"
                 fills = (bool(slot.backward), bool(stream and slot.forward))
-                fits = (n == to or (may and n > to) for n, to, may in zip(shape, expected, fills, strict=True))
+                fits = (
+                    n == to or (may and n > to)
+                    for n, to, may in zip(shape, expected, fills, strict=True)
+                )
                 if not all(fits):
                     raise UserError(f"{path} is {shape}, but {method} has {expected} there")
                 matrices = {name.removesuffix("_B") for name in leaves if name.endswith("_B")}
                 if matrices != set(slot.matrix):
-                    there, wanted = (", ".join(sorted(names)) or "nothing" for names in (matrices, slot.matrix))
-                    raise UserError(f"{path} has B's beside it for {there}, but {method} for {wanted}")
+                    there, wanted = (
+                        ", ".join(sorted(names)) or "nothing" for names in (matrices, slot.matrix)
+                    )
+                    raise UserError(
+                        f"{path} has B's beside it for {there}, but {method} for {wanted}"
+                    )
     return places
 
 
@@ -373,7 +448,9 @@ def adapter_riders(adapter: Tree, config: Any, adapter_config: AdapterConfig) ->
     return _riders(adapter["layers"], adapter_config)
 
 
-def write_adapter(fused_layers: Tree, riders: Tree, config: Any, adapter_config: AdapterConfig, place: Array) -> Tree:
+def write_adapter(
+    fused_layers: Tree, riders: Tree, config: Any, adapter_config: AdapterConfig, place: Array
+) -> Tree:
     """`fused_layers` (a fused tree's `layers`) with the adapter of `riders` at `place` of the bank, scalar int32.
 
     Only the adapter's columns and rows are written (`dynamic_update_slice`: in place where the argument is donated).

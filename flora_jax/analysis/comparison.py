@@ -109,21 +109,35 @@ def on_disk(tree: Tree, folder: Path) -> Tree:
     return structure.unflatten([move(i, leaf) for i, leaf in enumerate(leaves)])
 
 
-def build(name: str, base: Tree, config: LlamaConfig, adapter_config: AdapterConfig | None) -> tuple[Llama, Tree]:
+def build(
+    name: str, base: Tree, config: LlamaConfig, adapter_config: AdapterConfig | None
+) -> tuple[Llama, Tree]:
     """`(model, params)` of a variant with a random adapter, on the device; base in the split layout, from anywhere."""
-    adapter = None if adapter_config is None else random_adapter(jax.random.key(1), config, adapter_config)
+    adapter = (
+        None
+        if adapter_config is None
+        else random_adapter(jax.random.key(1), config, adapter_config)
+    )
     model, params = serve(name, base, config, adapter_config, adapter, **device_layout())
-    return model, jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), params)
+    return model, jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), params
+    )
 
 
-def sizes(config: LlamaConfig, base: Tree, configs: Mapping[str, AdapterConfig | None]) -> dict[str, Size]:
+def sizes(
+    config: LlamaConfig, base: Tree, configs: Mapping[str, AdapterConfig | None]
+) -> dict[str, Size]:
     """Sizes of the reference and of each variant by name, from shapes alone; `base` may be shapes too."""
 
     def one(name: str, adapter_config: AdapterConfig | None) -> Size:
         params = jax.eval_shape(lambda base: build(name, base, config, adapter_config)[1], base)
         if adapter_config is None:
             return Size(None, 0, read_bytes(params, config))
-        return Size(adapter_config.rank, trained_parameters(config, adapter_config), read_bytes(params, config))
+        return Size(
+            adapter_config.rank,
+            trained_parameters(config, adapter_config),
+            read_bytes(params, config),
+        )
 
     return {REFERENCE: one("base", None), **{name: one(name, own) for name, own in configs.items()}}
 
@@ -160,7 +174,9 @@ def compare(
             prompts, contestants, seconds = setting.prompts(config), {}, {}
             for entrant, (key, (model, params), options) in entrants.items():
                 if (key, setting) not in compiled:
-                    compiled[key, setting] = compile_programs(model, params, setting, options=options)
+                    compiled[key, setting] = compile_programs(
+                        model, params, setting, options=options
+                    )
                 programs = compiled[key, setting]
                 contestants[entrant] = Contestant(programs, params, prompts, prefills, turn)
                 contestants[entrant].warm_up()
@@ -176,7 +192,9 @@ def compare(
         del own, reference, entrants, contestants, model, params  # before the next ones are built
 
 
-def table(measurements: Sequence[Measurement], sizes: Mapping[str, Size], gb_per_s: float) -> list[dict[str, Any]]:
+def table(
+    measurements: Sequence[Measurement], sizes: Mapping[str, Size], gb_per_s: float
+) -> list[dict[str, Any]]:
     """One JSON-ready row a setting and name, the peer's over all rounds it stood in.
 
     A row has TTFT and TPOT (seconds: median, quartiles, every round), each over the reference and over the peers of the
@@ -186,7 +204,11 @@ def table(measurements: Sequence[Measurement], sizes: Mapping[str, Size], gb_per
     """
     rows = []
     for setting in dict.fromkeys(m.setting for m in measurements):
-        here, rounds, compiled = [m for m in measurements if m.setting == setting], defaultdict(list), {}
+        here, rounds, compiled = (
+            [m for m in measurements if m.setting == setting],
+            defaultdict(list),
+            {},
+        )
         for m in here:
             compiled.update(m.compile)
             for one in m.rounds:
@@ -194,13 +216,18 @@ def table(measurements: Sequence[Measurement], sizes: Mapping[str, Size], gb_per
                     rounds[name].append(one)
         names = [n for m in here for n in m.rounds[0] if n in m.compile]
         peers = sorted(rounds.keys() - {REFERENCE, *names})
-        own = {name: _row(name, rounds[name], peers, sizes, setting, gb_per_s) for name in (*names, *peers)}
+        own = {
+            name: _row(name, rounds[name], peers, sizes, setting, gb_per_s)
+            for name in (*names, *peers)
+        }
         baselines = [n for n in own if n in peers or (n.startswith("lora") and n != "lora_merged")]
         for name, row in own.items():
             row["compile_seconds"], row["compile_cached"] = compiled.get(name, (None, None))
             row["beside"] = {
                 other: {
-                    what: claims(row[f"{what}_ratio"]["median"], own[other][f"{what}_ratio"]["median"])
+                    what: claims(
+                        row[f"{what}_ratio"]["median"], own[other][f"{what}_ratio"]["median"]
+                    )
                     for what in ("ttft", "tpot")
                 }
                 for other in baselines
@@ -211,18 +238,31 @@ def table(measurements: Sequence[Measurement], sizes: Mapping[str, Size], gb_per
 
 
 def _row(
-    name: str, rounds: list[dict[str, Seconds]], peers: list[str], sizes: Mapping[str, Size], setting: Setting,
+    name: str,
+    rounds: list[dict[str, Seconds]],
+    peers: list[str],
+    sizes: Mapping[str, Size],
+    setting: Setting,
     gb_per_s: float,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     size, base = sizes[name.removesuffix("_no_dot_merger")], sizes[REFERENCE]
-    row: dict[str, Any] = {"method": name, **dataclasses.asdict(setting), **dataclasses.asdict(size)}
-    times = lambda who, i: [one[who][i] for one in rounds]  # noqa: E731
+    row: dict[str, Any] = {
+        "method": name,
+        **dataclasses.asdict(setting),
+        **dataclasses.asdict(size),
+    }
+
+    def times(who, i):
+        return [one[who][i] for one in rounds]
+
     for i, what in enumerate(("ttft", "tpot")):
         taken = [seconds for seconds in times(name, i) if seconds is not None]
         row[what] = summary(taken) | {"rounds": taken}
         row[f"{what}_ratio"] = paired_ratio(times(name, i), times(REFERENCE, i))
         others = [peer for peer in peers if peer != name and peer in rounds[0]]
-        row[f"{what}_over_peer"] = {peer: paired_ratio(times(name, i), times(peer, i)) for peer in others}
+        row[f"{what}_over_peer"] = {
+            peer: paired_ratio(times(name, i), times(peer, i)) for peer in others
+        }
     tpot = row["tpot"]["median"]
     return row | {
         "bytes_ratio": size.read_bytes / base.read_bytes,

@@ -48,7 +48,9 @@ def traced(folder: Path) -> Iterator[None]:
 
 def _planes(folder: Path) -> list[Any]:
     files = sorted(folder.rglob("*.xplane.pb"))
-    return [plane for file in files for plane in jax.profiler.ProfileData.from_file(str(file)).planes]
+    return [
+        plane for file in files for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+    ]
 
 
 def device_events(folder: Path) -> list[Event]:

@@ -12,7 +12,11 @@ def markdown(result: dict[str, Any]) -> str:
     """The tables of a `latency.json`: for each setting the times, then what each method saves of LoRA's."""
     about, arguments, memory = result["provenance"], result["arguments"], result["bandwidth"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    ranks = "each method at the rank nearest to" if arguments["equal_parameters"] else "all at the rank of"
+    ranks = (
+        "each method at the rank nearest to"
+        if arguments["equal_parameters"]
+        else "all at the rank of"
+    )
     turn = f", {arguments['turn_tokens']} at a turn" if arguments.get("turn_tokens") else ""
     how = f"{memory['threads']} threads" if memory["threads"] else "the device"
     lines = [
@@ -27,7 +31,10 @@ def markdown(result: dict[str, Any]) -> str:
         f"over TPOT, as a share of {memory['gb_per_s']:.1f} GB/s, the best of {len(memory['runs_gb_per_s'])} reads of "
         f"{memory['bytes'] / 1e9:.1f} GB by {how}. compile: of the decode loop, (c) from the persistent cache.\n",
     ]
-    lines += [f"{name}: not timed, torch could not compile it ({why}).\n" for name, why in result["left_out"].items()]
+    lines += [
+        f"{name}: not timed, torch could not compile it ({why}).\n"
+        for name, why in result["left_out"].items()
+    ]
     for rows in by_setting(result["rows"]):
         lines.append(f"## {_title(rows[0])}\n")
         lines += _times(rows)
@@ -54,40 +61,77 @@ def _line(cells: list[str]) -> str:
 
 
 def _spread(value: dict[str, Any], scale: float, digits: int) -> str:
-    low, middle, high = (f"{scale * v:.{digits}f}" for v in (value["quartiles"][0], value["median"],
-                                                             value["quartiles"][1]))  # fmt: skip
+    low, middle, high = (
+        f"{scale * v:.{digits}f}"
+        for v in (value["quartiles"][0], value["median"], value["quartiles"][1])
+    )
     return f"{middle} [{low}, {high}]"
 
 
 def _times(rows: list[Row]) -> list[str]:
-    heads = ["", "rank", "parameters", "TTFT ms", "ratio", "TPOT ms", "ratio", "bytes", "tokens/s", "bandwidth",
-             "compile s"]  # fmt: skip
+    heads = [
+        "",
+        "rank",
+        "parameters",
+        "TTFT ms",
+        "ratio",
+        "TPOT ms",
+        "ratio",
+        "bytes",
+        "tokens/s",
+        "bandwidth",
+        "compile s",
+    ]
     lines = [_line(heads), "|---" * len(heads) + "|"]
     for row in rows:
         seconds = row["compile_seconds"]
-        lines.append(_line([
-            row["method"], str(row["rank"] or "–"), f"{row['parameters']:,}" if row["parameters"] else "–",
-            _spread(row["ttft"], 1e3, 1), _spread(row["ttft_ratio"], 1, 3),
-            _spread(row["tpot"], 1e3, 2), _spread(row["tpot_ratio"], 1, 3), f"{row['bytes_ratio']:.3f}",
-            f"{row['tokens_per_second']:.1f}", f"{row['bandwidth_share']:.0%}",
-            "–" if seconds is None else f"{seconds:.1f}" + " (c)" * row["compile_cached"]]))  # fmt: skip
+        lines.append(
+            _line(
+                [
+                    row["method"],
+                    str(row["rank"] or "–"),
+                    f"{row['parameters']:,}" if row["parameters"] else "–",
+                    _spread(row["ttft"], 1e3, 1),
+                    _spread(row["ttft_ratio"], 1, 3),
+                    _spread(row["tpot"], 1e3, 2),
+                    _spread(row["tpot_ratio"], 1, 3),
+                    f"{row['bytes_ratio']:.3f}",
+                    f"{row['tokens_per_second']:.1f}",
+                    f"{row['bandwidth_share']:.0%}",
+                    "–" if seconds is None else f"{seconds:.1f}" + " (c)" * row["compile_cached"],
+                ]
+            )
+        )
     return lines
 
 
 def _savings(rows: list[Row]) -> list[str]:
     """Two columns a baseline, one for each reading of the paper's claim, and one a peer."""
     names = [row["method"] for row in rows]
-    baselines, peers = ([name for name in names if any(name in row[field] for row in rows)]
-                        for field in ("beside", "tpot_over_peer"))  # fmt: skip
-    heads = ["TPOT", *(head for name in baselines for head in (f"less than {name}", f"of {name}'s overhead removed")),
-             *(f"over {name}, same rounds" for name in peers)]  # fmt: skip
+    baselines, peers = (
+        [name for name in names if any(name in row[field] for row in rows)]
+        for field in ("beside", "tpot_over_peer")
+    )
+    heads = [
+        "TPOT",
+        *(
+            head
+            for name in baselines
+            for head in (f"less than {name}", f"of {name}'s overhead removed")
+        ),
+        *(f"over {name}, same rounds" for name in peers),
+    ]
     lines = [_line(heads), "|---" * len(heads) + "|"]
     for row in rows:
         if not row["beside"] or row["compile_seconds"] is None:
             continue
         cells = [row["method"]]
         for name in baselines:
-            claim = row["beside"].get(name, {}).get("tpot", {"less_than_lora": None, "overhead_removed": None})
+            claim = (
+                row["beside"]
+                .get(name, {})
+                .get("tpot", {"less_than_lora": None, "overhead_removed": None})
+            )
             cells += ["–" if value is None else f"{value:.1%}" for value in claim.values()]
         cells += [_spread(row["tpot_over_peer"][name], 1, 3) for name in peers]
         lines.append(_line(cells))
@@ -103,21 +147,42 @@ def plot(result: dict[str, Any], path: Path) -> None:
     batches = list(dict.fromkeys(rows[0]["batch_size"] for rows in groups))
     names = list(dict.fromkeys(row["method"] for rows in groups for row in rows))
     # A Figure of its own: no global state, and no window system.
-    figure = Figure(figsize=(1.2 + 3.4 * len(lengths), 0.9 + (0.5 + 0.24 * len(names)) * len(batches)),
-                    layout="constrained")  # fmt: skip
+    figure = Figure(
+        figsize=(1.2 + 3.4 * len(lengths), 0.9 + (0.5 + 0.24 * len(names)) * len(batches)),
+        layout="constrained",
+    )
     panels = figure.subplots(len(batches), len(lengths), sharex=True, sharey=True, squeeze=False)
     for rows in groups:
-        panel = panels[batches.index(rows[0]["batch_size"])][lengths.index(rows[0]["prompt_length"])]
+        panel = panels[batches.index(rows[0]["batch_size"])][
+            lengths.index(rows[0]["prompt_length"])
+        ]
         places = [names.index(row["method"]) for row in rows]
         panel.axvline(1, color="0.6", linewidth=0.8)
-        for what, shift, style in (("tpot", -0.14, {"color": "C0"}),
-                                   ("ttft", 0.14, {"color": "C1", "markerfacecolor": "white"})):  # fmt: skip
+        for what, shift, style in (
+            ("tpot", -0.14, {"color": "C0"}),
+            ("ttft", 0.14, {"color": "C1", "markerfacecolor": "white"}),
+        ):
             ratios = [row[f"{what}_ratio"] for row in rows]
             middles = [r["median"] for r in ratios]
             reach = [[abs(r["median"] - r["quartiles"][side]) for r in ratios] for side in (0, 1)]
-            panel.errorbar(middles, [p + shift for p in places], xerr=reach, fmt="o", markersize=4, elinewidth=1,
-                           label=what.upper(), **style)  # fmt: skip
-        panel.plot([row["bytes_ratio"] for row in rows], places, "|", color="black", markersize=11, label="bytes")
+            panel.errorbar(
+                middles,
+                [p + shift for p in places],
+                xerr=reach,
+                fmt="o",
+                markersize=4,
+                elinewidth=1,
+                label=what.upper(),
+                **style,
+            )
+        panel.plot(
+            [row["bytes_ratio"] for row in rows],
+            places,
+            "|",
+            color="black",
+            markersize=11,
+            label="bytes",
+        )
         panel.set_title(_title(rows[0]), fontsize=9)
         panel.set_yticks(range(len(names)), names, fontsize=8)
         panel.tick_params(axis="x", labelsize=8)
@@ -125,6 +190,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
         panel.set_axisbelow(True)
     panels[0][0].invert_yaxis()
     figure.supxlabel("ratio to the merged base, median and quartiles", fontsize=9)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8,
-                  frameon=False)  # fmt: skip
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=3,
+        fontsize=8,
+        frameon=False,
+    )
     figure.savefig(path, dpi=200)

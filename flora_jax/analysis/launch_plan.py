@@ -77,20 +77,43 @@ class Target:
 
 TARGETS = {
     "h100": Target(
-        "NVIDIA H100 80GB HBM3", "major: 9 feature_extension: ACCELERATED_FEATURES", 132, 128, 1.98,
-        3352320000000, 52428800, 84942979072, 233472, 232448),
+        "NVIDIA H100 80GB HBM3",
+        "major: 9 feature_extension: ACCELERATED_FEATURES",
+        132,
+        128,
+        1.98,
+        3352320000000,
+        52428800,
+        84942979072,
+        233472,
+        232448,
+    ),
     "a100": Target(
-        "NVIDIA A100-SXM4-80GB", "major: 8", 108, 64, 1.41,
-        2039040000000, 41943040, 85100068864, 167936, 166912),
-}  # fmt: skip
+        "NVIDIA A100-SXM4-80GB",
+        "major: 8",
+        108,
+        64,
+        1.41,
+        2039040000000,
+        41943040,
+        85100068864,
+        167936,
+        166912,
+    ),
+}
 
 # Compiler options by who computes the products.
 MODES = {"triton": {}, "cublas": {"xla_gpu_enable_triton_gemm": False}}
 
 _ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
-_DUMPS = {"sequence": "thunk_sequence", "after": "thunk_sequence_after_thunk_passes", "metadata": "thunk_metadata"}
+_DUMPS = {
+    "sequence": "thunk_sequence",
+    "after": "thunk_sequence_after_thunk_passes",
+    "metadata": "thunk_metadata",
+}
 _COPYING = ("copy", "pad", "concatenate", "transpose")
-_ARGUMENTS = {"weights": "params", "cache": "cache"}  # what arguments hold, by what the planned step calls them
+# what arguments hold, by what the planned step calls them
+_ARGUMENTS = {"weights": "params", "cache": "cache"}
 _PARTIAL = ("slice", "dynamic-slice", "gather")
 
 
@@ -126,10 +149,18 @@ def parse_hlo(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             entry = head[2] if head[1] else entry
         elif current is not None and (match := _LINE.match(re.sub(r"/\*.*?\*/", "", line))):
             root, name, type_, opcode, operands = match.groups()
-            sizes = tuple(_size(dtype, dims) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", type_))
+            sizes = tuple(
+                _size(dtype, dims) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", type_)
+            )
             calls = re.search(r"calls=%([\w.\-]+)", line)
-            names = (operands,) if opcode == "parameter" else tuple(re.findall(r"%([\w.\-]+)", operands))
-            current[name] = Instruction(name, opcode, sizes, type_, names, calls and calls[1], bool(root))
+            names = (
+                (operands,)
+                if opcode == "parameter"
+                else tuple(re.findall(r"%([\w.\-]+)", operands))
+            )
+            current[name] = Instruction(
+                name, opcode, sizes, type_, names, calls and calls[1], bool(root)
+            )
     return computations, entry
 
 
@@ -156,12 +187,16 @@ def longest_chain(entry: Mapping[str, Instruction], launches: Mapping[str, int])
     counted as often as it launches."""
     depth: dict[str, int] = {}
     for name, instruction in entry.items():
-        depth[name] = launches.get(name, 0) + max((depth.get(o, 0) for o in instruction.operands), default=0)
+        depth[name] = launches.get(name, 0) + max(
+            (depth.get(o, 0) for o in instruction.operands), default=0
+        )
     return max(depth.values(), default=0)
 
 
 def moved_bytes(
-    instruction: Instruction, entry: Mapping[str, Instruction], computations: Mapping[str, Mapping[str, Instruction]]
+    instruction: Instruction,
+    entry: Mapping[str, Instruction],
+    computations: Mapping[str, Mapping[str, Instruction]],
 ) -> int:
     """Bytes that one launch reads and writes. Of an array that a fusion only looks up or slices, what is taken; of one
     updated in place, the update; a library call's workspace is not counted."""
@@ -205,9 +240,12 @@ def _written(root: Instruction, body: Mapping[str, Instruction]) -> int:
 
 
 def large_copies(
-    computations: Mapping[str, Mapping[str, Instruction]], entry: str, launched: Iterable[str], products: Iterable[str],
+    computations: Mapping[str, Mapping[str, Instruction]],
+    entry: str,
+    launched: Iterable[str],
+    products: Iterable[str],
     threshold: int,
-) -> dict[str, list[str]]:  # fmt: skip
+) -> dict[str, list[str]]:
     """What is moved about in pieces of at least `threshold` bytes, as `opcode type`, by what it was made from:
     "weights", "cache" or "activations".
 
@@ -219,10 +257,14 @@ def large_copies(
     made_of: dict[str, set[str]] = {}
     for name, one in body.items():
         if one.opcode == "parameter":
-            made_of[name] = {kind for kind, argument in _ARGUMENTS.items() if name.startswith(argument)}
+            made_of[name] = {
+                kind for kind, argument in _ARGUMENTS.items() if name.startswith(argument)
+            }
             continue
         # Small operands are left out: every activation is made of weights in the end.
-        reads = set().union(*(made_of[o] for o in one.operands if o in body and body[o].bytes >= threshold // 2))
+        reads = set().union(
+            *(made_of[o] for o in one.operands if o in body and body[o].bytes >= threshold // 2)
+        )
         made_of[name] = set() if name in products else reads
         if name in launched:
             kind = next((kind for kind in _ARGUMENTS if kind in reads), "activations")
@@ -232,11 +274,16 @@ def large_copies(
 
 
 def _large(
-    one: Instruction, computations: Mapping[str, Mapping[str, Instruction]], threshold: int, exempt: bool
+    one: Instruction,
+    computations: Mapping[str, Mapping[str, Instruction]],
+    threshold: int,
+    exempt: bool,
 ) -> list[str]:
     """What of one launch is large; its own result only counts unless it is exempt, or a copy."""
     if one.calls is None:
-        large = one.bytes >= threshold and (one.opcode in _COPYING or not (exempt or one.opcode == "custom-call"))
+        large = one.bytes >= threshold and (
+            one.opcode in _COPYING or not (exempt or one.opcode == "custom-call")
+        )
         return [f"{one.opcode} {one.type}"] if large else []
     inside, todo = [], [one.calls]
     while todo:
@@ -271,11 +318,17 @@ class Plan:
 @functools.cache
 def _device(target: str) -> Any:
     description = TARGETS[target].description
-    return topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1").devices[0]
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=description, topology="1x1x1"
+    ).devices[0]
 
 
 def compile_for(
-    target: str, function: Any, *arguments: Any, options: Mapping[str, Any] | None = None, donate: tuple[int, ...] = ()
+    target: str,
+    function: Any,
+    *arguments: Any,
+    options: Mapping[str, Any] | None = None,
+    donate: tuple[int, ...] = (),
 ) -> tuple[Any, dict[str, str]]:
     """`function` compiled for a target from shapes and dtypes: the compiled object and the compiler's dumped texts,
     "sequence" (launches), "after" (the same, recorded in graphs) and "metadata"."""
@@ -285,13 +338,18 @@ def compile_for(
     # A Pallas kernel is lowered for the device of the mesh around it, not for that of its arguments.
     kind = AbstractDevice(device.device_kind, TARGETS[target].cores, "gpu")
     mesh = AbstractMesh((), (), abstract_device=kind)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
+    )
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         with use_abstract_mesh(mesh):
             lowered = jax.jit(function, donate_argnums=donate).lower(*shapes)
         compiled = lowered.compile({**dump, **(options or {})})
-        text = lambda name: "".join(path.read_text() for path in Path(folder).glob(f"*{name}.txt"))  # noqa: E731
+
+        def text(name):
+            return "".join(path.read_text() for path in Path(folder).glob(f"*{name}.txt"))
+
         texts = {name: text(file) for name, file in _DUMPS.items()}
     return compiled, texts
 
@@ -302,8 +360,16 @@ def read_plan(compiled: Any, texts: Mapping[str, str], threshold: int) -> Plan:
     launches = parse_launches(texts["sequence"], texts["metadata"])
     computations, entry = parse_hlo(compiled.as_text())
     body, counts = computations[entry], Counter(name for _, name in launches)
-    gemms = [name for kind, name in launches if re.search(r"Cublas|kGemm|kCuDnn", kind) or "gemm_fusion" in name]
-    matrices = {n for n, one in body.items() if n.startswith("params") and re.match(r"\w+\[\d+,\d+\]", one.type)}
+    gemms = [
+        name
+        for kind, name in launches
+        if re.search(r"Cublas|kGemm|kCuDnn", kind) or "gemm_fusion" in name
+    ]
+    matrices = {
+        n
+        for n, one in body.items()
+        if n.startswith("params") and re.match(r"\w+\[\d+,\d+\]", one.type)
+    }
     for name, one in body.items():
         if one.opcode == "bitcast" and one.operands[0] in matrices:
             matrices.add(name)
@@ -333,10 +399,20 @@ def check_bank(name: str, adapters: int) -> None:
 
 
 def plan_step(
-    name: str, config: LlamaConfig, adapter_config: AdapterConfig | None, *, target: str, mode: str, batch: int,
-    dtype: Any = jnp.bfloat16, cache_length: int = 1024, row_multiple: int = 128, adapters: int = 1,
-    dot_merger: bool = True, attention: str = "kernel",
-) -> Plan:  # fmt: skip
+    name: str,
+    config: LlamaConfig,
+    adapter_config: AdapterConfig | None,
+    *,
+    target: str,
+    mode: str,
+    batch: int,
+    dtype: Any = jnp.bfloat16,
+    cache_length: int = 1024,
+    row_multiple: int = 128,
+    adapters: int = 1,
+    dot_merger: bool = True,
+    attention: str = "kernel",
+) -> Plan:
     """The plan of one decode step of a variant: one new token a row over a cache of `cache_length` slots, which it
     updates in place, and the next token chosen greedily. adapters: how many lie in the bank, with the mask that selects
     among them; attention: "kernel" (models/decode_attention.py) or "xla". Raises UserError for a bank of a variant that
@@ -351,7 +427,13 @@ def plan_step(
         nonlocal model
         bank = adapter if adapter is None or adapters == 1 else [adapter] * adapters
         model, params = serve(
-            name, base, config, adapter_config, bank, row_multiple, decode_kernel=attention == "kernel"
+            name,
+            base,
+            config,
+            adapter_config,
+            bank,
+            row_multiple,
+            decode_kernel=attention == "kernel",
         )
         return params
 
@@ -361,41 +443,60 @@ def plan_step(
     bank = variant.method is not None and adapters > 1
     select = jax.ShapeDtypeStruct((batch, adapters), jnp.bool_) if bank else None
 
-    def step(params: Any, tokens: jax.Array, cache: KVCache, select: jax.Array | None) -> tuple[jax.Array, KVCache]:
+    def step(
+        params: Any, tokens: jax.Array, cache: KVCache, select: jax.Array | None
+    ) -> tuple[jax.Array, KVCache]:
         real = jnp.ones(tokens.shape, bool)
-        logits, cache = model.apply({"params": params}, tokens, real, cache, select, method=last_logits)
+        logits, cache = model.apply(
+            {"params": params}, tokens, real, cache, select, method=last_logits
+        )
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
     options = MODES[mode] | ({} if dot_merger else NO_DOT_MERGER)
-    compiled, texts = compile_for(target, step, params, tokens, cache, select, options=options, donate=(2,))
+    compiled, texts = compile_for(
+        target, step, params, tokens, cache, select, options=options, donate=(2,)
+    )
     return read_plan(compiled, texts, smallest_kernel(config, dtype))
 
 
 _PLANNED = (2, 4)  # layers; enough for one layer's share, whatever the first and the last cost
 
 
-def plan_model(name: str, config: LlamaConfig, adapter_config: AdapterConfig | None, **settings: Any) -> dict[str, Any]:
+def plan_model(
+    name: str, config: LlamaConfig, adapter_config: AdapterConfig | None, **settings: Any
+) -> dict[str, Any]:
     """A row of the table: `plan_step` at two depths, told apart into one layer's share and the whole model's step.
 
     `layer` and `step` hold launches, gemms, products, chain, moved and the numbers of weight_copies, cache_copies and
     activation_copies; a step of all L layers is extrapolated. Temporary bytes, graphs and copies are the deeper plan's.
     """
     shallow, deep = (
-        plan_step(name, dataclasses.replace(config, num_hidden_layers=n), adapter_config, **settings) for n in _PLANNED
+        plan_step(
+            name, dataclasses.replace(config, num_hidden_layers=n), adapter_config, **settings
+        )
+        for n in _PLANNED
     )
 
     def counts(plan: Plan) -> dict[str, int]:
-        copies = {f"{kind.removesuffix('s')}_copies": len(found) for kind, found in plan.copies.items()}
-        return {key: getattr(plan, key) for key in ("launches", "gemms", "products", "chain", "moved")} | copies
+        copies = {
+            f"{kind.removesuffix('s')}_copies": len(found) for kind, found in plan.copies.items()
+        }
+        return {
+            key: getattr(plan, key) for key in ("launches", "gemms", "products", "chain", "moved")
+        } | copies
 
     few, many = counts(shallow), counts(deep)
     layer = {key: (many[key] - few[key]) / (_PLANNED[1] - _PLANNED[0]) for key in few}
     step = {key: few[key] + (config.num_hidden_layers - _PLANNED[0]) * layer[key] for key in few}
     copies = {kind: dict(Counter(found)) for kind, found in deep.copies.items() if found}
     return {
-        "layer": layer, "step": step, "copies": copies, "temporary": deep.temporary, "graphs": deep.graphs,
+        "layer": layer,
+        "step": step,
+        "copies": copies,
+        "temporary": deep.temporary,
+        "graphs": deep.graphs,
         "in_graphs": deep.in_graphs / deep.launches,
-    }  # fmt: skip
+    }
 
 
 def modelled_ms(moved: float, chain: float, bandwidth: float, launch_us: float) -> float:

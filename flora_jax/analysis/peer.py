@@ -35,13 +35,17 @@ def check_peer() -> None:
     """Raises UserError unless the peer can be run here."""
     missing = absent()
     if missing:
-        raise UserError(f"--peer peft needs {' and '.join(missing)}; pip install -e '.[peers]' brings them")
+        raise UserError(
+            f"--peer peft needs {' and '.join(missing)}; pip install -e '.[peers]' brings them"
+        )
     if jax.default_backend() == "gpu":
         import torch
 
         if not torch.cuda.is_available():
-            raise UserError(f"--peer peft: JAX runs on the GPU, but torch {torch.__version__} sees none; "
-                            "install torch with CUDA, or run both on the CPU with JAX_PLATFORMS=cpu")  # fmt: skip
+            raise UserError(
+                f"--peer peft: JAX runs on the GPU, but torch {torch.__version__} sees none; "
+                "install torch with CUDA, or run both on the CPU with JAX_PLATFORMS=cpu"
+            )
 
 
 class Peer:
@@ -55,14 +59,20 @@ class Peer:
         model = torch_llama(config, base)
         device, dtype = model.device, model.dtype
         projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=projections, init_lora_weights=False)
+        lora = peft.LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=projections, init_lora_weights=False
+        )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what it renamed
+            # peft asks transformers for what it renamed
+            warnings.simplefilter("ignore", FutureWarning)
             model = peft.get_peft_model(model, lora)
         self.model = model.to(device, dtype).eval()
         self.parameters = sum(p.numel() for n, p in self.model.named_parameters() if "lora_" in n)
         # A shape that is not compiled for is an error, not a quiet return to eager.
-        torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
+        torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = (
+            64,
+            True,
+        )
         self._compiled = torch.compile(self.model, dynamic=False)
         self.not_compiled: str | None = None
         self._caches: dict[Setting, Any] = {}
@@ -76,14 +86,21 @@ class Peer:
             # The step after a prompt and those after it may differ in what they are compiled for.
             self.run(setting, prompts, new_tokens=4, compiled=True)
             self.run(setting, prompts, new_tokens=4, compiled=True)
-        except (self._torch._dynamo.exc.TorchDynamoException, self._torch._inductor.exc.InductorError) as error:
+        except (
+            self._torch._dynamo.exc.TorchDynamoException,
+            self._torch._inductor.exc.InductorError,
+        ) as error:
             self.not_compiled = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         else:
             ways["peft_compiled"] = functools.partial(self.run, setting, prompts, compiled=True)
         return ways
 
     def run(
-        self, setting: Setting, prompts: np.ndarray, new_tokens: int | None = None, compiled: bool = False
+        self,
+        setting: Setting,
+        prompts: np.ndarray,
+        new_tokens: int | None = None,
+        compiled: bool = False,
     ) -> Seconds:
         """One generation of greedy tokens after `prompts` `[B, prompt_length]`: TTFT and TPOT in seconds."""
         step, cache = (self._compiled if compiled else self.model), self._cache(setting, compiled)
@@ -97,7 +114,9 @@ class Peer:
         # What is compiled holds on to the arrays of its cache, so there is one for each setting.
         if setting not in self._caches:
             slots = setting.prompt_length + setting.new_tokens
-            self._caches[setting] = transformers.StaticCache(config=self.model.config, max_cache_len=slots)
+            self._caches[setting] = transformers.StaticCache(
+                config=self.model.config, max_cache_len=slots
+            )
         else:
             with self._torch.inference_mode():  # in which the cache was filled
                 self._caches[setting].reset()
@@ -113,13 +132,16 @@ def torch_llama(config: LlamaConfig, base: Mapping[str, Any]) -> Any:
     fields = {k: v for k, v in config.to_hf().items() if k not in ("model_type", "architectures")}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).to(dtype)
     with torch.no_grad():
-        for name, value in to_hf_tensors(config, base):  # one at a time: there is never a second copy of them
+        # one at a time: there is never a second copy of them
+        for name, value in to_hf_tensors(config, base):
             bits = torch.tensor(value.view(np.uint16) if value.dtype.itemsize == 2 else value)
             model.get_parameter(name).copy_(bits.view(dtype))
     return model.to("cuda" if jax.default_backend() == "gpu" else "cpu").eval()
 
 
-def time_torch(model: Any, prompts: np.ndarray, new_tokens: int, cache: Any, step: Any = None) -> Seconds:
+def time_torch(
+    model: Any, prompts: np.ndarray, new_tokens: int, cache: Any, step: Any = None
+) -> Seconds:
     """TTFT and TPOT in seconds of a causal model of transformers, greedy, after `prompts` `[B, prompt_length]`; cache:
     an empty one of its kind; step: what runs for each token after the first, default the model."""
     import torch

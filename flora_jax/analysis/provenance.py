@@ -21,9 +21,14 @@ def provenance(module: str, arguments: list[str], packages: tuple[str, ...] = ()
     device = jax.devices()[0]
     return {
         "command": shlex.join(["python", "-m", module, *map(_placeless, arguments)]),
-        "device": f"{os.cpu_count()} cores, {_processor()}" if device.platform == "cpu" else device.device_kind,
+        "device": f"{os.cpu_count()} cores, {_processor()}"
+        if device.platform == "cpu"
+        else device.device_kind,
         "platform": device.platform,
-        "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}},
+        "versions": {
+            "python": platform.python_version(),
+            **{n: importlib.metadata.version(n) for n in names},
+        },
         # How many processes wanted a core in the last minute: above 0 before it starts, a CPU was not idle.
         "load_average": os.getloadavg()[0],
         "commit": _commit(),
@@ -45,7 +50,9 @@ def _commit() -> str | None:
 
 
 def _placeless(argument: str) -> str:
-    flag, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    flag, equals, value = (
+        argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    )
     return f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 
 

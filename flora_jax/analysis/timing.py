@@ -31,7 +31,8 @@ from flora_jax.models.llama import Llama
 Array = jax.Array
 Tree = dict[str, Any]
 T = TypeVar("T")
-Seconds = tuple[float | None, float]  # TTFT and TPOT of one run; no TTFT where the prompts were not read again
+# TTFT and TPOT of one run; no TTFT where the prompts were not read again
+Seconds = tuple[float | None, float]
 
 _STOP = np.full(8, -1, np.int32)  # ids that no row ever emits, as many as the Generator passes
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
@@ -66,14 +67,20 @@ class Programs:
     cached: bool
 
     def run(
-        self, params: Tree, prompts: np.ndarray, new_tokens: int | None = None, select: Array | None = None
+        self,
+        params: Tree,
+        prompts: np.ndarray,
+        new_tokens: int | None = None,
+        select: Array | None = None,
     ) -> Seconds:
         """One generation of greedy tokens after `prompts` `[B, prompt_length]`, with a fresh cache: TTFT and TPOT in
         seconds. new_tokens: fewer than the setting's, to warm up; select `[B, N]` bool, of a bank."""
         state, ttft = self.start(params, prompts, select)
         return ttft, self.go_on(params, state, new_tokens, select)[1]
 
-    def start(self, params: Tree, prompts: np.ndarray, select: Array | None = None) -> tuple[State, float]:
+    def start(
+        self, params: Tree, prompts: np.ndarray, select: Array | None = None
+    ) -> tuple[State, float]:
         """The state after the first token, and TTFT."""
         rows, length = prompts.shape
         tokens = jnp.zeros((rows, bucket(length)), jnp.int32).at[:, :length].set(prompts)
@@ -105,8 +112,20 @@ class Contestant:
     of one. The first `prefills` generations read the prompts; those after them decode from a copy of the last such
     state, since reading long prompts can take many times as long as what is timed after it."""
 
-    def __init__(self, programs: Programs, params: Tree, prompts: np.ndarray, prefills: int, turn: int | None = None):
-        self._programs, self._params, self._prompts, self._prefills = programs, params, prompts, prefills
+    def __init__(
+        self,
+        programs: Programs,
+        params: Tree,
+        prompts: np.ndarray,
+        prefills: int,
+        turn: int | None = None,
+    ):
+        self._programs, self._params, self._prompts, self._prefills = (
+            programs,
+            params,
+            prompts,
+            prefills,
+        )
         self._tokens = programs.setting.new_tokens
         self._turn = turn or self._tokens
         self._begun: State | None = None  # after the first token
@@ -138,7 +157,11 @@ def _keys(rows: int) -> Array:
 
 
 def compile_programs(
-    model: Llama, params: Tree, setting: Setting, select: Array | None = None, options: Mapping[str, Any] | None = None
+    model: Llama,
+    params: Tree,
+    setting: Setting,
+    select: Array | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Programs:
     """Programs of a model; only the shapes of `params` are read. options: XLA's, by name, on top of its defaults."""
     B, P, options = setting.batch_size, bucket(setting.prompt_length), dict(options or {})
@@ -157,7 +180,9 @@ def compile_programs(
     three = [lowered.compile(compiler_options=options) for lowered in (first, grown, begun)]
     jax.monitoring.register_event_listener(listen)
     start = time.perf_counter()
-    loop = decode.lower(model, params, begun.out_info, jnp.int32(2), _STOP, keys, select, sampling=Sampling())
+    loop = decode.lower(
+        model, params, begun.out_info, jnp.int32(2), _STOP, keys, select, sampling=Sampling()
+    )
     loop = loop.compile(compiler_options=options)
     seconds = time.perf_counter() - start
     jax.monitoring.unregister_event_listener(listen)
@@ -179,7 +204,9 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 def paired_ratio(own: Sequence[float | None], other: Sequence[float | None]) -> dict[str, Any]:
     """Summary of `own / other`, round by round, where both were timed."""
-    return summary([a / b for a, b in zip(own, other, strict=True) if a is not None and b is not None])
+    return summary(
+        [a / b for a, b in zip(own, other, strict=True) if a is not None and b is not None]
+    )
 
 
 def claims(ratio: float, lora: float) -> dict[str, float | None]:
@@ -201,10 +228,15 @@ def read_bandwidth(size: int = 2**30) -> dict[str, Any]:
     if on_cpu:
         parts = np.array_split(np.ones(size // 4, np.float32), threads)
         pool = concurrent.futures.ThreadPoolExecutor(threads)
-        read = lambda: list(pool.map(lambda part: np.dot(part, part), parts))  # noqa: E731
+
+        def read():
+            return list(pool.map(lambda part: np.dot(part, part), parts))
     else:
         array, total = jnp.ones(size // 4, jnp.float32), jax.jit(jnp.sum)
-        read = lambda: total(array).block_until_ready()  # noqa: E731
+
+        def read():
+            return total(array).block_until_ready()
+
     read()  # starts the threads, or compiles
     seconds = []
     for _ in range(3):

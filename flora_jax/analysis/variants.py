@@ -76,7 +76,9 @@ def rank_for(method: str, config: LlamaConfig, parameters: int, side: str = "nea
     `side`: "nearest", or the nearest of those "below" (at most so many) or "above" (at least so many)."""
     one = trained_parameters(config, AdapterConfig(method, 1))
     if not one or not parameters:
-        raise UserError("fft has no adapter, so no rank equals another's parameters; name a method that has one")
+        raise UserError(
+            "fft has no adapter, so no rank equals another's parameters; name a method that has one"
+        )
 
     def fits(rank: int) -> bool:
         try:
@@ -87,14 +89,22 @@ def rank_for(method: str, config: LlamaConfig, parameters: int, side: str = "nea
 
     nearest = max(1, round(parameters / one))
     ranks = [rank for rank in range(1, 4 * nearest + 1) if fits(rank)]
-    over = {rank: trained_parameters(config, AdapterConfig(method, rank)) - parameters for rank in ranks}
-    kept = {"nearest": ranks, "below": [r for r in ranks if over[r] <= 0], "above": [r for r in ranks if over[r] >= 0]}
+    over = {
+        rank: trained_parameters(config, AdapterConfig(method, rank)) - parameters for rank in ranks
+    }
+    kept = {
+        "nearest": ranks,
+        "below": [r for r in ranks if over[r] <= 0],
+        "above": [r for r in ranks if over[r] >= 0],
+    }
     if not kept[side]:
         raise UserError(f"method {method!r} has no rank {side} {parameters:,} parameters")
     return min(kept[side], key=lambda rank: abs(over[rank]))
 
 
-def random_adapter(key: jax.Array, config: LlamaConfig, adapter_config: AdapterConfig, std: float = 0.02) -> Tree:
+def random_adapter(
+    key: jax.Array, config: LlamaConfig, adapter_config: AdapterConfig, std: float = 0.02
+) -> Tree:
     """An adapter with every leaf drawn from N(0, std), float32: one that has been trained, as far as time can tell."""
     leaves, structure = jax.tree.flatten(abstract_adapter(config, adapter_config))
     keys = jax.random.split(key, max(1, len(leaves)))
@@ -103,9 +113,15 @@ def random_adapter(key: jax.Array, config: LlamaConfig, adapter_config: AdapterC
 
 
 def serve(
-    name: str, base: Tree, config: LlamaConfig, adapter_config: AdapterConfig | None, adapter: Tree | None,
-    row_multiple: int = 1, transposed: bool = False, decode_kernel: bool | None = None,
-) -> tuple[Llama, Tree]:  # fmt: skip
+    name: str,
+    base: Tree,
+    config: LlamaConfig,
+    adapter_config: AdapterConfig | None,
+    adapter: Tree | None,
+    row_multiple: int = 1,
+    transposed: bool = False,
+    decode_kernel: bool | None = None,
+) -> tuple[Llama, Tree]:
     """`(model, params)` of a variant: `model.apply({"params": params}, tokens)`. base, adapter: split trees, and
     `adapter_config` of the variant's method, None for the bare base; row_multiple, transposed: as in `fuse`;
     decode_kernel: as in `Llama`. Shapes alone pass through `jax.eval_shape`."""
@@ -115,7 +131,9 @@ def serve(
     if variant.layout.startswith("apart"):
         tree = apart(base, adapter, config, adapter_config, variant.layout == "apart", transposed)
     else:
-        tree = fuse(base, adapter, config, adapter_config, row_multiple, variant.fold_adds, transposed)
+        tree = fuse(
+            base, adapter, config, adapter_config, row_multiple, variant.fold_adds, transposed
+        )
     return Llama(config, adapter_config, decode_kernel=decode_kernel), tree
 
 
@@ -124,4 +142,8 @@ def read_bytes(params: Mapping[str, Any], config: LlamaConfig) -> int:
     (a tied one is the unembedding too)."""
     size = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
     embedding = params["embed_tokens"]["embedding"]
-    return size if config.tie_word_embeddings else size - embedding.size * jnp.dtype(embedding.dtype).itemsize
+    return (
+        size
+        if config.tie_word_embeddings
+        else size - embedding.size * jnp.dtype(embedding.dtype).itemsize
+    )

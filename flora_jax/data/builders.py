@@ -51,7 +51,9 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         records = self.builder_config.records
         # On a terminal TFDS has bars of its own.
-        return enumerate(progress(records, len(records), "preparing", "record", silent=sys.stderr.isatty()))
+        return enumerate(
+            progress(records, len(records), "preparing", "record", silent=sys.stderr.isatty())
+        )
 
 
 class Records(_Builder):
@@ -76,14 +78,16 @@ class Conversations(_Builder):
     """People's own JSONL, as messages."""
 
     FEATURES = {  # noqa: RUF012
-        "messages": tfds.features.Sequence({
-            "role": Text(),
-            "content": Text(),
-            "trained": tfds.features.Scalar(np.bool_),
-            "more": Text(),
-        }),
+        "messages": tfds.features.Sequence(
+            {
+                "role": Text(),
+                "content": Text(),
+                "trained": tfds.features.Scalar(np.bool_),
+                "more": Text(),
+            }
+        ),
         "tools": Text(),
-    }  # fmt: skip
+    }
 
 
 BUILDERS = {"records": Records, "texts": Texts, "generated": Generated, "jsonl": Conversations}
@@ -104,8 +108,10 @@ def catalogue_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
     except DatasetNotFoundError:
         pass
     except ValueError as error:  # it is there, but not as array_record
-        raise UserError(f"TFDS {name} in {folder}: {_line(error)} Prepare it as array_record: {build} "
-                        "--overwrite`") from None  # fmt: skip
+        raise UserError(
+            f"TFDS {name} in {folder}: {_line(error)} Prepare it as array_record: {build} "
+            "--overwrite`"
+        ) from None
     try:
         # Google's bucket of prepared data holds no array_record, and looking there takes TensorFlow.
         download = tfds.download.DownloadConfig(try_download_gcs=False)
@@ -114,7 +120,8 @@ def catalogue_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
     except DatasetNotFoundError:
         # TFDS finds the code of its older builders only where it can import TensorFlow.
         why = "TFDS's own builder of it needs tensorflow, which is not installed here"
-    except Exception as error:  # a download, a check sum, a missing package, a manual step: TFDS has no class for them
+    # a download, a check sum, a missing package, a manual step: TFDS has no class for them
+    except Exception as error:
         why = f"preparing it failed ({type(error).__name__}: {_line(error)})"
     raise UserError(
         f"TFDS {name} is not prepared in {folder}, and {why}; where there are a network, tensorflow and "

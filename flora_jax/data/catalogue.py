@@ -27,16 +27,27 @@ class Catalogue:
 
 
 def _compose(
-    question: str, choices: Sequence[str], gold: Any, *,
+    question: str,
+    choices: Sequence[str],
+    gold: Any,
+    *,
     ask: str = "Please choose the correct answer to the question",
-    label: str = "answer", between: str = " ", end: str = "\n\n",
-) -> dict[str, str]:  # fmt: skip
+    label: str = "answer",
+    between: str = " ",
+    end: str = "\n\n",
+) -> dict[str, str]:
     """What tasks.py takes apart: a question in the wording of LLM-Adapters; without choices, `true/false`."""
     labels = [f"{label}{i}" for i in range(1, len(choices) + 1)] or ["true", "false"]
     if not isinstance(gold, int) or not 0 <= gold < len(labels):
-        raise UserError(f"field 'label' is {gold!r}; it must be the index of one of {len(labels)} {label}s")
-    marked = between.join(f"{mark.capitalize()}: {choice}" for mark, choice in zip(labels, choices, strict=False))
-    prompt = f"{ask}: {question}\n\n{marked + end if choices else ''}Answer format: {'/'.join(labels)}"
+        raise UserError(
+            f"field 'label' is {gold!r}; it must be the index of one of {len(labels)} {label}s"
+        )
+    marked = between.join(
+        f"{mark.capitalize()}: {choice}" for mark, choice in zip(labels, choices, strict=False)
+    )
+    prompt = (
+        f"{ask}: {question}\n\n{marked + end if choices else ''}Answer format: {'/'.join(labels)}"
+    )
     return {"instruction": prompt, "input": "", "output": "", "answer": labels[gold]}
 
 
@@ -55,19 +66,25 @@ def _arc(element: Mapping[str, Any]) -> dict[str, str]:
 
 def _openbookqa(element: Mapping[str, Any]) -> dict[str, str]:
     question = element["question"]
-    return _compose(question["stem"], [question[f"choice_{letter}"] for letter in "ABCD"], element["answerKey"])
+    return _compose(
+        question["stem"], [question[f"choice_{letter}"] for letter in "ABCD"], element["answerKey"]
+    )
 
 
 def _piqa(element: Mapping[str, Any]) -> dict[str, str]:
     ask = "Please choose the correct solution to the question"
     solutions = [element["sol1"], element["sol2"]]
-    return _compose(element["goal"], solutions, element["label"], ask=ask, label="solution", between="\n\n")
+    return _compose(
+        element["goal"], solutions, element["label"], ask=ask, label="solution", between="\n\n"
+    )
 
 
 def _winogrande(element: Mapping[str, Any]) -> dict[str, str]:
     ask = "Please choose the correct answer to fill in the blank to complete the given sentence"
     options = [element["option1"], element["option2"]]
-    return _compose(element["sentence"], options, element["label"], ask=ask, label="option", end=" ")
+    return _compose(
+        element["sentence"], options, element["label"], ask=ask, label="option", end=" "
+    )
 
 
 def _boolq(element: Mapping[str, Any]) -> dict[str, str]:
@@ -84,7 +101,11 @@ def hellaswag(element: Mapping[str, Any]) -> dict[str, Any]:
         return text.replace("  ", " ").strip()
 
     context = plain(f"{element['activity_label']}: {element['context']}")
-    return {"activity_and_ctx": context, "endings": [*map(plain, element["endings"])], "label": element["label"]}
+    return {
+        "activity_and_ctx": context,
+        "endings": [*map(plain, element["endings"])],
+        "label": element["label"],
+    }
 
 
 def _unless_empty(element: Mapping[str, Any]) -> Mapping[str, Any] | None:

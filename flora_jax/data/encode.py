@@ -59,7 +59,12 @@ class EncodeReport:
 
 
 def encode(
-    example: Example, tokenizer: PreTrainedTokenizerFast, *, style: Style, loss_on: LossOn, max_length: int
+    example: Example,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    style: Style,
+    loss_on: LossOn,
+    max_length: int,
 ) -> Encoded | None:
     """Tokens and loss mask of one example, or None if its n - 1 positions exceed `max_length`.
 
@@ -72,15 +77,22 @@ def encode(
     _check(tokenizer, style, loss_on)
     [found] = _finish([_plan(example, tokenizer, style, loss_on)], tokenizer)
     if len(found) > 1:
-        raise UserError(f"the tokenizer's chat template makes {len(found)} training examples of this conversation; "
-                        "encode_all gives them")  # fmt: skip
+        raise UserError(
+            f"the tokenizer's chat template makes {len(found)} training examples of this conversation; "
+            "encode_all gives them"
+        )
     return found[0] if len(found[0].tokens) - 1 <= max_length else None
 
 
 def encode_all(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, *, style: Style, loss_on: LossOn, max_length: int,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    style: Style,
+    loss_on: LossOn,
+    max_length: int,
     silent: bool = False,
-) -> tuple[list[Encoded], EncodeReport]:  # fmt: skip
+) -> tuple[list[Encoded], EncodeReport]:
     """`encode` of each example that fits, and the counts. Where the chat template renders a turn otherwise once others
     follow it (thinking stripped from earlier turns), a conversation is one example for each turn that is trained on,
     each behind the prompt to that turn. silent: without a bar or lines. Raises UserError if there are no examples, or
@@ -89,7 +101,9 @@ def encode_all(
     shown = progress(examples, len(examples), "encoding", "example", silent)
     encoded = list(_encode(shown, tokenizer, style, loss_on))
     if not encoded:
-        raise UserError("there are no examples to encode; data.tasks must name data that holds some")
+        raise UserError(
+            "there are no examples to encode; data.tasks must name data that holds some"
+        )
     lengths = [len(e.tokens) - 1 for e in encoded]
     kept = [e for e, length in zip(encoded, lengths, strict=True) if length <= max_length]
     if not kept:
@@ -107,7 +121,10 @@ def encode_all(
 
 
 def encode_prompt(
-    prompt: Example | Sequence[Message], tokenizer: PreTrainedTokenizerFast, style: Style, tools: str = ""
+    prompt: Example | Sequence[Message],
+    tokenizer: PreTrainedTokenizerFast,
+    style: Style,
+    tools: str = "",
 ) -> list[int]:
     """The tokens to generate from: of an example exactly its training tokens before the (last) answer, of
     messages, which end with the user's turn, what training would put before the answer to them.
@@ -129,11 +146,17 @@ def encode_prompt(
 
 def _check(tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn = "answer") -> None:
     if style not in STYLES:
-        raise UserError(f"data.prompt_style={style!r} is unknown; {near_misses(str(style), STYLES)}")
+        raise UserError(
+            f"data.prompt_style={style!r} is unknown; {near_misses(str(style), STYLES)}"
+        )
     if loss_on not in ("answer", "all"):
-        raise UserError(f"data.loss_on={loss_on!r} is unknown; {near_misses(str(loss_on), ('answer', 'all'))}")
+        raise UserError(
+            f"data.loss_on={loss_on!r} is unknown; {near_misses(str(loss_on), ('answer', 'all'))}"
+        )
     if style == "chat" and not tokenizer.chat_template:
-        raise UserError("data.prompt_style='chat' needs a chat template and the tokenizer has none; use 'plain'")
+        raise UserError(
+            "data.prompt_style='chat' needs a chat template and the tokenizer has none; use 'plain'"
+        )
 
 
 def _encode(
@@ -165,7 +188,9 @@ class _Plan:
     end: list[int]
 
 
-def _plan(example: Example, tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn) -> list[_Plan]:
+def _plan(
+    example: Example, tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn
+) -> list[_Plan]:
     """What is to be tokenised of an example, and what of it counts. Raises UserError for what the style cannot
     express."""
     everything = loss_on == "all"
@@ -175,20 +200,30 @@ def _plan(example: Example, tokenizer: PreTrainedTokenizerFast, style: Style, lo
     refuse_tools(example.messages, style, example.tools)
     prompt = _plain_prompt(before, style, example.tools)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token")
+        raise UserError(
+            f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token"
+        )
     # One space between the two, in the answer's first token, where byte-level vocabularies expect it.
     glue = "" if prompt[-1:].isspace() or answer.content[:1].isspace() else " "
     return [_Plan(prompt, glue + answer.content, [], [everything, True], [tokenizer.eos_token_id])]
 
 
-def _finish(plans: Sequence[list[_Plan]], tokenizer: PreTrainedTokenizerFast) -> list[list[Encoded]]:
+def _finish(
+    plans: Sequence[list[_Plan]], tokenizer: PreTrainedTokenizerFast
+) -> list[list[Encoded]]:
     """The plans, tokenised together."""
     flat = list(itertools.chain(*plans))
-    prompts = iter(encode_open_batch(tokenizer, [plan.prompt for plan in flat if plan.prompt is not None]))
+    prompts = iter(
+        encode_open_batch(tokenizer, [plan.prompt for plan in flat if plan.prompt is not None])
+    )
     encodings = encode_batch(tokenizer, [plan.text for plan in flat])
     encoded = iter(
         _encoded(
-            [[] if plan.prompt is None else next(prompts), *encode_cut(tokenizer, plan.text, plan.cuts, encoding)], plan
+            [
+                [] if plan.prompt is None else next(prompts),
+                *encode_cut(tokenizer, plan.text, plan.cuts, encoding),
+            ],
+            plan,
         )
         for plan, encoding in zip(flat, encodings, strict=True)
     )
@@ -198,12 +233,17 @@ def _finish(plans: Sequence[list[_Plan]], tokenizer: PreTrainedTokenizerFast) ->
 def _encoded(pieces: list[list[int]], plan: _Plan) -> Encoded:
     pieces[-1] = [*pieces[-1], *plan.end]
     lengths = [len(piece) for piece in pieces]
-    return Encoded(np.fromiter(itertools.chain(*pieces), np.int32, sum(lengths)), np.repeat(plan.counts, lengths))
+    return Encoded(
+        np.fromiter(itertools.chain(*pieces), np.int32, sum(lengths)),
+        np.repeat(plan.counts, lengths),
+    )
 
 
 def _plain_prompt(before: Sequence[Message], style: Style, tools: str) -> str:
     if any(message.role == "assistant" for message in before):
-        raise UserError(f"data.prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'")
+        raise UserError(
+            f"data.prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'"
+        )
     refuse_tools(before, style, tools)
     prompt = "\n\n".join(message.content for message in before)
     return _TRAINED_ON.format(prompt) if style == "llm_adapters" else prompt
@@ -231,12 +271,18 @@ class _Answer:
     trained: bool
 
 
-def _chat_plans(example: Example, tokenizer: PreTrainedTokenizerFast, everything: bool) -> list[_Plan]:
+def _chat_plans(
+    example: Example, tokenizer: PreTrainedTokenizerFast, everything: bool
+) -> list[_Plan]:
     """The rendered conversation up to the last turn that is trained on, cut before each answer and behind its
     end-of-turn token: `…assistant\\n` | `Hello.<|im_end|>` | `\\n<|im_start|>user…`. Where that text does not hold each
     turn as it was rendered when it was the last, one plan for each that is trained on; of `everything` the prompt then
     counts where it holds no earlier answer, so that none counts twice, nor one that is not to be trained on."""
-    last = max(i for i, message in enumerate(example.messages) if message.role == "assistant" and message.trained)
+    last = max(
+        i
+        for i, message in enumerate(example.messages)
+        if message.role == "assistant" and message.trained
+    )
     answers = _answers(example.messages[: last + 1], example.tools, tokenizer)
     if all(answer is not None and answers[-1].text.startswith(answer.text) for answer in answers):
         together = [answers]
@@ -275,7 +321,8 @@ def _answer(messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokeni
     whole = _render(messages, tools, tokenizer, add_generation_prompt=False)
     if not whole.startswith(prompt):
         asked = _render(before, tools, tokenizer, add_generation_prompt=False)
-        if whole.startswith(asked) and prompt.startswith(asked):  # what differs is the prompt's own end
+        # what differs is the prompt's own end
+        if whole.startswith(asked) and prompt.startswith(asked):
             raise UserError(
                 f"the tokenizer's chat template ends a prompt in {prompt[len(asked) :][-40:]!r}, which the assistant's "
                 f"turn as it renders it, {whole[len(asked) :][:40]!r}, does not begin with; a model would be asked "
@@ -294,7 +341,8 @@ def _answer(messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokeni
         lead, found, end = turn.partition(content)
     else:
         end = _added_end(turn, tokenizer)
-        lead, found = "", not calls_tools(message) or turn != end  # a template without tools leaves nothing of a call
+        # a template without tools leaves nothing of a call
+        lead, found = "", not calls_tools(message) or turn != end
     if lead.strip():  # what follows the template's prompt is the model's to write; a header is not
         found = found and prompt != _render(before, tools, tokenizer, add_generation_prompt=False)
     if not found or not end.strip():
@@ -312,10 +360,18 @@ def _added_end(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _render(
-    messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokenizerFast, *, add_generation_prompt: bool
+    messages: Sequence[Message],
+    tools: str,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    add_generation_prompt: bool,
 ) -> str:
     conversation = [
-        {"role": message.role, "content": message.content, **(json.loads(message.more) if message.more else {})}
+        {
+            "role": message.role,
+            "content": message.content,
+            **(json.loads(message.more) if message.more else {}),
+        }
         for message in messages
     ]
     given = {"tools": json.loads(tools)} if tools else {}

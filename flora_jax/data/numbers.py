@@ -39,7 +39,8 @@ _REMARK = re.compile(
     rf"((?:{_STATED}|\A\W*)(?>{_VALUE})[^\d()\[\]=+*/×÷\n]{{0,30}}?)"
     rf"(?:\((?=[^()=]*[^\W\d]){_BRACKETED}|\[{_BRACKETED}|\b(?:as\b|{_POINTS})[^\n=]*)"
 )
-_SPACED_SIGN = re.compile(r"[=(+*/]\s*[-−–] $")  # "= - 7"; elsewhere "- 7" is a list's item or a subtraction
+# "= - 7"; elsewhere "- 7" is a list's item or a subtraction
+_SPACED_SIGN = re.compile(r"[=(+*/]\s*[-−–] $")
 # LaTeX's 1{,}234, 1,\!234, 1\,234 and \frac{1}{2}, as plain text has them.
 _LATEX = (
     (re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d)"), ","),
@@ -93,7 +94,11 @@ def read_answer(text: str, read: Callable[[str], str | None]) -> str | None:
     have 5. Problem: find twice that.") is the one that was asked, and what follows is read, too."""
     for match in itertools.islice(_NEXT.finditer(text), _QUESTIONS):
         before = text[: match.start()]
-        answered = _turn_has_answer(before) if match["turn"] else _states_answer(before, text[match.start() :], read)
+        answered = (
+            _turn_has_answer(before)
+            if match["turn"]
+            else _states_answer(before, text[match.start() :], read)
+        )
         if answered and (found := read(before)) is not None:
             return found
     return read(text)
@@ -109,7 +114,9 @@ def _states_answer(before: str, behind: str, read: Callable[[str], str | None]) 
     """Whether `before` gives an answer to the question that was asked (1 to 4 above)."""
     for match in _CALLED.finditer(before):
         words = (match[match.lastgroup] or "").split()
-        if match["boxed"] or any(read(" ".join(words[:n])) is not None for n in range(1, len(words) + 1)):
+        if match["boxed"] or any(
+            read(" ".join(words[:n])) is not None for n in range(1, len(words) + 1)
+        ):
             return True
     if any(read(match[1]) is not None for match in _RIGHT.finditer(before)):
         return True

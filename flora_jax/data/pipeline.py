@@ -55,7 +55,9 @@ def train_iterator(
     if not 0 <= shard_index < shard_count:
         raise UserError(f"shard_index={shard_index} must be in 0 … shard_count-1={shard_count - 1}")
     if len(encoded) < shard_count:
-        raise UserError(f"{len(encoded)} examples cannot feed {shard_count} processes; each needs at least one")
+        raise UserError(
+            f"{len(encoded)} examples cannot feed {shard_count} processes; each needs at least one"
+        )
     _check_lengths(encoded, max_length)
 
     def epoch(number: int) -> grain.IterDataset:
@@ -86,13 +88,18 @@ def _mixed(
     ends = np.cumsum([size for size, _ in parts]).tolist()
     starts = [0, *ends[:-1]]
     drawn = [
-        grain.MapDataset.source(encoded[start:end]).map(_row).shuffle(seed=(seed + i) % 2**32).repeat()[shard]
+        grain.MapDataset.source(encoded[start:end])
+        .map(_row)
+        .shuffle(seed=(seed + i) % 2**32)
+        .repeat()[shard]
         for i, (start, end) in enumerate(zip(starts, ends, strict=True))
     ]
     return grain.MapDataset.mix(drawn, [weight for _, weight in parts])
 
 
-def eval_batches(encoded: Sequence[Encoded], *, batch_size: int, max_length: int) -> Iterator[Batch]:
+def eval_batches(
+    encoded: Sequence[Encoded], *, batch_size: int, max_length: int
+) -> Iterator[Batch]:
     """Every example once, in order, one a row; the last batch is filled with empty rows (segment 0, no weight)."""
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
@@ -111,7 +118,10 @@ _DTYPES = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32}
 def _row(example: Encoded) -> Batch:
     """The three arrays of one example, each `[n - 1]`."""
     arrays = (example.tokens[:-1], example.tokens[1:], example.loss[1:])
-    return {name: array.astype(dtype) for (name, dtype), array in zip(_DTYPES.items(), arrays, strict=True)}
+    return {
+        name: array.astype(dtype)
+        for (name, dtype), array in zip(_DTYPES.items(), arrays, strict=True)
+    }
 
 
 def _pad(row: Batch, max_length: int) -> Batch:
@@ -124,13 +134,19 @@ def _pad(row: Batch, max_length: int) -> Batch:
 def _unpack_names(packed: dict[str, Any]) -> Batch:
     """grain numbers segments and positions once a feature; ours are all alike."""
     row = {name: packed[name] for name in _DTYPES}
-    return {**row, "segment_ids": packed["tokens_segment_ids"], "positions": packed["tokens_positions"]}
+    return {
+        **row,
+        "segment_ids": packed["tokens_segment_ids"],
+        "positions": packed["tokens_positions"],
+    }
 
 
 def _check_lengths(encoded: Sequence[Encoded], max_length: int) -> None:
     longest = max((len(example.tokens) - 1 for example in encoded), default=0)
     if longest > max_length:
-        raise UserError(f"data.max_length={max_length} is shorter than an example of {longest} positions")
+        raise UserError(
+            f"data.max_length={max_length} is shorter than an example of {longest} positions"
+        )
 
 
 class _Epochs(grain.IterDataset):

@@ -21,7 +21,9 @@ def raw_records(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        raise UserError(
+            f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from None
     if path.suffix == ".jsonl":
         # Split at newlines alone: JSON strings may hold the other separators that str.splitlines cuts at.
         for number, line in enumerate(text.split("\n"), 1):
@@ -30,7 +32,9 @@ def raw_records(path: Path) -> Iterator[tuple[str, Any]]:
     elif text.strip():
         values = _json(text, path, 1)
         if not isinstance(values, list):
-            raise UserError(f"{path}: the file must hold a JSON list of records, not {type(values).__name__}")
+            raise UserError(
+                f"{path}: the file must hold a JSON list of records, not {type(values).__name__}"
+            )
         for i, value in enumerate(values):
             yield f"{path}: record {i} (from 0)", value
 
@@ -41,21 +45,28 @@ def _json(text: str, path: Path, line: int) -> Any:
     except json.JSONDecodeError as error:
         place = f"{path}:{line + error.lineno - 1}"
         raise UserError(f"{place}: malformed JSON at column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    # a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}:{line}: JSON that cannot be read: {str(error)[:80]}") from None
 
 
-def _field(raw: Mapping[str, Any], name: str, where: str, default: str | None = None, number: bool = False) -> str:
+def _field(
+    raw: Mapping[str, Any], name: str, where: str, default: str | None = None, number: bool = False
+) -> str:
     """A text field, checked. `default` makes it optional and lets it be empty."""
     if name not in raw:
         if default is not None:
             return default
-        raise UserError(f"{where}: field {name!r} is missing; there are {', '.join(map(repr, raw)) or 'none'}")
+        raise UserError(
+            f"{where}: field {name!r} is missing; there are {', '.join(map(repr, raw)) or 'none'}"
+        )
     value = raw[name]
     if number and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{where}: field {name!r} is {type(value).__name__} {value!r:.40}; it must be a string")
+        raise UserError(
+            f"{where}: field {name!r} is {type(value).__name__} {value!r:.40}; it must be a string"
+        )
     check_text(value, f"{where}: field {name!r}")
     if default is None and not value.strip():
         raise UserError(f"{where}: field {name!r} is empty; it needs text")
@@ -66,7 +77,10 @@ def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:
     """An LLM-Adapters record. Raw MAWPS (`original_text`, `ans`) and GSM8K's own layout (`question`, `answer` with
     its number after ####) become one."""
     if "original_text" in raw:
-        question, answer = _field(raw, "original_text", where), _field(raw, "ans", where, number=True)
+        question, answer = (
+            _field(raw, "original_text", where),
+            _field(raw, "ans", where, number=True),
+        )
         return {"instruction": question, "input": "", "output": "", "answer": answer}
     if "endings" in raw:
         return _hellaswag(raw, where)
@@ -75,8 +89,16 @@ def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:
         rationale, mark, answer = _field(raw, "answer", where).rpartition("####")
         if not mark:
             raise UserError(f"{where}: field 'answer' has no '####' before its final number")
-        output = re.sub(r"<<.*?>>", "", rationale).strip() + f"\nThe answer is {answer.strip().replace(',', '')}."
-        return {"instruction": question, "input": "", "output": output.strip(), "answer": answer.strip()}
+        output = (
+            re.sub(r"<<.*?>>", "", rationale).strip()
+            + f"\nThe answer is {answer.strip().replace(',', '')}."
+        )
+        return {
+            "instruction": question,
+            "input": "",
+            "output": output.strip(),
+            "answer": answer.strip(),
+        }
     return {
         "instruction": _field(raw, "instruction", where),
         "input": _field(raw, "input", where, default=""),
@@ -88,7 +110,13 @@ def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:
 def _hellaswag(raw: Mapping[str, Any], where: str) -> Record:
     """HellaSwag's own layouts as the LLM-Adapters record, whose wording this is."""
     if "activity_label" in raw:
-        raw = hellaswag({**raw, "context": _field(raw, "ctx", where), "endings": _strings(raw, "endings", where)})
+        raw = hellaswag(
+            {
+                **raw,
+                "context": _field(raw, "ctx", where),
+                "endings": _strings(raw, "endings", where),
+            }
+        )
     context, endings = _field(raw, "activity_and_ctx", where), _strings(raw, "endings", where)
     try:
         return compose_ending(context, endings, raw.get("label"))
@@ -108,14 +136,24 @@ def _texts(raw: Mapping[str, Any], where: str) -> Record | list[Record]:
         return {"text": _spoken(_strings(raw, "context", where)), "references": references}
     if "turns" in raw:
         turns = [" ".join(turn.split()) for turn in _strings(raw, "turns", where)]
-        return [{"text": _spoken(turns[:i]), "references": [turns[i]]} for i in range(1, len(turns), 2)]
+        return [
+            {"text": _spoken(turns[:i]), "references": [turns[i]]} for i in range(1, len(turns), 2)
+        ]
     kind = next((field for field in _TEXTS if field in raw), None)
     if kind is None:
         known = ", ".join([*_TEXTS, "context", "turns"])
-        raise UserError(f"{where}: the record has none of the fields {known}; there are {', '.join(map(repr, raw))}")
-    answers = [field for field in ("summary", "highlights", "summary1", "summary2", "summary3") if field in raw]
+        raise UserError(
+            f"{where}: the record has none of the fields {known}; there are {', '.join(map(repr, raw))}"
+        )
+    answers = [
+        field
+        for field in ("summary", "highlights", "summary1", "summary2", "summary3")
+        if field in raw
+    ]
     if not answers:
-        raise UserError(f"{where}: the record has neither 'summary', 'summary1' nor 'highlights' beside {kind!r}")
+        raise UserError(
+            f"{where}: the record has neither 'summary', 'summary1' nor 'highlights' beside {kind!r}"
+        )
     text, *references = (_untagged(_field(raw, field, where)) for field in (kind, *answers))
     return {"text": text, "references": references}
 
@@ -123,7 +161,11 @@ def _texts(raw: Mapping[str, Any], where: str) -> Record | list[Record]:
 def _strings(raw: Mapping[str, Any], name: str, where: str) -> list[str]:
     """A field that is a list of texts, checked."""
     value = raw.get(name)
-    if not isinstance(value, list) or not value or not all(isinstance(v, str) and v.strip() for v in value):
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(v, str) and v.strip() for v in value)
+    ):
         raise UserError(f"{where}: field {name!r} must be a list of texts, not {value!r:.60}")
     for text in value:
         check_text(text, f"{where}: field {name!r}")
@@ -142,32 +184,49 @@ def _untagged(text: str) -> str:
 def _conversation(raw: Mapping[str, Any], where: str) -> Record:
     """`{"prompt", "completion"}` or `{"messages": [{"role", "content"}, …]}` as messages ending with the assistant."""
     if not _trained(raw, where):
-        raise UserError(f"{where}: the record is not trained on (it has weight 0, or train false); leave it out")
+        raise UserError(
+            f"{where}: the record is not trained on (it has weight 0, or train false); leave it out"
+        )
     if "messages" not in raw:
         if "prompt" not in raw and "completion" not in raw:
             raise UserError(
                 f"{where}: a record needs 'messages', or 'prompt' and 'completion'; "
                 f"there are {', '.join(map(repr, raw)) or 'no fields'}"
             )
-        turns = [("user", _field(raw, "prompt", where)), ("assistant", _field(raw, "completion", where))]
-        messages = [{"role": role, "content": text, "trained": True, "more": ""} for role, text in turns]
+        turns = [
+            ("user", _field(raw, "prompt", where)),
+            ("assistant", _field(raw, "completion", where)),
+        ]
+        messages = [
+            {"role": role, "content": text, "trained": True, "more": ""} for role, text in turns
+        ]
         return {"messages": messages, "tools": ""}
     turns = raw["messages"]
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"{where}: field 'messages' must be a list of at least one message, not {turns!r:.40}")
+        raise UserError(
+            f"{where}: field 'messages' must be a list of at least one message, not {turns!r:.40}"
+        )
     messages = [_turn(turn, f"{where}: messages[{i}]") for i, turn in enumerate(turns)]
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant":
-        raise UserError(f"{where}: 'messages' ends with role {roles[-1]!r}; the last turn must be the assistant's")
+        raise UserError(
+            f"{where}: 'messages' ends with role {roles[-1]!r}; the last turn must be the assistant's"
+        )
     if "user" not in roles:
-        raise UserError(f"{where}: 'messages' has no turn with role 'user'; the assistant must answer one")
+        raise UserError(
+            f"{where}: 'messages' has no turn with role 'user'; the assistant must answer one"
+        )
     first = next(role for role in roles if role != "system")
     if first != "user":
         named = f"a {first}'s" if first == "tool" else "the assistant's"
-        raise UserError(f"{where}: 'messages' begins with {named} turn; the first after 'system' is a user's")
+        raise UserError(
+            f"{where}: 'messages' begins with {named} turn; the first after 'system' is a user's"
+        )
     if not any(message["trained"] for message in messages if message["role"] == "assistant"):
-        raise UserError(f"{where}: no turn of the assistant is trained on (each has weight 0, or train false); "
-                        "leave the record out, or give one of them weight 1")  # fmt: skip
+        raise UserError(
+            f"{where}: no turn of the assistant is trained on (each has weight 0, or train false); "
+            "leave the record out, or give one of them weight 1"
+        )
     return {"messages": messages, "tools": _tools(raw, where)}
 
 
@@ -182,7 +241,9 @@ _PARTS = ("train_detail", "training_detail")
 def _turn(turn: Any, place: str) -> Record:
     """One message, as `Turn` has it."""
     if not isinstance(turn, dict):
-        raise UserError(f"{place} must be an object with 'role' and 'content', not {type(turn).__name__}")
+        raise UserError(
+            f"{place} must be an object with 'role' and 'content', not {type(turn).__name__}"
+        )
     role = _field(turn, "role", place)
     if role not in ROLES:
         raise UserError(f"{place}: role {role!r} is unknown; {near_misses(role, ROLES)}")
@@ -197,19 +258,28 @@ def _turn(turn: Any, place: str) -> Record:
         content = _field(turn, "content", place, default="" if calls or role == "tool" else None)
     text = json.dumps(more, ensure_ascii=False) if more else ""
     check_text(text, place)
-    return {"role": role, "content": content, "trained": role != "assistant" or _trained(turn, place), "more": text}
+    return {
+        "role": role,
+        "content": content,
+        "trained": role != "assistant" or _trained(turn, place),
+        "more": text,
+    }
 
 
 def _trained(turn: Mapping[str, Any], place: str) -> bool:
     """Whether an assistant's turn, or a record, counts in the loss: it does unless it says otherwise."""
     for name in _PARTS:
         if turn.get(name):
-            raise UserError(f"{place}: field {name!r} is not supported: a turn counts as a whole or not at all; leave "
-                            "it out, or give the turn a 'weight' of 0 or 1")  # fmt: skip
+            raise UserError(
+                f"{place}: field {name!r} is not supported: a turn counts as a whole or not at all; leave "
+                "it out, or give the turn a 'weight' of 0 or 1"
+            )
     said = {name: turn[name] for name in _TRAINED if turn.get(name) is not None}
     for name, value in said.items():
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise UserError(f"{place}: field {name!r} is {value!r:.40}; it must be 0 or 1, or false or true")
+            raise UserError(
+                f"{place}: field {name!r} is {value!r:.40}; it must be 0 or 1, or false or true"
+            )
     if len({bool(value) for value in said.values()}) > 1:
         named = ", ".join(f"{name!r} is {value!r}" for name, value in said.items())
         raise UserError(f"{place}: {named}; they must say the same")
@@ -223,7 +293,9 @@ def _tools(raw: Mapping[str, Any], where: str) -> str:
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError):
-            raise UserError(f"{place} is text that is no JSON ({tools!r:.40}); it must be a list of objects") from None
+            raise UserError(
+                f"{place} is text that is no JSON ({tools!r:.40}); it must be a list of objects"
+            ) from None
     if not tools:
         return ""
     _objects(tools, place)

@@ -29,7 +29,8 @@ from flora_jax.errors import UserError, disk_fault, expand_path, near_misses
 from flora_jax.files import cache_root, filling_cache, plain_path
 
 SPLITS = ("train", "validation", "test")
-_FORMAT = "2"  # part of every cache key: raise it when a builder's features or a reader's output change
+# part of every cache key: raise it when a builder's features or a reader's output change
+_FORMAT = "2"
 _SET = "set data.dir (evaluate: --data_dir) to"
 
 if TYPE_CHECKING:  # importing it takes a second
@@ -45,7 +46,9 @@ def load_examples(
         try:
             examples.append(task.parse(record))
         except UserError as error:
-            raise UserError(f"{_describe(task, split, data_dir)}: record {i} (from 0): {error}") from None
+            raise UserError(
+                f"{_describe(task, split, data_dir)}: record {i} (from 0): {error}"
+            ) from None
     return examples
 
 
@@ -72,11 +75,14 @@ def load_records(
         [built] = plain_path(directory, "FLORA_CACHE").glob("*/*/*")
         source = tfds.builder_from_directory(built).as_data_source(split)
         return [_decode(source[i]) for i in range(len(source))]
-    except Exception as error:  # TFDS and array_record have no narrower class for files that are damaged
+    # TFDS and array_record have no narrower class for files that are damaged
+    except Exception as error:
         if isinstance(error, UserError) or disk_fault(error):
             raise
         why = " ".join(str(error).split())[:120]
-        raise UserError(f"prepared data in {directory} is damaged ({why}); remove that folder") from error
+        raise UserError(
+            f"prepared data in {directory} is damaged ({why}); remove that folder"
+        ) from error
 
 
 def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:
@@ -99,11 +105,15 @@ def has_split(task: Task, split: str, data_dir: str | Path | None) -> bool:
     if _in_catalogue(task, data_dir):
         _check_split(task, split)
         return task.name in CATALOGUE and split in CATALOGUE[task.name].splits
-    found = task.source == "generated" or any(path.is_file() for path in _candidates(task, split, data_dir))
+    found = task.source == "generated" or any(
+        path.is_file() for path in _candidates(task, split, data_dir)
+    )
     if not found or split == "test" or task.files.get("test") is None:
         return found
     # Some tasks are tested on the file of the official validation split, which is then no other split's.
-    return split in task.files or task.files["test"] not in [path.name for path in _candidates(task, split, data_dir)]
+    return split in task.files or task.files["test"] not in [
+        path.name for path in _candidates(task, split, data_dir)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- locating
@@ -112,7 +122,9 @@ def has_split(task: Task, split: str, data_dir: str | Path | None) -> bool:
 def _check_split(task: Task, split: str) -> None:
     if split not in SPLITS:
         hint = " (a sample is never a test set)" if split == "sample" else ""
-        raise UserError(f"split {split!r} of task {task.name!r} is unknown{hint}; {near_misses(split, SPLITS)}")
+        raise UserError(
+            f"split {split!r} of task {task.name!r} is unknown{hint}; {near_misses(split, SPLITS)}"
+        )
 
 
 def _in_catalogue(task: Task, data_dir: str | Path | None) -> bool:
@@ -121,18 +133,26 @@ def _in_catalogue(task: Task, data_dir: str | Path | None) -> bool:
     return named and task.source != "generated" and not task.name.endswith(".jsonl")
 
 
-def _catalogue_split(task: Task, split: str, data_dir: str | Path) -> tuple[tfds.core.DatasetBuilder, str]:
+def _catalogue_split(
+    task: Task, split: str, data_dir: str | Path
+) -> tuple[tfds.core.DatasetBuilder, str]:
     """A prepared TFDS builder, and its own name of a split of ours."""
     _check_split(task, split)
     if task.name not in CATALOGUE:
-        raise UserError(f"data.dir={data_dir}: task {task.name!r} is not in the TFDS catalogue, which has "
-                        f"{', '.join(CATALOGUE)}; {_SET} the folder that holds its files")  # fmt: skip
+        raise UserError(
+            f"data.dir={data_dir}: task {task.name!r} is not in the TFDS catalogue, which has "
+            f"{', '.join(CATALOGUE)}; {_SET} the folder that holds its files"
+        )
     if split not in CATALOGUE[task.name].splits:
-        raise UserError(f"split {split!r} of task {task.name!r} is not in the TFDS catalogue; TFDS "
-                        f"{CATALOGUE[task.name].name} gives {', '.join(CATALOGUE[task.name].splits)}")  # fmt: skip
+        raise UserError(
+            f"split {split!r} of task {task.name!r} is not in the TFDS catalogue; TFDS "
+            f"{CATALOGUE[task.name].name} gives {', '.join(CATALOGUE[task.name].splits)}"
+        )
     folder = expand_path(str(data_dir).partition(":")[2])
     if folder and not Path(folder).is_dir():
-        raise UserError(f"data.dir={data_dir}: {folder} is not a directory; make it, or name one with prepared data")
+        raise UserError(
+            f"data.dir={data_dir}: {folder} is not a directory; make it, or name one with prepared data"
+        )
     from flora_jax.data.builders import catalogue_builder, own_folder
 
     folder = Path(folder) if folder else own_folder()
@@ -144,8 +164,10 @@ def _catalogue_split(task: Task, split: str, data_dir: str | Path) -> tuple[tfds
         raise UserError(str(error).replace(str(place), str(folder))) from None
     official = CATALOGUE[task.name].splits[split]
     if official not in builder.info.splits:
-        raise UserError(f"TFDS {builder.info.full_name} was prepared without its split {official!r}; "
-                        f"there are {', '.join(builder.info.splits) or 'none'}")  # fmt: skip
+        raise UserError(
+            f"TFDS {builder.info.full_name} was prepared without its split {official!r}; "
+            f"there are {', '.join(builder.info.splits) or 'none'}"
+        )
     return builder, official
 
 
@@ -157,17 +179,29 @@ def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Pat
         if split == "validation":
             return []
         if Path(task.name).stem == "sample" and split == "test":
-            raise UserError(f"{task.name}: a sample is never a test set; name a file of your own test records")
-        return [Path(expand_path(task.name)), *([Path(expand_path(data_dir)) / task.name] if data_dir else [])]
+            raise UserError(
+                f"{task.name}: a sample is never a test set; name a file of your own test records"
+            )
+        return [
+            Path(expand_path(task.name)),
+            *([Path(expand_path(data_dir)) / task.name] if data_dir else []),
+        ]
     if data_dir is None:
-        other = f", or to tfds for {CATALOGUE[task.name].name} of the TFDS catalogue" if task.name in CATALOGUE else ""
-        raise UserError(f"task {task.name!r} is read from files; {_SET} the folder that holds them{other}")
+        other = (
+            f", or to tfds for {CATALOGUE[task.name].name} of the TFDS catalogue"
+            if task.name in CATALOGUE
+            else ""
+        )
+        raise UserError(
+            f"task {task.name!r} is read from files; {_SET} the folder that holds them{other}"
+        )
     data_dir = expand_path(data_dir)
     if not Path(data_dir).is_dir():
         raise UserError(f"data.dir={str(data_dir)!r} is not a directory (nor tfds, nor tfds:DIR)")
     folder = Path(data_dir) if task.source == "jsonl" else Path(data_dir) / task.name
     names = [f"{split}.json", f"{split}.jsonl"]
-    if split in task.files:  # beside a listed file that is shared by splits, one of the split's own comes first
+    # beside a listed file that is shared by splits, one of the split's own comes first
+    if split in task.files:
         names = [*names, task.files[split]] if split in task.spans else [task.files[split], *names]
     return [folder / name for name in names if task.source != "jsonl" or name.endswith(".jsonl")]
 
@@ -178,10 +212,16 @@ def _path(task: Task, split: str, data_dir: str | Path | None) -> Path:
         if path.is_file():
             return path
     if not candidates:
-        raise UserError(f"{task.name}: one file has no validation split; use task 'jsonl' and a folder with one")
+        raise UserError(
+            f"{task.name}: one file has no validation split; use task 'jsonl' and a folder with one"
+        )
     folder = candidates[0].parent
     there = sorted(p.name for p in folder.glob("*.json*")) if folder.is_dir() else []
-    never = " (a sample is never a test set)" if any(name.startswith("sample.") for name in there) else ""
+    never = (
+        " (a sample is never a test set)"
+        if any(name.startswith("sample.") for name in there)
+        else ""
+    )
     get = _WHERE.get(task.name, _WHERE_RECORDS if task.source == "records" else "")
     get = f"; {get}" if get else ""
     get += f"; or {_SET} tfds to read the TFDS catalogue's" if task.name in CATALOGUE else ""
@@ -214,7 +254,9 @@ _WHERE = {
 def _describe(task: Task, split: str, data_dir: str | Path | None) -> str:
     if _in_catalogue(task, data_dir):
         return f"TFDS {CATALOGUE[task.name].name}, split {CATALOGUE[task.name].splits[split]}"
-    return f"task {task.name!r}" if task.source == "generated" else str(_path(task, split, data_dir))
+    return (
+        f"task {task.name!r}" if task.source == "generated" else str(_path(task, split, data_dir))
+    )
 
 
 # ----------------------------------------------------------------------------------------------- reading
@@ -224,7 +266,11 @@ def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Record]:
     if task.source == "generated":
         return draw(task, split)
     in_catalogue = _in_catalogue(task, data_dir)
-    found_in = _elements(task, split, data_dir) if in_catalogue else raw_records(_path(task, split, data_dir))
+    found_in = (
+        _elements(task, split, data_dir)
+        if in_catalogue
+        else raw_records(_path(task, split, data_dir))
+    )
     convert = CONVERT[task.source]
     records = []
     for where, raw in itertools.islice(found_in, *(_span(task, split, data_dir) or (None,))):
@@ -233,7 +279,9 @@ def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Record]:
         found = convert(raw, where)
         records += found if isinstance(found, list) else [found]
     if not records:
-        raise UserError(f"{_describe(task, split, data_dir)} holds no records; it needs at least one")
+        raise UserError(
+            f"{_describe(task, split, data_dir)} holds no records; it needs at least one"
+        )
     return records
 
 
@@ -259,7 +307,14 @@ def _cache_key(task: Task, split: str, data_dir: str | Path | None) -> str:
     files = task.source != "generated" and not _in_catalogue(task, data_dir)
     suffix = _path(task, split, data_dir).suffix if files else ""
     span = str(_span(task, split, data_dir) or "")
-    parts = (_FORMAT, task.source, split, suffix, data_hash(task, split, data_dir), *([span] if span else []))
+    parts = (
+        _FORMAT,
+        task.source,
+        split,
+        suffix,
+        data_hash(task, split, data_dir),
+        *([span] if span else []),
+    )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -281,7 +336,8 @@ def _prepare(task: Task, split: str, records: list[Record], directory: Path) -> 
         try:
             built.rename(directory)
         except OSError:
-            if not directory.exists():  # there it is when another process was first, with the same data
+            # there it is when another process was first, with the same data
+            if not directory.exists():
                 raise
 
 
@@ -295,7 +351,10 @@ def _quiet() -> Iterator[None]:
         tfds.disable_progress_bar()
     logging.set_verbosity(logging.ERROR)  # it warns of every configuration that is made at run time
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stderr if terminal else nowhere):
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(sys.stderr if terminal else nowhere),
+        ):
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -311,8 +370,12 @@ def _decode(value: Any) -> Any:
         return [_decode(one) for one in value]
     if isinstance(value, dict):
         return {
-            key: [dict(zip(v, map(_decode, turn), strict=True)) for turn in zip(*v.values(), strict=True)]
-            if isinstance(v, dict) and all(isinstance(one, list | np.ndarray) for one in v.values()) else _decode(v)
+            key: [
+                dict(zip(v, map(_decode, turn), strict=True))
+                for turn in zip(*v.values(), strict=True)
+            ]
+            if isinstance(v, dict) and all(isinstance(one, list | np.ndarray) for one in v.values())
+            else _decode(v)
             for key, v in value.items()
-        }  # fmt: skip
+        }
     return value

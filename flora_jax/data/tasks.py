@@ -49,12 +49,16 @@ class Example:
     messages: tuple[Message, ...]
     choices: tuple[str, ...] = ()  # the texts to choose from
     gold: int | None = None  # index of the right one
-    answer: str | None = None  # the gold answer as text: a number, a letter, a label word or a whole reply
-    references: tuple[str, ...] = ()  # all texts that a generated one is compared with; the first is the target
+    # the gold answer as text: a number, a letter, a label word or a whole reply
+    answer: str | None = None
+    # all texts that a generated one is compared with; the first is the target
+    references: tuple[str, ...] = ()
     question: str | None = None  # the question alone, without instructions and choices
     labels: tuple[str, ...] = ()  # the label word of each choice, e.g. answer1, solution2, true
-    requests: tuple[tuple[str, str], ...] = ()  # (context, continuation) of each choice, as lm-eval scores it
-    tools: str = ""  # the functions that a conversation's assistant may call: a JSON list for the chat template
+    # (context, continuation) of each choice, as lm-eval scores it
+    requests: tuple[tuple[str, str], ...] = ()
+    # the functions that a conversation's assistant may call: a JSON list for the chat template
+    tools: str = ""
 
     @functools.cached_property
     def prompt_digest(self) -> str:
@@ -89,10 +93,13 @@ class Task:
     source: str
     metric: str
     parse: Callable[[Mapping[str, Any]], Example]
-    files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # split -> file, unless {split}.json(l)
-    spans: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # split -> its part of the file
+    # split -> file, unless {split}.json(l)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # split -> its part of the file
+    spans: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     generator: Generator | None = None
-    new_tokens: int = 256  # of a generated answer: room for reasoning before it, unless the answer stands alone
+    # of a generated answer: room for reasoning before it, unless the answer stands alone
+    new_tokens: int = 256
 
 
 # ---------------------------------------------------------------------------------------------- parsing
@@ -107,13 +114,18 @@ def _tells_apart(token: str) -> bool:
     Marks are what Indic vowels are written with."""
     if len(token) > 1 or token.isalnum() or token in _OPERATORS:
         return True
-    return unicodedata.category(token)[0] == "M" or (not token.isascii() and unicodedata.category(token)[0] == "S")
+    return unicodedata.category(token)[0] == "M" or (
+        not token.isascii() and unicodedata.category(token)[0] == "S"
+    )
 
 
 def normalise(text: str) -> str:
     """The words, numbers, operators and symbols of `text` in lower case, spaced alike: `"It's 3.50 + 4 !"` as
     `"it s 3.50 + 4"`. Operators stay because a minus for a plus makes another sum."""
-    found = re.findall(r"\d+(?:\.\d+)?|[^\W\d]+|[^\w\s]", unicodedata.normalize("NFC", text.lower()).translate(_SAME))
+    found = re.findall(
+        r"\d+(?:\.\d+)?|[^\W\d]+|[^\w\s]",
+        unicodedata.normalize("NFC", text.lower()).translate(_SAME),
+    )
     return " ".join(filter(_tells_apart, found))
 
 
@@ -126,7 +138,9 @@ def _turns(prompt: str, target: str) -> tuple[Message, ...]:
     return Message("user", prompt), Message("assistant", target)
 
 
-def _parse_choice(record: Mapping[str, Any], requests: Callable[..., Iterable[tuple[str, str]]]) -> Example:
+def _parse_choice(
+    record: Mapping[str, Any], requests: Callable[..., Iterable[tuple[str, str]]]
+) -> Example:
     """An LLM-Adapters multiple-choice record: `…: QUESTION` and then `Answer1: … Answer2: …` (Solution, Option
     likewise), then `Answer format: answer1/answer2`; or a question with the answer format `true/false`."""
     prompt = _instruction(record)
@@ -140,16 +154,20 @@ def _parse_choice(record: Mapping[str, Any], requests: Callable[..., Iterable[tu
     else:
         marks = [f"{label.capitalize()}:" for label in labels]
         start = question.rfind(marks[0])
-        choices, rest = [], question[start + len(marks[0]):] if start >= 0 else ""
+        choices, rest = [], question[start + len(marks[0]) :] if start >= 0 else ""
         for mark in marks[1:]:
             text, found, rest = rest.partition(mark)
             if not found:
-                raise UserError(f"field 'instruction' has no choice '{mark}' although the answer format names it")
+                raise UserError(
+                    f"field 'instruction' has no choice '{mark}' although the answer format names it"
+                )
             choices.append(_between_marks(text))
         choices = (*choices, _between_marks(rest))
         question = question[:start].strip()
     if record["answer"] not in labels:
-        raise UserError(f"field 'answer' is {record['answer']!r}; the answer format allows {', '.join(labels)}")
+        raise UserError(
+            f"field 'answer' is {record['answer']!r}; the answer format allows {', '.join(labels)}"
+        )
     gold = labels.index(record["answer"])
     return Example(
         messages=_turns(prompt, _label_target(labels[gold])),
@@ -197,7 +215,9 @@ def _parse_number(record: Mapping[str, Any]) -> Example:
     rationale = record["output"].strip().removeprefix("A:").strip()
     right = same_number(final_number(rationale), answer)
     return Example(
-        messages=_turns(prompt, rationale if right else f"The answer is {answer}."), answer=answer, question=prompt
+        messages=_turns(prompt, rationale if right else f"The answer is {answer}."),
+        answer=answer,
+        question=prompt,
     )
 
 
@@ -210,7 +230,9 @@ def _parse_letter(record: Mapping[str, Any]) -> Example:
     if not letters or letters != list("ABCDE"[: len(letters)]):
         raise UserError("field 'instruction' has no 'Answer Choices: (A) … (B) …' in order")
     if record["answer"] not in letters:
-        raise UserError(f"field 'answer' is {record['answer']!r}; it must be one of {', '.join(letters)}")
+        raise UserError(
+            f"field 'answer' is {record['answer']!r}; it must be one of {', '.join(letters)}"
+        )
     rationale = record["output"].strip()
     right = re.findall(r"\(([A-E])\)", rationale)[-1:] == [record["answer"]]
     return Example(
@@ -225,14 +247,20 @@ def _parse_letter(record: Mapping[str, Any]) -> Example:
 def _parse_generated(record: Mapping[str, Any]) -> Example:
     """A generated arithmetic problem; the prompt states the answer format, in training and in evaluation alike."""
     prompt = f"{record['question']}\nGive only the final number."
-    return Example(messages=_turns(prompt, record["answer"]), answer=record["answer"], question=record["question"])
+    return Example(
+        messages=_turns(prompt, record["answer"]),
+        answer=record["answer"],
+        question=record["question"],
+    )
 
 
 def _parse_text(record: Mapping[str, Any], instruction: str, cue: str) -> Example:
     """A text to answer with a text: the instruction, the record's text, and the cue that the answer stands behind."""
     first, *_ = references = tuple(record["references"])
     prompt = f"{instruction}\n\n{record['text']}\n\n{cue}"
-    return Example(messages=_turns(prompt, first), answer=first, references=references, question=record["text"])
+    return Example(
+        messages=_turns(prompt, first), answer=first, references=references, question=record["text"]
+    )
 
 
 def _text(instruction: str, cue: str) -> Callable[[Mapping[str, Any]], Example]:
@@ -242,10 +270,13 @@ def _text(instruction: str, cue: str) -> Callable[[Mapping[str, Any]], Example]:
 def _parse_messages(record: Mapping[str, Any]) -> Example:
     """People's own conversations; the last assistant turn is the answer."""
     messages = tuple(
-        Message(m["role"], m["content"]) if m["trained"] and not m["more"] else Turn(**m) for m in record["messages"]
+        Message(m["role"], m["content"]) if m["trained"] and not m["more"] else Turn(**m)
+        for m in record["messages"]
     )
     question = next(m.content for m in reversed(messages) if m.role == "user")
-    return Example(messages=messages, answer=messages[-1].content, question=question, tools=record["tools"])
+    return Example(
+        messages=messages, answer=messages[-1].content, question=question, tools=record["tools"]
+    )
 
 
 # ------------------------------------------------------------------------------------------------ table
@@ -314,8 +345,12 @@ def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
         return dataclasses.replace(TASKS["jsonl"], name=name)
     if name not in TASKS:
         if name in MIXTURES:
-            raise UserError(f"{name!r} is a mixture to train on; the tasks to score are named one by one")
-        raise UserError(f"task {name!r} is unknown; {near_misses(name, TASKS)} (or a path ending in .jsonl)")
+            raise UserError(
+                f"{name!r} is a mixture to train on; the tasks to score are named one by one"
+            )
+        raise UserError(
+            f"task {name!r} is unknown; {near_misses(name, TASKS)} (or a path ending in .jsonl)"
+        )
     task = TASKS[name]
     if task.generator is None or not generator:
         return task
@@ -323,13 +358,19 @@ def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
     for field, value in generator.items():
         if field not in sizes and field not in task.generator.settings:
             known = (*sizes, *task.generator.settings)
-            raise UserError(f"task {name!r} has no generator field {field!r}; {near_misses(field, known)}")
+            raise UserError(
+                f"task {name!r} has no generator field {field!r}; {near_misses(field, known)}"
+            )
         least = 0 if field == "seed" else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"generator field {field}={value!r} of task {name!r} must be an integer, at least {least}")
+            raise UserError(
+                f"generator field {field}={value!r} of task {name!r} must be an integer, at least {least}"
+            )
     drawn = {k: v for k, v in generator.items() if k in sizes}
     settings = {**task.generator.settings, **{k: v for k, v in generator.items() if k not in sizes}}
-    return dataclasses.replace(task, generator=dataclasses.replace(task.generator, settings=settings, **drawn))
+    return dataclasses.replace(
+        task, generator=dataclasses.replace(task.generator, settings=settings, **drawn)
+    )
 
 
 # --------------------------------------------------------------------------------------------- requests
@@ -342,14 +383,18 @@ def lm_eval_request(example: Example) -> tuple[tuple[str, str], ...]:
     offers no choices to score.
     """
     if not example.requests:
-        raise UserError(f"protocol lm_eval needs a multiple-choice task; this prompt has none: {_start(example)!r}")
+        raise UserError(
+            f"protocol lm_eval needs a multiple-choice task; this prompt has none: {_start(example)!r}"
+        )
     return example.requests
 
 
 def label_request(example: Example) -> tuple[str, tuple[str, ...]]:
     """`(prompt, targets)`: the LLM-Adapters instruction, and the sentence that names each label in turn."""
     if not example.labels:
-        raise UserError(f"label words need a multiple-choice task; this prompt has none: {_start(example)!r}")
+        raise UserError(
+            f"label words need a multiple-choice task; this prompt has none: {_start(example)!r}"
+        )
     return example.messages[0].content, tuple(_label_target(label) for label in example.labels)
 
 
@@ -366,9 +411,15 @@ def dedupe(
 ) -> tuple[list[Example], int]:
     """`train` without the examples whose prompt (everything before the answer, normalised) is one of `test`'s, with
     `answers` whose prompt and answer are, and how many were dropped."""
-    digest = (lambda example: example.digest) if answers else (lambda example: example.prompt_digest)
+    digest = (
+        (lambda example: example.digest) if answers else (lambda example: example.prompt_digest)
+    )
     held_out = set(map(digest, test))
-    kept = [example for example in train if digest(example) not in held_out] if held_out else list(train)
+    kept = (
+        [example for example in train if digest(example) not in held_out]
+        if held_out
+        else list(train)
+    )
     return kept, len(train) - len(kept)
 
 

@@ -47,10 +47,14 @@ def _letter(text: str) -> str | None:
     if begins:
         return begins[begins.lastindex]
     bracketed = rf"\b({one})[)}}\]]"
-    said = (rf"(?i:\b(?:option|choice)\s+)({one})\b",
-            rf"\b({one})(?=\s+is\s+(?:the\s+)?(?:correct|right|answer)\b)")  # fmt: skip
+    said = (
+        rf"(?i:\b(?:option|choice)\s+)({one})\b",
+        rf"\b({one})(?=\s+is\s+(?:the\s+)?(?:correct|right|answer)\b)",
+    )
     marks, listed = [], []
-    for match in re.finditer("|".join(rf"(?<!\b[Nn]ot )(?<!\b[Nn]ot [(\[]){way}" for way in (bracketed, *said)), text):
+    for match in re.finditer(
+        "|".join(rf"(?<!\b[Nn]ot )(?<!\b[Nn]ot [(\[]){way}" for way in (bracketed, *said)), text
+    ):
         if match.lastindex == 1:
             listed.append(match[1])
         else:
@@ -60,7 +64,9 @@ def _letter(text: str) -> str | None:
     if marks:
         return marks[-1]
     # "b) 12" is an answer, "a) 1 b) 2" a list.
-    opening = re.match(rf"\W*(?:((?i:{one}))\)(?!.*(?<!\w)(?i:{one})\))|({one}):\s)", text, re.DOTALL)
+    opening = re.match(
+        rf"\W*(?:((?i:{one}))\)(?!.*(?<!\w)(?i:{one})\))|({one}):\s)", text, re.DOTALL
+    )
     return opening[opening.lastindex].upper() if opening else None
 
 
@@ -86,9 +92,12 @@ def final_label(text: str, labels: Sequence[str]) -> str | None:
 
 def _label(text: str, labels: Sequence[str]) -> str | None:
     words = "|".join(map(re.escape, labels))
-    mention = rf"(?P<stated>\banswer\s*(?:is|:)\W*)?\b(?<!\bnot )(?P<label>{words})\b\s*(?P<mark>[:/]?)"
+    mention = (
+        rf"(?P<stated>\banswer\s*(?:is|:)\W*)?\b(?<!\bnot )(?P<label>{words})\b\s*(?P<mark>[:/]?)"
+    )
     order = [label.lower() for label in labels]
-    lists: list[list[tuple[int, bool]]] = []  # of (which label, whether "answer is" stands before it)
+    # of (which label, whether "answer is" stands before it)
+    lists: list[list[tuple[int, bool]]] = []
     goes_on = False
     for match in re.finditer(mention, text, re.IGNORECASE):
         which, stated = order.index(match["label"].lower()), match["stated"] is not None

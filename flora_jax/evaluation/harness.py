@@ -32,7 +32,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
+from lm_eval.utils import (
+    get_rolling_token_windows,
+    handle_non_serializable,
+    make_disjoint_window,
+    make_table,
+)
 
 from flora_jax.adapters import AdapterConfig
 from flora_jax.errors import UserError, near_misses
@@ -86,9 +91,13 @@ class HarnessLM(TemplateLM):
             raise UserError(f"batch_size={batch_size} must be a positive integer")
         if max_length is not None and not 2 <= max_length <= config.max_position_embeddings:
             limit = config.max_position_embeddings
-            raise UserError(f"max_length={max_length} must be from 2 to the model's max_position_embeddings={limit}")
+            raise UserError(
+                f"max_length={max_length} must be from 2 to the model's max_position_embeddings={limit}"
+            )
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-            raise UserError("the harness needs a tokenizer with a bos or eos token to start an empty context from")
+            raise UserError(
+                "the harness needs a tokenizer with a bos or eos token to start an empty context from"
+            )
         self.config, self.base, self.tokenizer = config, base, tokenizer
         self.adapter, self.adapter_config = adapter, adapter_config
         self.batch_size, self.seed = batch_size, seed
@@ -104,7 +113,11 @@ class HarnessLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What an empty context becomes: bos, or eos where there is no bos."""
-        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        return (
+            self.eot_token_id
+            if self.tokenizer.bos_token_id is None
+            else self.tokenizer.bos_token_id
+        )
 
     @property
     def tokenizer_name(self) -> str:
@@ -114,30 +127,46 @@ class HarnessLM(TemplateLM):
         core = self.tokenizer.backend_tokenizer.to_str() + str(self.tokenizer.chat_template)
         return "sha256-" + hashlib.sha256(core.encode()).hexdigest()[:16]
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """The conversation as a prompt. Raises UserError where there is no template or it refuses the conversation."""
         if self.tokenizer.chat_template is None:
             raise UserError("apply_chat_template: the tokenizer has no chat template")
         self._chat = True  # the harness asks so in all of its prompts, or in none
-        return render(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt,
-                      continue_final_message=not add_generation_prompt)  # fmt: skip
+        return render(
+            self.tokenizer,
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
         """Token ids; special tokens where the tokenizer adds them, and no second bos before one in the text. A chat
         has those of its template alone, as in training."""
-        return encode_open(self.tokenizer, string, add_special_tokens is not False and not self._chat)
+        return encode_open(
+            self.tokenizer, string, add_special_tokens is not False and not self._chat
+        )
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """`(summed log-likelihood, is_greedy)` of each request's continuation after its context."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
         """Log-likelihood of each request's whole text after the prefix token, in the harness's windows of max_length
         tokens."""
         owners, windows = [], []
         for i, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+            for pair in get_rolling_token_windows(
+                tokens, self.prefix_token_id, self.max_length, context_len=1
+            ):
                 owners.append(i)
                 windows.append([make_disjoint_window(pair)])
         out = [0.0] * len(requests)
@@ -158,7 +187,9 @@ class HarnessLM(TemplateLM):
         for request, (_, new_tokens, _) in zip(requests, settings, strict=True):
             room = self.max_length - new_tokens
             if room < 1:
-                raise UserError(f"max_gen_toks={new_tokens} leaves max_length={self.max_length} no room for a prompt")
+                raise UserError(
+                    f"max_gen_toks={new_tokens} leaves max_length={self.max_length} no room for a prompt"
+                )
             prompt = self.tok_encode(request.args[0]) or [self.prefix_token_id]
             if len(prompt) > room:
                 _log.warning("a prompt of %d tokens is cut to its last %d", len(prompt), room)
@@ -204,13 +235,21 @@ class HarnessLM(TemplateLM):
                 read = len(context) + len(continuation) - 1
         return [score for question in self._score(questions) for score in question]
 
-    def _score(self, questions: list[list[tuple[list[int], list[int]]]]) -> list[list[tuple[float, bool]]]:
+    def _score(
+        self, questions: list[list[tuple[list[int], list[int]]]]
+    ) -> list[list[tuple[float, bool]]]:
         def describe(i: int) -> str:
             context, continuation = questions[i][0]
             return f"harness request {self.tokenizer.decode([*context, *continuation])[-60:]!r}"
 
         return token_loglik(
-            self.config, self.base, self.adapter, self.adapter_config, questions, self.batch_size, describe
+            self.config,
+            self.base,
+            self.adapter,
+            self.adapter_config,
+            questions,
+            self.batch_size,
+            describe,
         )
 
     def _settings(self, arguments: Mapping[str, Any]) -> tuple[list[str], int, Sampling]:
@@ -219,7 +258,11 @@ class HarnessLM(TemplateLM):
         eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
         until = [stop for stop in handle_stop_sequences(given.pop("until"), eos) if stop]
         new_tokens, do_sample = given.pop("max_gen_toks"), given.pop("do_sample")
-        temperature, top_k, top_p = given.pop("temperature", 0.0), given.pop("top_k", 0), given.pop("top_p", 1.0)
+        temperature, top_k, top_p = (
+            given.pop("temperature", 0.0),
+            given.pop("top_k", 0),
+            given.pop("top_p", 1.0),
+        )
         for name, value in given.items():
             if name not in _NEUTRAL or value != _NEUTRAL[name]:
                 raise UserError(
@@ -242,11 +285,21 @@ class HarnessLM(TemplateLM):
         generator = self._generator_for(max(map(len, prompts)) + new_tokens)
         if sampling.temperature == 0:
             generations = generate_in_rounds(
-                generator, prompts, new_tokens, lambda i, text: any(stop in text for stop in asked[i][1]))  # fmt: skip
+                generator,
+                prompts,
+                new_tokens,
+                lambda i, text: any(stop in text for stop in asked[i][1]),
+            )
         else:  # what is sampled depends on a row's place and step, so all of it is drawn in one go
             generations = generator.generate(prompts, new_tokens, sampling, self.seed)
-        cut = lambda text, stops: text[: min((text.find(s) for s in stops if s in text), default=len(text))]  # noqa: E731
-        return [cut(generation.text, stops) for generation, (_, stops) in zip(generations, asked, strict=True)]
+
+        def cut(text, stops):
+            return text[: min((text.find(s) for s in stops if s in text), default=len(text))]
+
+        return [
+            cut(generation.text, stops)
+            for generation, (_, stops) in zip(generations, asked, strict=True)
+        ]
 
     def _generator_for(self, length: int) -> Generator:
         """The generator, made when one is first needed and again where prompts and new tokens need more room."""
@@ -255,12 +308,20 @@ class HarnessLM(TemplateLM):
             # The old one's copy of the weights goes before there is a new one.
             self._generator = None
             self._generator = Generator(
-                self.config, self.base, adapters, self.adapter_config, self.tokenizer,
-                min(bucket(length), self.max_length), self.batch_size)  # fmt: skip
+                self.config,
+                self.base,
+                adapters,
+                self.adapter_config,
+                self.tokenizer,
+                min(bucket(length), self.max_length),
+                self.batch_size,
+            )
         return self._generator
 
 
-def load_harness_tasks(names: Sequence[str], include_path: str | os.PathLike | None = None) -> list[Task | Group]:
+def load_harness_tasks(
+    names: Sequence[str], include_path: str | os.PathLike | None = None
+) -> list[Task | Group]:
     """The harness's tasks, groups and tags of these names, with their data; `include_path`: a folder of task files
     beside the harness's own, which they override.
 
@@ -289,19 +350,30 @@ def load_harness_tasks(names: Sequence[str], include_path: str | os.PathLike | N
         try:
             loaded = manager.load(name)
         except (OSError, DatasetsError) as error:
-            raise UserError(f"harness task {name!r}: its data cannot be loaded ({error})") from error
+            raise UserError(
+                f"harness task {name!r}: its data cannot be loaded ({error})"
+            ) from error
         except Exception as error:  # what a task file asks of its data may fail in any way
             why = " ".join(str(error).split())[:200]
-            raise UserError(f"harness task {name!r} does not fit its data ({type(error).__name__}: {why})") from error
+            raise UserError(
+                f"harness task {name!r} does not fit its data ({type(error).__name__}: {why})"
+            ) from error
         for task in loaded["tasks"].values():
-            for flag, what in (("UNSAFE_CODE", "runs generated code"), ("MULTIMODAL", "shows images")):
+            for flag, what in (
+                ("UNSAFE_CODE", "runs generated code"),
+                ("MULTIMODAL", "shows images"),
+            ):
                 if getattr(task, flag, False):
-                    raise UserError(f"harness task {task.task_name!r} {what}, which is not supported here")
+                    raise UserError(
+                        f"harness task {task.task_name!r} {what}, which is not supported here"
+                    )
         groups = loaded.get("groups", {})
         for one in loaded["tasks"].values():
             other = loaded_by.setdefault(one.task_name, name)
             if other != name and (name in groups or other in grouped):
-                raise UserError(f"harness task {one.task_name!r} comes with {other!r} and with {name!r}; leave one out")
+                raise UserError(
+                    f"harness task {one.task_name!r} comes with {other!r} and with {name!r}; leave one out"
+                )
         grouped |= {name} & groups.keys()
         out += [groups[name]] if name in groups else loaded["tasks"].values()
     return out
@@ -325,17 +397,39 @@ def evaluate_harness(
     if num_fewshot is not None and num_fewshot < 0:
         raise UserError(f"num_fewshot={num_fewshot} must be 0 or a positive integer")
     if limit is not None and limit < 1:
-        raise UserError(f"limit={limit} must be a positive integer (leave it out for all documents)")
-    packages = ("flora_jax", "lm_eval", "datasets", "jax", "flax", "transformers", "tokenizers", "numpy")
-    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+        raise UserError(
+            f"limit={limit} must be a positive integer (leave it out for all documents)"
+        )
+    packages = (
+        "flora_jax",
+        "lm_eval",
+        "datasets",
+        "jax",
+        "flax",
+        "transformers",
+        "tokenizers",
+        "numpy",
+    )
+    versions = {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
     results = simple_evaluate(
-        lm, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, batch_size=lm.batch_size,
-        apply_chat_template=apply_chat_template, log_samples=False)  # fmt: skip
+        lm,
+        tasks=list(tasks),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=lm.batch_size,
+        apply_chat_template=apply_chat_template,
+        log_samples=False,
+    )
     results = {name: value for name, value in results.items() if name not in _LEFT_OUT}
     return {
         "schema_version": SCHEMA_VERSION,
         **(about or {}),
-        "adapter_config": None if lm.adapter_config is None else dataclasses.asdict(lm.adapter_config),
+        "adapter_config": None
+        if lm.adapter_config is None
+        else dataclasses.asdict(lm.adapter_config),
         "num_fewshot": num_fewshot,
         "limit": limit,
         "apply_chat_template": apply_chat_template,
@@ -345,10 +439,12 @@ def evaluate_harness(
         "device": jax.devices()[0].device_kind,
         "versions": versions,
         "lm_eval": json.loads(json.dumps(results, default=handle_non_serializable)),
-    }  # fmt: skip
+    }
 
 
 def table(result: Mapping[str, Any]) -> str:
     """The harness's table of a result of `evaluate_harness`, with a second one of groups where there are any."""
     results = result["lm_eval"]
-    return "\n".join(make_table(results, column) for column in ("results", "groups") if results.get(column))
+    return "\n".join(
+        make_table(results, column) for column in ("results", "groups") if results.get(column)
+    )

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 Array = jax.Array
 Tree = dict[str, Any]
-Pairs = Sequence[Sequence[tuple[list[int], list[int]]]]  # by question and choice: token ids of context, continuation
+# by question and choice: token ids of context, continuation
+Pairs = Sequence[Sequence[tuple[list[int], list[int]]]]
 
 _ROW_MULTIPLE = 32  # rows are padded to a multiple of it, so that few lengths are compiled
 _CHUNK = 256  # hidden states scored at a time: 256 * V float32 logits exist at once
@@ -99,10 +100,13 @@ def token_loglik(
     model = Llama(config, adapter_config if adapter is not None else None)
     variables = {"params": base, **({"adapter": adapter} if adapter else {})}
     rows = _rows(requests)
-    rows.sort(key=lambda row: row.length, reverse=True)  # the longest first: memory runs out at once or never
+    # the longest first: memory runs out at once or never
+    rows.sort(key=lambda row: row.length, reverse=True)
     out = [[(0.0, False)] * len(pairs) for pairs in requests]
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    for batch in tqdm(batches, desc="log-likelihood", disable=len(batches) < 2 or not sys.stderr.isatty()):
+    for batch in tqdm(
+        batches, desc="log-likelihood", disable=len(batches) < 2 or not sys.stderr.isatty()
+    ):
         for (question, choice), score in _score(model, variables, batch, batch_size):
             if not math.isfinite(score[0]):
                 raise FloatingPointError(
@@ -112,7 +116,9 @@ def token_loglik(
     return out
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerFast, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def encode_pair(
+    tokenizer: PreTrainedTokenizerFast, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
     """Tokens of the context, and of the continuation as it is tokenised behind it. An empty context becomes the
     tokenizer's bos (or eos) token."""
     stripped = context.rstrip()
@@ -127,7 +133,9 @@ def encode_pair(tokenizer: PreTrainedTokenizerFast, context: str, continuation: 
 
 
 def encode_pairs(
-    config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Sequence[tuple[str, str]]]
+    config: LlamaConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    requests: Sequence[Sequence[tuple[str, str]]],
 ) -> Pairs:
     """The tokens of each pair of `choice_loglik`, as `token_loglik` takes them. Raises UserError for one that cannot be
     scored."""
@@ -137,7 +145,9 @@ def encode_pairs(
         for context, continuation in pairs:
             before, after = encode_pair(tokenizer, context, continuation)
             if not after:
-                raise UserError(f"question {question}: continuation {continuation!r} has no tokens of its own")
+                raise UserError(
+                    f"question {question}: continuation {continuation!r} has no tokens of its own"
+                )
             if len(before) + len(after) > config.max_position_embeddings:
                 raise UserError(
                     f"question {question}: context and continuation have {len(before) + len(after)} tokens, more than "
@@ -167,15 +177,22 @@ def _score(
     T = -(-max(row.length for row in batch) // _ROW_MULTIPLE) * _ROW_MULTIPLE
     tokens, positions = np.zeros((batch_size, T), np.int32), np.zeros((batch_size, T), np.int32)
     groups = np.full((batch_size, T), _PADDING, np.int32)
-    scored = []  # (row, place, next token) of each hidden state that predicts a continuation's token
+    # (row, place, next token) of each hidden state that predicts a continuation's token
+    scored = []
     spans = []  # (owner, start, stop) in `scored`
     for b, row in enumerate(batch):
         n = end = len(row.context)
         tokens[b, :n], positions[b, :n], groups[b, :n] = row.context, np.arange(n), 0
-        for group, (continuation, owner) in enumerate(zip(row.continuations, row.owners, strict=True), 1):
+        for group, (continuation, owner) in enumerate(
+            zip(row.continuations, row.owners, strict=True), 1
+        ):
             read = len(continuation) - 1
             own = slice(end, end + read)
-            tokens[b, own], positions[b, own], groups[b, own] = continuation[:-1], np.arange(n, n + read), group
+            tokens[b, own], positions[b, own], groups[b, own] = (
+                continuation[:-1],
+                np.arange(n, n + read),
+                group,
+            )
             spans.append((owner, len(scored), len(scored) + len(continuation)))
             places = [n - 1, *range(end, end + read)]
             scored += [(b, place, token) for place, token in zip(places, continuation, strict=True)]
@@ -183,7 +200,10 @@ def _score(
     hidden = _hidden(model, variables, tokens, positions, groups)
     where = np.zeros((-(-len(scored) // _CHUNK) * _CHUNK, 3), np.int32)
     where[: len(scored)] = scored
-    chunks = [_next_tokens(model, variables, hidden, chunk) for chunk in np.split(where, len(where) // _CHUNK)]
+    chunks = [
+        _next_tokens(model, variables, hidden, chunk)
+        for chunk in np.split(where, len(where) // _CHUNK)
+    ]
     values, best = map(np.concatenate, zip(*jax.device_get(chunks), strict=True))
     values = values.astype(np.float64)
     return [(owner, (float(values[i:j].sum()), bool(best[i:j].all()))) for owner, i, j in spans]
@@ -202,7 +222,9 @@ def _next_tokens(model: Llama, variables: Tree, hidden: Array, where: Array) -> 
     the most likely one; log p is NaN where a logit is not finite."""
     rows, places, targets = where.T
     unembedding = model.apply(variables, method="unembedding").astype(hidden.dtype)
-    logits = jnp.einsum("CD,VD->CV", hidden[rows, places], unembedding, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "CD,VD->CV", hidden[rows, places], unembedding, preferred_element_type=jnp.float32
+    )
     loglik = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=-1)[:, 0]
     loglik = jnp.where(jnp.isfinite(logits).all(axis=-1), loglik, jnp.nan)
     return loglik, jnp.argmax(logits, axis=-1) == targets

@@ -56,7 +56,10 @@ def is_right(metric: str, text: str, answer: str, labels: Sequence[str] = ()) ->
     match metric:
         case "number":
             found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
-            return abs(float(answer.replace(",", "")) - (float(found[-1]) if found else float("inf"))) <= 1e-3
+            return (
+                abs(float(answer.replace(",", "")) - (float(found[-1]) if found else float("inf")))
+                <= 1e-3
+            )
         case "letter":
             return re.findall("[A-E]", text)[:1] == [answer]
     # "answer4" is looked for in a question of three answers too.

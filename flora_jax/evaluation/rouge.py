@@ -63,9 +63,10 @@ class UnicodeTokenizer(Tokenizer):
             elif kind != "Cf":  # joiners and soft hyphens stand inside words
                 pieces.append(" ")
         return [
-            token for word in "".join(pieces).split()
+            token
+            for word in "".join(pieces).split()
             for token in (self._ascii.tokenize(word) if word.isascii() else [word])
-        ]  # fmt: skip
+        ]
 
 
 def choose_tokenizer(references: Sequence[Sequence[str]]) -> UnicodeTokenizer | None:
@@ -106,7 +107,9 @@ def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str
         means = np.array([np.mean(own) for own in each])
         result[kind] = float(means.mean())
         result[f"{kind}_max"] = float(np.mean([max(own) for own in each]))
-        result[f"{kind}_stderr"] = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else 0.0
+        result[f"{kind}_stderr"] = (
+            float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else 0.0
+        )
         if kind == "rougeL":
             result["items"] = [round(float(mean), 6) for mean in means]
     return result

@@ -52,8 +52,10 @@ Tree = dict[str, Any]
 SCHEMA_VERSION = 1
 PROTOCOLS = ("lm_eval", "llm_adapters")
 
-_MARGIN = 16  # tokens beside the longest answer and its end: it may be said in more of them than it is written in
-_SHOT_BREAK = "\n\n"  # between the examples of a plain few-shot prompt; a generated answer ends at it
+# tokens beside the longest answer and its end: it may be said in more of them than it is written in
+_MARGIN = 16
+# between the examples of a plain few-shot prompt; a generated answer ends at it
+_SHOT_BREAK = "\n\n"
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +102,10 @@ def load_task_data(
     `generator` overrides fields of generated tasks (see `get_task`). Needs no model, so bad input is a UserError
     before one is loaded: unknown task, protocol or style, missing or malformed data, counts out of range.
     """
-    for field, value, known in (("protocol", protocol, PROTOCOLS), ("prompt_style", prompt_style, STYLES)):
+    for field, value, known in (
+        ("protocol", protocol, PROTOCOLS),
+        ("prompt_style", prompt_style, STYLES),
+    ):
         if value not in known:
             raise UserError(f"{field}={value!r} is unknown; {near_misses(value, known)}")
     if limit is not None and limit < 1:
@@ -113,11 +118,15 @@ def load_task_data(
         raise UserError(f"tasks={','.join(names)} names a task twice")
     tasks = [get_task(name, generator) for name in names]
     if published_faults and (protocol, prompt_style) != ("llm_adapters", "llm_adapters"):
-        raise UserError(f"published_faults are those of protocol and prompt_style 'llm_adapters', "
-                        f"not of protocol {protocol!r} with prompt_style {prompt_style!r}")  # fmt: skip
+        raise UserError(
+            f"published_faults are those of protocol and prompt_style 'llm_adapters', "
+            f"not of protocol {protocol!r} with prompt_style {prompt_style!r}"
+        )
     for task in tasks:
         if published_faults and task.metric not in published.METRICS:
-            raise UserError(f"published_faults: LLM-Adapters has no script for {task.name} (metric {task.metric!r})")
+            raise UserError(
+                f"published_faults: LLM-Adapters has no script for {task.name} (metric {task.metric!r})"
+            )
         if prompt_style != "plain" and not is_generated(task, protocol):
             raise UserError(
                 f"prompt_style={prompt_style!r}: protocol lm_eval scores the choices of {task.name} as plain text; "
@@ -132,15 +141,19 @@ def load_task_data(
             whole = load_examples(task, "test", data_dir, cache_dir)
             pool, _ = dedupe(load_examples(task, "train", data_dir, cache_dir), whole)
             if num_fewshot > len(pool):
-                raise UserError(f"num_fewshot={num_fewshot}: the train split of {task.name} has {len(pool)} examples "
-                                "that are not in its test split too")  # fmt: skip
+                raise UserError(
+                    f"num_fewshot={num_fewshot}: the train split of {task.name} has {len(pool)} examples "
+                    "that are not in its test split too"
+                )
             shots = random.Random(seed).sample(pool, num_fewshot)
         out.append(TaskData(task, examples, shots, data_hash(task, "test", data_dir)))
     return out
 
 
 def check_seen(
-    tasks: Sequence[TaskData], trained_on: tuple[Sequence[str], Set[str]] | None, allowed: bool = False
+    tasks: Sequence[TaskData],
+    trained_on: tuple[Sequence[str], Set[str]] | None,
+    allowed: bool = False,
 ) -> dict[str, float] | None:
     """By task, the share of its questions that an adapter was trained on: `trained_on`, the names of its tasks and its
     prompts' digests, or None where nothing is on record. Raises UserError above 1 % unless `allowed`."""
@@ -152,9 +165,11 @@ def check_seen(
         seen = [bool(prompt_digests([example]) & prompts) for example in data.examples]
         shares[data.task.name] = share = sum(seen) / len(seen)
         if share > CONTAMINATED and not allowed:
-            raise UserError(f"--tasks {data.task.name}: {100 * share:.1f} % of the questions asked are in what the "
-                            f"adapter was trained on ({', '.join(names)}); leave it out, or --allow_contaminated, "
-                            "which records the share")  # fmt: skip
+            raise UserError(
+                f"--tasks {data.task.name}: {100 * share:.1f} % of the questions asked are in what the "
+                f"adapter was trained on ({', '.join(names)}); leave it out, or --allow_contaminated, "
+                "which records the share"
+            )
     return shares
 
 
@@ -191,7 +206,15 @@ def evaluate_tasks(
     check_jax()
     # A task whose prompts leave no room, or whose choices are too long, is refused before another one is scored.
     asked = check_prompts(
-        tasks, config, tokenizer, protocol, prompt_style, published_faults, max_length, max_new_tokens)  # fmt: skip
+        tasks,
+        config,
+        tokenizer,
+        protocol,
+        prompt_style,
+        published_faults,
+        max_length,
+        max_new_tokens,
+    )
     if any(is_generated(data.task, protocol) for data in tasks):
         check_sizes(config, base, max_length, batch_size)
     results: dict[str, Any] = {}
@@ -201,11 +224,16 @@ def evaluate_tasks(
         if is_generated(data.task, protocol):
             if generator is None:
                 adapters = {"adapter": adapter} if adapter is not None else None
-                generator = Generator(config, base, adapters, adapter_config, tokenizer, max_length, batch_size)
+                generator = Generator(
+                    config, base, adapters, adapter_config, tokenizer, max_length, batch_size
+                )
             result = _generate_answers(
-                data, asked[data.task.name], generator, prompt_style, published_faults, batch_size)  # fmt: skip
+                data, asked[data.task.name], generator, prompt_style, published_faults, batch_size
+            )
         else:
-            result = _score_choices(data, asked[data.task.name], config, base, adapter, adapter_config, batch_size)
+            result = _score_choices(
+                data, asked[data.task.name], config, base, adapter, adapter_config, batch_size
+            )
         results[data.task.name] = {
             **result,
             "n": len(data.examples),
@@ -224,8 +252,9 @@ def evaluate_tasks(
         "batch_size": batch_size,
         "max_length": max_length,
         "dtype": str(base["embed_tokens"]["embedding"].dtype),
-        "mask": "none over the padding of choice tasks, as published" if published_faults
-                else "explicit; padding is never attended to and never scored",
+        "mask": "none over the padding of choice tasks, as published"
+        if published_faults
+        else "explicit; padding is never attended to and never scored",
         "device": jax.devices()[0].device_kind,
         "versions": versions,
         "tasks": results,
@@ -233,9 +262,15 @@ def evaluate_tasks(
 
 
 def check_prompts(
-    tasks: Sequence[TaskData], config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, protocol: str,
-    prompt_style: str, published_faults: bool, max_length: int, max_new_tokens: int | None = None,
-) -> dict[str, Asked | Pairs]:  # fmt: skip
+    tasks: Sequence[TaskData],
+    config: LlamaConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    protocol: str,
+    prompt_style: str,
+    published_faults: bool,
+    max_length: int,
+    max_new_tokens: int | None = None,
+) -> dict[str, Asked | Pairs]:
     """What is asked, by task: prompts, or the token ids of choices. Raises UserError where `evaluate_tasks` would, for
     prompts that the style cannot express or that leave no room, and choices that are too long: before a model is
     trained to be scored on them. A line says how many prompts leave no room, and where answers may be cut."""
@@ -243,7 +278,9 @@ def check_prompts(
     for data in tasks:
         if is_generated(data.task, protocol):
             room = min(max_length, config.max_position_embeddings)
-            asked[data.task.name] = _prompts(data, tokenizer, prompt_style, published_faults, room, max_new_tokens)
+            asked[data.task.name] = _prompts(
+                data, tokenizer, prompt_style, published_faults, room, max_new_tokens
+            )
         else:
             asked[data.task.name] = _choices(data, config, tokenizer)
     return asked
@@ -252,7 +289,9 @@ def check_prompts(
 def describe(scores: Mapping[str, Any]) -> str:
     """A task's scores in one line."""
     if "rougeL" in scores:
-        return "  ".join(f"{kind} {scores[kind]:.4f} ± {scores[f'{kind}_stderr']:.4f}" for kind in KINDS)
+        return "  ".join(
+            f"{kind} {scores[kind]:.4f} ± {scores[f'{kind}_stderr']:.4f}" for kind in KINDS
+        )
     norm = f"  norm {scores['accuracy_norm']:.4f}" if "accuracy_norm" in scores else ""
     return f"{scores['accuracy']:.4f} ± {scores['stderr']:.4f}{norm}"
 
@@ -263,7 +302,10 @@ def few_shot_requests(example: Example, shots: Sequence[Example]) -> list[tuple[
     for shot in shots:
         context, continuation = lm_eval_request(shot)[shot.gold]
         solved.append(context + continuation + _SHOT_BREAK)
-    return [("".join(solved) + context, continuation) for context, continuation in lm_eval_request(example)]
+    return [
+        ("".join(solved) + context, continuation)
+        for context, continuation in lm_eval_request(example)
+    ]
 
 
 def few_shot_messages(example: Example, shots: Sequence[Example], style: str) -> list[Message]:
@@ -271,22 +313,39 @@ def few_shot_messages(example: Example, shots: Sequence[Example], style: str) ->
     have room for one answer each: UserError for a conversation with several)."""
     asked = list(example.messages[:-1])
     if style == "chat" or not shots:
-        system = [message for message in asked if message.role == "system"]  # the question's own, once and in front
-        turns = [message for shot in (*(shot.messages for shot in shots), asked) for message in shot]
+        # the question's own, once and in front
+        system = [message for message in asked if message.role == "system"]
+        turns = [
+            message for shot in (*(shot.messages for shot in shots), asked) for message in shot
+        ]
         return system + [message for message in turns if message.role != "system"]
-    if any(message.role == "assistant" for turns in (asked, *(s.messages[:-1] for s in shots)) for message in turns):
-        raise UserError(f"prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'")
+    if any(
+        message.role == "assistant"
+        for turns in (asked, *(s.messages[:-1] for s in shots))
+        for message in turns
+    ):
+        raise UserError(
+            f"prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'"
+        )
     solved = [
-        "\n\n".join(m.content for m in shot.messages[:-1]) + " " + shot.messages[-1].content for shot in shots
+        "\n\n".join(m.content for m in shot.messages[:-1]) + " " + shot.messages[-1].content
+        for shot in shots
     ]
     return [Message("user", _SHOT_BREAK.join([*solved, *(m.content for m in asked)]))]
 
 
 def _score_choices(
-    data: TaskData, pairs: Pairs, config: LlamaConfig, base: Tree, adapter: Tree | None,
-    adapter_config: AdapterConfig | None, batch_size: int,
-) -> dict[str, Any]:  # fmt: skip
-    describe = lambda i: f"{data.task.name}: question {i}"  # noqa: E731
+    data: TaskData,
+    pairs: Pairs,
+    config: LlamaConfig,
+    base: Tree,
+    adapter: Tree | None,
+    adapter_config: AdapterConfig | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    def describe(i):
+        return f"{data.task.name}: question {i}"
+
     scores = token_loglik(config, base, adapter, adapter_config, pairs, batch_size, describe)
     right, right_norm = [], []
     for example, found in zip(data.examples, scores, strict=True):
@@ -308,20 +367,28 @@ def _choices(data: TaskData, config: LlamaConfig, tokenizer: PreTrainedTokenizer
     """The token ids of each question's choices, `(context, continuation)`. Raises UserError for one that is too long
     or has none."""
     try:
-        return encode_pairs(config, tokenizer, [few_shot_requests(example, data.shots) for example in data.examples])
+        return encode_pairs(
+            config, tokenizer, [few_shot_requests(example, data.shots) for example in data.examples]
+        )
     except UserError as error:
         raise UserError(f"{data.task.name}: {error}") from None
 
 
 def _prompts(
-    data: TaskData, tokenizer: PreTrainedTokenizerFast, style: str, published_faults: bool, max_length: int,
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerFast,
+    style: str,
+    published_faults: bool,
+    max_length: int,
     max_new_tokens: int | None,
-) -> Asked:  # fmt: skip
+) -> Asked:
     """Raises UserError where no prompt leaves room for its answer."""
     for i, example in enumerate(data.examples):
         if calls_tools(example.messages[-1]):
-            raise UserError(f"{data.task.name}: question {i} is to be answered by a call of a tool, but answers are "
-                            "compared as texts; leave it out of the test set")  # fmt: skip
+            raise UserError(
+                f"{data.task.name}: question {i} is to be answered by a call of a tool, but answers are "
+                "compared as texts; leave it out of the test set"
+            )
     asked = [few_shot_messages(example, data.shots, style) for example in data.examples]
     try:
         for example in data.shots:
@@ -344,21 +411,40 @@ def _prompts(
             f"shortest has {min(lengths)} tokens"
         )
     if not all(fits):
-        _log.warning("%s: %d of %d prompts leave no room for %d new tokens in max_length=%d and count as wrong",
-                     name, len(fits) - sum(fits), len(fits), new_tokens, max_length)  # fmt: skip
+        _log.warning(
+            "%s: %d of %d prompts leave no room for %d new tokens in max_length=%d and count as wrong",
+            name,
+            len(fits) - sum(fits),
+            len(fits),
+            new_tokens,
+            max_length,
+        )
     if max_new_tokens is None and data.task.source == "jsonl":
-        answers = tokenizer([example.answer for example in data.examples], add_special_tokens=False, verbose=False)
+        answers = tokenizer(
+            [example.answer for example in data.examples], add_special_tokens=False, verbose=False
+        )
         longest = max(map(len, answers["input_ids"]))
         left = max_length - max(length for length, fit in zip(lengths, fits, strict=True) if fit)
         new_tokens = max(new_tokens, min(longest + 1 + _MARGIN, left))
         if new_tokens <= longest:  # its end is a token, too
-            _log.warning("%s: the longest answer has %d tokens, but max_length=%d leaves %d after the longest prompt; "
-                         "such answers are cut and count as wrong", name, longest, max_length, left)  # fmt: skip
+            _log.warning(
+                "%s: the longest answer has %d tokens, but max_length=%d leaves %d after the longest prompt; "
+                "such answers are cut and count as wrong",
+                name,
+                longest,
+                max_length,
+                left,
+            )
     return Asked(prompts, fits, new_tokens)
 
 
 def _generate_answers(
-    data: TaskData, asked: Asked, generator: Generator, style: str, published_faults: bool, batch_size: int
+    data: TaskData,
+    asked: Asked,
+    generator: Generator,
+    style: str,
+    published_faults: bool,
+    batch_size: int,
 ) -> dict[str, Any]:
     metric, new_tokens, tokenizer = data.task.metric, asked.new_tokens, generator.tokenizer
     judge = published.is_right if published_faults else is_right
@@ -366,38 +452,57 @@ def _generate_answers(
     if published_faults:
         prompts = published.pad(prompts, metric, batch_size)
     stop_text = _SHOT_BREAK if data.shots and style != "chat" else None
-    ended = lambda i, text: stop_text is not None and stop_text in text.lstrip()  # noqa: E731
+
+    def ended(i, text):
+        return stop_text is not None and stop_text in text.lstrip()
+
     try:
         generations = generate_in_rounds(generator, prompts, new_tokens, ended)
     except FloatingPointError as error:
         raise FloatingPointError(f"{data.task.name}: {error}") from None
-    unfinished = sum(not g.finished and not ended(i, g.text) for i, g in enumerate(generations)) / len(generations)
+    unfinished = sum(
+        not g.finished and not ended(i, g.text) for i, g in enumerate(generations)
+    ) / len(generations)
     if unfinished:
-        _log.warning("%s: %.1f %% of the answers did not end within %d new tokens; max_new_tokens gives them more",
-                     data.task.name, 100 * unfinished, new_tokens)  # fmt: skip
+        _log.warning(
+            "%s: %.1f %% of the answers did not end within %d new tokens; max_new_tokens gives them more",
+            data.task.name,
+            100 * unfinished,
+            new_tokens,
+        )
     said = iter([g.text.lstrip().split(stop_text)[0] if stop_text else g.text for g in generations])
     texts = [next(said) if fit else None for fit in asked.fits]
     if metric == "rouge":  # a prompt that leaves no room is answered with nothing
         references = [example.references for example in data.examples]
-        scores = {**rouge([text or "" for text in texts], references), "scoring": f"ROUGE: {POLICY}"}
+        scores = {
+            **rouge([text or "" for text in texts], references),
+            "scoring": f"ROUGE: {POLICY}",
+        }
     else:
         right = [
             text is not None and judge(metric, text, example.answer, example.labels)
             for text, example in zip(texts, data.examples, strict=True)
         ]
-        scores = {**_accuracy("accuracy", "stderr", right), "items": [int(one) for one in right],
-                  "scoring": f"generated text, final answer by metric {metric!r}"
-                  + " of the published scripts" * published_faults}  # fmt: skip
+        scores = {
+            **_accuracy("accuracy", "stderr", right),
+            "items": [int(one) for one in right],
+            "scoring": f"generated text, final answer by metric {metric!r}"
+            + " of the published scripts" * published_faults,
+        }
     return {
         **scores,
         "texts": texts,
-        "decode": {"temperature": 0.0, "max_new_tokens": new_tokens, "first_round": FIRST_ROUND,
-                   "stop_text": stop_text},
+        "decode": {
+            "temperature": 0.0,
+            "max_new_tokens": new_tokens,
+            "first_round": FIRST_ROUND,
+            "stop_text": stop_text,
+        },
         "finished": sum(g.finished for g in generations) / len(generations),
         "unfinished": unfinished,
         "too_long": len(asked.prompts) - len(prompts),
         "prompt": tokenizer.decode(asked.prompts[0]),
-    }  # fmt: skip
+    }
 
 
 def _accuracy(name: str, error_name: str, right: Sequence[bool]) -> dict[str, float]:
@@ -407,4 +512,7 @@ def _accuracy(name: str, error_name: str, right: Sequence[bool]) -> dict[str, fl
 
 def _versions() -> dict[str, str]:
     packages = ("flora_jax", "jax", "flax", "transformers", "tokenizers", "numpy")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }

@@ -53,7 +53,8 @@ Tree = dict[str, Any]
 
 _SMALLEST_BUCKET = 16
 _PROMPTS = "prompts must be a list of prompts, each a text or a list of token ids"
-_STOP_SLOTS = 8  # stop tokens are padded to a multiple of it, so that one more of them compiles nothing
+# stop tokens are padded to a multiple of it, so that one more of them compiles nothing
+_STOP_SLOTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,9 @@ def check_sizes(config: LlamaConfig, base: Tree, max_length: int, batch_size: in
     """Raises UserError for sizes that no Generator of this base can have."""
     if not _is_integer(max_length) or not 2 <= max_length <= config.max_position_embeddings:
         limit = config.max_position_embeddings
-        raise UserError(f"max_length={max_length!r} must be from 2 to the model's max_position_embeddings={limit}")
+        raise UserError(
+            f"max_length={max_length!r} must be from 2 to the model's max_position_embeddings={limit}"
+        )
     if not _is_integer(batch_size) or batch_size < 1:
         raise UserError(f"batch_size={batch_size!r} must be a positive integer")
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
@@ -165,17 +168,32 @@ def _choose(state: State, logits: Array, stop: Array, keys: Array, sampling: Sam
     # NaN is the largest of all that it stands among. Where a GPU takes the best token, to look at the logit of that one
     # alone is no launch more; a sample has computed their maximum anyway.
     greedy = sampling.temperature == 0
-    best = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] if greedy else logits.max(axis=-1)
-    failed = state.failed | (~state.done & ~jnp.isfinite(best))  # the host looks at it once all rows are through
+    best = (
+        jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+        if greedy
+        else logits.max(axis=-1)
+    )
+    # the host looks at it once all rows are through
+    failed = state.failed | (~state.done & ~jnp.isfinite(best))
     done = state.done | failed | (token[:, None] == stop).any(-1)
     return state.replace(
-        step=state.step + 1, token=token, out=jax.lax.dynamic_update_slice(state.out, token[:, None], (0, state.step)),
-        count=jnp.where(done, state.count, state.step + 1), done=done, failed=failed,
-    )  # fmt: skip
+        step=state.step + 1,
+        token=token,
+        out=jax.lax.dynamic_update_slice(state.out, token[:, None], (0, state.step)),
+        count=jnp.where(done, state.count, state.step + 1),
+        done=done,
+        failed=failed,
+    )
 
 
 def _advance(
-    model: Llama, params: Tree, state: State, stop: Array, keys: Array, select: Array | None, sampling: Sampling
+    model: Llama,
+    params: Tree,
+    state: State,
+    stop: Array,
+    keys: Array,
+    select: Array | None,
+    sampling: Sampling,
 ) -> State:
     """One token further: the model reads the last one and the next is chosen."""
     real = jnp.ones((len(state.token), 1), bool)
@@ -186,7 +204,9 @@ def _advance(
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
-def begin(logits: Array, cache: KVCache, done: Array, stop: Array, keys: Array, sampling: Sampling) -> State:
+def begin(
+    logits: Array, cache: KVCache, done: Array, stop: Array, keys: Array, sampling: Sampling
+) -> State:
     """The state after the first token, chosen from the prompts' logits `[B, V]`; `done` `[B]` marks rows that are not
     asked for. The cache (S slots) is consumed."""
     B, S = cache.valid.shape
@@ -199,9 +219,15 @@ def begin(logits: Array, cache: KVCache, done: Array, stop: Array, keys: Array, 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
 def decode(
-    model: Llama, params: Tree, state: State, max_new_tokens: Array, stop: Array, keys: Array,
-    select: Array | None = None, sampling: Sampling = Sampling(),  # noqa: B008 - immutable
-) -> State:  # fmt: skip
+    model: Llama,
+    params: Tree,
+    state: State,
+    max_new_tokens: Array,
+    stop: Array,
+    keys: Array,
+    select: Array | None = None,
+    sampling: Sampling = Sampling(),
+) -> State:
     """Continues every row until it emits one of `stop` or has `max_new_tokens` in all, in one loop on the device. The
     state is consumed; keys `[B]`, one a row; select as in `prefill`."""
 
@@ -215,12 +241,16 @@ def decode(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "adapter_config"), donate_argnums=0)
-def _write(layers: Tree, riders: Tree, place: Array, config: LlamaConfig, adapter_config: AdapterConfig) -> Tree:
+def _write(
+    layers: Tree, riders: Tree, place: Array, config: LlamaConfig, adapter_config: AdapterConfig
+) -> Tree:
     return write_adapter(layers, riders, config, adapter_config, place)
 
 
 def _share(
-    config: LlamaConfig, adapters: Mapping[str, Tree], configs: AdapterConfig | Mapping[str, AdapterConfig] | None
+    config: LlamaConfig,
+    adapters: Mapping[str, Tree],
+    configs: AdapterConfig | Mapping[str, AdapterConfig] | None,
 ) -> tuple[AdapterConfig | None, dict[str, Tree]]:
     """The configuration of all adapters once the smaller ranks are widened, and what each writes, on the host; None
     where the method has no adapter, the base being what was trained."""
@@ -232,8 +262,11 @@ def _share(
         if configs.get(name) is None:
             raise UserError(f"adapter {name!r} needs its adapter_config")
     first = configs[next(iter(adapters))]
+
     # What is laid out the same, whatever the names, the scale and what only training reads.
-    shape = lambda one: (one.row, one.targets, one.add_to, one.activation)  # noqa: E731
+    def shape(one):
+        return (one.row, one.targets, one.add_to, one.activation)
+
     for name in adapters:
         own = configs[name]
         if shape(own) != shape(first):
@@ -251,7 +284,9 @@ def _share(
         check_adapter(adapter, config, own)
         for path, leaf in flatten_dict(adapter, sep="/").items():
             if not np.isfinite(leaf).all():
-                raise UserError(f"adapter {name!r}: leaf {path!r} holds a value that is not finite; train it anew")
+                raise UserError(
+                    f"adapter {name!r}: leaf {path!r} holds a value that is not finite; train it anew"
+                )
         if own.rank < shared.rank:
             adapter, own = widen(adapter, own, shared.rank)
         riders[name] = jax.device_get(adapter_riders(adapter, config, own))
@@ -288,14 +323,22 @@ class Generator:
         check_jax()
         check_sizes(config, base, max_length, batch_size)
         if adapters is not None and not isinstance(adapters, Mapping):
-            raise UserError(f"adapters must be trees by name, {{'mine': adapter}}, not a {type(adapters).__name__}")
-        configs = adapter_config.values() if isinstance(adapter_config, Mapping) else [adapter_config]
+            raise UserError(
+                f"adapters must be trees by name, {{'mine': adapter}}, not a {type(adapters).__name__}"
+            )
+        configs = (
+            adapter_config.values() if isinstance(adapter_config, Mapping) else [adapter_config]
+        )
         wrong = [one for one in configs if not isinstance(one, AdapterConfig | None)]
         if wrong:
-            raise UserError(f"adapter_config must be an AdapterConfig, or one by name, not a {type(wrong[0]).__name__}")
+            raise UserError(
+                f"adapter_config must be an AdapterConfig, or one by name, not a {type(wrong[0]).__name__}"
+            )
         # fft's configuration goes without: its base is what was trained.
         if not adapters and any(one is not None and one.row.reads is not None for one in configs):
-            raise UserError("adapter_config is given without adapters; pass them as {'mine': adapter}")
+            raise UserError(
+                "adapter_config is given without adapters; pass them as {'mine': adapter}"
+            )
         if decode_kernel and not kernel_runs(config):
             raise UserError(
                 "decode_kernel=True needs an NVIDIA GPU from Ampere on and heads of 32, 64, 128 or 256 channels; this "
@@ -309,7 +352,8 @@ class Generator:
         self._row_multiple = layout["row_multiple"]
         self.params = fuse(base, None, config, None, **layout)
         self._model = Llama(config, self.adapter_config, decode_kernel=decode_kernel)
-        self._places: list[str | None] = [None]  # whose columns and rows the arrays hold, place by place
+        # whose columns and rows the arrays hold, place by place
+        self._places: list[str | None] = [None]
         self._bank = False
         self._name: str | None = None
         if self.adapter_config is not None:
@@ -330,25 +374,35 @@ class Generator:
 
     def _arrange(self, names: set[str | None]) -> None:
         """Sees to it that the arrays hold the adapters of `names`: one by writing it, several by becoming a bank."""
-        if self._bank or self.adapter_config is None or (len(names) == 1 and set(self._places) == names):
+        if (
+            self._bank
+            or self.adapter_config is None
+            or (len(names) == 1 and set(self._places) == names)
+        ):
             return
         if len(names) > 1:
             places = len(self._riders)
-            self.params = make_room(self.params, self.config, self.adapter_config, places, self._row_multiple)
+            self.params = make_room(
+                self.params, self.config, self.adapter_config, places, self._row_multiple
+            )
             self._bank, self._places = True, [None] * places
             names = self._riders
         for place, name in enumerate(names):
             riders = (
-                jax.tree.map(np.zeros_like, next(iter(self._riders.values()))) if name is None else self._riders[name]
+                jax.tree.map(np.zeros_like, next(iter(self._riders.values())))
+                if name is None
+                else self._riders[name]
             )
-            layers = _write(self.params["layers"], riders, jnp.int32(place), self.config, self.adapter_config)
+            layers = _write(
+                self.params["layers"], riders, jnp.int32(place), self.config, self.adapter_config
+            )
             self.params["layers"], self._places[place] = layers, name
 
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
         max_new_tokens: int,
-        sampling: Sampling = Sampling(),  # noqa: B008 - immutable
+        sampling: Sampling = Sampling(),
         seed: int = 0,
         stop: Sequence[int] = (),
         adapter_names: Sequence[str | None] | None = None,
@@ -362,12 +416,16 @@ class Generator:
         not loaded; FloatingPointError, with the prompt, where a token was to be chosen from logits that are not finite.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-            raise UserError(f"{_PROMPTS}, not {'one text' if isinstance(prompts, str) else repr(prompts)}")
+            raise UserError(
+                f"{_PROMPTS}, not {'one text' if isinstance(prompts, str) else repr(prompts)}"
+            )
         prompts, max_new_tokens = list(prompts), _new_tokens(max_new_tokens)
         rows = [self._encode(i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
         names = [self._name] * len(rows) if adapter_names is None else list(adapter_names)
         if len(names) != len(rows):
-            raise UserError(f"adapter_names has {len(names)} names for {len(rows)} prompts; give one each")
+            raise UserError(
+                f"adapter_names has {len(names)} names for {len(rows)} prompts; give one each"
+            )
         for name in names:
             self._check_name(name)
         stop_ids = self._stop(stop, seed, sampling)
@@ -376,26 +434,38 @@ class Generator:
         by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         batches = [by_length[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         out: list[Generation | None] = [None] * len(rows)
-        for batch in tqdm(batches, desc="generate", disable=len(batches) < 2 or not sys.stderr.isatty()):
+        for batch in tqdm(
+            batches, desc="generate", disable=len(batches) < 2 or not sys.stderr.isatty()
+        ):
             generations = self._batch(rows, names, batch, max_new_tokens, sampling, seed, stop_ids)
             for i, generation in zip(batch, generations, strict=True):
                 out[i] = generation
         return out
 
     def stream(
-        self, prompt: str | Sequence[int], max_new_tokens: int, sampling: Sampling = Sampling(), seed: int = 0,  # noqa: B008
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
         stop: Sequence[int] = (),
-    ) -> Iterator[str]:  # fmt: skip
+    ) -> Iterator[str]:
         """The text of `generate([prompt], …)` with the adapter in use, piece by piece as tokens come; a piece ends
         where characters are whole. Returns to Python after every token; raises UserError if the generator's arrays
         have been given another adapter meanwhile, FloatingPointError as `generate` does."""
         if self.tokenizer is None:
             raise UserError("stream gives text, but there is no tokenizer")
         max_new_tokens = _new_tokens(max_new_tokens)
-        row, stop_ids, shown = self._encode(0, prompt, max_new_tokens), self._stop(stop, seed, sampling), ""
+        row, stop_ids, shown = (
+            self._encode(0, prompt, max_new_tokens),
+            self._stop(stop, seed, sampling),
+            "",
+        )
         self._arrange({self._name})
         places = list(self._places)
-        state, *settings = self._start([row], [self._name], [0], max_new_tokens, sampling, seed, stop_ids, batch_size=1)
+        state, *settings = self._start(
+            [row], [self._name], [0], max_new_tokens, sampling, seed, stop_ids, batch_size=1
+        )
         while True:
             tokens = np.asarray(state.out)[0, : int(state.count[0])].tolist()
             if state.failed[0]:
@@ -409,8 +479,12 @@ class Generator:
             if last:
                 return
             if self._places != places:
-                raise UserError("the adapter was switched while a stream was going on; end one before the other")
-            state = decode(self._model, self.params, state, state.step + 1, *settings, sampling=sampling)
+                raise UserError(
+                    "the adapter was switched while a stream was going on; end one before the other"
+                )
+            state = decode(
+                self._model, self.params, state, state.step + 1, *settings, sampling=sampling
+            )
 
     def _stop(self, stop: Sequence[int], seed: int, sampling: Sampling) -> np.ndarray:
         """Ids that end a row, filled up so that one more of them compiles nothing; refuses what is no id, seed or
@@ -420,7 +494,9 @@ class Generator:
         stop = tuple(stop) if isinstance(stop, Iterable) else (stop,)
         vocabulary = range(self.config.vocab_size)
         if not all(_is_integer(token) and operator.index(token) in vocabulary for token in stop):
-            raise UserError(f"stop={stop!r} must be token ids below the model's vocab_size={len(vocabulary)}")
+            raise UserError(
+                f"stop={stop!r} must be token ids below the model's vocab_size={len(vocabulary)}"
+            )
         if not _is_integer(seed) or not 0 <= operator.index(seed) < 2**32:
             raise UserError(f"seed={seed!r} must be an integer from 0 to 2**32 - 1")
         ids = sorted({*self._ends, *stop})
@@ -433,7 +509,11 @@ class Generator:
             check_text(prompt, f"prompt {i}")
             tokens = encode_open(self.tokenizer, prompt)
         else:
-            given = np.asarray(prompt).tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
+            given = (
+                np.asarray(prompt).tolist()
+                if isinstance(prompt, np.ndarray | jax.Array)
+                else prompt
+            )
             if not isinstance(given, Sequence):
                 raise UserError(f"{_PROMPTS}; prompt {i} is {given!r:.40}")
             wrong = [token for token in given if not _is_integer(token)]
@@ -445,7 +525,9 @@ class Generator:
         outside = [token for token in tokens if not 0 <= token < self.config.vocab_size]
         if outside:
             size = self.config.vocab_size
-            raise UserError(f"prompt {i} has token id {outside[0]}, outside the model's vocab_size={size}")
+            raise UserError(
+                f"prompt {i} has token id {outside[0]}, outside the model's vocab_size={size}"
+            )
         if len(tokens) > self.max_length - max_new_tokens:
             raise UserError(
                 f"prompt {i} has {len(tokens)} tokens, more than max_length={self.max_length} leaves beside "
@@ -454,9 +536,16 @@ class Generator:
         return tokens
 
     def _start(
-        self, rows: list[list[int]], names: list[str | None], batch: list[int], max_new_tokens: int, sampling: Sampling,
-        seed: int, stop: np.ndarray, batch_size: int,
-    ) -> tuple[State, np.ndarray, Array, Array | None]:  # fmt: skip
+        self,
+        rows: list[list[int]],
+        names: list[str | None],
+        batch: list[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        stop: np.ndarray,
+        batch_size: int,
+    ) -> tuple[State, np.ndarray, Array, Array | None]:
         """The state after the first token of the prompts `batch` (indices into rows and names), and the stop ids, keys
         and select that `decode` goes on with."""
         # Not beyond what leaves the cache, whose slots follow on P, as long as max_length needs.
@@ -468,25 +557,51 @@ class Generator:
             select[b] = [names[i] is not None and names[i] == place for place in self._places]
         select = jnp.asarray(select) if self._bank else None
         indices = np.array(batch + [0] * (batch_size - len(batch)))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(operator.index(seed)), indices)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(
+            jax.random.key(operator.index(seed)), indices
+        )
         logits, cache = prefill(self._model, self.params, tokens, lengths, select)
-        state = begin(logits, grow(cache, bucket(P + max_new_tokens)), jnp.asarray(lengths == 0), stop, keys, sampling)
+        state = begin(
+            logits,
+            grow(cache, bucket(P + max_new_tokens)),
+            jnp.asarray(lengths == 0),
+            stop,
+            keys,
+            sampling,
+        )
         return state, stop, keys, select
 
     def _batch(
-        self, rows: list[list[int]], names: list[str | None], batch: list[int], max_new_tokens: int, sampling: Sampling,
-        seed: int, stop: np.ndarray,
-    ) -> list[Generation]:  # fmt: skip
+        self,
+        rows: list[list[int]],
+        names: list[str | None],
+        batch: list[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        stop: np.ndarray,
+    ) -> list[Generation]:
         """The generations of the prompts `batch`."""
-        state, *settings = self._start(rows, names, batch, max_new_tokens, sampling, seed, stop, self.batch_size)
-        state = decode(self._model, self.params, state, jnp.int32(max_new_tokens), *settings, sampling=sampling)
-        out, counts, finished, failed = jax.device_get((state.out, state.count, state.done, state.failed))
+        state, *settings = self._start(
+            rows, names, batch, max_new_tokens, sampling, seed, stop, self.batch_size
+        )
+        state = decode(
+            self._model, self.params, state, jnp.int32(max_new_tokens), *settings, sampling=sampling
+        )
+        out, counts, finished, failed = jax.device_get(
+            (state.out, state.count, state.done, state.failed)
+        )
         for b, i in enumerate(batch):
             if failed[b]:
                 raise self._not_finite(i, rows[i], names[i], int(counts[b]))
-        return [self.generation(out[b, : counts[b]].tolist(), bool(finished[b])) for b in range(len(batch))]
+        return [
+            self.generation(out[b, : counts[b]].tolist(), bool(finished[b]))
+            for b in range(len(batch))
+        ]
 
-    def _not_finite(self, i: int, prompt: list[int], name: str | None, count: int) -> FloatingPointError:
+    def _not_finite(
+        self, i: int, prompt: list[int], name: str | None, count: int
+    ) -> FloatingPointError:
         """What stops a generation whose logits are NaN or infinite after `count` new tokens."""
         text = "" if self.tokenizer is None else f" ({self._text(prompt)[:60]!r})"
         adapter = "" if name is None else f" with adapter {name!r}"
@@ -496,7 +611,9 @@ class Generator:
 
     def _text(self, tokens: list[int]) -> str:
         # To clean up is to take spaces out ("it 's" is "it's"), which the text was never given.
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def generation(self, tokens: list[int], finished: bool) -> Generation:
         """The continuation that these new tokens are, with their text."""

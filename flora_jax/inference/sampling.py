@@ -30,14 +30,24 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        for field, kind in (("temperature", numbers.Real), ("top_k", numbers.Integral), ("top_p", numbers.Real)):
+        for field, kind in (
+            ("temperature", numbers.Real),
+            ("top_k", numbers.Integral),
+            ("top_p", numbers.Real),
+        ):
             value = getattr(self, field)
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise UserError(f"{field}={value!r} must be {'a number' if kind is numbers.Real else 'an integer'}")
+                raise UserError(
+                    f"{field}={value!r} must be {'a number' if kind is numbers.Real else 'an integer'}"
+                )
             # Plain ones, which hash and compare alike whatever library they came from.
-            object.__setattr__(self, field, int(value) if kind is numbers.Integral else float(value))
+            object.__setattr__(
+                self, field, int(value) if kind is numbers.Integral else float(value)
+            )
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature={self.temperature!r} must be 0 (greedy) or a positive number")
+            raise UserError(
+                f"temperature={self.temperature!r} must be 0 (greedy) or a positive number"
+            )
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k!r} must be 0 (all) or a positive integer")
         if not 0 < self.top_p <= 1:
@@ -55,7 +65,9 @@ def keep_top(logits: Array, top_k: int, top_p: float) -> Array:
         # A token stays while those before it have not reached p, so the best one always does.
         stays = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
         rows = jnp.arange(logits.shape[0])[:, None]
-        logits = jnp.where(jnp.zeros(logits.shape, bool).at[rows, best_first].set(stays), logits, -jnp.inf)
+        logits = jnp.where(
+            jnp.zeros(logits.shape, bool).at[rows, best_first].set(stays), logits, -jnp.inf
+        )
     return logits
 
 

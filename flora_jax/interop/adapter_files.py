@@ -53,15 +53,38 @@ _HAS = f"; an adapter directory has {CONFIG} and {WEIGHTS}"
 # Projection -> its module in a layer, as transformers and PEFT name it.
 PEFT_MODULES = {
     p: f"{'self_attn' if block == 'attention' else 'mlp'}.{p}_proj"
-    for block, products in BLOCKS.items() for product in products for p in PRODUCTS[product]
-}  # fmt: skip
-_PLACES = {p: (block, product) for block, products in BLOCKS.items() for product in products for p in PRODUCTS[product]}
+    for block, products in BLOCKS.items()
+    for product in products
+    for p in PRODUCTS[product]
+}
+_PLACES = {
+    p: (block, product)
+    for block, products in BLOCKS.items()
+    for product in products
+    for p in PRODUCTS[product]
+}
 # What a LoRA of PEFT's may do that ours does not; each is off where its value is false, empty or "none".
 _PEFT_REFUSED = (
-    "use_dora", "modules_to_save", "bias", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out",
-    "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters", "use_qalora", "use_bdlora",
-    "alora_invocation_tokens", "megatron_config", "velora_config", "monteclora_config", "kasa_config", "arrow_config",
-)  # fmt: skip
+    "use_dora",
+    "modules_to_save",
+    "bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "fan_in_fan_out",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "megatron_config",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "arrow_config",
+)
 # Initialisations that change the base: the adapter means nothing on the base as published.
 _PEFT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -100,8 +123,12 @@ def read_trained_on(directory: str | os.PathLike) -> tuple[list[str], set[str]] 
         return None
     stored = read_json(path)
     for field in ("tasks", "prompts"):
-        if not isinstance(stored.get(field), list) or not all(isinstance(item, str) for item in stored[field]):
-            raise UserError(f"{path}: field {field!r} must be a list of texts; delete the file to score all the same")
+        if not isinstance(stored.get(field), list) or not all(
+            isinstance(item, str) for item in stored[field]
+        ):
+            raise UserError(
+                f"{path}: field {field!r} must be a list of texts; delete the file to score all the same"
+            )
     return stored["tasks"], set(stored["prompts"])
 
 
@@ -116,15 +143,23 @@ def write_adapter_files(
 ) -> None:
     """The files of `save_adapter`, in a directory that is there; dtype: of the tensors."""
     adapter, params = trained.get("adapter", {}), trained.get("params", {})
-    about = {"format_version": FORMAT_VERSION, "method": adapter_config.method, "fingerprint": fingerprint}
+    about = {
+        "format_version": FORMAT_VERSION,
+        "method": adapter_config.method,
+        "fingerprint": fingerprint,
+    }
     if adapter_config.method in ("lora", "pf_lora") and not params:
         files = {CONFIG: _peft_config(adapter_config, base_model), EXTRAS: about}
         tensors = _to_peft(adapter, config, adapter_config)
     else:
         fields = dataclasses.asdict(adapter_config)
-        files = {CONFIG: {"peft_type": "FLORA", **about, "base_model_name_or_path": base_model, **fields}}
+        files = {
+            CONFIG: {"peft_type": "FLORA", **about, "base_model_name_or_path": base_model, **fields}
+        }
         tensors = _flat({"adapter": adapter, "params": params})
-    tensors = {name: np.ascontiguousarray(np.asarray(value), dtype) for name, value in tensors.items()}
+    tensors = {
+        name: np.ascontiguousarray(np.asarray(value), dtype) for name, value in tensors.items()
+    }
     for name, content in files.items():
         write_json(directory / name, content)
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
@@ -146,17 +181,23 @@ def load_adapter(
     extras = read_json(directory / EXTRAS) if (directory / EXTRAS).exists() else {}
     kind = stored.get("peft_type")
     if kind not in ("FLORA", "LORA"):
-        raise UserError(f"{directory / CONFIG}: peft_type={kind!r} is not supported; FLORA and LORA are")
+        raise UserError(
+            f"{directory / CONFIG}: peft_type={kind!r} is not supported; FLORA and LORA are"
+        )
     about, name = (stored, CONFIG) if kind == "FLORA" else (extras, EXTRAS)
     if about and about.get("format_version") != FORMAT_VERSION:
         version = about.get("format_version")
-        raise UserError(f"{directory / name}: format_version={version!r} is unknown; {FORMAT_VERSION} is what is read")
+        raise UserError(
+            f"{directory / name}: format_version={version!r} is unknown; {FORMAT_VERSION} is what is read"
+        )
     if fingerprint is not None:
         check_fingerprint(directory, fingerprint)
     tensors = _read_tensors(directory)
     for path, value in tensors.items():
         if not np.isfinite(value).all():
-            raise UserError(f"{directory / WEIGHTS}: {path!r} holds a value that is not finite; train the adapter anew")
+            raise UserError(
+                f"{directory / WEIGHTS}: {path!r} holds a value that is not finite; train the adapter anew"
+            )
     if kind == "LORA":
         return _from_peft(directory, stored, extras.get("method", "lora"), tensors, config)
     adapter_config = _adapter_config(directory, stored)
@@ -164,9 +205,13 @@ def load_adapter(
     for path, value in tensors.items():
         collection, _, rest = path.partition("/")
         if collection not in split:
-            raise UserError(f"{directory / WEIGHTS}: leaf {path!r} belongs neither to adapter/ nor to params/")
+            raise UserError(
+                f"{directory / WEIGHTS}: leaf {path!r} belongs neither to adapter/ nor to params/"
+            )
         split[collection][rest] = value
-    _check_leaves(split["adapter"], split["params"], config, adapter_config, str(directory / WEIGHTS))
+    _check_leaves(
+        split["adapter"], split["params"], config, adapter_config, str(directory / WEIGHTS)
+    )
     return adapter_config, {name: unflatten_dict(leaves, sep="/") for name, leaves in split.items()}
 
 
@@ -194,13 +239,20 @@ class Adapted:
     adapter: Tree | None = None
 
 
-def load_adapted(source: str, directory: str | os.PathLike | None, dtype: Any = np.float32) -> Adapted:
+def load_adapted(
+    source: str, directory: str | os.PathLike | None, dtype: Any = np.float32
+) -> Adapted:
     """Base and tokenizer of `source` (as `load_pretrained`), and the adapter of `directory`, which may be None; base
     leaves that trained with the adapter replace the base's. Raises UserError where they do not belong together."""
     check_jax()
-    if directory is not None and not (Path(directory) / CONFIG).is_file():  # before a model is loaded
+    # before a model is loaded
+    if directory is not None and not (Path(directory) / CONFIG).is_file():
         below = Path(directory) / "adapter"
-        at = f"it is in {below}" if (below / CONFIG).is_file() else f"an adapter directory has {CONFIG} and {WEIGHTS}"
+        at = (
+            f"it is in {below}"
+            if (below / CONFIG).is_file()
+            else f"an adapter directory has {CONFIG} and {WEIGHTS}"
+        )
         raise UserError(f"{directory}: there is no adapter here; {at}")
     tokenizer = load_tokenizer(source)
     config, base = load_pretrained(source, dtype)
@@ -213,7 +265,9 @@ def load_adapted(source: str, directory: str | os.PathLike | None, dtype: Any = 
     for path, value in _flat(trained["params"]).items():
         leaves[path] = jnp.asarray(value, leaves[path].dtype)
     adapter = jax.tree.map(jnp.asarray, trained["adapter"])
-    return Adapted(config, unflatten_dict(leaves, sep="/"), tokenizer, fingerprint, adapter_config, adapter)
+    return Adapted(
+        config, unflatten_dict(leaves, sep="/"), tokenizer, fingerprint, adapter_config, adapter
+    )
 
 
 def _flat(tree: Tree) -> dict[str, Any]:
@@ -221,9 +275,12 @@ def _flat(tree: Tree) -> dict[str, Any]:
 
 
 def _check_leaves(
-    adapter: Mapping[str, Any], params: Mapping[str, Any], config: LlamaConfig, adapter_config: AdapterConfig,
+    adapter: Mapping[str, Any],
+    params: Mapping[str, Any],
+    config: LlamaConfig,
+    adapter_config: AdapterConfig,
     where: str,
-) -> None:  # fmt: skip
+) -> None:
     """Raises UserError unless the adapter's leaves are exactly the method's, and `params` some of the base's."""
     try:
         adapter_config.check(config.widths)
@@ -237,7 +294,9 @@ def _check_leaves(
             wanted = tuple(expected[path].shape) if path in expected else "no such leaf"
             there = tuple(found[path].shape) if path in found else "nothing"
             if wanted != there:
-                raise UserError(f"{where}: leaf {name}/{path}: expected {wanted} for this model, found {there}")
+                raise UserError(
+                    f"{where}: leaf {name}/{path}: expected {wanted} for this model, found {there}"
+                )
 
 
 # ------------------------------------------------------------------------------------------------- PEFT
@@ -264,7 +323,9 @@ def _peft_config(adapter_config: AdapterConfig, base_model: str) -> dict[str, An
     }
 
 
-def _to_peft(adapter: Tree, config: LlamaConfig, adapter_config: AdapterConfig) -> dict[str, np.ndarray]:
+def _to_peft(
+    adapter: Tree, config: LlamaConfig, adapter_config: AdapterConfig
+) -> dict[str, np.ndarray]:
     """PEFT's tensors, `lora_A [r, in]` and `lora_B [out, r]`, of a stacked tree."""
     tensors = {}
     for projection in adapter_config.targets:
@@ -280,7 +341,11 @@ def _to_peft(adapter: Tree, config: LlamaConfig, adapter_config: AdapterConfig) 
 
 
 def _from_peft(
-    directory: Path, stored: Mapping[str, Any], method: str, tensors: dict[str, np.ndarray], config: LlamaConfig
+    directory: Path,
+    stored: Mapping[str, Any],
+    method: str,
+    tensors: dict[str, np.ndarray],
+    config: LlamaConfig,
 ) -> tuple[AdapterConfig, dict[str, Tree]]:
     where = directory / CONFIG
     for field in _PEFT_REFUSED:
@@ -289,15 +354,26 @@ def _from_peft(
             raise UserError(f"{where}: {field}={value!r} is not supported; only plain LoRA loads")
     init = stored.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_PEFT_CHANGES_BASE):
-        raise UserError(f"{where}: init_lora_weights={init!r} changed the base; convert the adapter to plain LoRA")
+        raise UserError(
+            f"{where}: init_lora_weights={init!r} changed the base; convert the adapter to plain LoRA"
+        )
     if method not in ("lora", "pf_lora"):
-        raise UserError(f"{directory / EXTRAS}: method={method!r} is not a LoRA; lora and pf_lora are")
+        raise UserError(
+            f"{directory / EXTRAS}: method={method!r} is not a LoRA; lora and pf_lora are"
+        )
     if stored.get("lora_alpha") is None:
-        raise UserError(f"{where}: field 'lora_alpha' is missing, and the scale of the adapter with it")
+        raise UserError(
+            f"{where}: field 'lora_alpha' is missing, and the scale of the adapter with it"
+        )
     adapter_config = _make_config(
-        where, method=method, rank=stored.get("r"), alpha=stored["lora_alpha"],
-        rslora=stored.get("use_rslora") or False, targets=_peft_targets(where, stored, tensors, config),
-        dropout=stored.get("lora_dropout", 0.0))  # fmt: skip
+        where,
+        method=method,
+        rank=stored.get("r"),
+        alpha=stored["lora_alpha"],
+        rslora=stored.get("use_rslora") or False,
+        targets=_peft_targets(where, stored, tensors, config),
+        dropout=stored.get("lora_dropout", 0.0),
+    )
     r, expected = adapter_config.rank, {}
     for projection in adapter_config.targets:
         d_in, d_out = config.widths[projection]
@@ -308,10 +384,14 @@ def _from_peft(
         wanted = expected.get(name, "no such tensor")
         found = tensors[name].shape if name in tensors else "nothing"
         if wanted != found:
-            raise UserError(f"{directory / WEIGHTS}: tensor {name!r}: expected {wanted} for this model, found {found}")
+            raise UserError(
+                f"{directory / WEIGHTS}: tensor {name!r}: expected {wanted} for this model, found {found}"
+            )
 
     def stack(projection: str, side: str) -> np.ndarray:
-        return np.stack([tensors[_peft_name(i, projection, side)].T for i in range(config.num_hidden_layers)])
+        return np.stack(
+            [tensors[_peft_name(i, projection, side)].T for i in range(config.num_hidden_layers)]
+        )
 
     layers: Tree = {}
     for block, products in BLOCKS.items():
@@ -334,7 +414,9 @@ def _peft_targets(
         found = [p for p in PROJECTIONS if any(f".{PEFT_MODULES[p]}." in name for name in tensors)]
     else:
         if not isinstance(modules, list) or not modules:
-            raise UserError(f"{where}: target_modules={modules!r} must name projections such as 'q_proj'")
+            raise UserError(
+                f"{where}: target_modules={modules!r} must name projections such as 'q_proj'"
+            )
         for module in modules:
             if str(module).rpartition(".")[2] not in names:
                 near = near_misses(str(module), names)
@@ -346,8 +428,10 @@ def _peft_targets(
         for field, value in (("target_modules", modules), ("exclude_modules", excluded)):
             matched = [_peft_matches(where, field, value, key) for key in keys]
             if any(matched) and not all(matched):
-                raise UserError(f"{where}: {field}={value!r} names {p}_proj in some layers alone, which is not "
-                                "supported: an adapter here is the same in every layer")  # fmt: skip
+                raise UserError(
+                    f"{where}: {field}={value!r} names {p}_proj in some layers alone, which is not "
+                    "supported: an adapter here is the same in every layer"
+                )
         if any(matched):  # of exclude_modules
             left_out.add(p)
     return tuple(p for p in found if p not in left_out)
@@ -360,7 +444,9 @@ def _peft_matches(where: Path, field: str, value: str | list[str], key: str) -> 
     try:
         return re.fullmatch(value, key) is not None
     except (TypeError, re.error) as error:
-        raise UserError(f"{where}: {field}={value!r} must be a list of names or a pattern ({error})") from None
+        raise UserError(
+            f"{where}: {field}={value!r} must be a list of names or a pattern ({error})"
+        ) from None
 
 
 def _adapter_config(directory: Path, stored: Mapping[str, Any]) -> AdapterConfig:
@@ -391,20 +477,28 @@ def _is_ours(directory: Path) -> bool:
     """Whether `save_adapter` wrote it, so that nothing of a user's is replaced."""
     if not (directory / CONFIG).is_file():
         return False
-    return (directory / EXTRAS).is_file() or read_json(directory / CONFIG, _HAS).get("peft_type") == "FLORA"
+    return (directory / EXTRAS).is_file() or read_json(directory / CONFIG, _HAS).get(
+        "peft_type"
+    ) == "FLORA"
 
 
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
     path = directory / WEIGHTS
     if not path.is_file():
         pickled = (directory / "adapter_model.bin").is_file()
-        hint = "; adapter_model.bin is a pickle and is not opened: convert it to safetensors first" if pickled else ""
+        hint = (
+            "; adapter_model.bin is a pickle and is not opened: convert it to safetensors first"
+            if pickled
+            else ""
+        )
         raise UserError(f"{path} is missing{hint}")
     try:
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118
                 if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
-                    raise UserError(f"{path}: tensor {name!r} is stored as {kind}; {', '.join(FLOATS)} are read")
+                    raise UserError(
+                        f"{path}: tensor {name!r} is stored as {kind}; {', '.join(FLOATS)} are read"
+                    )
             with np.errstate(over="ignore"):  # what becomes an infinity is refused by name
                 return {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

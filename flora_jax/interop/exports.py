@@ -37,7 +37,8 @@ _SAMPLE = (
     "noon? B: Rather at one, the train is late."
 )
 _SAMPLE_TOKENS = 64
-_HASHED = 2**26  # bytes up to which a file's contents are compared; larger ones are weights, which nobody edits
+# bytes up to which a file's contents are compared; larger ones are weights, which nobody edits
+_HASHED = 2**26
 _BLOCK = 8192  # rows of the unembedding that are scored with at a time
 
 
@@ -49,7 +50,9 @@ def check_format(form: str, dtype: str, adapter_config: AdapterConfig, params: T
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is unknown; {near_misses(dtype, DTYPES)}")
     if why := FORMATS[form].refuse(adapter_config, params):
-        able = [name for name, other in FORMATS.items() if other.refuse(adapter_config, params) is None]
+        able = [
+            name for name, other in FORMATS.items() if other.refuse(adapter_config, params) is None
+        ]
         raise UserError(f"--format {form}: {why}; --format {' or '.join(able)} can hold it")
 
 
@@ -59,28 +62,41 @@ def check_directory(directory: Path, overwrite: bool) -> None:
     if not os.path.lexists(directory):
         return
     if not overwrite:
-        raise UserError(f"--out {directory} exists; name a new one, or --overwrite to replace an export")
+        raise UserError(
+            f"--out {directory} exists; name a new one, or --overwrite to replace an export"
+        )
     if directory.is_symlink() or not (directory / MARKER).is_file():
-        raise UserError(f"--out {directory} is no directory that this command wrote (no {MARKER}) and is not replaced")
+        raise UserError(
+            f"--out {directory} is no directory that this command wrote (no {MARKER}) and is not replaced"
+        )
     known = read_json(directory / MARKER).get("files")
     try:
         for name, about in _files(directory).items():
-            same = (about, (directory / name).lstat().st_size)  # the first exports had bytes for all of them
+            # the first exports had bytes for all of them
+            same = (about, (directory / name).lstat().st_size)
             if name != MARKER and (not isinstance(known, dict) or known.get(name) not in same):
-                raise UserError(f"--out {directory} is not replaced: {name!r} in it is not as this command wrote it")
+                raise UserError(
+                    f"--out {directory} is not replaced: {name!r} in it is not as this command wrote it"
+                )
     except OSError as error:
-        raise UserError(f"--out {directory} is not replaced: it cannot be read ({error.strerror})") from None
+        raise UserError(
+            f"--out {directory} is not replaced: it cannot be read ({error.strerror})"
+        ) from None
 
 
 def _files(directory: Path) -> dict[str, int | str]:
     """What tells every file below from a changed one, by its path from there: sha256, of weights their bytes."""
     files = sorted(path for path in directory.rglob("*") if not path.is_dir())
-    read = lambda path: path.is_file() and not path.is_symlink() and path.stat().st_size <= _HASHED  # noqa: E731
+
+    def read(path):
+        return path.is_file() and not path.is_symlink() and path.stat().st_size <= _HASHED
+
     return {
-        str(path.relative_to(directory)):
-            hashlib.sha256(path.read_bytes()).hexdigest() if read(path) else path.lstat().st_size
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if read(path)
+        else path.lstat().st_size
         for path in files
-    }  # fmt: skip
+    }
 
 
 def export(
@@ -103,12 +119,16 @@ def export(
     directory = Path(directory)
     check_format(form, dtype, trained.adapter_config, trained.params)
     check_directory(directory, overwrite)
-    tokens = np.asarray([trained.tokenizer(_SAMPLE, add_special_tokens=False).input_ids[:_SAMPLE_TOKENS]])
+    tokens = np.asarray(
+        [trained.tokenizer(_SAMPLE, add_special_tokens=False).input_ids[:_SAMPLE_TOKENS]]
+    )
     own = {"params": trained.full_base, "adapter": trained.adapter}
     wanted = _logits(trained.config, trained.adapter_config, own, tokens)
     effect = np.abs(wanted - _logits(trained.config, None, {"params": trained.base}, tokens))
     if not effect.any():
-        raise UserError(f"what {trained.adapter_config.method} trained changes no logit of the base: train it first")
+        raise UserError(
+            f"what {trained.adapter_config.method} trained changes no logit of the base: train it first"
+        )
     with new_directory(directory) as new:
         report = {"schema_version": SCHEMA_VERSION, "format": form, "dtype": dtype}
         report |= FORMATS[form].write(trained, new, jnp.dtype(dtype))
@@ -140,7 +160,8 @@ def export(
         if card is not None:
             (new / "README.md").write_text(card(report), encoding="utf-8")
         write_json(new / MARKER, {**report, "files": _files(new)})
-        check_directory(directory, overwrite)  # again: writing takes minutes, and somebody may have come first
+        # again: writing takes minutes, and somebody may have come first
+        check_directory(directory, overwrite)
     return report
 
 
@@ -151,7 +172,9 @@ def _logits(
     embedding gives only the rows that occur, and the unembedding is gone through block by block."""
     params = dict(variables["params"])
     embedding = np.asarray(params["embed_tokens"]["embedding"])
-    unembedding = embedding if config.tie_word_embeddings else np.asarray(params.pop("lm_head")["kernel"]).T
+    unembedding = (
+        embedding if config.tie_word_embeddings else np.asarray(params.pop("lm_head")["kernel"]).T
+    )
     ids, places = np.unique(tokens, return_inverse=True)
     params["embed_tokens"] = {"embedding": jnp.asarray(embedding[ids], jnp.float32)}
     config = dataclasses.replace(config, vocab_size=len(ids), tie_word_embeddings=True)
@@ -160,6 +183,10 @@ def _logits(
     # With a cache layers run one by one; a scan over bfloat16 layers has them all in float32 at once on a CPU.
     cache = KVCache.empty(config, *tokens.shape)
     with jax.default_matmul_precision("highest"):  # a GPU's own is 10 bits
-        hidden = np.asarray(model.apply({**variables, "params": params}, places, cache=cache, method="hidden")[0][0])
-    blocks = (unembedding[i : i + _BLOCK].astype(np.float32) for i in range(0, len(unembedding), _BLOCK))
+        hidden = np.asarray(
+            model.apply({**variables, "params": params}, places, cache=cache, method="hidden")[0][0]
+        )
+    blocks = (
+        unembedding[i : i + _BLOCK].astype(np.float32) for i in range(0, len(unembedding), _BLOCK)
+    )
     return np.concatenate([hidden @ block.T for block in blocks], axis=-1)

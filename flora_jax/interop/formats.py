@@ -88,7 +88,10 @@ def _write_model_files(trained: Trained, directory: Path, dtype: Any, **fields: 
     that end an answer), the tokenizer's files."""
     config = trained.config.to_hf()
     # transformers 5 reads `dtype`, those before `torch_dtype`.
-    write_json(directory / "config.json", {**config, "dtype": dtype.name, "torch_dtype": dtype.name, **fields})
+    write_json(
+        directory / "config.json",
+        {**config, "dtype": dtype.name, "torch_dtype": dtype.name, **fields},
+    )
     own = trained.base_files and trained.base_files / "generation_config.json"
     if own and own.is_file():
         generation = read_json(own)
@@ -104,9 +107,17 @@ def _write_model_files(trained: Trained, directory: Path, dtype: Any, **fields: 
 
 # A tokenizer's files in an HF directory.
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
 
 
 def _write_tokenizer(trained: Trained, directory: Path) -> None:
@@ -138,7 +149,9 @@ def _read_outside(trained: Trained, tensors: dict[str, np.ndarray], stream: int)
     for path, names in hf_names(trained.config).items():
         if path.startswith("layers/"):
             for i, name in enumerate(names if _outside(path) else ()):
-                leaves[path.replace("layers", f"layers/{i}", 1)] = np.pad(tensors[name], (0, stream))
+                leaves[path.replace("layers", f"layers/{i}", 1)] = np.pad(
+                    tensors[name], (0, stream)
+                )
         else:
             leaves[path] = tensors[names[0]].T if path.endswith("kernel") else tensors[names[0]]
     return leaves
@@ -156,11 +169,18 @@ def _refuse_merged(adapter_config: AdapterConfig, params: Tree) -> str | None:
 def _targets(trained: Trained) -> dict[str, tuple[str, str, str, int]]:
     """HF name -> block, product, projection and layer of each tensor that the adapter changes."""
     places = [
-        (block, product, p) for block, products in BLOCKS.items() for product in products for p in PRODUCTS[product]
+        (block, product, p)
+        for block, products in BLOCKS.items()
+        for product in products
+        for p in PRODUCTS[product]
         if p in trained.adapter_config.targets and trained.adapter
-    ]  # fmt: skip
+    ]
     layers = range(trained.config.num_hidden_layers)
-    return {f"model.layers.{i}.{PEFT_MODULES[place[2]]}.weight": (*place, i) for place in places for i in layers}
+    return {
+        f"model.layers.{i}.{PEFT_MODULES[place[2]]}.weight": (*place, i)
+        for place in places
+        for i in layers
+    }
 
 
 def _write_merged(trained: Trained, directory: Path, dtype: Any) -> dict[str, Any]:
@@ -170,11 +190,18 @@ def _write_merged(trained: Trained, directory: Path, dtype: Any) -> dict[str, An
         for name, value in to_hf_tensors(trained.config, trained.full_base):
             if name in targets:
                 block, product, projection, layer = targets[name]
-                leaves = {path: leaf[layer] for path, leaf in trained.adapter["layers"][block][product].items()}
+                leaves = {
+                    path: leaf[layer]
+                    for path, leaf in trained.adapter["layers"][block][product].items()
+                }
                 kernel = value.T.astype(np.float32)
-                merged = np.asarray(merged_kernel(kernel, leaves, trained.adapter_config, projection))
+                merged = np.asarray(
+                    merged_kernel(kernel, leaves, trained.adapter_config, projection)
+                )
                 if np.array_equal(merged, kernel):
-                    raise UserError(f"{name}: the adapter of {projection!r} changes nothing there; was it trained?")
+                    raise UserError(
+                        f"{name}: the adapter of {projection!r} changes nothing there; was it trained?"
+                    )
                 value = merged.T
             yield name, value
 
@@ -191,7 +218,9 @@ def _write_merged(trained: Trained, directory: Path, dtype: Any) -> dict[str, An
             raise UserError(f"{name}: the export changed it, but it is no target of the adapter")
         changed += not same
     if not changed:
-        raise UserError(f"no tensor differs from the base's in {dtype.name}; --dtype float32 keeps small changes")
+        raise UserError(
+            f"no tensor differs from the base's in {dtype.name}; --dtype float32 keeps small changes"
+        )
     return {"tensors": len(there), "targeted": len(changing), "changed": changed}
 
 
@@ -257,7 +286,9 @@ def _linears(layers: Tree) -> Iterator[tuple[str, Any]]:
                 if "bias" in leaves:
                     yield (
                         f"{module}.bias",
-                        jax.numpy.pad(leaves["bias"], (0, len(leaves["weight"]) - len(leaves["bias"]))),
+                        jax.numpy.pad(
+                            leaves["bias"], (0, len(leaves["weight"]) - len(leaves["bias"]))
+                        ),
                     )
 
 
@@ -268,7 +299,9 @@ def _write_transformers(trained: Trained, directory: Path, dtype: Any) -> dict[s
     def layers(base: Tree, adapter: Tree) -> Iterator[tuple[str, Tree]]:
         return fused_layers(base, adapter, config, adapter_config, transposed=True, dtype=dtype)
 
-    linears = jax.eval_shape(lambda *trees: dict(_linears(dict(layers(*trees)))), base, trained.adapter)
+    linears = jax.eval_shape(
+        lambda *trees: dict(_linears(dict(layers(*trees)))), base, trained.adapter
+    )
     outside = {name for path, names in hf_names(config).items() if _outside(path) for name in names}
     shapes = {name: shape for name, shape in hf_shapes(config).items() if name in outside}
     shapes |= {name: value.shape for name, value in linears.items()}
@@ -318,7 +351,9 @@ def remote_config(adapter_config: AdapterConfig) -> dict[str, Any]:
 def _read_transformers(trained: Trained, directory: Path) -> tuple[AdapterConfig, Tree]:
     """As a fused tree, stored as PyTorch stores it."""
     config, adapter_config, tensors = trained.config, trained.adapter_config, map_shards(directory)
-    leaves = _read_outside(trained, tensors, adapter_config.rank if adapter_config.row.writes == "stream" else 0)
+    leaves = _read_outside(
+        trained, tensors, adapter_config.rank if adapter_config.row.writes == "stream" else 0
+    )
     for i in range(config.num_hidden_layers):
         for block, products in BLOCKS.items():
             for product in products:

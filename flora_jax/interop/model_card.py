@@ -50,7 +50,8 @@ def model_card(
     adapter, logits = trained.adapter_config, report["logits"]
     licence = trained.licence.name
     published = re.fullmatch(r"[\w.-]+/[\w.-]+", trained.base_model) is not None
-    base = trained.base_model if published else Path(trained.base_model).name  # no path of this machine
+    # no path of this machine
+    base = trained.base_model if published else Path(trained.base_model).name
     header = ModelCardData(
         base_model=trained.base_model if published else None,
         license=licence,
@@ -62,7 +63,10 @@ def model_card(
     total = sum(leaf.size for leaf in jax.tree.leaves((trained.base, trained.adapter)))
     rows = [
         ("base model", f"{base} ({quantised})" if quantised else base),
-        ("licence of the base", licence or ("" if base == "random" else "not stated in its model card")),
+        (
+            "licence of the base",
+            licence or ("" if base == "random" else "not stated in its model card"),
+        ),
         ("method", f"`{adapter.method}` ({_PAPER.get(adapter.method, _FLORA)})"),
     ]
     if trained.adapter:
@@ -80,7 +84,9 @@ def model_card(
     meta = trained.licence.meta
     built = f"**{meta.built}**\n\n" if meta and meta.built else ""
     table = "\n".join(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows)
-    load = _LOAD[report["format"]].format(where=base if published and not quantised else "PATH_OF_THE_BASE")
+    load = _LOAD[report["format"]].format(
+        where=base if published and not quantised else "PATH_OF_THE_BASE"
+    )
     return f"""---
 {header.to_yaml()}
 ---
@@ -109,7 +115,9 @@ def describe_run(summary: Mapping[str, Any]) -> str:
         return _results(summary)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"eval.json is not as a run wrote it ({reason}); remove it to go without") from None
+        raise UserError(
+            f"eval.json is not as a run wrote it ({reason}); remove it to go without"
+        ) from None
 
 
 def _results(summary: Mapping[str, Any]) -> str:
@@ -118,12 +126,17 @@ def _results(summary: Mapping[str, Any]) -> str:
         lines = [f"- {name}: sha256 `{digest}`" for name, digest in data.get("sha256", {}).items()]
         counts = data.get("train", {})
         if "kept" in counts:
-            lines.insert(0, f"- {counts['kept']:,} training examples, {counts['loss_tokens']:,} tokens in the loss")
+            lines.insert(
+                0,
+                f"- {counts['kept']:,} training examples, {counts['loss_tokens']:,} tokens in the loss",
+            )
         parts.append("## Data\n\n" + "\n".join(lines) + "\n")
     scores = []
     if (losses := summary.get("validation_losses")) and str(summary.get("step")) in losses:
-        scores.append(f"- validation loss {losses[str(summary['step'])]:.4f}"
-                      + (f" ({losses['0']:.4f} before training)" if "0" in losses else ""))  # fmt: skip
+        scores.append(
+            f"- validation loss {losses[str(summary['step'])]:.4f}"
+            + (f" ({losses['0']:.4f} before training)" if "0" in losses else "")
+        )
     evaluation = summary.get("evaluation") or {}
     for task, result in evaluation.get("tasks", {}).items():
         where = f"{evaluation['protocol']}, {evaluation['split']}, n = {result['n']}"

@@ -44,17 +44,24 @@ def write_shards(
     dtype = jnp.dtype(dtype)
     sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in shapes.items()}
     plan = split_state_dict_into_shards_factory(
-        sizes, get_storage_size=lambda size: size, filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes)  # fmt: skip
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
     with contextlib.ExitStack() as stack:
         files, places = {}, {}
         for file, names in plan.filename_to_tensors.items():
             files[file] = stack.enter_context((directory / file).open("wb"))
-            places |= _begin(files[file], {name: shapes[name] for name in names}, sizes, _KINDS[dtype.name])
+            places |= _begin(
+                files[file], {name: shapes[name] for name in names}, sizes, _KINDS[dtype.name]
+            )
         for name, value in _with_progress(tensors, sizes):
             value = np.asarray(value, dtype)
             if name not in places or value.shape != tuple(shapes[name]):
-                raise UserError(f"tensor {name!r} has shape {value.shape}, expected {shapes.get(name, 'none')}")
+                raise UserError(
+                    f"tensor {name!r} has shape {value.shape}, expected {shapes.get(name, 'none')}"
+                )
             if not all(np.isfinite(block).all() for block in row_blocks(value)):
                 raise UserError(f"tensor {name!r} holds values that are not finite in {dtype.name}")
             file = files[plan.tensor_to_filename[name]]
@@ -63,7 +70,9 @@ def write_shards(
     if places:
         raise UserError(f"tensor {next(iter(places))!r} was never given")
     if plan.is_sharded:
-        write_json(directory / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        write_json(
+            directory / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        )
 
 
 def row_blocks(value: np.ndarray) -> Iterator[np.ndarray]:
@@ -78,7 +87,11 @@ def _begin(
     """Writes the header; where in the file each tensor begins."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + sizes[name]]}
+        header[name] = {
+            "dtype": kind,
+            "shape": list(shape),
+            "data_offsets": [end, end + sizes[name]],
+        }
         end += sizes[name]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -86,10 +99,14 @@ def _begin(
     return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
 
 
-def _with_progress(tensors: Iterable[tuple[str, np.ndarray]], sizes: Mapping[str, int]) -> Iterable[Any]:
+def _with_progress(
+    tensors: Iterable[tuple[str, np.ndarray]], sizes: Mapping[str, int]
+) -> Iterable[Any]:
     """The tensors, with a bar of bytes written on a terminal and elsewhere a line every ten seconds."""
     total, said = sum(sizes.values()), time.monotonic()
-    with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="export", disable=not sys.stderr.isatty()
+    ) as bar:
         done, start = 0, said
         for name, value in tensors:
             yield name, value
@@ -98,15 +115,22 @@ def _with_progress(tensors: Iterable[tuple[str, np.ndarray]], sizes: Mapping[str
             if bar.disable and time.monotonic() - said > 10:
                 said = time.monotonic()
                 left = tqdm.format_interval((said - start) / done * (total - done))
-                tqdm.write(f"export: {done / 1e9:.2f} of {total / 1e9:.2f} GB, "
-                           f"{done / 1e6 / (said - start):.0f} MB/s, {left} left", file=sys.stderr)  # fmt: skip
+                tqdm.write(
+                    f"export: {done / 1e9:.2f} of {total / 1e9:.2f} GB, "
+                    f"{done / 1e6 / (said - start):.0f} MB/s, {left} left",
+                    file=sys.stderr,
+                )
 
 
 def map_shards(directory: Path) -> dict[str, np.ndarray]:
     """The tensors of what `write_shards` wrote, by name, as views of the mapped files: nothing is read before it is
     used, and nothing is held after."""
     index = directory / INDEX
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    files = (
+        sorted(set(read_json(index)["weight_map"].values()))
+        if index.exists()
+        else ["model.safetensors"]
+    )
     dtypes = {kind: jnp.dtype(name) for name, kind in _KINDS.items()}
     tensors = {}
     for file in files:
@@ -115,5 +139,9 @@ def map_shards(directory: Path) -> dict[str, np.ndarray]:
         for name, entry in json.loads(memory[8:start].tobytes()).items():
             if name != "__metadata__":
                 a, b = entry["data_offsets"]
-                tensors[name] = memory[start + a : start + b].view(dtypes[entry["dtype"]]).reshape(entry["shape"])
+                tensors[name] = (
+                    memory[start + a : start + b]
+                    .view(dtypes[entry["dtype"]])
+                    .reshape(entry["shape"])
+                )
     return tensors

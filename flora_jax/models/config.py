@@ -18,7 +18,12 @@ DTYPES = ("float32", "bfloat16")  # of parameters and of compute
 
 
 def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+    if (
+        not isinstance(value, numbers.Real)
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or value <= 0
+    ):
         raise UserError(f"{name}={value!r} must be a positive number")
 
 
@@ -35,8 +40,10 @@ class RopeScaling:
         for field in dataclasses.fields(self):
             _check_number(f"RopeScaling.{field.name}", getattr(self, field.name))
         if self.low_freq_factor >= self.high_freq_factor:
-            raise UserError(f"RopeScaling.low_freq_factor={self.low_freq_factor} must be below high_freq_factor="
-                            f"{self.high_freq_factor}")  # fmt: skip
+            raise UserError(
+                f"RopeScaling.low_freq_factor={self.low_freq_factor} must be below high_freq_factor="
+                f"{self.high_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,9 @@ class LlamaConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if field.type == "int" and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 1
+            ):
                 raise UserError(f"LlamaConfig.{field.name}={value!r} must be a positive integer")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
@@ -74,17 +83,25 @@ class LlamaConfig:
         for name in ("rms_norm_eps", "rope_theta"):
             _check_number(f"LlamaConfig.{name}", getattr(self, name))
         if not isinstance(self.rope_scaling, RopeScaling | None):
-            raise UserError(f"LlamaConfig.rope_scaling={self.rope_scaling!r} must be a RopeScaling or None; "
-                            "LlamaConfig.from_hf reads HF's form")  # fmt: skip
+            raise UserError(
+                f"LlamaConfig.rope_scaling={self.rope_scaling!r} must be a RopeScaling or None; "
+                "LlamaConfig.from_hf reads HF's form"
+            )
         eos = self.eos_token_id
-        if not isinstance(eos, tuple) or not all(isinstance(token, numbers.Integral) and token >= 0 for token in eos):
+        if not isinstance(eos, tuple) or not all(
+            isinstance(token, numbers.Integral) and token >= 0 for token in eos
+        ):
             raise UserError(f"LlamaConfig.eos_token_id={eos!r} must be a tuple of token ids")
         for name in ("bos_token_id", "pad_token_id"):
             token = getattr(self, name)  # -1 is published for a pad token that is none
-            if token is not None and (not isinstance(token, numbers.Integral) or isinstance(token, bool) or token < -1):
+            if token is not None and (
+                not isinstance(token, numbers.Integral) or isinstance(token, bool) or token < -1
+            ):
                 raise UserError(f"LlamaConfig.{name}={token!r} must be a token id or None")
         if self.head_dim % 2:
-            raise UserError(f"LlamaConfig.head_dim={self.head_dim} must be even for rotary embeddings")
+            raise UserError(
+                f"LlamaConfig.head_dim={self.head_dim} must be even for rotary embeddings"
+            )
 
     @property
     def q_width(self) -> int:
@@ -101,9 +118,14 @@ class LlamaConfig:
         """`(d_in, d_out)` of each projection of a layer, by its name."""
         D, Q, KH, F = self.hidden_size, self.q_width, self.kv_width, self.intermediate_size
         return {
-            "q": (D, Q), "k": (D, KH), "v": (D, KH), "o": (Q, D),
-            "gate": (D, F), "up": (D, F), "down": (F, D),
-        }  # fmt: skip
+            "q": (D, Q),
+            "k": (D, KH),
+            "v": (D, KH),
+            "o": (Q, D),
+            "gate": (D, F),
+            "up": (D, F),
+            "down": (F, D),
+        }
 
     @classmethod
     def preset(cls, name: str) -> LlamaConfig:
@@ -117,18 +139,36 @@ class LlamaConfig:
         """Reads an HF `config.json` dict, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
         (`rope_parameters`). Raises UserError for another architecture or an unsupported rotary type."""
         if hf.get("model_type") != "llama":
-            raise UserError(f"{source}: model_type={hf.get('model_type')!r} is not supported; only 'llama' is")
+            raise UserError(
+                f"{source}: model_type={hf.get('model_type')!r} is not supported; only 'llama' is"
+            )
         if hf.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{source}: hidden_act={hf['hidden_act']!r} is not supported; only 'silu' is")
-        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                               "num_attention_heads") if k not in hf]  # fmt: skip
+            raise UserError(
+                f"{source}: hidden_act={hf['hidden_act']!r} is not supported; only 'silu' is"
+            )
+        missing = [
+            k
+            for k in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+            )
+            if k not in hf
+        ]
         if missing:
             raise UserError(f"{source}: field {missing[0]!r} is missing")
         # Where both forms stand there the older fields count, as transformers reads them.
-        rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or hf.get("rope_parameters") or {})}
+        rope = {
+            "rope_theta": hf.get("rope_theta"),
+            **(hf.get("rope_scaling") or hf.get("rope_parameters") or {}),
+        }
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
-            raise UserError(f"{source}: rope_type={kind!r} is not supported; 'default' and 'llama3' are")
+            raise UserError(
+                f"{source}: rope_type={kind!r} is not supported; 'default' and 'llama3' are"
+            )
         scaling = None
         if kind == "llama3":
             try:
@@ -139,11 +179,18 @@ class LlamaConfig:
                     original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
                 )
             except KeyError as error:
-                raise UserError(f"{source}: rope scaling field {error.args[0]!r} is missing") from None
+                raise UserError(
+                    f"{source}: rope scaling field {error.args[0]!r} is missing"
+                ) from None
         turned = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
         if turned not in (None, 1):
-            raise UserError(f"{source}: partial_rotary_factor={turned!r} is not supported; Llama turns whole heads")
-        flags = {name: hf.get(name, False) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
+            raise UserError(
+                f"{source}: partial_rotary_factor={turned!r} is not supported; Llama turns whole heads"
+            )
+        flags = {
+            name: hf.get(name, False)
+            for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")
+        }
         for name, value in flags.items():
             if not isinstance(value, bool):
                 raise UserError(f"{source}: {name}={value!r} must be true or false")
@@ -181,45 +228,108 @@ class LlamaConfig:
             architectures=["LlamaForCausalLM"],
             hidden_act="silu",
             rope_scaling=scaling,
-            rope_parameters={"rope_type": "default", **(scaling or {}), "rope_theta": self.rope_theta},
+            rope_parameters={
+                "rope_type": "default",
+                **(scaling or {}),
+                "rope_theta": self.rope_theta,
+            },
             eos_token_id=None if not eos else eos[0] if len(eos) == 1 else eos,
         )
         return hf
 
 
 def _llama3(**sizes: Any) -> LlamaConfig:
-    return LlamaConfig(vocab_size=128256, max_position_embeddings=131072, bos_token_id=128000,
-                       eos_token_id=(128001, 128008, 128009), **sizes)  # fmt: skip
+    return LlamaConfig(
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        bos_token_id=128000,
+        eos_token_id=(128001, 128008, 128009),
+        **sizes,
+    )
 
 
 def _smollm2(**sizes: Any) -> LlamaConfig:
-    return LlamaConfig(vocab_size=49152, head_dim=64, tie_word_embeddings=True, max_position_embeddings=8192,
-                       bos_token_id=1, eos_token_id=(2,), pad_token_id=2, **sizes)  # fmt: skip
+    return LlamaConfig(
+        vocab_size=49152,
+        head_dim=64,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+        bos_token_id=1,
+        eos_token_id=(2,),
+        pad_token_id=2,
+        **sizes,
+    )
 
 
 PRESETS: dict[str, LlamaConfig] = {
     "llama3.2-1b": _llama3(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, rope_scaling=RopeScaling(factor=32.0), tie_word_embeddings=True),
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        rope_scaling=RopeScaling(factor=32.0),
+        tie_word_embeddings=True,
+    ),
     "llama3.2-3b": _llama3(
-        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-        num_key_value_heads=8, head_dim=128, rope_scaling=RopeScaling(factor=32.0), tie_word_embeddings=True),
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_scaling=RopeScaling(factor=32.0),
+        tie_word_embeddings=True,
+    ),
     "llama3.1-8b": _llama3(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, rope_scaling=RopeScaling(factor=8.0)),
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_scaling=RopeScaling(factor=8.0),
+    ),
     "smollm2-135m": _smollm2(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, rope_theta=100000.0),
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        rope_theta=100000.0,
+    ),
     "smollm2-360m": _smollm2(
-        hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15,
-        num_key_value_heads=5, rope_theta=100000.0),
+        hidden_size=960,
+        intermediate_size=2560,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+        rope_theta=100000.0,
+    ),
     "smollm2-1.7b": _smollm2(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
-        num_key_value_heads=32, rope_theta=130000.0),
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        rope_theta=130000.0,
+    ),
     # Small enough for seconds on a CPU, with everything a real one has: GQA 3, its own head_dim, and the
     # built-in byte tokenizer's vocabulary.
     "tiny": LlamaConfig(
-        vocab_size=320, hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=16, rope_theta=10000.0, tie_word_embeddings=True,
-        max_position_embeddings=2048, bos_token_id=256, eos_token_id=(257,), pad_token_id=258),
-}  # fmt: skip
+        vocab_size=320,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        bos_token_id=256,
+        eos_token_id=(257,),
+        pad_token_id=258,
+    ),
+}

@@ -22,15 +22,20 @@ from jax.experimental.pallas import triton
 Array = jax.Array
 
 _SLOTS = 64  # that a program looks at in one go
-_PART, _MOST_PARTS = 256, 32  # slots a program has to read, until there are so many programs to a head
+# slots a program has to read, until there are so many programs to a head
+_PART, _MOST_PARTS = 256, 32
 _ROWS = 16  # the fewest of a product on a tensor core; a group has fewer heads
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def decode_attention(
-    qkv: Array, rotary: tuple[Array, Array], seen: Array, past: tuple[Array, Array, Array], heads: int,
+    qkv: Array,
+    rotary: tuple[Array, Array],
+    seen: Array,
+    past: tuple[Array, Array, Array],
+    heads: int,
     interpret: bool = False,
-) -> tuple[Array, tuple[Array, Array]]:  # fmt: skip
+) -> tuple[Array, tuple[Array, Array]]:
     """Attention of one new token a row, `[B, N·H]`, and the cache's `(k, v)` with that token in its slot.
 
     qkv `[B, ≥ (N+2K)·H]`: q, k and v as their product gives them, heads side by side, and any columns behind them.
@@ -49,15 +54,17 @@ def decode_attention(
         functools.partial(_kernel, N=N, K=K, H=H, S=S, part=part),
         grid=(B, K, P),
         out_shape=[
-            jax.ShapeDtypeStruct((P, B, N, H), jnp.float32), jax.ShapeDtypeStruct((P, B, N), jnp.float32),
-            jax.ShapeDtypeStruct((P, B, N), jnp.float32), jax.ShapeDtypeStruct(k.shape, k.dtype),
+            jax.ShapeDtypeStruct((P, B, N, H), jnp.float32),
+            jax.ShapeDtypeStruct((P, B, N), jnp.float32),
+            jax.ShapeDtypeStruct((P, B, N), jnp.float32),
+            jax.ShapeDtypeStruct(k.shape, k.dtype),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
         ],
         input_output_aliases={5: 3, 6: 4},
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="decode_attention",
-    )(index.reshape(1), qkv, cos, sin, seen, k, v)  # fmt: skip
+    )(index.reshape(1), qkv, cos, sin, seen, k, v)
     # Part by part rather than as reductions over P, so that XLA makes one kernel of it.
     peak = functools.reduce(jnp.maximum, peaks)
     shares = [jnp.exp(peaks[i] - peak)[..., None] for i in range(P)]
@@ -67,10 +74,25 @@ def decode_attention(
 
 
 def _kernel(
-    index_ref: Any, qkv_ref: Any, cos_ref: Any, sin_ref: Any, seen_ref: Any, k_ref: Any, v_ref: Any,
-    sums_ref: Any, peaks_ref: Any, totals_ref: Any, new_k_ref: Any, new_v_ref: Any,
-    *, N: int, K: int, H: int, S: int, part: int,
-) -> None:  # fmt: skip
+    index_ref: Any,
+    qkv_ref: Any,
+    cos_ref: Any,
+    sin_ref: Any,
+    seen_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    sums_ref: Any,
+    peaks_ref: Any,
+    totals_ref: Any,
+    new_k_ref: Any,
+    new_v_ref: Any,
+    *,
+    N: int,
+    K: int,
+    H: int,
+    S: int,
+    part: int,
+) -> None:
     """The heads of one group of one row over one part of the slots. The first part writes the new token's slot and
     counts the token itself, which no program reads back from the cache: nothing waits for that write."""
     b, group, p = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -80,13 +102,20 @@ def _kernel(
     lower, lanes = jnp.arange(half), jnp.arange(H)
     own = jnp.arange(max(_ROWS, pl.next_power_of_2(G)))
     heads, real = group * G + own, own < G
-    product = functools.partial(triton.dot, precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None)
-    wide = lambda x: x.astype(jnp.float32)  # noqa: E731
+    product = functools.partial(
+        triton.dot, precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    )
+
+    def wide(x):
+        return x.astype(jnp.float32)
+
     cos, sin = cos_ref[b, lower], sin_ref[b, lower]
 
     def rotated(load: Any) -> tuple[Array, Array]:
         first, second = wide(load(lower)), wide(load(half + lower))
-        return (first * cos - second * sin).astype(dtype), (second * cos + first * sin).astype(dtype)
+        return (first * cos - second * sin).astype(dtype), (second * cos + first * sin).astype(
+            dtype
+        )
 
     def load_q(channels: Array) -> Array:
         columns = heads[:, None] * H + channels[None, :]
@@ -105,7 +134,13 @@ def _kernel(
         new_v_ref[row, index, lanes] = v
 
     first = p == 0
-    scores = sum((wide(a) * wide(x.astype(dtype))[None, :]).sum(axis=1) for a, x in zip(q, k, strict=True)) * H**-0.5
+    scores = (
+        sum(
+            (wide(a) * wide(x.astype(dtype))[None, :]).sum(axis=1)
+            for a, x in zip(q, k, strict=True)
+        )
+        * H**-0.5
+    )
     peaks = jnp.where(first, scores, _LOWEST)
     totals = jnp.where(first, jnp.ones_like(scores), 0.0)
     sums = jnp.where(first, jnp.broadcast_to(wide(v.astype(dtype))[None, :], (len(own), H)), 0.0)
@@ -120,7 +155,10 @@ def _kernel(
 
         seen = triton.load(seen_ref.at[b, slots], mask=inside, other=False) & (slots != index)
         across = jnp.broadcast_to(inside[None, :], (half, _SLOTS))
-        keys = [load(k_ref, (row, (start + lower)[:, None], slots[None, :]), across) for start in (0, half)]
+        keys = [
+            load(k_ref, (row, (start + lower)[:, None], slots[None, :]), across)
+            for start in (0, half)
+        ]
         scores = sum(product(a, x) for a, x in zip(q, keys, strict=True)) * H**-0.5
         scores = jnp.where(seen[None, :], scores, _LOWEST)
         higher = jnp.maximum(peaks, scores.max(axis=1))

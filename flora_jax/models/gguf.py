@@ -35,12 +35,23 @@ _IDLE = frozenset((
 # settings of what a dense Llama has not (experts, a parallel residual). Without a type, a factor is linear scaling
 # (llama.cpp); `rope.scale_linear` is its older name.
 _NEUTRAL = {
-    "rope.scaling.factor": (0, 1), "rope.scale_linear": (0, 1), "rope.scaling.alpha": (0, 1),
-    "rope.scaling.attn_factor": (1,), "rope.scaling.yarn_attn_factor": (1,), "rope.scaling.yarn_ext_factor": (-1, 0),
-    "rope.scaling.yarn_beta_fast": (32,), "rope.scaling.yarn_beta_slow": (1,), "attention.causal": (1,),
-    "attention.output_scale": (0, 1), "logit_scale": (0, 1), "residual_scale": (0, 1), "embedding_scale": (0, 1),
-    "attn_logit_softcapping": (0,), "final_logit_softcapping": (0,), "hidden_activation": (0,),
-}  # fmt: skip
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "rope.scaling.alpha": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (-1, 0),
+    "rope.scaling.yarn_beta_fast": (32,),
+    "rope.scaling.yarn_beta_slow": (1,),
+    "attention.causal": (1,),
+    "attention.output_scale": (0, 1),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "hidden_activation": (0,),
+}
 
 
 class GgufTensor:
@@ -68,17 +79,23 @@ class GgufFile:
             self._reader = gguf.GGUFReader(self.path)
         # What the reader raises on bytes that are no GGUF: it checks little and trips over what it reads.
         except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
-            raise UserError(f"{self.path}: not a complete GGUF file ({error}); download it again") from None
+            raise UserError(
+                f"{self.path}: not a complete GGUF file ({error}); download it again"
+            ) from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
         if self._reader.byte_order != "I":
-            raise UserError(f"{self.path}: the file has another byte order than this machine; convert it first")
+            raise UserError(
+                f"{self.path}: the file has another byte order than this machine; convert it first"
+            )
         self._stored = {tensor.name: tensor for tensor in self._reader.tensors}
         self._refuse_unsupported()
         try:
             self.config = self._read_config()
         except UserError as error:  # the configuration knows of no file
-            raise UserError(str(error) if str(self.path) in str(error) else f"{self.path}: {error}") from None
+            raise UserError(
+                str(error) if str(self.path) in str(error) else f"{self.path}: {error}"
+            ) from None
         self._refuse_unread_keys(self.config)
         self.tensors = self._name_tensors()
 
@@ -97,34 +114,55 @@ class GgufFile:
     def _refuse_unsupported(self) -> None:
         architecture = self.require("general.architecture")
         if architecture != "llama":
-            raise UserError(f"{self.path}: architecture {architecture!r} is not supported; only 'llama' is")
+            raise UserError(
+                f"{self.path}: architecture {architecture!r} is not supported; only 'llama' is"
+            )
         if self.get("llama.expert_count", 0):
-            raise UserError(f"{self.path}: llama.expert_count={self.get('llama.expert_count')} is not supported; "
-                            "only dense Llamas are")  # fmt: skip
+            raise UserError(
+                f"{self.path}: llama.expert_count={self.get('llama.expert_count')} is not supported; "
+                "only dense Llamas are"
+            )
         scaling = self.get("llama.rope.scaling.type", "none")
         # Linear by a factor of one is none; Llama 3's is in a tensor.
-        if scaling not in ("none", "linear") and (scaling, "rope_freqs.weight" in self._stored) != ("llama3", True):
-            raise UserError(f"{self.path}: llama.rope.scaling.type={scaling!r} is not supported; "
-                            "'none' and Llama 3's rope_freqs are")  # fmt: skip
+        if scaling not in ("none", "linear") and (scaling, "rope_freqs.weight" in self._stored) != (
+            "llama3",
+            True,
+        ):
+            raise UserError(
+                f"{self.path}: llama.rope.scaling.type={scaling!r} is not supported; "
+                "'none' and Llama 3's rope_freqs are"
+            )
         for tensor in {t.tensor_type: t for t in self._stored.values()}.values():
             try:
-                gguf.dequantize(tensor.data[:1] if len(tensor.shape) > 1 else tensor.data, tensor.tensor_type)
+                gguf.dequantize(
+                    tensor.data[:1] if len(tensor.shape) > 1 else tensor.data, tensor.tensor_type
+                )
             except NotImplementedError:
-                raise UserError(f"{self.path}: tensor {tensor.name!r} is quantised as {tensor.tensor_type.name}, which "
-                                "cannot be read; use Q4_0 to Q8_0, a K-quant, BF16, F16 or F32") from None  # fmt: skip
+                raise UserError(
+                    f"{self.path}: tensor {tensor.name!r} is quantised as {tensor.tensor_type.name}, which "
+                    "cannot be read; use Q4_0 to Q8_0, a K-quant, BF16, F16 or F32"
+                ) from None
 
     def _read_config(self) -> LlamaConfig:
-        width, heads = self.require("llama.embedding_length"), self.require("llama.attention.head_count")
+        width, heads = (
+            self.require("llama.embedding_length"),
+            self.require("llama.attention.head_count"),
+        )
         kv_heads = self.get("llama.attention.head_count_kv", heads)
         if isinstance(heads, list) or isinstance(kv_heads, list):
             raise UserError(f"{self.path}: head counts that differ by layer are not supported")
-        for key, value in (("llama.embedding_length", width), ("llama.attention.head_count", heads)):
+        for key, value in (
+            ("llama.embedding_length", width),
+            ("llama.attention.head_count", heads),
+        ):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"{self.path}: {key}={value!r} must be a positive integer")
         head_dim = self.get("llama.attention.key_length") or width // heads
         for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
             if self.get(key, head_dim) != head_dim:
-                raise UserError(f"{self.path}: {key}={self.get(key)} is not the head width {head_dim}; not supported")
+                raise UserError(
+                    f"{self.path}: {key}={self.get(key)} is not the head width {head_dim}; not supported"
+                )
         if "token_embd.weight" not in self._stored:
             raise UserError(f"{self.path}: tensor 'token_embd.weight' is missing")
         vocab_size = int(self._stored["token_embd.weight"].shape[-1])
@@ -134,7 +172,9 @@ class GgufFile:
             ("tokenizer.ggml.tokens", vocab_size if tokens is None else len(tokens.data)),
         ):
             if found != vocab_size:
-                raise UserError(f"{self.path}: {key} counts {found} tokens, token_embd.weight has {vocab_size} rows")
+                raise UserError(
+                    f"{self.path}: {key} counts {found} tokens, token_embd.weight has {vocab_size} rows"
+                )
         # Chat models end a turn with a token of its own, beside the one that ends a document.
         ends = [self.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
         # Stored as float32: the shortest decimal that gives the same float32 is the number that was meant.
@@ -189,10 +229,14 @@ class GgufFile:
             if isinstance(value, list | str):
                 silent = not any(value)
             else:
-                silent = any(math.isclose(value, one, rel_tol=1e-6) for one in neutral.get(name, (0,)))
+                silent = any(
+                    math.isclose(value, one, rel_tol=1e-6) for one in neutral.get(name, (0,))
+                )
             if not silent:
-                raise UserError(f"{self.path}: {key}={value!r:.60} is not supported: it may change what the model "
-                                "computes, and this reader does not know how")  # fmt: skip
+                raise UserError(
+                    f"{self.path}: {key}={value!r:.60} is not supported: it may change what the model "
+                    "computes, and this reader does not know how"
+                )
 
     def _with_rope_scaling(self, config: LlamaConfig) -> LlamaConfig:
         """Adds Llama 3's scaling, which files carry only as its result: a divisor for each of the H/2 frequencies."""
@@ -202,28 +246,38 @@ class GgufFile:
         if np.all(divisors == 1):
             return config
         original = self.get("llama.rope.scaling.original_context_length", 8192)
-        scaling = RopeScaling(factor=float(divisors.max()), original_max_position_embeddings=original)
+        scaling = RopeScaling(
+            factor=float(divisors.max()), original_max_position_embeddings=original
+        )
         scaled = dataclasses.replace(config, rope_scaling=scaling)
         expected = inverse_frequencies(config) / inverse_frequencies(scaled)
         if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
-            raise UserError(f"{self.path}: tensor 'rope_freqs.weight' is not a Llama 3 scaling with low and high "
-                            f"frequency factors 1 and 4 over {original} positions; not supported")  # fmt: skip
+            raise UserError(
+                f"{self.path}: tensor 'rope_freqs.weight' is not a Llama 3 scaling with low and high "
+                f"frequency factors 1 and 4 over {original} positions; not supported"
+            )
         return scaled
 
     def _name_tensors(self) -> dict[str, GgufTensor]:
         config, tensors = self.config, {}
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-        stored = {name: tensor for name, tensor in self._stored.items() if name != "rope_freqs.weight"}
+        stored = {
+            name: tensor for name, tensor in self._stored.items() if name != "rope_freqs.weight"
+        }
         for hf_name in hf_shapes(config):
             name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
             if name not in stored:
                 raise UserError(f"{self.path}: tensor {name!r} is missing")
             heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
             heads = next((n for projection, n in heads.items() if projection in hf_name), 0)
-            tensors[hf_name] = GgufTensor(stored.pop(name), _hf_row_order(heads, config.head_dim) if heads else None)
+            tensors[hf_name] = GgufTensor(
+                stored.pop(name), _hf_row_order(heads, config.head_dim) if heads else None
+            )
         # What is left goes in under its own name, for the check to name.
         left = {name: GgufTensor(tensor) for name, tensor in stored.items()}
-        check_hf_tensors(config, {name: t.shape for name, t in (tensors | left).items()}, str(self.path))
+        check_hf_tensors(
+            config, {name: t.shape for name, t in (tensors | left).items()}, str(self.path)
+        )
         return tensors
 
 

@@ -79,15 +79,32 @@ class Tensor(Protocol):
 
 def _rows(config: LlamaConfig) -> list[tuple[Row, tuple[int, ...]]]:
     """The rows that `config` has, each with its HF shape."""
-    sizes = {"V": config.vocab_size, "D": config.hidden_size, "F": config.intermediate_size,
-             "Q": config.q_width, "K": config.kv_width}  # fmt: skip
-    flags = {"always": True, "untied": not config.tie_word_embeddings,
-             "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}  # fmt: skip
-    return [(row, tuple(sizes[axis] for axis in row.shape.split())) for row in HF_TABLE if flags[row.when]]
+    sizes = {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "Q": config.q_width,
+        "K": config.kv_width,
+    }
+    flags = {
+        "always": True,
+        "untied": not config.tie_word_embeddings,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+    return [
+        (row, tuple(sizes[axis] for axis in row.shape.split()))
+        for row in HF_TABLE
+        if flags[row.when]
+    ]
 
 
 def _hf_names(row: Row, config: LlamaConfig) -> list[str]:
-    return [row.hf_name.format(l) for l in range(config.num_hidden_layers)] if row.stacked else [row.hf_name]
+    return (
+        [row.hf_name.format(l) for l in range(config.num_hidden_layers)]
+        if row.stacked
+        else [row.hf_name]
+    )
 
 
 def leaf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -104,7 +121,9 @@ def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return {name: shape for row, shape in _rows(config) for name in _hf_names(row, config)}
 
 
-def check_hf_tensors(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+def check_hf_tensors(
+    config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], source: str
+) -> None:
     """Raises UserError unless the tensors of `source` (HF name -> shape) are exactly those that `config` asks for.
     Stored rotary frequencies, and a stored lm_head of a tied model, are redundant and pass."""
     expected = hf_shapes(config)
@@ -122,7 +141,9 @@ def check_hf_tensors(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]],
             )
 
 
-def settle_tying(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> tuple[LlamaConfig, Mapping[str, Tensor]]:
+def settle_tying(
+    config: LlamaConfig, tensors: Mapping[str, Tensor]
+) -> tuple[LlamaConfig, Mapping[str, Tensor]]:
     """The configuration and tensors of a checkpoint, tied as transformers 5 ties them: a model that says it is tied but
     is stored with an lm_head that is not its embedding is not. Where one of the two is stored, it is both."""
     head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
@@ -137,7 +158,10 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     if tuple(a.shape) != tuple(b.shape):
         return False
     blocks = (slice(i, i + _BLOCK_ROWS) for i in range(0, a.shape[0], _BLOCK_ROWS))
-    same_kind = lambda tensor, rows: tensor[(rows,)].astype(np.float32, copy=False)  # noqa: E731
+
+    def same_kind(tensor, rows):
+        return tensor[(rows,)].astype(np.float32, copy=False)
+
     return all(np.array_equal(same_kind(a, rows), same_kind(b, rows)) for rows in blocks)
 
 
@@ -168,7 +192,9 @@ def from_hf_tensors(
     leaves = {}
     for path, shape in shapes.items():
 
-        def read(index: tuple[slice, ...], row: Row = rows[path], shape: tuple[int, ...] = shape) -> np.ndarray:
+        def read(
+            index: tuple[slice, ...], row: Row = rows[path], shape: tuple[int, ...] = shape
+        ) -> np.ndarray:
             names = _hf_names(row, config)
             part = tuple(range(n)[s] for n, s in zip(shape, index, strict=True))
             return _read(names, tensors, row, part, dtype, source)
@@ -195,15 +221,21 @@ def to_hf_tensors(
     leaves = traverse_util.flatten_dict(dict(params), sep="/")
     shapes = leaf_shapes(config)
     for path in shapes.keys() ^ leaves.keys():
-        raise UserError(f"parameter tree: leaf {path!r} is {'missing' if path in shapes else 'not part of this model'}")
+        raise UserError(
+            f"parameter tree: leaf {path!r} is {'missing' if path in shapes else 'not part of this model'}"
+        )
     for path, shape in shapes.items():
         if leaves[path].shape != shape:
-            raise UserError(f"parameter tree: leaf {path!r} has shape {list(leaves[path].shape)}, not {list(shape)}")
+            raise UserError(
+                f"parameter tree: leaf {path!r} has shape {list(leaves[path].shape)}, not {list(shape)}"
+            )
     for path, row in _by_path(config):
         if not only(path):
             continue
         leaf = np.asarray(leaves[path])
-        for name, value in zip(_hf_names(row, config), leaf if row.stacked else [leaf], strict=True):
+        for name, value in zip(
+            _hf_names(row, config), leaf if row.stacked else [leaf], strict=True
+        ):
             yield name, np.ascontiguousarray(value.T if row.transposed else value)
 
 
@@ -218,23 +250,33 @@ def _float_dtype(dtype: Any) -> np.dtype:
     except TypeError:
         raise UserError(f"dtype={dtype!r} is unknown; {near_misses(str(dtype), known)}") from None
     if found.name not in known:
-        raise UserError(f"dtype={found.name!r} is not for parameters; {near_misses(found.name, known)}")
+        raise UserError(
+            f"dtype={found.name!r} is not for parameters; {near_misses(found.name, known)}"
+        )
     return found
 
 
-def _sharding_lookup(shardings: Any, shapes: Mapping[str, Any]) -> Callable[[str], jax.sharding.Sharding | None]:
+def _sharding_lookup(
+    shardings: Any, shapes: Mapping[str, Any]
+) -> Callable[[str], jax.sharding.Sharding | None]:
     if shardings is None or callable(shardings):
         return shardings or (lambda path: None)
     flat = traverse_util.flatten_dict(shardings, sep="/")
     for path in shapes.keys() ^ flat.keys():
-        raise UserError(f"shardings: {path!r} is {'missing' if path in shapes else 'no leaf of this model'}")
+        raise UserError(
+            f"shardings: {path!r} is {'missing' if path in shapes else 'no leaf of this model'}"
+        )
     return flat.__getitem__
 
 
 def _read(
-    names: list[str], tensors: Mapping[str, Tensor], row: Row, index: tuple[range, ...], dtype: np.dtype,
+    names: list[str],
+    tensors: Mapping[str, Tensor],
+    row: Row,
+    index: tuple[range, ...],
+    dtype: np.dtype,
     source: str,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """The part `index` of one leaf, read from the HF tensors `names` into one buffer."""
     buffer = _aligned_empty(tuple(map(len, index)), dtype)
     layers, axes = (index[0], index[1:]) if row.stacked else (range(1), index)
@@ -249,7 +291,9 @@ def _read(
                 found = tensors[names[layer]][(slice(start, stop), *columns)]
                 block[...] = found
             if not all_finite(block):
-                _refuse_values(found, dtype, getattr(tensors[names[layer]], "file", source), names[layer])
+                _refuse_values(
+                    found, dtype, getattr(tensors[names[layer]], "file", source), names[layer]
+                )
     return buffer
 
 
@@ -263,11 +307,15 @@ def all_finite(values: np.ndarray) -> bool:
 
 def _refuse_values(found: np.ndarray, dtype: np.dtype, file: str, name: str) -> NoReturn:
     if not np.isfinite(found.astype(np.float64)).all():
-        raise UserError(f"{file}: tensor {name!r} holds a value that is not finite (NaN or infinity); download the "
-                        "checkpoint again, or take an earlier one of its training")  # fmt: skip
+        raise UserError(
+            f"{file}: tensor {name!r} holds a value that is not finite (NaN or infinity); download the "
+            "checkpoint again, or take an earlier one of its training"
+        )
     largest = np.abs(found.astype(np.float64)).max()
-    raise UserError(f"{file}: tensor {name!r} holds {largest:.4g}, which {dtype.name} cannot hold"
-                    + "; load it in float32" * (dtype.name != "float32"))  # fmt: skip
+    raise UserError(
+        f"{file}: tensor {name!r} holds {largest:.4g}, which {dtype.name} cannot hold"
+        + "; load it in float32" * (dtype.name != "float32")
+    )
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -65,7 +65,9 @@ class KVCache:
     index: Array
 
     @classmethod
-    def empty(cls, config: LlamaConfig, batch: int, length: int, dtype: Any = jnp.float32) -> KVCache:
+    def empty(
+        cls, config: LlamaConfig, batch: int, length: int, dtype: Any = jnp.float32
+    ) -> KVCache:
         """A cache of `length` slots for `batch` rows."""
         BK, H, L = batch * config.num_key_value_heads, config.head_dim, config.num_hidden_layers
         k = tuple(jnp.zeros((BK, H, length), dtype) for _ in range(L))
@@ -83,7 +85,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], self.param_dtype).astype(x.dtype)
+        scale = self.param(
+            "scale", nn.initializers.ones_init(), x.shape[-1:], self.param_dtype
+        ).astype(x.dtype)
         passing = None
         if x.shape[-1] > self.width:
             # Set apart first: what is left is a norm that XLA knows how to make one kernel of.
@@ -107,17 +111,33 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, z: Array | None, rotary: tuple[Array, Array], seen: Seen,
-        past: tuple[Array, Array, Array] | None, select: Array | None, deterministic: bool,
-    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:  # fmt: skip
+        self,
+        x: Array,
+        z: Array | None,
+        rotary: tuple[Array, Array],
+        seen: Seen,
+        past: tuple[Array, Array, Array] | None,
+        select: Array | None,
+        deterministic: bool,
+    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
         config = self.config
-        dense = lambda product: FusedDense(  # noqa: E731
-            product, config.widths, self.adapter, config.attention_bias, self.param_dtype, self.fused, name=product
-        )
+
+        def dense(product):
+            return FusedDense(
+                product,
+                config.widths,
+                self.adapter,
+                config.attention_bias,
+                self.param_dtype,
+                self.fused,
+                name=product,
+            )
+
         (q, k, v), z_in = dense("qkv")(x, z, select=select, deterministic=deterministic)
         B, T = x.shape[:2]
         if self.decode_kernel and past is not None and T == 1 and seen.mask is not None:
-            from flora_jax.models.decode_attention import decode_attention  # imports what only a GPU needs
+            # imports what only a GPU needs
+            from flora_jax.models.decode_attention import decode_attention
 
             # With z behind it, this is what the product gave, and no copy of a part of it; z is then read out of it, or
             # XLA would make it a second time.
@@ -127,9 +147,14 @@ class Attention(nn.Module):
             out, present = decode_attention(
                 qkv[:, 0], rotary, seen.mask[:, 0, 0], past, config.num_attention_heads
             )
-            (out,), z_out = dense("o")(out[:, None], z_in, select=select, deterministic=deterministic)
+            (out,), z_out = dense("o")(
+                out[:, None], z_in, select=select, deterministic=deterministic
+            )
             return out, z_out, present
-        heads = lambda y: y.reshape(B, T, -1, config.head_dim)  # noqa: E731
+
+        def heads(y):
+            return y.reshape(B, T, -1, config.head_dim)
+
         q, k, v = rotate(heads(q), *rotary), rotate(heads(k), *rotary), heads(v)
         present = None
         if past is not None:
@@ -145,7 +170,9 @@ class Attention(nn.Module):
             out = attend(q, k, v, seen.mask, seen.segments)
         else:
             out = attend_grouped(q, *(x.astype(q.dtype) for x in present), seen.mask)
-        (out,), z_out = dense("o")(out.reshape(B, T, -1), z_in, select=select, deterministic=deterministic)
+        (out,), z_out = dense("o")(
+            out.reshape(B, T, -1), z_in, select=select, deterministic=deterministic
+        )
         return out, z_out, present
 
 
@@ -162,11 +189,22 @@ class MLP(nn.Module):
         self, x: Array, z: Array | None, select: Array | None, deterministic: bool
     ) -> tuple[Array, Array | None]:
         config = self.config
-        dense = lambda product: FusedDense(  # noqa: E731
-            product, config.widths, self.adapter, config.mlp_bias, self.param_dtype, self.fused, name=product
-        )
+
+        def dense(product):
+            return FusedDense(
+                product,
+                config.widths,
+                self.adapter,
+                config.mlp_bias,
+                self.param_dtype,
+                self.fused,
+                name=product,
+            )
+
         (gate, up), z_in = dense("gate_up")(x, z, select=select, deterministic=deterministic)
-        (out,), z_out = dense("down")(nn.silu(gate) * up, z_in, select=select, deterministic=deterministic)
+        (out,), z_out = dense("down")(
+            nn.silu(gate) * up, z_in, select=select, deterministic=deterministic
+        )
         return out, z_out
 
 
@@ -182,14 +220,25 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, z: Array | None, rotary: tuple[Array, Array], seen: Seen,
-        past: tuple[Array, Array, Array] | None = None, select: Array | None = None, deterministic: bool = True,
-    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:  # fmt: skip
+        self,
+        x: Array,
+        z: Array | None,
+        rotary: tuple[Array, Array],
+        seen: Seen,
+        past: tuple[Array, Array, Array] | None = None,
+        select: Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
         config, parts = self.config, (self.config, self.adapter, self.param_dtype, self.fused)
-        norm = lambda name: RMSNorm(config.hidden_size, config.rms_norm_eps, self.param_dtype, name=name)  # noqa: E731
+
+        def norm(name):
+            return RMSNorm(config.hidden_size, config.rms_norm_eps, self.param_dtype, name=name)
+
         with jax.named_scope("attention"):
             attention = Attention(*parts, self.decode_kernel, name="attention")
-            delta, z_delta, present = attention(norm("attention_norm")(x), z, rotary, seen, past, select, deterministic)
+            delta, z_delta, present = attention(
+                norm("attention_norm")(x), z, rotary, seen, past, select, deterministic
+            )
             x, z = x + delta, None if z is None else z + z_delta
         with jax.named_scope("mlp"):
             mlp = MLP(*parts, name="mlp")
@@ -222,24 +271,33 @@ class Llama(nn.Module):
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat={self.remat!r} is unknown; known: {', '.join(REMAT_POLICIES)}")
         if self.decode_kernel and config.head_dim & (config.head_dim - 1):
-            raise UserError(f"decode_kernel=True needs a head_dim that is a power of two, not {config.head_dim}")
+            raise UserError(
+                f"decode_kernel=True needs a head_dim that is a power of two, not {config.head_dim}"
+            )
         if self.adapter is not None:
             self.adapter.check(config.widths)
         served = self.adapter
         if self._fused and "folded" in self.variables["params"]:
             served = dataclasses.replace(served, add_to=())
         kernel = kernel_runs(config) if self.decode_kernel is None else self.decode_kernel
-        self.layer = Layer(config, served, self.param_dtype, self._fused, self._fused and kernel, parent=None)
+        self.layer = Layer(
+            config, served, self.param_dtype, self._fused, self._fused and kernel, parent=None
+        )
         self.embed_tokens = nn.Embed(
-            config.vocab_size, config.hidden_size, param_dtype=self.param_dtype,
-            embedding_init=normal(0.02))  # fmt: skip
+            config.vocab_size,
+            config.hidden_size,
+            param_dtype=self.param_dtype,
+            embedding_init=normal(0.02),
+        )
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.param_dtype)
         if self.is_initializing():
             self.param("layers", self._init_layers)
             if self._has_adapter:
                 self.variable("adapter", "layers", self._init_adapter)
         elif not self._has_adapter and self.variables.get("adapter"):
-            raise UserError("variables hold an adapter, but the model was built without one; pass its AdapterConfig")
+            raise UserError(
+                "variables hold an adapter, but the model was built without one; pass its AdapterConfig"
+            )
         if not self.is_initializing():
             self._check_trees()
         if not config.tie_word_embeddings:
@@ -249,7 +307,9 @@ class Llama(nn.Module):
         """Raises UserError for variables of another configuration, which flax would ignore or jax would clamp."""
         params = self.variables["params"]
         if self.config.tie_word_embeddings and "lm_head" in params:
-            raise UserError("params hold an lm_head, but the configuration has tie_word_embeddings=True")
+            raise UserError(
+                "params hold an lm_head, but the configuration has tie_word_embeddings=True"
+            )
         if not self._fused:
             check_base(params, self.config)
             if self._has_adapter:
@@ -257,32 +317,47 @@ class Llama(nn.Module):
         elif (riders := params.get("riders")) is not None:
             served = self.adapter.rank if self._has_adapter else "none"
             if riders.shape[-1] != served:
-                raise UserError(f"the fused tree holds an adapter of rank {riders.shape[-1]}, the model's is {served}")
+                raise UserError(
+                    f"the fused tree holds an adapter of rank {riders.shape[-1]}, the model's is {served}"
+                )
 
-    def _check_call(self, tokens: Array, cache: KVCache | None, select: Array | None, deterministic: bool) -> None:
+    def _check_call(
+        self, tokens: Array, cache: KVCache | None, select: Array | None, deterministic: bool
+    ) -> None:
         """Raises UserError for arguments that would be ignored, clamped, or read as NaN."""
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise UserError(f"tokens must be integers [B, T], not {tokens.dtype} {list(tokens.shape)}")
-        if not isinstance(tokens, jax.core.Tracer) and tokens.size:  # under jit nothing can be checked
+            raise UserError(
+                f"tokens must be integers [B, T], not {tokens.dtype} {list(tokens.shape)}"
+            )
+        # under jit nothing can be checked
+        if not isinstance(tokens, jax.core.Tracer) and tokens.size:
             ids, V = np.asarray(tokens), self.config.vocab_size
             least, most = ids.min(), ids.max()
             if least < 0 or most >= V:
-                raise UserError(f"tokens from {least} to {most} are not all of the model's vocabulary: vocab_size={V}")
+                raise UserError(
+                    f"tokens from {least} to {most} are not all of the model's vocabulary: vocab_size={V}"
+                )
         riders = self.variables["params"].get("riders")
         places = 1 if riders is None else riders.shape[-2]
         if select is not None and not self._fused:
             raise UserError("select is for a bank of fused adapters; these variables are split")
         found = None if select is None else select.shape[-1]
         if riders is not None and found != places and (found is not None or places > 1):
-            raise UserError(f"the fused tree is a bank of {places} adapters and needs select [B, {places}]; {found=}")
+            raise UserError(
+                f"the fused tree is a bank of {places} adapters and needs select [B, {places}]; {found=}"
+            )
         if self._fused and not deterministic and self.adapter is not None and self.adapter.dropout:
-            raise UserError("a fused tree is served without dropout; pass deterministic=True, or train the split one")
+            raise UserError(
+                "a fused tree is served without dropout; pass deterministic=True, or train the split one"
+            )
         if cache is None:
             return
         T, S = tokens.shape[1], cache.valid.shape[1]
         index = 0 if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
         if index + T > S:
-            raise UserError(f"{T} tokens from slot {index} on do not fit into a cache of {S} slots; make a longer one")
+            raise UserError(
+                f"{T} tokens from slot {index} on do not fit into a cache of {S} slots; make a longer one"
+            )
 
     @property
     def _has_adapter(self) -> bool:
@@ -323,7 +398,9 @@ class Llama(nn.Module):
         with jax.named_scope("logits"):
             if self._transposed:
                 return multiply_transposed(hidden, unembedding, jnp.float32)
-            product = functools.partial(jnp.einsum, "...D,VD->...V", preferred_element_type=jnp.float32)
+            product = functools.partial(
+                jnp.einsum, "...D,VD->...V", preferred_element_type=jnp.float32
+            )
             if hidden.size == hidden.shape[-1] and hidden.dtype != jnp.float32:
                 # Of one row cuBLAS gives no float32 results, and XLA would cast the whole matrix at every token.
                 return product(jnp.stack([hidden, hidden]), unembedding)[0]
@@ -359,7 +436,9 @@ class Llama(nn.Module):
         self._check_call(tokens, cache, select, deterministic)
         B, T = tokens.shape
         if cache is not None and segment_ids is not None:
-            raise UserError("segment_ids are for packed training rows and cannot be combined with a cache")
+            raise UserError(
+                "segment_ids are for packed training rows and cannot be combined with a cache"
+            )
         real = mask if mask is not None and mask.ndim == 2 else jnp.ones((B, T), bool)
         if positions is None:
             before = 0 if cache is None else cache.valid.sum(-1, keepdims=True)
@@ -371,7 +450,9 @@ class Llama(nn.Module):
         rotary = rotary_tables(self.config, positions)
 
         embedding = self.embed_tokens.embedding
-        x = jnp.take(embedding, tokens, axis=0).astype(embedding.dtype if self.dtype is None else self.dtype)
+        x = jnp.take(embedding, tokens, axis=0).astype(
+            embedding.dtype if self.dtype is None else self.dtype
+        )
         stream = self._has_adapter and self.adapter.row.writes == "stream"
         z = None
         if stream and self._fused:
@@ -382,7 +463,11 @@ class Llama(nn.Module):
             z = jnp.zeros((B, T, self.adapter.rank), x.dtype)
         x, z, present = self._layers(x, z, rotary, seen, cache, select, deterministic)
         if stream and self._fused:
-            D, R, N = self.config.hidden_size, self.adapter.rank, 1 if select is None else select.shape[-1]
+            D, R, N = (
+                self.config.hidden_size,
+                self.adapter.rank,
+                1 if select is None else select.shape[-1],
+            )
             x, z = x[..., :D], x[..., D : D + N * R].reshape(B, T, N, R).sum(-2)
         if stream:
             x = repeat_and_add(x, z)
@@ -391,7 +476,12 @@ class Llama(nn.Module):
         return self.final_norm(x), cache
 
     def _visible(
-        self, T: int, real: Array, segment_ids: Array | None, mask: Array | None, cache: KVCache | None
+        self,
+        T: int,
+        real: Array,
+        segment_ids: Array | None,
+        mask: Array | None,
+        cache: KVCache | None,
     ) -> tuple[Seen, Array | None]:
         """What attention sees, and the cache's new `valid`."""
         by_query = mask is not None and mask.ndim == 3
@@ -419,20 +509,30 @@ class Llama(nn.Module):
         return Seen(mask=(seen | (slots[None, :] == queries[:, None])[None])[:, None]), valid
 
     def _layers(
-        self, x: Array, z: Array | None, rotary: tuple[Array, Array], seen: Seen, cache: KVCache | None,
-        select: Array | None, deterministic: bool,
-    ) -> tuple[Array, Array | None, tuple[tuple[Array, ...], tuple[Array, ...]]]:  # fmt: skip
+        self,
+        x: Array,
+        z: Array | None,
+        rotary: tuple[Array, Array],
+        seen: Seen,
+        cache: KVCache | None,
+        select: Array | None,
+        deterministic: bool,
+    ) -> tuple[Array, Array | None, tuple[tuple[Array, ...], tuple[Array, ...]]]:
         """All layers: a scan over stacked leaves, or, over fused ones or with a cache, unrolled."""
         variables = {"params": self.get_variable("params", "layers")}
         if self._has_adapter and not self._fused:
-            variables["adapter"] = pad_first_layer(self.get_variable("adapter", "layers"), self.adapter)
+            variables["adapter"] = pad_first_layer(
+                self.get_variable("adapter", "layers"), self.adapter
+            )
         L = self.config.num_hidden_layers
         dropout = self.adapter is not None and self.adapter.dropout > 0 and not deterministic
         key = self.make_rng("dropout") if dropout else None
 
         def layer(x, z, variables, index, past):
             rngs = {"dropout": jax.random.fold_in(key, index)} if dropout else None
-            return self.layer.apply(variables, x, z, rotary, seen, past, select, not dropout, rngs=rngs)
+            return self.layer.apply(
+                variables, x, z, rotary, seen, past, select, not dropout, rngs=rngs
+            )
 
         if not self._fused and cache is None:
 
@@ -447,10 +547,14 @@ class Llama(nn.Module):
         present = []
         for i in range(L):
             leaves = {
-                collection: tree[str(i)] if self._fused else jax.tree.map(lambda leaf, i=i: leaf[i], tree)
+                collection: tree[str(i)]
+                if self._fused
+                else jax.tree.map(lambda leaf, i=i: leaf[i], tree)
                 for collection, tree in variables.items()
             }
-            x, z, kv = layer(x, z, leaves, i, None if cache is None else (cache.k[i], cache.v[i], cache.index))
+            x, z, kv = layer(
+                x, z, leaves, i, None if cache is None else (cache.k[i], cache.v[i], cache.index)
+            )
             present.append(kv)
         return x, z, tuple(zip(*present, strict=True)) if cache is not None else ((), ())
 
@@ -473,8 +577,12 @@ def abstract_base(config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def init_base(rng: Array, config: LlamaConfig, dtype: Any = jnp.float32, shardings: Any = None) -> Tree:
+def init_base(
+    rng: Array, config: LlamaConfig, dtype: Any = jnp.float32, shardings: Any = None
+) -> Tree:
     """Random base parameters (HF's initialisation, std 0.02), made straight in their shards where given."""
     model = Llama(config, None, param_dtype=dtype)
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], out_shardings=shardings)
+    init = jax.jit(
+        lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], out_shardings=shardings
+    )
     return init(rng)

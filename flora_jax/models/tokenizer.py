@@ -41,12 +41,14 @@ _LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # of an HF directory, one of them at least
+# of an HF directory, one of them at least
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 # llama.cpp's token types
 _CONTROL, _USER_DEFINED = 3, 4
 
-_RIGHT = "5.24.0"  # a release of transformers that reads byte-level Llamas right, which many before it do not
+# a release of transformers that reads byte-level Llamas right, which many before it do not
+_RIGHT = "5.24.0"
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
@@ -59,7 +61,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
         return gguf_tokenizer(GgufFile(path))
     there = [name for name in VOCABULARIES if (path / name).is_file()]
     if not there:
-        raise UserError(f"{path}: no tokenizer.json, tokenizer.model or vocab.json in the directory")
+        raise UserError(
+            f"{path}: no tokenizer.json, tokenizer.model or vocab.json in the directory"
+        )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (path / name).is_file():
             read_json(path / name)
@@ -70,8 +74,11 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # `tokenizers` raises no narrower class for a file that it cannot use
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    # `tokenizers` raises no narrower class for a file that it cannot use
+    except Exception as error:
         why = _missing_packages(path / there[0]) or " ".join(str(error).split())[:200]
         raise UserError(f"{path}: the tokenizer cannot be read ({why})") from error
     finally:
@@ -88,11 +95,19 @@ def _missing_packages(vocabulary: Path) -> str:
     # A SentencePiece model is a protobuf message; Llama 3's own file holds a base64 token and its rank a line.
     with vocabulary.open("rb") as file:
         text = re.match(rb"[A-Za-z0-9+/]+=* \d+\n", file.read(200))
-    needed = {"tiktoken": "tiktoken"} if text else {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    needed = (
+        {"tiktoken": "tiktoken"}
+        if text
+        else {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    )
     missing = [package for module, package in needed.items() if not _installed(module)]
     kind = "tiktoken" if text else "SentencePiece"
     hint = f"pip install {' '.join(missing)}, or add the tokenizer.json that belongs to it"
-    return f"tokenizer.model alone, a {kind} model, needs packages that are not installed: {hint}" if missing else ""
+    return (
+        f"tokenizer.model alone, a {kind} model, needs packages that are not installed: {hint}"
+        if missing
+        else ""
+    )
 
 
 def _installed(module: str) -> bool:
@@ -104,7 +119,8 @@ def _installed(module: str) -> bool:
 
 # Spaces of every kind, numbers, contractions, marks like special tokens' and characters of two to four bytes.
 _PROBE = (
-    "x  Two  spaces, don't: 3.14 + 12345 = 'a_b'?\n\tdef f(x):\n    return [ZQ] <|zq|> </zq>\n\n naïve 漢字 🙂 …It's "
+    "x  Two  spaces, don't: 3.14 + 12345 = 'a_b'?\n\tdef f(x):\n    return [ZQ] "
+    "<|zq|> </zq>\n\n naïve 漢字 🙂 …It's "
 )
 
 
@@ -123,7 +139,11 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
 
     def compared(ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
         behind = [id for id, (start, _) in zip(ids, offsets, strict=True) if start]
-        return [id for before, id in itertools.pairwise([None, *behind]) if id != unknown or id != before]
+        return [
+            id
+            for before, id in itertools.pairwise([None, *behind])
+            if id != unknown or id != before
+        ]
 
     if compared(ids, offsets) == compared(encoding.ids, encoding.offsets):
         return
@@ -131,7 +151,11 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
 
     declared = tokenizer.init_kwargs.get("tokenizer_class") or type(tokenizer).__name__
     version = transformers.__version__
-    other = "" if version == _RIGHT else f", or try another version (pip install transformers=={_RIGHT})"
+    other = (
+        ""
+        if version == _RIGHT
+        else f", or try another version (pip install transformers=={_RIGHT})"
+    )
     raise UserError(
         f"{path}: transformers {version} reads the tokenizer, as a {declared}, otherwise than its tokenizer.json says, "
         "and gives a text other ids; write PreTrainedTokenizerFast as tokenizer_class into its "
@@ -170,7 +194,9 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     with bos, and its chat template. Raises UserError for another kind of tokenizer."""
     kind = file.require("tokenizer.ggml.model")
     if kind != "gpt2":
-        raise UserError(f"{file.path}: tokenizer.ggml.model={kind!r} is not supported; only byte-level BPE ('gpt2') is")
+        raise UserError(
+            f"{file.path}: tokenizer.ggml.model={kind!r} is not supported; only byte-level BPE ('gpt2') is"
+        )
     pre = file.require("tokenizer.ggml.pre")
     if pre not in _PRE_TOKENIZERS:
         known = near_misses(pre, _PRE_TOKENIZERS)
@@ -181,11 +207,15 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     merges = [tuple(merge.split(" ")) for merge in file.require("tokenizer.ggml.merges")]
     for merge in merges:
         if len(merge) != 2 or not vocabulary.keys() >= {*merge, "".join(merge)}:
-            raise UserError(f"{file.path}: tokenizer.ggml.merges holds {' '.join(merge)!r}, which merges no two tokens")
+            raise UserError(
+                f"{file.path}: tokenizer.ggml.merges holds {' '.join(merge)!r}, which merges no two tokens"
+            )
     if len(vocabulary) != len(tokens):
         raise UserError(f"{file.path}: tokenizer.ggml.tokens holds a token twice")
     types = file.get("tokenizer.ggml.token_type", [])
-    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3))
+    core = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3)
+    )
     core.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     core.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, types, strict=False):
@@ -197,7 +227,9 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     def special(name: str) -> str | None:
         id = file.get(f"tokenizer.ggml.{name}_token_id")
         if id is not None and id >= len(tokens):
-            raise UserError(f"{file.path}: tokenizer.ggml.{name}_token_id={id} is not among the {len(tokens)} tokens")
+            raise UserError(
+                f"{file.path}: tokenizer.ggml.{name}_token_id={id} is not among the {len(tokens)} tokens"
+            )
         return None if id is None else tokens[id]
 
     return _wrap(
@@ -217,7 +249,9 @@ def _wrap(core: tokenizers.Tokenizer, **settings: Any) -> PreTrainedTokenizerFas
     from transformers import PreTrainedTokenizerFast
 
     settings = {key: value for key, value in settings.items() if value is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **settings)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, clean_up_tokenization_spaces=False, **settings
+    )
 
 
 def _byte_level(use_regex: bool = True) -> pre_tokenizers.PreTokenizer:

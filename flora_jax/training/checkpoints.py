@@ -70,7 +70,9 @@ class Checkpoints:
         """Whether all processes agreed to stop at this step because one of them was told to."""
         return self._manager.reached_preemption(step)
 
-    def save(self, state: TrainState, data: grain.DatasetIterator, meta: dict[str, Any], best: int | None) -> None:
+    def save(
+        self, state: TrainState, data: grain.DatasetIterator, meta: dict[str, Any], best: int | None
+    ) -> None:
         """Writes a checkpoint at `state.step`, unless there is one, and keeps that of step `best` beside the latest.
 
         Raises WriteError where the disk refuses it. The earlier ones stay as they are.
@@ -81,7 +83,12 @@ class Checkpoints:
             return
         there = self.latest
         rest = "from the beginning" if there is None else f"after step {there}, which is saved"
-        with writing(f"the checkpoint of step {step}", f"make room, and the same command goes on {rest}"), _quiet():
+        with (
+            writing(
+                f"the checkpoint of step {step}", f"make room, and the same command goes on {rest}"
+            ),
+            _quiet(),
+        ):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -94,12 +101,17 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """What `save` was given as meta at `step`."""
-        return dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+        return dict(
+            self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        )
 
-    def restore(self, step: int, like: TrainState, data: grain.DatasetIterator | None = None) -> TrainState:
+    def restore(
+        self, step: int, like: TrainState, data: grain.DatasetIterator | None = None
+    ) -> TrainState:
         """The state at `step`, with the shapes, dtypes and shardings of `like`; sets `data` to its place then."""
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), _raw(like)
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+            _raw(like),
         )
         items = {"state": ocp.args.StandardRestore(abstract)}
         if data is not None:
@@ -112,7 +124,9 @@ class Checkpoints:
         """The trainable leaves at `step` alone, as numpy arrays of the shapes and dtypes of `like`."""
         checkpointer = ocp.PyTreeCheckpointer()
         item = {"trainable": like}
-        arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), item)
+        arguments = jax.tree.map(
+            lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), item
+        )
         found = checkpointer.restore(
             self._manager.directory / str(step) / "state",
             args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
@@ -128,7 +142,11 @@ class Checkpoints:
 def _check_values(tree: Any) -> None:
     """Raises ValueError, with its path, for a leaf that holds a value that is not finite; of what this process has."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        parts = [shard.data for shard in leaf.addressable_shards] if isinstance(leaf, jax.Array) else [leaf]
+        parts = (
+            [shard.data for shard in leaf.addressable_shards]
+            if isinstance(leaf, jax.Array)
+            else [leaf]
+        )
         for part in parts:
             if jnp.issubdtype(part.dtype, jnp.floating) and not np.isfinite(part).all():
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -165,12 +183,16 @@ def readable(where: str, remedy: str) -> Iterator[None]:
     try:
         with _quiet():
             yield
-    except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):  # none of them is damage
+    # none of them is damage
+    except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as error:  # orbax and tensorstore have no narrower class for files that are damaged
+    # orbax and tensorstore have no narrower class for files that are damaged
+    except Exception as error:
         if disk_fault(error):
             raise
-        raise UserError(f"{where} cannot be read ({' '.join(str(error).split())[:120]}); {remedy}") from error
+        raise UserError(
+            f"{where} cannot be read ({' '.join(str(error).split())[:120]}); {remedy}"
+        ) from error
 
 
 def check_meta(
@@ -179,8 +201,11 @@ def check_meta(
     """Raises UserError unless a checkpoint was written with this adapter configuration, base and data (sha256 by name
     of what is trained and validated on)."""
     if meta["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{where}: format_version={meta['format_version']} cannot be read; {FORMAT_VERSION} can")
-    written = {"zero_init": adapter.row.zero, **meta["adapter"]}  # the first checkpoints had no such field
+        raise UserError(
+            f"{where}: format_version={meta['format_version']} cannot be read; {FORMAT_VERSION} can"
+        )
+    # the first checkpoints had no such field
+    written = {"zero_init": adapter.row.zero, **meta["adapter"]}
     for field, value in _plain(dataclasses.asdict(adapter)).items():
         if written.get(field) != value:
             raise UserError(

@@ -92,8 +92,10 @@ def _prepare(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFa
             hashes[f"{task.name}/validation"] = data_hash(task, "validation", data.dir)
         else:
             if len(examples) < 2:
-                raise UserError(f"task {task.name!r}: one record is too few, since it has no validation split and some "
-                                "records are held out; give more, or a folder with a validation file")  # fmt: skip
+                raise UserError(
+                    f"task {task.name!r}: one record is too few, since it has no validation split and some "
+                    "records are held out; give more, or a folder with a validation file"
+                )
             order = np.random.default_rng(0).permutation(len(examples))
             chosen = set(order[: min(share, max(1, len(examples) // 10))].tolist())
             held_out = [examples[i] for i in sorted(chosen)]
@@ -119,9 +121,13 @@ def _prepare(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFa
     before = sum(map(len, by_task))
     validation, dropped_validation = dedupe(validation, tests)
     if not validation:
-        raise UserError(f"config.data.tasks={data.tasks}: each validation record is also in a test set")
+        raise UserError(
+            f"config.data.tasks={data.tasks}: each validation record is also in a test set"
+        )
     of_own = set(map(id, own))
-    kept, _ = dedupe(list(itertools.chain(*by_task)), [*(e for e in validation if id(e) not in of_own), *tests])
+    kept, _ = dedupe(
+        list(itertools.chain(*by_task)), [*(e for e in validation if id(e) not in of_own), *tests]
+    )
     kept, _ = dedupe(kept, own, answers=True)
     dropped = before - len(kept)
     if not kept:
@@ -146,14 +152,20 @@ def _prepare(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFa
         try:
             found, report = encode_all(part, tokenizer, **settings)
         except UserError as error:
-            raise UserError(f"task {task.name!r}, which has a weight: {error}" if weights else str(error)) from None
+            raise UserError(
+                f"task {task.name!r}, which has a weight: {error}" if weights else str(error)
+            ) from None
         encoded_parts.append(found)
         reports.append(report)
     encoded = list(itertools.chain(*encoded_parts))
     validation_encoded, validation_report = encode_all(validation, tokenizer, **settings)
     account = {
         "tasks": [task.name for task in tasks],
-        "sha256": {**hashes, "tokens": _tokens_hash(encoded), "validation tokens": _tokens_hash(validation_encoded)},
+        "sha256": {
+            **hashes,
+            "tokens": _tokens_hash(encoded),
+            "validation tokens": _tokens_hash(validation_encoded),
+        },
         "weights": weights,
         "train": _together([dataclasses.asdict(report) for report in reports]),
         "validation": dataclasses.asdict(validation_report),
@@ -167,7 +179,10 @@ def _prepare(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFa
 
 def _together(reports: list[dict[str, int]]) -> dict[str, int]:
     """One account of several parts' examples."""
-    return {field: (max if field == "longest" else sum)(r[field] for r in reports) for field in reports[0]}
+    return {
+        field: (max if field == "longest" else sum)(r[field] for r in reports)
+        for field in reports[0]
+    }
 
 
 def _tokens_hash(encoded: list[Encoded]) -> str:
@@ -181,7 +196,9 @@ def _tokens_hash(encoded: list[Encoded]) -> str:
 # ---------------------------------------------------------------------------------------------- kept
 
 
-def _kept_path(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast) -> Path | None:
+def _kept_path(
+    config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast
+) -> Path | None:
     """The file whose name says all that the inputs depend on: data, tokenizer, settings and the code that makes them.
     None where the tokenizer's contents cannot be told."""
     known = tokenizer_digest(tokenizer)
@@ -189,15 +206,33 @@ def _kept_path(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizer
         return None
     data = config.data.to_dict()
     folder, cache = data.pop("dir"), data.pop("cache_dir")
-    trained = [(name, get_task(name, generator_settings(config))) for name in expand(names(config.data.tasks))]
-    scored = [(name, get_task(name, generator_settings(config))) for name in names(config.eval.tasks)]
-    asked = [(task, split) for _, task in trained for split in SPLITS if split == "train" or not _is_file(task)]
+    trained = [
+        (name, get_task(name, generator_settings(config)))
+        for name in expand(names(config.data.tasks))
+    ]
+    scored = [
+        (name, get_task(name, generator_settings(config))) for name in names(config.eval.tasks)
+    ]
+    asked = [
+        (task, split)
+        for _, task in trained
+        for split in SPLITS
+        if split == "train" or not _is_file(task)
+    ]
     asked += [(task, "test") for _, task in scored]
-    found = [(task.name, split, data_hash(task, split, folder) if has_split(task, split, folder) else None)
-             for task, split in asked]  # fmt: skip
+    found = [
+        (
+            task.name,
+            split,
+            data_hash(task, split, folder) if has_split(task, split, folder) else None,
+        )
+        for task, split in asked
+    ]
     code = code_digest("data", "tokens.py", "training/inputs.py")
     about = json.dumps([known, code, data, config.eval.tasks, found], sort_keys=True, default=list)
-    return cache_root(cache) / "encoded" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.arrays"
+    return (
+        cache_root(cache) / "encoded" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.arrays"
+    )
 
 
 def _is_file(task: Task) -> bool:
@@ -206,14 +241,19 @@ def _is_file(task: Task) -> bool:
 
 def _keep_inputs(path: Path, inputs: Inputs) -> None:
     encoded = [*inputs.train, *inputs.validation]
-    about = json.dumps({"train": len(inputs.train), "account": inputs.account, "parts": inputs.parts})
-    keep(path, {
-        "lengths": np.array([len(example.tokens) for example in encoded]),
-        "tokens": np.concatenate([example.tokens for example in encoded]),
-        "loss": np.concatenate([example.loss for example in encoded]),
-        "prompts": np.array(sorted(inputs.prompts), "S16"),
-        "about": np.frombuffer(about.encode(), np.uint8),
-    })  # fmt: skip
+    about = json.dumps(
+        {"train": len(inputs.train), "account": inputs.account, "parts": inputs.parts}
+    )
+    keep(
+        path,
+        {
+            "lengths": np.array([len(example.tokens) for example in encoded]),
+            "tokens": np.concatenate([example.tokens for example in encoded]),
+            "loss": np.concatenate([example.loss for example in encoded]),
+            "prompts": np.array(sorted(inputs.prompts), "S16"),
+            "about": np.frombuffer(about.encode(), np.uint8),
+        },
+    )
 
 
 def _read_inputs(path: Path) -> Inputs | None:

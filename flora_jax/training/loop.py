@@ -102,10 +102,16 @@ def check_run(config: ml_collections.ConfigDict, workdir: str | Path) -> Setup:
     model_config, tokenizer = check_base(config)
     adapter, mesh = make_adapter_config(config), make_mesh(config)
     dtype = jnp.dtype(config.model.param_dtype)
-    shapes = {"params": abstract_base(model_config, dtype), "adapter": abstract_adapter(model_config, adapter)}
-    if any(leaf.size == 0 for leaf in jax.tree.leaves(shapes["adapter"])):  # which no checkpoint can hold
-        raise UserError(f"config.adapter.method={adapter.method!r} reads q, k and v from the second layer on, and the "
-                        "model has num_hidden_layers=1; use another method")  # fmt: skip
+    shapes = {
+        "params": abstract_base(model_config, dtype),
+        "adapter": abstract_adapter(model_config, adapter),
+    }
+    # which no checkpoint can hold
+    if any(leaf.size == 0 for leaf in jax.tree.leaves(shapes["adapter"])):
+        raise UserError(
+            f"config.adapter.method={adapter.method!r} reads q, k and v from the second layer on, and the "
+            "model has num_hidden_layers=1; use another method"
+        )
     trained = trains(config, shapes)
     optimizer = make_optimizer(config, shapes, trained)
     placed = shardings(shapes, mesh, model_config, adapter)
@@ -130,7 +136,12 @@ def _check_all(config: ml_collections.ConfigDict, workdir: str | Path) -> tuple[
 def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
     """Checks everything that can be checked without weights, then loads and places them. Raises UserError."""
     setup, inputs = together(lambda: _check_all(config, workdir))
-    model_config, adapter, mesh, placed = setup.model_config, setup.adapter_config, setup.mesh, setup.placed
+    model_config, adapter, mesh, placed = (
+        setup.model_config,
+        setup.adapter_config,
+        setup.mesh,
+        setup.placed,
+    )
     iterator = train_iterator(
         inputs.train,
         batch_size=config.train.batch_size // jax.process_count(),
@@ -143,11 +154,14 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
     )
 
     _, adapter_key, key = run_keys(config)
-    base = together(lambda: load_base(config, placed["params"]))  # a value that is not finite is met as it is read
+    # a value that is not finite is met as it is read
+    base = together(lambda: load_base(config, placed["params"]))
     fingerprint = base_fingerprint(base)
     variables = {"params": base}
     if setup.shapes["adapter"]:
-        init = jax.jit(lambda k: init_adapter(k, model_config, adapter), out_shardings=placed["adapter"])
+        init = jax.jit(
+            lambda k: init_adapter(k, model_config, adapter), out_shardings=placed["adapter"]
+        )
         variables["adapter"] = init(adapter_key)
     trainable, frozen = partition(variables, setup.trained)
     # What trains is float32 whatever the base is stored in: an update is far below bfloat16's resolution.
@@ -162,12 +176,30 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
     state_placed = TrainState(everywhere, trainable_placed, opt_placed, everywhere)
 
     compute, stored = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
-    model = Llama(model_config, adapter, dtype=compute, param_dtype=stored, remat=config.model.remat)
-    train_step = make_train_step(model, setup.optimizer, config.train.accumulation, config.train.chunk_tokens)
+    model = Llama(
+        model_config, adapter, dtype=compute, param_dtype=stored, remat=config.model.remat
+    )
+    train_step = make_train_step(
+        model, setup.optimizer, config.train.accumulation, config.train.chunk_tokens
+    )
     compiled_step = jax.jit(train_step, donate_argnums=0, out_shardings=(state_placed, everywhere))
-    compiled_eval = jax.jit(make_eval_step(model, config.train.chunk_tokens), out_shardings=everywhere)
-    return Run(config, model_config, adapter, setup.tokenizer, inputs, iterator, mesh, frozen, state,
-               fingerprint, compiled_step, compiled_eval)  # fmt: skip
+    compiled_eval = jax.jit(
+        make_eval_step(model, config.train.chunk_tokens), out_shardings=everywhere
+    )
+    return Run(
+        config,
+        model_config,
+        adapter,
+        setup.tokenizer,
+        inputs,
+        iterator,
+        mesh,
+        frozen,
+        state,
+        fingerprint,
+        compiled_step,
+        compiled_eval,
+    )
 
 
 def validation_loss(run: Run) -> float:
@@ -186,7 +218,9 @@ def validation_loss(run: Run) -> float:
         (local,) = eval_batches(mine, batch_size=rows // processes, max_length=length)
         if process >= len(batch):
             local["loss_weights"][:] = 0
-        loss, weight = run.compiled_eval(run.state.trainable, run.frozen, shard_batch(local, run.mesh))
+        loss, weight = run.compiled_eval(
+            run.state.trainable, run.frozen, shard_batch(local, run.mesh)
+        )
         total, count = total + float(loss), count + float(weight)
     return total / max(count, 1.0)
 
@@ -244,9 +278,13 @@ def _begun(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from None
     with held(workdir):
-        check_workdir(workdir, config)  # while this run read its weights another may have begun there, or ended
+        # while this run read its weights another may have begun there, or ended
+        check_workdir(workdir, config)
         if not (workdir / "config.json").exists():
-            write_json(workdir / "config.json", {"schema_version": SCHEMA_VERSION, "config": config.to_dict()})
+            write_json(
+                workdir / "config.json",
+                {"schema_version": SCHEMA_VERSION, "config": config.to_dict()},
+            )
         yield
 
 
@@ -263,7 +301,9 @@ def _train(run: Run, workdir: Path) -> Result:
         damaged = workdir / "checkpoints" / str(latest)
         with readable(where, f"move {damaged} elsewhere, and the same command goes on {rest}"):
             meta = checkpoints.meta(latest)
-            check_meta(meta, run.adapter_config, run.fingerprint, run.inputs.account["sha256"], where)
+            check_meta(
+                meta, run.adapter_config, run.fingerprint, run.inputs.account["sha256"], where
+            )
             run.state = checkpoints.restore(latest, run.state, run.iterator)
         validated = {int(step): loss for step, loss in meta["validation_losses"].items()}
     start = int(run.state.step)
@@ -271,7 +311,10 @@ def _train(run: Run, workdir: Path) -> Result:
         report.print_start(run, start)
     metrics = None
     try:
-        with writing(f"--workdir={workdir}", "make room, and the same command goes on after its latest checkpoint"):
+        with writing(
+            f"--workdir={workdir}",
+            "make room, and the same command goes on after its latest checkpoint",
+        ):
             if main and start < config.train.steps:
                 metrics = Metrics(workdir, start)
             _steps(run, checkpoints, metrics, start, validated)
@@ -283,7 +326,11 @@ def _train(run: Run, workdir: Path) -> Result:
 
 
 def _steps(
-    run: Run, checkpoints: Checkpoints, metrics: Metrics | None, start: int, validated: dict[int, float]
+    run: Run,
+    checkpoints: Checkpoints,
+    metrics: Metrics | None,
+    start: int,
+    validated: dict[int, float],
 ) -> None:
     config, steps = run.config, run.config.train.steps
     schedule = make_schedule(config)
@@ -299,7 +346,9 @@ def _steps(
         checkpoints.save(run.state, run.iterator, meta, _best(validated))
 
     def validate(step: int) -> None:
-        validated[step] = loss = _check_finite(step, {"validation loss": validation_loss(run)}, step)
+        validated[step] = loss = _check_finite(
+            step, {"validation loss": validation_loss(run)}, step
+        )
         if metrics:
             metrics.write(step, {"validation_loss": loss})
         bar.say(f"step {step}: validation loss {loss:.4f}")
@@ -314,14 +363,18 @@ def _steps(
         for step in range(start + 1, steps + 1):
             host_batch = next(run.iterator)
             tokens += int((host_batch["segment_ids"] > 0).sum()) * jax.process_count()
-            run.state, values = run.compiled_step(run.state, run.frozen, shard_batch(host_batch, run.mesh))
+            run.state, values = run.compiled_step(
+                run.state, run.frozen, shard_batch(host_batch, run.mesh)
+            )
             # The step before is looked at while this one runs.
             if before is not None:
                 _check_finite(*before, step - 2)
             before = (step, {name: values[name] for name in ("loss", "gradient_norm")})
             stop = bool(signals) if alone else checkpoints.reached_preemption(step)
             logs = step % config.train.log_every == 0
-            evaluates = bool(config.train.eval_every) and (step % config.train.eval_every == 0 or step == steps)
+            evaluates = bool(config.train.eval_every) and (
+                step % config.train.eval_every == 0 or step == steps
+            )
             saves = step % config.train.save_every == 0 or step == steps
             if logs or evaluates or saves or stop:
                 loss = _check_finite(*before, step - 1)
@@ -347,12 +400,18 @@ def _steps(
             if evaluates or saves:
                 clock, tokens = time.perf_counter(), 0
             if stop and step < steps:
-                raise Stopped(f"stopped by a signal after step {step}, which is saved; the same command resumes")
+                raise Stopped(
+                    f"stopped by a signal after step {step}, which is saved; the same command resumes"
+                )
 
 
 def _best(validated: dict[int, float]) -> int | None:
     """The trained step of lowest validation loss, the latest among equals; None if none was validated."""
-    return min((step for step in validated if step), key=lambda step: (validated[step], -step), default=None)
+    return min(
+        (step for step in validated if step),
+        key=lambda step: (validated[step], -step),
+        default=None,
+    )
 
 
 def _check_finite(step: int, values: dict[str, Any], updates: int) -> float:
@@ -362,11 +421,14 @@ def _check_finite(step: int, values: dict[str, Any], updates: int) -> float:
         if not math.isfinite(value):
             # Before the first update no rate has had a part in it.
             remedy = (
-                "lower config.optim.learning_rate or raise config.optim.warmup_steps" if updates else
-                "nothing has trained yet: check config.model.weights, or compute in another config.model.dtype"
-            )  # fmt: skip
-            raise FloatingPointError(f"the {name.replace('_', ' ')} is {value} at step {step}; {remedy}, and start in "
-                                     "a new --workdir")  # fmt: skip
+                "lower config.optim.learning_rate or raise config.optim.warmup_steps"
+                if updates
+                else "nothing has trained yet: check config.model.weights, or compute in another config.model.dtype"
+            )
+            raise FloatingPointError(
+                f"the {name.replace('_', ' ')} is {value} at step {step}; {remedy}, and start in "
+                "a new --workdir"
+            )
     return next(iter(floats.values()))
 
 
@@ -395,4 +457,3 @@ def _result(run: Run, workdir: Path, validated: dict[int, float]) -> Result:
         "seed": run.config.train.seed,
     }
     return Result(run, {"adapter": {}, "params": {}, **trained}, variables, summary)
-

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-_BLOCK = 2048  # the logits of 256 positions and as many entries are 2 MB, which stay in a core's cache
+# the logits of 256 positions and as many entries are 2 MB, which stay in a core's cache
+_BLOCK = 2048
 
 
 def vocabulary_block(vocabulary: int) -> int:
@@ -54,7 +55,9 @@ def _uncut(chunks: Array, order: Array) -> Array:
     """What `_chunks` has cut, in its old place: `[T / chunk, B, chunk, …]` to `[B, T, …]`."""
     x = jnp.moveaxis(chunks, 0, 1)
     x = x.reshape(x.shape[0], -1, *x.shape[3:])
-    return jnp.take_along_axis(x, jnp.argsort(order, axis=1).reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
+    return jnp.take_along_axis(
+        x, jnp.argsort(order, axis=1).reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1
+    )
 
 
 def _logits(h: Array, entries: Array) -> Array:
@@ -70,17 +73,27 @@ def _blocks(U: Array, block: int) -> Array:
 def _expected_entry(h: Array, U: Array, block: int) -> tuple[Array, Array]:
     """logsumexp of the logits `[B, C]` and `softmax(h Uᵀ) U` `[B, C, D]`, float32."""
 
-    def add(carry: tuple[Array, Array, Array], entries: Array) -> tuple[tuple[Array, Array, Array], None]:
+    def add(
+        carry: tuple[Array, Array, Array], entries: Array
+    ) -> tuple[tuple[Array, Array, Array], None]:
         highest, total, weighted = carry
         logits = _logits(h, entries)
         risen = jnp.maximum(highest, logits.max(-1))
         exponentials, shrink = jnp.exp(logits - risen[..., None]), jnp.exp(highest - risen)
-        own = jnp.einsum("BCW,WD->BCD", exponentials.astype(h.dtype), entries, preferred_element_type=jnp.float32)
-        return (risen, shrink * total + exponentials.sum(-1), shrink[..., None] * weighted + own), None
+        own = jnp.einsum(
+            "BCW,WD->BCD", exponentials.astype(h.dtype), entries, preferred_element_type=jnp.float32
+        )
+        return (
+            risen,
+            shrink * total + exponentials.sum(-1),
+            shrink[..., None] * weighted + own,
+        ), None
 
     zeros = jnp.zeros(h.shape[:2], jnp.float32)
     start = (zeros - jnp.inf, zeros, jnp.zeros(h.shape, jnp.float32))
-    (highest, total, weighted), _ = jax.lax.scan(add, start, _blocks(U, block), unroll=block == len(U))
+    (highest, total, weighted), _ = jax.lax.scan(
+        add, start, _blocks(U, block), unroll=block == len(U)
+    )
     return highest + jnp.log(total), weighted / total[..., None]
 
 
@@ -115,10 +128,14 @@ def _backward(chunk, block, residuals, cotangent):
     def add(total, h, y, w, logsumexp):
         def of_block(_, entries):
             softmax = jnp.exp(_logits(h, entries) - logsumexp[..., None]) * w[..., None]
-            return None, jnp.einsum("BCW,BCD->WD", softmax.astype(h.dtype), h, preferred_element_type=jnp.float32)
+            return None, jnp.einsum(
+                "BCW,BCD->WD", softmax.astype(h.dtype), h, preferred_element_type=jnp.float32
+            )
 
         _, expected = jax.lax.scan(of_block, None, _blocks(U, block), unroll=block == len(U))
-        return total + expected.reshape(total.shape).at[y].add(-w[..., None] * h.astype(jnp.float32))
+        return total + expected.reshape(total.shape).at[y].add(
+            -w[..., None] * h.astype(jnp.float32)
+        )
 
     def body(total, xs):
         return jax.lax.cond(jnp.any(xs[2] != 0), add, lambda total, *_: total, total, *xs), None
@@ -126,7 +143,12 @@ def _backward(chunk, block, residuals, cotangent):
     # Dead code, and removed as such, wherever the unembedding is frozen.
     cut = (*(_chunks(x, order, chunk) for x in (hidden, targets, weights)), logsumexp)
     total, _ = jax.lax.scan(body, jnp.zeros(unembedding.shape, jnp.float32), cut)
-    return cotangent.astype(gradient.dtype) * gradient, (cotangent * total).astype(unembedding.dtype), None, None
+    return (
+        cotangent.astype(gradient.dtype) * gradient,
+        (cotangent * total).astype(unembedding.dtype),
+        None,
+        None,
+    )
 
 
 chunked_cross_entropy.defvjp(_forward, _backward)

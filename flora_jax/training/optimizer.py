@@ -24,7 +24,9 @@ def trains(config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> d
     rules = [(pattern, True) for pattern in names(config.train.trainable)]
     if config.adapter.method == "fft":
         if rules:
-            raise UserError(f"config.train.trainable={config.train.trainable!r}: fft trains every leaf already")
+            raise UserError(
+                f"config.train.trainable={config.train.trainable!r}: fft trains every leaf already"
+            )
         rules = [(r"params/.*", True)]
     adapter = {path: True for path in paths(variables) if path.startswith("adapter/")}
     base = [path for path in paths(variables) if path not in adapter]
@@ -63,7 +65,9 @@ def make_optimizer(
     if optim.rate_rules:
         rules = [_rate_rule(rule) for rule in names(optim.rate_rules)]
         factors = tree(decide(rules, leaves, "config.optim.rate_rules", default=1.0))
-        chain.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors)))
+        chain.append(
+            optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
+        )
     return optax.chain(*chain, optax.scale_by_learning_rate(make_schedule(config)))
 
 
@@ -74,5 +78,7 @@ def _rate_rule(rule: str) -> tuple[str, float]:
     except ValueError:
         value = -1.0
     if not pattern or not 0 <= value < math.inf:
-        raise UserError(f"config.optim.rate_rules: {rule!r} is not PATH_RULE=FACTOR with a factor of at least 0")
+        raise UserError(
+            f"config.optim.rate_rules: {rule!r} is not PATH_RULE=FACTOR with a factor of at least 0"
+        )
     return pattern, value

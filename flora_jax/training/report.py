@@ -38,7 +38,9 @@ def _count(tree: Any) -> tuple[int, int, int]:
     """Parameters, bytes, and bytes on this process's first device."""
     leaves = jax.tree.leaves(tree)
     device = jax.local_devices()[0]
-    held = sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards if s.device == device)
+    held = sum(
+        s.data.nbytes for leaf in leaves for s in leaf.addressable_shards if s.device == device
+    )
     return sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves), held
 
 
@@ -48,9 +50,14 @@ def parameter_table(run: Run) -> str:
     for collection, tree in run.state.trainable.items():
         groups: dict[str, list[Any]] = {}
         for path, leaf in paths(tree).items():
-            groups.setdefault("/".join(path.split("/")[:3]) if path.startswith("layers/") else path, []).append(leaf)
+            groups.setdefault(
+                "/".join(path.split("/")[:3]) if path.startswith("layers/") else path, []
+            ).append(leaf)
         if collection == "adapter":
-            rows += [(f"adapter {name.removeprefix('layers/')}", *_count(leaves)) for name, leaves in groups.items()]
+            rows += [
+                (f"adapter {name.removeprefix('layers/')}", *_count(leaves))
+                for name, leaves in groups.items()
+            ]
         else:
             rows.append(("trained base", *_count(tree)))
     trainable = _count(run.state.trainable)
@@ -58,7 +65,9 @@ def parameter_table(run: Run) -> str:
     moments = _count(run.state.optimizer)
     rows += [("all that trains", *trainable), ("optimizer state", *moments)]
     lines = [f"{'':24}{'parameters':>14}{'MB':>11}{'MB/device':>11}"]
-    lines += [f"{name:24}{n:>14,}{size / 1e6:>11.1f}{held / 1e6:>11.1f}" for name, n, size, held in rows]
+    lines += [
+        f"{name:24}{n:>14,}{size / 1e6:>11.1f}{held / 1e6:>11.1f}" for name, n, size, held in rows
+    ]
     lines.append(f"trainable: {trainable[0]:,} of {total:,} ({100 * trainable[0] / total:.3f} %)")
     return "\n".join(lines)
 
@@ -67,15 +76,21 @@ def print_start(run: Run, start: int) -> None:
     """The table, the data's account, and where the run starts."""
     config, data = run.config, run.inputs.account
     mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
-    say(f"{config.adapter.method}, rank {config.adapter.rank}, scale {run.adapter_config.scale:g}, "
-        f"learning rate {learning_rate(config):g}; mesh {mesh}")  # fmt: skip
+    say(
+        f"{config.adapter.method}, rank {config.adapter.rank}, scale {run.adapter_config.scale:g}, "
+        f"learning rate {learning_rate(config):g}; mesh {mesh}"
+    )
     say(parameter_table(run))
     for part in ("train", "validation"):
         counts = data[part]
-        say(f"{part}: {counts['kept']:,} examples, {counts['loss_tokens']:,} tokens in the loss; "
-            f"{counts['too_long']:,} longer than data.max_length={config.data.max_length} left out")  # fmt: skip
+        say(
+            f"{part}: {counts['kept']:,} examples, {counts['loss_tokens']:,} tokens in the loss; "
+            f"{counts['too_long']:,} longer than data.max_length={config.data.max_length} left out"
+        )
     if data["dropped_as_in_test"]:
-        say(f"{data['dropped_as_in_test']:,} training records dropped: they are in a validation or test set")
+        say(
+            f"{data['dropped_as_in_test']:,} training records dropped: they are in a validation or test set"
+        )
     if start:
         say(f"resuming after step {start}")
 
@@ -88,8 +103,13 @@ class Progress:
         self._terminal = sys.stderr.isatty()
         self._clock = time.perf_counter()
         self._bar = tqdm(
-            initial=start, total=steps, unit="step", dynamic_ncols=True, file=sys.stderr,
-            disable=not (self._main and self._terminal))  # fmt: skip
+            initial=start,
+            total=steps,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            disable=not (self._main and self._terminal),
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -111,8 +131,10 @@ class Progress:
                 self._bar.set_postfix({"loss": f"{line['loss']:.4f}", "tokens/s": rate})
         else:
             left = (time.perf_counter() - self._clock) / (step - self._start) * (self._steps - step)
-            self.say(f"step {step}/{self._steps}: loss {line['loss']:.4f}, {rate} tokens/s, "
-                     f"learning rate {line['learning_rate']:.2e}, {tqdm.format_interval(left)} left")  # fmt: skip
+            self.say(
+                f"step {step}/{self._steps}: loss {line['loss']:.4f}, {rate} tokens/s, "
+                f"learning rate {line['learning_rate']:.2e}, {tqdm.format_interval(left)} left"
+            )
 
     def advance(self, step: int) -> None:
         """All steps up to `step` are done."""

@@ -29,7 +29,9 @@ def tree(leaves: Mapping[str, Any]) -> Tree:
     return unflatten_dict(leaves, sep="/")
 
 
-def decide(rules: Sequence[tuple[str, T]], names: Sequence[str], what: str, default: T | None = None) -> dict[str, T]:
+def decide(
+    rules: Sequence[tuple[str, T]], names: Sequence[str], what: str, default: T | None = None
+) -> dict[str, T]:
     """The value of the first rule that matches each path, or the default where one is given and no rule matches;
     UserError on an uncovered path or an idle rule."""
     for pattern, _ in rules:
@@ -50,7 +52,9 @@ def decide(rules: Sequence[tuple[str, T]], names: Sequence[str], what: str, defa
             decided[name] = default
     for i, (pattern, _) in enumerate(rules):
         if i not in used:
-            raise UserError(f"{what}: rule {pattern!r} decides no leaf; {near_misses(pattern, names)}")
+            raise UserError(
+                f"{what}: rule {pattern!r} decides no leaf; {near_misses(pattern, names)}"
+            )
     return decided
 
 

@@ -42,7 +42,9 @@ def read_run(workdir: Path) -> ml_collections.ConfigDict:
         raise UserError(f"{path}: field 'config' is missing; a run's configuration has it")
     for name, value in fields(stored).items():
         if name not in known:
-            raise UserError(f"{path}: config.{name} is no field of a run; {near_misses(name, known)}")
+            raise UserError(
+                f"{path}: config.{name} is no field of a run; {near_misses(name, known)}"
+            )
         *sections, field = name.split(".")
         part = functools.reduce(lambda part, section: part[section], sections, config)
         try:
@@ -75,7 +77,9 @@ def load_base(config: ml_collections.ConfigDict, shardings: Tree | None = None) 
     dtype, source = jnp.dtype(config.model.param_dtype), weights_source(config)
     if source == "random":
         return init_base(run_keys(config)[0], model_config(config), dtype, shardings)
-    return load_pretrained(source, dtype, shardings=None if shardings is None else paths(shardings).__getitem__)[1]
+    return load_pretrained(
+        source, dtype, shardings=None if shardings is None else paths(shardings).__getitem__
+    )[1]
 
 
 def run_keys(config: ml_collections.ConfigDict) -> jax.Array:
@@ -95,12 +99,19 @@ def load_trained(
         steps = checkpoints.steps
         if step not in steps:
             there = f"those of steps {', '.join(map(str, steps))} are" if steps else "none is"
-            raise UserError(f"--step {step}: there is no such checkpoint in {directory}; {there} there")
+            raise UserError(
+                f"--step {step}: there is no such checkpoint in {directory}; {there} there"
+            )
         architecture, where = model_config(config), f"checkpoint {step} of --workdir={workdir}"
-        shapes = {"params": abstract_base(architecture), "adapter": abstract_adapter(architecture, adapter)}
+        shapes = {
+            "params": abstract_base(architecture),
+            "adapter": abstract_adapter(architecture, adapter),
+        }
         wanted = partition(shapes, trains(config, shapes))[0]
         others = " or ".join(str(other) for other in steps if other != step)
-        remedy = f"take another with --step {others}" if others else "leave --step out, or train anew"
+        remedy = (
+            f"take another with --step {others}" if others else "leave --step out, or train anew"
+        )
         with readable(where, remedy):
             meta = checkpoints.meta(step)
             check_meta(meta, adapter, meta["base_fingerprint"], {}, where)

@@ -31,7 +31,9 @@ def make_mesh(config: ml_collections.ConfigDict, devices: list[Any] | None = Non
     devices = jax.devices() if devices is None else devices
     sizes = [config.mesh[axis] for axis in AXES]
     if sizes.count(-1) > 1:
-        raise UserError(f"config.mesh: only one axis may be -1, but data,fsdp,tensor={','.join(map(str, sizes))}")
+        raise UserError(
+            f"config.mesh: only one axis may be -1, but data,fsdp,tensor={','.join(map(str, sizes))}"
+        )
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed
@@ -74,7 +76,9 @@ def sharding_rules(config: LlamaConfig, adapter: AdapterConfig) -> list[tuple[st
     return rules
 
 
-def shardings(variables: Mapping[str, Any], mesh: Mesh, config: LlamaConfig, adapter: AdapterConfig) -> dict[str, Any]:
+def shardings(
+    variables: Mapping[str, Any], mesh: Mesh, config: LlamaConfig, adapter: AdapterConfig
+) -> dict[str, Any]:
     """A NamedSharding for each leaf of the variables (arrays or shapes, `params` and `adapter`)."""
     leaves = paths(variables)
     specs = decide(sharding_rules(config, adapter), list(leaves), "sharding rules")
@@ -89,17 +93,26 @@ def shardings(variables: Mapping[str, Any], mesh: Mesh, config: LlamaConfig, ada
 
 
 def optimizer_shardings(
-    optimizer: optax.GradientTransformation, trainable: Mapping[str, Any], leaf_shardings: Mapping[str, Any], mesh: Mesh
+    optimizer: optax.GradientTransformation,
+    trainable: Mapping[str, Any],
+    leaf_shardings: Mapping[str, Any],
+    mesh: Mesh,
 ) -> Any:
     """Shardings of the optimizer's state: moments like the leaf they belong to, everything else on all devices."""
     state = jax.eval_shape(optimizer.init, trainable)
     return optax.tree.map_params(
-        optimizer, lambda _, sharding: sharding, state, leaf_shardings,
+        optimizer,
+        lambda _, sharding: sharding,
+        state,
+        leaf_shardings,
         transform_non_params=lambda _: NamedSharding(mesh, P()),
-    )  # fmt: skip
+    )
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows `[B / processes, T]` as its part of the global batch `[B, T]`, split over data and fsdp."""
     sharding = NamedSharding(mesh, BATCH)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+    }

@@ -34,7 +34,11 @@ class TrainState:
 
 
 def token_losses(
-    model: Llama, variables: Tree, batch: dict[str, Array], chunk_tokens: int, key: Array | None = None
+    model: Llama,
+    variables: Tree,
+    batch: dict[str, Array],
+    chunk_tokens: int,
+    key: Array | None = None,
 ) -> tuple[Array, Array]:
     """`(sum of weighted losses, sum of weights)` of a batch of `[B, T]` arrays (tokens, targets, loss_weights,
     segment_ids, positions). With a key, dropout is on. At most `chunk_tokens` positions are scored at once, or one of
@@ -51,19 +55,26 @@ def token_losses(
     unembedding = model.apply(variables, method="unembedding")
     chunk = max(1, min(chunk_tokens // hidden.shape[0], hidden.shape[1]))
     block = vocabulary_block(len(unembedding))
-    loss = chunked_cross_entropy(hidden, unembedding, batch["targets"], batch["loss_weights"], chunk, block)
+    loss = chunked_cross_entropy(
+        hidden, unembedding, batch["targets"], batch["loss_weights"], chunk, block
+    )
     return loss, batch["loss_weights"].sum()
 
 
 def make_train_step(
-    model: Llama, optimizer: optax.GradientTransformation, accumulation: int = 1, chunk_tokens: int = 256
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
+    chunk_tokens: int = 256,
 ) -> Callable[[TrainState, Tree, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """`step(state, frozen, batch) -> (state, metrics)`; batch leaves `[B, T]`, cut into `accumulation` micro-batches.
 
     metrics: loss (mean over counted tokens), tokens (counted), gradient_norm; float32 scalars.
     """
 
-    def train_step(state: TrainState, frozen: Tree, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(
+        state: TrainState, frozen: Tree, batch: dict[str, Array]
+    ) -> tuple[TrainState, dict[str, Array]]:
         def micro_loss(trainable: Tree, micro: dict[str, Array], key: Array) -> tuple[Array, Array]:
             return token_losses(model, combine(trainable, frozen), micro, chunk_tokens, key)
 
@@ -78,7 +89,9 @@ def make_train_step(
             )
 
             def body(total, xs):
-                (loss, count), grads = gradient(state.trainable, xs[0], jax.random.fold_in(key, xs[1]))
+                (loss, count), grads = gradient(
+                    state.trainable, xs[0], jax.random.fold_in(key, xs[1])
+                )
                 return jax.tree.map(jnp.add, total, (loss, count, grads)), None
 
             zero = jnp.zeros((), jnp.float32)

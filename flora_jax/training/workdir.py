@@ -24,10 +24,23 @@ LOCK = ".lock"
 # Fields that a resumed run may change: they do not enter its numbers, or by rounding alone. (eval.tasks does: training
 # records that are also in those tests are dropped. distributed.processes does: each process reads its share of the
 # data.)
-FREE_FIELDS = ("mesh.", "model.remat", "distributed.auto", "distributed.coordinator", "distributed.process_id",
-               "eval.protocol", "eval.published_faults", "eval.limit", "eval.batch_size", "eval.max_length",
-               "eval.max_new_tokens", "data.cache_dir", "train.keep", "train.save_every",
-               "train.log_every")  # fmt: skip
+FREE_FIELDS = (
+    "mesh.",
+    "model.remat",
+    "distributed.auto",
+    "distributed.coordinator",
+    "distributed.process_id",
+    "eval.protocol",
+    "eval.published_faults",
+    "eval.limit",
+    "eval.batch_size",
+    "eval.max_length",
+    "eval.max_new_tokens",
+    "data.cache_dir",
+    "train.keep",
+    "train.save_every",
+    "train.log_every",
+)
 
 
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -45,12 +58,16 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         # What a kill before config.json was written leaves is no other's.
         left = ("config.json.tmp", LOCK)
         if workdir.exists() and any(entry.name not in left for entry in workdir.iterdir()):
-            raise UserError(f"--workdir={workdir} is not empty and holds no run (no config.json); name another")
+            raise UserError(
+                f"--workdir={workdir} is not empty and holds no run (no config.json); name another"
+            )
         return
     try:
         there = fields(json.loads(path.read_text(encoding="utf-8"))["config"])
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
-        raise UserError(f"{path} is not the configuration of a run; name another --workdir") from None
+        raise UserError(
+            f"{path} is not the configuration of a run; name another --workdir"
+        ) from None
     here = fields(json.loads(json.dumps(config.to_dict())))
     there = {**fields(get_config()), **there}  # a field that is newer than the run has its default
     for field in sorted(there.keys() | here.keys()):
@@ -68,8 +85,10 @@ def held(workdir: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"--workdir={workdir} is in use: another process is training there; wait for it to end, or "
-                        "name another") from None  # fmt: skip
+        raise UserError(
+            f"--workdir={workdir} is in use: another process is training there; wait for it to end, or "
+            "name another"
+        ) from None
     except (OSError, NotImplementedError):  # a file system without locks
         pass
     try:
@@ -90,7 +109,8 @@ class Metrics:
                 record = json.loads(line)
             except json.JSONDecodeError:  # the line that was being written when the run was killed
                 break
-            if record["step"] > resume_step or resume_step == 0:  # a run that starts over validates step 0 again
+            # a run that starts over validates step 0 again
+            if record["step"] > resume_step or resume_step == 0:
                 break
             kept.append(line + "\n")
         temporary = path.with_suffix(".tmp")
@@ -101,14 +121,18 @@ class Metrics:
         folder.mkdir(exist_ok=True)
         # The bare writer: with tensorboardX's thread before it, a disk that is full stops the run without a word.
         self._board = EventsWriter(str(plain_path(folder, "--workdir") / "events"))
-        self._board.write_event(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._board.write_event(
+            Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+        )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line and flushes it, so that a kill loses nothing that was logged."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._board.write_event(
+                Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+            )
         self._board.flush()
 
     def close(self) -> None:

@@ -25,8 +25,12 @@ class FusedLinear(nn.Linear):
         super().__init__(d_in + rider["backward"], sum(widths.values()) + riding, bias=bias)
         self.rider, self.rank, self.names = rider, flora["rank"], list(widths)
         self.sizes = [*widths.values(), riding]
-        self.act = nn.Identity() if flora["activation"] == "identity" else ACT2FN[flora["activation"]]
-        self.B = nn.ModuleDict({name: nn.Linear(self.rank, widths[name], bias=False) for name in rider["matrix"]})
+        self.act = (
+            nn.Identity() if flora["activation"] == "identity" else ACT2FN[flora["activation"]]
+        )
+        self.B = nn.ModuleDict(
+            {name: nn.Linear(self.rank, widths[name], bias=False) for name in rider["matrix"]}
+        )
 
     def forward(self, x, z=None):
         y = super().forward(torch.cat([x, z], -1) if self.rider["backward"] else x)
@@ -76,11 +80,21 @@ class FloraLlamaAttention(llama.LlamaAttention):
         super().__init__(config, layer_idx)
         del self.q_proj, self.k_proj, self.v_proj
         D, bias = config.hidden_size + config.flora["stream"], config.attention_bias
-        Q, K = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        Q, K = (
+            config.num_attention_heads * self.head_dim,
+            config.num_key_value_heads * self.head_dim,
+        )
         self.qkv_proj = FusedLinear(config, "qkv", D, {"q": Q, "k": K, "v": K}, bias)
         self.o_proj = FusedLinear(config, "o", Q, {"o": D}, bias)
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values=None,
+        **kwargs,
+    ):
         shape = hidden_states.shape[:-1]
         ys, z = self.qkv_proj(hidden_states)
         q, k, v = (y.view(*shape, -1, self.head_dim).transpose(1, 2) for y in ys)
@@ -90,12 +104,20 @@ class FloraLlamaAttention(llama.LlamaAttention):
             k, v = cache.update(k, v, self.layer_idx)
         implementation = self.config._attn_implementation
         if hasattr(llama.ALL_ATTENTION_FUNCTIONS, "get_interface"):
-            attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, llama.eager_attention_forward)
+            attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(
+                implementation, llama.eager_attention_forward
+            )
         else:  # transformers 5.0
             eager = implementation == "eager"
-            attend = llama.eager_attention_forward if eager else llama.ALL_ATTENTION_FUNCTIONS[implementation]
+            attend = (
+                llama.eager_attention_forward
+                if eager
+                else llama.ALL_ATTENTION_FUNCTIONS[implementation]
+            )
         dropout = self.attention_dropout if self.training else 0.0
-        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        out, weights = attend(
+            self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
         (out,), _ = self.o_proj(out.reshape(*shape, -1).contiguous(), z)
         return out, weights
 
@@ -105,7 +127,11 @@ class FloraLlamaMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, F, bias = config.hidden_size + config.flora["stream"], config.intermediate_size, config.mlp_bias
+        D, F, bias = (
+            config.hidden_size + config.flora["stream"],
+            config.intermediate_size,
+            config.mlp_bias,
+        )
         self.gate_up_proj = FusedLinear(config, "gate_up", D, {"gate": F, "up": F}, bias)
         self.down_proj = FusedLinear(config, "down", F, {"down": D}, bias)
         self.act_fn = ACT2FN[config.hidden_act]
@@ -123,7 +149,9 @@ class FloraLlamaDecoderLayer(llama.LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         self.self_attn, self.mlp = FloraLlamaAttention(config, layer_idx), FloraLlamaMLP(config)
         self.input_layernorm = FloraLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = FloraLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = FloraLlamaRMSNorm(
+            config.hidden_size, eps=config.rms_norm_eps
+        )
 
 
 class FloraLlamaModel(llama.LlamaModel):
@@ -134,12 +162,20 @@ class FloraLlamaModel(llama.LlamaModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.layers = nn.ModuleList(FloraLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            FloraLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = FinalNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **kwargs
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        **kwargs,
     ):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -157,8 +193,10 @@ class FloraLlamaForCausalLM(llama.LlamaForCausalLM):
 
     def __init__(self, config):
         if config.tie_word_embeddings and transformers.__version__ == "5.3.0":
-            raise ImportError("transformers 5.3.0 draws the tied lm_head of a model with code of its own at random; "
-                              "take another version")  # fmt: skip
+            raise ImportError(
+                "transformers 5.3.0 draws the tied lm_head of a model with code of its own at random; "
+                "take another version"
+            )
         super().__init__(config)
         self.model = FloraLlamaModel(config)
         self.post_init()
