@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from experiments.report import add_model_flags, header, load_model, provenance, write_result
-from flora_jax.adapters import AdapterConfig, apart, fuse
-from flora_jax.analysis.comparison import device_layout, on_disk
+from flora_jax.adapters import AdapterConfig, device_layout, fuse
+from flora_jax.analysis.comparison import on_disk
 from flora_jax.analysis.timing import (
     Programs,
     Setting,
@@ -32,9 +32,10 @@ from flora_jax.analysis.timing import (
     paired_ratio,
     summary,
 )
+from flora_jax.analysis.unmerged import UnmergedDense, unmerge
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
 from flora_jax.errors import CommandParser, UserError, run_command
-from flora_jax.inference.generator import bucket
+from flora_jax.inference.decoding import bucket
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import KVCache, Llama
 
@@ -46,21 +47,23 @@ def stack_lora(
     base: Tree, adapters: list[Tree], config: LlamaConfig, adapter_config: AdapterConfig
 ) -> tuple[Tree, Tree]:
     """Leaves by path: those all rows share, and the A's and B's `[N, …]`."""
-    shared, riders, transposed = {}, [], device_layout()["transposed"]
+    shared: Tree = {}
+    stacks: list[Tree] = []
+    transposed = device_layout().transposed
     for adapter in adapters:
-        leaves = flatten_dict(apart(base, adapter, config, adapter_config, transposed=transposed))
-        riders.append(
+        leaves = flatten_dict(unmerge(base, adapter, config, adapter_config, transposed=transposed))
+        stacks.append(
             {path: leaf for path, leaf in leaves.items() if path[-1].endswith(("_A", "_B"))}
         )
         shared = shared or {
-            path: jnp.asarray(leaf) for path, leaf in leaves.items() if path not in riders[0]
+            path: jnp.asarray(leaf) for path, leaf in leaves.items() if path not in stacks[0]
         }
-    return shared, {path: jnp.stack([one[path] for one in riders]) for path in riders[0]}
+    return shared, {path: jnp.stack([one[path] for one in stacks]) for path in stacks[0]}
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def decode_gathered(
-    model: Llama, shared: Tree, riders: Tree, ids: Array, token: Array, cache: KVCache, steps: Array
+    model: Llama, shared: Tree, stacks: Tree, ids: Array, token: Array, cache: KVCache, steps: Array
 ) -> tuple[Array, KVCache]:
     """`steps` greedy tokens after `token` `[B]`; row b runs with adapter `ids[b]`, whose A and B are gathered anew for
     every token. Written for one row and mapped: the base's products still see all rows at once."""
@@ -86,7 +89,7 @@ def decode_gathered(
 
     def body(_: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
         token, cache = carry
-        own = jax.tree.map(lambda leaf: leaf[ids], riders)
+        own = jax.tree.map(lambda leaf: leaf[ids], stacks)
         token, k, v, valid = rows(
             own, token, by_row(cache.k), by_row(cache.v), cache.valid, cache.index
         )
@@ -101,7 +104,7 @@ def run_gathered(
     prompts: Array,
     model: Llama,
     shared: Tree,
-    riders: Tree,
+    stacks: Tree,
     ids: Array,
     new_tokens: int,
 ) -> float:
@@ -113,7 +116,7 @@ def run_gathered(
     jax.block_until_ready((token, cache))
     start = time.perf_counter()
     jax.block_until_ready(
-        decode_gathered(model, shared, riders, ids, token, cache, jnp.int32(new_tokens - 1))
+        decode_gathered(model, shared, stacks, ids, token, cache, jnp.int32(new_tokens - 1))
     )
     return (time.perf_counter() - start) / (new_tokens - 1)
 
@@ -138,9 +141,9 @@ def measure(
     def on_device(tree):
         return jax.tree.map(jnp.asarray, tree)
 
-    one = on_device(fuse(base, adapters[0], config, adapter_config, **layout))
-    bank = one if places == 1 else on_device(fuse(base, adapters, config, adapter_config, **layout))
-    shared, riders = stack_lora(base, draw(lora), config, lora)
+    one = on_device(fuse(base, adapters[0], config, adapter_config, layout))
+    bank = one if places == 1 else on_device(fuse(base, adapters, config, adapter_config, layout))
+    shared, stacks = stack_lora(base, draw(lora), config, lora)
     select = None if places == 1 else jax.nn.one_hot(ids, places, dtype=bool)
     batches = min(places, B)
     few = Setting(setting.prompt_length, B // batches, setting.new_tokens)
@@ -149,7 +152,14 @@ def measure(
     single, few_rows = (compile_programs(model, one, s) for s in (setting, few))
     many = compile_programs(model, bank, setting, select)
     gathered = functools.partial(
-        run_gathered, single, one, prompts, Llama(config, lora), shared, riders, ids
+        run_gathered,
+        single,
+        one,
+        prompts,
+        Llama(config, lora, dense=UnmergedDense),
+        shared,
+        stacks,
+        ids,
     )
     contestants = {
         "one adapter": lambda: single.run(one, prompts)[1],

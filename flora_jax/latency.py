@@ -93,7 +93,8 @@ def _check(args: Namespace) -> tuple[LlamaConfig, list[str], list[Setting], dict
 
     from flora_jax.analysis.timing import Setting
     from flora_jax.errors import near_misses
-    from flora_jax.inference.generator import bucket, check_fits
+    from flora_jax.inference.decoding import bucket
+    from flora_jax.inference.generator import check_fits
     from flora_jax.models.llama import abstract_base
     from flora_jax.models.loading import load_config
 

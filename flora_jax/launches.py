@@ -206,7 +206,7 @@ def main(argv: list[str]) -> None:
         for adapters in banks:
             check_bank(name, adapters)
         methods.append((name, name, adapter_config, True))
-        if adapter_config is not None and variant.layout.startswith("apart"):
+        if adapter_config is not None and variant.kind == "unmerged":
             methods.append((f"{name}, dot merger off", name, adapter_config, False))
     if args.out:
         check_writable(Path(args.out) / "launches.json", "--out")

@@ -10,12 +10,12 @@ from conftest import random_adapter, spread
 from flora_jax.adapters import (
     METHODS,
     AdapterConfig,
-    apart,
     device_layout,
     fuse,
     init_adapter,
     merge,
 )
+from flora_jax.analysis.unmerged import SevenDense, UnmergedDense, unmerge
 from flora_jax.errors import UserError
 from flora_jax.inference.generator import Generator
 from flora_jax.models.config import LlamaConfig
@@ -89,7 +89,7 @@ def test_a_thousand_switches_leave_the_base_alone(two_layers, prompts):
     assert generator.generate(prompts[:2], 6) == first[last]
     for name, adapter in adapters.items():
         generator.use(name)
-        expected = fuse(base, adapter, config, adapter_config, **device_layout())
+        expected = fuse(base, adapter, config, adapter_config, device_layout())
         same = jax.tree.map(lambda a, b: bool((a == b).all()), generator.params, expected)
         assert jax.tree.all(same)
     assert len({tuple(g[0].tokens) for g in first.values()}) == 4
@@ -104,7 +104,8 @@ def test_products_apart_decode_to_the_same(two_layers, prompts, method, merged):
     adapter = random_adapter(config, adapter_config, 1)
     generator = Generator(config, base, {"a": adapter}, adapter_config, max_length=64, batch_size=8)
     expected = generator.generate(prompts, 6)
-    generator.params = apart(base, adapter, config, adapter_config, merged)
+    generator._bank.params = unmerge(base, adapter, config, adapter_config, seven=not merged)
+    generator._model = generator._model.clone(dense=UnmergedDense if merged else SevenDense)
     assert generator.generate(prompts, 6) == expected
     if method == "lora":
         assert Generator(config, merge(base, adapter, config, adapter_config), max_length=64).generate(

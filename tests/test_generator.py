@@ -14,8 +14,10 @@ from flora_jax.adapters import AdapterConfig, fuse, init_adapter
 from flora_jax.data.encode import encode_prompt
 from flora_jax.data.tasks import Message
 from flora_jax.errors import UserError
+from flora_jax.inference import decoding as decoding_module
 from flora_jax.inference import generator as generator_module
-from flora_jax.inference.generator import Generator, bucket
+from flora_jax.inference.decoding import bucket
+from flora_jax.inference.generator import Generator
 from flora_jax.inference.sampling import Sampling, keep_top, sample
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import to_hf_tensors
@@ -210,7 +212,7 @@ def test_compilations(tiny, prompts):
     generator = Generator(config, base, adapters, adapter_config, max_length=128, batch_size=4)
 
     def sizes():
-        return (generator_module.prefill._cache_size(), generator_module.decode._cache_size())
+        return (decoding_module.prefill._cache_size(), decoding_module.decode._cache_size())
 
     start = sizes()
     first = generator.generate(prompts[:1], 5)
@@ -231,14 +233,14 @@ def test_decode_holds_no_weights_and_no_second_cache():
     config = dataclasses.replace(LlamaConfig.preset("tiny"), num_hidden_layers=4)
     base = init_base(jax.random.key(0), config)
     params = fuse(base, None, config, None)
-    cache = generator_module.KVCache.empty(config, 4, 1024)
+    cache = decoding_module.KVCache.empty(config, 4, 1024)
     keys = jax.random.split(jax.random.key(0), 4)
     stop, rows = jnp.zeros(8, jnp.int32), jnp.zeros(4, bool)
     logits = jnp.zeros((4, config.vocab_size))
     state = jax.eval_shape(
-        lambda: generator_module.begin(logits, cache, rows, stop, keys, Sampling())
+        lambda: decoding_module.begin(logits, cache, rows, stop, keys, Sampling())
     )
-    compiled = generator_module.decode.lower(
+    compiled = decoding_module.decode.lower(
         Llama(config), params, state, jnp.int32(9), stop, keys
     ).compile()
     memory = compiled.memory_analysis()

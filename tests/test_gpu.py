@@ -314,7 +314,7 @@ def check_layouts(method, exact, batch):
     """Fused, bfloat16 errs no more than split; both err far less than the adapter does anything."""
     trained = adapter(method)
     params = jax.tree.map(np.asarray, base())  # of arrays of the host, nothing is compiled
-    fused = fuse(params, trained, CONFIG, adapter_config(method), **device_layout())
+    fused = fuse(params, trained, CONFIG, adapter_config(method), device_layout())
     inputs = batch["tokens"], batch["segment_ids"]
     split, fused = split_and_fused(method, base(), trained, fused, *inputs)
     bare = exact_logits("fft", batch["tokens"], {}, batch["segment_ids"])

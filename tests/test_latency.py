@@ -21,7 +21,8 @@ from flora_jax.analysis.peer import Peer
 from flora_jax.analysis.timing import Setting
 from flora_jax.analysis.variants import VARIANTS, random_adapter, trained_parameters
 from flora_jax.errors import run_command
-from flora_jax.inference.generator import Generator, grow, prefill
+from flora_jax.inference.decoding import grow, prefill
+from flora_jax.inference.generator import Generator
 from flora_jax.latency import main
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama, init_base

@@ -21,7 +21,7 @@ from experiments.gpu_cells import LOOP_IN_GRAPH
 from flora_jax import AdapterConfig, Llama, LlamaConfig, fuse, init_adapter, launches
 from flora_jax.analysis import launch_plan
 from flora_jax.errors import UserError, run_command
-from flora_jax.inference.generator import begin, decode
+from flora_jax.inference.decoding import begin, decode
 from flora_jax.inference.sampling import Sampling
 from flora_jax.models import attention
 from flora_jax.models.llama import KVCache, abstract_base

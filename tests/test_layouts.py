@@ -1,4 +1,4 @@
-"""`merge`, `fuse`, `split` and `apart` against the adapted model in the split layout (itself held to NumPy in
+"""`merge`, `fuse`, `split` and `unmerge` against the adapted model in the split layout (itself held to NumPy in
 test_adapters), and `merge` against the arithmetic of one kernel."""
 
 import dataclasses
@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from flora_jax.adapters import (
     METHODS,
     AdapterConfig,
+    FusedDense,
+    Layout,
     abstract_adapter,
-    apart,
     device_layout,
     fuse,
     make_room,
@@ -25,7 +26,8 @@ from flora_jax.adapters import (
     split,
     widen,
 )
-from flora_jax.adapters import layer as layer_module
+from flora_jax.adapters import products as products_module
+from flora_jax.analysis.unmerged import SevenDense, UnmergedDense, unmerge
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama, abstract_base, init_base
@@ -123,9 +125,9 @@ def random_base(config, dtype=jnp.float32):
     return jax.tree.map(lambda x: x.astype(dtype), structure.unflatten(moved))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def logits(config, adapter_config, variables, select=None, tokens=TOKENS):
-    return Llama(config, adapter_config).apply(variables, tokens, select=select)
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="dense")
+def logits(config, adapter_config, variables, select=None, tokens=TOKENS, dense=FusedDense):
+    return Llama(config, adapter_config, dense=dense).apply(variables, tokens, select=select)
 
 
 def assert_same_tree(found, expected, ulp=0):
@@ -146,19 +148,18 @@ def test_fused_equals_split_and_is_undone(config, method):
     expected = logits(config, adapter_config, {"params": base, "adapter": adapter})
     atol = 1e-5 * float(jnp.abs(expected).max())
     assert jnp.abs(expected - logits(config, None, {"params": base})).max() > 0.1
-    trees = [fuse(base, adapter, config, adapter_config, 128)]
+    trees = [fuse(base, adapter, config, adapter_config, row_multiple=128)]
     trees.append(fuse(base, adapter, config, adapter_config, transposed=True))
     if method.startswith("ffba"):
         trees.append(fuse(base, adapter, config, adapter_config, fold_adds=True))
+    served = [(tree, FusedDense) for tree in trees]
     if method != "zflora":
-        trees += [
-            apart(base, adapter, config, adapter_config, *how)
-            for how in ((True, False), (False, True))
-        ]
-    for tree in trees:
-        np.testing.assert_allclose(
-            logits(config, adapter_config, {"params": tree}), expected, atol=atol
-        )
+        given = (base, adapter, config, adapter_config)
+        served.append((unmerge(*given), UnmergedDense))
+        served.append((unmerge(*given, seven=True, transposed=True), SevenDense))
+    for tree, dense in served:
+        found = logits(config, adapter_config, {"params": tree}, dense=dense)
+        np.testing.assert_allclose(found, expected, atol=atol)
     for tree in trees[:2]:
         found_base, found_adapter = split(tree, config, adapter_config)
         assert_same_tree(found_base, base)
@@ -170,7 +171,7 @@ def test_fused_equals_split_and_is_undone(config, method):
     ("lora", "v,down"), ("pf_lora", "k,up"), ("ffa", "o,gate"), ("fpa", "gate,up,down"),
 ])  # fmt: skip
 def test_some_targets_alone(method, targets):
-    """Fused, apart, in a bank and back; an ffba need not write where its z is added beside it."""
+    """Fused, unmerged, in a bank and back; an ffba need not write where its z is added beside it."""
     adapter_config = AdapterConfig(method, 8, alpha=12.0, targets=targets)
     base, adapters = (
         random_base(TINY),
@@ -181,11 +182,11 @@ def test_some_targets_alone(method, targets):
     ]
     atol = 1e-5 * float(jnp.abs(alone[0]).max())
     assert jnp.abs(alone[0] - logits(TINY, None, {"params": base})).max() > 0.1
-    tree = fuse(base, adapters[0], TINY, adapter_config, 128, transposed=True)
-    for params in (tree, apart(base, adapters[0], TINY, adapter_config)):
-        np.testing.assert_allclose(
-            logits(TINY, adapter_config, {"params": params}), alone[0], atol=atol
-        )
+    tree = fuse(base, adapters[0], TINY, adapter_config, row_multiple=128, transposed=True)
+    unmerged = unmerge(base, adapters[0], TINY, adapter_config)
+    for params, dense in ((tree, FusedDense), (unmerged, UnmergedDense)):
+        found = logits(TINY, adapter_config, {"params": params}, dense=dense)
+        np.testing.assert_allclose(found, alone[0], atol=atol)
     found_base, found_adapter = split(tree, TINY, adapter_config)
     assert_same_tree(found_base, base)
     assert_same_tree(found_adapter, adapters[0], ulp=2)
@@ -209,7 +210,12 @@ def test_each_row_of_a_bank_has_its_adapters_logits(method, places):
     tokens = jax.random.randint(jax.random.key(4), (8, 12), 0, TINY.vocab_size)
     adapters = [random_adapter(adapter_config, seed=seed) for seed in range(places)]
     bank = fuse(
-        base, adapters, TINY, adapter_config, 128 if places == 4 else 1, transposed=places == 16
+        base,
+        adapters,
+        TINY,
+        adapter_config,
+        row_multiple=128 if places == 4 else 1,
+        transposed=places == 16,
     )
 
     @jax.jit
@@ -368,11 +374,11 @@ def test_what_cannot_be_laid_out_is_refused():
         ),
         (
             lambda: split(fuse(base, random_adapter(lora), TINY, lora), TINY, ffa),
-            "B's beside it for k, q, v",
+            "qkv/k_B' is (8, 32), but ffa at rank 8 has none",
         ),
         (
             lambda: fuse(shallow, None, TINY, None),
-            "base leaf layers/attention/o/o_kernel is (1, 96, 96)",
+            "base leaf 'layers/attention/o/o_kernel' is (1, 96, 96)",
         ),
         (lambda: fuse(fuse(base, None, TINY, None), None, TINY, None), "fused already"),
         (
@@ -384,7 +390,7 @@ def test_what_cannot_be_laid_out_is_refused():
         (lambda: split(base, TINY, None), "no fused tree"),
         (lambda: widen(adapter, ffba, 12), "multiple of 8"),
         (
-            lambda: apart(
+            lambda: unmerge(
                 base, random_adapter(AdapterConfig("zflora", 8)), TINY, AdapterConfig("zflora", 8)
             ),
             "fuse it",
@@ -440,7 +446,7 @@ def test_rows_as_a_gpu_wants_them(preset, method, rows, monkeypatch):
     adapter_config = AdapterConfig(method, 32)
     trees = abstract_base(config), abstract_adapter(config, adapter_config)
     fused = jax.eval_shape(
-        lambda *trees: fuse(*trees, config, adapter_config, **device_layout()), *trees
+        lambda *trees: fuse(*trees, config, adapter_config, device_layout()), *trees
     )
     attention = fused["layers"]["0"]["attention"]
     assert attention["qkv" if method == "zflora" else "o"]["kernel"].shape[0] == rows
@@ -451,7 +457,8 @@ def test_rows_as_a_gpu_wants_them(preset, method, rows, monkeypatch):
 )
 def test_the_layout_of_a_device(backend, row_multiple, transposed, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert device_layout() == {"row_multiple": row_multiple, "transposed": transposed}
+    expected = Layout(kind="fused", row_multiple=row_multiple, transposed=transposed)
+    assert device_layout() == expected
 
 
 @pytest.mark.parametrize(
@@ -459,11 +466,13 @@ def test_the_layout_of_a_device(backend, row_multiple, transposed, monkeypatch):
 )
 def test_one_token_reads_no_rows_that_fill_up(tokens, most, read, monkeypatch):
     """Where its product is a sum; the logits are the same either way."""
-    monkeypatch.setattr(layer_module, "_SUMMED", most)
+    monkeypatch.setattr(products_module, "_SUMMED", most)
     config = AdapterConfig("ffba", 8)
     base, adapter = init_base(jax.random.key(0), TINY), random_adapter(config)
     tokens = TOKENS[:1, :tokens]
-    plain, filled = ({"params": fuse(base, adapter, TINY, config, rows)} for rows in (1, 128))
+    plain, filled = (
+        {"params": fuse(base, adapter, TINY, config, row_multiple=rows)} for rows in (1, 128)
+    )
     model = Llama(TINY, config)
     expected = model.apply(plain, tokens)
     np.testing.assert_allclose(

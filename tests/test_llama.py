@@ -374,13 +374,17 @@ def test_a_tree_of_another_adapter_is_refused(case, words):
 @pytest.mark.parametrize(
     "served_by, places, words",
     [
-        (None, None, "the fused tree holds an adapter of rank 8, the model's is none"),
+        (
+            None,
+            None,
+            "the fused tree holds an adapter of rank 8, but adapter_config is of no adapter",
+        ),
         (
             AdapterConfig("ffba", 4),
             None,
-            "the fused tree holds an adapter of rank 8, the model's is 4",
+            "the fused tree holds an adapter of rank 8, but adapter_config is of an adapter of rank 4",
         ),
-        (AdapterConfig("lora", 8), None, "q_B of 'qkv' is absent, but lora at rank 8"),
+        (AdapterConfig("lora", 8), None, "but lora at rank 8"),
         (AdapterConfig("zflora", 8), None, "zflora at rank 8"),
         (FFBA, 2, "a bank of 1 adapters and needs select [B, 1]; found=2"),
     ],
@@ -399,7 +403,11 @@ def test_a_zflora_of_another_rank_is_refused():
     config = AdapterConfig("zflora", 16)
     base, adapter = init_base(jax.random.key(0), TINY), random_adapter(TINY, config, 1)
     for made_of, served_by, words in [
-        (adapter, AdapterConfig("zflora", 8), "rank 16, the model's is 8"),
+        (
+            adapter,
+            AdapterConfig("zflora", 8),
+            "rank 16, but adapter_config is of an adapter of rank 8",
+        ),
         ([adapter, adapter], config, "a bank of 2 adapters and needs select [B, 2]; found=None"),
     ]:
         fused = {"params": fuse(base, made_of, TINY, config)}
@@ -416,7 +424,7 @@ def test_what_would_be_ignored_or_clamped_is_refused():
     full = KVCache.empty(TINY, 2, 8).replace(index=jnp.int32(6))
     for adapter_config, params, arguments, words in [
         (None, untied, {}, "params hold an lm_head"),
-        (None, shallow, {}, "base leaf layers/attention/o/o_kernel is"),
+        (None, shallow, {}, "base leaf 'layers/attention/o/o_kernel' is"),
         (None, base, {"select": jnp.ones((2, 1), bool)}, "these variables are split"),
         (None, base, {"cache": full}, "tokens from slot 6 on do not fit into a cache of 8 slots"),
         (dropout, fused, {"deterministic": False}, "served without dropout"),

@@ -2,59 +2,68 @@
 
 from flora_jax.adapters.config import AdapterConfig, Slot
 from flora_jax.adapters.forms import as_lora, merge, merged_kernel, widen
-from flora_jax.adapters.layer import (
-    SAVED,
-    FusedDense,
-    abstract_adapter,
-    check_adapter,
-    check_base,
-    init_adapter,
-    multiply_transposed,
-    normal,
-    pad_first_layer,
-    repeat_and_add,
-)
-from flora_jax.adapters.layouts import (
-    adapter_riders,
-    apart,
-    check_fused,
-    device_layout,
+from flora_jax.adapters.fusing import (
+    each_layer,
     fuse,
     fused_layers,
+    has_adapter,
     make_room,
+    parts_of,
     split,
     write_adapter,
 )
+from flora_jax.adapters.layer import SAVED, FusedDense, adapt, own_pieces
+from flora_jax.adapters.layouts import FUSED, SPLIT, Layout, device_layout
+from flora_jax.adapters.leaves import (
+    abstract_adapter,
+    base_leaves,
+    check_adapter,
+    check_base,
+    check_fused,
+    check_tree,
+    init_adapter,
+    pad_first_layer,
+    shapes_of,
+)
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, PROJECTIONS, Method
+from flora_jax.adapters.products import multiply_transposed, repeat_and_add
 
 __all__ = [
     "BLOCKS",
+    "FUSED",
     "METHODS",
     "PRODUCTS",
     "PROJECTIONS",
     "SAVED",
+    "SPLIT",
     "AdapterConfig",
     "FusedDense",
+    "Layout",
     "Method",
     "Slot",
     "abstract_adapter",
-    "adapter_riders",
-    "apart",
+    "adapt",
     "as_lora",
+    "base_leaves",
     "check_adapter",
     "check_base",
     "check_fused",
+    "check_tree",
     "device_layout",
+    "each_layer",
     "fuse",
     "fused_layers",
+    "has_adapter",
     "init_adapter",
     "make_room",
     "merge",
     "merged_kernel",
     "multiply_transposed",
-    "normal",
+    "own_pieces",
     "pad_first_layer",
+    "parts_of",
     "repeat_and_add",
+    "shapes_of",
     "split",
     "widen",
     "write_adapter",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.adapters.config import AdapterConfig
-from flora_jax.adapters.layer import check_adapter, check_base
+from flora_jax.adapters.leaves import check_adapter, check_base
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS
 from flora_jax.errors import UserError
 

@@ -118,7 +118,7 @@ def build(
         if adapter_config is None
         else random_adapter(jax.random.key(1), config, adapter_config)
     )
-    model, params = serve(name, base, config, adapter_config, adapter, **device_layout())
+    model, params = serve(name, base, config, adapter_config, adapter, device_layout())
     return model, jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), params
     )
@@ -165,10 +165,10 @@ def compare(
         own = build(name, base, config, adapter_config)
         reference = own if name == "base" else build("base", base, config, None)
         # What is merged into W is the bare base to a compiler.
-        layout = get_variant(name).layout
-        key = "base" if layout == "merged" else name
+        kind = get_variant(name).kind
+        key = "base" if kind == "merged" else name
         entrants = {REFERENCE: ("base", reference, {}), name: (key, own, {})}
-        if adapter_config and layout.startswith("apart") and jax.default_backend() == "gpu":
+        if adapter_config and kind == "unmerged" and jax.default_backend() == "gpu":
             entrants[f"{name}_no_dot_merger"] = (f"{name}_no_dot_merger", own, NO_DOT_MERGER)
         for setting in settings:
             prompts, contestants, seconds = setting.prompts(config), {}, {}

@@ -29,10 +29,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
-from flora_jax.adapters import AdapterConfig, abstract_adapter
+from flora_jax.adapters import AdapterConfig, Layout, abstract_adapter
 from flora_jax.analysis.variants import NO_DOT_MERGER, VARIANTS, serve
 from flora_jax.errors import UserError
-from flora_jax.inference.generator import last_logits
+from flora_jax.inference.decoding import last_logits
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import KVCache, abstract_base
 
@@ -393,7 +393,7 @@ def smallest_kernel(config: LlamaConfig, dtype: Any) -> int:
 
 def check_bank(name: str, adapters: int) -> None:
     """Raises UserError for several adapters side by side in a variant that holds one."""
-    banks = [n for n, v in VARIANTS.items() if v.method and v.layout == "fused" and not v.fold_adds]
+    banks = [n for n, v in VARIANTS.items() if v.method and v.kind == "fused" and not v.fold_adds]
     if adapters > 1 and name not in banks and VARIANTS[name].method is not None:
         raise UserError(f"{name} cannot hold a bank of {adapters} adapters; {', '.join(banks)} can")
 
@@ -421,6 +421,7 @@ def plan_step(
     variant = VARIANTS[name]
     base = abstract_base(config, dtype)
     adapter = None if variant.method is None else abstract_adapter(config, adapter_config)
+    lies = Layout(kind="fused", row_multiple=row_multiple)
     model = None
 
     def layout(base: Any, adapter: Any) -> Any:
@@ -432,7 +433,7 @@ def plan_step(
             config,
             adapter_config,
             bank,
-            row_multiple,
+            lies,
             decode_kernel=attention == "kernel",
         )
         return params

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.inference.generator import State, begin, bucket, decode, grow, prefill
+from flora_jax.inference.decoding import State, begin, bucket, decode, grow, prefill
 from flora_jax.inference.sampling import Sampling
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter, apart, fuse, merge
+from flora_jax.adapters import METHODS, AdapterConfig, Layout, abstract_adapter, fuse, merge
+from flora_jax.analysis.unmerged import SevenDense, UnmergedDense, unmerge
 from flora_jax.errors import UserError, near_misses
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
@@ -27,25 +28,29 @@ NO_DOT_MERGER = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way of serving. method: whose adapter, None for the bare base. layout: "fused"; "apart", its products beside
-    the merged base's; "apart_7", beside the seven products of a base as it is published; "merged" into W."""
+    """One way of serving.
+
+    method: whose adapter, None for the bare base. kind: "fused"; "unmerged", its products beside the base's; "merged"
+    into W. seven: the base has seven products a layer, as it is published, and not four. fold_adds: as in Layout.
+    """
 
     method: str | None
-    layout: str = "fused"
+    kind: str = "fused"
+    seven: bool = False
     fold_adds: bool = False
 
 
 VARIANTS: dict[str, Variant] = {
     "base": Variant(None),
-    "base_7": Variant(None, "apart_7"),
-    "lora": Variant("lora", "apart"),
-    "lora_7": Variant("lora", "apart_7"),
+    "base_7": Variant(None, "unmerged", seven=True),
+    "lora": Variant("lora", "unmerged"),
+    "lora_7": Variant("lora", "unmerged", seven=True),
     "lora_merged": Variant("lora", "merged"),
     "pf_lora": Variant("pf_lora"),
     "ffa": Variant("ffa"),
     "ffa_merged": Variant("ffa", "merged"),
     "fpa": Variant("fpa"),
-    "parallel": Variant("parallel", "apart"),
+    "parallel": Variant("parallel", "unmerged"),
     "ffba": Variant("ffba"),
     "ffba_folded": Variant("ffba", fold_adds=True),
     "ffba_qg_add": Variant("ffba_qg_add"),
@@ -118,22 +123,22 @@ def serve(
     config: LlamaConfig,
     adapter_config: AdapterConfig | None,
     adapter: Tree | None,
-    row_multiple: int = 1,
-    transposed: bool = False,
+    layout: Layout,
     decode_kernel: bool | None = None,
 ) -> tuple[Llama, Tree]:
     """`(model, params)` of a variant: `model.apply({"params": params}, tokens)`. base, adapter: split trees, and
-    `adapter_config` of the variant's method, None for the bare base; row_multiple, transposed: as in `fuse`;
+    `adapter_config` of the variant's method, None for the bare base; layout: a fused one, of the device;
     decode_kernel: as in `Llama`. Shapes alone pass through `jax.eval_shape`."""
     variant = get_variant(name)
-    if variant.layout == "merged":
-        base, adapter, adapter_config = merge(base, adapter, config, adapter_config), None, None
-    if variant.layout.startswith("apart"):
-        tree = apart(base, adapter, config, adapter_config, variant.layout == "apart", transposed)
-    else:
-        tree = fuse(
-            base, adapter, config, adapter_config, row_multiple, variant.fold_adds, transposed
-        )
+    if variant.kind == "unmerged":
+        how = {"seven": variant.seven, "transposed": layout.transposed}
+        tree = unmerge(base, adapter, config, adapter_config, **how)
+        dense = SevenDense if variant.seven else UnmergedDense
+        return Llama(config, adapter_config, decode_kernel=decode_kernel, dense=dense), tree
+    if variant.kind == "merged":
+        base = merge(base, adapter, config, adapter_config)
+        adapter = adapter_config = None
+    tree = fuse(base, adapter, config, adapter_config, layout, fold_adds=variant.fold_adds)
     return Llama(config, adapter_config, decode_kernel=decode_kernel), tree
 
 

@@ -43,7 +43,8 @@ from flora_jax.adapters import AdapterConfig
 from flora_jax.errors import UserError, near_misses
 from flora_jax.evaluation.loglik import token_loglik
 from flora_jax.evaluation.rounds import generate_in_rounds
-from flora_jax.inference.generator import Generator, bucket
+from flora_jax.inference.decoding import bucket
+from flora_jax.inference.generator import Generator
 from flora_jax.inference.sampling import Sampling
 from flora_jax.models.config import LlamaConfig
 from flora_jax.tokens import encode_open, render

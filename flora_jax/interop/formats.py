@@ -22,7 +22,15 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flora_jax.adapters import BLOCKS, PRODUCTS, AdapterConfig, as_lora, fused_layers, merged_kernel
+from flora_jax.adapters import (
+    BLOCKS,
+    PRODUCTS,
+    AdapterConfig,
+    Layout,
+    as_lora,
+    fused_layers,
+    merged_kernel,
+)
 from flora_jax.errors import UserError
 from flora_jax.files import read_json, write_json
 from flora_jax.interop.adapter_files import PEFT_MODULES, load_adapter, write_adapter_files
@@ -143,18 +151,25 @@ def _write_tokenizer(trained: Trained, directory: Path) -> None:
     write_json(directory / "tokenizer_config.json", config)
 
 
-def _read_outside(trained: Trained, tensors: dict[str, np.ndarray], stream: int) -> Tree:
-    """The leaves of none of the products, in a fused tree's shapes, from HF tensors; stream: channels behind D."""
-    leaves = {}
-    for path, names in hf_names(trained.config).items():
-        if path.startswith("layers/"):
-            for i, name in enumerate(names if _outside(path) else ()):
-                leaves[path.replace("layers", f"layers/{i}", 1)] = np.pad(
-                    tensors[name], (0, stream)
-                )
-        else:
-            leaves[path] = tensors[names[0]].T if path.endswith("kernel") else tensors[names[0]]
-    return leaves
+class Stacked:
+    """A leaf `[L, …]` of the split layout whose layers lie in as many mapped tensors: nothing is read until a layer is
+    taken out."""
+
+    def __init__(self, layers: list[np.ndarray]):
+        self._layers = layers
+        self.shape = (len(layers), *layers[0].shape)
+        self.dtype = layers[0].dtype
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self._layers[i]
+
+
+def _read_leaf(path: str, names: list[str], tensors: dict[str, np.ndarray]) -> Any:
+    """A leaf of the base in the split layout, from the HF tensors `names`."""
+    found = [tensors[name] for name in names]
+    if path.endswith("kernel"):
+        found = [tensor.T for tensor in found]
+    return Stacked(found) if path.startswith("layers/") else found[0]
 
 
 # ------------------------------------------------------------------------------------------------ merged
@@ -225,18 +240,11 @@ def _write_merged(trained: Trained, directory: Path, dtype: Any) -> dict[str, An
 
 
 def _read_merged(trained: Trained, directory: Path) -> tuple[None, Tree]:
-    """As a tree of seven products a layer, which are stored in HF's own orientation."""
+    """As the split base of a bare model."""
     tensors = map_shards(directory)
-    leaves = _read_outside(trained, tensors, stream=0)
-    for i in range(trained.config.num_hidden_layers):
-        for block, products in BLOCKS.items():
-            for product in products:
-                modules = {p: f"model.layers.{i}.{PEFT_MODULES[p]}" for p in PRODUCTS[product]}
-                for p, module in modules.items():
-                    leaves[f"layers/{i}/{block}/{product}/{p}_weight"] = tensors[f"{module}.weight"]
-                biases = [tensors[f"{m}.bias"] for m in modules.values() if f"{m}.bias" in tensors]
-                if biases:
-                    leaves[f"layers/{i}/{block}/{product}/bias"] = np.concatenate(biases)
+    leaves = {
+        path: _read_leaf(path, names, tensors) for path, names in hf_names(trained.config).items()
+    }
     return None, {"params": unflatten_dict(leaves, sep="/")}
 
 
@@ -272,24 +280,27 @@ def _refuse_transformers(adapter_config: AdapterConfig, params: Tree) -> str | N
     return None
 
 
+_STORED = Layout(kind="fused", transposed=True)  # as a Linear's weight is
+
+
 def _linears(layers: Tree) -> Iterator[tuple[str, Any]]:
-    """Name and value of every tensor of the Linears that fused, transposed layers are; a bias is as wide as the
-    Linear's outputs, those of the adapter included."""
+    """Name and value of every tensor of the Linears that fused, transposed layers are."""
     for i, layer in layers.items():
-        for products in (layer[block] for block in BLOCKS):
-            for product, leaves in products.items():
-                module = _module(i, product)
-                yield f"{module}.weight", leaves["weight"]
-                for p in PRODUCTS[product]:
-                    if f"{p}_B" in leaves:
-                        yield f"{module}.B.{p}.weight", leaves[f"{p}_B"]
-                if "bias" in leaves:
-                    yield (
-                        f"{module}.bias",
-                        jax.numpy.pad(
-                            leaves["bias"], (0, len(leaves["weight"]) - len(leaves["bias"]))
-                        ),
-                    )
+        for block in BLOCKS:
+            for product, leaves in layer[block].items():
+                yield from _linear(_module(i, product), leaves, product)
+
+
+def _linear(module: str, leaves: Tree, product: str) -> Iterator[tuple[str, Any]]:
+    weight = leaves[_STORED.matrix]
+    yield f"{module}.weight", weight
+    for p in PRODUCTS[product]:
+        if f"{p}_B" in leaves:
+            yield f"{module}.B.{p}.weight", leaves[f"{p}_B"]
+    if "bias" in leaves:
+        bias = leaves["bias"]
+        # As wide as the Linear's outputs, those of the adapter included.
+        yield f"{module}.bias", jax.numpy.pad(bias, (0, len(weight) - len(bias)))
 
 
 def _write_transformers(trained: Trained, directory: Path, dtype: Any) -> dict[str, Any]:
@@ -350,21 +361,41 @@ def remote_config(adapter_config: AdapterConfig) -> dict[str, Any]:
 
 def _read_transformers(trained: Trained, directory: Path) -> tuple[AdapterConfig, Tree]:
     """As a fused tree, stored as PyTorch stores it."""
-    config, adapter_config, tensors = trained.config, trained.adapter_config, map_shards(directory)
-    leaves = _read_outside(
-        trained, tensors, adapter_config.rank if adapter_config.row.writes == "stream" else 0
-    )
+    config = trained.config
+    adapter_config = trained.adapter_config
+    tensors = map_shards(directory)
+    layout = dataclasses.replace(_STORED, adapters=1, rank=adapter_config.rank)
+    stream = layout.stream(config.hidden_size, adapter_config)
+    leaves = {}
+    for path, names in hf_names(config).items():
+        if not path.startswith("layers/"):
+            leaves[path] = _read_leaf(path, names, tensors)
+        elif _outside(path):
+            for i, name in enumerate(names):
+                room = (0, stream - config.hidden_size)
+                leaves[path.replace("layers", f"layers/{i}", 1)] = np.pad(tensors[name], room)
     for i in range(config.num_hidden_layers):
         for block, products in BLOCKS.items():
             for product in products:
-                path, module = f"layers/{i}/{block}/{product}", _module(i, product)
-                leaves[f"{path}/weight"] = tensors[f"{module}.weight"]
-                for p in adapter_config.slots[product].matrix:
-                    leaves[f"{path}/{p}_B"] = tensors[f"{module}.B.{p}.weight"]
-                if f"{module}.bias" in tensors:
-                    columns = sum(config.widths[p][1] for p in PRODUCTS[product])
-                    leaves[f"{path}/bias"] = tensors[f"{module}.bias"][:columns]
-    return adapter_config, {"params": unflatten_dict(leaves, sep="/")}
+                found = _read_linear(tensors, _module(i, product), config, product)
+                leaves |= {
+                    f"layers/{i}/{block}/{product}/{name}": leaf for name, leaf in found.items()
+                }
+    return adapter_config, {"params": layout.mark(unflatten_dict(leaves, sep="/"))}
+
+
+def _read_linear(
+    tensors: dict[str, np.ndarray], module: str, config: LlamaConfig, product: str
+) -> Tree:
+    """A fused product's leaves from a Linear's tensors."""
+    leaves = {_STORED.matrix: tensors[f"{module}.weight"]}
+    for p in PRODUCTS[product]:
+        if f"{module}.B.{p}.weight" in tensors:
+            leaves[f"{p}_B"] = tensors[f"{module}.B.{p}.weight"]
+    if f"{module}.bias" in tensors:
+        columns = sum(config.widths[p][1] for p in PRODUCTS[product])
+        leaves["bias"] = tensors[f"{module}.bias"][:columns]
+    return leaves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,18 +114,30 @@ class LlamaConfig:
         return self.num_key_value_heads * self.head_dim
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Lengths of the axes of the weights, by letter."""
+        return {
+            "L": self.num_hidden_layers,
+            "V": self.vocab_size,
+            "D": self.hidden_size,
+            "Q": self.q_width,
+            "K": self.kv_width,
+            "F": self.intermediate_size,
+        }
+
+    @property
     def widths(self) -> dict[str, tuple[int, int]]:
         """`(d_in, d_out)` of each projection of a layer, by its name."""
-        D, Q, KH, F = self.hidden_size, self.q_width, self.kv_width, self.intermediate_size
-        return {
-            "q": (D, Q),
-            "k": (D, KH),
-            "v": (D, KH),
-            "o": (Q, D),
-            "gate": (D, F),
-            "up": (D, F),
-            "down": (F, D),
-        }
+        # Here, so that who only wants the names of dtypes does without JAX.
+        from flora_jax.adapters.leaves import AXES
+
+        sizes = self.sizes
+        return {name: (sizes[d_in], sizes[d_out]) for name, (d_in, d_out) in AXES.items()}
+
+    @property
+    def biases(self) -> dict[str, bool]:
+        """Whether the projections of each block have a bias."""
+        return {"attention": self.attention_bias, "mlp": self.mlp_bias}
 
     @classmethod
     def preset(cls, name: str) -> LlamaConfig:

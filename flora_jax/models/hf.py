@@ -16,17 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from flora_jax.adapters import base_leaves, check_tree, shapes_of
 from flora_jax.errors import UserError, near_misses
 from flora_jax.models.config import LlamaConfig
 
 
 class Row(NamedTuple):
-    """One leaf: its path here, its HF name (`{}` is the layer), its HF shape in letters, and when it exists."""
+    """One leaf: its path here and its HF name (`{}` is the layer)."""
 
     path: str
     hf_name: str
-    shape: str
-    when: str = "always"
 
     @property
     def stacked(self) -> bool:
@@ -36,28 +35,33 @@ class Row(NamedTuple):
     def transposed(self) -> bool:
         return self.path.endswith("kernel")
 
+    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an HF tensor of a leaf of this shape."""
+        shape = shape[1:] if self.stacked else shape
+        return shape[::-1] if self.transposed else shape
 
-# Q = heads * head_dim, K = kv heads * head_dim. lm_head stands early: what is read last adds to a nearly full memory.
+
+# lm_head stands early: what is read last adds to a nearly full memory.
 HF_TABLE = tuple(Row(*row) for row in (
-    ("embed_tokens/embedding",          "model.embed_tokens.weight",                        "V D"),
-    ("lm_head/kernel",                  "lm_head.weight",                                   "V D", "untied"),
-    ("layers/attention_norm/scale",     "model.layers.{}.input_layernorm.weight",           "D"),
-    ("layers/attention/qkv/q_kernel",   "model.layers.{}.self_attn.q_proj.weight",          "Q D"),
-    ("layers/attention/qkv/k_kernel",   "model.layers.{}.self_attn.k_proj.weight",          "K D"),
-    ("layers/attention/qkv/v_kernel",   "model.layers.{}.self_attn.v_proj.weight",          "K D"),
-    ("layers/attention/o/o_kernel",     "model.layers.{}.self_attn.o_proj.weight",          "D Q"),
-    ("layers/attention/qkv/q_bias",     "model.layers.{}.self_attn.q_proj.bias",            "Q", "attention_bias"),
-    ("layers/attention/qkv/k_bias",     "model.layers.{}.self_attn.k_proj.bias",            "K", "attention_bias"),
-    ("layers/attention/qkv/v_bias",     "model.layers.{}.self_attn.v_proj.bias",            "K", "attention_bias"),
-    ("layers/attention/o/o_bias",       "model.layers.{}.self_attn.o_proj.bias",            "D", "attention_bias"),
-    ("layers/mlp_norm/scale",           "model.layers.{}.post_attention_layernorm.weight",  "D"),
-    ("layers/mlp/gate_up/gate_kernel",  "model.layers.{}.mlp.gate_proj.weight",             "F D"),
-    ("layers/mlp/gate_up/up_kernel",    "model.layers.{}.mlp.up_proj.weight",               "F D"),
-    ("layers/mlp/down/down_kernel",     "model.layers.{}.mlp.down_proj.weight",             "D F"),
-    ("layers/mlp/gate_up/gate_bias",    "model.layers.{}.mlp.gate_proj.bias",               "F", "mlp_bias"),
-    ("layers/mlp/gate_up/up_bias",      "model.layers.{}.mlp.up_proj.bias",                 "F", "mlp_bias"),
-    ("layers/mlp/down/down_bias",       "model.layers.{}.mlp.down_proj.bias",               "D", "mlp_bias"),
-    ("final_norm/scale",                "model.norm.weight",                                "D"),
+    ("embed_tokens/embedding",          "model.embed_tokens.weight"),
+    ("lm_head/kernel",                  "lm_head.weight"),
+    ("layers/attention_norm/scale",     "model.layers.{}.input_layernorm.weight"),
+    ("layers/attention/qkv/q_kernel",   "model.layers.{}.self_attn.q_proj.weight"),
+    ("layers/attention/qkv/k_kernel",   "model.layers.{}.self_attn.k_proj.weight"),
+    ("layers/attention/qkv/v_kernel",   "model.layers.{}.self_attn.v_proj.weight"),
+    ("layers/attention/o/o_kernel",     "model.layers.{}.self_attn.o_proj.weight"),
+    ("layers/attention/qkv/q_bias",     "model.layers.{}.self_attn.q_proj.bias"),
+    ("layers/attention/qkv/k_bias",     "model.layers.{}.self_attn.k_proj.bias"),
+    ("layers/attention/qkv/v_bias",     "model.layers.{}.self_attn.v_proj.bias"),
+    ("layers/attention/o/o_bias",       "model.layers.{}.self_attn.o_proj.bias"),
+    ("layers/mlp_norm/scale",           "model.layers.{}.post_attention_layernorm.weight"),
+    ("layers/mlp/gate_up/gate_kernel",  "model.layers.{}.mlp.gate_proj.weight"),
+    ("layers/mlp/gate_up/up_kernel",    "model.layers.{}.mlp.up_proj.weight"),
+    ("layers/mlp/down/down_kernel",     "model.layers.{}.mlp.down_proj.weight"),
+    ("layers/mlp/gate_up/gate_bias",    "model.layers.{}.mlp.gate_proj.bias"),
+    ("layers/mlp/gate_up/up_bias",      "model.layers.{}.mlp.up_proj.bias"),
+    ("layers/mlp/down/down_bias",       "model.layers.{}.mlp.down_proj.bias"),
+    ("final_norm/scale",                "model.norm.weight"),
 ))  # fmt: skip
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -77,48 +81,32 @@ class Tensor(Protocol):
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
 
 
-def _rows(config: LlamaConfig) -> list[tuple[Row, tuple[int, ...]]]:
-    """The rows that `config` has, each with its HF shape."""
-    sizes = {
-        "V": config.vocab_size,
-        "D": config.hidden_size,
-        "F": config.intermediate_size,
-        "Q": config.q_width,
-        "K": config.kv_width,
-    }
-    flags = {
-        "always": True,
-        "untied": not config.tie_word_embeddings,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-    }
-    return [
-        (row, tuple(sizes[axis] for axis in row.shape.split()))
-        for row in HF_TABLE
-        if flags[row.when]
-    ]
+def _rows(config: LlamaConfig) -> dict[str, Row]:
+    """The rows that `config` has, by path."""
+    leaves = base_leaves(config)
+    return {row.path: row for row in HF_TABLE if row.path in leaves}
 
 
 def _hf_names(row: Row, config: LlamaConfig) -> list[str]:
-    return (
-        [row.hf_name.format(l) for l in range(config.num_hidden_layers)]
-        if row.stacked
-        else [row.hf_name]
-    )
+    if not row.stacked:
+        return [row.hf_name]
+    return [row.hf_name.format(l) for l in range(config.num_hidden_layers)]
 
 
 def leaf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every leaf of the base tree, `layers/…` with L in front."""
-    shapes = {}
-    for row, shape in _rows(config):
-        shape = shape[::-1] if row.transposed else shape
-        shapes[row.path] = (config.num_hidden_layers, *shape) if row.stacked else shape
-    return shapes
+    leaves = base_leaves(config)
+    return {path: leaves[path].shape for path in _rows(config)}
 
 
 def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """HF name -> HF shape (`[out, in]`) of every tensor of a checkpoint of this architecture."""
-    return {name: shape for row, shape in _rows(config) for name in _hf_names(row, config)}
+    shapes = leaf_shapes(config)
+    return {
+        name: row.hf_shape(shapes[path])
+        for path, row in _rows(config).items()
+        for name in _hf_names(row, config)
+    }
 
 
 def check_hf_tensors(
@@ -127,18 +115,25 @@ def check_hf_tensors(
     """Raises UserError unless the tensors of `source` (HF name -> shape) are exactly those that `config` asks for.
     Stored rotary frequencies, and a stored lm_head of a tied model, are redundant and pass."""
     expected = hf_shapes(config)
-    for name, shape in expected.items():
-        if name not in shapes:
-            raise UserError(f"{source}: tensor {name!r} is missing; {near_misses(name, shapes)}")
-        if tuple(shapes[name]) != shape:
-            raise UserError(
-                f"{source}: tensor {name!r} has shape {list(shapes[name])}, the configuration asks for {list(shape)}"
-            )
+    found = {name: tuple(shape) for name, shape in shapes.items()}
     for name in shapes:
-        if name not in expected and not name.endswith("rotary_emb.inv_freq") and name != _HEAD:
-            raise UserError(
-                f"{source}: unexpected tensor {name!r}; only unquantised Llama checkpoints without adapters are read"
+        if name not in expected and (name.endswith("rotary_emb.inv_freq") or name == _HEAD):
+            del found[name]
+
+    def say(name: str, there: tuple[int, ...] | None, wanted: tuple[int, ...] | None) -> str:
+        if there is None:
+            return f"{source}: tensor {name!r} is missing; {near_misses(name, shapes)}"
+        if wanted is None:
+            return (
+                f"{source}: unexpected tensor {name!r}; only unquantised Llama checkpoints without "
+                "adapters are read"
             )
+        return (
+            f"{source}: tensor {name!r} has shape {list(there)}, the configuration asks for "
+            f"{list(wanted)}"
+        )
+
+    check_tree(found, expected, say)
 
 
 def settle_tying(
@@ -157,12 +152,12 @@ def settle_tying(
 def _equal(a: Tensor, b: Tensor) -> bool:
     if tuple(a.shape) != tuple(b.shape):
         return False
-    blocks = (slice(i, i + _BLOCK_ROWS) for i in range(0, a.shape[0], _BLOCK_ROWS))
 
-    def same_kind(tensor, rows):
-        return tensor[(rows,)].astype(np.float32, copy=False)
+    def block(tensor: Tensor, start: int) -> np.ndarray:
+        return tensor[(slice(start, start + _BLOCK_ROWS),)].astype(np.float32, copy=False)
 
-    return all(np.array_equal(same_kind(a, rows), same_kind(b, rows)) for rows in blocks)
+    starts = range(0, a.shape[0], _BLOCK_ROWS)
+    return all(np.array_equal(block(a, start), block(b, start)) for start in starts)
 
 
 def from_hf_tensors(
@@ -187,7 +182,9 @@ def from_hf_tensors(
     finite, or not in `dtype`, which is met where it is read.
     """
     check_hf_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, source)
-    dtype, shapes, rows = _float_dtype(dtype), leaf_shapes(config), dict(_by_path(config))
+    dtype = _float_dtype(dtype)
+    shapes = leaf_shapes(config)
+    rows = _rows(config)
     sharding_of = _sharding_lookup(shardings, shapes)
     leaves = {}
     for path, shape in shapes.items():
@@ -209,7 +206,7 @@ def from_hf_tensors(
 
 def hf_names(config: LlamaConfig) -> dict[str, list[str]]:
     """Path -> the HF names of a leaf's tensors, layer by layer."""
-    return {path: _hf_names(row, config) for path, row in _by_path(config)}
+    return {path: _hf_names(row, config) for path, row in _rows(config).items()}
 
 
 def to_hf_tensors(
@@ -218,29 +215,24 @@ def to_hf_tensors(
     """Yields `(HF name, array)` for every tensor, `[out, in]`, contiguous, in the dtype of its leaf; bit-equal to what
     `from_hf_tensors` read if it read the same dtype. only: which leaves, by path. Raises UserError if `params` is not
     the tree of `config`."""
+    check_tree(shapes_of(params), leaf_shapes(config), _says_leaf)
     leaves = traverse_util.flatten_dict(dict(params), sep="/")
-    shapes = leaf_shapes(config)
-    for path in shapes.keys() ^ leaves.keys():
-        raise UserError(
-            f"parameter tree: leaf {path!r} is {'missing' if path in shapes else 'not part of this model'}"
-        )
-    for path, shape in shapes.items():
-        if leaves[path].shape != shape:
-            raise UserError(
-                f"parameter tree: leaf {path!r} has shape {list(leaves[path].shape)}, not {list(shape)}"
-            )
-    for path, row in _by_path(config):
+    for path, row in _rows(config).items():
         if not only(path):
             continue
         leaf = np.asarray(leaves[path])
-        for name, value in zip(
-            _hf_names(row, config), leaf if row.stacked else [leaf], strict=True
-        ):
+        each = leaf if row.stacked else [leaf]
+        for name, value in zip(_hf_names(row, config), each, strict=True):
             yield name, np.ascontiguousarray(value.T if row.transposed else value)
 
 
-def _by_path(config: LlamaConfig) -> list[tuple[str, Row]]:
-    return [(row.path, row) for row, _ in _rows(config)]
+def _says_leaf(path: str, there: tuple[int, ...] | None, wanted: tuple[int, ...] | None) -> str:
+    leaf = f"parameter tree: leaf {path!r}"
+    if there is None:
+        return f"{leaf} is missing"
+    if wanted is None:
+        return f"{leaf} is not part of this model"
+    return f"{leaf} has shape {list(there)}, not {list(wanted)}"
 
 
 def _float_dtype(dtype: Any) -> np.dtype:
@@ -279,22 +271,32 @@ def _read(
 ) -> np.ndarray:
     """The part `index` of one leaf, read from the HF tensors `names` into one buffer."""
     buffer = _aligned_empty(tuple(map(len, index)), dtype)
-    layers, axes = (index[0], index[1:]) if row.stacked else (range(1), index)
-    rows, *columns = axes[::-1] if row.transposed else axes
-    columns = [slice(c.start, c.stop) for c in columns]
+    layers = index[0] if row.stacked else range(1)
+    axes = index[1:] if row.stacked else index
+    if row.transposed:
+        axes = axes[::-1]
     for out, layer in zip(buffer if row.stacked else [buffer], layers, strict=True):
-        out = out.T if row.transposed else out  # a view in HF orientation
-        for start in range(rows.start, rows.stop, _BLOCK_ROWS):
-            stop = min(start + _BLOCK_ROWS, rows.stop)
-            block = out[start - rows.start : stop - rows.start]
-            with np.errstate(over="ignore", invalid="ignore"):  # said below, with a name
-                found = tensors[names[layer]][(slice(start, stop), *columns)]
-                block[...] = found
-            if not all_finite(block):
-                _refuse_values(
-                    found, dtype, getattr(tensors[names[layer]], "file", source), names[layer]
-                )
+        if row.transposed:
+            out = out.T  # a view in HF orientation
+        _read_tensor(out, tensors[names[layer]], axes, names[layer], source)
     return buffer
+
+
+def _read_tensor(
+    out: np.ndarray, tensor: Tensor, index: tuple[range, ...], name: str, source: str
+) -> None:
+    """Reads the part `index` of one HF tensor into `out`, block by block. Raises UserError for a value that is not
+    finite there."""
+    rows, *columns = index
+    columns = [slice(c.start, c.stop) for c in columns]
+    for start in range(rows.start, rows.stop, _BLOCK_ROWS):
+        stop = min(start + _BLOCK_ROWS, rows.stop)
+        block = out[start - rows.start : stop - rows.start]
+        with np.errstate(over="ignore", invalid="ignore"):  # said below, with a name
+            found = tensor[(slice(start, stop), *columns)]
+            block[...] = found
+        if not all_finite(block):
+            _refuse_values(found, out.dtype, getattr(tensor, "file", source), name)
 
 
 def all_finite(values: np.ndarray) -> bool:

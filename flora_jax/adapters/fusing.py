@@ -1,0 +1,369 @@
+"""From the split layout to the fused one and back, by pure functions of variable trees.
+
+A fused product is `[W | A1 … AN]` or `[W ; B1 … BN]` for a bank of N adapters, N = 1 as a rule. d_in, d_out
+are the base's rows and columns, R_f forward channels and R_b backward channels of one adapter.
+
+    layers/<i>/<block>/<product>/kernel [d_in (+ N R_b + fill), d_out (+ N R_f)], bias [d_out]
+    layers/<i>/<block>/<product>/<projection>_B [N r, width]     lora and pf_lora alone
+    layers/<i>/<block>_norm/scale                                as wide as the stream
+
+Transposed, all of these but the bias and the norms are, and the kernel is called `weight`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.adapters.config import AdapterConfig
+from flora_jax.adapters.forms import folded
+from flora_jax.adapters.layouts import FUSED, Layout
+from flora_jax.adapters.leaves import check_adapter, check_base, check_fused, pad_first_layer
+from flora_jax.adapters.methods import BLOCKS, PRODUCTS
+from flora_jax.errors import UserError
+
+Array = jax.Array
+Tree = dict[str, Any]
+
+
+def has_adapter(adapter_config: AdapterConfig | None) -> bool:
+    """Whether there is one: fft has none."""
+    return adapter_config is not None and adapter_config.row.reads is not None
+
+
+def _scaled(leaf: Array, side: str, adapter_config: AdapterConfig) -> Array:
+    """The scale is in the side that by the method's own row starts at zero: in A for ffa, ffba* and zflora, in
+    B for the others."""
+    return leaf * (adapter_config.scale if adapter_config.row.zero == side else 1)
+
+
+def _unscaled(leaf: Array, side: str, adapter_config: AdapterConfig) -> Array:
+    scale = adapter_config.scale if adapter_config.row.zero == side else 1
+    return (leaf / scale).astype(jnp.float32)
+
+
+def parts_of(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
+    """What of a stacked adapter goes into each product, by block and product: `columns` [L, d_in, R_f], `rows`
+    [L, R_b, d_out], `<projection>_B` [L, r, width], the scale in them. Small leaves, which a host can hold by the
+    hundred; `write_adapter` writes them. Raises UserError for an adapter of another configuration."""
+    check_adapter(adapter, config, adapter_config)
+    out: Tree = {}
+    for block, products in pad_first_layer(adapter["layers"], adapter_config).items():
+        for product, leaves in products.items():
+            slot = adapter_config.slots[product]
+            parts = out.setdefault(block, {}).setdefault(product, {})
+            if slot.forward:
+                parts["columns"] = _scaled(leaves["A"], "A", adapter_config)
+            if slot.backward:
+                rows = jnp.concatenate([leaves[f"{p}_B"] for p in slot.backward], axis=-1)
+                parts["rows"] = _scaled(rows, "B", adapter_config)
+            for p in slot.matrix:
+                parts[f"{p}_B"] = _scaled(leaves[f"{p}_B"], "B", adapter_config)
+    return out
+
+
+def _refuse_tensor_parallel(base: Tree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(base):
+        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        if mesh is not None and dict(mesh.shape).get("tensor", 1) > 1:
+            raise UserError(
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')} lies on a mesh with tensor="
+                f"{mesh.shape['tensor']}: the fused layout has no tensor parallelism yet; gather the "
+                "base on one device"
+            )
+
+
+def fuse(
+    base: Tree,
+    adapter: Tree | Sequence[Tree] | None,
+    config: Any,
+    adapter_config: AdapterConfig | None,
+    layout: Layout = FUSED,
+    **changes: Any,
+) -> Tree:
+    """The serving layout: `Llama(config, adapter_config).apply({"params": fused}, tokens)`. Forward adapters are
+    columns and backward adapters rows of the base's arrays (FLoRA, arXiv 2511.00050; zflora: arXiv 2510.25784).
+
+    base, adapter: trees in the split layout; of a sequence of N adapters, all of `adapter_config`, a bank is made
+    (then `apply` needs `select`). `{}` or None, with `adapter_config` None or fft: the bare base with merged
+    projections. Arrays are in the base's dtype. layout: a fused one, such as `device_layout()`; changes: fields of it
+    by name, `row_multiple=128`, `fold_adds=True` or `transposed=True`. The tree says itself how it lies
+    (`Layout.of`); `split` does not take one whose adds are folded. Raises UserError for trees that do not fit, a
+    tensor-parallel base, and fold_adds of a method without adds beside a path around the block.
+    """
+    layout = dataclasses.replace(layout, **changes)
+    layers = dict(fused_layers(base, adapter, config, adapter_config, layout))
+    adapters = _as_list(adapter)
+    held = dataclasses.replace(
+        layout, adapters=len(adapters), rank=adapter_config.rank if adapters else 0
+    )
+    return held.mark({**base, "layers": layers})
+
+
+def _as_list(adapter: Tree | Sequence[Tree] | None) -> list[Tree]:
+    if isinstance(adapter, Mapping):
+        return [adapter] if adapter else []
+    return list(adapter or [])
+
+
+def fused_layers(
+    base: Tree,
+    adapter: Tree | Sequence[Tree] | None,
+    config: Any,
+    adapter_config: AdapterConfig | None,
+    layout: Layout = FUSED,
+    dtype: Any = None,
+) -> Iterator[tuple[str, Tree]]:
+    """The layers of `fuse`'s tree by number, each made when it is asked for; arguments and errors as there. dtype: of
+    the arrays, default the base's. Of numpy arrays numpy arrays are made, with no copy but the joined ones."""
+    _refuse_tensor_parallel(base)
+    check_base(base, config)
+    adapters = _as_list(adapter)
+    _check_given(adapters, adapter_config)
+    for one in adapters:
+        check_adapter(one, config, adapter_config)
+    if layout.fold_adds:
+        if len(adapters) != 1:
+            raise UserError(
+                f"fold_adds takes one adapter, {len(adapters)} were given: it changes the base"
+            )
+        base, adapters[0], adapter_config = folded(base, adapters[0], adapter_config)
+    bank = [parts_of(one, config, adapter_config) for one in adapters]
+    rank = adapter_config.rank if adapters else 0
+    layout = dataclasses.replace(layout, adapters=len(adapters), rank=rank)
+
+    def product(i: int, block: str, name: str) -> Tree:
+        leaves = {path: leaf[i] for path, leaf in base["layers"][block][name].items()}
+        parts = [of[block][name] for of in bank if name in of.get(block, {})]
+        layer = [{path: leaf[i] for path, leaf in part.items()} for part in parts]
+        shape = layout.fused_shape(config.widths, adapter_config, name)
+        return layout.turned(_joined(leaves, layer, name, shape, dtype))
+
+    return each_layer(base, config, product, layout.stream(config.hidden_size, adapter_config))
+
+
+def _check_given(adapters: list[Tree], adapter_config: AdapterConfig | None) -> None:
+    if adapters and not has_adapter(adapter_config):
+        raise UserError("an adapter was given without the adapter_config that it belongs to")
+    if has_adapter(adapter_config) and not adapters:
+        raise UserError(
+            f"adapter_config is of {adapter_config.method}, but no adapter was given; pass None for both"
+        )
+
+
+def _joined(
+    leaves: Tree, parts: list[Tree], product: str, shape: tuple[int, int], dtype: Any
+) -> Tree:
+    """One layer's product as one array of `shape`, from the base's leaves and the parts of all adapters."""
+    first = next(iter(leaves.values()))
+    dtype = first.dtype if dtype is None else dtype
+    xp = np if isinstance(first, np.ndarray) else jnp
+    leaves = {name: leaf.astype(dtype, copy=False) for name, leaf in leaves.items()}
+    by_name = {
+        name: [xp.asarray(part[name], dtype) for part in parts]
+        for name in (parts[0] if parts else ())
+    }
+    kernel = xp.concatenate([leaves[f"{p}_kernel"] for p in PRODUCTS[product]], axis=-1)
+    kernel = xp.concatenate([kernel, *by_name.pop("columns", ())], axis=-1)
+    kernel = xp.concatenate([kernel, *by_name.pop("rows", ())], axis=0)
+    out = {name: xp.concatenate(matrices, axis=0) for name, matrices in by_name.items()}
+    out["kernel"] = _pad_to(kernel, shape)
+    if f"{PRODUCTS[product][0]}_bias" in leaves:
+        out["bias"] = xp.concatenate([leaves[f"{p}_bias"] for p in PRODUCTS[product]])
+    return out
+
+
+def _pad_to(array: Array, shape: Sequence[int]) -> Array:
+    """`array` with zeros behind it up to `shape`."""
+    if array.shape == tuple(shape):
+        return array
+    xp = np if isinstance(array, np.ndarray) else jnp
+    return xp.pad(array, [(0, to - n) for n, to in zip(array.shape, shape, strict=True)])
+
+
+def each_layer(
+    base: Tree, config: Any, product: Callable[[int, str, str], Tree], stream: int
+) -> Iterator[tuple[str, Tree]]:
+    """Leaves of every layer by its number: `product(i, block, name)` of the four products, norms cut from the stack
+    and filled up to the width of the stream that they act on."""
+    for i in range(config.num_hidden_layers):
+        norms = {
+            name: {"scale": _pad_to(leaf["scale"][i], (stream,))}
+            for name, leaf in base["layers"].items()
+            if name not in BLOCKS
+        }
+        blocks = {
+            block: {name: product(i, block, name) for name in products}
+            for block, products in BLOCKS.items()
+        }
+        yield str(i), {**norms, **blocks}
+
+
+def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: int) -> Tree:
+    """The fused tree of the same base with zeros where `places` adapters of `adapter_config` will be written;
+    whatever adapter was in it is dropped. What was there is copied layer by layer. Raises UserError for a tree whose
+    adds were folded: they are in its base."""
+    layout = Layout.of(fused)
+    if layout.fold_adds:
+        raise UserError(
+            "the repeat-and-adds of this tree were folded into its base: make_room cannot take them out again"
+        )
+    bare = dataclasses.replace(layout, adapters=0, rank=0)
+    roomy = dataclasses.replace(layout, adapters=places, rank=adapter_config.rank)
+    stream = roomy.stream(config.hidden_size, adapter_config)
+
+    def product(name: str, leaves: Tree) -> Tree:
+        leaves = layout.turned(leaves)
+        d_in, d_out = bare.fused_shape(config.widths, None, name)
+        kernel = leaves["kernel"][:d_in, :d_out]
+        out = {"kernel": _pad_to(kernel, roomy.fused_shape(config.widths, adapter_config, name))}
+        for p in adapter_config.slots[name].matrix:
+            shape = (places * adapter_config.rank, config.widths[p][1])
+            out[f"{p}_B"] = jnp.zeros(shape, kernel.dtype)
+        if "bias" in leaves:
+            out["bias"] = leaves["bias"]
+        return layout.turned(out)
+
+    def layer(leaves: Tree) -> Tree:
+        norms = {
+            name: {"scale": _pad_to(leaf["scale"][: config.hidden_size], (stream,))}
+            for name, leaf in leaves.items()
+            if name not in BLOCKS
+        }
+        blocks = {
+            block: {name: product(name, leaves[block][name]) for name in names}
+            for block, names in BLOCKS.items()
+        }
+        return {**norms, **blocks}
+
+    return roomy.mark({**fused, "layers": {i: layer(one) for i, one in fused["layers"].items()}})
+
+
+def split(
+    fused: Tree, config: Any, adapter_config: AdapterConfig | None, place: int = 0
+) -> tuple[Tree, Tree]:
+    """`(base, adapter)` of a fused tree, stacked again; of a bank, the adapter at `place`.
+
+    The base is bit-equal to what was fused; so is the adapter where s is a power of two (else within 2 ulp) and the
+    base's dtype is the adapter's. Raises UserError for a tree whose adds were folded, of another configuration, or
+    without such a place.
+    """
+    if Layout.of(fused).fold_adds:
+        raise UserError(
+            "the repeat-and-adds of this tree were folded into its base: split cannot take them out again"
+        )
+    layout = check_fused(fused, config, adapter_config)
+    if not 0 <= place < max(1, layout.adapters):
+        raise UserError(
+            f"place={place} must be from 0 to {layout.adapters - 1}: the tree has {layout.adapters} adapters"
+        )
+    layers = [fused["layers"][str(i)] for i in range(config.num_hidden_layers)]
+    stacked: Tree = {
+        name: {"scale": jnp.stack([layer[name]["scale"][: config.hidden_size] for layer in layers])}
+        for name in layers[0]
+        if name not in BLOCKS
+    }
+    adapter: Tree = {}
+    for block, products in BLOCKS.items():
+        for product in products:
+            each = [layout.turned(layer[block][product]) for layer in layers]
+            leaves = {path: jnp.stack([one[path] for one in each]) for path in each[0]}
+            stacked.setdefault(block, {})[product] = _base_product(leaves, config, product)
+            own = (
+                _own_parts(leaves, config, adapter_config, product, place)
+                if layout.adapters
+                else {}
+            )
+            if own:
+                adapter.setdefault("layers", {}).setdefault(block, {})[product] = own
+    return {**Layout.unmarked(fused), "layers": stacked}, adapter
+
+
+def _base_product(leaves: Tree, config: Any, product: str) -> Tree:
+    """The base's leaves of a product `[L, …]` out of its fused ones."""
+    out = {}
+    edge = 0
+    for name in PRODUCTS[product]:
+        d_in, width = config.widths[name]
+        out[f"{name}_kernel"] = leaves["kernel"][:, :d_in, edge : edge + width]
+        if "bias" in leaves:
+            out[f"{name}_bias"] = leaves["bias"][:, edge : edge + width]
+        edge += width
+    return out
+
+
+def _own_parts(
+    leaves: Tree, config: Any, adapter_config: AdapterConfig, product: str, place: int
+) -> Tree:
+    """The leaves `[L, …]` of the adapter at `place` out of a product's fused ones."""
+    slot = adapter_config.slots[product]
+    r = adapter_config.rank
+    names = PRODUCTS[product]
+    d_in = config.widths[names[0]][0]
+    own = {}
+    if slot.forward:
+        n = r * len(slot.forward)
+        start = sum(config.widths[name][1] for name in names) + place * n
+        own["A"] = _unscaled(leaves["kernel"][:, :d_in, start : start + n], "A", adapter_config)
+    for name in slot.matrix:
+        matrix = leaves[f"{name}_B"][:, place * r : (place + 1) * r]
+        own[f"{name}_B"] = _unscaled(matrix, "B", adapter_config)
+    start = d_in + place * slot.backward_rank
+    rows = leaves["kernel"][int(slot.skips_first) :, start : start + slot.backward_rank]
+    edge = 0
+    for name in slot.backward:
+        width = config.widths[name][1]
+        own[f"{name}_B"] = _unscaled(rows[..., edge : edge + width], "B", adapter_config)
+        edge += width
+    return own
+
+
+def write_adapter(
+    layers: Tree,
+    parts: Tree,
+    config: Any,
+    adapter_config: AdapterConfig,
+    layout: Layout,
+    place: Array,
+) -> Tree:
+    """The `layers` of a fused tree that lie so, with the adapter of `parts` (`parts_of`) at `place` of the bank, scalar
+    int32.
+
+    Only the adapter's columns and rows are written (`dynamic_update_slice`: in place where the argument is
+    donated).
+    """
+    out = jax.tree.map(lambda leaf: leaf, layers)
+    for block, products in parts.items():
+        for product, leaves in products.items():
+            d_in = config.widths[PRODUCTS[product][0]][0]
+            d_out = sum(config.widths[name][1] for name in PRODUCTS[product])
+            for i in range(config.num_hidden_layers):
+                there = out[str(i)][block][product]
+                for path, leaf in leaves.items():
+                    _write_part(there, layout, path, leaf[i], (d_in, d_out), place)
+    return out
+
+
+def _write_part(
+    leaves: Tree, layout: Layout, path: str, value: Array, edges: tuple[int, int], place: Array
+) -> None:
+    """Writes one part of an adapter into a product's fused leaves: columns and rows behind the base's `edges`
+    (d_in, d_out) in its array, a B in its own."""
+    d_in, d_out = edges
+    name = path
+    start = (place * value.shape[0], 0)
+    if path == "columns":
+        name = layout.matrix
+        start = (0, d_out + place * value.shape[1])
+    if path == "rows":
+        name = layout.matrix
+        start = (d_in + place * value.shape[0], 0)
+    value = value.astype(leaves[name].dtype)
+    if layout.transposed:
+        value, start = value.T, start[::-1]
+    leaves[name] = jax.lax.dynamic_update_slice(leaves[name], value, start)

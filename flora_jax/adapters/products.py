@@ -1,0 +1,119 @@
+"""The products that adapters are made of, in the forms that compilers read fastest.
+
+B, T as everywhere; r channels a piece; d_in, d_out a product's input and output width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+_COPIES = 64  # operands of one concatenation
+_SUMMED = (
+    10**7
+)  # weights that one token's product has at the most where XLA for a GPU makes a sum of it
+_FEW_ROWS = 128  # up to which `(W xᵀ)ᵀ` is not slower than `x Wᵀ` on a CPU
+
+
+def repeat_and_add(y: Array, z: Array) -> Array:
+    """`y + rep(z)`: z `[..., r]` tiled along the last axis to y's width n (r divides n), then added to y `[..., n]`.
+
+    On a CPU z is tiled by concatenating it, which copies whole runs: the loops that XLA makes there of a broadcast
+    along an inner axis, and of all that it fuses with it, take 5 times as long. Elsewhere no copy is made.
+    """
+    return _repeat_and_add(y, z, z.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _repeat_and_add(y: Array, z: Array, rank: int) -> Array:
+    return jax.lax.platform_dependent(y, z, cpu=_add_copies, default=_add_broadcast)
+
+
+def _add_broadcast(y: Array, z: Array) -> Array:
+    return (y.reshape(*y.shape[:-1], -1, z.shape[-1]) + z[..., None, :]).reshape(y.shape)
+
+
+def _add_copies(y: Array, z: Array) -> Array:
+    while (missing := y.shape[-1] // z.shape[-1]) > 1:
+        times = next((n for n in range(min(missing, _COPIES), 1, -1) if missing % n == 0), missing)
+        # The barrier keeps the copying out of the loops over y.
+        z = jax.lax.optimization_barrier(jnp.concatenate([z] * times, axis=-1))
+    return y + z
+
+
+def _repeat_and_add_forward(y: Array, z: Array, rank: int) -> tuple[Array, None]:
+    return _repeat_and_add(y, z, rank), None
+
+
+def _repeat_and_add_backward(rank: int, _: None, cotangent: Array) -> tuple[Array, Array]:
+    return cotangent, cotangent.reshape(*cotangent.shape[:-1], -1, rank).sum(-2)
+
+
+_repeat_and_add.defvjp(_repeat_and_add_forward, _repeat_and_add_backward)
+
+
+def keep_own(y: Array, start: int, width: int, select: Array) -> Array:
+    """y `[B, T, C]` with zeros in those of the N blocks of `width` channels from `start` on that `select` `[B, N]` does
+    not choose; channels before them are kept."""
+    before = jnp.ones((*select.shape[:-1], start), bool)
+    after = y.shape[-1] - start - width * select.shape[-1]
+    chosen = [
+        before,
+        jnp.repeat(select, width, axis=-1),
+        jnp.ones((*select.shape[:-1], after), bool),
+    ]
+    return jnp.where(jnp.concatenate(chosen, axis=-1)[:, None, :], y, 0)
+
+
+def is_sum(x: Array, weights: int) -> bool:
+    """Whether XLA for a GPU turns a product of x with so many weights into a sum of the rows' products."""
+    return x.size == x.shape[-1] and weights <= _SUMMED
+
+
+def multiply(x: Array, kernel: Array) -> Array:
+    """`x W` in x's dtype, x `[..., d_in]`, kernel `[d_in, d_out]`; where XLA for a GPU makes a sum of it, in float32.
+
+    In bfloat16 XLA would round each product of the sum and, with some numbers of rows, write them all out before it
+    adds them up: a tenth of the bytes that a Llama-3.2-1B moves at batch 1 (experiments/results/launches_tried.md).
+    """
+    dtype = jnp.float32 if is_sum(x, kernel.size) else None
+    return jnp.matmul(x, kernel, preferred_element_type=dtype).astype(x.dtype)
+
+
+def multiply_transposed(x: Array, weight: Array, dtype: Any = None) -> Array:
+    """`x Wᵀ` in `dtype` (default x's), x `[..., d_in]`, weight `[d_out, d_in]`; for few rows computed as `(W xᵀ)ᵀ`.
+
+    With the weight on the left XLA's CPU products read it at the speed of memory for any small batch; on the right they
+    are a third slower at batch 1 and 2 to 3 times at batch 8. The barrier keeps XLA from turning the product round.
+    With the hundreds of rows of a prefill it is not reading that takes the time, and the transposing only costs.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > _FEW_ROWS:
+        return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+    y = jnp.matmul(weight, rows.T, preferred_element_type=dtype)
+    return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], weight.shape[0])
+
+
+@jax.custom_vjp
+def expand(z: Array, B: Array) -> Array:
+    """`z B`, z `[..., r]` and B `[r, d_out]`. Its own gradient, since the automatic one contracts the output's wide
+    cotangent as the left operand, which XLA transposes in memory first: it was a fifth of a LoRA step on a CPU."""
+    return z @ B
+
+
+def _expand_forward(z: Array, B: Array) -> tuple[Array, tuple[Array, Array]]:
+    return z @ B, (z, B)
+
+
+def _expand_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    z, B = saved
+    rows = tuple(range(z.ndim - 1))
+    return cotangent @ B.T, jax.lax.dot_general(z, cotangent, ((rows, rows), ((), ())))
+
+
+expand.defvjp(_expand_forward, _expand_backward)

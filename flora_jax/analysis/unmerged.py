@@ -1,0 +1,136 @@
+"""The baselines of a measurement: an adapter whose A and B are products of their own, as PEFT and multi-LoRA
+servers run them, beside the base's four merged products a layer or its seven.
+
+    layers/<i>/<block>/<product>/kernel [d_in, d_out]                 merged
+    layers/<i>/<block>/<product>/<projection>_kernel [d_in, width]    seven
+    layers/<i>/<block>/<product>/<piece>_A [d_in, r], <projection>_B [r, width], bias [d_out]
+
+Transposed, all of these but the bias are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.adapters import (
+    PRODUCTS,
+    AdapterConfig,
+    FusedDense,
+    Layout,
+    Slot,
+    adapt,
+    check_base,
+    each_layer,
+    has_adapter,
+    own_pieces,
+    parts_of,
+)
+from flora_jax.adapters.config import ACTIVATIONS
+from flora_jax.errors import UserError
+
+Array = jax.Array
+Tree = dict[str, Any]
+
+
+class UnmergedDense(FusedDense):
+    """FusedDense over the leaves of `unmerge`: the base's product as one, those of the adapter apart."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        z: Array | None = None,
+        *,
+        select: Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[list[Array], Array | None]:
+        leaves = {name: leaf.astype(x.dtype) for name, leaf in self.variables["params"].items()}
+        ys = self._base(x, leaves)
+        if self.use_bias:
+            widths = [self.widths[name][1] for name in self.names]
+            biases = jnp.split(leaves["bias"], np.cumsum(widths)[:-1])
+            ys = [y + bias for y, bias in zip(ys, biases, strict=True)]
+        if not self.layout.adapters:
+            return ys, None
+        z_out = None
+        own: dict[str, Array] = {}
+        if self.slot.forward:
+            read = [self.times(x, leaves[f"{piece}_A"]) for piece in self.slot.forward]
+            z_out = ACTIVATIONS[self.adapter.activation](jnp.concatenate(read, axis=-1))
+            own = own_pieces(z_out, self.slot.forward, self.adapter.rank)
+        incoming = self.incoming(z)
+        return adapt(ys, self.names, self.slot, leaves, own, incoming, self.times), z_out
+
+    def _base(self, x: Array, leaves: Tree) -> list[Array]:
+        widths = [self.widths[name][1] for name in self.names]
+        y = self.times(x, leaves["kernel"])
+        return jnp.split(y, np.cumsum(widths)[:-1], axis=-1)
+
+
+class SevenDense(UnmergedDense):
+    """With the base's projections apart, too, as they are published."""
+
+    def _base(self, x: Array, leaves: Tree) -> list[Array]:
+        return [self.times(x, leaves[f"{name}_kernel"]) for name in self.names]
+
+
+def unmerge(
+    base: Tree,
+    adapter: Tree | None,
+    config: Any,
+    adapter_config: AdapterConfig | None,
+    *,
+    seven: bool = False,
+    transposed: bool = False,
+) -> Tree:
+    """The baseline's layout, from split trees: served by `Llama(…, dense=UnmergedDense)`, or, with `seven` products a
+    layer, `SevenDense`. Not for zflora, whose channels exist only in the fused stream."""
+    check_base(base, config)
+    adapted = has_adapter(adapter_config)
+    if adapted and adapter_config.row.writes == "stream":
+        raise UserError(f"{adapter_config.method} has no products apart; fuse it")
+    parts = parts_of(adapter, config, adapter_config) if adapted else {}
+    layout = Layout(
+        kind="unmerged",
+        adapters=int(adapted),
+        rank=adapter_config.rank if adapted else 0,
+        transposed=transposed,
+    )
+
+    def product(i: int, block: str, name: str) -> Tree:
+        leaves = {path: leaf[i] for path, leaf in base["layers"][block][name].items()}
+        out = _base_leaves(leaves, PRODUCTS[name], seven)
+        for path, leaf in parts.get(block, {}).get(name, {}).items():
+            dtype = leaves[f"{PRODUCTS[name][0]}_kernel"].dtype
+            out |= _apart(path, leaf[i].astype(dtype), adapter_config.slots[name])
+        if not transposed:
+            return out
+        return {path: leaf if path == "bias" else leaf.T for path, leaf in out.items()}
+
+    layers = dict(each_layer(base, config, product, config.hidden_size))
+    return layout.mark({**base, "layers": layers})
+
+
+def _base_leaves(leaves: Tree, names: tuple[str, ...], seven: bool) -> Tree:
+    """A product of the base, whole or by projection."""
+    out = {f"{name}_kernel": leaves[f"{name}_kernel"] for name in names}
+    if not seven:
+        out = {"kernel": jnp.concatenate(list(out.values()), axis=-1)}
+    if f"{names[0]}_bias" in leaves:
+        out["bias"] = jnp.concatenate([leaves[f"{name}_bias"] for name in names])
+    return out
+
+
+def _apart(path: str, leaf: Array, slot: Slot) -> Tree:
+    """One of an adapter's parts in one layer, by the names that UnmergedDense reads."""
+    if path == "columns":
+        pieces = jnp.split(leaf, len(slot.forward), axis=-1)
+        return {f"{piece}_A": A for piece, A in zip(slot.forward, pieces, strict=True)}
+    if path == "rows":
+        return {f"{slot.backward[0]}_B": leaf}
+    return {path: leaf}

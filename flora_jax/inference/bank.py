@@ -1,0 +1,183 @@
+"""Which adapter lies where in the arrays, and how one takes another's place.
+
+One adapter is in the arrays at a time and another one is written over it, in place. Several are laid side by
+side once, as a bank; from then on a switch costs nothing and every token N adapters' bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from flora_jax.adapters import (
+    AdapterConfig,
+    Layout,
+    check_adapter,
+    device_layout,
+    fuse,
+    has_adapter,
+    make_room,
+    parts_of,
+    widen,
+    write_adapter,
+)
+from flora_jax.errors import UserError, near_misses
+from flora_jax.models.config import LlamaConfig
+
+Array = jax.Array
+Tree = dict[str, Any]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "adapter_config", "layout"), donate_argnames="layers"
+)
+def _write(
+    layers: Tree,
+    parts: Tree,
+    place: Array,
+    config: LlamaConfig,
+    adapter_config: AdapterConfig,
+    layout: Layout,
+) -> Tree:
+    return write_adapter(layers, parts, config, adapter_config, layout, place)
+
+
+class Bank:
+    """A base in fused arrays with some of its adapters.
+
+    adapters: split trees by name; adapter_config: theirs, or one for each by name. They are alike but for rank and
+    alpha; smaller ranks are widened. params: the fused tree; places: the adapter at each place, None where there are
+    zeros; side_by_side: whether all of them lie in the arrays; adapter_config: of all of them, None where there is
+    nothing to write. Raises UserError for what does not
+    fit together.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        base: Tree,
+        adapters: Mapping[str, Tree],
+        adapter_config: AdapterConfig | Mapping[str, AdapterConfig] | None,
+    ):
+        configs = adapter_config
+        if not isinstance(configs, Mapping):
+            configs = dict.fromkeys(adapters, adapter_config)
+        self._config = config
+        self.adapter_config = _shared_config(adapters, configs)
+        self._parts = {
+            name: _shared_parts(name, adapter, configs[name], self.adapter_config, config)
+            for name, adapter in adapters.items()
+        }
+        self.params = fuse(base, None, config, None, device_layout())
+        self.places: list[str | None] = [None]
+        self.side_by_side = False
+        if self.adapter_config is not None:
+            self.params = make_room(self.params, config, self.adapter_config, 1)
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, in the order given."""
+        return list(self._parts)
+
+    def check(self, name: str | None) -> None:
+        """Raises UserError for the name of no adapter; None is the bare base."""
+        if name is not None and (not isinstance(name, str) or name not in self._parts):
+            known = near_misses(str(name), self._parts) if self._parts else "none is"
+            raise UserError(f"adapter {name!r} is not loaded; {known}")
+
+    def arrange(self, names: Collection[str | None]) -> None:
+        """Sees to it that the arrays hold the adapters of `names`: one by writing it, several by becoming a bank."""
+        if self.side_by_side or self.adapter_config is None:
+            return
+        if len(names) > 1:
+            places = len(self._parts)
+            self.params = make_room(self.params, self._config, self.adapter_config, places)
+            self.places = [None] * places
+            self.side_by_side = True
+            for place, name in enumerate(self._parts):
+                self._put(place, name)
+        elif set(names) != set(self.places):
+            self._put(0, next(iter(names)))
+
+    def _put(self, place: int, name: str | None) -> None:
+        """Writes an adapter's columns and rows, for None zeros."""
+        parts = self._parts.get(name)
+        if parts is None:
+            parts = jax.tree.map(np.zeros_like, next(iter(self._parts.values())))
+        layout = Layout.of(self.params)
+        layers = self.params["layers"]
+        self.params["layers"] = _write(
+            layers, parts, jnp.int32(place), self._config, self.adapter_config, layout
+        )
+        self.places[place] = name
+
+    def select(self, names: Sequence[str | None], rows: int) -> Array | None:
+        """`[rows, N]` bool, which adapter each row uses, those behind `names` none; None where there is no bank."""
+        if not self.side_by_side:
+            return None
+        select = np.zeros((rows, len(self.places)), bool)
+        for row, name in enumerate(names):
+            select[row] = [name is not None and name == place for place in self.places]
+        return jnp.asarray(select)
+
+
+def _shared_config(
+    adapters: Mapping[str, Tree], configs: Mapping[str, AdapterConfig | None]
+) -> AdapterConfig | None:
+    """The configuration of all adapters, of the largest rank among them; None without any, and where the method has
+    no adapter, the base being what was trained."""
+    if not adapters:
+        return None
+    for name in adapters:
+        if configs.get(name) is None:
+            raise UserError(f"adapter {name!r} needs its adapter_config")
+    first = configs[next(iter(adapters))]
+    for name in adapters:
+        own = configs[name]
+        if _laid_out(own) != _laid_out(first):
+            raise UserError(
+                f"adapter {name!r} ({_described(own)}) is not laid out as the first is "
+                f"({_described(first)}); adapters of one Generator are alike but for rank and alpha"
+            )
+    if not has_adapter(first):
+        return None
+    return max((configs[name] for name in adapters), key=lambda one: one.rank)
+
+
+def _laid_out(one: AdapterConfig) -> tuple[Any, ...]:
+    """What is laid out the same, whatever the names, the scale and what only training reads."""
+    return one.row, one.targets, one.add_to, one.activation
+
+
+def _described(one: AdapterConfig) -> str:
+    return (
+        f"{one.method}, targets={','.join(one.targets)}, add_to={','.join(one.add_to)}, "
+        f"activation={one.activation}"
+    )
+
+
+def _shared_parts(
+    name: str,
+    adapter: Tree,
+    own: AdapterConfig,
+    shared: AdapterConfig | None,
+    config: LlamaConfig,
+) -> Tree:
+    """What an adapter writes, widened to the shared rank, on the host."""
+    if shared is None:
+        return {}
+    check_adapter(adapter, config, own)
+    for path, leaf in flatten_dict(adapter, sep="/").items():
+        if not np.isfinite(leaf).all():
+            raise UserError(
+                f"adapter {name!r}: leaf {path!r} holds a value that is not finite; train it anew"
+            )
+    if own.rank < shared.rank:
+        adapter, own = widen(adapter, own, shared.rank)
+    return jax.device_get(parts_of(adapter, config, own))

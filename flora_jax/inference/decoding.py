@@ -1,0 +1,162 @@
+"""The compiled functions of generation, and the state that they hand on.
+
+B batch, P prompt bucket, S slots of the key/value cache, V vocabulary, N adapters in the arrays. Weights are
+served in the fused layout and are arguments. Prompts are padded on the right to a bucket P; generated tokens
+follow from slot P on, whatever each row's own length, and positions are counted over real tokens alone.
+
+    prompts of 5, 9, 14 tokens, 40 new ones:  prefill [B, 16] -> cache of 16 slots -> grown to 64 -> begin -> decode
+
+`prefill` compiles once per P, the decode loop once per S; the number of new tokens, stop tokens and seed are
+data.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from flora_jax.inference.sampling import Sampling, sample
+from flora_jax.models.llama import KVCache, Llama
+
+Array = jax.Array
+Tree = dict[str, Any]
+
+_SMALLEST_BUCKET = 16
+
+
+def bucket(length: int) -> int:
+    """The smallest power of two that holds `length`, at least 16."""
+    return max(_SMALLEST_BUCKET, 1 << (operator.index(length) - 1).bit_length())
+
+
+def last_logits(
+    model: Llama, tokens: Array, mask: Array, cache: KVCache, select: Array | None
+) -> tuple[Array, KVCache]:
+    """float32 logits `[B, V]` after the last real token of each row, and no other's."""
+    hidden, cache = model.hidden(tokens, mask=mask, cache=cache, select=select)
+    last = jnp.maximum(mask.sum(-1) - 1, 0)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return model.logits(hidden), cache
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def prefill(
+    model: Llama, params: Tree, tokens: Array, lengths: Array, select: Array | None = None
+) -> tuple[Array, KVCache]:
+    """Logits `[B, V]` after prompts `tokens` `[B, P]` of `lengths` `[B]`, and the cache of P slots that holds them.
+    params: a fused tree; select `[B, N]` bool, of a bank."""
+    B, P = tokens.shape
+    cache = KVCache.empty(model.config, B, P, params["embed_tokens"]["embedding"].dtype)
+    mask = jnp.arange(P) < lengths[:, None]
+    return model.apply({"params": params}, tokens, mask, cache, select, method=last_logits)
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def grow(cache: KVCache, slots: int) -> KVCache:
+    """The cache with room for `slots` tokens a row."""
+
+    def pad(leaf: Array, axis: int) -> Array:
+        return jnp.pad(leaf, [(0, slots - n if i == axis else 0) for i, n in enumerate(leaf.shape)])
+
+    k = tuple(pad(leaf, 2) for leaf in cache.k)
+    v = tuple(pad(leaf, 1) for leaf in cache.v)
+    return KVCache(k, v, pad(cache.valid, 1), cache.index)
+
+
+@flax.struct.dataclass
+class State:
+    """Between two tokens: step, scalar int32; token `[B]`, the last one chosen; out `[B, S]`, those chosen so far;
+    count `[B]`, how many of them a row keeps; done `[B]` bool; failed `[B]` bool, whether it ended because its logits
+    were not finite; cache, without the last token."""
+
+    step: Array
+    token: Array
+    out: Array
+    count: Array
+    done: Array
+    failed: Array
+    cache: KVCache
+
+
+def _choose(state: State, logits: Array, stop: Array, keys: Array, sampling: Sampling) -> State:
+    """The state with the next token, from its logits `[B, V]`."""
+    token = sample(jax.vmap(jax.random.fold_in, (0, None))(keys, state.step), logits, sampling)
+    # NaN is the largest of all that it stands among. Where a GPU takes the best token, to look at the logit of that one
+    # alone is no launch more; a sample has computed their maximum anyway.
+    greedy = sampling.temperature == 0
+    best = (
+        jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+        if greedy
+        else logits.max(axis=-1)
+    )
+    # the host looks at it once all rows are through
+    failed = state.failed | (~state.done & ~jnp.isfinite(best))
+    done = state.done | failed | (token[:, None] == stop).any(-1)
+    return state.replace(
+        step=state.step + 1,
+        token=token,
+        out=jax.lax.dynamic_update_slice(state.out, token[:, None], (0, state.step)),
+        count=jnp.where(done, state.count, state.step + 1),
+        done=done,
+        failed=failed,
+    )
+
+
+def _advance(
+    model: Llama,
+    params: Tree,
+    state: State,
+    stop: Array,
+    keys: Array,
+    select: Array | None,
+    sampling: Sampling,
+) -> State:
+    """One token further: the model reads the last one and the next is chosen."""
+    real = jnp.ones((len(state.token), 1), bool)
+    logits, cache = model.apply(
+        {"params": params}, state.token[:, None], real, state.cache, select, method=last_logits
+    )
+    return _choose(state.replace(cache=cache), logits, stop, keys, sampling)
+
+
+@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
+def begin(
+    logits: Array, cache: KVCache, done: Array, stop: Array, keys: Array, sampling: Sampling
+) -> State:
+    """The state after the first token, chosen from the prompts' logits `[B, V]`; `done` `[B]` marks rows that are not
+    asked for. The cache (S slots) is consumed."""
+    B, S = cache.valid.shape
+    zero = jnp.zeros((), jnp.int32)
+    tokens = jnp.zeros(B, jnp.int32)
+    out = jnp.zeros((B, S), jnp.int32)
+    failed = ~done & ~jnp.isfinite(logits).all(axis=-1)
+    state = State(zero, tokens, out, jnp.zeros(B, jnp.int32), done, failed, cache)
+    return _choose(state, logits, stop, keys, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
+def decode(
+    model: Llama,
+    params: Tree,
+    state: State,
+    max_new_tokens: Array,
+    stop: Array,
+    keys: Array,
+    select: Array | None = None,
+    sampling: Sampling = Sampling(),
+) -> State:
+    """Continues every row until it emits one of `stop` or has `max_new_tokens` in all, in one loop on the device. The
+    state is consumed; keys `[B]`, one a row; select as in `prefill`."""
+
+    def go_on(state: State) -> Array:
+        return (state.step < max_new_tokens) & ~state.done.all()
+
+    def body(state: State) -> State:
+        return _advance(model, params, state, stop, keys, select, sampling)
+
+    return jax.lax.while_loop(go_on, body, state)

@@ -1,0 +1,122 @@
+"""What a Llama refuses before it computes: variables of another configuration, which flax would ignore, and
+arguments that JAX would clamp, broadcast or read as NaN. Each raises UserError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.adapters import (
+    AdapterConfig,
+    Layout,
+    check_adapter,
+    check_base,
+    check_fused,
+    has_adapter,
+)
+from flora_jax.errors import UserError
+from flora_jax.models.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from flora_jax.models.llama import KVCache
+
+Array = jax.Array
+
+
+def check_model(
+    config: LlamaConfig,
+    adapter: AdapterConfig | None,
+    remat: str,
+    policies: Collection[str],
+    decode_kernel: bool | None,
+) -> None:
+    """What the model is built from."""
+    if remat not in policies:
+        raise UserError(f"remat={remat!r} is unknown; known: {', '.join(policies)}")
+    if decode_kernel and config.head_dim & (config.head_dim - 1):
+        raise UserError(
+            f"decode_kernel=True needs a head_dim that is a power of two, not {config.head_dim}"
+        )
+    if adapter is not None:
+        adapter.check(config.widths)
+
+
+def check_variables(
+    variables: Mapping[str, Any], config: LlamaConfig, adapter: AdapterConfig | None
+) -> None:
+    """Trees of another configuration."""
+    params = variables["params"]
+    if not has_adapter(adapter) and variables.get("adapter"):
+        raise UserError(
+            "variables hold an adapter, but the model was built without one; pass its AdapterConfig"
+        )
+    if config.tie_word_embeddings and "lm_head" in params:
+        raise UserError(
+            "params hold an lm_head, but the configuration has tie_word_embeddings=True"
+        )
+    kind = Layout.of(params).kind
+    if kind == "fused":
+        check_fused(params, config, adapter)
+    if kind == "split":
+        check_base(params, config)
+        if has_adapter(adapter):
+            check_adapter(variables.get("adapter", {}), config, adapter)
+
+
+def check_tokens(tokens: Array, vocab_size: int) -> None:
+    """Tokens that are no ids `[B, T]`, or none of the vocabulary."""
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise UserError(f"tokens must be integers [B, T], not {tokens.dtype} {list(tokens.shape)}")
+    if isinstance(tokens, jax.core.Tracer) or not tokens.size:  # under jit nothing can be checked
+        return
+    ids = np.asarray(tokens)
+    least = ids.min()
+    most = ids.max()
+    if least < 0 or most >= vocab_size:
+        raise UserError(
+            f"tokens from {least} to {most} are not all of the model's vocabulary: "
+            f"vocab_size={vocab_size}"
+        )
+
+
+def check_select(select: Array | None, layout: Layout) -> None:
+    """A select without a bank, a bank without one, or one of another size."""
+    if select is None and layout.adapters <= 1:
+        return
+    if layout.kind == "split":
+        raise UserError("select is for a bank of fused adapters; these variables are split")
+    found = None if select is None else select.shape[-1]
+    places = layout.adapters
+    if found != places:
+        raise UserError(
+            f"the fused tree is a bank of {places} adapters and needs select [B, {places}]; {found=}"
+        )
+
+
+def check_dropout(deterministic: bool, layout: Layout, adapter: AdapterConfig | None) -> None:
+    """Dropout where none is computed."""
+    if layout.kind == "split" or deterministic or adapter is None or not adapter.dropout:
+        return
+    raise UserError(
+        "a fused tree is served without dropout; pass deterministic=True, or train the split one"
+    )
+
+
+def check_room(tokens: Array, cache: KVCache, segment_ids: Array | None) -> None:
+    """Tokens that the cache has no room for; segments beside one."""
+    T = tokens.shape[1]
+    S = cache.valid.shape[1]
+    index = 0 if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
+    if index + T > S:
+        raise UserError(
+            f"{T} tokens from slot {index} on do not fit into a cache of {S} slots; make a longer one"
+        )
+    if segment_ids is not None:
+        raise UserError(
+            "segment_ids are for packed training rows and cannot be combined with a cache"
+        )
