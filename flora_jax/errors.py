@@ -40,6 +40,12 @@ class UserError(ValueError):
     """Bad input: its message is one line that says what is wrong, with which value, and what would do."""
 
 
+def require(right: bool, message: str) -> None:
+    """Raises UserError with the message unless what it says is right."""
+    if not right:
+        raise UserError(message)
+
+
 def near_misses(name: str, known: Iterable[str]) -> str:
     """A clause that helps after a misspelt name: the closest known names, or else all of them."""
     known = sorted(known)

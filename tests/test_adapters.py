@@ -23,7 +23,7 @@ from flora_jax.adapters import (
     init_adapter,
     repeat_and_add,
 )
-from flora_jax.adapters import layer as layer_module
+from flora_jax.adapters import products as products_module
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama, abstract_base
@@ -704,7 +704,7 @@ def test_repeat_and_add_is_the_same_on_every_device(copies):
     """What a CPU runs, what others run, and tiling in NumPy; the gradient is the sum over a channel's copies."""
     y, z = (jax.random.normal(jax.random.key(i), (2, 3, n)) for i, n in enumerate((5 * copies, 5)))
     expected = np.asarray(y) + np.tile(z, copies)
-    for add in (repeat_and_add, layer_module._add_copies, layer_module._add_broadcast):
+    for add in (repeat_and_add, products_module._add_copies, products_module._add_broadcast):
         np.testing.assert_array_equal(jax.jit(add)(y, z), expected)
     half, low = jnp.asarray(y, jnp.bfloat16), jnp.asarray(z, jnp.bfloat16)
     assert repeat_and_add(half, low).dtype == jnp.bfloat16
@@ -719,21 +719,21 @@ def test_repeat_and_add_is_the_same_on_every_device(copies):
 @pytest.mark.parametrize("tokens, most", [(1, 5 * 7), (1, 5 * 7 - 1), (3, 5 * 7)])
 def test_a_product_that_is_a_sum_is_taken_in_float32(tokens, most, monkeypatch):
     """That of one token with few weights; then one rounding of the result is all that is lost."""
-    monkeypatch.setattr(layer_module, "_SUMMED", most)
+    monkeypatch.setattr(products_module, "_SUMMED", most)
     summed = tokens == 1 and most == 5 * 7
     rng = np.random.default_rng(0)
     x, W = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, tokens, 5), (5, 7)))
     # A function of its own, since a trace is kept by function.
-    (product,) = (eqn for eqn in jax.make_jaxpr(lambda *arrays: layer_module.multiply(*arrays))(x, W).eqns
+    (product,) = (eqn for eqn in jax.make_jaxpr(lambda *arrays: products_module.multiply(*arrays))(x, W).eqns
                   if eqn.primitive.name == "dot_general")  # fmt: skip
     assert product.outvars[0].aval.dtype == (jnp.float32 if summed else jnp.bfloat16)
     found, x64, W64 = (
-        np.asarray(array, np.float64) for array in (layer_module.multiply(x, W), x, W)
+        np.asarray(array, np.float64) for array in (products_module.multiply(x, W), x, W)
     )
     bound = 2**-8 * (abs(x64 @ W64) + 1e-3 if summed else 5 * abs(x64) @ abs(W64))
-    assert (abs(found - x64 @ W64) <= bound).all() and layer_module.multiply(
+    assert (abs(found - x64 @ W64) <= bound).all() and products_module.multiply(
         x, W
     ).dtype == jnp.bfloat16
     for other in (W[:4], jnp.pad(W, ((0, 3), (0, 0)))):
         with pytest.raises(TypeError):
-            layer_module.multiply(x, other)
+            products_module.multiply(x, other)

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 
 from flora_jax.adapters import BLOCKS, PROJECTIONS, AdapterConfig, abstract_adapter
 from flora_jax.adapters import METHODS as ROWS
-from flora_jax.adapters.layer import adapter_leaves
+from flora_jax.adapters.leaves import adapter_leaves
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import leaf_shapes

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, PROJECTIONS, Method
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 
 ACTIVATIONS = {
     "identity": lambda z: z,
@@ -45,23 +46,29 @@ def _names(value: str | Sequence[str] | None, field: str) -> tuple[str, ...] | N
     """`"q,gate"` or `("q", "gate")` as a tuple in the order of PROJECTIONS; None stays None."""
     if value is None:
         return None
-    if not isinstance(value, str | Sequence):
-        raise UserError(
-            f"adapter.{field}={value!r} must name projections, some of {', '.join(PROJECTIONS)}"
-        )
-    given = (
-        [v.strip() for v in value.split(",") if v.strip()]
-        if isinstance(value, str)
-        else list(value)
+    known = ", ".join(PROJECTIONS)
+    require(
+        isinstance(value, str | Sequence),
+        f"adapter.{field}={value!r} must name projections, some of {known}",
     )
+    given = list(value)
+    if isinstance(value, str):
+        given = [v.strip() for v in value.split(",") if v.strip()]
     # as PEFT has them
     given = [v.removesuffix("_proj") if isinstance(v, str) else v for v in given]
     for name in given:
         if name not in PROJECTIONS:
-            raise UserError(
-                f"adapter.{field}: projection {name!r} is unknown; {near_misses(str(name), PROJECTIONS)}"
-            )
+            close = near_misses(str(name), PROJECTIONS)
+            raise UserError(f"adapter.{field}: projection {name!r} is unknown; {close}")
     return tuple(p for p in PROJECTIONS if p in given)
+
+
+def _is_number(value: Any, kind: type = numbers.Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _methods(able: Callable[[Method], bool]) -> str:
+    return ", ".join(name for name, row in METHODS.items() if able(row))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,109 +98,134 @@ class AdapterConfig:
     zero_init: str | None = None
 
     def __post_init__(self):
-        if self.method not in list(METHODS):  # a list compares what a dict could not hash
-            raise UserError(
-                f"adapter.method={self.method!r} is unknown; {near_misses(str(self.method), METHODS)}"
-            )
-        if (
-            not isinstance(self.rank, numbers.Integral)
-            or isinstance(self.rank, bool)
-            or self.rank < 1
-        ):
-            raise UserError(f"adapter.rank={self.rank!r} must be a positive integer")
-        object.__setattr__(self, "rank", int(self.rank))
-        if self.alpha is None:
-            object.__setattr__(self, "alpha", float(self.rank))
+        # Lists compare what a dict could not hash.
+        if self.method not in list(METHODS):
+            known = near_misses(str(self.method), METHODS)
+            raise UserError(f"adapter.method={self.method!r} is unknown; {known}")
+        require(
+            _is_number(self.rank, numbers.Integral) and self.rank >= 1,
+            f"adapter.rank={self.rank!r} must be a positive integer",
+        )
+        self._set(rank=int(self.rank))
+        self._settle_numbers()
+        self._check_activation()
+        self._settle_projections()
+        self._settle_zero_init()
+        self._refuse_unused()
+        self._check_reach()
 
-        def number(value):
-            return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    def _set(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
-        if not (number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise UserError(f"adapter.alpha={self.alpha!r} must be a positive number")
-        if not (number(self.dropout) and 0 <= self.dropout < 1):
-            raise UserError(f"adapter.dropout={self.dropout!r} must be in [0, 1)")
+    def _settle_numbers(self) -> None:
+        alpha = self.rank if self.alpha is None else self.alpha
+        require(
+            _is_number(alpha) and math.isfinite(alpha) and alpha > 0,
+            f"adapter.alpha={alpha!r} must be a positive number",
+        )
+        require(
+            _is_number(self.dropout) and 0 <= self.dropout < 1,
+            f"adapter.dropout={self.dropout!r} must be in [0, 1)",
+        )
+        require(
+            isinstance(self.rslora, bool), f"adapter.rslora={self.rslora!r} must be true or false"
+        )
         # Plain numbers: one of numpy's would promote a bfloat16 model.
-        object.__setattr__(self, "alpha", float(self.alpha))
-        object.__setattr__(self, "dropout", float(self.dropout))
-        if not isinstance(self.rslora, bool):
-            raise UserError(f"adapter.rslora={self.rslora!r} must be true or false")
+        self._set(alpha=float(alpha), dropout=float(self.dropout))
+
+    def _check_activation(self) -> None:
         if self.activation not in list(ACTIVATIONS):
             known = near_misses(str(self.activation), ACTIVATIONS)
             raise UserError(f"adapter.activation={self.activation!r} is unknown; {known}")
-        if self.activation != "identity" and not self.row.activation:
-            raise UserError(
-                f"adapter.activation={self.activation!r}: {self.method} is linear; only "
-                f"{', '.join(m for m, row in METHODS.items() if row.activation)} take an activation"
-            )
-        targets, add_to = _names(self.targets, "targets"), _names(self.add_to, "add_to")
-        targets = PROJECTIONS if targets is None else targets
-        if not targets:
-            raise UserError(f"adapter.targets is empty; name some of {', '.join(PROJECTIONS)}")
-        if add_to is not None and add_to != () and self.row.adds != "repeat":
-            raise UserError(
-                f"adapter.add_to={','.join(add_to)}: {self.method} has no repeat-and-add; only "
-                f"{', '.join(m for m, row in METHODS.items() if row.adds == 'repeat')} have"
-            )
+        require(
+            self.activation == "identity" or self.row.activation,
+            f"adapter.activation={self.activation!r}: {self.method} is linear; only "
+            f"{_methods(lambda row: row.activation)} take an activation",
+        )
+
+    def _settle_projections(self) -> None:
+        targets = _names(self.targets, "targets")
+        add_to = _names(self.add_to, "add_to")
+        if targets is None:
+            targets = PROJECTIONS
+        require(bool(targets), f"adapter.targets is empty; name some of {', '.join(PROJECTIONS)}")
+        require(
+            not add_to or self.row.adds == "repeat",
+            f"adapter.add_to={','.join(add_to or ())}: {self.method} has no repeat-and-add; only "
+            f"{_methods(lambda row: row.adds == 'repeat')} have",
+        )
         if add_to is None:
             add_to = tuple(p for p in self.row.add_to if p in targets)
+        self._set(targets=targets, add_to=add_to)
+
+    def _settle_zero_init(self) -> None:
         if self.zero_init is None:
-            object.__setattr__(self, "zero_init", self.row.zero)
-        if self.zero_init not in ("A", "B"):
-            raise UserError(f"adapter.zero_init={self.zero_init!r} must be A or B")
-        if self.zero_init == "B" and (add_to or self.row.writes == "stream"):
-            where = f"add_to={','.join(add_to)}" if add_to else "the stream's channels"
-            raise UserError(
-                f"adapter.zero_init='B': {self.method} adds z as it is ({where}), so A must start at zero"
-            )
-        object.__setattr__(self, "targets", targets)
-        object.__setattr__(self, "add_to", add_to)
-        unset = (
-            AdapterConfig("lora", self.rank, zero_init=self.row.zero)
-            if self.row.reads is None
-            else self
+            self._set(zero_init=self.row.zero)
+        require(
+            self.zero_init in ("A", "B"), f"adapter.zero_init={self.zero_init!r} must be A or B"
         )
+        where = f"add_to={','.join(self.add_to)}" if self.add_to else "the stream's channels"
+        passes = self.add_to or self.row.writes == "stream"
+        require(
+            self.zero_init == "A" or not passes,
+            f"adapter.zero_init='B': {self.method} adds z as it is ({where}), so A must start at zero",
+        )
+
+    def _refuse_unused(self) -> None:
+        """Refuses what a method without an adapter would not read."""
+        if self.row.reads is not None:
+            return
+        unset = AdapterConfig("lora", self.rank, zero_init=self.row.zero)
         for field in ("alpha", "rslora", "targets", "dropout", "zero_init"):
-            if (value := getattr(self, field)) != getattr(unset, field):
-                raise UserError(
-                    f"adapter.{field}={value!r}: {self.method} has no adapter; leave it unset"
-                )
-        self._check_reach()
+            value = getattr(self, field)
+            require(
+                value == getattr(unset, field),
+                f"adapter.{field}={value!r}: {self.method} has no adapter; leave it unset",
+            )
 
     def _check_reach(self) -> None:
         """Refuses targets that would leave a part of the adapter without effect."""
-        row, where = self.row, f"adapter.targets={','.join(self.targets)}"
-        outside = [p for p in self.add_to if p not in self.targets]
-        if outside:
-            raise UserError(
-                f"adapter.add_to: {outside[0]!r} is not among {where}; add it there or leave it out here"
+        row = self.row
+        where = f"adapter.targets={','.join(self.targets)}"
+        for p in self.add_to:
+            require(
+                p in self.targets,
+                f"adapter.add_to: {p!r} is not among {where}; add it there or leave it out here",
             )
-        if row.reads == "projection" and row.adds == "repeat" and self.add_to != self.targets:
-            raise UserError(
-                f"adapter.add_to={','.join(self.add_to)}: {self.method} adds to every target; restrict targets instead"
+        require(
+            row.reads != "projection" or row.adds != "repeat" or self.add_to == self.targets,
+            f"adapter.add_to={','.join(self.add_to)}: {self.method} adds to every target; restrict "
+            "targets instead",
+        )
+        require(
+            row.writes != "stream" or self.targets == PROJECTIONS,
+            f"{where}: {self.method} carries channels through every block and needs all projections",
+        )
+        if row.writes == "block":
+            for block in BLOCKS:
+                self._check_block(block, where)
+
+    def _check_block(self, block: str, where: str) -> None:
+        """Refuses a path around the block that begins or ends nowhere."""
+        inputs, output = BLOCKS[block]
+        whole = (*PRODUCTS[inputs], output)
+        reads = [p for p in PRODUCTS[inputs] if p in self.targets]
+        ends = output in self.targets
+        require(
+            bool(reads) or not ends,
+            f"{where}: {self.method} writes {output!r} but reads none of {', '.join(whole[:-1])}",
+        )
+        require(
+            self.row.reads != "block" or not reads or set(whole) <= set(self.targets),
+            f"{where}: {self.method} goes around the {block} block; name all of {', '.join(whole)} "
+            "or none",
+        )
+        for p in reads:
+            require(
+                ends or p in self.add_to,
+                f"{where}: the adapter of {p!r} would reach nothing; add {output!r} to targets",
             )
-        if row.writes == "stream" and self.targets != PROJECTIONS:
-            raise UserError(
-                f"{where}: {self.method} carries channels through every block and needs all projections"
-            )
-        if row.writes != "block":
-            return
-        for block, (inputs, output) in BLOCKS.items():
-            whole = (*PRODUCTS[inputs], output)
-            reads = [p for p in PRODUCTS[inputs] if p in self.targets]
-            if output in self.targets and not reads:
-                raise UserError(
-                    f"{where}: {self.method} writes {output!r} but reads none of {', '.join(whole[:-1])}"
-                )
-            if row.reads == "block" and reads and any(p not in self.targets for p in whole):
-                names = ", ".join(whole)
-                raise UserError(
-                    f"{where}: {self.method} goes around the {block} block; name all of {names} or none"
-                )
-            idle = [p for p in reads if p not in self.add_to and output not in self.targets]
-            if idle:
-                raise UserError(
-                    f"{where}: the adapter of {idle[0]!r} would reach nothing; add {output!r} to targets"
-                )
 
     @property
     def row(self) -> Method:
@@ -208,31 +240,42 @@ class AdapterConfig:
     @property
     def slots(self) -> dict[str, Slot]:
         """What each fused product (qkv, o, gate_up, down) carries."""
-        row, slots = self.row, {}
+        slots = {}
         for inputs, output in BLOCKS.values():
-            ins = tuple(p for p in PRODUCTS[inputs] if p in self.targets)
-            outs = tuple(p for p in PRODUCTS[output] if p in self.targets)
-            forward_in = {"projection": ins, "input": ins, "block": ("block",) if ins else ()}.get(
-                row.reads, ()
-            )
-            forward_out = outs if row.reads in ("projection", "output") else ()
-            matrix = row.adds == "matrix"
-            slots[inputs] = Slot(
-                forward=forward_in,
-                matrix=forward_in if matrix else (),
-                repeat=tuple(p for p in ins if p in self.add_to),
-                backward=ins if row.writes == "stream" else (),
-                backward_rank=self.rank if row.writes == "stream" else 0,
-                skips_first=row.writes == "stream" and inputs == "qkv",
-            )
-            slots[output] = Slot(
-                forward=forward_out,
-                matrix=forward_out if matrix else (),
-                repeat=tuple(p for p in outs if p in self.add_to),
-                backward=outs if row.writes == "block" else (),
-                backward_rank=self.rank * len(forward_in) if row.writes == "block" and outs else 0,
-            )
+            slots[inputs] = self._input_slot(inputs)
+            slots[output] = self._output_slot(output, len(slots[inputs].forward))
         return slots
+
+    def _targeted(self, product: str) -> tuple[str, ...]:
+        return tuple(p for p in PRODUCTS[product] if p in self.targets)
+
+    def _input_slot(self, product: str) -> Slot:
+        """Of the product that reads a block's input."""
+        ins = self._targeted(product)
+        block = ("block",) if ins else ()
+        forward = {"projection": ins, "input": ins, "block": block}.get(self.row.reads, ())
+        stream = self.row.writes == "stream"
+        return Slot(
+            forward=forward,
+            matrix=forward if self.row.adds == "matrix" else (),
+            repeat=tuple(p for p in ins if p in self.add_to),
+            backward=ins if stream else (),
+            backward_rank=self.rank * stream,
+            skips_first=stream and product == "qkv",
+        )
+
+    def _output_slot(self, product: str, pieces: int) -> Slot:
+        """Of the product that writes a block's output; pieces: those read by the block's input."""
+        outs = self._targeted(product)
+        forward = outs if self.row.reads in ("projection", "output") else ()
+        backward = outs if self.row.writes == "block" else ()
+        return Slot(
+            forward=forward,
+            matrix=forward if self.row.adds == "matrix" else (),
+            repeat=tuple(p for p in outs if p in self.add_to),
+            backward=backward,
+            backward_rank=self.rank * pieces if backward else 0,
+        )
 
     def check(self, widths: Mapping[str, tuple[int, int]]) -> None:
         """Raises UserError unless `rank` divides every width that repeat-and-add fills (`widths`: projection ->

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from flora_jax.adapters.config import AdapterConfig
 from flora_jax.adapters.leaves import check_adapter, check_base
-from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS
-from flora_jax.errors import UserError
+from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, Method
+from flora_jax.errors import UserError, require
 
 Array = jax.Array
 Tree = dict[str, Any]
@@ -24,44 +24,42 @@ def folded(
 ) -> tuple[Tree, Tree, AdapterConfig]:
     """Base, adapter and configuration with every repeat-and-add of an ffba folded: into W where z is read beside
     (`W + s rep(A)`), into B where it is added to the block's output (`B` plus stacked tilings of the identity)."""
-    row, r = adapter_config.row, adapter_config.rank
-    if row.adds != "repeat" or row.writes != "block":
-        able = ", ".join(
-            name
-            for name, other in METHODS.items()
-            if other.adds == "repeat" and other.writes == "block"
-        )
-        raise UserError(
-            f"fold_adds: {adapter_config.method} has no adds beside a path around the block; {able} have"
-        )
+    _check_foldable(adapter_config)
     slots = adapter_config.slots
-    for inputs, output in BLOCKS.values():
-        if slots[inputs].forward and not slots[output].backward:
-            raise UserError(
-                f"fold_adds: no z would reach anything but W, since adapter.targets="
-                f"{','.join(adapter_config.targets)} leave {output!r} out; serve it without"
-            )
     layers = jax.tree.map(lambda leaf: leaf, base["layers"])
     trained = jax.tree.map(lambda leaf: leaf, adapter["layers"])
     for block, (inputs, output) in BLOCKS.items():
-        slot = adapter_config.slots[inputs]
-        for i, name in enumerate(slot.forward):
-            if name in slot.repeat:
-                kernel = layers[block][inputs][f"{name}_kernel"]
-                change = jnp.tile(
-                    trained[block][inputs]["A"][..., i * r : (i + 1) * r], kernel.shape[-1] // r
-                )
-                change = kernel.astype(jnp.float32) + adapter_config.scale * change
-                layers[block][inputs][f"{name}_kernel"] = change.astype(kernel.dtype)
-        if output in adapter_config.slots[output].repeat:
+        kernels = layers[block][inputs]
+        for name in slots[inputs].forward:
+            if name in slots[inputs].repeat:
+                path = f"{name}_kernel"
+                leaves = trained[block][inputs]
+                kernels[path] = merged_kernel(kernels[path], leaves, adapter_config, name)
+        if output in slots[output].repeat:
             B = trained[block][output][f"{output}_B"]
+            r = adapter_config.rank
             identity = jnp.tile(jnp.eye(r, dtype=B.dtype), (B.shape[1] // r, B.shape[2] // r))
             trained[block][output][f"{output}_B"] = B + identity
-    return (
-        {**base, "layers": layers},
-        {"layers": trained},
-        dataclasses.replace(adapter_config, add_to=()),
+    base = {**base, "layers": layers}
+    return base, {"layers": trained}, dataclasses.replace(adapter_config, add_to=())
+
+
+def _check_foldable(adapter_config: AdapterConfig) -> None:
+    def foldable(row: Method) -> bool:
+        return row.adds == "repeat" and row.writes == "block"
+
+    able = ", ".join(name for name, row in METHODS.items() if foldable(row))
+    require(
+        foldable(adapter_config.row),
+        f"fold_adds: {adapter_config.method} has no adds beside a path around the block; {able} have",
     )
+    slots = adapter_config.slots
+    for inputs, output in BLOCKS.values():
+        require(
+            bool(slots[output].backward) or not slots[inputs].forward,
+            "fold_adds: no z would reach anything but W, since adapter.targets="
+            f"{','.join(adapter_config.targets)} leave {output!r} out; serve it without",
+        )
 
 
 def widen(adapter: Tree, adapter_config: AdapterConfig, rank: int) -> tuple[Tree, AdapterConfig]:
@@ -70,37 +68,35 @@ def widen(adapter: Tree, adapter_config: AdapterConfig, rank: int) -> tuple[Tree
     New rows of B are zeros. New channels of A are zeros too, or, for a method that repeats z, copies of the old ones,
     since the tiling's period grows: `rank` must then be a multiple of the adapter's. Raises UserError otherwise.
     """
-    r, row = adapter_config.rank, adapter_config.row
+    r = adapter_config.rank
+    row = adapter_config.row
     repeats = row.adds == "repeat" or row.writes == "stream"
-    if rank < r or (repeats and rank % r):
-        need = (
-            f"a multiple of {r}, since {adapter_config.method} tiles z"
-            if repeats
-            else f"at least {r}"
-        )
-        raise UserError(
-            f"an adapter of rank {r} cannot be widened to rank {rank}; it must be {need}"
-        )
+    need = (
+        f"a multiple of {r}, since {adapter_config.method} tiles z" if repeats else f"at least {r}"
+    )
+    require(
+        rank >= r and not (repeats and rank % r),
+        f"an adapter of rank {r} cannot be widened to rank {rank}; it must be {need}",
+    )
 
-    def grown(path: str, leaf: Array) -> Array:
-        axis = leaf.ndim - 1 if path == "A" else leaf.ndim - 2
+    def grown(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
+        is_A = path[-1].key == "A"
+        axis = leaf.ndim - (1 if is_A else 2)
         pieces = jnp.split(leaf, leaf.shape[axis] // r, axis=axis)
-        if path == "A" and repeats:
-            pieces = [jnp.concatenate([piece] * (rank // r), axis=axis) for piece in pieces]
+        if is_A and repeats:
+            wide = [piece for piece in pieces for _ in range(rank // r)]
         else:
-            room = [(0, rank - r) if i == axis else (0, 0) for i in range(leaf.ndim)]
-            pieces = [jnp.pad(piece, room) for piece in pieces]
-        return jnp.concatenate(pieces, axis=axis)
+            room = jnp.zeros_like(pieces[0], shape=_resized(pieces[0].shape, axis, rank - r))
+            wide = [part for piece in pieces for part in (piece, room)]
+        return jnp.concatenate(wide, axis=axis)
 
-    layers = {
-        block: {
-            product: {path: grown(path, leaf) for path, leaf in leaves.items()}
-            for product, leaves in products.items()
-        }
-        for block, products in adapter["layers"].items()
-    }
     alpha = adapter_config.scale * (rank**0.5 if adapter_config.rslora else rank)
-    return {"layers": layers}, dataclasses.replace(adapter_config, rank=rank, alpha=alpha)
+    wide_config = dataclasses.replace(adapter_config, rank=rank, alpha=alpha)
+    return jax.tree_util.tree_map_with_path(grown, adapter), wide_config
+
+
+def _resized(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
+    return (*shape[:axis], length, *shape[axis + 1 :])
 
 
 def merge(base: Tree, adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
@@ -141,7 +137,8 @@ def merged_kernel(
     slot = next(
         slot for product, slot in adapter_config.slots.items() if projection in PRODUCTS[product]
     )
-    start, r = slot.forward.index(projection) * adapter_config.rank, adapter_config.rank
+    r = adapter_config.rank
+    start = slot.forward.index(projection) * r
     change = leaves["A"][..., start : start + r]
     if projection in slot.matrix:
         change = jnp.matmul(change, leaves[f"{projection}_B"], precision=jax.lax.Precision.HIGHEST)

@@ -308,7 +308,7 @@ def _write_transformers(trained: Trained, directory: Path, dtype: Any) -> dict[s
     base = jax.tree.map(np.asarray, trained.full_base)  # no copy on a CPU
 
     def layers(base: Tree, adapter: Tree) -> Iterator[tuple[str, Tree]]:
-        return fused_layers(base, adapter, config, adapter_config, transposed=True, dtype=dtype)
+        return fused_layers(base, adapter, config, adapter_config, _STORED, dtype)
 
     linears = jax.eval_shape(
         lambda *trees: dict(_linears(dict(layers(*trees)))), base, trained.adapter
