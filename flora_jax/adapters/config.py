@@ -1,4 +1,5 @@
-"""AdapterConfig: a method with its sizes, checked, and what it puts into each of a layer's four products."""
+"""AdapterConfig: a method with its sizes, checked, and what it puts into each of a layer's four
+products."""
 
 from __future__ import annotations
 
@@ -27,9 +28,11 @@ ACTIVATIONS = {
 class Slot:
     """What one fused product carries. Pieces are `rank` channels wide.
 
-    forward: the pieces of A's columns, each named after its projection (or "block", read once for the block).
+    forward: the pieces of A's columns, each named after its projection (or "block", read once for
+        the block).
     matrix: projections whose own piece returns through a B of its own, `[rank, d_out]`.
-    repeat: projections that a piece (its own, or else the sum of the incoming ones) is repeat-and-added to.
+    repeat: projections that a piece (its own, or else the sum of the incoming ones) is
+        repeat-and-added to.
     backward: projections with rows B that read the incoming z, `[backward_rank, d_out]`.
     skips_first: layer 0 has no such rows, since its incoming z is zero.
     """
@@ -77,14 +80,16 @@ class AdapterConfig:
 
     method: a name of METHODS.
     rank: r, channels a piece. `fft` ignores it.
-    alpha: the scale is s = alpha / rank (alpha / sqrt(rank) with rslora); default alpha = rank, so that s = 1
-        (sqrt(rank) with rslora).
-    targets: the projections adapted; default all seven. Methods that go around a block need it whole.
+    alpha: the scale is s = alpha / rank (alpha / sqrt(rank) with rslora); default alpha = rank, so
+        that s = 1 (sqrt(rank) with rslora).
+    targets: the projections adapted; default all seven. Methods that go around a block need it
+        whole.
     add_to: where repeat-and-add adds; default the method's own row.
     activation: `act` on the path around the block (fpa, parallel).
     dropout: on the input that the A's read, in training.
-    zero_init: the side, "A" or "B", that starts at zero, the other one starting full; default the method's own row. It
-        must be A where repeat-and-add or the stream passes z on as it is, since step 0 is to equal the base.
+    zero_init: the side, "A" or "B", that starts at zero, the other one starting full; default the
+        method's own row. It must be A where repeat-and-add or the stream passes z on as it is,
+        since step 0 is to equal the base.
     """
 
     method: str
@@ -169,7 +174,8 @@ class AdapterConfig:
         passes = self.add_to or self.row.writes == "stream"
         require(
             self.zero_init == "A" or not passes,
-            f"adapter.zero_init='B': {self.method} adds z as it is ({where}), so A must start at zero",
+            f"adapter.zero_init='B': {self.method} adds z as it is ({where}), so A must start at "
+            "zero",
         )
 
     def _refuse_unused(self) -> None:
@@ -200,7 +206,8 @@ class AdapterConfig:
         )
         require(
             row.writes != "stream" or self.targets == PROJECTIONS,
-            f"{where}: {self.method} carries channels through every block and needs all projections",
+            f"{where}: {self.method} carries channels through every block and needs all "
+            "projections",
         )
         if row.writes == "block":
             for block in BLOCKS:
@@ -278,8 +285,8 @@ class AdapterConfig:
         )
 
     def check(self, widths: Mapping[str, tuple[int, int]]) -> None:
-        """Raises UserError unless `rank` divides every width that repeat-and-add fills (`widths`: projection ->
-        (d_in, d_out)); `zflora` fills the model width once, before the final norm."""
+        """Raises UserError unless `rank` divides every width that repeat-and-add fills (`widths`:
+        projection -> (d_in, d_out)); `zflora` fills the model width once, before the final norm."""
         filled = {f"projection {p!r}": widths[p][1] for p in self.add_to}
         if self.row.writes == "stream":
             filled["the residual stream"] = widths["o"][1]
@@ -289,6 +296,7 @@ class AdapterConfig:
                 fits = [r for r in range(1, common + 1) if common % r == 0]
                 near = sorted(sorted(fits, key=lambda r: abs(r - self.rank))[:4])
                 raise UserError(
-                    f"adapter.rank={self.rank} does not divide {width}, the width of {what}, as repeat-and-add in "
+                    f"adapter.rank={self.rank} does not divide {width}, the width of {what}, as "
+                    "repeat-and-add in "
                     f"{self.method} needs; ranks near it that do: {', '.join(map(str, near))}"
                 )

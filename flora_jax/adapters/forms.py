@@ -1,5 +1,6 @@
-"""The same function in another form: repeat-and-adds folded into the base, an adapter of a larger rank, one merged into
-the base, one as a LoRA. Pure functions of variable trees in the split layout, leaves stacked [L, …]."""
+"""The same function in another form: repeat-and-adds folded into the base, an adapter of a larger
+rank, one merged into the base, one as a LoRA. Pure functions of variable trees in the split layout,
+leaves stacked [L, …]."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ Tree = dict[str, Any]
 def folded(
     base: Tree, adapter: Tree, adapter_config: AdapterConfig
 ) -> tuple[Tree, Tree, AdapterConfig]:
-    """Base, adapter and configuration with every repeat-and-add of an ffba folded: into W where z is read beside
-    (`W + s rep(A)`), into B where it is added to the block's output (`B` plus stacked tilings of the identity)."""
+    """Base, adapter and configuration with every repeat-and-add of an ffba folded: into W where z
+    is read beside (`W + s rep(A)`), into B where it is added to the block's output (`B` plus
+    stacked tilings of the identity)."""
     _check_foldable(adapter_config)
     slots = adapter_config.slots
     layers = jax.tree.map(lambda leaf: leaf, base["layers"])
@@ -51,7 +53,8 @@ def _check_foldable(adapter_config: AdapterConfig) -> None:
     able = ", ".join(name for name, row in METHODS.items() if foldable(row))
     require(
         foldable(adapter_config.row),
-        f"fold_adds: {adapter_config.method} has no adds beside a path around the block; {able} have",
+        f"fold_adds: {adapter_config.method} has no adds beside a path around the block; {able} "
+        "have",
     )
     slots = adapter_config.slots
     for inputs, output in BLOCKS.values():
@@ -65,8 +68,9 @@ def _check_foldable(adapter_config: AdapterConfig) -> None:
 def widen(adapter: Tree, adapter_config: AdapterConfig, rank: int) -> tuple[Tree, AdapterConfig]:
     """The same function at a larger rank, so that adapters of several ranks share a bank.
 
-    New rows of B are zeros. New channels of A are zeros too, or, for a method that repeats z, copies of the old ones,
-    since the tiling's period grows: `rank` must then be a multiple of the adapter's. Raises UserError otherwise.
+    New rows of B are zeros. New channels of A are zeros too, or, for a method that repeats z,
+    copies of the old ones, since the tiling's period grows: `rank` must then be a multiple of the
+    adapter's. Raises UserError otherwise.
     """
     r = adapter_config.rank
     row = adapter_config.row
@@ -102,10 +106,11 @@ def _resized(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
 def merge(base: Tree, adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
     """The base with the adapter's change of W added in: a bare Llama that computes what both did.
 
-    base, adapter: the `params` and `adapter` trees, leaves stacked `[L, …]`. lora and pf_lora: `W + s A B`; ffa:
-    `W + s rep(A)`; a piece of A `[L, d_in, r]`, B `[L, r, d_out]`. Sums are taken in float32 and cast once to the
-    kernel's dtype; leaves without an adapter are passed on as they are. Raises UserError (a ValueError) for a method
-    that is no change of W, and for an adapter of another configuration.
+    base, adapter: the `params` and `adapter` trees, leaves stacked `[L, …]`. lora and pf_lora:
+    `W + s A B`; ffa: `W + s rep(A)`; a piece of A `[L, d_in, r]`, B `[L, r, d_out]`. Sums are taken
+    in float32 and cast once to the kernel's dtype; leaves without an adapter are passed on as they
+    are. Raises UserError (a ValueError) for a method that is no change of W, and for an adapter of
+    another configuration.
     """
     row = adapter_config.row
     if not row.mergeable:
@@ -132,8 +137,9 @@ def merge(base: Tree, adapter: Tree, config: Any, adapter_config: AdapterConfig)
 def merged_kernel(
     kernel: Array, leaves: Mapping[str, Array], adapter_config: AdapterConfig, projection: str
 ) -> Array:
-    """`W + s A B` or `W + s rep(A)` of one projection, in the kernel's dtype: kernel `[…, d_in, d_out]` and the
-    adapter leaves of its product, of all layers or of one. Sums are taken in float32 and cast once."""
+    """`W + s A B` or `W + s rep(A)` of one projection, in the kernel's dtype: kernel
+    `[…, d_in, d_out]` and the adapter leaves of its product, of all layers or of one. Sums are
+    taken in float32 and cast once."""
     slot = next(
         slot for product, slot in adapter_config.slots.items() if projection in PRODUCTS[product]
     )
@@ -150,8 +156,9 @@ def merged_kernel(
 def as_lora(
     adapter: Tree, config: Any, adapter_config: AdapterConfig
 ) -> tuple[Tree, AdapterConfig]:
-    """The same function as a `lora`: a lora or pf_lora as it is, an ffa with the fixed tiling `[I I … I]` as its B's.
-    Raises UserError for a method that is no change of W, and for an adapter of another configuration."""
+    """The same function as a `lora`: a lora or pf_lora as it is, an ffa with the fixed tiling
+    `[I I … I]` as its B's. Raises UserError for a method that is no change of W, and for an adapter
+    of another configuration."""
     row = adapter_config.row
     if not row.mergeable:
         why = "it has no adapter" if row.reads is None else "it is no change of W"

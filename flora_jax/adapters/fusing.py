@@ -1,7 +1,8 @@
 """From the split layout to the fused one and back, by pure functions of variable trees.
 
-A fused product is `[W | A1 … AN]` or `[W ; B1 … BN]` for a bank of N adapters, N = 1 as a rule. d_in, d_out
-are the base's rows and columns, R_f forward channels and R_b backward channels of one adapter.
+A fused product is `[W | A1 … AN]` or `[W ; B1 … BN]` for a bank of N adapters, N = 1 as a rule.
+d_in, d_out are the base's rows and columns, R_f forward channels and R_b backward channels of one
+adapter.
 
     layers/<i>/<block>/<product>/kernel [d_in (+ N R_b + fill), d_out (+ N R_f)], bias [d_out]
     layers/<i>/<block>/<product>/<projection>_B [N r, width]     lora and pf_lora alone
@@ -37,8 +38,8 @@ def has_adapter(adapter_config: AdapterConfig | None) -> bool:
 
 
 def _scaled(leaf: Array, side: str, adapter_config: AdapterConfig) -> Array:
-    """The scale is in the side that by the method's own row starts at zero: in A for ffa, ffba* and zflora, in
-    B for the others."""
+    """The scale is in the side that by the method's own row starts at zero: in A for ffa, ffba* and
+    zflora, in B for the others."""
     return leaf * (adapter_config.scale if adapter_config.row.zero == side else 1)
 
 
@@ -48,9 +49,10 @@ def _unscaled(leaf: Array, side: str, adapter_config: AdapterConfig) -> Array:
 
 
 def parts_of(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
-    """What of a stacked adapter goes into each product, by block and product: `columns` [L, d_in, R_f], `rows`
-    [L, R_b, d_out], `<projection>_B` [L, r, width], the scale in them. Small leaves, which a host can hold by the
-    hundred; `write_adapter` writes them. Raises UserError for an adapter of another configuration."""
+    """What of a stacked adapter goes into each product, by block and product: `columns`
+    [L, d_in, R_f], `rows` [L, R_b, d_out], `<projection>_B` [L, r, width], the scale in them. Small
+    leaves, which a host can hold by the hundred; `write_adapter` writes them. Raises UserError for
+    an adapter of another configuration."""
     check_adapter(adapter, config, adapter_config)
     out: Tree = {}
     for block, products in pad_first_layer(adapter["layers"], adapter_config).items():
@@ -72,8 +74,10 @@ def _refuse_tensor_parallel(base: Tree) -> None:
         mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
         if mesh is not None and dict(mesh.shape).get("tensor", 1) > 1:
             raise UserError(
-                f"{jax.tree_util.keystr(path, simple=True, separator='/')} lies on a mesh with tensor="
-                f"{mesh.shape['tensor']}: the fused layout has no tensor parallelism yet; gather the "
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')} lies on a mesh with "
+                "tensor="
+                f"{mesh.shape['tensor']}: the fused layout has no tensor parallelism yet; gather "
+                "the "
                 "base on one device"
             )
 
@@ -86,15 +90,17 @@ def fuse(
     layout: Layout = FUSED,
     **changes: Any,
 ) -> Tree:
-    """The serving layout: `Llama(config, adapter_config).apply({"params": fused}, tokens)`. Forward adapters are
-    columns and backward adapters rows of the base's arrays (FLoRA, arXiv 2511.00050; zflora: arXiv 2510.25784).
+    """The serving layout: `Llama(config, adapter_config).apply({"params": fused}, tokens)`. Forward
+    adapters are columns and backward adapters rows of the base's arrays (FLoRA, arXiv 2511.00050;
+    zflora: arXiv 2510.25784).
 
-    base, adapter: trees in the split layout; of a sequence of N adapters, all of `adapter_config`, a bank is made
-    (then `apply` needs `select`). `{}` or None, with `adapter_config` None or fft: the bare base with merged
-    projections. Arrays are in the base's dtype. layout: a fused one, such as `device_layout()`; changes: fields of it
-    by name, `row_multiple=128`, `fold_adds=True` or `transposed=True`. The tree says itself how it lies
-    (`Layout.of`); `split` does not take one whose adds are folded. Raises UserError for trees that do not fit, a
-    tensor-parallel base, and fold_adds of a method without adds beside a path around the block.
+    base, adapter: trees in the split layout; of a sequence of N adapters, all of `adapter_config`,
+    a bank is made (then `apply` needs `select`). `{}` or None, with `adapter_config` None or fft:
+    the bare base with merged projections. Arrays are in the base's dtype. layout: a fused one, such
+    as `device_layout()`; changes: fields of it by name, `row_multiple=128`, `fold_adds=True` or
+    `transposed=True`. The tree says itself how it lies (`Layout.of`); `split` does not take one
+    whose adds are folded. Raises UserError for trees that do not fit, a tensor-parallel base, and
+    fold_adds of a method without adds beside a path around the block.
     """
     layout = dataclasses.replace(layout, **changes)
     layers = dict(fused_layers(base, adapter, config, adapter_config, layout))
@@ -119,8 +125,9 @@ def fused_layers(
     layout: Layout = FUSED,
     dtype: Any = None,
 ) -> Iterator[tuple[str, Tree]]:
-    """The layers of `fuse`'s tree by number, each made when it is asked for; arguments and errors as there. dtype: of
-    the arrays, default the base's. Of numpy arrays numpy arrays are made, with no copy but the joined ones."""
+    """The layers of `fuse`'s tree by number, each made when it is asked for; arguments and errors
+    as there. dtype: of the arrays, default the base's. Of numpy arrays numpy arrays are made, with
+    no copy but the joined ones."""
     _refuse_tensor_parallel(base)
     check_base(base, config)
     adapters = _as_list(adapter)
@@ -152,14 +159,16 @@ def _check_given(adapters: list[Tree], adapter_config: AdapterConfig | None) -> 
         raise UserError("an adapter was given without the adapter_config that it belongs to")
     if has_adapter(adapter_config) and not adapters:
         raise UserError(
-            f"adapter_config is of {adapter_config.method}, but no adapter was given; pass None for both"
+            f"adapter_config is of {adapter_config.method}, but no adapter was given; pass None "
+            "for both"
         )
 
 
 def _joined(
     leaves: Tree, parts: list[Tree], product: str, shape: tuple[int, int], dtype: Any
 ) -> Tree:
-    """One layer's product as one array of `shape`, from the base's leaves and the parts of all adapters."""
+    """One layer's product as one array of `shape`, from the base's leaves and the parts of all
+    adapters."""
     first = next(iter(leaves.values()))
     dtype = first.dtype if dtype is None else dtype
     xp = np if isinstance(first, np.ndarray) else jnp
@@ -189,8 +198,8 @@ def _pad_to(array: Array, shape: Sequence[int]) -> Array:
 def each_layer(
     base: Tree, config: Any, product: Callable[[int, str, str], Tree], stream: int
 ) -> Iterator[tuple[str, Tree]]:
-    """Leaves of every layer by its number: `product(i, block, name)` of the four products, norms cut from the stack
-    and filled up to the width of the stream that they act on."""
+    """Leaves of every layer by its number: `product(i, block, name)` of the four products, norms
+    cut from the stack and filled up to the width of the stream that they act on."""
     for i in range(config.num_hidden_layers):
         norms = {
             name: {"scale": _pad_to(leaf["scale"][i], (stream,))}
@@ -205,13 +214,14 @@ def each_layer(
 
 
 def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: int) -> Tree:
-    """The fused tree of the same base with zeros where `places` adapters of `adapter_config` will be written;
-    whatever adapter was in it is dropped. What was there is copied layer by layer. Raises UserError for a tree whose
-    adds were folded: they are in its base."""
+    """The fused tree of the same base with zeros where `places` adapters of `adapter_config` will
+    be written; whatever adapter was in it is dropped. What was there is copied layer by layer.
+    Raises UserError for a tree whose adds were folded: they are in its base."""
     layout = Layout.of(fused)
     if layout.fold_adds:
         raise UserError(
-            "the repeat-and-adds of this tree were folded into its base: make_room cannot take them out again"
+            "the repeat-and-adds of this tree were folded into its base: make_room cannot take "
+            "them out again"
         )
     bare = dataclasses.replace(layout, adapters=0, rank=0)
     roomy = dataclasses.replace(layout, adapters=places, rank=adapter_config.rank)
@@ -249,18 +259,20 @@ def split(
 ) -> tuple[Tree, Tree]:
     """`(base, adapter)` of a fused tree, stacked again; of a bank, the adapter at `place`.
 
-    The base is bit-equal to what was fused; so is the adapter where s is a power of two (else within 2 ulp) and the
-    base's dtype is the adapter's. Raises UserError for a tree whose adds were folded, of another configuration, or
-    without such a place.
+    The base is bit-equal to what was fused; so is the adapter where s is a power of two (else
+    within 2 ulp) and the base's dtype is the adapter's. Raises UserError for a tree whose adds were
+    folded, of another configuration, or without such a place.
     """
     if Layout.of(fused).fold_adds:
         raise UserError(
-            "the repeat-and-adds of this tree were folded into its base: split cannot take them out again"
+            "the repeat-and-adds of this tree were folded into its base: split cannot take them "
+            "out again"
         )
     layout = check_fused(fused, config, adapter_config)
     if not 0 <= place < max(1, layout.adapters):
         raise UserError(
-            f"place={place} must be from 0 to {layout.adapters - 1}: the tree has {layout.adapters} adapters"
+            f"place={place} must be from 0 to {layout.adapters - 1}: the tree has "
+            f"{layout.adapters} adapters"
         )
     layers = [fused["layers"][str(i)] for i in range(config.num_hidden_layers)]
     stacked: Tree = {
@@ -331,11 +343,11 @@ def write_adapter(
     layout: Layout,
     place: Array,
 ) -> Tree:
-    """The `layers` of a fused tree that lie so, with the adapter of `parts` (`parts_of`) at `place` of the bank, scalar
-    int32.
+    """The `layers` of a fused tree that lie so, with the adapter of `parts` (`parts_of`) at `place`
+    of the bank, scalar int32.
 
-    Only the adapter's columns and rows are written (`dynamic_update_slice`: in place where the argument is
-    donated).
+    Only the adapter's columns and rows are written (`dynamic_update_slice`: in place where the
+    argument is donated).
     """
     out = jax.tree.map(lambda leaf: leaf, layers)
     for block, products in parts.items():
@@ -352,8 +364,8 @@ def write_adapter(
 def _write_part(
     leaves: Tree, layout: Layout, path: str, value: Array, edges: tuple[int, int], place: Array
 ) -> None:
-    """Writes one part of an adapter into a product's fused leaves: columns and rows behind the base's `edges`
-    (d_in, d_out) in its array, a B in its own."""
+    """Writes one part of an adapter into a product's fused leaves: columns and rows behind the
+    base's `edges` (d_in, d_out) in its array, a B in its own."""
     d_in, d_out = edges
     name = path
     start = (place * value.shape[0], 0)

@@ -1,7 +1,7 @@
 """FusedDense: one of a layer's products, with the adapter that rides in it.
 
-B, T as everywhere; R_f forward channels (pieces of `rank` side by side), R_b backward channels, N adapters
-side by side.
+B, T as everywhere; R_f forward channels (pieces of `rank` side by side), R_b backward channels, N
+adapters side by side.
 
 On one shape, `ffba` at rank 8 in the attention block of a model with D = 96, Q = 96, K * H = 32:
 
@@ -9,14 +9,15 @@ On one shape, `ffba` at rank 8 in the attention block of a model with D = 96, Q 
           z = s · x A,  A [96, 24],  z = (zq | zk | zv) [B, T, 24]
     o:    attn [B, T, 96], z [B, T, 24]  ->  attn · W + z · B,  B [24, 96]
 
-In the `split` layout (training) base kernels live in the collection `params` under the paths they have
-without an adapter, the adapter's leaves in the collection `adapter` beside them. In the `fused` layout
-(serving; fusing.py makes it) one array does both, in `params`:
+In the `split` layout (training) base kernels live in the collection `params` under the paths they
+have without an adapter, the adapter's leaves in the collection `adapter` beside them. In the
+`fused` layout (serving; fusing.py makes it) one array does both, in `params`:
 
     qkv:  kernel [96, 96 + 32 + 32 + 24] = [Wq | Wk | Wv | s · A]     x · kernel = (q | k | v | z)
     o:    kernel [96 + 24, 96] = [W ; B]                              (attn | z) · kernel
 
-or, where a target reads them faster so, all of a product's arrays transposed, `weight` in place of `kernel`.
+or, where a target reads them faster so, all of a product's arrays transposed, `weight` in place of
+`kernel`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def joined(pieces: Array) -> Array:
 
 
 def own_pieces(z: Array, names: Sequence[str], rank: int) -> dict[str, Array]:
-    """z `[…, N · P · r]`, the P pieces of N adapters one behind another, as piece by name `[…, N, r]`."""
+    """z `[…, N · P · r]`, the P pieces of N adapters one behind another, as piece by name
+    `[…, N, r]`."""
     z = z.reshape(*z.shape[:-1], -1, len(names), rank)
     pieces = jnp.split(z, len(names), axis=-2)
     return {name: piece.squeeze(-2) for name, piece in zip(names, pieces, strict=True)}
@@ -74,9 +76,9 @@ def adapt(
 ) -> list[Array]:
     """What the projections `names` gave, `ys` `[…, d_out]`, with what the adapter adds to each.
 
-    slot says what: a piece of z through a B of its own, the incoming z through rows B, and repeat-and-add. own:
-    the pieces read beside them, by name `[…, N, r]`; incoming: those read before, `[…, n, r]`; leaves:
-    `<projection>_B`; times: `(z, B)` to their product.
+    slot says what: a piece of z through a B of its own, the incoming z through rows B, and
+    repeat-and-add. own: the pieces read beside them, by name `[…, N, r]`; incoming: those read
+    before, `[…, n, r]`; leaves: `<projection>_B`; times: `(z, B)` to their product.
     """
     out = []
     for name, y in zip(names, ys, strict=True):
@@ -93,16 +95,17 @@ def adapt(
 class FusedDense(nn.Module):
     """`x [..., D_in]` and, where rows B ride, `z [..., R_b]` to `(ys, z_out)`.
 
-    ys: one array per projection of the product, `[..., d_out]`. z_out: `act(x A)`, `[..., R_f]`, or None,
-    scaled by s (in the fused layout: where s is in A). Arithmetic is in x's dtype; leaves are cast where they
-    are used.
+    ys: one array per projection of the product, `[..., d_out]`. z_out: `act(x A)`, `[..., R_f]`, or
+    None, scaled by s (in the fused layout: where s is in A). Arithmetic is in x's dtype; leaves are
+    cast where they are used.
 
-    Fused, with `select` `[B, N]` bool, the arrays hold a bank of N adapters side by side: z is N times as wide,
-    and of each row only the channels of its own adapter are kept. zflora's product reads the stream `[x | z]`
-    as one x, rows B and all, and writes it as one y.
+    Fused, with `select` `[B, N]` bool, the arrays hold a bank of N adapters side by side: z is N
+    times as wide, and of each row only the channels of its own adapter are kept. zflora's product
+    reads the stream `[x | z]` as one x, rows B and all, and writes it as one y.
 
-    Attributes: product, a name of PRODUCTS; widths, (d_in, d_out) by projection; adapter, None for the bare
-    base; use_bias, whether the base projections have one; param_dtype of the base; layout of the leaves.
+    Attributes: product, a name of PRODUCTS; widths, (d_in, d_out) by projection; adapter, None for
+    the bare base; use_bias, whether the base projections have one; param_dtype of the base; layout
+    of the leaves.
     """
 
     product: str
@@ -136,7 +139,7 @@ class FusedDense(nn.Module):
         """What the adapter puts here."""
         return Slot() if self.adapter is None else self.adapter.slots[self.product]
 
-    # -------------------------------------------------------------------------------------------- split
+    # ---------------------------------------------------------------------------------------- split
 
     def _split(
         self, x: Array, z: Array | None, deterministic: bool
@@ -182,7 +185,7 @@ class FusedDense(nn.Module):
         """z `[…, n r]` as pieces `[…, n, r]`."""
         return None if z is None else z.reshape(*z.shape[:-1], -1, self.adapter.rank)
 
-    # -------------------------------------------------------------------------------------------- fused
+    # ---------------------------------------------------------------------------------------- fused
 
     def _fused(
         self, x: Array, z: Array | None, select: Array | None
@@ -217,7 +220,8 @@ class FusedDense(nn.Module):
         return multiply_transposed if self.layout.transposed else multiply
 
     def _product(self, x: Array, z: Array | None, kernel: Array) -> Array:
-        """x, with the incoming z behind it where rows B ride, times the array, whatever fills up its rows."""
+        """x, with the incoming z behind it where rows B ride, times the array, whatever fills up
+        its rows."""
         slot = self.layout.slot(self.adapter, self.product)
         inputs = [x, z] if slot.backward and z is not None else [x]
         rows = sum(part.shape[-1] for part in inputs)
@@ -232,7 +236,8 @@ class FusedDense(nn.Module):
         return self.times(jnp.concatenate(inputs, axis=-1) if len(inputs) > 1 else x, kernel)
 
     def _stream(self, y: Array, leaves: Mapping[str, Array], select: Array | None) -> Array:
-        """What a product writes to zflora's stream, `[D | N r]`: of each row its own adapter's channels."""
+        """What a product writes to zflora's stream, `[D | N r]`: of each row its own adapter's
+        channels."""
         width = sum(self.widths[name][1] for name in self.names)
         if self.use_bias:
             y = y + jnp.pad(leaves["bias"], (0, y.shape[-1] - width))

@@ -33,7 +33,8 @@ class Layout:
     """Where everything lies.
 
     kind: a name of KINDS.
-    adapters: how many lie side by side in the arrays; 0: the bare base. A split tree has none in them.
+    adapters: how many lie side by side in the arrays; 0: the bare base. A split tree has none in
+        them.
     rank: r of each of them, 0 without any.
     row_multiple: products with rows B (for zflora: the whole stream) are filled up with zeros to a
         multiple of it. 128 or 256 keep a GPU's compiler from padding at run time; on a CPU it is
@@ -69,8 +70,8 @@ class Layout:
         )
 
     def mark(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The tree with the leaf that says so. It holds nothing: its shape says it, so that it passes
-        through jit, shapes alone, and files."""
+        """The tree with the leaf that says so. It holds nothing: its shape says it, so that it
+        passes through jit, shapes alone, and files."""
         fields = (
             getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "kind"
         )
@@ -88,8 +89,8 @@ class Layout:
         return "weight" if self.transposed else "kernel"
 
     def turned(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
-        """A product's leaves from `kernel [d_in, d_out]` to how they are stored, or back: a bias is as it
-        is, all others are transposed, or nothing is."""
+        """A product's leaves from `kernel [d_in, d_out]` to how they are stored, or back: a bias is
+        as it is, all others are transposed, or nothing is."""
         if not self.transposed:
             return dict(leaves)
         swap = {"kernel": "weight", "weight": "kernel"}
@@ -103,8 +104,8 @@ class Layout:
         return -(-rows // self.row_multiple) * self.row_multiple
 
     def stream(self, width: int, adapter: AdapterConfig | None) -> int:
-        """The width of the residual stream: the model's, and in zflora's fused layout the channels of all
-        adapters behind it."""
+        """The width of the residual stream: the model's, and in zflora's fused layout the channels
+        of all adapters behind it."""
         if self.kind != "fused" or self.adapters == 0 or adapter.row.writes != "stream":
             return width
         return self.filled(width + self.adapters * self.rank)
@@ -116,8 +117,8 @@ class Layout:
     def fused_shape(
         self, widths: Widths, adapter: AdapterConfig | None, product: str
     ) -> tuple[int, int]:
-        """Rows and columns of a product's one array `[d_in (+ N R_b + fill), d_out (+ N R_f)]`, before it
-        is transposed."""
+        """Rows and columns of a product's one array `[d_in (+ N R_b + fill), d_out (+ N R_f)]`,
+        before it is transposed."""
         names = PRODUCTS[product]
         rows = widths[names[0]][0]
         columns = sum(widths[name][1] for name in names)
@@ -150,8 +151,8 @@ FUSED = Layout(kind="fused")
 
 
 def device_layout() -> Layout:
-    """The fused layout that this device's compiler reads fastest and copies nothing of: rows in blocks on a
-    GPU, transposed arrays on a CPU."""
+    """The fused layout that this device's compiler reads fastest and copies nothing of: rows in
+    blocks on a GPU, transposed arrays on a CPU."""
     backend = jax.default_backend()
     return Layout(
         kind="fused",

@@ -1,7 +1,8 @@
-"""Every weight, declared once: its axes, its shape and its initial value; and the one comparison of trees.
+"""Every weight, declared once: its axes, its shape and its initial value; and the one comparison of
+trees.
 
-Axis letters: L layers, V vocabulary, D model, Q query heads x head width, K key/value heads x head width,
-F inner width of the MLP, R adapter channels.
+Axis letters: L layers, V vocabulary, D model, Q query heads x head width, K key/value heads x head
+width, F inner width of the MLP, R adapter channels.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class Leaf:
 
 
 def normal(stddev: float) -> Initializer:
-    """Normal values, as flax's initialiser of that name draws them, but large arrays row block by row
-    block, each from a key of its own: XLA's CPU compiler holds three times the size of what it draws at
-    once."""
+    """Normal values, as flax's initialiser of that name draws them, but large arrays row block by
+    row block, each from a key of its own: XLA's CPU compiler holds three times the size of what it
+    draws at once."""
 
     def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         least = -(-math.prod(shape) // _DRAWN_AT_ONCE)
@@ -93,7 +94,8 @@ def product_leaves(widths: Widths, product: str, use_bias: bool) -> dict[str, Le
 
 
 def base_leaves(config: Any) -> dict[str, Leaf]:
-    """Leaves of the base's whole tree by path, those of `layers/…` with L in front. config: a LlamaConfig."""
+    """Leaves of the base's whole tree by path, those of `layers/…` with L in front. config: a
+    LlamaConfig."""
     sizes = config.sizes
 
     def leaf(axes: str, init: Initializer) -> Leaf:
@@ -117,9 +119,9 @@ def base_leaves(config: Any) -> dict[str, Leaf]:
 def adapter_leaves(adapter: AdapterConfig, product: str, widths: Widths) -> dict[str, Leaf]:
     """Leaves of one layer's `product` in the adapter.
 
-    `A [d_in, R_f]`, its pieces in the slot's order, and `<projection>_B [rows, d_out]`. Initial values, which
-    make step 0 the base's (our choice; LoRA's is PEFT's): with B zero, A ~ U(−1/√d_in, 1/√d_in); with A zero,
-    B ~ N(0, 1/√rows).
+    `A [d_in, R_f]`, its pieces in the slot's order, and `<projection>_B [rows, d_out]`. Initial
+    values, which make step 0 the base's (our choice; LoRA's is PEFT's): with B zero, A ~
+    U(−1/√d_in, 1/√d_in); with A zero, B ~ N(0, 1/√rows).
     """
     slot = adapter.slots[product]
     first = PRODUCTS[product][0]
@@ -138,8 +140,9 @@ def adapter_leaves(adapter: AdapterConfig, product: str, widths: Widths) -> dict
 def init_adapter(rng: Array, config: Any, adapter_config: AdapterConfig) -> dict[str, Any]:
     """The adapter's initial variables, float32, leaves stacked `[L, …]`; `{}` for fft.
 
-    Each layer draws from a key of its own, so no fan is ever computed on a stacked shape. The base is not
-    touched. `config` needs `widths` and `num_hidden_layers` only. Raises UserError where the rank does not fit.
+    Each layer draws from a key of its own, so no fan is ever computed on a stacked shape. The base
+    is not touched. `config` needs `widths` and `num_hidden_layers` only. Raises UserError where the
+    rank does not fit.
     """
     adapter_config.check(config.widths)
     layers: dict[str, Any] = {}
@@ -164,8 +167,8 @@ def abstract_adapter(config: Any, adapter_config: AdapterConfig) -> dict[str, An
 
 
 def pad_first_layer(layers: dict[str, Any], adapter_config: AdapterConfig) -> dict[str, Any]:
-    """Stacked adapter leaves with zero rows put in front where layer 0 has none, so that every leaf is
-    `[L, …]`."""
+    """Stacked adapter leaves with zero rows put in front where layer 0 has none, so that every leaf
+    is `[L, …]`."""
 
     def pad(product: str, leaf: str, value: Array) -> Array:
         if not (adapter_config.slots[product].skips_first and leaf != "A"):
@@ -181,7 +184,7 @@ def pad_first_layer(layers: dict[str, Any], adapter_config: AdapterConfig) -> di
     }
 
 
-# --------------------------------------------------------------------------------------------- checks
+# ------------------------------------------------------------------------------------------- checks
 
 
 def shapes_of(tree: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]]:
@@ -193,8 +196,8 @@ def shapes_of(tree: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]]:
 def check_tree(
     found: Shapes, expected: Shapes, say: Callable[[str, Any, Any], str], *, partly: bool = False
 ) -> None:
-    """The one comparison of trees, by path and shape. Raises UserError for the first leaf that is absent (unless a
-    part is enough), of another shape, or extra.
+    """The one comparison of trees, by path and shape. Raises UserError for the first leaf that is
+    absent (unless a part is enough), of another shape, or extra.
 
     say: the sentence, from its path, the shape found and the one expected; None for none.
     """
@@ -215,16 +218,17 @@ def _says(leaf: str, what: str, remedy: str = "") -> Callable[[str, Any, Any], s
 
 
 def check_adapter(adapter: Mapping[str, Any], config: Any, adapter_config: AdapterConfig) -> None:
-    """Raises UserError unless `adapter` has the very leaves and shapes, `[L, …]`, that the configuration gives
-    (flax would ignore extra ones without a word)."""
+    """Raises UserError unless `adapter` has the very leaves and shapes, `[L, …]`, that the
+    configuration gives (flax would ignore extra ones without a word)."""
     expected = shapes_of(abstract_adapter(config, adapter_config))
     what = f"{adapter_config.method} at rank {adapter_config.rank} on this model"
     check_tree(shapes_of(adapter), expected, _says("adapter leaf", what))
 
 
 def check_base(base: Mapping[str, Any], config: Any) -> None:
-    """Raises UserError unless the layers of `base`, in the split layout, are those of the configuration:
-    indexing clamps and broadcasting repeats, so that a base of another depth would be served without a word."""
+    """Raises UserError unless the layers of `base`, in the split layout, are those of the
+    configuration: indexing clamps and broadcasting repeats, so that a base of another depth would
+    be served without a word."""
     leaves = sorted(base_leaves(config).items())
     expected = {path: leaf.shape for path, leaf in leaves if path.startswith("layers/")}
     found = shapes_of({"layers": base.get("layers", {})})
@@ -235,8 +239,8 @@ def check_base(base: Mapping[str, Any], config: Any) -> None:
 def check_fused(
     fused: Mapping[str, Any], config: Any, adapter_config: AdapterConfig | None
 ) -> Layout:
-    """The layout of a fused tree. Raises UserError unless its products and adapters are those of the
-    configuration."""
+    """The layout of a fused tree. Raises UserError unless its products and adapters are those of
+    the configuration."""
     layout = Layout.of(fused)
     if layout.kind != "fused":
         raise UserError(f"this is no fused tree but a {layout.kind} one; `fuse` makes one")

@@ -21,10 +21,12 @@ _FEW_ROWS = 128  # up to which `(W xᵀ)ᵀ` is not slower than `x Wᵀ` on a CP
 
 
 def repeat_and_add(y: Array, z: Array) -> Array:
-    """`y + rep(z)`: z `[..., r]` tiled along the last axis to y's width n (r divides n), then added to y `[..., n]`.
+    """`y + rep(z)`: z `[..., r]` tiled along the last axis to y's width n (r divides n), then added
+    to y `[..., n]`.
 
-    On a CPU z is tiled by concatenating it, which copies whole runs: the loops that XLA makes there of a broadcast
-    along an inner axis, and of all that it fuses with it, take 5 times as long. Elsewhere no copy is made.
+    On a CPU z is tiled by concatenating it, which copies whole runs: the loops that XLA makes there
+    of a broadcast along an inner axis, and of all that it fuses with it, take 5 times as long.
+    Elsewhere no copy is made.
     """
     return _repeat_and_add(y, z, z.shape[-1])
 
@@ -58,8 +60,8 @@ _repeat_and_add.defvjp(_repeat_and_add_forward, _repeat_and_add_backward)
 
 
 def keep_own(y: Array, start: int, width: int, select: Array) -> Array:
-    """y `[B, T, C]` with zeros in those of the N blocks of `width` channels from `start` on that `select` `[B, N]` does
-    not choose; channels before them are kept."""
+    """y `[B, T, C]` with zeros in those of the N blocks of `width` channels from `start` on that
+    `select` `[B, N]` does not choose; channels before them are kept."""
     before = jnp.ones((*select.shape[:-1], start), bool)
     after = y.shape[-1] - start - width * select.shape[-1]
     chosen = [
@@ -71,26 +73,31 @@ def keep_own(y: Array, start: int, width: int, select: Array) -> Array:
 
 
 def is_sum(x: Array, weights: int) -> bool:
-    """Whether XLA for a GPU turns a product of x with so many weights into a sum of the rows' products."""
+    """Whether XLA for a GPU turns a product of x with so many weights into a sum of the rows'
+    products."""
     return x.size == x.shape[-1] and weights <= _SUMMED
 
 
 def multiply(x: Array, kernel: Array) -> Array:
-    """`x W` in x's dtype, x `[..., d_in]`, kernel `[d_in, d_out]`; where XLA for a GPU makes a sum of it, in float32.
+    """`x W` in x's dtype, x `[..., d_in]`, kernel `[d_in, d_out]`; where XLA for a GPU makes a sum
+    of it, in float32.
 
-    In bfloat16 XLA would round each product of the sum and, with some numbers of rows, write them all out before it
-    adds them up: a tenth of the bytes that a Llama-3.2-1B moves at batch 1 (experiments/results/launches_tried.md).
+    In bfloat16 XLA would round each product of the sum and, with some numbers of rows, write them
+    all out before it adds them up: a tenth of the bytes that a Llama-3.2-1B moves at batch 1
+    (experiments/results/launches_tried.md).
     """
     dtype = jnp.float32 if is_sum(x, kernel.size) else None
     return jnp.matmul(x, kernel, preferred_element_type=dtype).astype(x.dtype)
 
 
 def multiply_transposed(x: Array, weight: Array, dtype: Any = None) -> Array:
-    """`x Wᵀ` in `dtype` (default x's), x `[..., d_in]`, weight `[d_out, d_in]`; for few rows computed as `(W xᵀ)ᵀ`.
+    """`x Wᵀ` in `dtype` (default x's), x `[..., d_in]`, weight `[d_out, d_in]`; for few rows
+    computed as `(W xᵀ)ᵀ`.
 
-    With the weight on the left XLA's CPU products read it at the speed of memory for any small batch; on the right they
-    are a third slower at batch 1 and 2 to 3 times at batch 8. The barrier keeps XLA from turning the product round.
-    With the hundreds of rows of a prefill it is not reading that takes the time, and the transposing only costs.
+    With the weight on the left XLA's CPU products read it at the speed of memory for any small
+    batch; on the right they are a third slower at batch 1 and 2 to 3 times at batch 8. The barrier
+    keeps XLA from turning the product round. With the hundreds of rows of a prefill it is not
+    reading that takes the time, and the transposing only costs.
     """
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > _FEW_ROWS:
@@ -101,8 +108,9 @@ def multiply_transposed(x: Array, weight: Array, dtype: Any = None) -> Array:
 
 @jax.custom_vjp
 def expand(z: Array, B: Array) -> Array:
-    """`z B`, z `[..., r]` and B `[r, d_out]`. Its own gradient, since the automatic one contracts the output's wide
-    cotangent as the left operand, which XLA transposes in memory first: it was a fifth of a LoRA step on a CPU."""
+    """`z B`, z `[..., r]` and B `[r, d_out]`. Its own gradient, since the automatic one contracts
+    the output's wide cotangent as the left operand, which XLA transposes in memory first: it was a
+    fifth of a LoRA step on a CPU."""
     return z @ B
 
 

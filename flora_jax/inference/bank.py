@@ -1,7 +1,8 @@
 """Which adapter lies where in the arrays, and how one takes another's place.
 
-One adapter is in the arrays at a time and another one is written over it, in place. Several are laid side by
-side once, as a bank; from then on a switch costs nothing and every token N adapters' bytes.
+One adapter is in the arrays at a time and another one is written over it, in place. Several are
+laid side by side once, as a bank; from then on a switch costs nothing and every token N adapters'
+bytes.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ def _write(
 class Bank:
     """A base in fused arrays with some of its adapters.
 
-    adapters: split trees by name; adapter_config: theirs, or one for each by name. They are alike but for rank and
-    alpha; smaller ranks are widened. params: the fused tree; places: the adapter at each place, None where there are
-    zeros; side_by_side: whether all of them lie in the arrays; adapter_config: of all of them, None where there is
-    nothing to write. Raises UserError for what does not
-    fit together.
+    adapters: split trees by name; adapter_config: theirs, or one for each by name. They are alike
+    but for rank and alpha; smaller ranks are widened. params: the fused tree; places: the adapter
+    at each place, None where there are zeros; side_by_side: whether all of them lie in the arrays;
+    adapter_config: of all of them, None where there is nothing to write. Raises UserError for what
+    does not fit together.
     """
 
     def __init__(
@@ -92,7 +93,8 @@ class Bank:
             raise UserError(f"adapter {name!r} is not loaded; {known}")
 
     def arrange(self, names: Collection[str | None]) -> None:
-        """Sees to it that the arrays hold the adapters of `names`: one by writing it, several by becoming a bank."""
+        """Sees to it that the arrays hold the adapters of `names`: one by writing it, several by
+        becoming a bank."""
         if self.side_by_side or self.adapter_config is None:
             return
         if len(names) > 1:
@@ -118,7 +120,8 @@ class Bank:
         self.places[place] = name
 
     def select(self, names: Sequence[str | None], rows: int) -> Array | None:
-        """`[rows, N]` bool, which adapter each row uses, those behind `names` none; None where there is no bank."""
+        """`[rows, N]` bool, which adapter each row uses, those behind `names` none; None where
+        there is no bank."""
         if not self.side_by_side:
             return None
         select = np.zeros((rows, len(self.places)), bool)
@@ -130,8 +133,8 @@ class Bank:
 def _shared_config(
     adapters: Mapping[str, Tree], configs: Mapping[str, AdapterConfig | None]
 ) -> AdapterConfig | None:
-    """The configuration of all adapters, of the largest rank among them; None without any, and where the method has
-    no adapter, the base being what was trained."""
+    """The configuration of all adapters, of the largest rank among them; None without any, and
+    where the method has no adapter, the base being what was trained."""
     if not adapters:
         return None
     for name in adapters:

@@ -1,13 +1,14 @@
 """The compiled functions of generation, and the state that they hand on.
 
-B batch, P prompt bucket, S slots of the key/value cache, V vocabulary, N adapters in the arrays. Weights are
-served in the fused layout and are arguments. Prompts are padded on the right to a bucket P; generated tokens
-follow from slot P on, whatever each row's own length, and positions are counted over real tokens alone.
+B batch, P prompt bucket, S slots of the key/value cache, V vocabulary, N adapters in the arrays.
+Weights are served in the fused layout and are arguments. Prompts are padded on the right to a
+bucket P; generated tokens follow from slot P on, whatever each row's own length, and positions are
+counted over real tokens alone.
 
     prompts of 5, 9, 14 tokens, 40 new ones:  prefill [B, 16] -> cache of 16 slots -> grown to 64 -> begin -> decode
 
-`prefill` compiles once per P, the decode loop once per S; the number of new tokens, stop tokens and seed are
-data.
+`prefill` compiles once per P, the decode loop once per S; the number of new tokens, stop tokens and
+seed are data.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def last_logits(
 def prefill(
     model: Llama, params: Tree, tokens: Array, lengths: Array, select: Array | None = None
 ) -> tuple[Array, KVCache]:
-    """Logits `[B, V]` after prompts `tokens` `[B, P]` of `lengths` `[B]`, and the cache of P slots that holds them.
+    """Logits `[B, V]` after prompts `tokens` `[B, P]` of `lengths` `[B]`, and the cache of P slots
+    that holds them.
     params: a fused tree; select `[B, N]` bool, of a bank."""
     B, P = tokens.shape
     cache = KVCache.empty(model.config, B, P, params["embed_tokens"]["embedding"].dtype)
@@ -70,9 +72,9 @@ def grow(cache: KVCache, slots: int) -> KVCache:
 
 @flax.struct.dataclass
 class State:
-    """Between two tokens: step, scalar int32; token `[B]`, the last one chosen; out `[B, S]`, those chosen so far;
-    count `[B]`, how many of them a row keeps; done `[B]` bool; failed `[B]` bool, whether it ended because its logits
-    were not finite; cache, without the last token."""
+    """Between two tokens: step, scalar int32; token `[B]`, the last one chosen; out `[B, S]`, those
+    chosen so far; count `[B]`, how many of them a row keeps; done `[B]` bool; failed `[B]` bool,
+    whether it ended because its logits were not finite; cache, without the last token."""
 
     step: Array
     token: Array
@@ -86,8 +88,8 @@ class State:
 def _choose(state: State, logits: Array, stop: Array, keys: Array, sampling: Sampling) -> State:
     """The state with the next token, from its logits `[B, V]`."""
     token = sample(jax.vmap(jax.random.fold_in, (0, None))(keys, state.step), logits, sampling)
-    # NaN is the largest of all that it stands among. Where a GPU takes the best token, to look at the logit of that one
-    # alone is no launch more; a sample has computed their maximum anyway.
+    # NaN is the largest of all that it stands among. Where a GPU takes the best token, to look at
+    # the logit of that one alone is no launch more; a sample has computed their maximum anyway.
     greedy = sampling.temperature == 0
     best = (
         jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
@@ -128,8 +130,8 @@ def _advance(
 def begin(
     logits: Array, cache: KVCache, done: Array, stop: Array, keys: Array, sampling: Sampling
 ) -> State:
-    """The state after the first token, chosen from the prompts' logits `[B, V]`; `done` `[B]` marks rows that are not
-    asked for. The cache (S slots) is consumed."""
+    """The state after the first token, chosen from the prompts' logits `[B, V]`; `done` `[B]` marks
+    rows that are not asked for. The cache (S slots) is consumed."""
     B, S = cache.valid.shape
     zero = jnp.zeros((), jnp.int32)
     tokens = jnp.zeros(B, jnp.int32)
@@ -150,8 +152,8 @@ def decode(
     select: Array | None = None,
     sampling: Sampling = Sampling(),
 ) -> State:
-    """Continues every row until it emits one of `stop` or has `max_new_tokens` in all, in one loop on the device. The
-    state is consumed; keys `[B]`, one a row; select as in `prefill`."""
+    """Continues every row until it emits one of `stop` or has `max_new_tokens` in all, in one loop
+    on the device. The state is consumed; keys `[B]`, one a row; select as in `prefill`."""
 
     def go_on(state: State) -> Array:
         return (state.step < max_new_tokens) & ~state.done.all()

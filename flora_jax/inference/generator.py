@@ -1,7 +1,7 @@
 """Generator: prompts in, text out, with the base and any of its adapters.
 
-B batch, P prompt bucket. Prompts are computed side by side in batches, longest first, by the compiled functions
-of decoding.py; what lies in the arrays is bank.py's.
+B batch, P prompt bucket. Prompts are computed side by side in batches, longest first, by the
+compiled functions of decoding.py; what lies in the arrays is bank.py's.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ _STOP_SLOTS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What one prompt was continued with: the new tokens, without prompt and stop token; their text (empty without a
-    tokenizer); and whether it ended at a stop token rather than at max_new_tokens."""
+    """What one prompt was continued with: the new tokens, without prompt and stop token; their text
+    (empty without a tokenizer); and whether it ended at a stop token rather than at max_new_tokens.
+    """
 
     text: str
     tokens: list[int]
@@ -53,7 +54,8 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One prompt: its place among those given, on which what it draws depends, its ids, and its adapter's name."""
+    """One prompt: its place among those given, on which what it draws depends, its ids, and its
+    adapter's name."""
 
     index: int
     tokens: list[int]
@@ -96,16 +98,18 @@ def _new_tokens(value: Any) -> int:
 
 
 def check_fits(config: LlamaConfig, batch_size: int, length: int, weights: int, dtype: Any) -> None:
-    """Raises UserError where `weights` bytes and a key/value cache of `batch_size` rows of `length` tokens, whose
-    slots are a power of two, are more than the device has."""
+    """Raises UserError where `weights` bytes and a key/value cache of `batch_size` rows of `length`
+    tokens, whose slots are a power of two, are more than the device has."""
     stats = jax.local_devices()[0].memory_stats() or {}
     memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     slot = 2 * config.num_hidden_layers * config.kv_width * jnp.dtype(dtype).itemsize
     cache = batch_size * bucket(length) * slot
     if weights + cache > memory:
         raise UserError(
-            f"batch_size={batch_size} with {length} tokens a row needs a cache of {cache / 1e9:.1f} GB "
-            f"beside {weights / 1e9:.1f} GB of weights, more than the device's {memory / 1e9:.1f} GB; "
+            f"batch_size={batch_size} with {length} tokens a row needs a cache of "
+            f"{cache / 1e9:.1f} GB "
+            f"beside {weights / 1e9:.1f} GB of weights, more than the device's {memory / 1e9:.1f} "
+            "GB; "
             "lower one of them"
         )
 
@@ -115,7 +119,8 @@ def check_sizes(config: LlamaConfig, base: Tree, max_length: int, batch_size: in
     limit = config.max_position_embeddings
     if not _is_integer(max_length) or not 2 <= max_length <= limit:
         raise UserError(
-            f"max_length={max_length!r} must be from 2 to the model's max_position_embeddings={limit}"
+            f"max_length={max_length!r} must be from 2 to the model's "
+            f"max_position_embeddings={limit}"
         )
     if not _is_integer(batch_size) or batch_size < 1:
         raise UserError(f"batch_size={batch_size!r} must be a positive integer")
@@ -155,13 +160,14 @@ def _check_kernel(config: LlamaConfig, decode_kernel: bool | None) -> None:
 class Generator:
     """Text from a base and its adapters.
 
-    base, adapters: trees in the `split` layout, leaves stacked (`load_pretrained`, `init_adapter`); they are copied
-    into fused arrays. Adapters go by name; adapter_config is theirs, or one for each by name: of one method, ranks
-    and alpha may differ (smaller ranks are widened). The first is in use, without any it is the bare base.
-    tokenizer: needed for prompts given as text and for the text of the result. max_length: tokens of prompt and
-    continuation together. batch_size: prompts computed side by side; fewer are filled up with dummies. decode_kernel:
-    as in `Llama`. Arithmetic is in the dtype of the base. Raises UserError where trees and configurations disagree,
-    and where the cache would not fit.
+    base, adapters: trees in the `split` layout, leaves stacked (`load_pretrained`, `init_adapter`);
+    they are copied into fused arrays. Adapters go by name; adapter_config is theirs, or one for
+    each by name: of one method, ranks and alpha may differ (smaller ranks are widened). The first
+    is in use, without any it is the bare base.
+    tokenizer: needed for prompts given as text and for the text of the result. max_length: tokens
+    of prompt and continuation together. batch_size: prompts computed side by side; fewer are filled
+    up with dummies. decode_kernel: as in `Llama`. Arithmetic is in the dtype of the base. Raises
+    UserError where trees and configurations disagree, and where the cache would not fit.
 
     One adapter is in the arrays at a time and `use` writes another one over it, in place.
     `generate(adapter_names=…)` with several lays them all side by side once, as a bank.
@@ -195,7 +201,8 @@ class Generator:
 
     @property
     def adapter_config(self) -> AdapterConfig | None:
-        """Of all adapters once the smaller ranks are widened; None where only the base is in the arrays."""
+        """Of all adapters once the smaller ranks are widened; None where only the base is in the
+        arrays."""
         return self._bank.adapter_config
 
     @property
@@ -204,8 +211,9 @@ class Generator:
         return self._bank.params
 
     def use(self, name: str | None) -> None:
-        """Switches to the adapter `name`, or with None to the bare base: writes its columns and rows into the arrays
-        (for None zeros), which everything compiled goes on using. In a bank nothing is written."""
+        """Switches to the adapter `name`, or with None to the bare base: writes its columns and
+        rows into the arrays (for None zeros), which everything compiled goes on using. In a bank
+        nothing is written."""
         self._bank.check(name)
         self._bank.arrange({name})
         self._name = name
@@ -219,14 +227,16 @@ class Generator:
         stop: Sequence[int] = (),
         adapter_names: Sequence[str | None] | None = None,
     ) -> list[Generation]:
-        """Continues each prompt (text, or token ids as they are) by at most `max_new_tokens`, in the order given.
+        """Continues each prompt (text, or token ids as they are) by at most `max_new_tokens`, in
+        the order given.
 
-        adapter_names: the adapter of each prompt, None for the bare base; by default all take the one in `use`. A row
-        ends at the model's or the tokenizer's end-of-text token, that of the chat template's turns, or one of `stop`
-        (ids). What prompt i draws depends on `seed` (0 to 2**32 - 1) and i alone. Raises UserError for a prompt that
-        is empty, has ids outside the vocabulary, or is longer than max_length − max_new_tokens, and for an adapter
-        that is not loaded; FloatingPointError, with the prompt, where a token was to be chosen from logits that are
-        not finite.
+        adapter_names: the adapter of each prompt, None for the bare base; by default all take the
+        one in `use`. A row ends at the model's or the tokenizer's end-of-text token, that of the
+        chat template's turns, or one of `stop` (ids). What prompt i draws depends on `seed` (0 to
+        2**32 - 1) and i alone. Raises UserError for a prompt that is empty, has ids outside the
+        vocabulary, or is longer than max_length − max_new_tokens, and for an adapter that is not
+        loaded; FloatingPointError, with the prompt, where a token was to be chosen from logits that
+        are not finite.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             found = "one text" if isinstance(prompts, str) else repr(prompts)
@@ -237,7 +247,8 @@ class Generator:
         rows = self._rows(ids, adapter_names)
         settings = self._settings(max_new_tokens, sampling, seed, stop)
         self._bank.arrange({row.adapter for row in rows})
-        # The longest first: what is left for the last batch, which dummies fill up, are the shortest.
+        # The longest first: what is left for the last batch, which dummies fill up, are the
+        # shortest.
         rows = sorted(rows, key=lambda row: -len(row.tokens))
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         out: dict[int, Generation] = {}
@@ -254,9 +265,10 @@ class Generator:
         seed: int = 0,
         stop: Sequence[int] = (),
     ) -> Iterator[str]:
-        """The text of `generate([prompt], …)` with the adapter in use, piece by piece as tokens come; a piece ends
-        where characters are whole. Returns to Python after every token; raises UserError if the generator's arrays
-        have been given another adapter meanwhile, FloatingPointError as `generate` does."""
+        """The text of `generate([prompt], …)` with the adapter in use, piece by piece as tokens
+        come; a piece ends where characters are whole. Returns to Python after every token; raises
+        UserError if the generator's arrays have been given another adapter meanwhile,
+        FloatingPointError as `generate` does."""
         if self.tokenizer is None:
             raise UserError("stream gives text, but there is no tokenizer")
         max_new_tokens = _new_tokens(max_new_tokens)
@@ -290,7 +302,7 @@ class Generator:
         text = "" if self.tokenizer is None else self._text(tokens)
         return Generation(text, tokens, finished)
 
-    # --------------------------------------------------------------------------------------- what is asked
+    # -------------------------------------------------------------------------------- what is asked
 
     def _rows(self, ids: list[list[int]], adapter_names: Sequence[str | None] | None) -> list[_Row]:
         names = [self._name] * len(ids) if adapter_names is None else list(adapter_names)
@@ -339,13 +351,15 @@ class Generator:
                 )
         if len(tokens) > self.max_length - max_new_tokens:
             raise UserError(
-                f"prompt {i} has {len(tokens)} tokens, more than max_length={self.max_length} leaves "
-                f"beside max_new_tokens={max_new_tokens}; raise one, lower the other, or shorten the "
+                f"prompt {i} has {len(tokens)} tokens, more than max_length={self.max_length} "
+                "leaves "
+                f"beside max_new_tokens={max_new_tokens}; raise one, lower the other, or shorten "
+                "the "
                 "prompt"
             )
         return tokens
 
-    # ------------------------------------------------------------------------------------ what is computed
+    # ----------------------------------------------------------------------------- what is computed
 
     def _begin(self, rows: list[_Row], settings: _Settings, batch_size: int) -> _Begun:
         """The rows after their first token, dummies behind them."""
@@ -390,7 +404,8 @@ class Generator:
         text = "" if self.tokenizer is None else f" ({self._text(row.tokens)[:60]!r})"
         adapter = "" if row.adapter is None else f" with adapter {row.adapter!r}"
         return FloatingPointError(
-            f"prompt {row.index}{text}{adapter}: the logits after {count} new tokens are not finite; "
+            f"prompt {row.index}{text}{adapter}: the logits after {count} new tokens are not "
+            "finite; "
             f"{NOT_FINITE}"
         )
 

@@ -1,4 +1,5 @@
-"""How the next token is chosen from its logits: greedy, or sampled after temperature, top-k and top-p.
+"""How the next token is chosen from its logits: greedy, or sampled after temperature, top-k and
+top-p.
 
 B batch, V vocabulary.
 """
@@ -21,7 +22,8 @@ Array = jax.Array
 class Sampling:
     """Decode settings; hashable, so that a compiled decode loop holds only what its setting needs.
 
-    temperature: 0 takes the best token (and then top_k and top_p are not read). top_k: keep the k best, 0 keeps all.
+    temperature: 0 takes the best token (and then top_k and top_p are not read). top_k: keep the k
+        best, 0 keeps all.
     top_p: keep the smallest set of best tokens whose probability reaches p, 1 keeps all.
     """
 
@@ -38,7 +40,8 @@ class Sampling:
             value = getattr(self, field)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise UserError(
-                    f"{field}={value!r} must be {'a number' if kind is numbers.Real else 'an integer'}"
+                    f"{field}={value!r} must be "
+                    f"{'a number' if kind is numbers.Real else 'an integer'}"
                 )
             # Plain ones, which hash and compare alike whatever library they came from.
             object.__setattr__(
@@ -55,7 +58,8 @@ class Sampling:
 
 
 def keep_top(logits: Array, top_k: int, top_p: float) -> Array:
-    """`logits` [B, V] with −inf at every token outside the top k, then outside the nucleus p of what is left."""
+    """`logits` [B, V] with −inf at every token outside the top k, then outside the nucleus p of
+    what is left."""
     if 0 < top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
@@ -72,12 +76,13 @@ def keep_top(logits: Array, top_k: int, top_p: float) -> Array:
 
 
 def sample(keys: Array, logits: Array, sampling: Sampling) -> Array:
-    """One token a row, `[B]` int32, from logits `[B, V]`; `keys` `[B]`, a random key a row, so that what a row draws
-    does not depend on the rows beside it. Greedy reads no key."""
+    """One token a row, `[B]` int32, from logits `[B, V]`; `keys` `[B]`, a random key a row, so that
+    what a row draws does not depend on the rows beside it. Greedy reads no key."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32)
-    # The best one at 0, where no temperature, however small, makes it overflow, unless it were 0 itself in float32.
+    # The best one at 0, where no temperature, however small, makes it overflow, unless it were 0
+    # itself in float32.
     temperature = max(sampling.temperature, float(jnp.finfo(jnp.float32).tiny))
     logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
     logits = keep_top(logits, sampling.top_k, sampling.top_p)

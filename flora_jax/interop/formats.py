@@ -1,4 +1,5 @@
-"""The three formats of an export: what each can hold, how it is written, how our own model reads it back.
+"""The three formats of an export: what each can hold, how it is written, how our own model reads it
+back.
 
     merged         a plain LlamaForCausalLM: the adapter is in its weights      any reader of Llamas
     peft           a LoRA over the base                                         PEFT, transformers, vLLM
@@ -54,8 +55,9 @@ _ACT2FN = {"gelu": "gelu_pytorch_tanh"}  # transformers' name for the gelu that 
 class Trained:
     """What is exported.
 
-    base: the base's parameters as they were before training; adapter: the adapter's leaves, `{}` for fft; params: base
-    leaves that trained, `{}` if none; base_model: the name that readers know the base by; fingerprint: the base's;
+    base: the base's parameters as they were before training; adapter: the adapter's leaves, `{}`
+    for fft; params: base leaves that trained, `{}` if none; base_model: the name that readers know
+    the base by; fingerprint: the base's;
     base_files: the HF directory that the base came from, None where it came from none;
     licence: the base's.
     """
@@ -92,8 +94,8 @@ def _module(layer: int | str, product: str) -> str:
 
 
 def _write_model_files(trained: Trained, directory: Path, dtype: Any, **fields: Any) -> None:
-    """config.json with `fields` in it, generation_config.json (the base's own, where it came with one, with all tokens
-    that end an answer), the tokenizer's files."""
+    """config.json with `fields` in it, generation_config.json (the base's own, where it came with
+    one, with all tokens that end an answer), the tokenizer's files."""
     config = trained.config.to_hf()
     # transformers 5 reads `dtype`, those before `torch_dtype`.
     write_json(
@@ -129,8 +131,8 @@ _TOKENIZER_FILES = (
 
 
 def _write_tokenizer(trained: Trained, directory: Path) -> None:
-    """The base's own files, byte for byte, where it came with any and they are the tokenizer's: whatever reads the
-    base's then reads these. Otherwise files that transformers 4 and 5 read."""
+    """The base's own files, byte for byte, where it came with any and they are the tokenizer's:
+    whatever reads the base's then reads these. Otherwise files that transformers 4 and 5 read."""
     own = trained.base_files
     files = [file for name in _TOKENIZER_FILES for file in (own.glob(name) if own else ())]
     known = any(file.name in VOCABULARIES for file in files)
@@ -143,7 +145,8 @@ def _write_tokenizer(trained: Trained, directory: Path) -> None:
     # The chat template in tokenizer_config.json, where every version looks for it.
     trained.tokenizer.save_pretrained(directory, save_jinja_files=False)
     config = read_json(directory / "tokenizer_config.json")
-    # What transformers 5 alone knows: its name of the class, and its name of what was `additional_special_tokens`.
+    # What transformers 5 alone knows: its name of the class, and its name of what was
+    # `additional_special_tokens`.
     extra = config.pop("extra_special_tokens", None)
     config = {name: value for name, value in config.items() if name not in ("backend", "is_local")}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -152,8 +155,8 @@ def _write_tokenizer(trained: Trained, directory: Path) -> None:
 
 
 class Stacked:
-    """A leaf `[L, …]` of the split layout whose layers lie in as many mapped tensors: nothing is read until a layer is
-    taken out."""
+    """A leaf `[L, …]` of the split layout whose layers lie in as many mapped tensors: nothing is
+    read until a layer is taken out."""
 
     def __init__(self, layers: list[np.ndarray]):
         self._layers = layers
@@ -172,7 +175,7 @@ def _read_leaf(path: str, names: list[str], tensors: dict[str, np.ndarray]) -> A
     return Stacked(found) if path.startswith("layers/") else found[0]
 
 
-# ------------------------------------------------------------------------------------------------ merged
+# ------------------------------------------------------------------------------------------- merged
 
 
 def _refuse_merged(adapter_config: AdapterConfig, params: Tree) -> str | None:
@@ -215,14 +218,16 @@ def _write_merged(trained: Trained, directory: Path, dtype: Any) -> dict[str, An
                 )
                 if np.array_equal(merged, kernel):
                     raise UserError(
-                        f"{name}: the adapter of {projection!r} changes nothing there; was it trained?"
+                        f"{name}: the adapter of {projection!r} changes nothing there; was it "
+                        "trained?"
                     )
                 value = merged.T
             yield name, value
 
     write_shards(directory, hf_shapes(trained.config), dtype, tensors())
     _write_model_files(trained, directory, dtype)
-    # Tensor by tensor against the base: what was to change may have, all else must be the base's own.
+    # Tensor by tensor against the base: what was to change may have, all else must be the base's
+    # own.
     names = hf_names(trained.config)
     changing = {*targets, *(name for path in _flat(trained.params) for name in names[path])}
     there, changed = map_shards(directory), 0
@@ -234,7 +239,8 @@ def _write_merged(trained: Trained, directory: Path, dtype: Any) -> dict[str, An
         changed += not same
     if not changed:
         raise UserError(
-            f"no tensor differs from the base's in {dtype.name}; --dtype float32 keeps small changes"
+            f"no tensor differs from the base's in {dtype.name}; --dtype float32 keeps small "
+            "changes"
         )
     return {"tensors": len(there), "targeted": len(changing), "changed": changed}
 
@@ -248,7 +254,7 @@ def _read_merged(trained: Trained, directory: Path) -> tuple[None, Tree]:
     return None, {"params": unflatten_dict(leaves, sep="/")}
 
 
-# -------------------------------------------------------------------------------------------------- peft
+# --------------------------------------------------------------------------------------------- peft
 
 
 def _refuse_peft(adapter_config: AdapterConfig, params: Tree) -> str | None:
@@ -271,7 +277,7 @@ def _read_peft(trained: Trained, directory: Path) -> tuple[AdapterConfig, Tree]:
     return lora, {"params": trained.base, "adapter": found["adapter"]}
 
 
-# ------------------------------------------------------------------------------------------ transformers
+# ------------------------------------------------------------------------------------- transformers
 
 
 def _refuse_transformers(adapter_config: AdapterConfig, params: Tree) -> str | None:
@@ -334,7 +340,8 @@ def remote_config(adapter_config: AdapterConfig) -> dict[str, Any]:
     stream, activation = adapter_config.row.writes == "stream", adapter_config.activation
     products = {
         product: {
-            # A stream is wider for every product alike: nothing is cut off it or joined to it there.
+            # A stream is wider for every product alike: nothing is cut off it or joined to it
+            # there.
             "forward": [] if stream else list(slot.forward),
             "matrix": list(slot.matrix),
             "repeat": list(slot.repeat),
@@ -400,9 +407,10 @@ def _read_linear(
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """refuse: why it cannot hold a method (with base leaves that trained), None if it can. write: the files, in a
-    directory that is there, in a dtype; returns what it can say about them. read: configuration and variables that our
-    own Llama computes with, the weights mapped from the files."""
+    """refuse: why it cannot hold a method (with base leaves that trained), None if it can. write:
+    the files, in a directory that is there, in a dtype; returns what it can say about them. read:
+    configuration and variables that our own Llama computes with, the weights mapped from the files.
+    """
 
     refuse: Callable[[AdapterConfig, Tree], str | None]
     write: Callable[[Trained, Path, Any], dict[str, Any]]

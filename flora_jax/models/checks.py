@@ -1,5 +1,5 @@
-"""What a Llama refuses before it computes: variables of another configuration, which flax would ignore, and
-arguments that JAX would clamp, broadcast or read as NaN. Each raises UserError.
+"""What a Llama refuses before it computes: variables of another configuration, which flax would
+ignore, and arguments that JAX would clamp, broadcast or read as NaN. Each raises UserError.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def check_select(select: Array | None, layout: Layout) -> None:
     places = layout.adapters
     if found != places:
         raise UserError(
-            f"the fused tree is a bank of {places} adapters and needs select [B, {places}]; {found=}"
+            f"the fused tree is a bank of {places} adapters and needs select [B, {places}]; "
+            f"{found=}"
         )
 
 
@@ -114,7 +115,8 @@ def check_room(tokens: Array, cache: KVCache, segment_ids: Array | None) -> None
     index = 0 if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
     if index + T > S:
         raise UserError(
-            f"{T} tokens from slot {index} on do not fit into a cache of {S} slots; make a longer one"
+            f"{T} tokens from slot {index} on do not fit into a cache of {S} slots; make a longer "
+            "one"
         )
     if segment_ids is not None:
         raise UserError(

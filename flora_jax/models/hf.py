@@ -1,8 +1,9 @@
 """Which HF tensor is which leaf of the base parameter tree: one table, read in both directions.
 
-HF stores a projection as `[out, in]`, one tensor a layer; our kernels are `[in, out]` and the leaves of the layers
-are stacked on axis 0. So `model.layers.0 … 29.mlp.up_proj.weight`, 30 tensors of `[1536, 576]`, are the one leaf
-`layers/mlp/gate_up/up_kernel [30, 576, 1536]`. Nothing else is reordered.
+HF stores a projection as `[out, in]`, one tensor a layer; our kernels are `[in, out]` and the
+leaves of the layers are stacked on axis 0. So `model.layers.0 … 29.mlp.up_proj.weight`, 30 tensors
+of `[1536, 576]`, are the one leaf `layers/mlp/gate_up/up_kernel [30, 576, 1536]`. Nothing else is
+reordered.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Two bytes of a float at a time: numpy has no fast way to ask bfloat16 whether it is finite.
 _EXPONENT_BITS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
 
-# Rows of an HF tensor copied at a time: bounds what a load holds beside its result and keeps a transpose in cache.
+# Rows of an HF tensor copied at a time: bounds what a load holds beside its result and keeps a
+# transpose in cache.
 _BLOCK_ROWS = 64
 
 
@@ -112,8 +114,9 @@ def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 def check_hf_tensors(
     config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
-    """Raises UserError unless the tensors of `source` (HF name -> shape) are exactly those that `config` asks for.
-    Stored rotary frequencies, and a stored lm_head of a tied model, are redundant and pass."""
+    """Raises UserError unless the tensors of `source` (HF name -> shape) are exactly those that
+    `config` asks for. Stored rotary frequencies, and a stored lm_head of a tied model, are
+    redundant and pass."""
     expected = hf_shapes(config)
     found = {name: tuple(shape) for name, shape in shapes.items()}
     for name in shapes:
@@ -139,8 +142,9 @@ def check_hf_tensors(
 def settle_tying(
     config: LlamaConfig, tensors: Mapping[str, Tensor]
 ) -> tuple[LlamaConfig, Mapping[str, Tensor]]:
-    """The configuration and tensors of a checkpoint, tied as transformers 5 ties them: a model that says it is tied but
-    is stored with an lm_head that is not its embedding is not. Where one of the two is stored, it is both."""
+    """The configuration and tensors of a checkpoint, tied as transformers 5 ties them: a model that
+    says it is tied but is stored with an lm_head that is not its embedding is not. Where one of the
+    two is stored, it is both."""
     head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
     if not config.tie_word_embeddings or head is None:
         return config, tensors
@@ -172,14 +176,16 @@ def from_hf_tensors(
 
     Args:
       config: the architecture; `tensors` must be exactly its tensors, in HF orientation.
-      tensors: HF name -> Tensor; read leaf by leaf, block by block, and only the parts that local devices hold.
+      tensors: HF name -> Tensor; read leaf by leaf, block by block, and only the parts that local
+          devices hold.
       dtype: dtype of every leaf: float32, bfloat16 or float16.
-      shardings: a tree of `jax.sharding.Sharding` like the result, or a function path -> Sharding (path as
-        `layers/attention/qkv/q_kernel`); None puts everything, uncommitted, on the default device.
+      shardings: a tree of `jax.sharding.Sharding` like the result, or a function path -> Sharding
+        (path as `layers/attention/qkv/q_kernel`); None puts everything, uncommitted, on the default
+        device.
       source: the name that errors give to the checkpoint.
 
-    Returns: the nested dict of jax arrays. Raises UserError before it allocates anything, but for a value that is not
-    finite, or not in `dtype`, which is met where it is read.
+    Returns: the nested dict of jax arrays. Raises UserError before it allocates anything, but for a
+    value that is not finite, or not in `dtype`, which is met where it is read.
     """
     check_hf_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, source)
     dtype = _float_dtype(dtype)
@@ -212,9 +218,9 @@ def hf_names(config: LlamaConfig) -> dict[str, list[str]]:
 def to_hf_tensors(
     config: LlamaConfig, params: Mapping[str, Any], only: Callable[[str], bool] = lambda path: True
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields `(HF name, array)` for every tensor, `[out, in]`, contiguous, in the dtype of its leaf; bit-equal to what
-    `from_hf_tensors` read if it read the same dtype. only: which leaves, by path. Raises UserError if `params` is not
-    the tree of `config`."""
+    """Yields `(HF name, array)` for every tensor, `[out, in]`, contiguous, in the dtype of its
+    leaf; bit-equal to what `from_hf_tensors` read if it read the same dtype. only: which leaves, by
+    path. Raises UserError if `params` is not the tree of `config`."""
     check_tree(shapes_of(params), leaf_shapes(config), _says_leaf)
     leaves = traverse_util.flatten_dict(dict(params), sep="/")
     for path, row in _rows(config).items():
@@ -285,8 +291,8 @@ def _read(
 def _read_tensor(
     out: np.ndarray, tensor: Tensor, index: tuple[range, ...], name: str, source: str
 ) -> None:
-    """Reads the part `index` of one HF tensor into `out`, block by block. Raises UserError for a value that is not
-    finite there."""
+    """Reads the part `index` of one HF tensor into `out`, block by block. Raises UserError for a
+    value that is not finite there."""
     rows, *columns = index
     columns = [slice(c.start, c.stop) for c in columns]
     for start in range(rows.start, rows.stop, _BLOCK_ROWS):
@@ -300,7 +306,8 @@ def _read_tensor(
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether no value of a float array is NaN or an infinity: those have all bits of the exponent set."""
+    """Whether no value of a float array is NaN or an infinity: those have all bits of the exponent
+    set."""
     bits = _EXPONENT_BITS.get(values.dtype.name)
     if bits is None:
         return bool(np.isfinite(values).all())
@@ -310,7 +317,8 @@ def all_finite(values: np.ndarray) -> bool:
 def _refuse_values(found: np.ndarray, dtype: np.dtype, file: str, name: str) -> NoReturn:
     if not np.isfinite(found.astype(np.float64)).all():
         raise UserError(
-            f"{file}: tensor {name!r} holds a value that is not finite (NaN or infinity); download the "
+            f"{file}: tensor {name!r} holds a value that is not finite (NaN or infinity); download "
+            "the "
             "checkpoint again, or take an earlier one of its training"
         )
     largest = np.abs(found.astype(np.float64)).max()
@@ -321,8 +329,9 @@ def _refuse_values(found: np.ndarray, dtype: np.dtype, file: str, name: str) -> 
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array whose memory starts on a 64-byte boundary: a CPU device then takes it over as it is,
-    where it would copy (and double) any other. Nothing writes to it once JAX has it."""
+    """An uninitialised array whose memory starts on a 64-byte boundary: a CPU device then takes it
+    over as it is, where it would copy (and double) any other. Nothing writes to it once JAX has it.
+    """
     size = int(np.prod(shape)) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64

@@ -1,7 +1,7 @@
 """Llama in flax.linen, pure functional: one layer, stacked and scanned to train, unrolled to serve.
 
-Axis letters: B batch, T query, S key, D model, K key/value heads, H head width, R rank, N adapters side by
-side, V vocabulary, L layers.
+Axis letters: B batch, T query, S key, D model, K key/value heads, H head width, R rank, N adapters
+side by side, V vocabulary, L layers.
 
     params/embed_tokens/embedding [V, D]
     params/layers/<block>_norm/scale [L, D]
@@ -58,10 +58,11 @@ REMAT_POLICIES = {
 class KVCache:
     """Keys and values of the tokens seen so far.
 
-    k: a tuple of L arrays `[B·K, H, S]`; v: of L arrays `[B·K, S, H]`: as the two products of a decode step
-    want them, with no reshaping between, so that a step writes its slot in place and copies nothing. valid
-    `[B, S]` bool, which slots hold real tokens; index, scalar int32, the slot that the next token is written
-    to, the same for every row (positions differ by row, slots do not).
+    k: a tuple of L arrays `[B·K, H, S]`; v: of L arrays `[B·K, S, H]`: as the two products of a
+    decode step want them, with no reshaping between, so that a step writes its slot in place and
+    copies nothing. valid `[B, S]` bool, which slots hold real tokens; index, scalar int32, the slot
+    that the next token is written to, the same for every row (positions differ by row, slots do
+    not).
     """
 
     k: tuple[Array, ...]
@@ -87,8 +88,8 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) · scale` in float32, returned in x's dtype. x `[..., D]`, or with further channels behind
-    the D, which pass as they are; scale is as wide as x."""
+    """`x / rms(x) · scale` in float32, returned in x's dtype. x `[..., D]`, or with further
+    channels behind the D, which pass as they are; scale is as wide as x."""
 
     width: int
     eps: float
@@ -115,8 +116,8 @@ class RMSNorm(nn.Module):
 class Parts:
     """What the modules of a layer are made of.
 
-    adapter: None for the bare base; layout: of the leaves; dense: the class of the products; decode_kernel:
-    whether a decode step does attention in one kernel of ours.
+    adapter: None for the bare base; layout: of the leaves; dense: the class of the products;
+    decode_kernel: whether a decode step does attention in one kernel of ours.
     """
 
     config: LlamaConfig
@@ -145,8 +146,8 @@ class Parts:
 
 
 class Attention(nn.Module):
-    """qkv, rotary embeddings, attention, o. Returns `(output, z written by o, (k, v))`, k and v in the cache's
-    form."""
+    """qkv, rotary embeddings, attention, o. Returns `(output, z written by o, (k, v))`, k and v in
+    the cache's form."""
 
     parts: Parts
 
@@ -185,8 +186,8 @@ class Attention(nn.Module):
         # It imports what only a GPU needs.
         from flora_jax.models.decode_attention import decode_attention
 
-        # With z behind it, this is what the product gave, and no copy of a part of it; z is then read out of
-        # it, or XLA would make it a second time.
+        # With z behind it, this is what the product gave, and no copy of a part of it; z is then
+        # read out of it, or XLA would make it a second time.
         qkv = jnp.concatenate([q, k, v] if z is None else [q, k, v, z], axis=-1)
         qkv = jax.lax.optimization_barrier(qkv)
         if z is not None:
@@ -218,7 +219,8 @@ class Attention(nn.Module):
 
 
 def _remember(past: Past, k: Array, v: Array) -> tuple[Array, Array]:
-    """Keys and values of a layer with those of T more tokens, `[B, T, K, H]` each, in the cache's form."""
+    """Keys and values of a layer with those of T more tokens, `[B, T, K, H]` each, in the cache's
+    form."""
     past_k, past_v, index = past
     B, T, K, H = k.shape
     k = k.transpose(0, 2, 3, 1).reshape(B * K, H, T).astype(past_k.dtype)
@@ -245,8 +247,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer over the stream x `[B, T, D]` and, for zflora, its extra channels z `[B, T, R]`; fused,
-    those are the last channels of x."""
+    """One decoder layer over the stream x `[B, T, D]` and, for zflora, its extra channels z
+    `[B, T, R]`; fused, those are the last channels of x."""
 
     parts: Parts
 
@@ -279,14 +281,14 @@ class Llama(nn.Module):
     """A Llama with or without an adapter.
 
     `Llama(config, adapter_config).apply({"params": base, "adapter": adapter}, tokens)` gives logits
-    `[B, T, V]`, float32; `Llama(config, None).apply({"params": base}, tokens)` is the bare base. What `fuse`
-    gives is served by `Llama(config, adapter_config).apply({"params": fused}, tokens)`: the tree tells its
-    layout.
+    `[B, T, V]`, float32; `Llama(config, None).apply({"params": base}, tokens)` is the bare base.
+    What `fuse` gives is served by `Llama(config, adapter_config).apply({"params": fused}, tokens)`:
+    the tree tells its layout.
 
-    dtype: compute dtype, None for the embedding's. remat: what a layer keeps for the backward pass ("none"
-    keeps all, "products" what its four products give, "full" nothing). decode_kernel: whether a fused model's
-    decode step does attention in one kernel of ours, which only a GPU runs; None: where it can. dense: the
-    class of its products, for layouts that FusedDense does not know.
+    dtype: compute dtype, None for the embedding's. remat: what a layer keeps for the backward pass
+    ("none" keeps all, "products" what its four products give, "full" nothing). decode_kernel:
+    whether a fused model's decode step does attention in one kernel of ours, which only a GPU runs;
+    None: where it can. dense: the class of its products, for layouts that FusedDense does not know.
     """
 
     config: LlamaConfig
@@ -341,8 +343,8 @@ class Llama(nn.Module):
         return has_adapter(self.adapter) and self.adapter.row.writes == "stream"
 
     def _init_layers(self, rng: Array) -> Tree:
-        """Stacked leaves, each layer from a key of its own; one layer after another, so that no more than one
-        layer's random bits are in memory."""
+        """Stacked leaves, each layer from a key of its own; one layer after another, so that no
+        more than one layer's random bits are in memory."""
         parts = Parts(config=self.config, adapter=None, param_dtype=self.param_dtype)
         bare = Layer(parts, parent=None)
         x = jnp.zeros((1, 1, self.config.hidden_size))
@@ -369,7 +371,8 @@ class Llama(nn.Module):
                 jnp.einsum, "...D,VD->...V", preferred_element_type=jnp.float32
             )
             if hidden.size == hidden.shape[-1] and hidden.dtype != jnp.float32:
-                # Of one row cuBLAS gives no float32 results, and XLA would cast the whole matrix at every token.
+                # Of one row cuBLAS gives no float32 results, and XLA would cast the whole matrix at
+                # every token.
                 return product(jnp.stack([hidden, hidden]), unembedding)[0]
             return product(hidden, unembedding)
 
@@ -391,15 +394,17 @@ class Llama(nn.Module):
     ) -> tuple[Array, KVCache | None]:
         """Final normed states `[B, T, D]` of tokens `[B, T]` int32, and the cache with them in it.
 
-        positions: `[B, T]` int32 for the rotary embeddings; by default the token's place in its row (with a
-            cache: the number of real tokens before it).
-        segment_ids: `[B, T]` int32; tokens attend within their segment alone. Padding is a segment like any
-            other.
-        mask: `[B, T]` bool, which tokens are real, so that padding on either side is never attended to, or
-            `[B, T, S]` bool, which keys each query may see. Causality holds on top of either.
-        cache: T new tokens follow those of the cache, which must have room for them (under jit nothing can
-            check its index); row by row they need not be at the same position.
-        select: `[B, N]` bool, which of a fused bank's N adapters each row uses; a row of False is the bare base.
+        positions: `[B, T]` int32 for the rotary embeddings; by default the token's place in its row
+            (with a cache: the number of real tokens before it).
+        segment_ids: `[B, T]` int32; tokens attend within their segment alone. Padding is a segment
+            like any other.
+        mask: `[B, T]` bool, which tokens are real, so that padding on either side is never attended
+            to, or `[B, T, S]` bool, which keys each query may see. Causality holds on top of
+            either.
+        cache: T new tokens follow those of the cache, which must have room for them (under jit
+            nothing can check its index); row by row they need not be at the same position.
+        select: `[B, N]` bool, which of a fused bank's N adapters each row uses; a row of False is
+            the bare base.
         deterministic: no dropout; otherwise apply needs `rngs={"dropout": key}`.
         """
         checks.check_tokens(tokens, self.config.vocab_size)
@@ -425,7 +430,8 @@ class Llama(nn.Module):
         return self.final_norm(x), cache
 
     def _enter(self, x: Array) -> tuple[Array, Array | None]:
-        """The stream that layers read, from embeddings `[B, T, D]`: for zflora, with its channels at zero."""
+        """The stream that layers read, from embeddings `[B, T, D]`: for zflora, with its channels
+        at zero."""
         if not self._stream:
             return x, None
         if self.layout.kind == "split":
@@ -434,7 +440,8 @@ class Llama(nn.Module):
         return jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[-1]))), None
 
     def _leave(self, x: Array, z: Array | None) -> Array:
-        """States `[B, T, D]` from the stream that layers gave: for zflora, with z repeated and added."""
+        """States `[B, T, D]` from the stream that layers gave: for zflora, with z repeated and
+        added."""
         if not self._stream:
             return x
         if self.layout.kind == "split":
@@ -494,7 +501,8 @@ class Llama(nn.Module):
 
 
 def _positions(real: Array, cache: KVCache | None, counted: bool) -> Array:
-    """Places `[B, T]` int32 of tokens in their rows; those of real ones alone are counted where some are not."""
+    """Places `[B, T]` int32 of tokens in their rows; those of real ones alone are counted where
+    some are not."""
     if cache is None and not counted:
         return jnp.broadcast_to(jnp.arange(real.shape[1], dtype=jnp.int32), real.shape)
     before = 0 if cache is None else cache.valid.sum(-1, keepdims=True)
@@ -563,7 +571,8 @@ def abstract_base(config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:
 def init_base(
     rng: Array, config: LlamaConfig, dtype: Any = jnp.float32, shardings: Any = None
 ) -> Tree:
-    """Random base parameters (HF's initialisation, std 0.02), made straight in their shards where given."""
+    """Random base parameters (HF's initialisation, std 0.02), made straight in their shards where
+    given."""
     model = Llama(config, None, param_dtype=dtype)
 
     @functools.partial(jax.jit, out_shardings=shardings)
