@@ -30,7 +30,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 from flora_jax.adapters import AdapterConfig, Layout, abstract_adapter
-from flora_jax.analysis.variants import NO_DOT_MERGER, VARIANTS, serve
+from flora_jax.analysis.variants import NO_DOT_MERGER, get_variant, serve, variants
 from flora_jax.errors import UserError
 from flora_jax.inference.decoding import last_logits
 from flora_jax.models.config import LlamaConfig
@@ -393,8 +393,8 @@ def smallest_kernel(config: LlamaConfig, dtype: Any) -> int:
 
 def check_bank(name: str, adapters: int) -> None:
     """Raises UserError for several adapters side by side in a variant that holds one."""
-    banks = [n for n, v in VARIANTS.items() if v.method and v.kind == "fused" and not v.fold_adds]
-    if adapters > 1 and name not in banks and VARIANTS[name].method is not None:
+    banks = [n for n, v in variants().items() if v.method and v.kind == "fused" and not v.fold_adds]
+    if adapters > 1 and name not in banks and get_variant(name).method is not None:
         raise UserError(f"{name} cannot hold a bank of {adapters} adapters; {', '.join(banks)} can")
 
 
@@ -418,7 +418,7 @@ def plan_step(
     among them; attention: "kernel" (models/decode_attention.py) or "xla". Raises UserError for a bank of a variant that
     cannot be one."""
     check_bank(name, adapters)
-    variant = VARIANTS[name]
+    variant = get_variant(name)
     base = abstract_base(config, dtype)
     adapter = None if variant.method is None else abstract_adapter(config, adapter_config)
     lies = Layout(kind="fused", row_multiple=row_multiple)

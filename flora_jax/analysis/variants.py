@@ -59,16 +59,20 @@ VARIANTS: dict[str, Variant] = {
     "ffba_qd_add_folded": Variant("ffba_qd_add", fold_adds=True),
     "zflora": Variant("zflora"),
 }
-for _name, _row in METHODS.items():  # a row that is new there is served as it is
-    if _row.reads is not None:
-        VARIANTS.setdefault(_name, Variant(_name))
+
+
+def variants() -> dict[str, Variant]:
+    """The table, and with it every method of METHODS that is none of its rows, served as it is."""
+    fused = {name: Variant(name) for name, row in METHODS.items() if row.reads is not None}
+    return {**VARIANTS, **{name: fused[name] for name in fused.keys() - VARIANTS.keys()}}
 
 
 def get_variant(name: str) -> Variant:
-    """A row of VARIANTS; a UserError with near misses if there is none."""
-    if name not in VARIANTS:
-        raise UserError(f"method {name!r} is unknown here; {near_misses(name, VARIANTS)}")
-    return VARIANTS[name]
+    """A variant by name; a UserError with near misses if there is none."""
+    known = variants()
+    if name not in known:
+        raise UserError(f"method {name!r} is unknown here; {near_misses(name, known)}")
+    return known[name]
 
 
 def trained_parameters(config: LlamaConfig, adapter_config: AdapterConfig) -> int:
