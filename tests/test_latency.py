@@ -19,6 +19,7 @@ from flora_jax.analysis.comparison import REFERENCE, Measurement, Size
 from flora_jax.analysis.latency_report import markdown
 from flora_jax.analysis.peer import Peer
 from flora_jax.analysis.timing import Setting
+from flora_jax.analysis.unmerged import UnmergedDense
 from flora_jax.analysis.variants import VARIANTS, random_adapter, trained_parameters
 from flora_jax.errors import run_command
 from flora_jax.inference.decoding import grow, prefill
@@ -285,13 +286,14 @@ def test_gathered_lora_is_lora(base):
             return jnp.split(leaf, 4)[row] if leaf.ndim else leaf
 
         caches.append(jax.tree.map(own, grow(cache, 32)))
-    shared, riders = stack_lora(base, adapters, TINY, config)
+    shared, stacks = stack_lora(base, adapters, TINY, config)
+    gathered = model.clone(dense=UnmergedDense)
     cache = jax.tree.map(lambda *rows: jnp.concatenate(rows) if rows[0].ndim else rows[0], *caches)
     token = jnp.concatenate(first).astype(jnp.int32)
     found = [token]
     for _ in range(5):
         token, cache = decode_gathered(
-            model, shared, riders, jnp.array(ids), token, cache, jnp.int32(1)
+            gathered, shared, stacks, jnp.array(ids), token, cache, jnp.int32(1)
         )
         found.append(token)
     found = np.stack(found, 1).tolist()

@@ -390,6 +390,10 @@ def test_what_cannot_be_laid_out_is_refused():
         (lambda: split(base, TINY, None), "no fused tree"),
         (lambda: widen(adapter, ffba, 12), "multiple of 8"),
         (
+            lambda: logits(TINY, None, {"params": unmerge(base, None, TINY, None)}),
+            "with dense=UnmergedDense",
+        ),
+        (
             lambda: unmerge(
                 base, random_adapter(AdapterConfig("zflora", 8)), TINY, AdapterConfig("zflora", 8)
             ),

@@ -68,6 +68,15 @@ def check_variables(
             check_adapter(variables.get("adapter", {}), config, adapter)
 
 
+def check_dense(layout: Layout, fuses: bool) -> None:
+    """Products apart, where those of a fused or split tree were to be computed."""
+    if fuses and layout.kind == "unmerged":
+        raise UserError(
+            "these variables have products apart; serve them with dense=UnmergedDense or SevenDense "
+            "(flora_jax.analysis.unmerged)"
+        )
+
+
 def check_tokens(tokens: Array, vocab_size: int) -> None:
     """Tokens that are no ids `[B, T]`, or none of the vocabulary."""
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):

@@ -329,6 +329,7 @@ class Llama(nn.Module):
                 self.variable("adapter", "layers", self._init_adapter)
         else:
             checks.check_variables(self.variables, config, self.adapter)
+            checks.check_dense(self.layout, self.dense is FusedDense)
         if not config.tie_word_embeddings:
             self.lm_head = LMHead(config, self.param_dtype)
 
