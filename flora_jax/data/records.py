@@ -1,4 +1,5 @@
-"""Records as files hold them: read from JSON, and each layout checked and turned into the one that its kind has."""
+"""Records as files hold them: read from JSON, and each layout checked and turned into the one that
+its kind has."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ Record = dict[str, Any]
 
 
 def raw_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """`(place, value)` of each record of a `.json` list or a `.jsonl` file; place is `file:line` or names the index.
-    Raises UserError for what is no UTF-8 or no JSON."""
+    """`(place, value)` of each record of a `.json` list or a `.jsonl` file; place is `file:line` or
+    names the index. Raises UserError for what is no UTF-8 or no JSON."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -25,7 +26,8 @@ def raw_records(path: Path) -> Iterator[tuple[str, Any]]:
             f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"
         ) from None
     if path.suffix == ".jsonl":
-        # Split at newlines alone: JSON strings may hold the other separators that str.splitlines cuts at.
+        # Split at newlines alone: JSON strings may hold the other separators that str.splitlines
+        # cuts at.
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 yield f"{path}:{number}", _json(line, path, number)
@@ -74,8 +76,8 @@ def _field(
 
 
 def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:
-    """An LLM-Adapters record. Raw MAWPS (`original_text`, `ans`) and GSM8K's own layout (`question`, `answer` with
-    its number after ####) become one."""
+    """An LLM-Adapters record. Raw MAWPS (`original_text`, `ans`) and GSM8K's own layout
+    (`question`, `answer` with its number after ####) become one."""
     if "original_text" in raw:
         question, answer = (
             _field(raw, "original_text", where),
@@ -128,9 +130,9 @@ _TEXTS = ("dialogue", "document", "article")
 
 
 def _texts(raw: Mapping[str, Any], where: str) -> Record | list[Record]:
-    """A text with the texts that answer it: DialogSum and SAMSum (`dialogue`), XSum (`document`), CNN/DailyMail
-    (`article`, `highlights`), DailyDialog++ (`context`, `positive_responses`), MultiWOZ (`turns`: each of the system's
-    answers the conversation before it)."""
+    """A text with the texts that answer it: DialogSum and SAMSum (`dialogue`), XSum (`document`),
+    CNN/DailyMail (`article`, `highlights`), DailyDialog++ (`context`, `positive_responses`),
+    MultiWOZ (`turns`: each of the system's answers the conversation before it)."""
     if "context" in raw:
         references = _strings(raw, "positive_responses", where)
         return {"text": _spoken(_strings(raw, "context", where)), "references": references}
@@ -177,12 +179,14 @@ def _spoken(turns: Sequence[str]) -> str:
 
 
 def _untagged(text: str) -> str:
-    """`<t> a . </t> <t> b . </t>`, as some CNN/DailyMail files mark sentences, one sentence a line."""
+    """`<t> a . </t> <t> b . </t>`, as some CNN/DailyMail files mark sentences, one sentence a
+    line."""
     return re.sub(r"\s*</t>\s*<t>\s*", "\n", text).replace("<t>", "").replace("</t>", "").strip()
 
 
 def _conversation(raw: Mapping[str, Any], where: str) -> Record:
-    """`{"prompt", "completion"}` or `{"messages": [{"role", "content"}, …]}` as messages ending with the assistant."""
+    """`{"prompt", "completion"}` or `{"messages": [{"role", "content"}, …]}` as messages ending
+    with the assistant."""
     if not _trained(raw, where):
         raise UserError(
             f"{where}: the record is not trained on (it has weight 0, or train false); leave it out"
@@ -232,7 +236,8 @@ def _conversation(raw: Mapping[str, Any], where: str) -> Record:
 
 # What chat templates read of a turn beside its role and content.
 _MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
-# By which of its turns a record says whether they count in the loss: OpenAI's name, and axolotl's two.
+# By which of its turns a record says whether they count in the loss: OpenAI's name, and axolotl's
+# two.
 _TRAINED = ("weight", "train", "training")
 # axolotl's names for parts of a turn that count, of which the loss mask here knows none.
 _PARTS = ("train_detail", "training_detail")
@@ -267,7 +272,8 @@ def _turn(turn: Any, place: str) -> Record:
 
 
 def _trained(turn: Mapping[str, Any], place: str) -> bool:
-    """Whether an assistant's turn, or a record, counts in the loss: it does unless it says otherwise."""
+    """Whether an assistant's turn, or a record, counts in the loss: it does unless it says
+    otherwise."""
     for name in _PARTS:
         if turn.get(name):
             raise UserError(
@@ -287,7 +293,8 @@ def _trained(turn: Mapping[str, Any], place: str) -> bool:
 
 
 def _tools(raw: Mapping[str, Any], where: str) -> str:
-    """The field `tools`, a list of objects or the JSON text of one, as JSON text; empty without any."""
+    """The field `tools`, a list of objects or the JSON text of one, as JSON text; empty without
+    any."""
     tools, place = raw.get("tools"), f"{where}: field 'tools'"
     if isinstance(tools, str) and tools.strip():
         try:

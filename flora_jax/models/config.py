@@ -1,8 +1,8 @@
 """What a Llama is made of: sizes, rotary settings, presets. Nothing here touches an array.
 
 Axis letters used in all model code: B batch, T query length, S key length, D model width, N heads,
-K key/value heads, G heads per key/value head (N / K), H head width, F ffn width, R rank, V vocabulary,
-L layers.
+K key/value heads, G heads per key/value head (N / K), H head width, F ffn width, R rank, V
+vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def _check_number(name: str, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3 frequency scaling (HF `rope_type: llama3`): long wavelengths are slowed by `factor`."""
+    """Llama 3 frequency scaling (HF `rope_type: llama3`): long wavelengths are slowed by
+    `factor`."""
 
     factor: float = 32.0
     low_freq_factor: float = 1.0
@@ -137,7 +138,8 @@ class LlamaConfig:
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> LlamaConfig:
         """Reads an HF `config.json` dict, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
-        (`rope_parameters`). Raises UserError for another architecture or an unsupported rotary type."""
+        (`rope_parameters`). Raises UserError for another architecture or an unsupported rotary
+        type."""
         if hf.get("model_type") != "llama":
             raise UserError(
                 f"{source}: model_type={hf.get('model_type')!r} is not supported; only 'llama' is"
@@ -315,8 +317,8 @@ PRESETS: dict[str, LlamaConfig] = {
         num_key_value_heads=32,
         rope_theta=130000.0,
     ),
-    # Small enough for seconds on a CPU, with everything a real one has: GQA 3, its own head_dim, and the
-    # built-in byte tokenizer's vocabulary.
+    # Small enough for seconds on a CPU, with everything a real one has: GQA 3, its own head_dim,
+    # and the built-in byte tokenizer's vocabulary.
     "tiny": LlamaConfig(
         vocab_size=320,
         hidden_size=96,

@@ -1,12 +1,15 @@
-"""A decode step's attention on a GPU: rotary embeddings, the cache's new slot and attention in one Pallas kernel.
+"""A decode step's attention on a GPU: rotary embeddings, the cache's new slot and attention in one
+Pallas kernel.
 
-Written out for XLA this is five to eight launches a layer. The kernel is one, and the sum over its parts a second,
-which takes in what o reads beside attention. Axis letters as in llama.py; P parts that the slots are cut into, each
-read by a program of its own (flash decoding: one query has too few heads to keep a GPU busy).
+Written out for XLA this is five to eight launches a layer. The kernel is one, and the sum over its
+parts a second, which takes in what o reads beside attention. Axis letters as in llama.py; P parts
+that the slots are cut into, each read by a program of its own (flash decoding: one query has too
+few heads to keep a GPU busy).
 
-The kernel is written for Pallas's Triton backend, which jax deprecates since 0.11.0 and will remove.
-jax names two replacements: Pallas's Mosaic GPU backend (`jax.experimental.pallas.mosaic_gpu`), or a kernel in Triton's
-own language, called through the package jax_triton. Without the backend XLA's attention serves.
+The kernel is written for Pallas's Triton backend, which jax deprecates since 0.11.0 and will
+remove. jax names two replacements: Pallas's Mosaic GPU backend
+(`jax.experimental.pallas.mosaic_gpu`), or a kernel in Triton's own language, called through the
+package jax_triton. Without the backend XLA's attention serves.
 """
 
 from __future__ import annotations
@@ -36,13 +39,16 @@ def decode_attention(
     heads: int,
     interpret: bool = False,
 ) -> tuple[Array, tuple[Array, Array]]:
-    """Attention of one new token a row, `[B, N·H]`, and the cache's `(k, v)` with that token in its slot.
+    """Attention of one new token a row, `[B, N·H]`, and the cache's `(k, v)` with that token in its
+    slot.
 
-    qkv `[B, ≥ (N+2K)·H]`: q, k and v as their product gives them, heads side by side, and any columns behind them.
-    rotary: cos and sin `[B, 1, 1, H/2]`. seen `[B, S]` bool: the slots up to `index` that a row sees, that one too.
-    past: k `[B·K, H, S]`, v `[B·K, S, H]` and the scalar `index` of the token's slot; k and v are consumed. heads: N.
-    Products in qkv's dtype with float32 sums, softmax in float32. H is a power of two, at least 32 on a GPU, which is
-    where it runs; `interpret` runs it anywhere, slowly.
+    qkv `[B, ≥ (N+2K)·H]`: q, k and v as their product gives them, heads side by side, and any
+    columns behind them.
+    rotary: cos and sin `[B, 1, 1, H/2]`. seen `[B, S]` bool: the slots up to `index` that a row
+    sees, that one too.
+    past: k `[B·K, H, S]`, v `[B·K, S, H]` and the scalar `index` of the token's slot; k and v are
+    consumed. heads: N. Products in qkv's dtype with float32 sums, softmax in float32. H is a power
+    of two, at least 32 on a GPU, which is where it runs; `interpret` runs it anywhere, slowly.
     """
     k, v, index = past
     B, (BK, H, S) = len(qkv), k.shape
@@ -93,8 +99,9 @@ def _kernel(
     S: int,
     part: int,
 ) -> None:
-    """The heads of one group of one row over one part of the slots. The first part writes the new token's slot and
-    counts the token itself, which no program reads back from the cache: nothing waits for that write."""
+    """The heads of one group of one row over one part of the slots. The first part writes the new
+    token's slot and counts the token itself, which no program reads back from the cache: nothing
+    waits for that write."""
     b, group, p = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     dtype, half, G = qkv_ref.dtype, H // 2, N // K
     # A cache that is full is written to its last slot, as XLA's updates do, and never behind it.

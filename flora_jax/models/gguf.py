@@ -1,8 +1,10 @@
-"""Llama checkpoints in one GGUF file (llama.cpp's format): configuration, weights and tokenizer, without torch.
+"""Llama checkpoints in one GGUF file (llama.cpp's format): configuration, weights and tokenizer,
+without torch.
 
-Tensors are offered under their HF names and in HF's order and orientation, dequantised to float32 a slice at a time.
-llama.cpp rotates neighbouring pairs of a head where HF rotates its two halves, so its files hold the rows of q and k
-interleaved: a head's rows `[a0 b0 a1 b1 …]` are HF's `[a0 a1 … b0 b1 …]`. They are put back here.
+Tensors are offered under their HF names and in HF's order and orientation, dequantised to float32 a
+slice at a time. llama.cpp rotates neighbouring pairs of a head where HF rotates its two halves, so
+its files hold the rows of q and k interleaved: a head's rows `[a0 b0 a1 b1 …]` are HF's `[a0 a1 …
+b0 b1 …]`. They are put back here.
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ _READ = frozenset((
 _IDLE = frozenset((
     "attention.layer_norm_epsilon", "rope.scaling.finetuned", "rope.scaling.original_context_length",
 ))  # fmt: skip
-# What the others of these, and a few beside them, say where they change nothing. Keys with other names are notes, or
-# settings of what a dense Llama has not (experts, a parallel residual). Without a type, a factor is linear scaling
-# (llama.cpp); `rope.scale_linear` is its older name.
+# What the others of these, and a few beside them, say where they change nothing. Keys with other
+# names are notes, or settings of what a dense Llama has not (experts, a parallel residual). Without
+# a type, a factor is linear scaling (llama.cpp); `rope.scale_linear` is its older name.
 _NEUTRAL = {
     "rope.scaling.factor": (0, 1),
     "rope.scale_linear": (0, 1),
@@ -55,7 +57,8 @@ _NEUTRAL = {
 
 
 class GgufTensor:
-    """A tensor of the file in HF orientation; indexing with slices reads and dequantises those rows, float32."""
+    """A tensor of the file in HF orientation; indexing with slices reads and dequantises those
+    rows, float32."""
 
     def __init__(self, tensor: gguf.ReaderTensor, row_order: np.ndarray | None = None):
         self.shape = tuple(reversed(tensor.shape.tolist()))
@@ -70,14 +73,16 @@ class GgufTensor:
 
 
 class GgufFile:
-    """An opened file: `config`, and `tensors` (HF name -> GgufTensor). Raises UserError for a file that is truncated,
-    not GGUF, not a Llama, or inconsistent. Weights stay on disk until they are indexed."""
+    """An opened file: `config`, and `tensors` (HF name -> GgufTensor). Raises UserError for a file
+    that is truncated, not GGUF, not a Llama, or inconsistent. Weights stay on disk until they are
+    indexed."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         try:
             self._reader = gguf.GGUFReader(self.path)
-        # What the reader raises on bytes that are no GGUF: it checks little and trips over what it reads.
+        # What the reader raises on bytes that are no GGUF: it checks little and trips over what it
+        # reads.
         except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
             raise UserError(
                 f"{self.path}: not a complete GGUF file ({error}); download it again"
@@ -177,7 +182,8 @@ class GgufFile:
                 )
         # Chat models end a turn with a token of its own, beside the one that ends a document.
         ends = [self.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
-        # Stored as float32: the shortest decimal that gives the same float32 is the number that was meant.
+        # Stored as float32: the shortest decimal that gives the same float32 is the number that was
+        # meant.
         eps = float(str(np.float32(self.require("llama.attention.layer_norm_rms_epsilon"))))
         config = LlamaConfig(
             vocab_size=vocab_size,
@@ -200,7 +206,8 @@ class GgufFile:
         return self._with_rope_scaling(config)
 
     def _refuse_unread_keys(self, config: LlamaConfig) -> None:
-        """Raises UserError for the first key that is not read here and may change what the model computes."""
+        """Raises UserError for the first key that is not read here and may change what the model
+        computes."""
         width = (0, config.head_dim)
         window = self.get("llama.attention.sliding_window", 0)
         neutral = {
@@ -239,7 +246,8 @@ class GgufFile:
                 )
 
     def _with_rope_scaling(self, config: LlamaConfig) -> LlamaConfig:
-        """Adds Llama 3's scaling, which files carry only as its result: a divisor for each of the H/2 frequencies."""
+        """Adds Llama 3's scaling, which files carry only as its result: a divisor for each of the
+        H/2 frequencies."""
         if "rope_freqs.weight" not in self._stored:
             return config
         divisors = GgufTensor(self._stored["rope_freqs.weight"])[(slice(None),)]
@@ -282,5 +290,6 @@ class GgufFile:
 
 
 def _hf_row_order(heads: int, head_dim: int) -> np.ndarray:
-    """For each HF row of q or k, the row of the file that holds it, `[heads * H]`: `[0 2 4 … 1 3 5 …]` a head."""
+    """For each HF row of q or k, the row of the file that holds it, `[heads * H]`: `[0 2 4 … 1 3 5
+    …]` a head."""
     return np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)

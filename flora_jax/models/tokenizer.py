@@ -1,8 +1,9 @@
-"""The tokenizer that belongs to a checkpoint, from the same sources as its weights, and a built-in byte tokenizer.
+"""The tokenizer that belongs to a checkpoint, from the same sources as its weights, and a built-in
+byte tokenizer.
 
-Everything returned is a `transformers.PreTrainedTokenizerFast`, so encoding, chat templates and `save_pretrained` are
-transformers' own. GGUF files are read with `gguf` and `tokenizers`: transformers' reader needs torch, and it splits
-SmolLM2's numbers wrongly.
+Everything returned is a `transformers.PreTrainedTokenizerFast`, so encoding, chat templates and
+`save_pretrained` are transformers' own. GGUF files are read with `gguf` and `tokenizers`:
+transformers' reader needs torch, and it splits SmolLM2's numbers wrongly.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Llama 3's split: contractions, words, numbers of at most three digits, punctuation, line ends, spaces.
+# Llama 3's split: contractions, words, numbers of at most three digits, punctuation, line ends,
+# spaces.
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,8 +54,9 @@ _RIGHT = "5.24.0"
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of `source`: whatever `load_pretrained` takes (HF directory, `.gguf` file, preset, hub id), or
-    `random` / `tiny` for the byte tokenizer. Raises UserError where there is none."""
+    """The tokenizer of `source`: whatever `load_pretrained` takes (HF directory, `.gguf` file,
+    preset, hub id), or `random` / `tiny` for the byte tokenizer. Raises UserError where there is
+    none."""
     if source in ("random", "tiny"):
         return byte_tokenizer()
     path = resolve_source(source, weights=False)
@@ -89,10 +92,12 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
 
 
 def _missing_packages(vocabulary: Path) -> str:
-    """What a tokenizer.model that stands alone needs and is not installed; empty if that is not why."""
+    """What a tokenizer.model that stands alone needs and is not installed; empty if that is not
+    why."""
     if vocabulary.name != "tokenizer.model":
         return ""
-    # A SentencePiece model is a protobuf message; Llama 3's own file holds a base64 token and its rank a line.
+    # A SentencePiece model is a protobuf message; Llama 3's own file holds a base64 token and its
+    # rank a line.
     with vocabulary.open("rb") as file:
         text = re.match(rb"[A-Za-z0-9+/]+=* \d+\n", file.read(200))
     needed = (
@@ -117,7 +122,8 @@ def _installed(module: str) -> bool:
         return False
 
 
-# Spaces of every kind, numbers, contractions, marks like special tokens' and characters of two to four bytes.
+# Spaces of every kind, numbers, contractions, marks like special tokens' and characters of two to
+# four bytes.
 _PROBE = (
     "x  Two  spaces, don't: 3.14 + 12345 = 'a_b'?\n\tdef f(x):\n    return [ZQ] "
     "<|zq|> </zq>\n\n naïve 漢字 🙂 …It's "
@@ -125,9 +131,10 @@ _PROBE = (
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    """Raises UserError if transformers gives a text other ids than the directory's tokenizer.json: some of its releases
-    build certain tokenizers anew, and lose the spaces. How a text begins (`add_prefix_space`) is the settings' own to
-    say, and is not compared; nor is how many unknown characters are one unknown token."""
+    """Raises UserError if transformers gives a text other ids than the directory's tokenizer.json:
+    some of its releases build certain tokenizers anew, and lose the spaces. How a text begins
+    (`add_prefix_space`) is the settings' own to say, and is not compared; nor is how many unknown
+    characters are one unknown token."""
     raw = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     raw.no_truncation()
     raw.no_padding()
@@ -174,9 +181,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LlamaConfig) -> 
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer without a file: id = byte for the 256 bytes, then `BYTE_SPECIALS` at 256 to 260, with a ChatML
-    template. Nothing is added to a text; any text decodes back to itself."""
-    # Byte-level BPE writes each byte as a printable character: itself where it is one, else the next after 255.
+    """A tokenizer without a file: id = byte for the 256 bytes, then `BYTE_SPECIALS` at 256 to 260,
+    with a ChatML template. Nothing is added to a text; any text decodes back to itself."""
+    # Byte-level BPE writes each byte as a printable character: itself where it is one, else the
+    # next after 255.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     itself = {ord(char): char for char in alphabet if ord(char) < 256}
     others = (char for char in alphabet if ord(char) >= 256)
@@ -190,8 +198,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
-    """The byte-level BPE tokenizer of an opened GGUF file, with its special tokens, its rule whether a text begins
-    with bos, and its chat template. Raises UserError for another kind of tokenizer."""
+    """The byte-level BPE tokenizer of an opened GGUF file, with its special tokens, its rule
+    whether a text begins with bos, and its chat template. Raises UserError for another kind of
+    tokenizer."""
     kind = file.require("tokenizer.ggml.model")
     if kind != "gpt2":
         raise UserError(
@@ -220,7 +229,8 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, types, strict=False):
         if kind in (_CONTROL, _USER_DEFINED):
-            # Found in a text as it stands, before it is split; control tokens are left out when decoding.
+            # Found in a text as it stands, before it is split; control tokens are left out when
+            # decoding.
             added = tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
             (core.add_special_tokens if kind == _CONTROL else core.add_tokens)([added])
 
