@@ -129,12 +129,11 @@ class _Token(NamedTuple):
 
 
 class _Running(NamedTuple):
-    """A softmax over some of the slots, in float32: the highest score and the sum of the weights of
-    each head, `[R]`, and the weighted sum of the values, `[R, H]`."""
+    """A softmax over some of the slots, in float32."""
 
-    peaks: Array
-    totals: Array
-    sums: Array
+    peaks: Array  # [R]: each head's highest score
+    totals: Array  # [R]: the sum of its weights
+    sums: Array  # [R, H]: the weighted sum of the values
 
 
 def _kernel(*refs: Any, sizes: _Sizes) -> None:
@@ -161,11 +160,6 @@ def _locate(refs: _Refs, sizes: _Sizes) -> _Program:
     """The program of this place in the grid."""
     row, group, part = (pl.program_id(axis) for axis in range(3))
     G = sizes.N // sizes.K
-    # A full cache is written to its last slot, as XLA's updates do, and never behind it.
-    index = jnp.minimum(refs.index[0], sizes.S - 1)
-    cached = row * sizes.K + group
-    lower = jnp.arange(sizes.H // 2)
-    lanes = jnp.arange(sizes.H)
     own = jnp.arange(max(_ROWS, pl.next_power_of_2(G)))
     return _Program(
         refs=refs,
@@ -173,10 +167,11 @@ def _locate(refs: _Refs, sizes: _Sizes) -> _Program:
         row=row,
         group=group,
         part=part,
-        cached=cached,
-        index=index,
-        lower=lower,
-        lanes=lanes,
+        # A full cache is written to its last slot, as XLA's updates do, and never behind it.
+        index=jnp.minimum(refs.index[0], sizes.S - 1),
+        cached=row * sizes.K + group,
+        lower=jnp.arange(sizes.H // 2),
+        lanes=jnp.arange(sizes.H),
         heads=group * G + own,
         real=own < G,
     )
