@@ -8,7 +8,8 @@ from flora_jax.errors import UserError
 
 
 def check_jax() -> None:
-    """Raises UserError unless JAX computes in at most 32 bits, and has the devices that it is told to use.
+    """Raises UserError unless JAX computes in at most 32 bits, and has the devices that it is told
+    to use.
 
     With 64 bits an adapter trains to other values, and a step takes twice the memory.
     """

@@ -1,4 +1,5 @@
-"""Files that several rooms read or write: JSON objects and directories, whole or not at all, and the cache folder."""
+"""Files that several rooms read or write: JSON objects and directories, whole or not at all, and
+the cache folder."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _OPEN = "/proc/self/fd"
 
 
 def cache_root(given: str | os.PathLike | None = None) -> Path:
-    """The folder for downloaded weights and prepared data: `given`, or `$FLORA_CACHE`, or `~/.cache/flora_jax`."""
+    """The folder for downloaded weights and prepared data: `given`, or `$FLORA_CACHE`, or
+    `~/.cache/flora_jax`."""
     if path := given or os.environ.get("FLORA_CACHE"):
         return Path(expand_path(path))
     if not os.path.isabs(home := os.path.expanduser("~")):
@@ -57,10 +59,11 @@ def filling_cache(directory: Path) -> Iterator[None]:
 def plain_path(directory: Path, where: str) -> Path:
     """A directory that is there, under a name that means nothing else to the libraries below.
 
-    etils.epath, which orbax and TFDS go through, looks for files with `glob` on whole paths, so that `[` and `*` in
-    any parent are patterns to it, and takes `/gs/…` for object storage. Linux has a second name for every open
-    directory, which then stands for all but the plainest; elsewhere a path that misleads epath is a UserError
-    (`check_plain`), with `where` for the flag that it comes from.
+    etils.epath, which orbax and TFDS go through, looks for files with `glob` on whole paths, so
+    that `[` and `*` in any parent are patterns to it, and takes `/gs/…` for object storage. Linux
+    has a second name for every open directory, which then stands for all but the plainest;
+    elsewhere a path that misleads epath is a UserError (`check_plain`), with `where` for the flag
+    that it comes from.
     """
     path = directory.absolute()
     if re.fullmatch(r"[\w./-]*", str(path), re.ASCII) and not _misleads(path):
@@ -95,8 +98,9 @@ def _second_name(path: str, device: int, inode: int) -> str:
 
 
 def keep_programs() -> None:
-    """Has JAX keep what it compiles under the cache folder, so that a command's second start reads it there. JAX's own
-    setting (`JAX_COMPILATION_CACHE_DIR`) comes first. Without a folder that can be written, nothing is kept."""
+    """Has JAX keep what it compiles under the cache folder, so that a command's second start reads
+    it there. JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) comes first. Without a folder that can
+    be written, nothing is kept."""
     import jax  # takes a second, which what reads files alone need not wait for
 
     if jax.config.jax_compilation_cache_dir is not None:
@@ -110,7 +114,8 @@ def keep_programs() -> None:
 
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """The JSON object in `path`; UserError if there is none, with `hint` behind the line for an absent file."""
+    """The JSON object in `path`; UserError if there is none, with `hint` behind the line for an
+    absent file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -142,8 +147,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_result(path: Path, value: Any, where: str) -> None:
-    """`write_json` of what took hours. Where `path`, which `where` names, cannot be written, the result is printed and
-    kept in a temporary file, and WriteError names that."""
+    """`write_json` of what took hours. Where `path`, which `where` names, cannot be written, the
+    result is printed and kept in a temporary file, and WriteError names that."""
     try:
         write_json(path, value)
     except OSError as error:
@@ -180,10 +185,11 @@ def _keep(text: str) -> str | None:
 
 @contextlib.contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """A scratch directory that becomes `directory` when the block ends; after an error nothing of it is left.
+    """A scratch directory that becomes `directory` when the block ends; after an error nothing of
+    it is left.
 
-    Its parents are made; a directory that stands there is replaced, and stays if that fails. A process killed outright
-    leaves a hidden directory with "unfinished" in its name.
+    Its parents are made; a directory that stands there is replaced, and stays if that fails. A
+    process killed outright leaves a hidden directory with "unfinished" in its name.
     """
     directory = directory.absolute()
     missing = [parent for parent in directory.parents if not parent.exists()]

@@ -1,4 +1,5 @@
-"""How work that takes a while is shown: a bar on a terminal, plain lines elsewhere, both with rate and time left."""
+"""How work that takes a while is shown: a bar on a terminal, plain lines elsewhere, both with rate
+and time left."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _EVERY = 2.0  # seconds between lines; what takes less says nothing
 def progress(
     items: Iterable[Item], total: int, what: str, unit: str, silent: bool = False
 ) -> Iterator[Item]:
-    """The items, of which there are `total`, with a bar or lines on stderr that begin with `what`."""
+    """The items, of which there are `total`, with a bar or lines on stderr that begin with
+    `what`."""
     terminal = sys.stderr.isatty()
     start = said = time.monotonic()
     with tqdm(

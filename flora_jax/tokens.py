@@ -13,14 +13,14 @@ from flora_jax.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# What Llama 3's chat template names as today where it is given nothing: with any other date, the same data and the same
-# prompt would change every day.
+# What Llama 3's chat template names as today where it is given nothing: with any other date, the
+# same data and the same prompt would change every day.
 DATE = "26 Jul 2024"
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """sha256 of all that decides which ids a text or a conversation has; None for a tokenizer that is written in
-    Python, whose code it would take."""
+    """sha256 of all that decides which ids a text or a conversation has; None for a tokenizer that
+    is written in Python, whose code it would take."""
     if not tokenizer.is_fast:
         return None
     import jinja2
@@ -38,8 +38,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str | None:
 def encode_open(
     tokenizer: PreTrainedTokenizerFast, text: str, add_special_tokens: bool = True
 ) -> list[int]:
-    """The ids of `text` with what the tokenizer puts before a text (bos, by its own rule, but no second one before that
-    of a rendered chat), and without what some put behind it (`add_eos_token`): the text goes on."""
+    """The ids of `text` with what the tokenizer puts before a text (bos, by its own rule, but no
+    second one before that of a rendered chat), and without what some put behind it
+    (`add_eos_token`): the text goes on."""
     return encode_open_batch(tokenizer, [text], add_special_tokens)[0]
 
 
@@ -74,11 +75,13 @@ def encode_cut(
     cuts: Sequence[int],
     encoding: Encoding | None = None,
 ) -> list[list[int]]:
-    """The ids of `text`, nothing added, in `len(cuts) + 1` pieces that end where the characters `cuts` (ascending) lie.
+    """The ids of `text`, nothing added, in `len(cuts) + 1` pieces that end where the characters
+    `cuts` (ascending) lie.
 
-    The pieces up to a cut are the ids of the text up to it, as generation is given them. Where tokens end at a cut, as
-    they do in nearly every chat template, the pieces together are the ids of the whole text. Where a token would run
-    across it, the text behind the cut is tokenised apart.
+    The pieces up to a cut are the ids of the text up to it, as generation is given them. Where
+    tokens end at a cut, as they do in nearly every chat template, the pieces together are the ids
+    of the whole text. Where a token would run across it, the text behind the cut is tokenised
+    apart.
     encoding: of the whole text, where it is known.
     """
     return _cut(tokenizer, text, cuts, encoding or encode_batch(tokenizer, [text])[0], inside=False)
@@ -89,8 +92,8 @@ Encoding = tuple[list[int], list[tuple[int, int]] | None]
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Encoding]:
-    """The ids of each text, nothing added, and the characters `(start, stop)` of each id (None where the tokenizer
-    cannot tell: one that is written in Python)."""
+    """The ids of each text, nothing added, and the characters `(start, stop)` of each id (None
+    where the tokenizer cannot tell: one that is written in Python)."""
     if not texts:
         return []
     found = tokenizer(
@@ -118,9 +121,11 @@ def _cut(
     for i, cut in enumerate(cuts):
         k = 0 if offsets is None else bisect.bisect_left(offsets, (cut,))
         clear = k > 0 and offsets[k - 1][1] == cut and (k == len(ids) or offsets[k][0] == cut)
-        # GPT-2's split, `\s+(?!\S)`, takes the last of several spaces apart only where something follows.
+        # GPT-2's split, `\s+(?!\S)`, takes the last of several spaces apart only where something
+        # follows.
         spaced = k > 0 and offsets[k - 1][0] == cut - 1 and text[cut - 2 : cut].isspace()
-        # Offsets may also leave out spaces, or hold those beside an added token: the ids up to here alone tell.
+        # Offsets may also leave out spaces, or hold those beside an added token: the ids up to here
+        # alone tell.
         if not clear or spaced:
             before = (
                 _encode_inside(tokenizer, text[:cut])
@@ -139,8 +144,8 @@ def _cut(
 
 
 def _encode_inside(tokenizer: PreTrainedTokenizerFast, text: str) -> Encoding:
-    """The ids and offsets of a text that stands behind another: without the space that SentencePiece puts before one
-    that begins."""
+    """The ids and offsets of a text that stands behind another: without the space that
+    SentencePiece puts before one that begins."""
     (line, _), (alone, _), (behind, _) = encode_batch(tokenizer, ["\n", "a", "\na"])
     if behind[len(line) :] != alone:
         ids, offsets = encode_batch(tokenizer, [f"\n{text}"])[0]
@@ -154,8 +159,8 @@ def _encode_inside(tokenizer: PreTrainedTokenizerFast, text: str) -> Encoding:
 def render(
     tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Mapping[str, Any]], **how: Any
 ) -> str:
-    """The conversation, `{"role", "content"}` by turn, as the tokenizer's chat template has it. Raises UserError where
-    the template refuses it."""
+    """The conversation, `{"role", "content"}` by turn, as the tokenizer's chat template has it.
+    Raises UserError where the template refuses it."""
     try:
         return tokenizer.apply_chat_template(
             list(conversation), tokenize=False, date_string=DATE, **how
@@ -169,8 +174,9 @@ def render(
 
 
 def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The tokens by which a model says that it is done: eos, and the added ones, special or not, that the chat template
-    ends an answer with, such as ChatML's `<|im_end|>` (none without a template, or where a turn ends in words)."""
+    """The tokens by which a model says that it is done: eos, and the added ones, special or not,
+    that the chat template ends an answer with, such as ChatML's `<|im_end|>` (none without a
+    template, or where a turn ends in words)."""
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if not tokenizer.chat_template:
         return eos
@@ -188,7 +194,8 @@ def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     before, found, after = rendered.rpartition(answer)
     if not found:
         return eos
-    # Tokenised as a whole: some added tokens are found only behind a text, others only at the start of one.
+    # Tokenised as a whole: some added tokens are found only behind a text, others only at the start
+    # of one.
     ids, offsets = encode_batch(tokenizer, [rendered])[0]
     if offsets is None:
         ids, _ = encode_batch(tokenizer, [after.lstrip()])[0]
@@ -206,8 +213,8 @@ def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
         said = itertools.dropwhile(lambda token: not rendered[token[1] : token[2]].strip(), tokens)
         return list(itertools.takewhile(known.__contains__, (id for id, *_ in said)))
 
-    # What opens the next turn ends none. The first token does: a role in words has that of the turn before in front.
-    # The last resort is for words before the end.
+    # What opens the next turn ends none. The first token does: a role in words has that of the turn
+    # before in front. The last resort is for words before the end.
     first, *more = run(behind, added) or [None]
     if first is None:
         closing = run(reversed(behind), added.difference(id for id, _ in opening))

@@ -1,23 +1,53 @@
 """Counts what makes code hard to read: long functions, many decisions, dense lines.
 
-python tools/house.py [FOLDER …]           (default: flora_jax)
+python tools/house.py [FOLDER or FILE …]           (default: flora_jax)
+python tools/house.py --limits flora_jax           names all that is over a limit; exit code 1 if any is
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
-import sys
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-LONG = 60  # lines of a function
+LONG = 60  # lines of a function, its decorators not counted
+DENSE = 15  # decisions of a function
 WIDE = 100  # columns
-# A boolean operator of n parts decides n - 1 times, a comprehension once for each `for` and `if`.
-_ONCE = (ast.If, ast.For, ast.While, ast.IfExp, ast.ExceptHandler, ast.match_case)
+CONDITIONALS = 15  # conditional expressions a thousand lines
+PAIRS = 5  # tuple assignments a thousand lines
+_ONCE = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.IfExp, ast.ExceptHandler, ast.match_case)
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """An outermost function or method: where it stands, its lines and its decisions."""
+
+    place: str
+    lines: int
+    decisions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A file of Python, read."""
+
+    name: str
+    lines: Sequence[str]
+    tree: ast.Module
+
+    @classmethod
+    def read(cls, path: Path) -> Module:
+        text = path.read_text(encoding="utf-8")
+        return cls(str(path), text.splitlines(), ast.parse(text))
 
 
 def decisions(node: ast.AST) -> int:
-    """The decisions in a function, those of functions inside it included."""
+    """The decisions in a function, those of functions inside it included.
+
+    A boolean operator of n parts decides n - 1 times, a comprehension once for each `for` and `if`.
+    """
     count = 0
     for part in ast.walk(node):
         if isinstance(part, _ONCE):
@@ -41,51 +71,107 @@ def functions(tree: ast.AST, where: str = "") -> Iterator[tuple[str, ast.AST]]:
 
 def pairs_assigned(tree: ast.AST) -> int:
     """Assignments `a, b = x, y`; a swap of names is none."""
-    count = 0
-    for part in ast.walk(tree):
-        if not isinstance(part, ast.Assign) or not isinstance(part.value, ast.Tuple):
-            continue
-        if isinstance(part.targets[0], ast.Tuple):
-            names = sorted(ast.unparse(one) for one in part.targets[0].elts)
-            count += names != sorted(ast.unparse(one) for one in part.value.elts)
-    return count
+    return sum(map(_pairs, ast.walk(tree)))
 
 
-def main(folders: list[str]) -> None:
-    """Prints the counts of all Python files below the folders."""
-    files = [file for folder in folders for file in sorted(Path(folder).rglob("*.py"))]
-    texts = {file: file.read_text(encoding="utf-8") for file in files}
-    trees = {file: ast.parse(text) for file, text in texts.items()}
-    lines = [line for text in texts.values() for line in text.splitlines()]
-    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
-    every = [
-        (f"{file}: {name}", function)
-        for file, tree in trees.items()
-        for name, function in functions(tree)
+def _pairs(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
+        return False
+    given = sorted(map(ast.unparse, node.value.elts))
+    names = [target.elts for target in node.targets if isinstance(target, ast.Tuple)]
+    return any(sorted(map(ast.unparse, several)) != given for several in names)
+
+
+def conditionals(tree: ast.AST) -> int:
+    """Conditional expressions, `x if y else z`."""
+    return sum(isinstance(node, ast.IfExp) for node in ast.walk(tree))
+
+
+def measured(modules: Sequence[Module]) -> list[Function]:
+    """The functions of all modules."""
+    return [
+        Function(f"{module.name}: {name}", node.end_lineno - node.lineno + 1, decisions(node))
+        for module in modules
+        for name, node in functions(module.tree)
     ]
-    long = {name: f.end_lineno - f.lineno + 1 for name, f in every}
-    dense = {name: decisions(f) for name, f in every}
-    thousands = len(lines) / 1000
-    conditional = sum(isinstance(node, ast.IfExp) for node in nodes)
-    paired = sum(map(pairs_assigned, trees.values()))
+
+
+def wide_lines(modules: Sequence[Module]) -> list[str]:
+    """`file:line` of each line that is too wide."""
+    return [
+        f"{module.name}:{number}"
+        for module in modules
+        for number, line in enumerate(module.lines, 1)
+        if len(line) > WIDE
+    ]
+
+
+def print_counts(modules: Sequence[Module]) -> None:
+    """The counts of all modules together, and the longest and densest functions."""
+    every = measured(modules)
+    lines = [line for module in modules for line in module.lines]
+    nodes = [node for module in modules for node in ast.walk(module.tree)]
     counts = {
-        "files": len(files),
+        "files": len(modules),
         "lines": len(lines),
         "statements": sum(isinstance(node, ast.stmt) for node in nodes),
-        f"functions over {LONG} lines": sum(n > LONG for n in long.values()),
-        "functions over 15 decisions": sum(n > 15 for n in dense.values()),
-        "conditional expressions a thousand lines": f"{conditional / thousands:.1f}",
-        "tuple assignments a thousand lines": f"{paired / thousands:.1f}",
-        f"lines over {WIDE} columns": sum(len(line) > WIDE for line in lines),
+        f"functions over {LONG} lines": sum(one.lines > LONG for one in every),
+        f"functions over {DENSE} decisions": sum(one.decisions > DENSE for one in every),
+        "conditional expressions a thousand lines": f"{_rate(modules, conditionals):.1f}",
+        "tuple assignments a thousand lines": f"{_rate(modules, pairs_assigned):.1f}",
+        f"lines over {WIDE} columns": len(wide_lines(modules)),
         "fmt: skip": sum("fmt: skip" in line for line in lines),
         "noqa": sum("noqa" in line for line in lines),
     }
     for what, count in counts.items():
         print(f"{count:>8}  {what}")
-    for what, found in (("lines", long), ("decisions", dense)):
-        for name in sorted(found, key=found.get, reverse=True)[:8]:
-            print(f"{found[name]:>8}  {what}: {name}")
+    for what in ("lines", "decisions"):
+        for one in sorted(every, key=lambda one: -getattr(one, what))[:8]:
+            print(f"{getattr(one, what):>8}  {what}: {one.place}")
+
+
+def _rate(modules: Sequence[Module], count) -> float:
+    """What a tree counts, a thousand lines."""
+    lines = sum(len(module.lines) for module in modules)
+    return 1000 * sum(count(module.tree) for module in modules) / max(lines, 1)
+
+
+def over_limits(modules: Sequence[Module]) -> list[str]:
+    """A line for each function, line and count that is over its limit."""
+    missed = []
+    for one in measured(modules):
+        if one.lines > LONG:
+            missed.append(f"{one.place} has {one.lines} lines; at most {LONG}")
+        if one.decisions > DENSE:
+            missed.append(f"{one.place} has {one.decisions} decisions; at most {DENSE}")
+    missed += [f"{place} is over {WIDE} columns" for place in wide_lines(modules)]
+    for what, count, most in (
+        ("conditional expressions", conditionals, CONDITIONALS),
+        ("tuple assignments", pairs_assigned, PAIRS),
+    ):
+        if (rate := _rate(modules, count)) > most:
+            missed.append(f"{rate:.1f} {what} a thousand lines; at most {most}")
+    return missed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the counts of the Python files; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Counts what makes code hard to read.")
+    parser.add_argument("places", nargs="*", default=["flora_jax"], help="folders and files")
+    parser.add_argument("--limits", action="store_true", help="what is over a limit; 1 if any is")
+    flags = parser.parse_args(arguments)
+    modules = [Module.read(path) for place in flags.places for path in _files(Path(place))]
+    if not flags.limits:
+        print_counts(modules)
+        return 0
+    missed = over_limits(modules)
+    print("\n".join(missed) or "within all limits")
+    return 1 if missed else 0
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(place.rglob("*.py")) if place.is_dir() else [place]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["flora_jax"])
+    raise SystemExit(main())

@@ -1,7 +1,8 @@
-"""TFDS builders of the record kinds: array_record files in source order, written and read without TensorFlow.
-And TFDS's own builders, of the data sets in its catalogue.
+"""TFDS builders of the record kinds: array_record files in source order, written and read without
+TensorFlow. And TFDS's own builders, of the data sets in its catalogue.
 
-Importing this module imports tensorflow_datasets, which takes a second: `sources` does so on first use.
+Importing this module imports tensorflow_datasets, which takes a second: `sources` does so on first
+use.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
     """What the kinds share; each states only its features."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # Nothing is downloaded, so there are no checksums to look for beside the code (and TFDS 4.9.10 would look
-    # with a package that it does not declare).
+    # Nothing is downloaded, so there are no checksums to look for beside the code (and TFDS 4.9.10
+    # would look with a package that it does not declare).
     code_path = None
     FEATURES: Mapping[str, Any]
     builder_config: SourceConfig
@@ -99,8 +100,9 @@ def own_folder() -> Path:
 
 
 def catalogue_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
-    """The data set `name` of the TFDS catalogue, prepared under `folder`; where it is not, TFDS downloads and prepares
-    it there. Raises UserError where that fails, and says why and what would do."""
+    """The data set `name` of the TFDS catalogue, prepared under `folder`; where it is not, TFDS
+    downloads and prepares it there. Raises UserError where that fails, and says why and what would
+    do."""
     where = {"data_dir": folder, "file_format": "array_record"}
     build = f"`tfds build {name} --file_format=array_record"
     try:
@@ -113,7 +115,8 @@ def catalogue_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
             "--overwrite`"
         ) from None
     try:
-        # Google's bucket of prepared data holds no array_record, and looking there takes TensorFlow.
+        # Google's bucket of prepared data holds no array_record, and looking there takes
+        # TensorFlow.
         download = tfds.download.DownloadConfig(try_download_gcs=False)
         tfds.builder(name, **where).download_and_prepare(download_config=download)
         return builder_from_files(name, **where)

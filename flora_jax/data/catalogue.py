@@ -1,7 +1,8 @@
-"""What the TFDS catalogue has of the tasks: its names and splits, and its elements as the records that files hold.
+"""What the TFDS catalogue has of the tasks: its names and splits, and its elements as the records
+that files hold.
 
-Multiple-choice elements get the wording of LLM-Adapters' files, whose test sets are official validation splits where
-the official test has no answers.
+Multiple-choice elements get the wording of LLM-Adapters' files, whose test sets are official
+validation splits where the official test has no answers.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from flora_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Catalogue:
-    """A task's place in the TFDS catalogue: the name there, and which official split each of ours is. `convert` makes
-    the record that a file would hold of an element; None leaves an element out."""
+    """A task's place in the TFDS catalogue: the name there, and which official split each of ours
+    is. `convert` makes the record that a file would hold of an element; None leaves an element
+    out."""
 
     name: str
     splits: Mapping[str, str]
@@ -36,7 +38,8 @@ def _compose(
     between: str = " ",
     end: str = "\n\n",
 ) -> dict[str, str]:
-    """What tasks.py takes apart: a question in the wording of LLM-Adapters; without choices, `true/false`."""
+    """What tasks.py takes apart: a question in the wording of LLM-Adapters; without choices,
+    `true/false`."""
     labels = [f"{label}{i}" for i in range(1, len(choices) + 1)] or ["true", "false"]
     if not isinstance(gold, int) or not 0 <= gold < len(labels):
         raise UserError(
@@ -94,7 +97,8 @@ def _boolq(element: Mapping[str, Any]) -> dict[str, str]:
 
 
 def hellaswag(element: Mapping[str, Any]) -> dict[str, Any]:
-    """HellaSwag without WikiHow's marks ([header], [title], …), which nobody would read as language."""
+    """HellaSwag without WikiHow's marks ([header], [title], …), which nobody would read as
+    language."""
 
     def plain(text: str) -> str:
         text = re.sub(r"\[(?:header|title|step|substeps?)\]", "", text.replace(" [title]", ". "))
@@ -109,7 +113,8 @@ def hellaswag(element: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unless_empty(element: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A text and its summary as they are; one without either is left out, since nobody here can mend it."""
+    """A text and its summary as they are; one without either is left out, since nobody here can
+    mend it."""
     return element if all(text.strip() for text in element.values()) else None
 
 

@@ -1,11 +1,12 @@
 """From an `Example` to token ids and a loss mask.
 
-The mask is built together with the tokens and never read off token ids: `pad` may equal `eos`, and an answer may
-contain any token. What stands before an answer has the ids that generation will be given, which tokenises the prompt
-alone. In chat style the rendered conversation is tokenised once and has the ids of `apply_chat_template`, with one
-exception: where a token would run from the prompt into the answer (`\\n` and `\\n` in a vocabulary that has
-`\\n\\n`), it is cut there, and a prompt that ends in several spaces has the ids that it has alone (GPT-2's split takes
-the last of them apart where something follows).
+The mask is built together with the tokens and never read off token ids: `pad` may equal `eos`, and
+an answer may contain any token. What stands before an answer has the ids that generation will be
+given, which tokenises the prompt alone. In chat style the rendered conversation is tokenised once
+and has the ids of `apply_chat_template`, with one exception: where a token would run from the
+prompt into the answer (`\\n` and `\\n` in a vocabulary that has `\\n\\n`), it is cut there, and a
+prompt that ends in several spaces has the ids that it has alone (GPT-2's split takes the last of
+them apart where something follows).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ _CHUNK = 512  # examples that are tokenised at once
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """One training example of n tokens. It takes n - 1 positions, each with the next token as its target."""
+    """One training example of n tokens. It takes n - 1 positions, each with the next token as its
+    target."""
 
     tokens: np.ndarray  # int32 [n]
     loss: np.ndarray  # bool [n]: whether the token counts as a target
@@ -68,11 +70,12 @@ def encode(
 ) -> Encoded | None:
     """Tokens and loss mask of one example, or None if its n - 1 positions exceed `max_length`.
 
-    'plain': the prompt as the tokenizer encodes it (BOS by its own policy), a space, the answer, EOS; the answer
-    and EOS count. 'llm_adapters': the same with the prompt in that project's frame. 'chat': the tokenizer's chat
-    template; of each assistant turn all that follows the prompt to it counts, up to its end-of-turn token. With
-    `loss_on='all'` every token counts. Turns that are not to be trained on count in neither. Raises UserError for what
-    the style cannot express, and for a conversation of which the template makes several examples (`encode_all`).
+    'plain': the prompt as the tokenizer encodes it (BOS by its own policy), a space, the answer,
+    EOS; the answer and EOS count. 'llm_adapters': the same with the prompt in that project's frame.
+    'chat': the tokenizer's chat template; of each assistant turn all that follows the prompt to it
+    counts, up to its end-of-turn token. With `loss_on='all'` every token counts. Turns that are not
+    to be trained on count in neither. Raises UserError for what the style cannot express, and for a
+    conversation of which the template makes several examples (`encode_all`).
     """
     _check(tokenizer, style, loss_on)
     [found] = _finish([_plan(example, tokenizer, style, loss_on)], tokenizer)
@@ -93,10 +96,10 @@ def encode_all(
     max_length: int,
     silent: bool = False,
 ) -> tuple[list[Encoded], EncodeReport]:
-    """`encode` of each example that fits, and the counts. Where the chat template renders a turn otherwise once others
-    follow it (thinking stripped from earlier turns), a conversation is one example for each turn that is trained on,
-    each behind the prompt to that turn. silent: without a bar or lines. Raises UserError if there are no examples, or
-    none fits."""
+    """`encode` of each example that fits, and the counts. Where the chat template renders a turn
+    otherwise once others follow it (thinking stripped from earlier turns), a conversation is one
+    example for each turn that is trained on, each behind the prompt to that turn. silent: without a
+    bar or lines. Raises UserError if there are no examples, or none fits."""
     _check(tokenizer, style, loss_on)
     shown = progress(examples, len(examples), "encoding", "example", silent)
     encoded = list(_encode(shown, tokenizer, style, loss_on))
@@ -126,8 +129,9 @@ def encode_prompt(
     style: Style,
     tools: str = "",
 ) -> list[int]:
-    """The tokens to generate from: of an example exactly its training tokens before the (last) answer, of
-    messages, which end with the user's turn, what training would put before the answer to them.
+    """The tokens to generate from: of an example exactly its training tokens before the (last)
+    answer, of messages, which end with the user's turn, what training would put before the answer
+    to them.
     tools: as `Example` has them; of an example its own."""
     _check(tokenizer, style)
     if isinstance(prompt, Example):
@@ -178,8 +182,9 @@ def _encode(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """One training example as text: `prompt` as the tokenizer begins a text (None: no such part), then `text` cut into
-    pieces, then `end`; whether the prompt and each of the pieces count, `end` as the last of them."""
+    """One training example as text: `prompt` as the tokenizer begins a text (None: no such part),
+    then `text` cut into pieces, then `end`; whether the prompt and each of the pieces count, `end`
+    as the last of them."""
 
     prompt: str | None
     text: str
@@ -191,8 +196,8 @@ class _Plan:
 def _plan(
     example: Example, tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn
 ) -> list[_Plan]:
-    """What is to be tokenised of an example, and what of it counts. Raises UserError for what the style cannot
-    express."""
+    """What is to be tokenised of an example, and what of it counts. Raises UserError for what the
+    style cannot express."""
     everything = loss_on == "all"
     if style == "chat":
         return _chat_plans(example, tokenizer, everything)
@@ -203,7 +208,8 @@ def _plan(
         raise UserError(
             f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token"
         )
-    # One space between the two, in the answer's first token, where byte-level vocabularies expect it.
+    # One space between the two, in the answer's first token, where byte-level vocabularies expect
+    # it.
     glue = "" if prompt[-1:].isspace() or answer.content[:1].isspace() else " "
     return [_Plan(prompt, glue + answer.content, [], [everything, True], [tokenizer.eos_token_id])]
 
@@ -255,7 +261,8 @@ def calls_tools(message: Message) -> bool:
 
 
 def refuse_tools(messages: Sequence[Message], style: Style, tools: str = "") -> None:
-    """Raises UserError where a style without turns is asked to write tools, their results or calls of them."""
+    """Raises UserError where a style without turns is asked to write tools, their results or calls
+    of them."""
     used = tools or any(message.role == "tool" or calls_tools(message) for message in messages)
     if style != "chat" and used:
         raise UserError(f"data.prompt_style={style!r} has no place for tools; use 'chat'")
@@ -263,8 +270,8 @@ def refuse_tools(messages: Sequence[Message], style: Style, tools: str = "") -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Answer:
-    """An assistant's turn: the conversation as the template renders it, up to its end-of-turn token; the number of
-    characters before the answer; whether it is to be trained on."""
+    """An assistant's turn: the conversation as the template renders it, up to its end-of-turn
+    token; the number of characters before the answer; whether it is to be trained on."""
 
     text: str
     start: int
@@ -274,10 +281,11 @@ class _Answer:
 def _chat_plans(
     example: Example, tokenizer: PreTrainedTokenizerFast, everything: bool
 ) -> list[_Plan]:
-    """The rendered conversation up to the last turn that is trained on, cut before each answer and behind its
-    end-of-turn token: `…assistant\\n` | `Hello.<|im_end|>` | `\\n<|im_start|>user…`. Where that text does not hold each
-    turn as it was rendered when it was the last, one plan for each that is trained on; of `everything` the prompt then
-    counts where it holds no earlier answer, so that none counts twice, nor one that is not to be trained on."""
+    """The rendered conversation up to the last turn that is trained on, cut before each answer and
+    behind its end-of-turn token: `…assistant\\n` | `Hello.<|im_end|>` | `\\n<|im_start|>user…`.
+    Where that text does not hold each turn as it was rendered when it was the last, one plan for
+    each that is trained on; of `everything` the prompt then counts where it holds no earlier
+    answer, so that none counts twice, nor one that is not to be trained on."""
     last = max(
         i
         for i, message in enumerate(example.messages)
@@ -300,8 +308,8 @@ def _chat_plans(
 def _answers(
     messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokenizerFast, needed: bool = True
 ) -> list[_Answer | None]:
-    """The assistant's turns; None for one that cannot be told from its prompt. Raises UserError for such a one that is
-    to be trained on, if it is needed."""
+    """The assistant's turns; None for one that cannot be told from its prompt. Raises UserError for
+    such a one that is to be trained on, if it is needed."""
     answers = []
     for i, message in enumerate(messages):
         if message.role == "assistant":
@@ -335,7 +343,8 @@ def _answer(messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokeni
     turn = whole[len(prompt) :].rstrip()
     content = message.content.strip()
     if content not in turn:
-        # Beside a call some templates leave out the text. Others render thinking anew: what is said last is then found.
+        # Beside a call some templates leave out the text. Others render thinking anew: what is said
+        # last is then found.
         content = "" if calls_tools(message) else content.split()[-1]
     if content:
         lead, found, end = turn.partition(content)

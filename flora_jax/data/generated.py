@@ -9,16 +9,18 @@ import json
 from flora_jax.data.tasks import Task, normalise
 from flora_jax.errors import UserError
 
-# Item i of reasoning-gym's seed s is Random(s + i), so draws from neighbouring seeds are the same problems:
-# every draw gets a block of seeds to itself. The held-out blocks do not depend on the training seed.
+# Item i of reasoning-gym's seed s is Random(s + i), so draws from neighbouring seeds are the same
+# problems: every draw gets a block of seeds to itself. The held-out blocks do not depend on the
+# training seed.
 _BLOCK = 10**8
 # candidates drawn for each problem wanted, before the space of problems counts as too small
 _TRIES = 50
 
 
 def draw(task: Task, split: str) -> list[dict[str, str]]:
-    """Problems of one split, no question of which is in another: test questions are drawn first and are all
-    different, validation avoids them, and training replaces every draw that is in either."""
+    """Problems of one split, no question of which is in another: test questions are drawn first and
+    are all different, validation avoids them, and training replaces every draw that is in
+    either."""
     try:
         import reasoning_gym
     except ModuleNotFoundError:

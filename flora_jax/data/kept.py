@@ -1,7 +1,7 @@
 """Arrays kept in the cache folder, so that what was prepared once is there at the next start.
 
-A file is named by all that its contents depend on. It appears whole or not at all, and one that is damaged is as good
-as absent.
+A file is named by all that its contents depend on. It appears whole or not at all, and one that is
+damaged is as good as absent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _SUM = 32  # bytes of the check sum that a file begins with
 
 
 def code_digest(*names: str) -> str:
-    """sha256 of the package's Python files `names` (a folder: all in it): what other code makes is made anew."""
+    """sha256 of the package's Python files `names` (a folder: all in it): what other code makes is
+    made anew."""
     digest = hashlib.sha256()
     root = Path(flora_jax.__file__).parent
     for name in names:
@@ -44,7 +45,8 @@ def read_kept(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def keep(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Keeps the arrays. A folder that cannot be written keeps nothing: the next start prepares them again."""
+    """Keeps the arrays. A folder that cannot be written keeps nothing: the next start prepares them
+    again."""
     stored = io.BytesIO()
     np.savez(stored, **arrays)
     with contextlib.suppress(OSError):

@@ -1,8 +1,9 @@
 """Numbers in texts: the last one of a rationale or a generated answer, and whether two are equal.
 
-Thousands are joined as people write them: 1,234 and 12,34,567 (Indian), 1 234 (any kind of space), 1'234, 1_234 and,
-from two groups on, 1.234.567. A comma is decimal only where another sign has parted the thousands (1.234,56 and
-1 234,56): "1,5" may be two numbers, and is read as such; so may "1.234", which is read as English writes it.
+Thousands are joined as people write them: 1,234 and 12,34,567 (Indian), 1 234 (any kind of space),
+1'234, 1_234 and, from two groups on, 1.234.567. A comma is decimal only where another sign has
+parted the thousands (1.234,56 and 1 234,56): "1,5" may be two numbers, and is read as such; so may
+"1.234", which is read as English writes it.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ _VALUE = "(?:{})".format("|".join((
 )))  # fmt: skip
 # Behind it a number is called the answer.
 _STATED = r"(?:(?i:\banswer\s*(?:(?:is|would\s+be)\s*+[:=]?|[:=]))|####|\\boxed\{)[\s*$'\"({−–-]*+(?i:the\s+)?[*$]*"
-# Not inside a word, a decimal, or another number; ordinals (3rd) count nothing, but for one that is called the answer.
+# Not inside a word, a decimal, or another number; ordinals (3rd) count nothing, but for one that is
+# called the answer.
 _NUMBER = re.compile(rf"(?<![\w.])(?P<value>(?>{_VALUE}))(?!\d|(?:st|nd|rd|th)\b)")
 _ORDINAL = re.compile(rf"{_STATED}(?P<value>\d+(?:,\d{{3}})*)(?:st|nd|rd|th)\b")
-# A remark holds no answer: "18 (see step 2)" is 18. It is one where it points elsewhere, in brackets; any is one behind
-# what is called the answer, and behind what the text begins with.
+# A remark holds no answer: "18 (see step 2)" is 18. It is one where it points elsewhere, in
+# brackets; any is one behind what is called the answer, and behind what the text begins with.
 _PLACES = "step|line|equation|eq|part|section|figure|table|page|note"
 _POINTS = rf"(?i:see\b|cf\b|(?:[a-z]+ +){{0,3}}(?:{_PLACES})s?\.? *[(#]?\d)"
 _BRACKETED = r"(?:[^()\[\]=]|\([^()=]*\))*[)\]]"
@@ -47,8 +49,9 @@ _LATEX = (
     (re.compile(r"(?<=\d)\\[,;: ](?=\d)"), "\u2009"),
     (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"),
 )
-# What begins another question, which some models ask themselves once they have answered. Ends of a turn and a user's
-# turn (`turn`) begin nothing else; the others may also head the question that was asked, in an answer that repeats it.
+# What begins another question, which some models ask themselves once they have answered. Ends of a
+# turn and a user's turn (`turn`) begin nothing else; the others may also head the question that was
+# asked, in an answer that repeats it.
 _ENDED = r"end|endoftext|end_of_text|end_of_turn|end▁of▁sentence|eot_id|eom_id|EOT|im_end|im_start|start_header_id"
 _ASKS = "question|problem|exercise|example|task|input"
 _NEXT = re.compile(
@@ -62,8 +65,9 @@ _NEXT = re.compile(
     re.MULTILINE,
 )
 _QUESTIONS = 16  # how many of them are tried
-# An answer is stated before a question (1) where it is called one, directly behind "answer:" and within some words
-# behind "answer is"; (2) where it is called right; (3) where the text, or a line headed as an answer, is little more.
+# An answer is stated before a question (1) where it is called one, directly behind "answer:" and
+# within some words behind "answer is"; (2) where it is called right; (3) where the text, or a line
+# headed as an answer, is little more.
 _CALLED = re.compile(
     r"(?i:\banswer(?: +(?:to|for|choice|option)\b[^\n.:=]{0,40}?)?\s{0,8}"
     r"|\b(?:correct|right|best) +(?:choice|option) *)"
@@ -76,7 +80,8 @@ _HEADED = re.compile(
     r"\W{0,8}(?P<line>\S[^\n]*)",
     re.MULTILINE,
 )
-# … and (4) it may be one where a paragraph ends in a sum or a conclusion, if nothing behind is called the answer.
+# … and (4) it may be one where a paragraph ends in a sum or a conclusion, if nothing behind is
+# called the answer.
 _SUM = re.compile(
     r"\d[)%]?\s?[-−–+*/×÷x]\s?[$(]?\d[\d.,)%]{0,15}\s?=\s?[^\w\n=]{0,4}\d[^\n=]{0,60}$"
     r"|(?i:\b(?:so|thus|therefore|hence)\b)"
@@ -90,8 +95,9 @@ _TOLERANCE = 1e-3  # of LLM-Adapters: answers there are rounded to two or three 
 
 
 def read_answer(text: str, read: Callable[[str], str | None]) -> str | None:
-    """What `read` finds in `text` before another question begins there. A question behind what is no answer yet ("We
-    have 5. Problem: find twice that.") is the one that was asked, and what follows is read, too."""
+    """What `read` finds in `text` before another question begins there. A question behind what is
+    no answer yet ("We have 5. Problem: find twice that.") is the one that was asked, and what
+    follows is read, too."""
     for match in itertools.islice(_NEXT.finditer(text), _QUESTIONS):
         before = text[: match.start()]
         answered = (
@@ -105,7 +111,8 @@ def read_answer(text: str, read: Callable[[str], str | None]) -> str | None:
 
 
 def _turn_has_answer(before: str) -> bool:
-    """False where the text begins with the user's turn, the one that was asked, and no other has begun."""
+    """False where the text begins with the user's turn, the one that was asked, and no other has
+    begun."""
     first = _NEXT.match(before.lstrip())
     return not (first and first["turn"]) or bool(_ANSWERS.search(before))
 
@@ -125,7 +132,8 @@ def _states_answer(before: str, behind: str, read: Callable[[str], str | None]) 
         words = match["line"].split()
         if (match.end() < len(last) and len(words) > 1) or words[-1].endswith("?"):
             continue
-        # A number may have three words with it ("18 eggs a day"), an option its own text ("B. a red hat").
+        # A number may have three words with it ("18 eggs a day"), an option its own text ("B. a red
+        # hat").
         most = 4 if any(map(str.isdigit, words[0])) else 12
         if len(words) <= most and read(words[0]) is not None:
             return True
@@ -135,8 +143,9 @@ def _states_answer(before: str, behind: str, read: Callable[[str], str | None]) 
 
 
 def final_number(text: str) -> str | None:
-    """The last number of `text`, before it goes on to another question, as written, without thousands' signs and with
-    its own: "It is −1,234.50 $." gives "-1234.50". A fraction comes back whole ("3/4"). None without any."""
+    """The last number of `text`, before it goes on to another question, as written, without
+    thousands' signs and with its own: "It is −1,234.50 $." gives "-1234.50". A fraction comes back
+    whole ("3/4"). None without any."""
     return read_answer(text, _last_number)
 
 
@@ -166,8 +175,9 @@ def _without_currency(before: str) -> str:
 
 
 def _is_signed(before: str) -> bool:
-    """Whether the text before a number ends with its sign: a minus that does not stand behind what it could take the
-    number from, a digit, a word's end ("COVID-19") or a bracket. After a word and a space it is a sign ("is -5")."""
+    """Whether the text before a number ends with its sign: a minus that does not stand behind what
+    it could take the number from, a digit, a word's end ("COVID-19") or a bracket. After a word and
+    a space it is a sign ("is -5")."""
     if _SPACED_SIGN.search(before):
         return True
     if not before or before[-1] not in "-−–":
@@ -182,8 +192,8 @@ def _is_signed(before: str) -> bool:
 
 
 def same_number(found: str | None, answer: str) -> bool:
-    """Whether two numbers are equal within 1e-3, so that "5" is "5.0". What is no number (None, a fraction) is equal
-    to nothing but its own text."""
+    """Whether two numbers are equal within 1e-3, so that "5" is "5.0". What is no number (None, a
+    fraction) is equal to nothing but its own text."""
     if found is None:
         return False
     try:
@@ -193,7 +203,8 @@ def same_number(found: str | None, answer: str) -> bool:
 
 
 def canonical_number(text: str) -> str:
-    """`"576.0"`, `"1,080"` and `"- 7"` as `"576"`, `"1080"` and `"-7"`; a ValueError if it is no number."""
+    """`"576.0"`, `"1,080"` and `"- 7"` as `"576"`, `"1080"` and `"-7"`; a ValueError if it is no
+    number."""
     text = text.replace(",", "").replace(" ", "")
     value = float(text)
     if not math.isfinite(value) or "_" in text:

@@ -1,4 +1,5 @@
-"""Encoded examples to batches: grain for training (endless, exact to resume), a plain loop for evaluation.
+"""Encoded examples to batches: grain for training (endless, exact to resume), a plain loop for
+evaluation.
 
 A batch is a dict of numpy arrays `[B, T]`, T always `max_length`:
 
@@ -8,8 +9,8 @@ A batch is a dict of numpy arrays `[B, T]`, T always `max_length`:
     segment_ids    int32    1, 2, … by example within the row, 0 on padding
     positions      int32    from 0 in every example
 
-For example [5, 6, 7] (7 counting) beside [8, 9] (9 counting) at T = 4: tokens 5 6 8 0, targets 6 7 9 0, weights
-0 1 1 0, segments 1 1 2 0, positions 0 1 0 0.
+For example [5, 6, 7] (7 counting) beside [8, 9] (9 counting) at T = 4: tokens 5 6 8 0, targets 6 7
+9 0, weights 0 1 1 0, segments 1 1 2 0, positions 0 1 0 0.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from flora_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
-# Rows that grain fills side by side. More leave less padding; all are emitted when one more example does not fit.
+# Rows that grain fills side by side. More leave less padding; all are emitted when one more example
+# does not fit.
 _PACKING_BINS = 64
 
 
@@ -40,14 +42,16 @@ def train_iterator(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Endless batches; each epoch is a new order of `seed` and holds every example once, in exactly one shard.
+    """Endless batches; each epoch is a new order of `seed` and holds every example once, in exactly
+    one shard.
 
-    `parts` says instead what is drawn how often: `(n, weight)` of the first n examples, of the n after them, …; each
-    part is drawn by its share of the weights, gone through again in a new order whenever it ends, and there are no
-    epochs of the whole. `batch_size` counts the rows of this process. Batches run across the ends of epochs; packed
-    rows do not, so an epoch's last rows may hold padding. `get_state()` is JSON-able, and `set_state` of it on a new
-    iterator over the same examples continues with the very same batches. Raises UserError for arguments that cannot
-    give a batch.
+    `parts` says instead what is drawn how often: `(n, weight)` of the first n examples, of the n
+    after them, …; each part is drawn by its share of the weights, gone through again in a new order
+    whenever it ends, and there are no epochs of the whole. `batch_size` counts the rows of this
+    process. Batches run across the ends of epochs; packed rows do not, so an epoch's last rows may
+    hold padding. `get_state()` is JSON-able, and `set_state` of it on a new iterator over the same
+    examples continues with the very same batches. Raises UserError for arguments that cannot give a
+    batch.
     """
     if batch_size < 1 or seed < 0:
         field, value, least = ("batch_size", batch_size, 1) if batch_size < 1 else ("seed", seed, 0)
@@ -83,8 +87,8 @@ def train_iterator(
 def _mixed(
     encoded: Sequence[Encoded], parts: Sequence[tuple[int, float]], seed: int, shard: slice
 ) -> grain.MapDataset:
-    """The parts, each shuffled and repeated without end, drawn by weight. Each part is cut into shards, not the mix,
-    whose fixed pattern would give some shards one part alone."""
+    """The parts, each shuffled and repeated without end, drawn by weight. Each part is cut into
+    shards, not the mix, whose fixed pattern would give some shards one part alone."""
     ends = np.cumsum([size for size, _ in parts]).tolist()
     starts = [0, *ends[:-1]]
     drawn = [
@@ -100,7 +104,8 @@ def _mixed(
 def eval_batches(
     encoded: Sequence[Encoded], *, batch_size: int, max_length: int
 ) -> Iterator[Batch]:
-    """Every example once, in order, one a row; the last batch is filled with empty rows (segment 0, no weight)."""
+    """Every example once, in order, one a row; the last batch is filled with empty rows (segment 0,
+    no weight)."""
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
     _check_lengths(encoded, max_length)
@@ -150,8 +155,9 @@ def _check_lengths(encoded: Sequence[Encoded], max_length: int) -> None:
 
 
 class _Epochs(grain.IterDataset):
-    """One dataset after the other, made by epoch number. grain's own `repeat` cannot do it: after packing it would
-    repeat the first epoch, and before packing it would let rows mix the end of an epoch with the next."""
+    """One dataset after the other, made by epoch number. grain's own `repeat` cannot do it: after
+    packing it would repeat the first epoch, and before packing it would let rows mix the end of an
+    epoch with the next."""
 
     def __init__(self, epoch: Callable[[int], grain.IterDataset]):
         super().__init__()

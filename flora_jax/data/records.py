@@ -1,4 +1,4 @@
-"""Records as files hold them: read from JSON, and each layout checked and turned into the one that its kind has."""
+"""Records as files hold them: read from JSON, checked, and turned into the layout of their kind."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ Record = dict[str, Any]
 
 
 def raw_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """`(place, value)` of each record of a `.json` list or a `.jsonl` file; place is `file:line` or names the index.
-    Raises UserError for what is no UTF-8 or no JSON."""
+    """`(place, value)` of each record of a `.json` list or a `.jsonl` file.
+
+    place is `file:line` or names the index. Raises UserError for what is no UTF-8 or no JSON.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -25,7 +27,7 @@ def raw_records(path: Path) -> Iterator[tuple[str, Any]]:
             f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"
         ) from None
     if path.suffix == ".jsonl":
-        # Split at newlines alone: JSON strings may hold the other separators that str.splitlines cuts at.
+        # Split at newlines alone: JSON strings may hold what else str.splitlines cuts at.
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 yield f"{path}:{number}", _json(line, path, number)
@@ -74,31 +76,21 @@ def _field(
 
 
 def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:
-    """An LLM-Adapters record. Raw MAWPS (`original_text`, `ans`) and GSM8K's own layout (`question`, `answer` with
-    its number after ####) become one."""
+    """An LLM-Adapters record.
+
+    Raw MAWPS (`original_text`, `ans`), HellaSwag's layouts and GSM8K's own become one.
+    """
     if "original_text" in raw:
-        question, answer = (
-            _field(raw, "original_text", where),
-            _field(raw, "ans", where, number=True),
-        )
-        return {"instruction": question, "input": "", "output": "", "answer": answer}
+        return {
+            "instruction": _field(raw, "original_text", where),
+            "input": "",
+            "output": "",
+            "answer": _field(raw, "ans", where, number=True),
+        }
     if "endings" in raw:
         return _hellaswag(raw, where)
     if "question" in raw and "instruction" not in raw:
-        question = _field(raw, "question", where)
-        rationale, mark, answer = _field(raw, "answer", where).rpartition("####")
-        if not mark:
-            raise UserError(f"{where}: field 'answer' has no '####' before its final number")
-        output = (
-            re.sub(r"<<.*?>>", "", rationale).strip()
-            + f"\nThe answer is {answer.strip().replace(',', '')}."
-        )
-        return {
-            "instruction": question,
-            "input": "",
-            "output": output.strip(),
-            "answer": answer.strip(),
-        }
+        return _gsm8k(raw, where)
     return {
         "instruction": _field(raw, "instruction", where),
         "input": _field(raw, "input", where, default=""),
@@ -107,17 +99,30 @@ def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:
     }
 
 
+def _gsm8k(raw: Mapping[str, Any], where: str) -> Record:
+    """GSM8K's own layout, whose `answer` has its number after ####, as an LLM-Adapters record."""
+    question = _field(raw, "question", where)
+    rationale, mark, answer = _field(raw, "answer", where).rpartition("####")
+    if not mark:
+        raise UserError(f"{where}: field 'answer' has no '####' before its final number")
+    rationale = re.sub(r"<<.*?>>", "", rationale).strip()
+    number = answer.strip().replace(",", "")
+    return {
+        "instruction": question,
+        "input": "",
+        "output": f"{rationale}\nThe answer is {number}.".strip(),
+        "answer": answer.strip(),
+    }
+
+
 def _hellaswag(raw: Mapping[str, Any], where: str) -> Record:
     """HellaSwag's own layouts as the LLM-Adapters record, whose wording this is."""
     if "activity_label" in raw:
-        raw = hellaswag(
-            {
-                **raw,
-                "context": _field(raw, "ctx", where),
-                "endings": _strings(raw, "endings", where),
-            }
-        )
-    context, endings = _field(raw, "activity_and_ctx", where), _strings(raw, "endings", where)
+        context = _field(raw, "ctx", where)
+        endings = _strings(raw, "endings", where)
+        raw = hellaswag({**raw, "context": context, "endings": endings})
+    context = _field(raw, "activity_and_ctx", where)
+    endings = _strings(raw, "endings", where)
     try:
         return compose_ending(context, endings, raw.get("label"))
     except UserError as error:
@@ -125,12 +130,13 @@ def _hellaswag(raw: Mapping[str, Any], where: str) -> Record:
 
 
 _TEXTS = ("dialogue", "document", "article")
+_ANSWERS = ("summary", "highlights", "summary1", "summary2", "summary3")
 
 
 def _texts(raw: Mapping[str, Any], where: str) -> Record | list[Record]:
-    """A text with the texts that answer it: DialogSum and SAMSum (`dialogue`), XSum (`document`), CNN/DailyMail
-    (`article`, `highlights`), DailyDialog++ (`context`, `positive_responses`), MultiWOZ (`turns`: each of the system's
-    answers the conversation before it)."""
+    """A text with the texts that answer it: DialogSum and SAMSum (`dialogue`), XSum (`document`),
+    CNN/DailyMail (`article`, `highlights`), DailyDialog++ (`context`, `positive_responses`),
+    MultiWOZ (`turns`: each of the system's answers the conversation before it)."""
     if "context" in raw:
         references = _strings(raw, "positive_responses", where)
         return {"text": _spoken(_strings(raw, "context", where)), "references": references}
@@ -143,16 +149,14 @@ def _texts(raw: Mapping[str, Any], where: str) -> Record | list[Record]:
     if kind is None:
         known = ", ".join([*_TEXTS, "context", "turns"])
         raise UserError(
-            f"{where}: the record has none of the fields {known}; there are {', '.join(map(repr, raw))}"
+            f"{where}: the record has none of the fields {known}; "
+            f"there are {', '.join(map(repr, raw))}"
         )
-    answers = [
-        field
-        for field in ("summary", "highlights", "summary1", "summary2", "summary3")
-        if field in raw
-    ]
+    answers = [field for field in _ANSWERS if field in raw]
     if not answers:
         raise UserError(
-            f"{where}: the record has neither 'summary', 'summary1' nor 'highlights' beside {kind!r}"
+            f"{where}: the record has neither 'summary', 'summary1' nor 'highlights' "
+            f"beside {kind!r}"
         )
     text, *references = (_untagged(_field(raw, field, where)) for field in (kind, *answers))
     return {"text": text, "references": references}
@@ -177,40 +181,56 @@ def _spoken(turns: Sequence[str]) -> str:
 
 
 def _untagged(text: str) -> str:
-    """`<t> a . </t> <t> b . </t>`, as some CNN/DailyMail files mark sentences, one sentence a line."""
+    """`<t> a . </t> <t> b . </t>`, CNN/DailyMail's marks of sentences, as one sentence a line."""
     return re.sub(r"\s*</t>\s*<t>\s*", "\n", text).replace("<t>", "").replace("</t>", "").strip()
 
 
 def _conversation(raw: Mapping[str, Any], where: str) -> Record:
-    """`{"prompt", "completion"}` or `{"messages": [{"role", "content"}, …]}` as messages ending with the assistant."""
+    """`{"prompt", "completion"}` or `{"messages": [{"role", "content"}, …]}` as messages.
+
+    They end with the assistant's.
+    """
     if not _trained(raw, where):
         raise UserError(
             f"{where}: the record is not trained on (it has weight 0, or train false); leave it out"
         )
-    if "messages" not in raw:
-        if "prompt" not in raw and "completion" not in raw:
-            raise UserError(
-                f"{where}: a record needs 'messages', or 'prompt' and 'completion'; "
-                f"there are {', '.join(map(repr, raw)) or 'no fields'}"
-            )
-        turns = [
-            ("user", _field(raw, "prompt", where)),
-            ("assistant", _field(raw, "completion", where)),
-        ]
-        messages = [
-            {"role": role, "content": text, "trained": True, "more": ""} for role, text in turns
-        ]
-        return {"messages": messages, "tools": ""}
+    if "messages" in raw:
+        return {"messages": _messages(raw, where), "tools": _tools(raw, where)}
+    if "prompt" not in raw and "completion" not in raw:
+        raise UserError(
+            f"{where}: a record needs 'messages', or 'prompt' and 'completion'; "
+            f"there are {', '.join(map(repr, raw)) or 'no fields'}"
+        )
+    messages = [
+        {"role": role, "content": _field(raw, name, where), "trained": True, "more": ""}
+        for role, name in (("user", "prompt"), ("assistant", "completion"))
+    ]
+    return {"messages": messages, "tools": ""}
+
+
+def _messages(raw: Mapping[str, Any], where: str) -> list[Record]:
+    """The turns of a conversation. Raises UserError where none is to be trained on."""
     turns = raw["messages"]
     if not isinstance(turns, list) or not turns:
         raise UserError(
             f"{where}: field 'messages' must be a list of at least one message, not {turns!r:.40}"
         )
     messages = [_turn(turn, f"{where}: messages[{i}]") for i, turn in enumerate(turns)]
-    roles = [message["role"] for message in messages]
+    _check_roles([message["role"] for message in messages], where)
+    if not any(message["trained"] for message in messages if message["role"] == "assistant"):
+        raise UserError(
+            f"{where}: no turn of the assistant is trained on (each has weight 0, or train false); "
+            "leave the record out, or give one of them weight 1"
+        )
+    return messages
+
+
+def _check_roles(roles: Sequence[str], where: str) -> None:
+    """Raises UserError unless a user begins and the assistant ends."""
     if roles[-1] != "assistant":
         raise UserError(
-            f"{where}: 'messages' ends with role {roles[-1]!r}; the last turn must be the assistant's"
+            f"{where}: 'messages' ends with role {roles[-1]!r}; "
+            "the last turn must be the assistant's"
         )
     if "user" not in roles:
         raise UserError(
@@ -218,21 +238,15 @@ def _conversation(raw: Mapping[str, Any], where: str) -> Record:
         )
     first = next(role for role in roles if role != "system")
     if first != "user":
-        named = f"a {first}'s" if first == "tool" else "the assistant's"
+        named = {"tool": "a tool's", "assistant": "the assistant's"}[first]
         raise UserError(
             f"{where}: 'messages' begins with {named} turn; the first after 'system' is a user's"
         )
-    if not any(message["trained"] for message in messages if message["role"] == "assistant"):
-        raise UserError(
-            f"{where}: no turn of the assistant is trained on (each has weight 0, or train false); "
-            "leave the record out, or give one of them weight 1"
-        )
-    return {"messages": messages, "tools": _tools(raw, where)}
 
 
 # What chat templates read of a turn beside its role and content.
 _MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
-# By which of its turns a record says whether they count in the loss: OpenAI's name, and axolotl's two.
+# By which a record says of its turns whether they count in the loss: OpenAI's name, axolotl's two.
 _TRAINED = ("weight", "train", "training")
 # axolotl's names for parts of a turn that count, of which the loss mask here knows none.
 _PARTS = ("train_detail", "training_detail")
@@ -267,12 +281,12 @@ def _turn(turn: Any, place: str) -> Record:
 
 
 def _trained(turn: Mapping[str, Any], place: str) -> bool:
-    """Whether an assistant's turn, or a record, counts in the loss: it does unless it says otherwise."""
+    """Whether an assistant's turn, or a record, counts in the loss: unless it says otherwise."""
     for name in _PARTS:
         if turn.get(name):
             raise UserError(
-                f"{place}: field {name!r} is not supported: a turn counts as a whole or not at all; leave "
-                "it out, or give the turn a 'weight' of 0 or 1"
+                f"{place}: field {name!r} is not supported: a turn counts as a whole or not at all; "
+                "leave it out, or give the turn a 'weight' of 0 or 1"
             )
     said = {name: turn[name] for name in _TRAINED if turn.get(name) is not None}
     for name, value in said.items():
@@ -287,8 +301,9 @@ def _trained(turn: Mapping[str, Any], place: str) -> bool:
 
 
 def _tools(raw: Mapping[str, Any], where: str) -> str:
-    """The field `tools`, a list of objects or the JSON text of one, as JSON text; empty without any."""
-    tools, place = raw.get("tools"), f"{where}: field 'tools'"
+    """The field `tools`, a list of objects or the JSON text of one, as JSON text; may be empty."""
+    tools = raw.get("tools")
+    place = f"{where}: field 'tools'"
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)

@@ -1,9 +1,9 @@
-"""Where records come from: files of a data directory, the TFDS catalogue or a generator; validated, prepared by TFDS
-and cached.
+"""Where records come from: files of a data directory, the TFDS catalogue or a generator; validated,
+prepared by TFDS and cached.
 
-A split is read and checked once, written by its TFDS builder (`builders`) as array_record under the cache
-directory, and read back from there as a TFDS data source. The cache key is the content of the source, so
-changed data is prepared anew and unchanged data is found again whatever its path.
+A split is read and checked once, written by its TFDS builder (`builders`) as array_record under the
+cache directory, and read back from there as a TFDS data source. The cache key is the content of the
+source, so changed data is prepared anew and unchanged data is found again whatever its path.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ if TYPE_CHECKING:  # importing it takes a second
 def load_examples(
     task: Task, split: str, data_dir: str | Path | None, cache_dir: str | Path | None = None
 ) -> list[Example]:
-    """`load_records`, parsed. A record that its task cannot parse is a UserError naming file, record and field."""
+    """`load_records`, parsed. A record that its task cannot parse is a UserError naming file,
+    record and field."""
     examples = []
     for i, record in enumerate(load_records(task, split, data_dir, cache_dir)):
         try:
@@ -55,14 +56,16 @@ def load_examples(
 def load_records(
     task: Task, split: str, data_dir: str | Path | None, cache_dir: str | Path | None = None
 ) -> Sequence[Record]:
-    """The records of one split of a task ('train', 'validation' or 'test'), in the order of its source.
+    """The records of one split of a task ('train', 'validation' or 'test'), in the order of its
+    source.
 
-    Records are dicts of str: `instruction, input, output, answer` of a 'records' task, `text` and `references` (a list)
-    of a 'texts' one, `question, answer` of a generated one, of a 'jsonl' one `tools` and `messages` (a list of
-    `role, content, trained, more`, as `Turn` has them).
-    `data_dir` is a folder of files, or `tfds` or `tfds:DIR` for the TFDS catalogue in TFDS's own folder or in DIR;
-    generated tasks need none. Prepared data is cached in `cache_dir`, by default `$FLORA_CACHE` or else
-    `~/.cache/flora_jax`. Raises UserError for a missing, empty or malformed source, naming file and record.
+    Records are dicts of str: `instruction, input, output, answer` of a 'records' task, `text` and
+    `references` (a list) of a 'texts' one, `question, answer` of a generated one, of a 'jsonl' one
+    `tools` and `messages` (a list of `role, content, trained, more`, as `Turn` has them).
+    `data_dir` is a folder of files, or `tfds` or `tfds:DIR` for the TFDS catalogue in TFDS's own
+    folder or in DIR; generated tasks need none. Prepared data is cached in `cache_dir`, by default
+    `$FLORA_CACHE` or else `~/.cache/flora_jax`. Raises UserError for a missing, empty or malformed
+    source, naming file and record.
     """
     directory = cache_root(cache_dir) / "tfds" / _cache_key(task, split, data_dir)
     if not directory.exists():
@@ -86,8 +89,8 @@ def load_records(
 
 
 def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:
-    """sha256 (hex) of the file that a split is read from, of the catalogue's files (with data set, version and split),
-    or of everything that determines a generated one."""
+    """sha256 (hex) of the file that a split is read from, of the catalogue's files (with data set,
+    version and split), or of everything that determines a generated one."""
     if task.source == "generated":
         _check_split(task, split)
         return hashlib.sha256(generated_key(task, split).encode()).hexdigest()
@@ -101,7 +104,8 @@ def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:
 
 
 def has_split(task: Task, split: str, data_dir: str | Path | None) -> bool:
-    """Whether `load_records` would find the split (of the TFDS catalogue: where its data set is at hand)."""
+    """Whether `load_records` would find the split (of the TFDS catalogue: where its data set is at
+    hand)."""
     if _in_catalogue(task, data_dir):
         _check_split(task, split)
         return task.name in CATALOGUE and split in CATALOGUE[task.name].splits
@@ -110,7 +114,8 @@ def has_split(task: Task, split: str, data_dir: str | Path | None) -> bool:
     )
     if not found or split == "test" or task.files.get("test") is None:
         return found
-    # Some tasks are tested on the file of the official validation split, which is then no other split's.
+    # Some tasks are tested on the file of the official validation split, which is then no other
+    # split's.
     return split in task.files or task.files["test"] not in [
         path.name for path in _candidates(task, split, data_dir)
     ]
@@ -128,7 +133,8 @@ def _check_split(task: Task, split: str) -> None:
 
 
 def _in_catalogue(task: Task, data_dir: str | Path | None) -> bool:
-    """Whether the task is to be read from the TFDS catalogue: `data_dir` says so, and it needs a `data_dir` at all."""
+    """Whether the task is to be read from the TFDS catalogue: `data_dir` says so, and it needs a
+    `data_dir` at all."""
     named = str(data_dir).partition(":")[0] == "tfds"
     return named and task.source != "generated" and not task.name.endswith(".jsonl")
 
@@ -175,7 +181,8 @@ def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Pat
     """The files that could hold a split, the first that exists is it."""
     _check_split(task, split)
     if task.name.endswith(".jsonl"):
-        # The file itself, for the one split that is asked of it. It cannot validate what was trained on it.
+        # The file itself, for the one split that is asked of it. It cannot validate what was
+        # trained on it.
         if split == "validation":
             return []
         if Path(task.name).stem == "sample" and split == "test":
@@ -232,8 +239,8 @@ def _path(task: Task, split: str, data_dir: str | Path | None) -> Path:
 
 
 def _span(task: Task, split: str, data_dir: str | Path | None) -> tuple[int, int] | None:
-    """The part of its file that a split is, None for all of it: where training has a file of its own, nothing is
-    shared."""
+    """The part of its file that a split is, None for all of it: where training has a file of its
+    own, nothing is shared."""
     if split not in task.spans:
         return None
     return task.spans[split] if _path(task, "train", data_dir).name == task.files["train"] else None
@@ -319,8 +326,9 @@ def _cache_key(task: Task, split: str, data_dir: str | Path | None) -> str:
 
 
 def _prepare(task: Task, split: str, records: list[Record], directory: Path) -> None:
-    """Writes `records` with the task's builder and moves the result to `directory` in one step, so that a process
-    that is killed, or another one that prepares the same data, leaves either all of it or nothing."""
+    """Writes `records` with the task's builder and moves the result to `directory` in one step, so
+    that a process that is killed, or another one that prepares the same data, leaves either all of
+    it or nothing."""
     from flora_jax.data.builders import BUILDERS, SourceConfig
 
     with contextlib.ExitStack() as stack:
@@ -343,7 +351,8 @@ def _prepare(task: Task, split: str, records: list[Record], directory: Path) -> 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """TFDS reports on stdout, which belongs to the command, and draws bars: both only on a terminal's stderr."""
+    """TFDS reports on stdout, which belongs to the command, and draws bars: both only on a
+    terminal's stderr."""
     import tensorflow_datasets as tfds
 
     terminal, verbosity = sys.stderr.isatty(), logging.get_verbosity()
@@ -361,7 +370,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _decode(value: Any) -> Any:
-    """A TFDS element as plain Python: text from bytes, and a sequence of dicts from TFDS's dict of sequences."""
+    """A TFDS element as plain Python: text from bytes, and a sequence of dicts from TFDS's dict of
+    sequences."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, np.generic):

@@ -1,8 +1,10 @@
-"""The task table: what a record of each data set asks, what the right answer is, and how it is scored.
+"""The task table: what a record of each data set asks, what the right answer is, and how it is
+scored.
 
-A task is one row of `TASKS`. Adding one is one row, and a parse function if its records look like nothing
-here. A parse function turns one record (a plain dict, as `sources` yields it) into an `Example`, which holds
-everything that training and every evaluation protocol need; nothing downstream looks at a record again.
+A task is one row of `TASKS`. Adding one is one row, and a parse function if its records look like
+nothing here. A parse function turns one record (a plain dict, as `sources` yields it) into an
+`Example`, which holds everything that training and every evaluation protocol need; nothing
+downstream looks at a record again.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Turn(Message):
-    """A turn that says more: whether an assistant's counts in the loss, and what else the chat template is given of it
-    (`tool_calls`, …; a `content` of null), as a JSON object."""
+    """A turn that says more: whether an assistant's counts in the loss, and what else the chat
+    template is given of it (`tool_calls`, …; a `content` of null), as a JSON object."""
 
     trained: bool = True
     more: str = ""
@@ -44,7 +46,8 @@ class Turn(Message):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One record, parsed. `messages` ends with the assistant's target; the rest is there where the task has it."""
+    """One record, parsed. `messages` ends with the assistant's target; the rest is there where the
+    task has it."""
 
     messages: tuple[Message, ...]
     choices: tuple[str, ...] = ()  # the texts to choose from
@@ -62,7 +65,8 @@ class Example:
 
     @functools.cached_property
     def prompt_digest(self) -> str:
-        """sha256 of everything before the answer, normalised: by which `dedupe` knows a prompt again."""
+        """sha256 of everything before the answer, normalised: by which `dedupe` knows a prompt
+        again."""
         return _digest(self.messages[:-1], self.tools)
 
     @functools.cached_property
@@ -73,8 +77,9 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """What a generated (reasoning-gym) task draws. The sizes are those of the splits; `seed` moves the
-    training draw alone, so that every run is tested on the same questions and trained on none of them."""
+    """What a generated (reasoning-gym) task draws. The sizes are those of the splits; `seed` moves
+    the training draw alone, so that every run is tested on the same questions and trained on none
+    of them."""
 
     dataset: str
     settings: Mapping[str, Any]
@@ -86,8 +91,9 @@ class Generator:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One row: `source` says how records are read ('records', 'texts', 'generated' or 'jsonl'), `metric` how an answer
-    is scored ('choice', 'number', 'letter', 'rouge' or 'exact'), `parse` makes an `Example` of a record."""
+    """One row: `source` says how records are read ('records', 'texts', 'generated' or 'jsonl'),
+    `metric` how an answer is scored ('choice', 'number', 'letter', 'rouge' or 'exact'), `parse`
+    makes an `Example` of a record."""
 
     name: str
     source: str
@@ -110,8 +116,8 @@ _SAME = str.maketrans("−×÷", "-*/")
 
 @functools.lru_cache(maxsize=4096)
 def _tells_apart(token: str) -> bool:
-    """Whether a word, a number or a single sign makes another prompt of it: all but ASCII's and Unicode's punctuation.
-    Marks are what Indic vowels are written with."""
+    """Whether a word, a number or a single sign makes another prompt of it: all but ASCII's and
+    Unicode's punctuation. Marks are what Indic vowels are written with."""
     if len(token) > 1 or token.isalnum() or token in _OPERATORS:
         return True
     return unicodedata.category(token)[0] == "M" or (
@@ -120,8 +126,8 @@ def _tells_apart(token: str) -> bool:
 
 
 def normalise(text: str) -> str:
-    """The words, numbers, operators and symbols of `text` in lower case, spaced alike: `"It's 3.50 + 4 !"` as
-    `"it s 3.50 + 4"`. Operators stay because a minus for a plus makes another sum."""
+    """The words, numbers, operators and symbols of `text` in lower case, spaced alike: `"It's 3.50
+    + 4 !"` as `"it s 3.50 + 4"`. Operators stay because a minus for a plus makes another sum."""
     found = re.findall(
         r"\d+(?:\.\d+)?|[^\W\d]+|[^\w\s]",
         unicodedata.normalize("NFC", text.lower()).translate(_SAME),
@@ -141,8 +147,9 @@ def _turns(prompt: str, target: str) -> tuple[Message, ...]:
 def _parse_choice(
     record: Mapping[str, Any], requests: Callable[..., Iterable[tuple[str, str]]]
 ) -> Example:
-    """An LLM-Adapters multiple-choice record: `…: QUESTION` and then `Answer1: … Answer2: …` (Solution, Option
-    likewise), then `Answer format: answer1/answer2`; or a question with the answer format `true/false`."""
+    """An LLM-Adapters multiple-choice record: `…: QUESTION` and then `Answer1: … Answer2: …`
+    (Solution, Option likewise), then `Answer format: answer1/answer2`; or a question with the
+    answer format `true/false`."""
     prompt = _instruction(record)
     body, found, form = prompt.rpartition("Answer format:")
     if not found:
@@ -181,7 +188,8 @@ def _parse_choice(
 
 
 def _between_marks(text: str) -> str:
-    """A choice without its separators alone: a data set's own trailing space is part of what is scored."""
+    """A choice without its separators alone: a data set's own trailing space is part of what is
+    scored."""
     text = text.removeprefix(" ")
     return text.removesuffix("\n\n") if text.endswith("\n\n") else text.removesuffix(" ")
 
@@ -194,7 +202,8 @@ def _after(context: str, question: str, choices: Sequence[str]) -> list[tuple[st
 
 
 def _blank(sentence: str, choices: Sequence[str]) -> list[tuple[str, str]]:
-    """Partial evaluation: each option stands in the blank `_` of the context, and the rest is what is scored."""
+    """Partial evaluation: each option stands in the blank `_` of the context, and the rest is what
+    is scored."""
     before, found, after = sentence.partition("_")
     if not found:
         raise UserError("field 'instruction' has no blank '_' to fill")
@@ -206,7 +215,8 @@ def _choice(context: str) -> Callable[[Mapping[str, Any]], Example]:
 
 
 def _parse_number(record: Mapping[str, Any]) -> Example:
-    """A word problem. `output` is often a wrong rationale: it is the target only where it ends at the answer."""
+    """A word problem. `output` is often a wrong rationale: it is the target only where it ends at
+    the answer."""
     prompt = _instruction(record)
     try:
         answer = canonical_number(record["answer"])
@@ -245,7 +255,8 @@ def _parse_letter(record: Mapping[str, Any]) -> Example:
 
 
 def _parse_generated(record: Mapping[str, Any]) -> Example:
-    """A generated arithmetic problem; the prompt states the answer format, in training and in evaluation alike."""
+    """A generated arithmetic problem; the prompt states the answer format, in training and in
+    evaluation alike."""
     prompt = f"{record['question']}\nGive only the final number."
     return Example(
         messages=_turns(prompt, record["answer"]),
@@ -255,7 +266,8 @@ def _parse_generated(record: Mapping[str, Any]) -> Example:
 
 
 def _parse_text(record: Mapping[str, Any], instruction: str, cue: str) -> Example:
-    """A text to answer with a text: the instruction, the record's text, and the cue that the answer stands behind."""
+    """A text to answer with a text: the instruction, the record's text, and the cue that the answer
+    stands behind."""
     first, *_ = references = tuple(record["references"])
     prompt = f"{instruction}\n\n{record['text']}\n\n{cue}"
     return Example(
@@ -295,7 +307,8 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (
     Task("social_i_qa", "records", "choice", _choice("Q: {}\nA:"), new_tokens=32),
     Task("boolq", "records", "choice", _choice("Question: {}?\nAnswer:"), new_tokens=32),
     Task("winogrande", "records", "choice", functools.partial(_parse_choice, requests=_blank), new_tokens=32),
-    # The harness begins the second half of a context with a capital; the records hold both halves as one.
+    # The harness begins the second half of a context with a capital; the records hold both halves
+    # as one.
     Task("hellaswag", "records", "choice", _choice("{}"), new_tokens=32, files={"test": "validation.jsonl"}),
     Task("AddSub", "records", "number", _parse_number),
     Task("MultiArith", "records", "number", _parse_number),
@@ -320,8 +333,8 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (
 )})  # fmt: skip
 
 
-# What LLM-Adapters trains its adapters on at once, each example once an epoch (commonsense_170k; math_10k less what it
-# repeats of the test sets).
+# What LLM-Adapters trains its adapters on at once, each example once an epoch (commonsense_170k;
+# math_10k less what it repeats of the test sets).
 MIXTURES: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "commonsense": (
         "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"
@@ -338,8 +351,9 @@ def expand(names: Iterable[str]) -> list[str]:
 def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
     """The row called `name`; a name ending in `.jsonl` is a task of its own, read from that file.
 
-    `generator` overrides fields of a generated task's `Generator` (`train`, `validation`, `test`, `seed`) and its
-    settings (`max_terms`, …); tasks that are not generated ignore it. Raises UserError for an unknown task or field.
+    `generator` overrides fields of a generated task's `Generator` (`train`, `validation`, `test`,
+    `seed`) and its settings (`max_terms`, …); tasks that are not generated ignore it. Raises
+    UserError for an unknown task or field.
     """
     if name.endswith(".jsonl"):
         return dataclasses.replace(TASKS["jsonl"], name=name)
@@ -377,10 +391,11 @@ def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
 
 
 def lm_eval_request(example: Example) -> tuple[tuple[str, str], ...]:
-    """`(context, continuation)` of each choice as the lm-eval harness scores it zero-shot, in order of `choices`.
+    """`(context, continuation)` of each choice as the lm-eval harness scores it zero-shot, in order
+    of `choices`.
 
-    Only winogrande's contexts differ between choices (partial evaluation). Raises UserError for an example that
-    offers no choices to score.
+    Only winogrande's contexts differ between choices (partial evaluation). Raises UserError for an
+    example that offers no choices to score.
     """
     if not example.requests:
         raise UserError(
@@ -390,7 +405,8 @@ def lm_eval_request(example: Example) -> tuple[tuple[str, str], ...]:
 
 
 def label_request(example: Example) -> tuple[str, tuple[str, ...]]:
-    """`(prompt, targets)`: the LLM-Adapters instruction, and the sentence that names each label in turn."""
+    """`(prompt, targets)`: the LLM-Adapters instruction, and the sentence that names each label in
+    turn."""
     if not example.labels:
         raise UserError(
             f"label words need a multiple-choice task; this prompt has none: {_start(example)!r}"
@@ -409,8 +425,8 @@ def _start(example: Example) -> str:
 def dedupe(
     train: Sequence[Example], test: Iterable[Example], answers: bool = False
 ) -> tuple[list[Example], int]:
-    """`train` without the examples whose prompt (everything before the answer, normalised) is one of `test`'s, with
-    `answers` whose prompt and answer are, and how many were dropped."""
+    """`train` without the examples whose prompt (everything before the answer, normalised) is one
+    of `test`'s, with `answers` whose prompt and answer are, and how many were dropped."""
     digest = (
         (lambda example: example.digest) if answers else (lambda example: example.prompt_digest)
     )
@@ -424,7 +440,8 @@ def dedupe(
 
 
 def prompt_digests(examples: Iterable[Example]) -> set[str]:
-    """64 bits of the sha256 of each prompt, as `dedupe` compares them: enough to know a prompt again."""
+    """64 bits of the sha256 of each prompt, as `dedupe` compares them: enough to know a prompt
+    again."""
     return {example.prompt_digest[:16] for example in examples}
 
 

@@ -1,8 +1,8 @@
 """What a Llama is made of: sizes, rotary settings, presets. Nothing here touches an array.
 
 Axis letters used in all model code: B batch, T query length, S key length, D model width, N heads,
-K key/value heads, G heads per key/value head (N / K), H head width, F ffn width, R rank, V vocabulary,
-L layers.
+K key/value heads, G heads per key/value head (N / K), H head width, F ffn width, R rank, V
+vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _check_number(name: str, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3 frequency scaling (HF `rope_type: llama3`): long wavelengths are slowed by `factor`."""
+    """Llama 3 frequency scaling (HF `rope_type: llama3`): `factor` slows long wavelengths."""
 
     factor: float = 32.0
     low_freq_factor: float = 1.0
@@ -41,8 +41,8 @@ class RopeScaling:
             _check_number(f"RopeScaling.{field.name}", getattr(self, field.name))
         if self.low_freq_factor >= self.high_freq_factor:
             raise UserError(
-                f"RopeScaling.low_freq_factor={self.low_freq_factor} must be below high_freq_factor="
-                f"{self.high_freq_factor}"
+                f"RopeScaling.low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor}"
             )
 
 
@@ -69,6 +69,21 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self):
+        self._check_sizes()
+        for name in ("rms_norm_eps", "rope_theta"):
+            _check_number(f"LlamaConfig.{name}", getattr(self, name))
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise UserError(
+                f"LlamaConfig.rope_scaling={self.rope_scaling!r} must be a RopeScaling or None; "
+                "LlamaConfig.from_hf reads HF's form"
+            )
+        self._check_tokens()
+        if self.head_dim % 2:
+            raise UserError(
+                f"LlamaConfig.head_dim={self.head_dim} must be even for rotary embeddings"
+            )
+
+    def _check_sizes(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (
@@ -80,13 +95,8 @@ class LlamaConfig:
                 f"LlamaConfig.num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        for name in ("rms_norm_eps", "rope_theta"):
-            _check_number(f"LlamaConfig.{name}", getattr(self, name))
-        if not isinstance(self.rope_scaling, RopeScaling | None):
-            raise UserError(
-                f"LlamaConfig.rope_scaling={self.rope_scaling!r} must be a RopeScaling or None; "
-                "LlamaConfig.from_hf reads HF's form"
-            )
+
+    def _check_tokens(self) -> None:
         eos = self.eos_token_id
         if not isinstance(eos, tuple) or not all(
             isinstance(token, numbers.Integral) and token >= 0 for token in eos
@@ -98,10 +108,6 @@ class LlamaConfig:
                 not isinstance(token, numbers.Integral) or isinstance(token, bool) or token < -1
             ):
                 raise UserError(f"LlamaConfig.{name}={token!r} must be a token id or None")
-        if self.head_dim % 2:
-            raise UserError(
-                f"LlamaConfig.head_dim={self.head_dim} must be even for rotary embeddings"
-            )
 
     @property
     def q_width(self) -> int:
@@ -149,65 +155,25 @@ class LlamaConfig:
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> LlamaConfig:
         """Reads an HF `config.json` dict, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
-        (`rope_parameters`). Raises UserError for another architecture or an unsupported rotary type."""
-        if hf.get("model_type") != "llama":
-            raise UserError(
-                f"{source}: model_type={hf.get('model_type')!r} is not supported; only 'llama' is"
-            )
-        if hf.get("hidden_act", "silu") != "silu":
-            raise UserError(
-                f"{source}: hidden_act={hf['hidden_act']!r} is not supported; only 'silu' is"
-            )
-        missing = [
-            k
-            for k in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-            )
-            if k not in hf
-        ]
-        if missing:
-            raise UserError(f"{source}: field {missing[0]!r} is missing")
+        (`rope_parameters`).
+
+        Raises UserError for another architecture or an unsupported rotary type.
+        """
+        _check_llama(hf, source)
         # Where both forms stand there the older fields count, as transformers reads them.
-        rope = {
-            "rope_theta": hf.get("rope_theta"),
-            **(hf.get("rope_scaling") or hf.get("rope_parameters") or {}),
-        }
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise UserError(
-                f"{source}: rope_type={kind!r} is not supported; 'default' and 'llama3' are"
-            )
-        scaling = None
-        if kind == "llama3":
-            try:
-                scaling = RopeScaling(
-                    factor=float(rope["factor"]),
-                    low_freq_factor=float(rope["low_freq_factor"]),
-                    high_freq_factor=float(rope["high_freq_factor"]),
-                    original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-                )
-            except KeyError as error:
-                raise UserError(
-                    f"{source}: rope scaling field {error.args[0]!r} is missing"
-                ) from None
+        scaled = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        rope = {"rope_theta": hf.get("rope_theta"), **scaled}
+        scaling = _read_scaling(rope, source)
         turned = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
         if turned not in (None, 1):
             raise UserError(
-                f"{source}: partial_rotary_factor={turned!r} is not supported; Llama turns whole heads"
+                f"{source}: partial_rotary_factor={turned!r} is not supported; "
+                "Llama turns whole heads"
             )
-        flags = {
-            name: hf.get(name, False)
-            for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")
-        }
+        flags = {name: hf.get(name, False) for name in _FLAGS}
         for name, value in flags.items():
             if not isinstance(value, bool):
                 raise UserError(f"{source}: {name}={value!r} must be true or false")
-        eos = hf.get("eos_token_id")
-        eos = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
         heads = hf["num_attention_heads"]
         return cls(
             vocab_size=hf["vocab_size"],
@@ -222,7 +188,7 @@ class LlamaConfig:
             rope_scaling=scaling,
             max_position_embeddings=hf.get("max_position_embeddings", 2048),
             bos_token_id=hf.get("bos_token_id"),
-            eos_token_id=eos,
+            eos_token_id=_token_ids(hf.get("eos_token_id")),
             pad_token_id=hf.get("pad_token_id"),
             **flags,
         )
@@ -245,9 +211,60 @@ class LlamaConfig:
                 **(scaling or {}),
                 "rope_theta": self.rope_theta,
             },
-            eos_token_id=None if not eos else eos[0] if len(eos) == 1 else eos,
+            eos_token_id=eos[0] if len(eos) == 1 else eos or None,
         )
         return hf
+
+
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+
+
+def _check_llama(hf: dict[str, Any], source: str) -> None:
+    """Raises UserError unless an HF `config.json` describes a Llama, with all its sizes."""
+    if hf.get("model_type") != "llama":
+        raise UserError(
+            f"{source}: model_type={hf.get('model_type')!r} is not supported; only 'llama' is"
+        )
+    if hf.get("hidden_act", "silu") != "silu":
+        raise UserError(
+            f"{source}: hidden_act={hf['hidden_act']!r} is not supported; only 'silu' is"
+        )
+    for name in _NEEDED:
+        if name not in hf:
+            raise UserError(f"{source}: field {name!r} is missing")
+
+
+def _read_scaling(rope: dict[str, Any], source: str) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise UserError(
+            f"{source}: rope_type={kind!r} is not supported; 'default' and 'llama3' are"
+        )
+    try:
+        return RopeScaling(
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+        )
+    except KeyError as error:
+        raise UserError(f"{source}: rope scaling field {error.args[0]!r} is missing") from None
+
+
+def _token_ids(given: Any) -> tuple[Any, ...]:
+    """No token, one, or several, as HF writes them."""
+    if given is None:
+        return ()
+    return tuple(given) if isinstance(given, list | tuple) else (given,)
 
 
 def _llama3(**sizes: Any) -> LlamaConfig:
@@ -327,8 +344,8 @@ PRESETS: dict[str, LlamaConfig] = {
         num_key_value_heads=32,
         rope_theta=130000.0,
     ),
-    # Small enough for seconds on a CPU, with everything a real one has: GQA 3, its own head_dim, and the
-    # built-in byte tokenizer's vocabulary.
+    # Small enough for seconds on a CPU, with everything a real one has: GQA 3, its own head_dim,
+    # and the built-in byte tokenizer's vocabulary.
     "tiny": LlamaConfig(
         vocab_size=320,
         hidden_size=96,

@@ -1,18 +1,24 @@
-"""A decode step's attention on a GPU: rotary embeddings, the cache's new slot and attention in one Pallas kernel.
+"""A decode step's attention on a GPU, in one Pallas kernel.
 
-Written out for XLA this is five to eight launches a layer. The kernel is one, and the sum over its parts a second,
-which takes in what o reads beside attention. Axis letters as in llama.py; P parts that the slots are cut into, each
-read by a program of its own (flash decoding: one query has too few heads to keep a GPU busy).
+The kernel turns q and k by their rotary embeddings, fills the cache's new slot and attends. Written
+out for XLA this is five to eight launches a layer. The kernel is one, and the sum over its parts a
+second, which takes in what o reads beside attention. Axis letters as in llama.py; P parts that the
+slots are cut into, each read by a program of its own (flash decoding: one query has too few heads
+to keep a GPU busy); G heads of a group, filled up to R rows of a product.
 
-The kernel is written for Pallas's Triton backend, which jax deprecates since 0.11.0 and will remove.
-jax names two replacements: Pallas's Mosaic GPU backend (`jax.experimental.pallas.mosaic_gpu`), or a kernel in Triton's
-own language, called through the package jax_triton. Without the backend XLA's attention serves.
+The kernel is written for Pallas's Triton backend, which jax deprecates since 0.11.0 and will
+remove. jax names two replacements: Pallas's Mosaic GPU backend
+(`jax.experimental.pallas.mosaic_gpu`), or a kernel in Triton's own language, called through the
+package jax_triton. Without the backend XLA's attention serves.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +26,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 Array = jax.Array
+Halves = tuple[Array, Array]  # the channels of a head that rotary embeddings turn together
 
 _SLOTS = 64  # that a program looks at in one go
-# slots a program has to read, until there are so many programs to a head
-_PART, _MOST_PARTS = 256, 32
+_PART = 256  # slots a program has to read …
+_MOST_PARTS = 32  # … until there are so many programs to a head
 _ROWS = 16  # the fewest of a product on a tensor core; a group has fewer heads
 _LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """N heads, K key/value heads, H channels of each, S slots, and how many slots a part has."""
+
+    N: int
+    K: int
+    H: int
+    S: int
+    part: int
 
 
 def decode_attention(
@@ -36,27 +54,30 @@ def decode_attention(
     heads: int,
     interpret: bool = False,
 ) -> tuple[Array, tuple[Array, Array]]:
-    """Attention of one new token a row, `[B, N·H]`, and the cache's `(k, v)` with that token in its slot.
+    """Attention of one new token a row, `[B, N·H]`, and the cache's `(k, v)` with it in its slot.
 
-    qkv `[B, ≥ (N+2K)·H]`: q, k and v as their product gives them, heads side by side, and any columns behind them.
-    rotary: cos and sin `[B, 1, 1, H/2]`. seen `[B, S]` bool: the slots up to `index` that a row sees, that one too.
-    past: k `[B·K, H, S]`, v `[B·K, S, H]` and the scalar `index` of the token's slot; k and v are consumed. heads: N.
-    Products in qkv's dtype with float32 sums, softmax in float32. H is a power of two, at least 32 on a GPU, which is
-    where it runs; `interpret` runs it anywhere, slowly.
+    qkv `[B, ≥ (N+2K)·H]`: q, k and v as their product gives them, heads side by side, and any
+    columns behind them.
+    rotary: cos and sin `[B, 1, 1, H/2]`. seen `[B, S]` bool: the slots up to `index` that a row
+    sees, that one too.
+    past: k `[B·K, H, S]`, v `[B·K, S, H]` and the scalar `index` of the token's slot; k and v are
+    consumed. heads: N. Products in qkv's dtype with float32 sums, softmax in float32. H is a power
+    of two, at least 32 on a GPU, which is where it runs; `interpret` runs it anywhere, slowly.
     """
     k, v, index = past
-    B, (BK, H, S) = len(qkv), k.shape
-    K, N = BK // B, heads
+    B = len(qkv)
+    BK, H, S = k.shape
     P = min(pl.cdiv(S, _PART), _MOST_PARTS)
     part = pl.cdiv(pl.cdiv(S, P), _SLOTS) * _SLOTS
+    sizes = _Sizes(N=heads, K=BK // B, H=H, S=S, part=part)
     cos, sin = (table.reshape(B, H // 2) for table in rotary)
     sums, peaks, totals, k, v = pl.pallas_call(
-        functools.partial(_kernel, N=N, K=K, H=H, S=S, part=part),
-        grid=(B, K, P),
+        functools.partial(_kernel, sizes=sizes),
+        grid=(B, sizes.K, P),
         out_shape=[
-            jax.ShapeDtypeStruct((P, B, N, H), jnp.float32),
-            jax.ShapeDtypeStruct((P, B, N), jnp.float32),
-            jax.ShapeDtypeStruct((P, B, N), jnp.float32),
+            jax.ShapeDtypeStruct((P, B, heads, H), jnp.float32),
+            jax.ShapeDtypeStruct((P, B, heads), jnp.float32),
+            jax.ShapeDtypeStruct((P, B, heads), jnp.float32),
             jax.ShapeDtypeStruct(k.shape, k.dtype),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
         ],
@@ -70,109 +91,185 @@ def decode_attention(
     shares = [jnp.exp(peaks[i] - peak)[..., None] for i in range(P)]
     out = sum(share * sums[i] for i, share in enumerate(shares))
     out = out / sum(share * totals[i][..., None] for i, share in enumerate(shares))
-    return out.astype(qkv.dtype).reshape(B, N * H), (k, v)
+    return out.astype(qkv.dtype).reshape(B, heads * H), (k, v)
 
 
-def _kernel(
-    index_ref: Any,
-    qkv_ref: Any,
-    cos_ref: Any,
-    sin_ref: Any,
-    seen_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    sums_ref: Any,
-    peaks_ref: Any,
-    totals_ref: Any,
-    new_k_ref: Any,
-    new_v_ref: Any,
-    *,
-    N: int,
-    K: int,
-    H: int,
-    S: int,
-    part: int,
-) -> None:
-    """The heads of one group of one row over one part of the slots. The first part writes the new token's slot and
-    counts the token itself, which no program reads back from the cache: nothing waits for that write."""
-    b, group, p = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    dtype, half, G = qkv_ref.dtype, H // 2, N // K
-    # A cache that is full is written to its last slot, as XLA's updates do, and never behind it.
-    index, row = jnp.minimum(index_ref[0], S - 1), b * K + group
-    lower, lanes = jnp.arange(half), jnp.arange(H)
+# The arrays that a program reads, and behind them those that it writes.
+_Refs = namedtuple("_Refs", "index, qkv, cos, sin, seen, k, v, sums, peaks, totals, new_k, new_v")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Program:
+    """One program: a row's group of heads over a part of the slots."""
+
+    refs: _Refs
+    sizes: _Sizes
+    row: Array
+    group: Array
+    part: Array
+    cached: Array  # the row of the cache: rows and groups are one axis there
+    index: Array  # the new token's slot
+    lower: Array  # the channels of a head's first half
+    lanes: Array  # all its channels
+    heads: Array  # [R], filled up behind the group's
+    real: Array  # [R] bool: whether the group has the head
+
+    @property
+    def dtype(self) -> Any:
+        """Of all products."""
+        return self.refs.qkv.dtype
+
+
+class _Token(NamedTuple):
+    """The new token: its queries `[R, H/2]` twice, its key `[H/2]` twice, its value `[H]`."""
+
+    q: Halves
+    k: Halves
+    v: Array
+
+
+class _Running(NamedTuple):
+    """A softmax over some of the slots, in float32."""
+
+    peaks: Array  # [R]: each head's highest score
+    totals: Array  # [R]: the sum of its weights
+    sums: Array  # [R, H]: the weighted sum of the values
+
+
+def _kernel(*refs: Any, sizes: _Sizes) -> None:
+    """The heads of one group of one row over one part of the slots.
+
+    The first part writes the new token's slot and counts the token itself, which no program reads
+    back from the cache: nothing waits for that write.
+    """
+    program = _locate(_Refs(*refs), sizes)
+    token = _load_token(program)
+
+    @pl.when(program.part == 0)
+    def _() -> None:
+        _write_slot(program, token)
+
+    begun = _begin(program, token)
+    # Slots that nothing has been written to yet are not read.
+    written = jnp.clip(program.index - program.part * sizes.part, 0, sizes.part)
+    look = functools.partial(_look, program, token.q)
+    _store(program, jax.lax.fori_loop(0, pl.cdiv(written, _SLOTS), look, begun))
+
+
+def _locate(refs: _Refs, sizes: _Sizes) -> _Program:
+    """The program of this place in the grid."""
+    row, group, part = (pl.program_id(axis) for axis in range(3))
+    G = sizes.N // sizes.K
     own = jnp.arange(max(_ROWS, pl.next_power_of_2(G)))
-    heads, real = group * G + own, own < G
-    product = functools.partial(
-        triton.dot, precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return _Program(
+        refs=refs,
+        sizes=sizes,
+        row=row,
+        group=group,
+        part=part,
+        # A full cache is written to its last slot, as XLA's updates do, and never behind it.
+        index=jnp.minimum(refs.index[0], sizes.S - 1),
+        cached=row * sizes.K + group,
+        lower=jnp.arange(sizes.H // 2),
+        lanes=jnp.arange(sizes.H),
+        heads=group * G + own,
+        real=own < G,
     )
 
-    def wide(x):
-        return x.astype(jnp.float32)
 
-    cos, sin = cos_ref[b, lower], sin_ref[b, lower]
+def _load_token(program: _Program) -> _Token:
+    refs = program.refs
+    sizes = program.sizes
+    cos = refs.cos[program.row, program.lower]
+    sin = refs.sin[program.row, program.lower]
 
-    def rotated(load: Any) -> tuple[Array, Array]:
-        first, second = wide(load(lower)), wide(load(half + lower))
-        return (first * cos - second * sin).astype(dtype), (second * cos + first * sin).astype(
-            dtype
-        )
+    def rotated(load: Callable[[Array], Array]) -> Halves:
+        first = _wide(load(program.lower))
+        second = _wide(load(sizes.H // 2 + program.lower))
+        turned = first * cos - second * sin
+        return turned.astype(program.dtype), (second * cos + first * sin).astype(program.dtype)
 
     def load_q(channels: Array) -> Array:
-        columns = heads[:, None] * H + channels[None, :]
-        mask = jnp.broadcast_to(real[:, None], columns.shape)
-        return triton.load(qkv_ref.at[b, columns], mask=mask, other=0.0)
+        columns = program.heads[:, None] * sizes.H + channels[None, :]
+        mask = jnp.broadcast_to(program.real[:, None], columns.shape)
+        return triton.load(refs.qkv.at[program.row, columns], mask=mask, other=0.0)
 
-    at = (N + group) * H
+    at = (sizes.N + program.group) * sizes.H
     q = rotated(load_q)
-    k = [x.astype(k_ref.dtype) for x in rotated(lambda channels: qkv_ref[b, at + channels])]
-    v = qkv_ref[b, at + K * H + lanes].astype(v_ref.dtype)
+    first, second = rotated(lambda channels: refs.qkv[program.row, at + channels])
+    k = (first.astype(refs.k.dtype), second.astype(refs.k.dtype))
+    v = refs.qkv[program.row, at + sizes.K * sizes.H + program.lanes].astype(refs.v.dtype)
+    return _Token(q, k, v)
 
-    @pl.when(p == 0)
-    def _() -> None:
-        new_k_ref[row, lower, index] = k[0]
-        new_k_ref[row, half + lower, index] = k[1]
-        new_v_ref[row, index, lanes] = v
 
-    first = p == 0
-    scores = (
-        sum(
-            (wide(a) * wide(x.astype(dtype))[None, :]).sum(axis=1)
-            for a, x in zip(q, k, strict=True)
-        )
-        * H**-0.5
+def _write_slot(program: _Program, token: _Token) -> None:
+    """Writes the token's key and value into its slot of the cache."""
+    new_k = program.refs.new_k
+    half = program.sizes.H // 2
+    new_k[program.cached, program.lower, program.index] = token.k[0]
+    new_k[program.cached, half + program.lower, program.index] = token.k[1]
+    program.refs.new_v[program.cached, program.index, program.lanes] = token.v
+
+
+def _begin(program: _Program, token: _Token) -> _Running:
+    """The softmax over the token itself in the first part, over nothing in the others."""
+    first = program.part == 0
+    products = (
+        (_wide(q) * _wide(k.astype(program.dtype))[None, :]).sum(axis=1)
+        for q, k in zip(token.q, token.k, strict=True)
     )
+    scores = sum(products) * program.sizes.H**-0.5
     peaks = jnp.where(first, scores, _LOWEST)
     totals = jnp.where(first, jnp.ones_like(scores), 0.0)
-    sums = jnp.where(first, jnp.broadcast_to(wide(v.astype(dtype))[None, :], (len(own), H)), 0.0)
+    value = _wide(token.v.astype(program.dtype))
+    alone = jnp.broadcast_to(value[None, :], (len(program.heads), len(value)))
+    return _Running(peaks, totals, jnp.where(first, alone, 0.0))
 
-    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        peaks, totals, sums = carry
-        slots = p * part + i * _SLOTS + jnp.arange(_SLOTS)
-        inside = slots < S
 
-        def load(ref: Any, at: Any, mask: Array) -> Array:
-            return triton.load(ref.at[at], mask=mask, other=0.0).astype(dtype)
+def _look(program: _Program, q: Halves, i: Array, running: _Running) -> _Running:
+    """The softmax with the i-th slots of the part taken in."""
+    refs = program.refs
+    sizes = program.sizes
+    slots = program.part * sizes.part + i * _SLOTS + jnp.arange(_SLOTS)
+    inside = slots < sizes.S
 
-        seen = triton.load(seen_ref.at[b, slots], mask=inside, other=False) & (slots != index)
-        across = jnp.broadcast_to(inside[None, :], (half, _SLOTS))
-        keys = [
-            load(k_ref, (row, (start + lower)[:, None], slots[None, :]), across)
-            for start in (0, half)
-        ]
-        scores = sum(product(a, x) for a, x in zip(q, keys, strict=True)) * H**-0.5
-        scores = jnp.where(seen[None, :], scores, _LOWEST)
-        higher = jnp.maximum(peaks, scores.max(axis=1))
-        weights = jnp.where(seen[None, :], jnp.exp(scores - higher[:, None]), 0.0)
-        shrunk = jnp.exp(peaks - higher)
-        down = jnp.broadcast_to(inside[:, None], (_SLOTS, H))
-        values = load(v_ref, (row, slots[:, None], lanes[None, :]), down)
-        sums = sums * shrunk[:, None] + product(weights.astype(dtype), values)
-        return higher, totals * shrunk + weights.sum(axis=1), sums
+    def load(ref: Any, at: Any, mask: Array) -> Array:
+        return triton.load(ref.at[at], mask=mask, other=0.0).astype(program.dtype)
 
-    # Slots that nothing has been written to yet are not read.
-    steps = pl.cdiv(jnp.clip(index - p * part, 0, part), _SLOTS)
-    peaks, totals, sums = jax.lax.fori_loop(0, steps, body, (peaks, totals, sums))
-    triton.store(peaks_ref.at[p, b, heads], peaks, mask=real)
-    triton.store(totals_ref.at[p, b, heads], totals, mask=real)
-    every = jnp.broadcast_to(real[:, None], sums.shape)
-    triton.store(sums_ref.at[p, b, heads[:, None], lanes[None, :]], sums, mask=every)
+    stored = triton.load(refs.seen.at[program.row, slots], mask=inside, other=False)
+    seen = stored & (slots != program.index)
+    across = jnp.broadcast_to(inside[None, :], (sizes.H // 2, _SLOTS))
+    keys = [
+        load(refs.k, (program.cached, (start + program.lower)[:, None], slots[None, :]), across)
+        for start in (0, sizes.H // 2)
+    ]
+    scores = sum(_product(a, x) for a, x in zip(q, keys, strict=True)) * sizes.H**-0.5
+    scores = jnp.where(seen[None, :], scores, _LOWEST)
+    peaks = jnp.maximum(running.peaks, scores.max(axis=1))
+    weights = jnp.where(seen[None, :], jnp.exp(scores - peaks[:, None]), 0.0)
+    shrunk = jnp.exp(running.peaks - peaks)
+    down = jnp.broadcast_to(inside[:, None], (_SLOTS, sizes.H))
+    values = load(refs.v, (program.cached, slots[:, None], program.lanes[None, :]), down)
+    sums = running.sums * shrunk[:, None] + _product(weights.astype(program.dtype), values)
+    return _Running(peaks, running.totals * shrunk + weights.sum(axis=1), sums)
+
+
+def _store(program: _Program, running: _Running) -> None:
+    """Writes what the part comes to, of the heads that the group has."""
+    refs = program.refs
+    at = (program.part, program.row, program.heads)
+    triton.store(refs.peaks.at[at], running.peaks, mask=program.real)
+    triton.store(refs.totals.at[at], running.totals, mask=program.real)
+    every = jnp.broadcast_to(program.real[:, None], running.sums.shape)
+    at = (program.part, program.row, program.heads[:, None], program.lanes[None, :])
+    triton.store(refs.sums.at[at], running.sums, mask=every)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.float32)
+
+
+def _product(a: Array, b: Array) -> Array:
+    """On a tensor core where the dtype is a half one, in float32 without TF32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return triton.dot(a, b, precision=precision)

@@ -1,4 +1,5 @@
-"""The name of a base: a digest of its parameters, so that an adapter is never used on another base unnoticed."""
+"""The name of a base: a digest of its parameters, so that an adapter is never used on another base
+unnoticed."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _AT_ONCE = 2**24  # values: XLA's CPU compiler writes the mixed bits out before 
 
 @jax.jit
 def _sums(values: jax.Array, start: jax.Array) -> jax.Array:
-    """Two position-dependent sums of the bits in bfloat16, uint32 `[2]`; start: the place of the first value."""
+    """Two position-dependent sums of the bits in bfloat16, uint32 `[2]`; start: the place of the
+    first value."""
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(values.shape):
@@ -38,9 +40,11 @@ def _digest(leaf: jax.Array) -> list[int]:
 
 
 def base_fingerprint(params: Mapping[str, Any]) -> str:
-    """A hex digest of every base parameter's path, shape and value; the same however the leaves are sharded.
+    """A hex digest of every base parameter's path, shape and value; the same however the leaves are
+    sharded.
 
-    Values are rounded to bfloat16 first, so that one checkpoint loaded in float32 or in bfloat16 is one base.
+    Values are rounded to bfloat16 first, so that one checkpoint loaded in float32 or in bfloat16 is
+    one base.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten_dict(params, sep="/").items()):

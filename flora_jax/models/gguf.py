@@ -1,8 +1,9 @@
-"""Llama checkpoints in one GGUF file (llama.cpp's format): configuration, weights and tokenizer, without torch.
+"""Llama checkpoints in one GGUF file (llama.cpp's format), without torch.
 
-Tensors are offered under their HF names and in HF's order and orientation, dequantised to float32 a slice at a time.
-llama.cpp rotates neighbouring pairs of a head where HF rotates its two halves, so its files hold the rows of q and k
-interleaved: a head's rows `[a0 b0 a1 b1 …]` are HF's `[a0 a1 … b0 b1 …]`. They are put back here.
+A file holds configuration, weights and tokenizer. Tensors are offered under their HF names and in
+HF's order and orientation, dequantised to float32 a slice at a time. llama.cpp rotates neighbouring
+pairs of a head where HF rotates its two halves, so its files hold the rows of q and k interleaved:
+a head's rows `[a0 b0 a1 b1 …]` are HF's `[a0 a1 … b0 b1 …]`. They are put back here.
 """
 
 from __future__ import annotations
@@ -22,18 +23,35 @@ from flora_jax.models.hf import check_hf_tensors, hf_shapes
 from flora_jax.models.rope import inverse_frequencies
 
 # Keys, behind "llama.", that are read here …
-_READ = frozenset((
-    "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "expert_count",
-    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
-    "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
-))  # fmt: skip
+_READ = frozenset(
+    {
+        "vocab_size",
+        "context_length",
+        "embedding_length",
+        "block_count",
+        "feed_forward_length",
+        "expert_count",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.layer_norm_rms_epsilon",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.scaling.type",
+    }
+)
 # … and those of rotary embeddings and attention that change no number of a Llama.
-_IDLE = frozenset((
-    "attention.layer_norm_epsilon", "rope.scaling.finetuned", "rope.scaling.original_context_length",
-))  # fmt: skip
-# What the others of these, and a few beside them, say where they change nothing. Keys with other names are notes, or
-# settings of what a dense Llama has not (experts, a parallel residual). Without a type, a factor is linear scaling
-# (llama.cpp); `rope.scale_linear` is its older name.
+_IDLE = frozenset(
+    {
+        "attention.layer_norm_epsilon",
+        "rope.scaling.finetuned",
+        "rope.scaling.original_context_length",
+    }
+)
+# What the others of these, and a few beside them, say where they change nothing. Keys with other
+# names are notes, or settings of what a dense Llama has not (experts, a parallel residual). Without
+# a type, a factor is linear scaling (llama.cpp); `rope.scale_linear` is its older name.
 _NEUTRAL = {
     "rope.scaling.factor": (0, 1),
     "rope.scale_linear": (0, 1),
@@ -55,29 +73,36 @@ _NEUTRAL = {
 
 
 class GgufTensor:
-    """A tensor of the file in HF orientation; indexing with slices reads and dequantises those rows, float32."""
+    """A tensor of the file in HF orientation; slices of it are read and dequantised, float32."""
 
     def __init__(self, tensor: gguf.ReaderTensor, row_order: np.ndarray | None = None):
         self.shape = tuple(reversed(tensor.shape.tolist()))
-        self._data, self._type, self._row_order = tensor.data, tensor.tensor_type, row_order
+        self._data = tensor.data
+        self._type = tensor.tensor_type
+        self._row_order = row_order
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         rows, *columns = index
-        selected = rows if self._row_order is None else self._row_order[rows]
+        selected = rows
+        if self._row_order is not None:
+            selected = self._row_order[rows]
         if len(self.shape) == 1:  # a vector's storage has no row axis
             return gguf.dequantize(self._data, self._type)[selected]
         return gguf.dequantize(self._data[selected], self._type)[:, *columns]
 
 
 class GgufFile:
-    """An opened file: `config`, and `tensors` (HF name -> GgufTensor). Raises UserError for a file that is truncated,
-    not GGUF, not a Llama, or inconsistent. Weights stay on disk until they are indexed."""
+    """An opened file: `config`, and `tensors` (HF name -> GgufTensor).
+
+    Raises UserError for a file that is truncated, not GGUF, not a Llama, or inconsistent. Weights
+    stay on disk until they are indexed.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         try:
             self._reader = gguf.GGUFReader(self.path)
-        # What the reader raises on bytes that are no GGUF: it checks little and trips over what it reads.
+        # What the reader raises on bytes that are no GGUF: it trips over what it does not check.
         except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
             raise UserError(
                 f"{self.path}: not a complete GGUF file ({error}); download it again"
@@ -92,11 +117,12 @@ class GgufFile:
         self._refuse_unsupported()
         try:
             self.config = self._read_config()
-        except UserError as error:  # the configuration knows of no file
-            raise UserError(
-                str(error) if str(self.path) in str(error) else f"{self.path}: {error}"
-            ) from None
-        self._refuse_unread_keys(self.config)
+        except UserError as error:
+            if str(self.path) in str(error):
+                raise
+            # the configuration knows of no file
+            raise UserError(f"{self.path}: {error}") from None
+        self._refuse_unread_keys()
         self.tensors = self._name_tensors()
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -117,67 +143,45 @@ class GgufFile:
             raise UserError(
                 f"{self.path}: architecture {architecture!r} is not supported; only 'llama' is"
             )
-        if self.get("llama.expert_count", 0):
+        if experts := self.get("llama.expert_count", 0):
             raise UserError(
-                f"{self.path}: llama.expert_count={self.get('llama.expert_count')} is not supported; "
-                "only dense Llamas are"
+                f"{self.path}: llama.expert_count={experts} is not supported; only dense Llamas are"
             )
         scaling = self.get("llama.rope.scaling.type", "none")
-        # Linear by a factor of one is none; Llama 3's is in a tensor.
-        if scaling not in ("none", "linear") and (scaling, "rope_freqs.weight" in self._stored) != (
-            "llama3",
-            True,
-        ):
+        known = ["none", "linear"]  # linear by a factor of one is none
+        if "rope_freqs.weight" in self._stored:
+            known.append("llama3")
+        if scaling not in known:
             raise UserError(
                 f"{self.path}: llama.rope.scaling.type={scaling!r} is not supported; "
                 "'none' and Llama 3's rope_freqs are"
             )
         for tensor in {t.tensor_type: t for t in self._stored.values()}.values():
-            try:
-                gguf.dequantize(
-                    tensor.data[:1] if len(tensor.shape) > 1 else tensor.data, tensor.tensor_type
-                )
-            except NotImplementedError:
-                raise UserError(
-                    f"{self.path}: tensor {tensor.name!r} is quantised as {tensor.tensor_type.name}, which "
-                    "cannot be read; use Q4_0 to Q8_0, a K-quant, BF16, F16 or F32"
-                ) from None
+            self._check_readable(tensor)
+
+    def _check_readable(self, tensor: gguf.ReaderTensor) -> None:
+        """Raises UserError for a tensor of a type that gguf does not dequantise."""
+        data = tensor.data[:1] if len(tensor.shape) > 1 else tensor.data
+        try:
+            gguf.dequantize(data, tensor.tensor_type)
+        except NotImplementedError:
+            raise UserError(
+                f"{self.path}: tensor {tensor.name!r} is quantised as {tensor.tensor_type.name}, "
+                "which cannot be read; use Q4_0 to Q8_0, a K-quant, BF16, F16 or F32"
+            ) from None
 
     def _read_config(self) -> LlamaConfig:
-        width, heads = (
-            self.require("llama.embedding_length"),
-            self.require("llama.attention.head_count"),
-        )
+        width = self.require("llama.embedding_length")
+        heads = self.require("llama.attention.head_count")
         kv_heads = self.get("llama.attention.head_count_kv", heads)
         if isinstance(heads, list) or isinstance(kv_heads, list):
             raise UserError(f"{self.path}: head counts that differ by layer are not supported")
-        for key, value in (
-            ("llama.embedding_length", width),
-            ("llama.attention.head_count", heads),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{self.path}: {key}={value!r} must be a positive integer")
-        head_dim = self.get("llama.attention.key_length") or width // heads
-        for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
-            if self.get(key, head_dim) != head_dim:
-                raise UserError(
-                    f"{self.path}: {key}={self.get(key)} is not the head width {head_dim}; not supported"
-                )
-        if "token_embd.weight" not in self._stored:
-            raise UserError(f"{self.path}: tensor 'token_embd.weight' is missing")
-        vocab_size = int(self._stored["token_embd.weight"].shape[-1])
-        tokens = self._reader.get_field("tokenizer.ggml.tokens")
-        for key, found in (
-            ("llama.vocab_size", self.get("llama.vocab_size", vocab_size)),
-            ("tokenizer.ggml.tokens", vocab_size if tokens is None else len(tokens.data)),
-        ):
-            if found != vocab_size:
-                raise UserError(
-                    f"{self.path}: {key} counts {found} tokens, token_embd.weight has {vocab_size} rows"
-                )
+        head_dim = self._read_head_dim(width, heads)
+        vocab_size = self._read_vocab_size()
         # Chat models end a turn with a token of its own, beside the one that ends a document.
         ends = [self.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
-        # Stored as float32: the shortest decimal that gives the same float32 is the number that was meant.
+        # Stored as float32: the shortest decimal that gives the same float32 is the number that was
+        # meant.
         eps = float(str(np.float32(self.require("llama.attention.layer_norm_rms_epsilon"))))
         config = LlamaConfig(
             vocab_size=vocab_size,
@@ -199,10 +203,61 @@ class GgufFile:
         )
         return self._with_rope_scaling(config)
 
-    def _refuse_unread_keys(self, config: LlamaConfig) -> None:
-        """Raises UserError for the first key that is not read here and may change what the model computes."""
+    def _read_head_dim(self, width: Any, heads: Any) -> int:
+        """H, which is the same for queries, keys and values. Raises UserError where it is not."""
+        for key, value in (
+            ("llama.embedding_length", width),
+            ("llama.attention.head_count", heads),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{self.path}: {key}={value!r} must be a positive integer")
+        head_dim = self.get("llama.attention.key_length") or width // heads
+        for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+            if self.get(key, head_dim) != head_dim:
+                raise UserError(
+                    f"{self.path}: {key}={self.get(key)} is not the head width {head_dim}; "
+                    "not supported"
+                )
+        return head_dim
+
+    def _read_vocab_size(self) -> int:
+        """V, the rows of the embedding. Raises UserError where the metadata count others."""
+        if "token_embd.weight" not in self._stored:
+            raise UserError(f"{self.path}: tensor 'token_embd.weight' is missing")
+        rows = int(self._stored["token_embd.weight"].shape[-1])
+        counted = {"llama.vocab_size": self.get("llama.vocab_size", rows)}
+        tokens = self._reader.get_field("tokenizer.ggml.tokens")
+        if tokens is not None:
+            counted["tokenizer.ggml.tokens"] = len(tokens.data)
+        for key, found in counted.items():
+            if found != rows:
+                raise UserError(
+                    f"{self.path}: {key} counts {found} tokens, token_embd.weight has {rows} rows"
+                )
+        return rows
+
+    def _refuse_unread_keys(self) -> None:
+        """Raises UserError for the first key that may change what the model computes, unread."""
+        neutral = self._neutral_values()
+        idle = _READ | _IDLE
+        if self.get("llama.rope.scaling.type") == "none":  # llama.cpp then ignores a factor
+            idle = idle | {"rope.scaling.factor", "rope.scale_linear"}
+        for key in self._reader.fields:
+            name = key.removeprefix("llama.")
+            telling = name.startswith(("rope.", "attention.")) or name in neutral
+            if name == key or name in idle or not telling:
+                continue
+            value = self.get(key)
+            if not _is_silent(value, neutral.get(name, (0,))):
+                raise UserError(
+                    f"{self.path}: {key}={value!r:.60} is not supported: it may change what the "
+                    "model computes, and this reader does not know how"
+                )
+
+    def _neutral_values(self) -> dict[str, tuple[float, ...]]:
+        """By key, behind "llama.", the values that change nothing in a model of this config."""
+        config = self.config
         width = (0, config.head_dim)
-        window = self.get("llama.attention.sliding_window", 0)
         neutral = {
             **_NEUTRAL,
             "embedding_length_out": (0, config.hidden_size),
@@ -212,34 +267,19 @@ class GgufFile:
             "rope.dimension_count_swa": width,
             "rope.freq_base_swa": (0, config.rope_theta),
         }
+        window = self.get("llama.attention.sliding_window", 0)
         if isinstance(window, int) and window >= config.max_position_embeddings:  # it hides nothing
             neutral["attention.sliding_window"] = (window,)
-        scaling, idle = self.get("llama.rope.scaling.type"), _IDLE
-        if scaling == "none":  # named so, it makes llama.cpp ignore a factor
-            idle = _IDLE | {"rope.scaling.factor", "rope.scale_linear"}
+        scaling = self.get("llama.rope.scaling.type")
         if scaling == "llama3" and config.rope_scaling is not None:
             neutral["rope.scaling.factor"] = (0, 1, config.rope_scaling.factor)
-        for key in self._reader.fields:
-            name = key.removeprefix("llama.")
-            if name == key or name in _READ or name in idle:
-                continue
-            if not name.startswith(("rope.", "attention.")) and name not in neutral:
-                continue
-            value = self.get(key)
-            if isinstance(value, list | str):
-                silent = not any(value)
-            else:
-                silent = any(
-                    math.isclose(value, one, rel_tol=1e-6) for one in neutral.get(name, (0,))
-                )
-            if not silent:
-                raise UserError(
-                    f"{self.path}: {key}={value!r:.60} is not supported: it may change what the model "
-                    "computes, and this reader does not know how"
-                )
+        return neutral
 
     def _with_rope_scaling(self, config: LlamaConfig) -> LlamaConfig:
-        """Adds Llama 3's scaling, which files carry only as its result: a divisor for each of the H/2 frequencies."""
+        """Adds Llama 3's scaling.
+
+        Files carry it only as its result: a divisor for each of the H/2 frequencies.
+        """
         if "rope_freqs.weight" not in self._stored:
             return config
         divisors = GgufTensor(self._stored["rope_freqs.weight"])[(slice(None),)]
@@ -253,34 +293,41 @@ class GgufFile:
         expected = inverse_frequencies(config) / inverse_frequencies(scaled)
         if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
             raise UserError(
-                f"{self.path}: tensor 'rope_freqs.weight' is not a Llama 3 scaling with low and high "
-                f"frequency factors 1 and 4 over {original} positions; not supported"
+                f"{self.path}: tensor 'rope_freqs.weight' is not a Llama 3 scaling with low and "
+                f"high frequency factors 1 and 4 over {original} positions; not supported"
             )
         return scaled
 
     def _name_tensors(self) -> dict[str, GgufTensor]:
-        config, tensors = self.config, {}
+        config = self.config
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-        stored = {
-            name: tensor for name, tensor in self._stored.items() if name != "rope_freqs.weight"
-        }
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        orders = {name: _hf_row_order(count, config.head_dim) for name, count in heads.items()}
+        stored = {name: one for name, one in self._stored.items() if name != "rope_freqs.weight"}
+        tensors = {}
         for hf_name in hf_shapes(config):
             name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
             if name not in stored:
                 raise UserError(f"{self.path}: tensor {name!r} is missing")
-            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-            heads = next((n for projection, n in heads.items() if projection in hf_name), 0)
-            tensors[hf_name] = GgufTensor(
-                stored.pop(name), _hf_row_order(heads, config.head_dim) if heads else None
-            )
+            order = next((order for part, order in orders.items() if part in hf_name), None)
+            tensors[hf_name] = GgufTensor(stored.pop(name), order)
         # What is left goes in under its own name, for the check to name.
         left = {name: GgufTensor(tensor) for name, tensor in stored.items()}
-        check_hf_tensors(
-            config, {name: t.shape for name, t in (tensors | left).items()}, str(self.path)
-        )
+        shapes = {name: tensor.shape for name, tensor in (tensors | left).items()}
+        check_hf_tensors(config, shapes, str(self.path))
         return tensors
 
 
+def _is_silent(value: Any, neutral: tuple[float, ...]) -> bool:
+    """Whether a metadata value is empty, or one of the neutral numbers."""
+    if isinstance(value, list | str):
+        return not any(value)
+    return any(math.isclose(value, one, rel_tol=1e-6) for one in neutral)
+
+
 def _hf_row_order(heads: int, head_dim: int) -> np.ndarray:
-    """For each HF row of q or k, the row of the file that holds it, `[heads * H]`: `[0 2 4 … 1 3 5 …]` a head."""
+    """For each HF row of q or k, `[heads * H]`, the row of the file that holds it.
+
+    A head's are `[0 2 4 … 1 3 5 …]`.
+    """
     return np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)

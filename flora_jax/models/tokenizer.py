@@ -1,8 +1,8 @@
-"""The tokenizer that belongs to a checkpoint, from the same sources as its weights, and a built-in byte tokenizer.
+"""The tokenizer of a checkpoint, from the same sources as its weights, and a built-in one of bytes.
 
-Everything returned is a `transformers.PreTrainedTokenizerFast`, so encoding, chat templates and `save_pretrained` are
-transformers' own. GGUF files are read with `gguf` and `tokenizers`: transformers' reader needs torch, and it splits
-SmolLM2's numbers wrongly.
+Everything returned is a `transformers.PreTrainedTokenizerFast`, so encoding, chat templates and
+`save_pretrained` are transformers' own. GGUF files are read with `gguf` and `tokenizers`:
+transformers' reader needs torch, and it splits SmolLM2's numbers wrongly.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Llama 3's split: contractions, words, numbers of at most three digits, punctuation, line ends, spaces.
+# Llama 3's split: contractions, words, numbers up to three digits, punctuation, line ends, spaces.
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,8 +52,11 @@ _RIGHT = "5.24.0"
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of `source`: whatever `load_pretrained` takes (HF directory, `.gguf` file, preset, hub id), or
-    `random` / `tiny` for the byte tokenizer. Raises UserError where there is none."""
+    """The tokenizer of `source`. Raises UserError where there is none.
+
+    source: whatever `load_pretrained` takes (HF directory, `.gguf` file, preset, hub id), or
+    `random` / `tiny` for the byte tokenizer.
+    """
     if source in ("random", "tiny"):
         return byte_tokenizer()
     path = resolve_source(source, weights=False)
@@ -89,24 +92,24 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
 
 
 def _missing_packages(vocabulary: Path) -> str:
-    """What a tokenizer.model that stands alone needs and is not installed; empty if that is not why."""
+    """What a tokenizer.model alone needs and is not installed; empty if that is not why."""
     if vocabulary.name != "tokenizer.model":
         return ""
-    # A SentencePiece model is a protobuf message; Llama 3's own file holds a base64 token and its rank a line.
-    with vocabulary.open("rb") as file:
-        text = re.match(rb"[A-Za-z0-9+/]+=* \d+\n", file.read(200))
-    needed = (
-        {"tiktoken": "tiktoken"}
-        if text
-        else {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    # A SentencePiece model is a protobuf message; Llama 3's own file holds a base64 token and its
+    # rank a line.
+    kind, needed = (
+        "SentencePiece",
+        {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"},
     )
+    with vocabulary.open("rb") as file:
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", file.read(200)):
+            kind, needed = "tiktoken", {"tiktoken": "tiktoken"}
     missing = [package for module, package in needed.items() if not _installed(module)]
-    kind = "tiktoken" if text else "SentencePiece"
-    hint = f"pip install {' '.join(missing)}, or add the tokenizer.json that belongs to it"
+    if not missing:
+        return ""
     return (
-        f"tokenizer.model alone, a {kind} model, needs packages that are not installed: {hint}"
-        if missing
-        else ""
+        f"tokenizer.model alone, a {kind} model, needs packages that are not installed: "
+        f"pip install {' '.join(missing)}, or add the tokenizer.json that belongs to it"
     )
 
 
@@ -117,7 +120,7 @@ def _installed(module: str) -> bool:
         return False
 
 
-# Spaces of every kind, numbers, contractions, marks like special tokens' and characters of two to four bytes.
+# Spaces of every kind, numbers, contractions, marks like special tokens', characters of many bytes.
 _PROBE = (
     "x  Two  spaces, don't: 3.14 + 12345 = 'a_b'?\n\tdef f(x):\n    return [ZQ] "
     "<|zq|> </zq>\n\n naïve 漢字 🙂 …It's "
@@ -125,9 +128,12 @@ _PROBE = (
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    """Raises UserError if transformers gives a text other ids than the directory's tokenizer.json: some of its releases
-    build certain tokenizers anew, and lose the spaces. How a text begins (`add_prefix_space`) is the settings' own to
-    say, and is not compared; nor is how many unknown characters are one unknown token."""
+    """Raises UserError if transformers gives a text other ids than the directory's tokenizer.json.
+
+    Some of its releases build certain tokenizers anew, and lose the spaces. How a text begins
+    (`add_prefix_space`) is the settings' own to say, and is not compared; nor is how many unknown
+    characters are one unknown token.
+    """
     raw = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     raw.no_truncation()
     raw.no_padding()
@@ -135,31 +141,25 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     [(ids, offsets)] = encode_batch(tokenizer, [_PROBE])
     if offsets is None:
         return
-    unknown = tokenizer.unk_token_id
 
     def compared(ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
         behind = [id for id, (start, _) in zip(ids, offsets, strict=True) if start]
-        return [
-            id
-            for before, id in itertools.pairwise([None, *behind])
-            if id != unknown or id != before
-        ]
+        unknown = tokenizer.unk_token_id
+        pairs = itertools.pairwise([None, *behind])
+        return [id for before, id in pairs if id != unknown or id != before]
 
     if compared(ids, offsets) == compared(encoding.ids, encoding.offsets):
         return
     import transformers
 
     declared = tokenizer.init_kwargs.get("tokenizer_class") or type(tokenizer).__name__
-    version = transformers.__version__
-    other = (
-        ""
-        if version == _RIGHT
-        else f", or try another version (pip install transformers=={_RIGHT})"
-    )
+    other = f", or try another version (pip install transformers=={_RIGHT})"
+    if transformers.__version__ == _RIGHT:
+        other = ""
     raise UserError(
-        f"{path}: transformers {version} reads the tokenizer, as a {declared}, otherwise than its tokenizer.json says, "
-        "and gives a text other ids; write PreTrainedTokenizerFast as tokenizer_class into its "
-        f"tokenizer_config.json{other}"
+        f"{path}: transformers {transformers.__version__} reads the tokenizer, as a {declared}, "
+        "otherwise than its tokenizer.json says, and gives a text other ids; write "
+        f"PreTrainedTokenizerFast as tokenizer_class into its tokenizer_config.json{other}"
     )
 
 
@@ -169,14 +169,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LlamaConfig) -> 
     if largest >= config.vocab_size:
         raise UserError(
             f"the tokenizer's largest id is {largest}, the model's vocab_size={config.vocab_size}; "
-            f"use the checkpoint's own tokenizer, or a model with vocab_size of at least {largest + 1}"
+            "use the checkpoint's own tokenizer, or a model with vocab_size of at least "
+            f"{largest + 1}"
         )
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer without a file: id = byte for the 256 bytes, then `BYTE_SPECIALS` at 256 to 260, with a ChatML
-    template. Nothing is added to a text; any text decodes back to itself."""
-    # Byte-level BPE writes each byte as a printable character: itself where it is one, else the next after 255.
+    """A tokenizer without a file: id = byte for the 256 bytes, then `BYTE_SPECIALS`.
+
+    It has a ChatML template. Nothing is added to a text; any text decodes back to itself.
+    """
+    # Byte-level BPE writes a byte as a printable character: itself, or else the next after 255.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     itself = {ord(char): char for char in alphabet if ord(char) < 256}
     others = (char for char in alphabet if ord(char) >= 256)
@@ -190,47 +193,34 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
-    """The byte-level BPE tokenizer of an opened GGUF file, with its special tokens, its rule whether a text begins
-    with bos, and its chat template. Raises UserError for another kind of tokenizer."""
+    """The byte-level BPE tokenizer of an opened GGUF file.
+
+    It has the file's special tokens, its rule whether a text begins with bos, and its chat
+    template. Raises UserError for another kind of tokenizer.
+    """
     kind = file.require("tokenizer.ggml.model")
     if kind != "gpt2":
         raise UserError(
-            f"{file.path}: tokenizer.ggml.model={kind!r} is not supported; only byte-level BPE ('gpt2') is"
+            f"{file.path}: tokenizer.ggml.model={kind!r} is not supported; "
+            "only byte-level BPE ('gpt2') is"
         )
     pre = file.require("tokenizer.ggml.pre")
     if pre not in _PRE_TOKENIZERS:
         known = near_misses(pre, _PRE_TOKENIZERS)
         raise UserError(f"{file.path}: tokenizer.ggml.pre={pre!r} is not supported; {known}")
-    llama3 = pre in _LLAMA3_NAMES
     tokens = file.require("tokenizer.ggml.tokens")
-    vocabulary = {token: id for id, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in file.require("tokenizer.ggml.merges")]
-    for merge in merges:
-        if len(merge) != 2 or not vocabulary.keys() >= {*merge, "".join(merge)}:
-            raise UserError(
-                f"{file.path}: tokenizer.ggml.merges holds {' '.join(merge)!r}, which merges no two tokens"
-            )
-    if len(vocabulary) != len(tokens):
-        raise UserError(f"{file.path}: tokenizer.ggml.tokens holds a token twice")
-    types = file.get("tokenizer.ggml.token_type", [])
-    core = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3)
-    )
-    core.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    core.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, types, strict=False):
-        if kind in (_CONTROL, _USER_DEFINED):
-            # Found in a text as it stands, before it is split; control tokens are left out when decoding.
-            added = tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
-            (core.add_special_tokens if kind == _CONTROL else core.add_tokens)([added])
+    core = _gguf_core(file, tokens, pre)
 
     def special(name: str) -> str | None:
         id = file.get(f"tokenizer.ggml.{name}_token_id")
-        if id is not None and id >= len(tokens):
+        if id is None:
+            return None
+        if id >= len(tokens):
             raise UserError(
-                f"{file.path}: tokenizer.ggml.{name}_token_id={id} is not among the {len(tokens)} tokens"
+                f"{file.path}: tokenizer.ggml.{name}_token_id={id} is not among the "
+                f"{len(tokens)} tokens"
             )
-        return None if id is None else tokens[id]
+        return tokens[id]
 
     return _wrap(
         core,
@@ -238,11 +228,36 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         eos_token=special("eos"),
         pad_token=special("padding"),
         unk_token=special("unknown"),
-        add_bos_token=bool(file.get("tokenizer.ggml.add_bos_token", llama3)),
+        add_bos_token=bool(file.get("tokenizer.ggml.add_bos_token", pre in _LLAMA3_NAMES)),
         add_eos_token=bool(file.get("tokenizer.ggml.add_eos_token", False)),
         chat_template=file.get("tokenizer.chat_template"),
         model_max_length=file.config.max_position_embeddings,
     )
+
+
+def _gguf_core(file: GgufFile, tokens: list[str], pre: str) -> tokenizers.Tokenizer:
+    """Vocabulary, merges and added tokens of the file, split as `pre` names it."""
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in file.require("tokenizer.ggml.merges")]
+    for merge in merges:
+        if len(merge) != 2 or not vocabulary.keys() >= {*merge, "".join(merge)}:
+            raise UserError(
+                f"{file.path}: tokenizer.ggml.merges holds {' '.join(merge)!r}, "
+                "which merges no two tokens"
+            )
+    if len(vocabulary) != len(tokens):
+        raise UserError(f"{file.path}: tokenizer.ggml.tokens holds a token twice")
+    bpe = tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3_NAMES)
+    core = tokenizers.Tokenizer(bpe)
+    core.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    core.decoder = decoders.ByteLevel()
+    # Found in a text as they stand, before it is split; control tokens are left out when decoding.
+    add = {_CONTROL: core.add_special_tokens, _USER_DEFINED: core.add_tokens}
+    for token, kind in zip(tokens, file.get("tokenizer.ggml.token_type", []), strict=False):
+        if kind in add:
+            special = kind == _CONTROL
+            add[kind]([tokenizers.AddedToken(token, special=special, normalized=False)])
+    return core
 
 
 def _wrap(core: tokenizers.Tokenizer, **settings: Any) -> PreTrainedTokenizerFast:
