@@ -318,9 +318,9 @@ def packed_batch(rows: int, length: int, vocabulary: int) -> dict[str, Any]:
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     """Launches a layer as XLA plans them without the device, beside those of the profiles."""
     from flora_jax.adapters import AdapterConfig
+    from flora_jax.analysis.compilers import require_compiler
     from flora_jax.analysis.launch_plan import MODES, TARGETS, plan_model
     from flora_jax.analysis.variants import get_variant
-    from flora_jax.launches import require_compiler
     from flora_jax.models.config import LlamaConfig
 
     if args.target not in TARGETS:

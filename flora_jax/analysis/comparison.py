@@ -113,11 +113,9 @@ def build(
     name: str, base: Tree, config: LlamaConfig, adapter_config: AdapterConfig | None
 ) -> tuple[Llama, Tree]:
     """`(model, params)` of a variant with a random adapter, on the device; base in the split layout, from anywhere."""
-    adapter = (
-        None
-        if adapter_config is None
-        else random_adapter(jax.random.key(1), config, adapter_config)
-    )
+    adapter = None
+    if adapter_config is not None:
+        adapter = random_adapter(jax.random.key(1), config, adapter_config)
     model, params = serve(name, base, config, adapter_config, adapter, **device_layout())
     return model, jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), params
@@ -131,13 +129,10 @@ def sizes(
 
     def one(name: str, adapter_config: AdapterConfig | None) -> Size:
         params = jax.eval_shape(lambda base: build(name, base, config, adapter_config)[1], base)
+        read = read_bytes(params, config)
         if adapter_config is None:
-            return Size(None, 0, read_bytes(params, config))
-        return Size(
-            adapter_config.rank,
-            trained_parameters(config, adapter_config),
-            read_bytes(params, config),
-        )
+            return Size(None, 0, read)
+        return Size(adapter_config.rank, trained_parameters(config, adapter_config), read)
 
     return {REFERENCE: one("base", None), **{name: one(name, own) for name, own in configs.items()}}
 
@@ -171,7 +166,9 @@ def compare(
         if adapter_config and layout.startswith("apart") and jax.default_backend() == "gpu":
             entrants[f"{name}_no_dot_merger"] = (f"{name}_no_dot_merger", own, NO_DOT_MERGER)
         for setting in settings:
-            prompts, contestants, seconds = setting.prompts(config), {}, {}
+            prompts = setting.prompts(config)
+            contestants: dict[str, Any] = {}
+            seconds: dict[str, tuple[float, bool]] = {}
             for entrant, (key, (model, params), options) in entrants.items():
                 if (key, setting) not in compiled:
                     compiled[key, setting] = compile_programs(
@@ -197,44 +194,51 @@ def table(
 ) -> list[dict[str, Any]]:
     """One JSON-ready row a setting and name, the peer's over all rounds it stood in.
 
-    A row has TTFT and TPOT (seconds: median, quartiles, every round), each over the reference and over the peers of the
-    same round (`tpot_ratio`, `tpot_over_peer`); the bytes a decode step reads over the base's, and as a share of what
-    the machine can read in that time (`gb_per_s`); and in `beside` both readings of the paper's claim against each
-    unmerged LoRA, from the ratios to the base.
+    A row has TTFT and TPOT (seconds: median, quartiles, every round), each over the reference and
+    over the peers of the same round (`tpot_ratio`, `tpot_over_peer`); the bytes a decode step reads
+    over the base's, and as a share of what the machine can read in that time (`gb_per_s`); and in
+    `beside` both readings of the paper's claim against each unmerged LoRA, from the ratios to the
+    base.
     """
     rows = []
     for setting in dict.fromkeys(m.setting for m in measurements):
-        here, rounds, compiled = (
-            [m for m in measurements if m.setting == setting],
-            defaultdict(list),
-            {},
-        )
-        for m in here:
-            compiled.update(m.compile)
-            for one in m.rounds:
-                for name in one:
-                    rounds[name].append(one)
-        names = [n for m in here for n in m.rounds[0] if n in m.compile]
-        peers = sorted(rounds.keys() - {REFERENCE, *names})
-        own = {
-            name: _row(name, rounds[name], peers, sizes, setting, gb_per_s)
-            for name in (*names, *peers)
-        }
-        baselines = [n for n in own if n in peers or (n.startswith("lora") and n != "lora_merged")]
-        for name, row in own.items():
-            row["compile_seconds"], row["compile_cached"] = compiled.get(name, (None, None))
-            row["beside"] = {
-                other: {
-                    what: claims(
-                        row[f"{what}_ratio"]["median"], own[other][f"{what}_ratio"]["median"]
-                    )
-                    for what in ("ttft", "tpot")
-                }
-                for other in baselines
-                if other != name and row["parameters"]
-            }
-            rows.append(row)
+        here = [m for m in measurements if m.setting == setting]
+        rows += _rows_of_setting(here, sizes, gb_per_s)
     return rows
+
+
+def _rows_of_setting(
+    measurements: Sequence[Measurement], sizes: Mapping[str, Size], gb_per_s: float
+) -> list[dict[str, Any]]:
+    setting = measurements[0].setting
+    rounds: dict[str, list[dict[str, Seconds]]] = defaultdict(list)
+    compiled: dict[str, tuple[float, bool]] = {}
+    names = []
+    for m in measurements:
+        compiled.update(m.compile)
+        names += [name for name in m.rounds[0] if name in m.compile]
+        for one in m.rounds:
+            for name in one:
+                rounds[name].append(one)
+    peers = sorted(rounds.keys() - {REFERENCE, *names})
+    own = {
+        name: _row(name, rounds[name], peers, sizes, setting, gb_per_s) for name in (*names, *peers)
+    }
+    loras = [name for name in own if name.startswith("lora") and name != "lora_merged"]
+    baselines = [name for name in own if name in {*peers, *loras}]
+    for name, row in own.items():
+        row["compile_seconds"], row["compile_cached"] = compiled.get(name, (None, None))
+        others = [other for other in baselines if other != name and row["parameters"]]
+        row["beside"] = {other: _claims(row, own[other]) for other in others}
+    return list(own.values())
+
+
+def _claims(row: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
+    """Both readings of the paper's claim for TTFT and for TPOT."""
+    return {
+        what: claims(row[f"{what}_ratio"]["median"], lora[f"{what}_ratio"]["median"])
+        for what in ("ttft", "tpot")
+    }
 
 
 def _row(
@@ -245,7 +249,7 @@ def _row(
     setting: Setting,
     gb_per_s: float,
 ) -> dict[str, Any]:
-    size, base = sizes[name.removesuffix("_no_dot_merger")], sizes[REFERENCE]
+    size = sizes[name.removesuffix("_no_dot_merger")]
     row: dict[str, Any] = {
         "method": name,
         **dataclasses.asdict(setting),
@@ -265,7 +269,7 @@ def _row(
         }
     tpot = row["tpot"]["median"]
     return row | {
-        "bytes_ratio": size.read_bytes / base.read_bytes,
+        "bytes_ratio": size.read_bytes / sizes[REFERENCE].read_bytes,
         "tokens_per_second": setting.batch_size / tpot,
         "bandwidth_share": size.read_bytes / tpot / 1e9 / gb_per_s,
     }
