@@ -1,10 +1,11 @@
-"""Training speed and memory beside PEFT's LoRA (transformers, torch): same weights, batch, length and optimizer.
+"""Training speed and memory beside PEFT's LoRA (transformers, torch): same weights, batch, length
+and optimizer.
 
     python -m experiments.train_throughput --out experiments/results/train_throughput
 
-Steps of PEFT and of each of our methods alternate in one process, and ratios are taken round by round, so that what
-slows the machine for a while slows all of them. Peak memory is taken in a process of its own for each. Needs the
-extra `test` (torch, peft).
+Steps of PEFT and of each of our methods alternate in one process, and ratios are taken round by
+round, so that what slows the machine for a while slows all of them. Peak memory is taken in a
+process of its own for each. Needs the extra `test` (torch, peft).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from flora_jax.errors import CommandParser, UserError, check_writable, run_comma
 MODEL = "smollm2-135m-instruct"
 # Equal budgets of about 5.5 M parameters.
 RANKS = {"lora": 18, "ffba": 32, "ffba_qg_add": 32, "fpa": 80}
+LOSSES = ("all tokens", "answers alone")  # what the loss is of
 
 
 def make_batch(rows: int, length: int, vocab: int, answers: float) -> dict[str, np.ndarray]:
@@ -120,7 +122,8 @@ def peft_stepper(
 
 
 def measure_memory(name: str, batch: dict[str, np.ndarray]) -> dict[str, float]:
-    """Run alone in this process: peak resident memory (GB) of two steps, seconds from start to the first one done."""
+    """Run alone in this process: peak resident memory (GB) of two steps, seconds from start to the
+    first one done."""
     start = time.perf_counter()
     step = peft_stepper() if name == "peft" else jax_stepper(name)
     step(batch)
@@ -150,14 +153,8 @@ def compare(rows: int, length: int, rounds: int, answers: float) -> dict[str, An
     for step in steppers.values():
         step(batch), step(batch)
     contestants = {name: functools.partial(timed, step) for name, step in steppers.items()}
-    times = list(
-        tqdm(
-            interleave(contestants, rounds),
-            total=rounds,
-            unit="round",
-            disable=not sys.stderr.isatty(),
-        )
-    )
+    quiet = not sys.stderr.isatty()
+    times = list(tqdm(interleave(contestants, rounds), total=rounds, unit="round", disable=quiet))
     seconds = {name: [one[name] for one in times] for name in steppers}
     result = {}
     for name, own in seconds.items():
@@ -170,34 +167,74 @@ def compare(rows: int, length: int, rounds: int, answers: float) -> dict[str, An
     return result
 
 
-def main(argv: list[str]) -> None:
-    """The command."""
-    parser = CommandParser(
-        prog="python -m experiments.train_throughput", description=__doc__.split("\n")[0]
+def measure_alone(name: str, rows: int, length: int) -> dict[str, float]:
+    """`measure_memory` in a process of its own."""
+    command = [sys.executable, "-m", "experiments.train_throughput", "--memory", name]
+    command += ["--rows", str(rows), "--length", str(length)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result, a line a method."""
+    from flora_jax.analysis.markdown import interval, table
+    from flora_jax.analysis.provenance import header
+
+    heads = ["", "rank", "all tokens in the loss", "ratio", "answers alone", "ratio"]
+    heads += ["peak GB", "first step s"]
+    rows = []
+    for name in ("peft lora", *RANKS):
+        cells = [name, str(RANKS.get(name, RANKS["lora"]))]
+        for loss in LOSSES:
+            one = result[loss][name]
+            ratio = interval(one["ratio"], *one["ratio_quartiles"], ".2f")
+            cells += [f"{one['tokens_per_second']:.0f} tokens/s", ratio]
+        alone = result["alone"]["peft" if name == "peft lora" else name]
+        cells += [f"{alone['peak_gb']:.2f}", f"{alone['first_step_s']:.0f}"]
+        rows.append(cells)
+    lines = [
+        header("Training speed beside PEFT", result["provenance"]),
+        f"{MODEL}, float32, {result['rows']} rows of {result['length']} tokens, about 5.5 M trained "
+        f"parameters each, {result['rounds']} interleaved rounds; ratio: PEFT's time over ours, "
+        "median [quartiles].\n",
+        *table(heads, rows, blank=" "),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def parser() -> CommandParser:
+    """The command's flags."""
+    out = CommandParser(
+        prog="python -m experiments.train_throughput", description=__doc__.partition("\n\n")[0]
     )
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument(
+    out.add_argument("--rows", type=int, default=4)
+    out.add_argument("--length", type=int, default=256)
+    out.add_argument("--rounds", type=int, default=8)
+    out.add_argument(
         "--answers",
         type=float,
         default=0.1,
         help="share of counted targets in the second comparison",
     )
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
-    parser.add_argument("--memory", help=argparse.SUPPRESS)  # one name, measured in this process
-    args = parser.parse_args(argv[1:])
+    out.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    out.add_argument("--memory", help=argparse.SUPPRESS)  # one name, measured in this process
+    return out
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    args = parser().parse_args(argv[1:])
     if min(args.rows, args.length, args.rounds) < 1 or not 0 < args.answers <= 1:
         raise UserError(
             "--rows, --length and --rounds must be at least 1, --answers above 0 and at most 1"
         )
     if args.memory:
-        print(
-            json.dumps(measure_memory(args.memory, make_batch(args.rows, args.length, 49152, 1.0)))
-        )
+        batch = make_batch(args.rows, args.length, 49152, 1.0)
+        print(json.dumps(measure_memory(args.memory, batch)))
         return
     # not in a process whose memory is measured
-    from experiments.report import beside, header, provenance
+    from experiments.report import beside
+    from flora_jax.analysis.provenance import about_process
     from flora_jax.files import write_json
 
     if round(args.answers * args.length) < 2:  # PEFT's side drops the last target
@@ -206,54 +243,15 @@ def main(argv: list[str]) -> None:
         )
     if args.out:
         check_writable(beside(args.out, ".json"), "--out")
-
-    result: dict[str, Any] = {
-        "model": MODEL,
-        "rows": args.rows,
-        "length": args.length,
-        "rounds": args.rounds,
-    }
-    for loss, answers in (("all tokens", 1.0), ("answers alone", args.answers)):
+    sizes = {"rows": args.rows, "length": args.length, "rounds": args.rounds}
+    result: dict[str, Any] = {"model": MODEL, **sizes}
+    for loss, answers in zip(LOSSES, (1.0, args.answers), strict=True):
         result[loss] = compare(args.rows, args.length, args.rounds, answers)
-    names = ["peft", *RANKS]
-    sizes = ["--rows", str(args.rows), "--length", str(args.length)]
     result["alone"] = {
-        name: json.loads(
-            subprocess.run(
-                [sys.executable, "-m", "experiments.train_throughput", "--memory", name, *sizes],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout.splitlines()[-1]
-        )
-        for name in names
+        name: measure_alone(name, args.rows, args.length) for name in ("peft", *RANKS)
     }
-
-    result["provenance"] = about = provenance("torch", "transformers", "peft")
-    lines = [header("Training speed beside PEFT", about)]
-    lines.append(
-        f"{MODEL}, float32, {args.rows} rows of {args.length} tokens, about 5.5 M trained parameters each, "
-        f"{args.rounds} interleaved rounds; ratio: PEFT's time over ours, median [quartiles].\n"
-    )
-    lines.append(
-        "| | rank | all tokens in the loss | ratio | answers alone | ratio | peak GB | first step s |"
-    )
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for name, alone in zip(["peft lora", *RANKS], names, strict=True):
-        cells = [name, str(RANKS.get(name, RANKS["lora"]))]
-        for loss in ("all tokens", "answers alone"):
-            r = result[loss][name]
-            low, high = r["ratio_quartiles"]
-            cells += [
-                f"{r['tokens_per_second']:.0f} tokens/s",
-                f"{r['ratio']:.2f} [{low:.2f}, {high:.2f}]",
-            ]
-        cells += [
-            f"{result['alone'][alone]['peak_gb']:.2f}",
-            f"{result['alone'][alone]['first_step_s']:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
+    result["provenance"] = about_process("torch", "transformers", "peft")
+    text = markdown(result)
     print(text)
     if args.out:
         write_json(beside(args.out, ".json"), result)

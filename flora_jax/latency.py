@@ -57,8 +57,7 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> None:
-    what = " ".join(__doc__.split("\n\n")[0].split())
-    parser = CommandParser(prog="flora_jax.latency", description=what)
+    parser = CommandParser(prog="flora_jax.latency", description=__doc__.partition("\n\n")[0])
     for name, settings in FLAGS.items():
         parser.add_argument(f"--{name}", **settings)
     args = parser.parse_args(argv[1:])
