@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.flags import Flags, parse
 from experiments.report import (
     beside,
     check_data,
@@ -54,7 +55,7 @@ from flora_jax.analysis.markdown import interval, table
 from flora_jax.analysis.provenance import about_runs, header
 from flora_jax.analysis.variants import trained_parameters
 from flora_jax.config import adapter_config, learning_rate, read_config
-from flora_jax.errors import CommandParser, UserError, check_writable, run_command
+from flora_jax.errors import UserError, check_writable, run_command
 from flora_jax.evaluation.run import load_task_data
 from flora_jax.files import write_json
 from flora_jax.interop.adapter_files import load_adapted
@@ -66,6 +67,23 @@ REFERENCE = "add_qg"
 
 Row = dict[str, Any]
 Groups = dict[str, dict[str, list[Result]]]  # a group's runs, by name
+
+FLAGS: Flags = {
+    "--data_dir": dict(required=True),
+    "--out": dict(type=Path, default=OUT),
+    "--workdir": dict(
+        type=Path, help="default runs/ablations, for another OUT runs/ablations/FULL/PATH/OF/OUT"
+    ),
+    "--model": dict(default="smollm2-135m-instruct", help="what load_pretrained takes"),
+    "--task": dict(default="dailydialogpp"),
+    "--max_length": dict(type=int, default=256),
+    "--seeds": dict(default="0", help="comma-separated"),
+    "--steps": dict(type=int, default=80),
+    "--limit": dict(type=int, default=200, help="test items"),
+    "--allow_contaminated": dict(
+        action="store_true", help="train where over 1 %% of the test is known"
+    ),
+}
 
 
 def configuration(name: str, seed: int, args: argparse.Namespace) -> Any:
@@ -273,33 +291,6 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def parser(groups: Sequence[str]) -> CommandParser:
-    """The command's flags."""
-    out = CommandParser(prog="python -m experiments.ablations", description=__doc__.split("\n")[0])
-    out.add_argument(
-        "--groups", default=",".join(groups), help="comma-separated, run in this order"
-    )
-    out.add_argument("--data_dir", required=True)
-    out.add_argument("--out", type=Path, default=OUT)
-    out.add_argument(
-        "--workdir",
-        type=Path,
-        help="default runs/ablations, for another OUT runs/ablations/FULL/PATH/OF/OUT",
-    )
-    out.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes")
-    out.add_argument("--task", default="dailydialogpp")
-    out.add_argument("--max_length", type=int, default=256)
-    out.add_argument("--seeds", default="0", help="comma-separated")
-    out.add_argument("--steps", type=int, default=80)
-    out.add_argument("--limit", type=int, default=200, help="test items")
-    out.add_argument(
-        "--allow_contaminated",
-        action="store_true",
-        help="train where over 1 %% of the test is known",
-    )
-    return out
-
-
 def recorded(known: Sequence[str], args: argparse.Namespace) -> list[tuple[str, int]]:
     """The names and seeds of what OUT holds."""
     ends = [path.stem.rpartition("-seed") for path in sorted(args.out.glob("*-seed*.json"))]
@@ -309,7 +300,8 @@ def recorded(known: Sequence[str], args: argparse.Namespace) -> list[tuple[str, 
 def main(argv: list[str]) -> None:
     """The command."""
     known = runpy.run_path(str(CONFIGS))["GROUPS"]
-    args = parser(known).parse_args(argv[1:])
+    groups = dict(default=",".join(known), help="comma-separated, run in this order")
+    args = parse(argv, "python -m experiments.ablations", __doc__, {"--groups": groups, **FLAGS})
     args.workdir = args.workdir or workdir_of(args.out, OUT)
     groups = check_names("--groups", args.groups, known)
     seeds = read_seeds(args.seeds)

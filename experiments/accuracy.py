@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.accuracy_tables import metrics, write_tables
+from experiments.flags import Flags, parse
 from experiments.report import check_data, differences
 from experiments.suites import ARMS, SUITES, Suite
 from experiments.sweep import (
@@ -53,7 +54,7 @@ from flora_jax.analysis.provenance import about_run
 from flora_jax.analysis.variants import rank_for, trained_parameters
 from flora_jax.config import LEARNING_RATES, get_config
 from flora_jax.data import get_task, load_examples
-from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
+from flora_jax.errors import UserError, check_writable, near_misses, run_command
 from flora_jax.evaluation.run import evaluate_tasks, load_task_data
 from flora_jax.files import read_json, write_json
 from flora_jax.interop.adapter_files import load_adapted
@@ -63,6 +64,29 @@ OUT = Path("experiments/results/accuracy")
 _EVAL_BATCH = 32
 # What the first results do not have among what they were asked for.
 _FIRST = {"allow_contaminated": False}
+
+FLAGS: Flags = {
+    "--suite": dict(required=True, help=", ".join(SUITES)),
+    "--data_dir": dict(required=True),
+    "--out": dict(type=Path, default=OUT),
+    "--workdir": dict(
+        type=Path, help="default runs/accuracy, for another OUT runs/accuracy/FULL/PATH/OF/OUT"
+    ),
+    "--model": dict(default="smollm2-135m-instruct", help="what load_pretrained takes"),
+    "--preset": dict(help="whose settings a run starts from; default SmolLM2-135M's"),
+    "--methods": dict(default=",".join(ARMS), help="comma-separated, run in this order"),
+    "--seeds": dict(default="0", help="comma-separated"),
+    "--rank": dict(type=int, default=32, help="ffba's: all have about its number of parameters"),
+    "--steps": dict(type=int, help="default the suite's"),
+    "--rate_steps": dict(
+        type=int, default=0, help="steps of each trial of a rate; 0: none is tried"
+    ),
+    "--validation_size": dict(type=int, default=60),
+    "--limit": dict(type=int, default=200, help="test items a task"),
+    "--allow_contaminated": dict(
+        action="store_true", help="train on data that holds over 1 %% of a test, and record it"
+    ),
+}
 
 
 def configuration(
@@ -317,40 +341,6 @@ def check_comparable(args: argparse.Namespace) -> None:
             raise UserError(f"{path}, of the same table, has {differ}; name another --out")
 
 
-def parser() -> CommandParser:
-    """The command's flags."""
-    out = CommandParser(
-        prog="python -m experiments.accuracy", description=__doc__.partition("\n\n")[0]
-    )
-    out.add_argument("--suite", required=True, help=", ".join(SUITES))
-    out.add_argument("--data_dir", required=True)
-    out.add_argument("--out", type=Path, default=OUT)
-    out.add_argument(
-        "--workdir",
-        type=Path,
-        help="default runs/accuracy, for another OUT runs/accuracy/FULL/PATH/OF/OUT",
-    )
-    out.add_argument("--model", default="smollm2-135m-instruct", help="what load_pretrained takes")
-    out.add_argument("--preset", help="whose settings a run starts from; default SmolLM2-135M's")
-    out.add_argument("--methods", default=",".join(ARMS), help="comma-separated, run in this order")
-    out.add_argument("--seeds", default="0", help="comma-separated")
-    out.add_argument(
-        "--rank", type=int, default=32, help="ffba's: all have about its number of parameters"
-    )
-    out.add_argument("--steps", type=int, help="default the suite's")
-    out.add_argument(
-        "--rate_steps", type=int, default=0, help="steps of each trial of a rate; 0: none is tried"
-    )
-    out.add_argument("--validation_size", type=int, default=60)
-    out.add_argument("--limit", type=int, default=200, help="test items a task")
-    out.add_argument(
-        "--allow_contaminated",
-        action="store_true",
-        help="train on data that holds over 1 %% of a test, and record it",
-    )
-    return out
-
-
 def check(args: argparse.Namespace) -> tuple[list[str], list[int]]:
     """The arms and the seeds. Raises UserError for what cannot be run, before the first run."""
     if args.suite not in SUITES:
@@ -370,7 +360,7 @@ def check(args: argparse.Namespace) -> tuple[list[str], list[int]]:
 
 def main(argv: list[str]) -> None:
     """The command."""
-    args = parser().parse_args(argv[1:])
+    args = parse(argv, "python -m experiments.accuracy", __doc__, FLAGS)
     args.workdir = args.workdir or workdir_of(args.out, OUT)
     arms, seeds = check(args)
     for run, result in outcomes(runs(SUITES[args.suite], arms, seeds, args)):

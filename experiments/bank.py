@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from experiments.report import add_model_flags, check_generation, load_model, write_result
+from experiments.flags import MODEL, Flags, parse
+from experiments.report import check_generation, load_model, write_result
 from flora_jax.adapters import AdapterConfig, apart, fuse
 from flora_jax.analysis.comparison import device_layout, on_disk
 from flora_jax.analysis.markdown import spread, table
@@ -36,13 +37,22 @@ from flora_jax.analysis.timing import (
     summary,
 )
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
-from flora_jax.errors import CommandParser, UserError, run_command
+from flora_jax.errors import UserError, run_command
 from flora_jax.inference.generator import bucket
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import KVCache, Llama
 
 Array = jax.Array
 Tree = dict[str, Any]
+
+FLAGS: Flags = {
+    **MODEL,
+    "--adapters": dict(default="1,4,16"),
+    "--batch_size": dict(type=int, default=8),
+    "--prompt_length": dict(type=int, default=128),
+    "--new_tokens": dict(type=int, default=33),
+    "--rounds": dict(type=int, default=8),
+}
 
 
 def stack_lora(
@@ -230,14 +240,7 @@ def markdown(
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(prog="python -m experiments.bank", description=__doc__.split("\n")[0])
-    add_model_flags(parser)
-    parser.add_argument("--adapters", default="1,4,16")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--prompt_length", type=int, default=128)
-    parser.add_argument("--new_tokens", type=int, default=33)
-    parser.add_argument("--rounds", type=int, default=8)
-    args = parser.parse_args(argv[1:])
+    args = parse(argv, "python -m experiments.bank", __doc__, FLAGS)
     places = check(args)
     config, base = load_model(args)
     if args.prompt_length + args.new_tokens > config.max_position_embeddings:

@@ -21,7 +21,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from experiments.report import add_model_flags, check_generation, load_model, write_result
+from experiments.flags import MODEL, Flags, parse
+from experiments.report import check_generation, load_model, write_result
 from flora_jax.adapters import AdapterConfig
 from flora_jax.analysis.markdown import NONE, spread, table
 from flora_jax.analysis.peer import PACKAGES, Peer, check_peer, time_torch, torch_llama
@@ -29,7 +30,7 @@ from flora_jax.analysis.provenance import about_process, header
 from flora_jax.analysis.timing import Setting, interleave, paired_ratio, summary
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
 from flora_jax.config import names
-from flora_jax.errors import CommandParser, positive_integers, run_command
+from flora_jax.errors import positive_integers, run_command
 from flora_jax.interop.exports import export
 from flora_jax.interop.formats import Trained
 from flora_jax.models.config import LlamaConfig
@@ -37,6 +38,15 @@ from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.tokenizer import load_tokenizer
 
 Tree = dict[str, Any]
+
+FLAGS: Flags = {
+    **MODEL,
+    "--methods": dict(default="ffba,ffba_qg_add,fpa,zflora", help="comma-separated, exported"),
+    "--batch_sizes": dict(default="1,8", help="comma-separated"),
+    "--prompt_length": dict(type=int, default=128),
+    "--new_tokens": dict(type=int, default=33),
+    "--rounds": dict(type=int, default=8),
+}
 
 
 def build(
@@ -128,18 +138,7 @@ def markdown(args: argparse.Namespace, about: Tree, counts: Tree, results: list[
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(
-        prog="python -m experiments.export_latency", description=__doc__.partition("\n\n")[0]
-    )
-    add_model_flags(parser)
-    parser.add_argument(
-        "--methods", default="ffba,ffba_qg_add,fpa,zflora", help="comma-separated, exported"
-    )
-    parser.add_argument("--batch_sizes", default="1,8", help="comma-separated")
-    parser.add_argument("--prompt_length", type=int, default=128)
-    parser.add_argument("--new_tokens", type=int, default=33)
-    parser.add_argument("--rounds", type=int, default=8)
-    args = parser.parse_args(argv[1:])
+    args = parse(argv, "python -m experiments.export_latency", __doc__, FLAGS)
     check_peer()
     batches = positive_integers("--batch_sizes", args.batch_sizes)
     check_generation(args)

@@ -21,10 +21,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flora_jax.errors import CommandParser, check_writable, run_command
+from experiments.flags import Flags, parse
+from flora_jax.errors import check_writable, run_command
 from flora_jax.models.config import DTYPES, LlamaConfig
 
 CASES = (("lora", "merged"), ("lora", "peft"), ("ffba", "transformers"))
+
+FLAGS: Flags = {
+    "--preset": dict(default="llama3.2-1b"),
+    "--dtype": dict(choices=DTYPES, default="float32"),
+    "--out": dict(type=Path, help="write OUT.json and OUT.md"),
+    # workdir, format, directory: in this process
+    "--measure": dict(nargs=3, help=argparse.SUPPRESS),
+}
 
 
 def anonymous() -> int:
@@ -118,15 +127,7 @@ def markdown(
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(
-        prog="python -m experiments.export_memory", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--preset", default="llama3.2-1b")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
-    # workdir, format, directory: in this process
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv[1:])
+    args = parse(argv, "python -m experiments.export_memory", __doc__, FLAGS)
     if args.measure:
         print(json.dumps(measure(*args.measure)))
         return

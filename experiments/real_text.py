@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from experiments.flags import Flags, parse
 from experiments.report import beside, check_data
 from experiments.sweep import Arm, Result, best_loss, check_names, outcomes
 from flora_jax.analysis.markdown import line, table
 from flora_jax.analysis.provenance import about_runs, header
 from flora_jax.config import LEARNING_RATES, get_config, names
 from flora_jax.data import get_task, label_request, load_examples
-from flora_jax.errors import CommandParser, UserError, check_writable, run_command
+from flora_jax.errors import UserError, check_writable, run_command
 from flora_jax.evaluation.loglik import choice_loglik
 from flora_jax.files import read_json, write_json
 from flora_jax.interop.adapter_files import load_adapted
@@ -44,6 +45,15 @@ RANKS = {
     "ffba_qg_add": 32,
     "ffba_qd_add": 32,
     "zflora": 32,
+}
+
+FLAGS: Flags = {
+    "--data_dir": dict(required=True),
+    "--workdir": dict(type=Path, default=Path("runs/real_text")),
+    "--methods": dict(default=",".join(RANKS)),
+    "--steps": dict(type=int, default=60),
+    "--limit": dict(type=int, default=50),
+    "--out": dict(type=Path, required=True, help="OUT.json and OUT.md are written"),
 }
 
 
@@ -158,16 +168,7 @@ def _cells(result: Result) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(
-        prog="python -m experiments.real_text", description=__doc__.partition("\n\n")[0]
-    )
-    parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--workdir", type=Path, default=Path("runs/real_text"))
-    parser.add_argument("--methods", default=",".join(RANKS))
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--limit", type=int, default=50)
-    parser.add_argument("--out", type=Path, required=True, help="OUT.json and OUT.md are written")
-    args = parser.parse_args(argv[1:])
+    args = parse(argv, "python -m experiments.real_text", __doc__, FLAGS)
     if not names(args.methods) or args.limit < 1:
         raise UserError(
             f"--methods {args.methods!r} must name some, and --limit {args.limit} must be positive"

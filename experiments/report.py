@@ -20,7 +20,7 @@ from flora_jax.config import get_config
 from flora_jax.data import data_hash, get_task
 from flora_jax.errors import UserError, check_writable
 from flora_jax.files import write_json
-from flora_jax.models.config import DTYPES, LlamaConfig
+from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import init_base
 from flora_jax.models.loading import load_pretrained
 
@@ -66,20 +66,8 @@ def check_data(hashes: Mapping[str, str], data_dir: str | None, path: Path) -> N
             )
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """--model, --preset, --method, --rank, --dtype and --out."""
-    parser.add_argument(
-        "--model", default="smollm2-135m-instruct", help="what load_pretrained takes, or random"
-    )
-    parser.add_argument("--preset", help="architecture of --model random")
-    parser.add_argument("--method", default="ffba")
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
-
-
 def load_model(args: argparse.Namespace) -> tuple[LlamaConfig, dict[str, Any]]:
-    """`(config, base)` of `add_model_flags`, split layout. Raises UserError where it cannot be, or
+    """`(config, base)` of `flags.MODEL`, split layout. Raises UserError where it cannot be, or
     OUT not written."""
     if args.out:
         check_writable(beside(args.out, ".json"), "--out")

@@ -16,17 +16,23 @@ from typing import Any
 
 import jax
 
-from experiments.report import add_model_flags, load_model, write_result
+from experiments.flags import MODEL, Flags, parse
+from experiments.report import load_model, write_result
 from flora_jax.adapters import AdapterConfig, merge
 from flora_jax.analysis.markdown import spread, table
 from flora_jax.analysis.provenance import about_process, header
 from flora_jax.analysis.timing import interleave, paired_ratio, summary
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
-from flora_jax.errors import CommandParser, UserError, run_command
+from flora_jax.errors import UserError, run_command
 from flora_jax.inference.generator import Generator
 from flora_jax.models.config import LlamaConfig
 
 Tree = dict[str, Any]
+
+FLAGS: Flags = {
+    **MODEL,
+    "--rounds": dict(type=int, default=10),
+}
 
 
 def seconds(
@@ -71,12 +77,7 @@ def markdown(args: argparse.Namespace, about: Tree, rows: list[list[str]], share
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(
-        prog="python -m experiments.switching", description=__doc__.split("\n")[0]
-    )
-    add_model_flags(parser)
-    parser.add_argument("--rounds", type=int, default=10)
-    args = parser.parse_args(argv[1:])
+    args = parse(argv, "python -m experiments.switching", __doc__, FLAGS)
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds} must be a positive integer")
     config, base = load_model(args)

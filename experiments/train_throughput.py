@@ -24,69 +24,54 @@ from typing import Any
 
 import numpy as np
 
-from flora_jax.errors import CommandParser, UserError, check_writable, run_command
+from experiments.flags import Flags, parse
+from experiments.stepping import Batch, make_batch, stepper
+from flora_jax.errors import UserError, check_writable, run_command
 
 MODEL = "smollm2-135m-instruct"
 # Equal budgets of about 5.5 M parameters.
 RANKS = {"lora": 18, "ffba": 32, "ffba_qg_add": 32, "fpa": 80}
 LOSSES = ("all tokens", "answers alone")  # what the loss is of
 
-
-def make_batch(rows: int, length: int, vocab: int, answers: float) -> dict[str, np.ndarray]:
-    """Random tokens; the last `answers` of each row's targets count in the loss."""
-    tokens = np.random.default_rng(0).integers(0, vocab, (rows, length + 1), dtype=np.int32)
-    weights = np.zeros((rows, length), np.float32)
-    weights[:, length - round(answers * length) :] = 1
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "loss_weights": weights,
-        "segment_ids": np.ones((rows, length), np.int32),
-        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)),
-    }
+FLAGS: Flags = {
+    "--rows": dict(type=int, default=4),
+    "--length": dict(type=int, default=256),
+    "--rounds": dict(type=int, default=8),
+    "--answers": dict(
+        type=float, default=0.1, help="share of counted targets in the second comparison"
+    ),
+    "--out": dict(type=Path, help="write OUT.json and OUT.md"),
+    "--memory": dict(help=argparse.SUPPRESS),  # one name, measured in this process
+}
 
 
-def jax_stepper(
-    method: str, weights: tuple[Any, Any] | None = None
-) -> Callable[[dict[str, np.ndarray]], float]:
+def jax_stepper(method: str, weights: tuple[Any, Any] | None = None) -> Callable[[Batch], float]:
     """A function that does one optimizer step of ours and returns the loss."""
     import jax
-    import jax.numpy as jnp
     import optax
 
     from flora_jax.adapters import AdapterConfig, init_adapter
     from flora_jax.config import get_config
     from flora_jax.models.llama import Llama
     from flora_jax.models.loading import load_pretrained
-    from flora_jax.training.step import TrainState, make_train_step
 
     config, base = weights or load_pretrained(MODEL)
     adapter_config = AdapterConfig(method, RANKS[method])
     trainable = {"adapter": init_adapter(jax.random.key(0), config, adapter_config)}
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
-    state = TrainState(
-        jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key(1)
-    )
     model = Llama(config, adapter_config, remat=get_config("smollm2-135m", method).model.remat)
-    step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
-    frozen = {"params": base}
-
-    def one(batch: dict[str, np.ndarray]) -> float:
-        nonlocal state
-        state, metrics = step(state, frozen, batch)
-        return float(metrics["loss"])
-
-    return one
+    return stepper(model, optimizer, trainable, {"params": base}, seed=1)
 
 
 def peft_stepper(
     weights: tuple[Any, Any] | None = None,
-) -> Callable[[dict[str, np.ndarray]], float]:
+) -> Callable[[Batch], float]:
     """The same step by transformers + PEFT's LoRA on all seven projections, eager torch."""
     import peft
     import torch
     import transformers
 
+    from flora_jax.analysis.peer import PROJECTIONS
     from flora_jax.models.hf import to_hf_tensors
     from flora_jax.models.loading import load_pretrained
 
@@ -96,16 +81,15 @@ def peft_stepper(
     state = {name: torch.tensor(value) for name, value in to_hf_tensors(config, base)}
     model.load_state_dict(state, strict=False)
     del state, base
-    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     rank = RANKS["lora"]
     model = peft.get_peft_model(
-        model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=projections)
+        model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS)
     )
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
-    def one(batch: dict[str, np.ndarray]) -> float:
+    def one(batch: Batch) -> float:
         targets = np.where(batch["loss_weights"] > 0, batch["targets"], -100)
         # transformers shifts labels itself.
         labels = np.concatenate([np.full((len(targets), 1), -100), targets], axis=1)[:, :-1]
@@ -121,7 +105,7 @@ def peft_stepper(
     return one
 
 
-def measure_memory(name: str, batch: dict[str, np.ndarray]) -> dict[str, float]:
+def measure_memory(name: str, batch: Batch) -> dict[str, float]:
     """Run alone in this process: peak resident memory (GB) of two steps, seconds from start to the
     first one done."""
     start = time.perf_counter()
@@ -142,10 +126,10 @@ def compare(rows: int, length: int, rounds: int, answers: float) -> dict[str, An
     from flora_jax.models.loading import load_pretrained
 
     weights = load_pretrained(MODEL)
-    batch = make_batch(rows, length, weights[0].vocab_size, answers)
+    batch = make_batch(rows, length, weights[0].vocab_size, answers=answers)
     steppers = {"peft lora": peft_stepper(weights), **{m: jax_stepper(m, weights) for m in RANKS}}
 
-    def timed(step: Callable[[dict[str, np.ndarray]], float]) -> float:
+    def timed(step: Callable[[Batch], float]) -> float:
         start = time.perf_counter()
         step(batch)
         return time.perf_counter() - start
@@ -202,34 +186,15 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parser() -> CommandParser:
-    """The command's flags."""
-    out = CommandParser(
-        prog="python -m experiments.train_throughput", description=__doc__.partition("\n\n")[0]
-    )
-    out.add_argument("--rows", type=int, default=4)
-    out.add_argument("--length", type=int, default=256)
-    out.add_argument("--rounds", type=int, default=8)
-    out.add_argument(
-        "--answers",
-        type=float,
-        default=0.1,
-        help="share of counted targets in the second comparison",
-    )
-    out.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
-    out.add_argument("--memory", help=argparse.SUPPRESS)  # one name, measured in this process
-    return out
-
-
 def main(argv: list[str]) -> None:
     """The command."""
-    args = parser().parse_args(argv[1:])
+    args = parse(argv, "python -m experiments.train_throughput", __doc__, FLAGS)
     if min(args.rows, args.length, args.rounds) < 1 or not 0 < args.answers <= 1:
         raise UserError(
             "--rows, --length and --rounds must be at least 1, --answers above 0 and at most 1"
         )
     if args.memory:
-        batch = make_batch(args.rows, args.length, 49152, 1.0)
+        batch = make_batch(args.rows, args.length, 49152)
         print(json.dumps(measure_memory(args.memory, batch)))
         return
     # not in a process whose memory is measured

@@ -23,34 +23,38 @@ METHODS = (
     "ffba_qg_add_folded,zflora"
 )
 FLAGS = {
-    "model": dict(
+    "--model": dict(
         default="random", help="HF directory, hub id, .gguf file, preset name, or random"
     ),
-    "preset": dict(help="architecture of --model random"),
-    "methods": dict(default=METHODS, help="comma-separated ways of serving; default %(default)s"),
-    "prompt_lengths": dict(default="128,512", help="tokens, comma-separated"),
-    "batch_sizes": dict(default="1,8", help="comma-separated"),
-    "rank": dict(
+    "--preset": dict(help="architecture of --model random"),
+    "--methods": dict(default=METHODS, help="comma-separated ways of serving; default %(default)s"),
+    "--prompt_lengths": dict(default="128,512", help="tokens, comma-separated"),
+    "--batch_sizes": dict(default="1,8", help="comma-separated"),
+    "--rank": dict(
         type=int, default=32, help="of ffba, or with --no-equal_parameters of all methods"
     ),
-    "equal_parameters": dict(
+    "--equal_parameters": dict(
         action=BooleanOptionalAction,
         default=True,
         help="each method at the rank nearest to ffba's parameters",
     ),
-    "new_tokens": dict(type=int, default=33, help="the first belongs to TTFT, the others to TPOT"),
-    "dtype": dict(default="float32", help=" or ".join(DTYPES)),
-    "rounds": dict(type=int, default=10),
-    "prefill_rounds": dict(type=int, help="rounds that read the prompts anew; default all of them"),
-    "turn_tokens": dict(
+    "--new_tokens": dict(
+        type=int, default=33, help="the first belongs to TTFT, the others to TPOT"
+    ),
+    "--dtype": dict(default="float32", help=" or ".join(DTYPES)),
+    "--rounds": dict(type=int, default=10),
+    "--prefill_rounds": dict(
+        type=int, help="rounds that read the prompts anew; default all of them"
+    ),
+    "--turn_tokens": dict(
         type=int,
         help="tokens that a model decodes before the next one's turn, few on a machine in other "
         "use; not with --peer; default all of a round's",
     ),
-    "peer": dict(
+    "--peer": dict(
         choices=("peft",), help="time transformers + PEFT's unmerged LoRA in the same rounds"
     ),
-    "out": dict(
+    "--out": dict(
         type=Path, required=True, help="new or empty directory, or one of this very command"
     ),
 }
@@ -59,7 +63,7 @@ FLAGS = {
 def main(argv: list[str]) -> None:
     parser = CommandParser(prog="flora_jax.latency", description=__doc__.partition("\n\n")[0])
     for name, settings in FLAGS.items():
-        parser.add_argument(f"--{name}", **settings)
+        parser.add_argument(name, **settings)
     args = parser.parse_args(argv[1:])
     if args.peer:
         # Set before JAX starts, which would otherwise take three quarters of a GPU for itself.

@@ -24,6 +24,7 @@ from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import to_hf_tensors
 
 PACKAGES = ("torch", "transformers", "peft")
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def absent() -> list[str]:
@@ -58,9 +59,8 @@ class Peer:
         self._torch = torch
         model = torch_llama(config, base)
         device, dtype = model.device, model.dtype
-        projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         lora = peft.LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=projections, init_lora_weights=False
+            r=rank, lora_alpha=rank, target_modules=PROJECTIONS, init_lora_weights=False
         )
         with warnings.catch_warnings():
             # peft asks transformers for what it renamed
