@@ -1,6 +1,8 @@
-"""What each part of FFBA does: the groups of configs/ablations.py, run and set side by side, resumable.
+"""What each part of FFBA does: the groups of configs/ablations.py, run and set side by side,
+resumable.
 
-    python -m experiments.ablations --groups add_set --data_dir DIR --out experiments/results/ablations
+    python -m experiments.ablations --groups add_set --data_dir DIR \
+        --out experiments/results/ablations
 
 Each run leaves OUT/NAME-seedN.json as it ends and is not run again; two names of one configuration
 are one run. At the end OUT.md, OUT.csv and OUT.png, of all runs that OUT holds: minutes (of a run

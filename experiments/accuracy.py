@@ -1,7 +1,8 @@
 """The paper's suites: every method trained at equal parameters on real data and scored, over seeds,
 resumable.
 
-    python -m experiments.accuracy --suite dialogue --data_dir DIR --out experiments/results/accuracy
+    python -m experiments.accuracy --suite dialogue --data_dir DIR \
+        --out experiments/results/accuracy
 
 Runs are methods x seeds; each leaves one JSON in OUT/SUITE as it ends, with its configuration, data
 hashes, loss curve, scores and time. A run whose JSON is there is not run again, one that was killed

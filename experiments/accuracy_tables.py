@@ -52,9 +52,9 @@ def rows(by_arm: ByArm) -> list[Row]:
 
 
 def pairs(by_arm: ByArm) -> list[Row]:
-    """What tells methods apart: a row for every two of them, task and metric that their runs have by
-    item (accuracy, or rougeL of texts, and the reference loss), with the 95 % interval of a paired
-    bootstrap over items."""
+    """What tells methods apart: a row for every two of them, task and metric that their runs have
+    by item (accuracy, or rougeL of texts, and the reference loss), with the 95 % interval of a
+    paired bootstrap over items."""
     found = []
     for task, scores in next(iter(by_arm.values()))[0]["evaluation"]["tasks"].items():
         score = "accuracy" if "accuracy" in scores else "rougeL"

@@ -1,4 +1,5 @@
-"""What a bank of adapters costs: N adapters side by side in the fused arrays, every row of a batch with its own.
+"""What a bank of adapters costs: N adapters side by side in the fused arrays, every row of a batch
+with its own.
 
     python -m experiments.bank --model random --preset llama3.2-1b --out experiments/results/bank
 
@@ -77,9 +78,9 @@ def stack_lora(
 def decode_gathered(
     model: Llama, shared: Tree, riders: Tree, ids: Array, token: Array, cache: KVCache, steps: Array
 ) -> tuple[Array, KVCache]:
-    """`steps` greedy tokens after `token` `[B]`; row b runs with adapter `ids[b]`, whose A and B are
-    gathered anew for every token. Written for one row and mapped: the base's products still see all
-    rows at once."""
+    """`steps` greedy tokens after `token` `[B]`; row b runs with adapter `ids[b]`, whose A and B
+    are gathered anew for every token. Written for one row and mapped: the base's products still see
+    all rows at once."""
 
     B = len(token)
 
@@ -231,8 +232,8 @@ def markdown(
         f"{args.preset or args.model}, {args.dtype}, prompt {args.prompt_length}, batch "
         f"{args.batch_size}, {args.rounds} interleaved rounds; {args.method} at rank {args.rank} "
         f"({parameters:,} parameters an adapter), lora at rank {lora_rank} "
-        f"({lora_parameters:,}). Times: TPOT in ms, a token for every row; ratios: the bank over each, "
-        "in the same round; medians [quartiles].\n",
+        f"({lora_parameters:,}). Times: TPOT in ms, a token for every row; ratios: the bank over "
+        "each, in the same round; medians [quartiles].\n",
         *table(heads, rows),
     ]
     return "\n".join(lines) + "\n"

@@ -1,5 +1,5 @@
-"""Time per output token in PyTorch: `transformers` exports beside the bare model and PEFT's unmerged
-LoRA.
+"""Time per output token in PyTorch: `transformers` exports beside the bare model and PEFT's
+unmerged LoRA.
 
     python -m experiments.export_latency --out experiments/results/export_latency
 

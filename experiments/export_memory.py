@@ -117,9 +117,9 @@ def markdown(
     ]
     lines = [
         header("Memory and time of an export", about),
-        f"{args.preset}, random weights, {args.dtype}: the base is {base / 1e9:.2f} GB, its largest "
-        f"tensor {largest / 1e9:.2f} GB. Growth of anonymous memory from before the base is made "
-        "to the peak.\n",
+        f"{args.preset}, random weights, {args.dtype}: the base is {base / 1e9:.2f} GB, its "
+        f"largest tensor {largest / 1e9:.2f} GB. Growth of anonymous memory from before the "
+        "base is made to the peak.\n",
         *table(["method", "format", "growth GB", "of base + largest tensor", "seconds"], rows),
     ]
     return "\n".join(lines) + "\n"

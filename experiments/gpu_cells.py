@@ -24,14 +24,15 @@ from typing import Any
 from experiments.flags import Flags, parse
 from flora_jax.errors import UserError, check_writable, near_misses, run_command
 from flora_jax.files import read_json, write_json
+from flora_jax.models.config import LlamaConfig
 
 SCHEMA_VERSION = 1
 NO_MERGER = "_no_dot_merger"  # behind a method's name: timed without XLA's dot merger
 IN_GRAPH = "_loop_in_graph"  # behind a method's name: the loop over tokens in a CUDA graph, too
 # XLA puts what a step launches into graphs by itself, but not the loop around it.
 LOOP_IN_GRAPH = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,"
-    "CONDITIONAL,WHILE",
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
+    "DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
     "xla_gpu_graph_min_graph_size": 1,
 }
 
@@ -127,7 +128,6 @@ def _served(args: argparse.Namespace, names: Sequence[str]) -> tuple[Any, dict[s
     import jax
 
     from flora_jax.analysis import comparison
-    from flora_jax.models.config import LlamaConfig
     from flora_jax.models.llama import abstract_base, init_base
 
     config = LlamaConfig.preset(args.preset)
@@ -236,7 +236,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     from experiments.stepping import make_batch
     from flora_jax.analysis import comparison
-    from flora_jax.models.config import LlamaConfig
 
     config = LlamaConfig.preset(args.preset)
     own = None
@@ -310,7 +309,6 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     from flora_jax.analysis.compilers import require_compiler
     from flora_jax.analysis.launch_plan import MODES, TARGETS, plan_model
     from flora_jax.analysis.variants import get_variant
-    from flora_jax.models.config import LlamaConfig
 
     if args.target not in TARGETS:
         raise UserError(f"--target {args.target!r} is unknown; {near_misses(args.target, TARGETS)}")

@@ -3,9 +3,9 @@
     python -m experiments.gpu_peers latency --preset llama3.2-1b --method peft --out peft.json
 
 Models have random weights, made on the device; an export's are those of its own code. Each is timed
-eager and compiled with CUDA graphs, as `generate` compiles it: `mode="reduce-overhead"` over a cache
-of fixed size, and the launches of graphs in torch's own profile say whether there were any. JAX
-stays on the CPU here, so that the device is torch's alone.
+eager and compiled with CUDA graphs, as `generate` compiles it: `mode="reduce-overhead"` over a
+cache of fixed size, and the launches of graphs in torch's own profile say whether there were any.
+JAX stays on the CPU here, so that the device is torch's alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from experiments.gpu_cells import matmul_parameters, run_cell
 from flora_jax.errors import UserError, run_command
+from flora_jax.models.config import LlamaConfig
 
 PACKAGES = ("torch", "transformers", "peft")
 
@@ -42,7 +43,6 @@ def build(method: str, preset: str, rank: int, dtype: str) -> tuple[Any, int | N
     import torch
 
     from flora_jax.analysis.comparison import adapter_configs
-    from flora_jax.models.config import LlamaConfig
 
     config = LlamaConfig.preset(preset)
     own = None
@@ -101,7 +101,6 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
 
     from flora_jax.analysis.peer import time_torch
     from flora_jax.analysis.timing import Setting, interleave
-    from flora_jax.models.config import LlamaConfig
 
     model, rank = build(args.method, args.preset, args.rank, args.dtype)
     model = model.eval()
@@ -165,8 +164,6 @@ def _graph_launches(run: Callable[[], Any]) -> int:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """PEFT's LoRA in training at its best of these settings: rows a batch, compiled or not."""
-    from flora_jax.models.config import LlamaConfig
-
     config = LlamaConfig.preset(args.preset)
     settings = [(args.rows, False)]
     if _device() == "cuda":

@@ -35,6 +35,7 @@ from flora_jax.analysis.markdown import NONE, percent, spread
 from flora_jax.analysis.provenance import versions
 from flora_jax.errors import Stopped, UserError, check_writable, run_command
 from flora_jax.files import read_json, write_json
+from flora_jax.models.config import LlamaConfig
 
 SCHEMA_VERSION = 1
 RESULT, PACKED = "report.json", "report.tar"
@@ -462,8 +463,6 @@ FLAGS: Flags = {
 
 def _check(args: Namespace) -> tuple[Scale, dict[str, Any]]:
     """The cells' sizes, and what must be alike in all starts of a report."""
-    from flora_jax.models.config import LlamaConfig
-
     if not args.minutes > 0:
         raise UserError(f"--minutes {args.minutes} must be a positive number")
     scale = GPU if args.device == "gpu" else CPU

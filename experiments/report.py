@@ -40,9 +40,9 @@ _NO_NUMBERS = frozenset(
 
 
 def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """What is asked for now and is not so in a recorded configuration, as `field=value (now value)`,
-    empty if nothing is. Fields that change no number do not count; one that is younger than the
-    record had its default then."""
+    """What is asked for now and is not so in a recorded configuration, as `field=value (now
+    value)`, empty if nothing is. Fields that change no number do not count; one that is younger
+    than the record had its default then."""
     default, before, now = (
         flatten_dict(json.loads(json.dumps(tree)), sep=".")
         for tree in (get_config().to_dict(), found, asked)
@@ -94,8 +94,8 @@ def beside(out: Path, suffix: str) -> Path:
 
 
 def write_result(args: argparse.Namespace, about: About, text: str, **fields: Any) -> None:
-    """OUT.json with the arguments and `fields`, and OUT.md with `text`, where --out is given; `text`
-    to stdout."""
+    """OUT.json with the arguments and `fields`, and OUT.md with `text`, where --out is given;
+    `text` to stdout."""
     print(text)
     if args.out:
         result = {

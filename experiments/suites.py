@@ -1,4 +1,4 @@
-"""What experiments/accuracy.py compares: the arms, and the suites of data they train and test on."""
+"""What experiments/accuracy.py compares: the arms, and the suites of data that they train on."""
 
 from __future__ import annotations
 

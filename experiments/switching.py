@@ -1,6 +1,7 @@
 """Switching an adapter in a Generator beside merging a LoRA of the same budget.
 
-    python -m experiments.switching --model random --preset llama3.2-1b --out experiments/results/switching
+    python -m experiments.switching --model random --preset llama3.2-1b \
+        --out experiments/results/switching
 
 `Generator.use` writes the adapter's columns and rows over those that are there. Merging computes
 `W + s A B` for every projection in one compiled function, from a base that is kept beside it for
@@ -38,7 +39,8 @@ FLAGS: Flags = {
 def seconds(
     generator: Generator, base: Tree, config: LlamaConfig, lora: AdapterConfig, rounds: int
 ) -> dict[str, list[float]]:
-    """Of switching `generator` between its adapters "a" and "b", and of merging a LoRA, by round."""
+    """Of switching `generator` between its adapters "a" and "b", and of merging a LoRA, by
+    round."""
     loras = [random_adapter(jax.random.key(i), config, lora) for i in range(2)]
     merged = jax.jit(lambda base, adapter: merge(base, adapter, config, lora)["layers"])
     turn = 0

@@ -178,9 +178,9 @@ def markdown(result: dict[str, Any]) -> str:
         rows.append(cells)
     lines = [
         header("Training speed beside PEFT", result["provenance"]),
-        f"{MODEL}, float32, {result['rows']} rows of {result['length']} tokens, about 5.5 M trained "
-        f"parameters each, {result['rounds']} interleaved rounds; ratio: PEFT's time over ours, "
-        "median [quartiles].\n",
+        f"{MODEL}, float32, {result['rows']} rows of {result['length']} tokens, about 5.5 M "
+        f"trained parameters each, {result['rounds']} interleaved rounds; ratio: PEFT's time "
+        "over ours, median [quartiles].\n",
         *table(heads, rows, blank=" "),
     ]
     return "\n".join(lines) + "\n"

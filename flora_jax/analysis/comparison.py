@@ -1,8 +1,9 @@
 """Ways of serving timed beside the merged base, and the table that comes of it.
 
-In memory are never more than three models: the base with merged products, one variant and, where there is one, the
-peer. What variants are made from, the base in the split layout, lies in a file and is mapped while one is built; the
-merged base is built anew beside each variant, so that building takes no more memory than timing.
+In memory are never more than three models: the base with merged products, one variant and, where
+there is one, the peer. What variants are made from, the base in the split layout, lies in a file
+and is mapped while one is built; the merged base is built anew beside each variant, so that
+building takes no more memory than timing.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ REFERENCE = "reference"  # the merged base as it stands beside a variant, in eve
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """rank and parameters of a method's adapter (None and 0 without one), bytes that one decode step reads."""
+    """rank and parameters of a method's adapter (None and 0 without one), bytes that one decode
+    step reads."""
 
     rank: int | None
     parameters: int
@@ -60,8 +62,9 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """The rounds of one variant at one setting: times by name, the reference among them; compile: seconds that the
-    decode loop took to compile by name, and whether they were a look-up in the persistent cache."""
+    """The rounds of one variant at one setting: times by name, the reference among them; compile:
+    seconds that the decode loop took to compile by name, and whether they were a look-up in the
+    persistent cache."""
 
     name: str
     setting: Setting
@@ -72,8 +75,9 @@ class Measurement:
 def adapter_configs(
     methods: Sequence[str], config: LlamaConfig, rank: int, equal_parameters: bool
 ) -> dict[str, AdapterConfig | None]:
-    """The adapter of each variant: all at `rank`, or each at the rank where its number of parameters comes nearest to
-    that of ffba at `rank`. Raises UserError for an unknown name and a rank that a method cannot have."""
+    """The adapter of each variant: all at `rank`, or each at the rank where its number of
+    parameters comes nearest to that of ffba at `rank`. Raises UserError for an unknown name and a
+    rank that a method cannot have."""
     out: dict[str, AdapterConfig | None] = {}
     for name in methods:
         method = get_variant(name).method
@@ -98,7 +102,8 @@ def turns(new_tokens: int, turn: int | None) -> int:
 
 
 def on_disk(tree: Tree, folder: Path) -> Tree:
-    """The tree with its leaves in files of `folder`, mapped read-only: pages that memory can drop at any time."""
+    """The tree with its leaves in files of `folder`, mapped read-only: pages that memory can drop
+    at any time."""
     leaves, structure = jax.tree.flatten(tree)
 
     def move(i: int, leaf: jax.Array) -> np.ndarray:
@@ -112,10 +117,13 @@ def on_disk(tree: Tree, folder: Path) -> Tree:
 def build(
     name: str, base: Tree, config: LlamaConfig, adapter_config: AdapterConfig | None
 ) -> tuple[Llama, Tree]:
-    """`(model, params)` of a variant with a random adapter, on the device; base in the split layout, from anywhere."""
-    adapter = None
-    if adapter_config is not None:
-        adapter = random_adapter(jax.random.key(1), config, adapter_config)
+    """`(model, params)` of a variant with a random adapter, on the device; base in the split
+    layout, from anywhere."""
+    adapter = (
+        None
+        if adapter_config is None
+        else random_adapter(jax.random.key(1), config, adapter_config)
+    )
     model, params = serve(name, base, config, adapter_config, adapter, **device_layout())
     return model, jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), params
@@ -125,7 +133,8 @@ def build(
 def sizes(
     config: LlamaConfig, base: Tree, configs: Mapping[str, AdapterConfig | None]
 ) -> dict[str, Size]:
-    """Sizes of the reference and of each variant by name, from shapes alone; `base` may be shapes too."""
+    """Sizes of the reference and of each variant by name, from shapes alone; `base` may be shapes
+    too."""
 
     def one(name: str, adapter_config: AdapterConfig | None) -> Size:
         params = jax.eval_shape(lambda base: build(name, base, config, adapter_config)[1], base)
@@ -150,10 +159,11 @@ def compare(
 ) -> Iterator[Measurement]:
     """Yields the measurement of each variant at each setting.
 
-    base: the split layout, best from `on_disk`. prefills: of the rounds, how many read the prompts anew. peer: timed in
-    every round too, and reads them in each. done: called after every turn. turn: tokens that each model decodes before
-    the next one's turn, by default (and beside a peer) all of a round's; each turn is a round of the measurement. On a
-    GPU LoRA's products apart are timed with XLA's dot merger and without.
+    base: the split layout, best from `on_disk`. prefills: of the rounds, how many read the prompts
+    anew. peer: timed in every round too, and reads them in each. done: called after every turn.
+    turn: tokens that each model decodes before the next one's turn, by default (and beside a peer)
+    all of a round's; each turn is a round of the measurement. On a GPU LoRA's products apart are
+    timed with XLA's dot merger and without.
     """
     compiled: dict[tuple[str, Setting], Programs] = {}
     for name, adapter_config in configs.items():
@@ -224,8 +234,7 @@ def _rows_of_setting(
     own = {
         name: _row(name, rounds[name], peers, sizes, setting, gb_per_s) for name in (*names, *peers)
     }
-    loras = [name for name in own if name.startswith("lora") and name != "lora_merged"]
-    baselines = [name for name in own if name in {*peers, *loras}]
+    baselines = [n for n in own if n in peers or (n.startswith("lora") and n != "lora_merged")]
     for name, row in own.items():
         row["compile_seconds"], row["compile_cached"] = compiled.get(name, (None, None))
         others = [other for other in baselines if other != name and row["parameters"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flora_jax.analysis.markdown import NONE, spread, table
+from flora_jax.analysis.markdown import NONE, cell, spread, table
 from flora_jax.analysis.provenance import versions
 
 Row = dict[str, Any]
@@ -87,7 +87,7 @@ def _times(rows: list[Row]) -> list[str]:
         [
             row["method"],
             str(row["rank"] or NONE),
-            f"{row['parameters']:,}" if row["parameters"] else NONE,
+            cell(row["parameters"] or None, ","),
             spread(row["ttft"], ".1f", 1e3),
             spread(row["ttft_ratio"]),
             spread(row["tpot"], ".2f", 1e3),
@@ -95,16 +95,11 @@ def _times(rows: list[Row]) -> list[str]:
             f"{row['bytes_ratio']:.3f}",
             f"{row['tokens_per_second']:.1f}",
             f"{row['bandwidth_share']:.0%}",
-            _compiling(row),
+            cell(row["compile_seconds"], ".1f") + " (c)" * bool(row["compile_cached"]),
         ]
         for row in rows
     ]
     return table(heads, cells)
-
-
-def _compiling(row: Row) -> str:
-    seconds = row["compile_seconds"]
-    return NONE if seconds is None else f"{seconds:.1f}" + " (c)" * row["compile_cached"]
 
 
 def _savings(rows: list[Row]) -> list[str]:
@@ -132,7 +127,7 @@ def _saved(row: Row, baselines: list[str], peers: list[str]) -> list[str]:
     cells = [row["method"]]
     for name in baselines:
         claim = row["beside"].get(name, {}).get("tpot", _NO_CLAIM)
-        cells += [NONE if value is None else f"{value:.1%}" for value in claim.values()]
+        cells += [cell(value, ".1%") for value in claim.values()]
     return cells + [spread(row["tpot_over_peer"][name]) for name in peers]
 
 

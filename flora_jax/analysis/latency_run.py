@@ -1,4 +1,5 @@
-"""What the latency command does: its flags checked, the models made and timed, the files written."""
+"""What the latency command does: its flags checked, the models made and timed, the files
+written."""
 
 from __future__ import annotations
 
@@ -117,8 +118,8 @@ def _check_numbers(args: Namespace) -> None:
         )
     if args.peer:
         raise UserError(
-            f"--turn_tokens {args.turn_tokens} does not go with --peer {args.peer}, which generates "
-            "without a pause; leave one out"
+            f"--turn_tokens {args.turn_tokens} does not go with --peer {args.peer}, which "
+            "generates without a pause; leave one out"
         )
 
 

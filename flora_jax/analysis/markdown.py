@@ -18,6 +18,11 @@ def table(heads: Sequence[str], rows: Iterable[Iterable[str]] = (), blank: str =
     return [line(heads, blank), "|---" * len(heads) + "|", *map(line, rows)]
 
 
+def cell(value: float | None, form: str) -> str:
+    """A number as the format `form` has it; None has none."""
+    return NONE if value is None else f"{value:{form}}"
+
+
 def interval(middle: float, low: float, high: float, form: str) -> str:
     """`middle [low, high]`, each number as the format `form` has it."""
     return f"{middle:{form}} [{low:{form}}, {high:{form}}]"
