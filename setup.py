@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 RUNTIME = [
     "absl-py>=2.1",
+    # in which tensorflow-datasets writes what we prepare; it asks for it on Linux alone
     "array_record>=0.8.3",
     "filelock>=3.15",
     "flax>=0.12",
@@ -12,6 +13,7 @@ RUNTIME = [
     "huggingface_hub>=1.0",
     # tensorflow-datasets needs it to prepare its own data sets and does not say so
     "importlib_resources>=6.0",
+    # transformers renders chat templates with it, and asks for it in an extra alone
     "jinja2>=3.1",
     "jax>=0.10",
     "matplotlib>=3.9",
@@ -19,6 +21,7 @@ RUNTIME = [
     "numpy>=2.0",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12",
+    # what the card of a model on the hub is written in; its errors are ours to catch
     "pyyaml>=6.0",
     "rouge-score>=0.1.2",
     "safetensors>=0.6",

@@ -1,53 +1,63 @@
-"""What each part of FFBA does: the groups of configs/ablations.py, run and set side by side, resumable.
+"""What each part of FFBA does: the groups of configs/ablations.py, run and set side by side,
+resumable.
 
-    python -m experiments.ablations --groups add_set --data_dir DIR --out experiments/results/ablations
+    python -m experiments.ablations --groups add_set --data_dir DIR \
+        --out experiments/results/ablations
 
-Each run leaves OUT/NAME-seedN.json as it ends and is not run again; two names of one configuration are one run. At the
-end OUT.md, OUT.csv and OUT.png, of all runs that OUT holds: minutes (of a run that was resumed: of the last call),
-validation loss and the loss of the reference answers on the first `--limit` test items, means over seeds with standard
-errors (over seeds; with one seed over those items), and the difference to FFBA (QG-Add) by a paired bootstrap over the
-items.
+Each run leaves OUT/NAME-seedN.json as it ends and is not run again; two names of one configuration
+are one run. At the end OUT.md, OUT.csv and OUT.png, of all runs that OUT holds: minutes (of a run
+that was resumed: of the last call), validation loss and the loss of the reference answers on the
+first `--limit` test items, means over seeds with standard errors (over seeds; with one seed over
+those items), and the difference to FFBA (QG-Add) by a paired bootstrap over the items.
 
-Checkpoints are in `--workdir`, by default runs/ablations, and for another OUT runs/ablations/FULL/PATH/OF/OUT, so that
-another OUT trains anew. A run that a workdir holds finished is not trained again: its adapter is scored.
+Checkpoints are in `--workdir`, by default runs/ablations, and for another OUT
+runs/ablations/FULL/PATH/OF/OUT, so that another OUT trains anew. A run that a workdir holds
+finished is not trained again: its adapter is scored.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import runpy
 import sys
-import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from experiments.accuracy import (
-    SCHEMA_VERSION,
-    item_losses,
-    read_result,
-    read_seeds,
-    train,
-    workdir_of,
-)
+from experiments.flags import Flags, parse
 from experiments.report import (
-    about_run,
-    about_runs,
     beside,
     check_data,
     differences,
-    header,
     paired_bootstrap,
     spread,
     standard_error,
     with_error,
     write_csv,
 )
+from experiments.sweep import (
+    SCHEMA_VERSION,
+    Arm,
+    Result,
+    best_loss,
+    check_names,
+    item_losses,
+    outcomes,
+    placeless,
+    read_result,
+    read_seeds,
+    say_found,
+    train,
+    workdir_of,
+)
+from flora_jax.analysis.markdown import interval, table
+from flora_jax.analysis.provenance import about_runs, header
 from flora_jax.analysis.variants import trained_parameters
-from flora_jax.config import adapter_config, learning_rate, names, read_config
-from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
+from flora_jax.config import adapter_config, learning_rate, read_config
+from flora_jax.errors import UserError, check_writable, run_command
 from flora_jax.evaluation.run import load_task_data
 from flora_jax.files import write_json
 from flora_jax.interop.adapter_files import load_adapted
@@ -56,6 +66,26 @@ from flora_jax.models.loading import load_config
 CONFIGS = Path(__file__).parents[1] / "configs/ablations.py"
 OUT = Path("experiments/results/ablations")
 REFERENCE = "add_qg"
+
+Row = dict[str, Any]
+Groups = dict[str, dict[str, list[Result]]]  # a group's runs, by name
+
+FLAGS: Flags = {
+    "--data_dir": dict(required=True),
+    "--out": dict(type=Path, default=OUT),
+    "--workdir": dict(
+        type=Path, help="default runs/ablations, for another OUT runs/ablations/FULL/PATH/OF/OUT"
+    ),
+    "--model": dict(default="smollm2-135m-instruct", help="what load_pretrained takes"),
+    "--task": dict(default="dailydialogpp"),
+    "--max_length": dict(type=int, default=256),
+    "--seeds": dict(default="0", help="comma-separated"),
+    "--steps": dict(type=int, default=80),
+    "--limit": dict(type=int, default=200, help="test items"),
+    "--allow_contaminated": dict(
+        action="store_true", help="train where over 1 %% of the test is known"
+    ),
+}
 
 
 def configuration(name: str, seed: int, args: argparse.Namespace) -> Any:
@@ -75,134 +105,159 @@ def configuration(name: str, seed: int, args: argparse.Namespace) -> Any:
     return config
 
 
-def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains and scores one run, or reads what an earlier call has left."""
-    path = args.out / f"{name}-seed{seed}.json"
-    setup = configuration(name, seed, args)
-    # By what it sets: two names of one run share their result, and a changed table makes its old results void.
-    asked = {
-        **setup.to_dict(),
-        "data": {**setup.data.to_dict(), "dir": "DIR"},
-        "test_items": args.limit,
-    }
-    if path.exists() and (differ := differences(read_result(path)["asked"], asked)):
-        raise UserError(f"{path} was run with {differ}; name another --out")
-    for other in [path, *sorted(args.out.glob("*.json"))]:
-        if other.exists() and not differences((result := read_result(other))["asked"], asked):
-            tested = {f"{args.task}/test": result["data_hash"]} if "data_hash" in result else {}
-            check_data(result["data"]["sha256"] | tested, args.data_dir, other)
-            print(
-                f"{other} is there and is not run again; another --out runs it anew",
-                file=sys.stderr,
-            )
-            if other != path:
-                write_json(path, {**result, "name": name, "same_run_as": result["name"]})
-            return {**result, "name": name}
-    start, workdir = time.perf_counter(), args.workdir / f"{name}-seed{seed}"
-    tasks = load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)
-    account, _ = train(setup, workdir)
-    model, adapter = load_adapted(args.model, str(workdir / "adapter")), adapter_config(setup)
-    [losses] = item_losses(model, tasks).values()
-    result = {
-        "schema_version": SCHEMA_VERSION,
-        "name": name,
-        "asked": asked,
-        "learning_rate": learning_rate(setup),
-        "parameters": trained_parameters(load_config(args.model), adapter),
-        "scale": adapter.scale,
-        "trains_beside": setup.train.trainable,
-        **{k: v for k, v in account.items() if k != "config"},
-        "data_hash": tasks[0].data_hash,
-        "reference_losses": [loss / size for loss, size in losses],
-        "minutes": (time.perf_counter() - start) / 60,
-        "provenance": about_run(args),
-    }
-    write_json(path, result)
-    jax.clear_caches()
-    return result
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Arm):
+    """A name of the table and a seed."""
+
+    ablation: str
+    seed: int
+
+    def setup(self) -> Any:
+        """The configuration."""
+        return configuration(self.ablation, self.seed, self.args)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """By what it sets: two names of one run share their result, and a changed table makes its
+        old results void."""
+        return {**placeless(self.setup()), "test_items": self.args.limit}
+
+    def find(self) -> Result | None:
+        asked = self.asked
+        if self.path.exists() and (differ := differences(read_result(self.path)["asked"], asked)):
+            raise UserError(f"{self.path} was run with {differ}; name another --out")
+        for other in [self.path, *sorted(self.args.out.glob("*.json"))]:
+            if other.exists() and not differences((result := read_result(other))["asked"], asked):
+                return self._shared(other, result)
+        return None
+
+    def _shared(self, other: Path, result: Result) -> Result:
+        """The result in `other`, of this run under whatever name, under its own."""
+        tested = {}
+        if "data_hash" in result:
+            tested = {f"{self.args.task}/test": result["data_hash"]}
+        check_data(result["data"]["sha256"] | tested, self.args.data_dir, other)
+        say_found(other)
+        own = {**result, "name": self.ablation}
+        if other != self.path:
+            write_json(self.path, {**own, "same_run_as": result["name"]})
+        return own
+
+    def make(self, workdir: Path) -> Result:
+        args = self.args
+        setup = self.setup()
+        tasks = load_tasks(args)
+        account, _ = train(setup, workdir)
+        model = load_adapted(args.model, str(workdir / "adapter"))
+        adapter = adapter_config(setup)
+        [losses] = item_losses(model, tasks).values()
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.ablation,
+            "asked": self.asked,
+            "learning_rate": learning_rate(setup),
+            "parameters": trained_parameters(load_config(args.model), adapter),
+            "scale": adapter.scale,
+            "trains_beside": setup.train.trainable,
+            **{k: v for k, v in account.items() if k != "config"},
+            "data_hash": tasks[0].data_hash,
+            "reference_losses": [loss / size for loss, size in losses],
+        }
 
 
-def rows(group: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def load_tasks(args: argparse.Namespace) -> Any:
+    """The test items."""
+    return load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)
+
+
+def arms(wanted: Sequence[tuple[str, int]], args: argparse.Namespace) -> Iterator[Run]:
+    """The runs of names and seeds."""
+    for ablation, seed in wanted:
+        name = f"{ablation}-seed{seed}"
+        path = args.out / f"{name}.json"
+        yield Run(name=name, path=path, args=args, ablation=ablation, seed=seed)
+
+
+def rows(group: str, found: dict[str, list[Result]]) -> list[Row]:
     """A group's table: a row a name, over its seeds."""
     table = []
     for name, runs in found.items():
         test = [float(np.mean(run["reference_losses"])) for run in runs]
-        row = {
-            "group": group,
-            "name": name,
-            "parameters": runs[0]["parameters"],
-            "rate": runs[0]["learning_rate"],
-            "seeds": len(runs),
-            "minutes": float(np.mean([run["minutes"] for run in runs])),
-            "validation_loss": float(
-                np.mean(
-                    [min(v for k, v in r["validation_losses"].items() if k != "0") for r in runs]
-                )
-            ),
-            "test_loss": float(np.mean(test)),
-            **spread(test, standard_error(runs[0]["reference_losses"])),
-        }
-        table.append(row)
+        table.append(
+            {
+                "group": group,
+                "name": name,
+                "parameters": runs[0]["parameters"],
+                "rate": runs[0]["learning_rate"],
+                "seeds": len(runs),
+                "minutes": float(np.mean([run["minutes"] for run in runs])),
+                "validation_loss": float(np.mean([best_loss(run) for run in runs])),
+                "test_loss": float(np.mean(test)),
+                **spread(test, standard_error(runs[0]["reference_losses"])),
+            }
+        )
     return table
 
 
-def write_tables(
-    groups: dict[str, dict[str, list[dict[str, Any]]]], args: argparse.Namespace
-) -> str:
+def write_tables(groups: Groups, args: argparse.Namespace) -> str:
     """OUT.md, OUT.csv and OUT.png; the Markdown."""
-    reference = next((found[REFERENCE] for found in groups.values() if REFERENCE in found), None)
-
-    def items(runs):
-        return np.mean([run["reference_losses"] for run in runs], axis=0)
-
     made = [run for found in groups.values() for runs in found.values() for run in runs]
     tables = {group: rows(group, found) for group, found in groups.items()}
-    every = [row for table in tables.values() for row in table]
+    every = [row for own in tables.values() for row in own]
+    _compare(groups, every)
     lines = [
         header("Ablations", about_runs(made, args)),
-        f"{args.model}, float32, {args.task}, {args.steps} steps of 4 packed rows of {args.max_length} tokens; "
-        f"test loss: of the reference answer of the first {args.limit} test items, nats a token, mean over items "
-        f"(± standard error over {every[0]['stderr_over']}); "
-        "minutes of training and scoring in the call that ended a run; "
-        f"difference to {REFERENCE} [95 % interval, paired bootstrap over items]; rates are the method's own "
-        "unless the name's configuration says another.\n",
+        f"{args.model}, float32, {args.task}, {args.steps} steps of 4 packed rows of "
+        f"{args.max_length} tokens; test loss: of the reference answer of the first {args.limit} "
+        "test items, nats a token, mean over items (± standard error over "
+        f"{every[0]['stderr_over']}); minutes of training and scoring in the call that ended a "
+        f"run; difference to {REFERENCE} [95 % interval, paired bootstrap over items]; rates are "
+        "the method's own unless the name's configuration says another.\n",
     ]
-    for group, table in tables.items():
-        lines += [
-            f"## {group}\n",
-            "| run | parameters | rate | seeds | minutes | validation loss | test loss | difference |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for row in table:
-            runs = groups[group][row["name"]]
-            also = (
-                " + " + runs[0]["trains_beside"].replace("params/.*/", "")
-                if runs[0]["trains_beside"]
-                else ""
-            )
-            difference = ""
-            if reference is not None and row["name"] != REFERENCE:
-                row["difference"], row["low"], row["high"] = paired_bootstrap(
-                    items(runs), items(reference)
-                )
-                difference = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-            cells = [
-                row["name"],
-                f"{row['parameters']:,}{also}",
-                f"{row['rate']:g}",
-                str(row["seeds"]),
-                f"{row['minutes']:.1f}",
-                f"{row['validation_loss']:.3f}",
-                with_error(row["test_loss"], row["stderr"]),
-                difference,
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+    heads = ["run", "parameters", "rate", "seeds", "minutes", "validation loss", "test loss"]
+    heads.append("difference")
+    for group, own in tables.items():
+        cells = [_cells(row, groups[group][row["name"]][0]) for row in own]
+        lines += [f"## {group}\n", *table(heads, cells), ""]
     write_csv(beside(args.out, ".csv"), every)
     text = "\n".join(lines)
     beside(args.out, ".md").write_text(text)
     plot(every, beside(args.out, ".png"))
     return text
+
+
+def _compare(groups: Groups, table: list[Row]) -> None:
+    """Gives each row but the reference's its difference to that, where there is one."""
+    runs = {name: runs for found in groups.values() for name, runs in found.items()}
+    if REFERENCE not in runs:
+        return
+    items = {
+        name: np.mean([run["reference_losses"] for run in own], axis=0)
+        for name, own in runs.items()
+    }
+    for row in table:
+        if row["name"] != REFERENCE:
+            found = paired_bootstrap(items[row["name"]], items[REFERENCE])
+            row["difference"], row["low"], row["high"] = found
+
+
+def _cells(row: Row, run: Result) -> list[str]:
+    also = ""
+    if run["trains_beside"]:
+        also = " + " + run["trains_beside"].replace("params/.*/", "")
+    difference = ""
+    if "difference" in row:
+        difference = interval(row["difference"], row["low"], row["high"], "+.3f")
+    return [
+        row["name"],
+        f"{row['parameters']:,}{also}",
+        f"{row['rate']:g}",
+        str(row["seeds"]),
+        f"{row['minutes']:.1f}",
+        f"{row['validation_loss']:.3f}",
+        with_error(row["test_loss"], row["stderr"]),
+        difference,
+    ]
 
 
 def plot(table: list[dict[str, Any]], path: Path) -> None:
@@ -238,70 +293,47 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def recorded(known: Sequence[str], args: argparse.Namespace) -> list[tuple[str, int]]:
+    """The names and seeds of what OUT holds."""
+    ends = [path.stem.rpartition("-seed") for path in sorted(args.out.glob("*-seed*.json"))]
+    return [(name, int(seed)) for name, _, seed in ends if name in known and seed.isdecimal()]
+
+
 def main(argv: list[str]) -> None:
     """The command."""
     known = runpy.run_path(str(CONFIGS))["GROUPS"]
-    parser = CommandParser(
-        prog="python -m experiments.ablations", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument(
-        "--groups", default=",".join(known), help="comma-separated, run in this order"
-    )
-    parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument(
-        "--workdir",
-        type=Path,
-        help="default runs/ablations, for another OUT runs/ablations/FULL/PATH/OF/OUT",
-    )
-    parser.add_argument(
-        "--model", default="smollm2-135m-instruct", help="what load_pretrained takes"
-    )
-    parser.add_argument("--task", default="dailydialogpp")
-    parser.add_argument("--max_length", type=int, default=256)
-    parser.add_argument("--seeds", default="0", help="comma-separated")
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--limit", type=int, default=200, help="test items")
-    parser.add_argument(
-        "--allow_contaminated",
-        action="store_true",
-        help="train where over 1 %% of the test is known",
-    )
-    args = parser.parse_args(argv[1:])
+    groups = dict(default=",".join(known), help="comma-separated, run in this order")
+    args = parse(argv, "python -m experiments.ablations", __doc__, {"--groups": groups, **FLAGS})
     args.workdir = args.workdir or workdir_of(args.out, OUT)
-    for group in names(args.groups):
-        if group not in known:
-            raise UserError(f"--groups: {group!r} is unknown; {near_misses(group, known)}")
-    if not names(args.groups):
-        raise UserError(f"--groups {args.groups!r} names none; known: {', '.join(known)}")
+    groups = check_names("--groups", args.groups, known)
     seeds = read_seeds(args.seeds)
     check_writable(beside(args.out, ".md"), "--out")
     check_writable(args.out / "add_qg-seed0.json", "--out")
-    # before the first run
-    load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)
-    every = [name for group in known.values() for name in group]
-    asked = [
-        (name, seed) for group in names(args.groups) for name in known[group] for seed in seeds
-    ]
-    # What OUT holds is read before anything is trained, and stands in the tables whatever is asked for.
-    ends = [path.stem.rpartition("-seed") for path in sorted(args.out.glob("*-seed*.json"))]
-    recorded = [(name, int(seed)) for name, _, seed in ends if name in every and seed.isdecimal()]
-    found = {run: one(*run, args) for run in recorded}
-    # The reference first: every table is beside it.
-    for run in sorted(
-        (run for run in asked if run not in found), key=lambda run: run[0] != REFERENCE
-    ):
-        found[run] = one(*run, args)
-        print(f"{run[0]}, seed {run[1]}: {rows('', {run[0]: [found[run]]})[0]}", file=sys.stderr)
-    tables = {
-        group: {name: [found[run] for run in sorted(found) if run[0] == name] for name in own}
+    load_tasks(args)  # before the first run
+    # What OUT holds is read before anything is trained, and stands in the tables whatever is asked
+    # for.
+    there = recorded([name for group in known.values() for name in group], args)
+    found = {(run.ablation, run.seed): result for run, result in outcomes(arms(there, args))}
+    asked = [(name, seed) for group in groups for name in known[group] for seed in seeds]
+    missing = [run for run in asked if run not in found]
+    missing.sort(key=lambda run: run[0] != REFERENCE)  # every table is beside it
+    for run, result in outcomes(arms(missing, args)):
+        found[run.ablation, run.seed] = result
+        row = rows("", {run.ablation: [result]})[0]
+        print(f"{run.ablation}, seed {run.seed}: {row}", file=sys.stderr)
+    print(write_tables(_grouped(known, found), args))
+
+
+def _grouped(known: dict[str, Any], found: dict[tuple[str, int], Result]) -> Groups:
+    """What was found, in the order of the groups and by seed; without those that have none."""
+    by_name: dict[str, list[Result]] = {}
+    for name, seed in sorted(found):
+        by_name.setdefault(name, []).append(found[name, seed])
+    groups = {
+        group: {name: by_name[name] for name in own if name in by_name}
         for group, own in known.items()
     }
-    shown = {
-        group: {name: runs for name, runs in table.items() if runs}
-        for group, table in tables.items()
-    }
-    print(write_tables({group: table for group, table in shown.items() if table}, args))
+    return {group: own for group, own in groups.items() if own}
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""What a bank of adapters costs: N adapters side by side in the fused arrays, every row of a batch with its own.
+"""What a bank of adapters costs: N adapters side by side in the fused arrays, every row of a batch
+with its own.
 
     python -m experiments.bank --model random --preset llama3.2-1b --out experiments/results/bank
 
-TPOT of a bank of N ffba adapters beside one adapter's at the same batch size; beside N separate batches, which a server
-without a bank runs one after another (rows / N rows each, the switch between them not counted); and beside a LoRA of
-equal parameters whose A and B are gathered for each row from a stack of N, as multi-LoRA servers do. All in the same
-rounds, ratios round by round.
+TPOT of a bank of N ffba adapters beside one adapter's at the same batch size; beside N separate
+batches, which a server without a bank runs one after another (rows / N rows each, the switch
+between them not counted); and beside a LoRA of equal parameters whose A and B are gathered for each
+row from a stack of N, as multi-LoRA servers do. All in the same rounds, ratios round by round.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 import tempfile
@@ -21,9 +23,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from experiments.report import add_model_flags, header, load_model, provenance, write_result
+from experiments.flags import MODEL, Flags, parse
+from experiments.report import check_generation, load_model, write_result
 from flora_jax.adapters import AdapterConfig, device_layout, fuse
 from flora_jax.analysis.comparison import on_disk
+from flora_jax.analysis.markdown import spread, table
+from flora_jax.analysis.provenance import about_process, header
 from flora_jax.analysis.timing import (
     Programs,
     Setting,
@@ -34,13 +39,22 @@ from flora_jax.analysis.timing import (
 )
 from flora_jax.analysis.unmerged import UnmergedDense, unmerge
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
-from flora_jax.errors import CommandParser, UserError, run_command
+from flora_jax.errors import UserError, run_command
 from flora_jax.inference.decoding import bucket
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import KVCache, Llama
 
 Array = jax.Array
 Tree = dict[str, Any]
+
+FLAGS: Flags = {
+    **MODEL,
+    "--adapters": dict(default="1,4,16"),
+    "--batch_size": dict(type=int, default=8),
+    "--prompt_length": dict(type=int, default=128),
+    "--new_tokens": dict(type=int, default=33),
+    "--rounds": dict(type=int, default=8),
+}
 
 
 def stack_lora(
@@ -65,8 +79,9 @@ def stack_lora(
 def decode_gathered(
     model: Llama, shared: Tree, stacks: Tree, ids: Array, token: Array, cache: KVCache, steps: Array
 ) -> tuple[Array, KVCache]:
-    """`steps` greedy tokens after `token` `[B]`; row b runs with adapter `ids[b]`, whose A and B are gathered anew for
-    every token. Written for one row and mapped: the base's products still see all rows at once."""
+    """`steps` greedy tokens after `token` `[B]`; row b runs with adapter `ids[b]`, whose A and B
+    are gathered anew for every token. Written for one row and mapped: the base's products still see
+    all rows at once."""
 
     B = len(token)
 
@@ -108,11 +123,13 @@ def run_gathered(
     ids: Array,
     new_tokens: int,
 ) -> float:
-    """TPOT of `decode_gathered`; the prompt is read by `programs` with the tree `served`, outside the clock."""
+    """TPOT of `decode_gathered`; the prompt is read by `programs` with the tree `served`, outside
+    the clock."""
     B, length = prompts.shape
     tokens = jnp.zeros((B, bucket(length)), jnp.int32).at[:, :length].set(prompts)
     logits, cache = programs.prefill(served, tokens, jnp.full(B, length, jnp.int32), None)
-    token, cache = jnp.argmax(logits, -1).astype(jnp.int32), programs.grow(cache)
+    token = jnp.argmax(logits, -1).astype(jnp.int32)
+    cache = programs.grow(cache)
     jax.block_until_ready((token, cache))
     start = time.perf_counter()
     jax.block_until_ready(
@@ -131,24 +148,29 @@ def measure(
     rounds: int,
 ) -> dict[str, Any]:
     """Times of a bank of `places` adapters and of what it stands beside."""
-    B, layout = setting.batch_size, device_layout()
+    B = setting.batch_size
+    layout = device_layout()
 
     def draw(own):
         return [random_adapter(jax.random.key(i), config, own) for i in range(places)]
 
-    adapters, ids = draw(adapter_config), jnp.arange(B) % places
+    adapters = draw(adapter_config)
+    ids = jnp.arange(B) % places
 
     def on_device(tree):
         return jax.tree.map(jnp.asarray, tree)
 
     one = on_device(fuse(base, adapters[0], config, adapter_config, layout))
-    bank = one if places == 1 else on_device(fuse(base, adapters, config, adapter_config, layout))
+    bank, select = one, None
+    if places > 1:
+        bank = on_device(fuse(base, adapters, config, adapter_config, layout))
+        select = jax.nn.one_hot(ids, places, dtype=bool)
     shared, stacks = stack_lora(base, draw(lora), config, lora)
-    select = None if places == 1 else jax.nn.one_hot(ids, places, dtype=bool)
     batches = min(places, B)
     few = Setting(setting.prompt_length, B // batches, setting.new_tokens)
 
-    model, prompts = Llama(config, adapter_config), setting.prompts(config)
+    model = Llama(config, adapter_config)
+    prompts = setting.prompts(config)
     single, few_rows = (compile_programs(model, one, s) for s in (setting, few))
     many = compile_programs(model, bank, setting, select)
     gathered = functools.partial(
@@ -182,66 +204,79 @@ def measure(
     return out
 
 
+def check(args: argparse.Namespace) -> list[int]:
+    """The numbers of adapters. Raises UserError for flags that do not go together."""
+    places = [int(n) if n.isdecimal() else 0 for n in args.adapters.split(",")]
+    batch = args.batch_size
+    if min(places) < 1 or batch < 1 or any(batch % min(n, batch) for n in places):
+        raise UserError(
+            f"--adapters {args.adapters}: give positive numbers, comma-separated, that divide "
+            f"--batch_size {args.batch_size} or are larger"
+        )
+    check_generation(args)
+    return places
+
+
+def markdown(
+    args: argparse.Namespace,
+    about: Tree,
+    results: list[Tree],
+    *,
+    parameters: int,
+    lora_rank: int,
+    lora_parameters: int,
+) -> str:
+    """The table, a line a number of adapters; `parameters` of one of them."""
+    heads = ["adapters", "bank", "one adapter", "ratio", "separate batches", "ratio"]
+    heads += ["LoRA gathered by row", "ratio"]
+    rows = []
+    for one in results:
+        cells = [str(one["adapters"]), f"{1e3 * one['bank']['median']:.2f}"]
+        for name in ("one adapter", "separate batches", "gathered lora"):
+            cells += [f"{1e3 * one[name]['median']:.2f}", spread(one[f"bank over {name}"])]
+        rows.append(cells)
+    lines = [
+        header("A bank of adapters", about),
+        f"{args.preset or args.model}, {args.dtype}, prompt {args.prompt_length}, batch "
+        f"{args.batch_size}, {args.rounds} interleaved rounds; {args.method} at rank {args.rank} "
+        f"({parameters:,} parameters an adapter), lora at rank {lora_rank} "
+        f"({lora_parameters:,}). Times: TPOT in ms, a token for every row; ratios: the bank over "
+        "each, in the same round; medians [quartiles].\n",
+        *table(heads, rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(prog="python -m experiments.bank", description=__doc__.split("\n")[0])
-    add_model_flags(parser)
-    parser.add_argument("--adapters", default="1,4,16")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--prompt_length", type=int, default=128)
-    parser.add_argument("--new_tokens", type=int, default=33)
-    parser.add_argument("--rounds", type=int, default=8)
-    args = parser.parse_args(argv[1:])
-    places = [int(n) if n.isdecimal() else 0 for n in args.adapters.split(",")]
-    if (
-        min(places) < 1
-        or args.batch_size < 1
-        or any(args.batch_size % min(n, args.batch_size) for n in places)
-    ):
-        raise UserError(
-            f"--adapters {args.adapters}: give positive numbers, comma-separated, that divide --batch_size "
-            f"{args.batch_size} or are larger"
-        )
-    if args.new_tokens < 2 or args.rounds < 1 or args.prompt_length < 1:
-        raise UserError("--new_tokens must be at least 2, --rounds and --prompt_length at least 1")
+    args = parse(argv, "python -m experiments.bank", __doc__, FLAGS)
+    places = check(args)
     config, base = load_model(args)
     if args.prompt_length + args.new_tokens > config.max_position_embeddings:
         raise UserError(
-            f"--prompt_length {args.prompt_length} with --new_tokens {args.new_tokens} are more than the "
-            f"model's max_position_embeddings={config.max_position_embeddings}"
+            f"--prompt_length {args.prompt_length} with --new_tokens {args.new_tokens} are more "
+            f"than the model's max_position_embeddings={config.max_position_embeddings}"
         )
     adapter_config = AdapterConfig(args.method, args.rank)
     adapter_config.check(config.widths)
     parameters = trained_parameters(config, adapter_config)
     lora = AdapterConfig("lora", rank_for("lora", config, parameters))
     setting = Setting(args.prompt_length, args.batch_size, args.new_tokens)
+    results = []
     with tempfile.TemporaryDirectory() as folder:
-        base, results = on_disk(base, Path(folder)), []
+        base = on_disk(base, Path(folder))
         for n in places:
             results.append(measure(base, config, setting, adapter_config, lora, n, args.rounds))
             print(f"{n} adapters done", file=sys.stderr)
-
-    about = provenance()
-    lines = [
-        header("A bank of adapters", about),
-        f"{args.preset or args.model}, {args.dtype}, prompt {args.prompt_length}, batch {args.batch_size}, "
-        f"{args.rounds} interleaved rounds; {args.method} at rank {args.rank} ({parameters:,} parameters an "
-        f"adapter), lora at rank {lora.rank} ({trained_parameters(config, lora):,}). Times: TPOT in ms, a "
-        "token for every row; ratios: the bank over each, in the same round; medians [quartiles].\n",
-        "| adapters | bank | one adapter | ratio | separate batches | ratio | LoRA gathered by row | ratio |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for one in results:
-        cells = [str(one["adapters"]), f"{1e3 * one['bank']['median']:.2f}"]
-        for name in ("one adapter", "separate batches", "gathered lora"):
-            ratio = one[f"bank over {name}"]
-            low, high = ratio["quartiles"]
-            cells += [
-                f"{1e3 * one[name]['median']:.2f}",
-                f"{ratio['median']:.3f} [{low:.3f}, {high:.3f}]",
-            ]
-        lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
+    about = about_process()
+    text = markdown(
+        args,
+        about,
+        results,
+        parameters=parameters,
+        lora_rank=lora.rank,
+        lora_parameters=trained_parameters(config, lora),
+    )
     write_result(args, about, text, parameters=parameters, lora_rank=lora.rank, results=results)
 
 

@@ -2,9 +2,10 @@
 
     python -m experiments.demo --workdir runs/demo        (make demo)
 
-Prints the accuracy on 200 unseen problems of the base (zero-shot, and with 4 worked examples in its prompt) and of the
-adapted model, all three in the same words, with the same decoding and answer extraction; one problem answered by both;
-and where the adapter lies. Run again on the same workdir, it resumes.
+Prints the accuracy on 200 unseen problems of the base (zero-shot, and with 4 worked examples in its
+prompt) and of the adapted model, all three in the same words, with the same decoding and answer
+extraction; one problem answered by both; and where the adapter lies. Run again on the same workdir,
+it resumes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.flags import parse
 from flora_jax.config import generator_settings
-from flora_jax.errors import CommandParser, run_command
+from flora_jax.errors import run_command
 from flora_jax.evaluation.run import evaluate_tasks, load_task_data
 from flora_jax.inference.generator import Generator
 from flora_jax.interop.adapter_files import load_adapter
@@ -26,11 +28,18 @@ from flora_jax.train import run
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
 
 
+def answer(generator: Generator, prompt: str) -> None:
+    """Prints a problem, and what the base and the adapted model say to it."""
+    print(f"\n{prompt}")
+    for name, adapter in (("base", None), ("base + adapter", "adapter")):
+        generator.use(adapter)
+        print(f"  {name:16} {generator.generate([prompt], 32)[0].text.strip()!r}")
+
+
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(prog="python -m experiments.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", type=Path, default="runs/demo")
-    workdir = parser.parse_args(argv[1:]).workdir
+    flags = {"--workdir": dict(type=Path, default="runs/demo")}
+    workdir = parse(argv, "python -m experiments.demo", __doc__, flags).workdir
     config = runpy.run_path(str(CONFIG))["get_config"]()
     start = time.perf_counter()
 
@@ -59,11 +68,10 @@ def main(argv: list[str]) -> None:
         )
         return scored["tasks"][config.data.tasks]
 
-    print(
-        f"Scoring the base on {config.eval.limit} unseen problems, with no and with 4 examples …",
-        flush=True,
-    )
-    before, few_shot = score_base(0), score_base(4)
+    limit = config.eval.limit
+    print(f"Scoring the base on {limit} unseen problems, with no and with 4 examples …", flush=True)
+    before = score_base(0)
+    few_shot = score_base(4)
     print("Fine-tuning …", flush=True)
     after = run(config, workdir)["evaluation"]["tasks"][config.data.tasks]
     adapter_config, trained = load_adapter(workdir / "adapter", model_config)
@@ -84,13 +92,9 @@ def main(argv: list[str]) -> None:
         max_length=128,
         batch_size=1,
     )
-    print(f"\n{after['prompt']}")
-    for name, adapter in (("base", None), ("base + adapter", "adapter")):
-        generator.use(adapter)
-        print(f"  {name:16} {generator.generate([after['prompt']], 32)[0].text.strip()!r}")
-    print(
-        f"\nthe adapter is in {workdir / 'adapter'}; {(time.perf_counter() - start) / 60:.1f} minutes in all"
-    )
+    answer(generator, after["prompt"])
+    minutes = (time.perf_counter() - start) / 60
+    print(f"\nthe adapter is in {workdir / 'adapter'}; {minutes:.1f} minutes in all")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python -m experiments.export_memory --preset llama3.2-1b --out experiments/results/export_memory
 
-Trains one step (lora and ffba), then exports them, every format in a process of its own: growth of anonymous memory
-from before the base is made to the peak, beside the base's bytes and those of the largest tensor.
+Trains one step (lora and ffba), then exports them, every format in a process of its own: growth of
+anonymous memory from before the base is made to the peak, beside the base's bytes and those of the
+largest tensor.
 """
 
 from __future__ import annotations
@@ -20,10 +21,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flora_jax.errors import CommandParser, check_writable, run_command
+from experiments.flags import Flags, parse
+from flora_jax.errors import check_writable, run_command
 from flora_jax.models.config import DTYPES, LlamaConfig
 
 CASES = (("lora", "merged"), ("lora", "peft"), ("ffba", "transformers"))
+
+FLAGS: Flags = {
+    "--preset": dict(default="llama3.2-1b"),
+    "--dtype": dict(choices=DTYPES, default="float32"),
+    "--out": dict(type=Path, help="write OUT.json and OUT.md"),
+    # workdir, format, directory: in this process
+    "--measure": dict(nargs=3, help=argparse.SUPPRESS),
+}
 
 
 def anonymous() -> int:
@@ -33,14 +43,17 @@ def anonymous() -> int:
 
 
 def measure(workdir: str, form: str, out: str) -> dict[str, float]:
-    """Run alone in this process: seconds and growth in bytes of one export, loading the base included."""
+    """Run alone in this process: seconds and growth in bytes of one export, loading the base
+    included."""
     from flora_jax.export import export_run
 
     # What is imported and set up once, whatever the model's size, is not what is measured.
     with tempfile.TemporaryDirectory() as folder:
         _train("tiny", Path(workdir).name, "float32", Path(folder) / "run")
         export_run(Path(folder) / "run", form, Path(folder) / "out")
-    start, peak, done = anonymous(), 0, threading.Event()
+    done = threading.Event()
+    start = anonymous()
+    peak = 0
 
     def watch() -> None:
         nonlocal peak
@@ -76,22 +89,52 @@ def _train(preset: str, method: str, dtype: str, workdir: Path) -> None:
     )
 
 
+def export_alone(folder: str, method: str, form: str) -> dict[str, Any]:
+    """`measure` of the run in FOLDER/METHOD, in a process of its own."""
+    command = [sys.executable, "-m", "experiments.export_memory", "--measure"]
+    command += [f"{folder}/{method}", form, f"{folder}/{method}-{form}"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return {"method": method, "format": form, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def markdown(
+    args: argparse.Namespace, about: dict[str, Any], sizes: list[int], results: Any
+) -> str:
+    """The table; sizes: bytes of the base and of its largest tensor."""
+    from flora_jax.analysis.markdown import table
+    from flora_jax.analysis.provenance import header
+
+    base, largest = sizes
+    rows = [
+        [
+            one["method"],
+            one["format"],
+            f"{one['growth'] / 1e9:.2f}",
+            f"{one['growth'] / (base + largest):.3f}",
+            f"{one['seconds']:.0f}",
+        ]
+        for one in results
+    ]
+    lines = [
+        header("Memory and time of an export", about),
+        f"{args.preset}, random weights, {args.dtype}: the base is {base / 1e9:.2f} GB, its "
+        f"largest tensor {largest / 1e9:.2f} GB. Growth of anonymous memory from before the "
+        "base is made to the peak.\n",
+        *table(["method", "format", "growth GB", "of base + largest tensor", "seconds"], rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(
-        prog="python -m experiments.export_memory", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--preset", default="llama3.2-1b")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
-    # workdir, format, directory: in this process
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv[1:])
+    args = parse(argv, "python -m experiments.export_memory", __doc__, FLAGS)
     if args.measure:
         print(json.dumps(measure(*args.measure)))
         return
     # not where memory is measured
-    from experiments.report import beside, header, provenance, write_result
+    from experiments.report import beside, write_result
+    from flora_jax.analysis.provenance import about_process
+    from flora_jax.models.hf import hf_shapes
 
     config = LlamaConfig.preset(args.preset)
     if args.out:
@@ -102,45 +145,14 @@ def main(argv: list[str]) -> None:
             _train(args.preset, method, args.dtype, Path(folder) / method)
             print(f"{method} trained", file=sys.stderr)
         for method, form in CASES:
-            command = [
-                sys.executable,
-                "-m",
-                "experiments.export_memory",
-                "--measure",
-                f"{folder}/{method}",
-                form,
-            ]
-            command.append(f"{folder}/{method}-{form}")
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-            results.append({"method": method, "format": form, **found})
+            results.append(export_alone(folder, method, form))
             print(results[-1], file=sys.stderr)
-    from flora_jax.models.hf import hf_shapes
-
     width = 2 if args.dtype == "bfloat16" else 4
-    sizes = [width * math.prod(shape) for shape in hf_shapes(config).values()]
-    about: dict[str, Any] = provenance("safetensors")
-    base, largest = sum(sizes), max(sizes)
-    lines = [
-        header("Memory and time of an export", about),
-        f"{args.preset}, random weights, {args.dtype}: the base is {base / 1e9:.2f} GB, its largest tensor "
-        f"{largest / 1e9:.2f} GB. Growth of anonymous memory from before the base is made to the peak.\n",
-        "| method | format | growth GB | of base + largest tensor | seconds |",
-        "|---|---|---|---|---|",
-    ]
-    for one in results:
-        lines.append(
-            f"| {one['method']} | {one['format']} | {one['growth'] / 1e9:.2f} | "
-            f"{one['growth'] / (base + largest):.3f} | {one['seconds']:.0f} |"
-        )
-    write_result(
-        args,
-        about,
-        "\n".join(lines) + "\n",
-        base_bytes=base,
-        largest_bytes=largest,
-        results=results,
-    )
+    tensors = [width * math.prod(shape) for shape in hf_shapes(config).values()]
+    base, largest = sum(tensors), max(tensors)
+    about = about_process("safetensors")
+    text = markdown(args, about, [base, largest], results)
+    write_result(args, about, text, base_bytes=base, largest_bytes=largest, results=results)
 
 
 if __name__ == "__main__":

@@ -21,16 +21,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
+from experiments.flags import Flags, parse
+from flora_jax.errors import UserError, check_writable, near_misses, run_command
 from flora_jax.files import read_json, write_json
+from flora_jax.models.config import LlamaConfig
 
 SCHEMA_VERSION = 1
 NO_MERGER = "_no_dot_merger"  # behind a method's name: timed without XLA's dot merger
 IN_GRAPH = "_loop_in_graph"  # behind a method's name: the loop over tokens in a CUDA graph, too
 # XLA puts what a step launches into graphs by itself, but not the loop around it.
 LOOP_IN_GRAPH = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,"
-    "CONDITIONAL,WHILE",
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
+    "DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
     "xla_gpu_graph_min_graph_size": 1,
 }
 
@@ -107,10 +109,8 @@ def tests(args: argparse.Namespace) -> dict[str, Any]:
 
 def _message(case: ElementTree.Element) -> str | None:
     """Why a test failed; None of one that did not."""
-    for kind in ("failure", "error"):
-        if (found := case.find(kind)) is not None:
-            return found.get("message", "")[:500]
-    return None
+    found = [one for kind in ("failure", "error") for one in case.findall(kind)]
+    return found[0].get("message", "")[:500] if found else None
 
 
 def _variant(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -128,7 +128,6 @@ def _served(args: argparse.Namespace, names: Sequence[str]) -> tuple[Any, dict[s
     import jax
 
     from flora_jax.analysis import comparison
-    from flora_jax.models.config import LlamaConfig
     from flora_jax.models.llama import abstract_base, init_base
 
     config = LlamaConfig.preset(args.preset)
@@ -149,7 +148,9 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
     name, options = _variant(args)
     config, built = _served(args, list(dict.fromkeys(["base", name])))
     setting = Setting(args.prompt_length, args.batch_size, args.new_tokens)
-    prompts, contestants, compiled = setting.prompts(config), {}, {}
+    prompts = setting.prompts(config)
+    contestants: dict[str, Contestant] = {}
+    compiled: dict[str, Any] = {}
     for who, label, extra in (("base", "base", {}), ("own", name, options)):
         model, params, _ = built[label]
         if who == "own" and label == "base" and not options:
@@ -194,7 +195,8 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
     config, built = _served(args, [name])
     model, params, size = built[name]
     setting = Setting(args.prompt_length, args.batch_size, args.new_tokens)
-    prompts, steps = setting.prompts(config), args.new_tokens - 2
+    prompts = setting.prompts(config)
+    steps = args.new_tokens - 2
     found = {}
     for graphs in (False, True):
         extra = options | (kernel_profile.GRAPHS_TOO if graphs else {})
@@ -231,49 +233,28 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Optimizer steps on packed rows: tokens/s, peak memory, share of the device's product rate."""
     import jax
-    import jax.numpy as jnp
-    import optax
 
-    from flora_jax.adapters import init_adapter
+    from experiments.stepping import make_batch
     from flora_jax.analysis import comparison
-    from flora_jax.models.config import LlamaConfig
-    from flora_jax.models.llama import Llama, init_base
-    from flora_jax.training.step import TrainState, make_train_step
 
     config = LlamaConfig.preset(args.preset)
-    full = args.method == "fft"
     own = None
-    if not full:
+    if args.method != "fft":
         own = comparison.adapter_configs([args.method], config, args.rank, True)[args.method]
-    batch = packed_batch(args.rows, args.length, config.vocab_size)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
-    # What trains is float32, as in flora_jax.train.
-    base = init_base(jax.random.key(0), config, jnp.float32 if full else args.dtype)
-    trainable = (
-        {"params": base} if full else {"adapter": init_adapter(jax.random.key(1), config, own)}
-    )
-    frozen = {} if full else {"params": base}
-    state = TrainState(
-        jnp.zeros((), jnp.int32), trainable, jax.jit(optimizer.init)(trainable), jax.random.key(2)
-    )
-    dtype = jnp.dtype(args.dtype)
-    model = Llama(config, own, dtype=dtype, param_dtype=dtype, remat=args.remat)
-    chunk = args.rows * args.length if jax.default_backend() == "cpu" else 4096
-    step = jax.jit(make_train_step(model, optimizer, chunk_tokens=chunk), donate_argnums=0)
-    del base, trainable
-    taken, losses = [], []
+    batch = make_batch(args.rows, args.length, config.vocab_size, segments=4)
+    step = _stepper(args, config, own)
+    taken = []
+    losses = []
     start = time.perf_counter()
     for _ in range(3 + args.rounds):
         begin = time.perf_counter()
-        state, metrics = step(state, frozen, batch)
-        losses.append(float(metrics["loss"]))
+        losses.append(step(batch))
         taken.append(time.perf_counter() - begin)
     tokens = args.rows * args.length
     seconds = statistics.median(taken[3:])
     memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    count = matmul_parameters(config)
     # Forward, and backward to the activations; to the weights only where they train.
-    flops = (6 if full else 4) * count
+    flops = (4 if own else 6) * matmul_parameters(config)
     rate = device_rates()["bf16_tflop_per_s"]
     return {
         "method": args.method,
@@ -293,39 +274,45 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _stepper(args: argparse.Namespace, config: Any, own: Any) -> Callable[[Any], float]:
+    """A step of the adapter `own`, or, of None, of all weights. What trains is float32, as in
+    flora_jax.train."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from experiments.stepping import stepper
+    from flora_jax.adapters import init_adapter
+    from flora_jax.models.llama import Llama, init_base
+
+    dtype = jnp.dtype(args.dtype)
+    base = init_base(jax.random.key(0), config, dtype if own else jnp.float32)
+    trainable, frozen = {"params": base}, {}
+    if own:
+        trainable = {"adapter": init_adapter(jax.random.key(1), config, own)}
+        frozen = {"params": base}
+    model = Llama(config, own, dtype=dtype, param_dtype=dtype, remat=args.remat)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
+    chunk = args.rows * args.length if jax.default_backend() == "cpu" else 4096
+    return stepper(model, optimizer, trainable, frozen, seed=2, chunk_tokens=chunk)
+
+
 def matmul_parameters(config: Any) -> int:
     """Numbers in the matrices that every token is multiplied with, the unembedding among them."""
     layer = sum(d_in * d_out for d_in, d_out in config.widths.values())
     return config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
 
 
-def packed_batch(rows: int, length: int, vocabulary: int) -> dict[str, Any]:
-    """Random tokens in rows of four segments, all counted in the loss."""
-    import numpy as np
-
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (rows, length + 1), dtype=np.int32)
-    place = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    size = -(-length // 4)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "loss_weights": np.ones((rows, length), np.float32),
-        "segment_ids": place // size + 1,
-        "positions": place % size,
-    }
-
-
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     """Launches a layer as XLA plans them without the device, beside those of the profiles."""
     from flora_jax.adapters import AdapterConfig
+    from flora_jax.analysis.compilers import require_compiler
     from flora_jax.analysis.launch_plan import MODES, TARGETS, plan_model
     from flora_jax.analysis.variants import get_variant
-    from flora_jax.launches import require_compiler
-    from flora_jax.models.config import LlamaConfig
 
     if args.target not in TARGETS:
         raise UserError(f"--target {args.target!r} is unknown; {near_misses(args.target, TARGETS)}")
-    config, rows = LlamaConfig.preset(args.preset), []
+    config = LlamaConfig.preset(args.preset)
     real = {}
     for file in sorted(args.results.glob(f"profile-{args.preset}-*.json")):
         one = read_json(file)
@@ -334,6 +321,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         require_compiler()
     except UserError as error:
         return {"left_out": str(error), "rows": []}
+    rows = []
     for name in args.methods.split(","):
         method = get_variant(name).method
         rank = real.get(name, {}).get("rank") or args.rank
@@ -359,26 +347,23 @@ CELLS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 }
 
 
-def parser(cells: Sequence[str], prog: str, what: str) -> CommandParser:
-    """The flags of a cell."""
-    out = CommandParser(prog=prog, description=what)
-    out.add_argument("cell", help=" or ".join(cells))
-    out.add_argument("--preset", default="llama3.2-1b", help="architecture")
-    out.add_argument("--method", default="base", help="way of serving, or method to train")
-    out.add_argument("--methods", default="base,lora,ffba", help="of plan, comma-separated")
-    out.add_argument("--rank", type=int, default=32, help="of ffba; others at equal parameters")
-    out.add_argument("--dtype", default="bfloat16")
-    out.add_argument("--prompt_length", type=int, default=128)
-    out.add_argument("--batch_size", type=int, default=1)
-    out.add_argument("--new_tokens", type=int, default=129)
-    out.add_argument("--rounds", type=int, default=10)
-    out.add_argument("--rows", type=int, default=8, help="of a training batch")
-    out.add_argument("--length", type=int, default=1024, help="of a training row")
-    out.add_argument("--remat", default="products")
-    out.add_argument("--target", default="h100", help="of plan")
-    out.add_argument("--results", type=Path, help="of plan: folder with the profiles")
-    out.add_argument("--out", type=Path, required=True, help="the JSON file")
-    return out
+FLAGS: Flags = {
+    "--preset": dict(default="llama3.2-1b", help="architecture"),
+    "--method": dict(default="base", help="way of serving, or method to train"),
+    "--methods": dict(default="base,lora,ffba", help="of plan, comma-separated"),
+    "--rank": dict(type=int, default=32, help="of ffba; others at equal parameters"),
+    "--dtype": dict(default="bfloat16"),
+    "--prompt_length": dict(type=int, default=128),
+    "--batch_size": dict(type=int, default=1),
+    "--new_tokens": dict(type=int, default=129),
+    "--rounds": dict(type=int, default=10),
+    "--rows": dict(type=int, default=8, help="of a training batch"),
+    "--length": dict(type=int, default=1024, help="of a training row"),
+    "--remat": dict(default="products"),
+    "--target": dict(default="h100", help="of plan"),
+    "--results": dict(type=Path, help="of plan: folder with the profiles"),
+    "--out": dict(type=Path, required=True, help="the JSON file"),
+}
 
 
 def write(
@@ -414,7 +399,8 @@ def run_cell(
     packages: tuple[str, ...] = (),
 ) -> None:
     """Parses, measures, writes."""
-    args = parser(list(cells), module, what).parse_args(argv)
+    cell = dict(help=" or ".join(cells))
+    args = parse([module, *argv], module, what, {"cell": cell, **FLAGS})
     if args.cell not in cells:
         raise UserError(f"cell {args.cell!r} is unknown; {near_misses(args.cell, cells)}")
     for flag in ("rank", "prompt_length", "batch_size", "rounds", "rows", "length"):

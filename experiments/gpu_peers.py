@@ -3,9 +3,9 @@
     python -m experiments.gpu_peers latency --preset llama3.2-1b --method peft --out peft.json
 
 Models have random weights, made on the device; an export's are those of its own code. Each is timed
-eager and compiled with CUDA graphs, as `generate` compiles it: `mode="reduce-overhead"` over a cache
-of fixed size, and the launches of graphs in torch's own profile say whether there were any. JAX
-stays on the CPU here, so that the device is torch's alone.
+eager and compiled with CUDA graphs, as `generate` compiles it: `mode="reduce-overhead"` over a
+cache of fixed size, and the launches of graphs in torch's own profile say whether there were any.
+JAX stays on the CPU here, so that the device is torch's alone.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 
 from experiments.gpu_cells import matmul_parameters, run_cell
 from flora_jax.errors import UserError, run_command
+from flora_jax.models.config import LlamaConfig
 
 PACKAGES = ("torch", "transformers", "peft")
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def _device() -> str:
@@ -41,40 +41,47 @@ def build(method: str, preset: str, rank: int, dtype: str) -> tuple[Any, int | N
     """A model of random weights on the device, and its adapter's rank: "bare", transformers' Llama;
     "peft", with PEFT's LoRA; a method of ours, as its export runs it. Equal parameters."""
     import torch
-    import transformers
 
     from flora_jax.analysis.comparison import adapter_configs
-    from flora_jax.interop.formats import remote_config
-    from flora_jax.models.config import LlamaConfig
 
     config = LlamaConfig.preset(preset)
-    fields = {k: v for k, v in config.to_hf().items() if k not in ("model_type", "architectures")}
+    own = None
+    if method != "bare":
+        ours = "lora" if method == "peft" else method
+        own = adapter_configs([ours], config, rank, equal_parameters=True)[ours]
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         with torch.device(_device()):
-            if method in ("bare", "peft"):
-                model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
-                rank_ = None
-            else:
-                from flora_jax.interop.remote_code import configuration_flora_llama as configuration
-                from flora_jax.interop.remote_code import modeling_flora_llama as modeling
-
-                own = adapter_configs([method], config, rank, equal_parameters=True)[method]
-                flora = remote_config(own)["flora"]
-                asked = configuration.FloraLlamaConfig(**fields, flora=flora)
-                model, rank_ = modeling.FloraLlamaForCausalLM(asked), own.rank
-            if method == "peft":
-                import peft
-
-                rank_ = adapter_configs(["lora"], config, rank, equal_parameters=True)["lora"].rank
-                lora = peft.LoraConfig(
-                    r=rank_, lora_alpha=rank_, target_modules=PROJECTIONS, init_lora_weights=False
-                )
-                model = peft.get_peft_model(model, lora)
+            model = _model(method, config, own)
     finally:
         torch.set_default_dtype(before)
-    return model.to(_device(), getattr(torch, dtype)), rank_
+    return model.to(_device(), getattr(torch, dtype)), own and own.rank
+
+
+def _model(method: str, config: Any, own: Any) -> Any:
+    import transformers
+
+    fields = {k: v for k, v in config.to_hf().items() if k not in ("model_type", "architectures")}
+    if method not in ("bare", "peft"):
+        from flora_jax.interop.formats import remote_config
+        from flora_jax.interop.remote_code import configuration_flora_llama as configuration
+        from flora_jax.interop.remote_code import modeling_flora_llama as modeling
+
+        flora = remote_config(own)["flora"]
+        asked = configuration.FloraLlamaConfig(**fields, flora=flora)
+        return modeling.FloraLlamaForCausalLM(asked)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
+    if method == "bare":
+        return model
+    import peft
+
+    from flora_jax.analysis.peer import PROJECTIONS
+
+    lora = peft.LoraConfig(
+        r=own.rank, lora_alpha=own.rank, target_modules=PROJECTIONS, init_lora_weights=False
+    )
+    return peft.get_peft_model(model, lora)
 
 
 def _compiled(model: Any) -> tuple[Any, str]:
@@ -94,7 +101,6 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
 
     from flora_jax.analysis.peer import time_torch
     from flora_jax.analysis.timing import Setting, interleave
-    from flora_jax.models.config import LlamaConfig
 
     model, rank = build(args.method, args.preset, args.rank, args.dtype)
     model = model.eval()
@@ -158,71 +164,68 @@ def _graph_launches(run: Callable[[], Any]) -> int:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """PEFT's LoRA in training at its best of these settings: rows a batch, compiled or not."""
-    import torch
-
-    from flora_jax.models.config import LlamaConfig
-
-    config, on_gpu = LlamaConfig.preset(args.preset), _device() == "cuda"
+    config = LlamaConfig.preset(args.preset)
     settings = [(args.rows, False)]
-    if on_gpu:
-        settings = [(args.rows, False), (args.rows, True), (2 * args.rows, False)]
+    if _device() == "cuda":
+        settings += [(args.rows, True), (2 * args.rows, False)]
     tried = []
     for rows, compiled in settings:
         model, rank = build("peft", args.preset, args.rank, args.dtype)
-        model = model.train()
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.float()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=on_gpu)
-        run = torch.compile(model) if compiled else model
-        shape = (rows, args.length)
-        tokens = torch.randint(0, config.vocab_size, shape, device=_device())
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-
-        def step(run=run, tokens=tokens, trained=trained, optimizer=optimizer) -> float:
-            with torch.autocast(_device(), dtype=getattr(torch, args.dtype), enabled=on_gpu):
-                loss = run(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return loss.item()
-
-        taken = []
-        try:
-            for _ in range(3 + args.rounds):
-                start = time.perf_counter()
-                step()
-                taken.append(time.perf_counter() - start)
-        except torch.OutOfMemoryError:
-            tried.append({"rows": rows, "compiled": compiled, "left_out": "out of memory"})
-            continue
-        finally:
-            del model, run, optimizer, trained
-        peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
-        seconds = statistics.median(taken[3:])
-        tried.append(
-            {
-                "rows": rows,
-                "compiled": compiled,
-                "first_step_seconds": taken[0],
-                "step_seconds": taken[3:],
-                "tokens_per_second": rows * args.length / seconds,
-                "peak_gb": peak,
-            }
-        )
+        found = _time_training(model, args, rows, compiled, config.vocab_size)
+        del model
+        tried.append({"rows": rows, "compiled": compiled, **found})
     best = max(tried, key=lambda one: one.get("tokens_per_second", 0.0))
-    flops = 4 * matmul_parameters(config)
     return {
         **_named(),
         "method": "peft",
         "rank": rank,
         "length": args.length,
-        "flops_per_token": flops,
+        "flops_per_token": 4 * matmul_parameters(config),
         **best,
         "tried": tried,
+    }
+
+
+def _time_training(
+    model: Any, args: argparse.Namespace, rows: int, compiled: bool, vocabulary: int
+) -> dict[str, Any]:
+    """Seconds of steps on `rows` rows, or that they do not fit."""
+    import torch
+
+    on_gpu = _device() == "cuda"
+    model = model.train()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=on_gpu)
+    run = torch.compile(model) if compiled else model
+    tokens = torch.randint(0, vocabulary, (rows, args.length), device=_device())
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+
+    def step() -> float:
+        with torch.autocast(_device(), dtype=getattr(torch, args.dtype), enabled=on_gpu):
+            loss = run(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    taken = []
+    try:
+        for _ in range(3 + args.rounds):
+            start = time.perf_counter()
+            step()
+            taken.append(time.perf_counter() - start)
+    except torch.OutOfMemoryError:
+        return {"left_out": "out of memory"}
+    return {
+        "first_step_seconds": taken[0],
+        "step_seconds": taken[3:],
+        "tokens_per_second": rows * args.length / statistics.median(taken[3:]),
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
     }
 
 

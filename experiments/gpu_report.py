@@ -28,14 +28,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.flags import Flags, parse
 from experiments.gpu_cells import IN_GRAPH, NO_MERGER
-from flora_jax.errors import CommandParser, Stopped, UserError, check_writable, run_command
+from flora_jax.analysis import markdown
+from flora_jax.analysis.markdown import NONE, percent, spread
+from flora_jax.analysis.provenance import versions
+from flora_jax.errors import Stopped, UserError, check_writable, run_command
 from flora_jax.files import read_json, write_json
+from flora_jax.models.config import LlamaConfig
 
 SCHEMA_VERSION = 1
 RESULT, PACKED = "report.json", "report.tar"
 _CLOSING = 15  # seconds kept for the table and the tar
 _LEAST = 8  # seconds under which no cell is begun
+_HEADS = (
+    "",
+    "rank",
+    "bytes",
+    "TPOT ms",
+    "over the base",
+    "TTFT",
+    "less than LoRA",
+    "of LoRA's overhead",
+    "of the bandwidth",
+)
 _GRACE = 5  # seconds between asking a cell to end and ending it
 
 
@@ -106,45 +122,52 @@ CPU = Scale(
 )
 
 
+def _flags(**values: Any) -> tuple[str, ...]:
+    return tuple(word for name, value in values.items() for word in (f"--{name}", str(value)))
+
+
+def _measure(
+    scale: Scale, kind: str, preset: str, method: str, setting: tuple[int, int], limit: int
+) -> Cell:
+    """A cell of one way of serving; `torch_latency`: of torch's. setting: batch size, prompt
+    length."""
+    batch, prompt = setting
+    where = f"-b{batch}-p{prompt}" if kind.endswith("latency") else ""
+    module = "peers" if kind.startswith("torch") else "cells"
+    flags = _flags(preset=preset, method=method, dtype=scale.dtype, rank=scale.rank)
+    flags += _flags(rounds=scale.rounds, batch_size=batch, prompt_length=prompt)
+    flags += _flags(new_tokens=scale.new_tokens)
+    command = (f"experiments.gpu_{module}", kind.removeprefix("torch_"), *flags)
+    return Cell(f"{kind}-{preset}-{method}{where}", command, limit)
+
+
+def _train(scale: Scale, method: str, torch: bool = False) -> Cell:
+    module, name = ("peers", "torch_train") if torch else ("cells", "train")
+    preset = scale.presets[0]
+    flags = _flags(preset=preset, method=method, dtype=scale.dtype, rank=scale.rank)
+    flags += _flags(rounds=scale.rounds, rows=scale.rows, length=scale.length)
+    return Cell(f"{name}-{preset}-{method}", (f"experiments.gpu_{module}", "train", *flags), 240)
+
+
+def _others(scale: Scale, results: Path) -> list[Cell]:
+    """Of the first architecture: the plan, the bank of adapters, the switch between two."""
+    first = scale.presets[0]
+    sizes = _flags(dtype=scale.dtype, rank=scale.rank)
+    plan = ("experiments.gpu_cells", "plan", *_flags(preset=first), *sizes)
+    plain = (*_flags(model="random", preset=first), *sizes, *_flags(rounds=scale.rounds))
+    adapters, batch = scale.banks
+    few = _flags(prompt_length=scale.prompt_length, new_tokens=scale.new_tokens)
+    bank = ("experiments.bank", *plain, *few, *_flags(adapters=adapters, batch_size=batch))
+    return [
+        Cell(f"plan-{first}", (*plan, *_flags(results=results)), 240),
+        Cell(f"bank-{first}", bank, 300),
+        Cell(f"switching-{first}", ("experiments.switching", *plain), 180),
+    ]
+
+
 def cells(scale: Scale, results: Path) -> list[Cell]:
     """All cells, the most wanted first; `results`: where those of this device are."""
     first = scale.presets[0]
-    sizes = ("--dtype", scale.dtype, "--rank", str(scale.rank))
-    rounds = ("--rounds", str(scale.rounds))
-
-    def measure(
-        kind: str,
-        preset: str,
-        method: str,
-        batch: int,
-        prompt: int,
-        limit: int,
-        module: str = "cells",
-    ) -> Cell:
-        where = f"{preset}-{method}" + (f"-b{batch}-p{prompt}" if kind == "latency" else "")
-        what = {"cells": kind, "peers": f"torch_{kind}"}[module]
-        asked = ("--batch_size", str(batch), "--prompt_length", str(prompt))
-        command = (
-            f"experiments.gpu_{module}",
-            kind,
-            "--preset",
-            preset,
-            "--method",
-            method,
-            *sizes,
-        )
-        tokens = ("--new_tokens", str(scale.new_tokens))
-        return Cell(f"{what}-{where}", (*command, *rounds, *asked, *tokens), limit)
-
-    def train(method: str, module: str = "cells") -> Cell:
-        name = ("torch_train" if module == "peers" else "train") + f"-{first}-{method}"
-        batch = ("--rows", str(scale.rows), "--length", str(scale.length))
-        command = (f"experiments.gpu_{module}", "train", "--preset", first, "--method", method)
-        return Cell(name, (*command, *sizes, *rounds, *batch), 240)
-
-    def plain(module: str, preset: str, *flags: str) -> tuple[str, ...]:
-        return (module, "--model", "random", "--preset", preset, *sizes, *rounds, *flags)
-
     alone = (1, scale.prompt_length)
     out = [
         Cell("device", ("experiments.gpu_cells", "device"), 60),
@@ -152,29 +175,26 @@ def cells(scale: Scale, results: Path) -> list[Cell]:
     ]
     for preset in scale.presets:
         limit = 150 if preset == first else 240
-        out += [measure("latency", preset, method, *alone, limit) for method in scale.methods]
-        out += [measure("profile", preset, method, *alone, limit) for method in scale.profiled]
-        out += [measure("latency", preset, method, *alone, limit) for method in scale.others]
+        for kind, methods in (
+            ("latency", scale.methods),
+            ("profile", scale.profiled),
+            ("latency", scale.others),
+        ):
+            out += [_measure(scale, kind, preset, method, alone, limit) for method in methods]
     # Theirs stand between two of ours.
-    ours = measure("latency", first, "ffba", *alone, 150)
+    ours = _measure(scale, "latency", first, "ffba", alone, 150)
     again = dataclasses.replace(ours, name=ours.name.replace("ffba", "ffba_again"))
-    theirs = [measure("latency", first, method, *alone, 240, "peers") for method in scale.torch]
+    theirs = [_measure(scale, "torch_latency", first, method, alone, 240) for method in scale.torch]
     out += [theirs[0], again, *theirs[1:]]
-    out += [train("lora"), train("ffba"), train("peft", "peers"), train("fft")]
-    plan = ("experiments.gpu_cells", "plan", "--preset", first, *sizes, "--results", str(results))
-    out.append(Cell(f"plan-{first}", plan, 240))
+    out += [_train(scale, "lora"), _train(scale, "ffba"), _train(scale, "peft", torch=True)]
+    plan, *last = _others(scale, results)
+    out += [_train(scale, "fft"), plan]
     out += [
-        measure("latency", first, method, *setting, 150)
+        _measure(scale, "latency", first, method, setting, 150)
         for setting in scale.settings
         for method in scale.methods
     ]
-    adapters, batch = scale.banks
-    few = ("--prompt_length", str(scale.prompt_length), "--new_tokens", str(scale.new_tokens))
-    bank = plain(
-        "experiments.bank", first, *few, "--adapters", adapters, "--batch_size", str(batch)
-    )
-    out.append(Cell(f"bank-{first}", bank, 300))
-    out.append(Cell(f"switching-{first}", plain("experiments.switching", first), 180))
+    out += last
     patient = [dataclasses.replace(cell, limit=round(scale.patience * cell.limit)) for cell in out]
     assert len({cell.name for cell in patient}) == len(patient)
     return patient
@@ -288,57 +308,23 @@ def device_kind(device: str, environment: Mapping[str, str]) -> str:
 def table(results: Path, said: Mapping[str, str]) -> str:
     """The Markdown of what is there: times beside the merged base, both readings of the paper's
     claim, the other cells in a line each, and what was not measured."""
-    from flora_jax.analysis.timing import claims, paired_ratio
-
     found = {file.stem: read_json(file) for file in sorted(results.glob("*.json"))}
     rates = found.get("device", {})
     lines = [f"# GPU report: {results.name}\n"]
     if rates:
-        versions = ", ".join(f"{name} {version}" for name, version in rates["versions"].items())
         lines.append(
-            f"{rates['device']}; driver {rates['driver'].get('driver_version', '–')}; {versions}; "
-            f"{rates['date']}  \ncopies {rates['copy_gb_per_s']:.0f} GB/s (read and written), "
-            f"multiplies {rates['bf16_tflop_per_s']:.0f} TFLOP/s in bfloat16\n"
+            f"{rates['device']}; driver {rates['driver'].get('driver_version', NONE)}; "
+            f"{versions(rates)}; {rates['date']}  \ncopies {rates['copy_gb_per_s']:.0f} GB/s (read "
+            f"and written), multiplies {rates['bf16_tflop_per_s']:.0f} TFLOP/s in bfloat16\n"
         )
-    timed = [one for name, one in found.items() if name.startswith("latency-")]
-    places = dict.fromkeys((o["preset"], o["batch_size"], o["prompt_length"]) for o in timed)
-    for preset, batch, prompt in places:
-        here = [
-            o
-            for o in timed
-            if (o["preset"], o["batch_size"], o["prompt_length"]) == (preset, batch, prompt)
-        ]
-        ratios = {id(o): paired_ratio(o["tpot_ms"], o["base_tpot_ms"]) for o in here}
-        loras = [ratios[id(o)]["median"] for o in here if o["method"] == "lora"]
-        lines.append(f"## {preset}, batch {batch}, prompt {prompt}\n")
-        lines.append(
-            "| | rank | bytes | TPOT ms | over the base | TTFT | less than LoRA | of LoRA's overhead | "
-            "of the bandwidth |\n|---|---|---|---|---|---|---|---|---|"
-        )
-        for one in sorted(here, key=lambda one: ratios[id(one)]["median"]):
-            ratio, tpot = ratios[id(one)], statistics.median(one["tpot_ms"])
-            low, high = ratio["quartiles"]
-            ttft = paired_ratio(one["ttft_ms"], one["base_ttft_ms"])["median"]
-            beside = claims(ratio["median"], loras[0]) if loras and one["rank"] else {}
-            share = one["read_bytes"] / tpot / 1e6 / rates["copy_gb_per_s"] if rates else None
-            lines.append(
-                "| "
-                + " | ".join(
-                    [
-                        one["method"],
-                        str(one["rank"] or "–"),
-                        f"{one['bytes']:.3f}",
-                        f"{tpot:.3f}",
-                        f"{ratio['median']:.3f} [{low:.3f}, {high:.3f}]",
-                        f"{ttft:.3f}",
-                        _percent(beside.get("less_than_lora")),
-                        _percent(beside.get("overhead_removed")),
-                        _percent(share),
-                    ]
-                )
-                + " |"
-            )
-        lines.append("")
+    places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for name, one in found.items():
+        if name.startswith("latency-"):
+            place = (one["preset"], one["batch_size"], one["prompt_length"])
+            places.setdefault(place, []).append(one)
+    for (preset, batch, prompt), here in places.items():
+        title = f"## {preset}, batch {batch}, prompt {prompt}\n"
+        lines += [title, *_times(here, rates.get("copy_gb_per_s")), ""]
     lines += _other_lines(found)
     missing = {name: what for name, what in said.items() if what != "done"}
     if missing:
@@ -346,8 +332,34 @@ def table(results: Path, said: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.0f} %"
+def _times(here: list[dict[str, Any]], gb_per_s: float | None) -> list[str]:
+    """The table of one setting, the fastest first."""
+    from flora_jax.analysis.timing import claims, paired_ratio
+
+    rows = []
+    ratios = [paired_ratio(one["tpot_ms"], one["base_tpot_ms"]) for one in here]
+    loras = [
+        ratio["median"] for one, ratio in zip(here, ratios, strict=True) if one["method"] == "lora"
+    ]
+    for place in sorted(range(len(here)), key=lambda place: ratios[place]["median"]):
+        one, ratio = here[place], ratios[place]
+        tpot = statistics.median(one["tpot_ms"])
+        ttft = paired_ratio(one["ttft_ms"], one["base_ttft_ms"])["median"]
+        beside = claims(ratio["median"], loras[0]) if loras and one["rank"] else {}
+        rows.append(
+            [
+                one["method"],
+                str(one["rank"] or NONE),
+                f"{one['bytes']:.3f}",
+                f"{tpot:.3f}",
+                spread(ratio),
+                f"{ttft:.3f}",
+                percent(beside.get("less_than_lora")),
+                percent(beside.get("overhead_removed")),
+                percent(gb_per_s and one["read_bytes"] / tpot / 1e6 / gb_per_s),
+            ]
+        )
+    return markdown.table(_HEADS, rows, blank=" ")
 
 
 def _other_lines(found: Mapping[str, Any]) -> list[str]:
@@ -375,10 +387,10 @@ def _of_profile(one: dict[str, Any]) -> str:
 
 
 def _of_training(one: dict[str, Any]) -> str:
-    peak = "–" if one["peak_gb"] is None else f"{one['peak_gb']:.1f} GB"
+    peak = NONE if one["peak_gb"] is None else f"{one['peak_gb']:.1f} GB"
     said = f"{one['tokens_per_second']:.0f} tokens/s, peak {peak}"
     share = one.get("share_of_product_rate")
-    return said if share is None else f"{said}, {_percent(share)} of the product rate"
+    return said if share is None else f"{said}, {percent(share)} of the product rate"
 
 
 def _of_tests(one: dict[str, Any]) -> str:
@@ -438,24 +450,19 @@ def unpack(file: Path, out: Path) -> None:
         raise UserError(f"--resume {file} cannot be unpacked ({error})") from None
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(prog="experiments.gpu_report", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, required=True, help="all of it ends within them")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="new, empty, or of this very command"
-    )
-    parser.add_argument("--resume", type=Path, help="report.tar of an earlier start")
-    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
-    parser.add_argument("--preset", help="one architecture in place of the device's own")
-    parser.add_argument("--rank", type=int, help="of ffba; others at equal parameters")
-    parser.add_argument("--cells", default="*", help="patterns of names, comma-separated")
-    return parser
+FLAGS: Flags = {
+    "--minutes": dict(type=float, required=True, help="all of it ends within them"),
+    "--out": dict(type=Path, required=True, help="new, empty, or of this very command"),
+    "--resume": dict(type=Path, help="report.tar of an earlier start"),
+    "--device": dict(choices=("gpu", "cpu"), default="gpu"),
+    "--preset": dict(help="one architecture in place of the device's own"),
+    "--rank": dict(type=int, help="of ffba; others at equal parameters"),
+    "--cells": dict(default="*", help="patterns of names, comma-separated"),
+}
 
 
 def _check(args: Namespace) -> tuple[Scale, dict[str, Any]]:
     """The cells' sizes, and what must be alike in all starts of a report."""
-    from flora_jax.models.config import LlamaConfig
-
     if not args.minutes > 0:
         raise UserError(f"--minutes {args.minutes} must be a positive number")
     scale = GPU if args.device == "gpu" else CPU
@@ -508,7 +515,7 @@ def _stoppable() -> Iterator[None]:
 def main(argv: list[str]) -> None:
     """The command."""
     start = time.monotonic()
-    args = _parser().parse_args(argv[1:])
+    args = parse(argv, "experiments.gpu_report", __doc__, FLAGS)
     scale, arguments = _check(args)
     report = _open(args, arguments)
     around = environment(args.device, args.out.absolute() / "cache")

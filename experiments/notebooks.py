@@ -1,9 +1,9 @@
 """Runs the notebooks from top to bottom and writes their outputs into them.
 
-    python -m experiments.notebooks            all of notebooks/; or name some: notebooks/family.ipynb
+    python -m experiments.notebooks      all of notebooks/; or name some: notebooks/family.ipynb
 
-With FLORA_NOTEBOOK=tiny in the environment they run in seconds on random weights, as in the tests. Needs the extra
-`test`.
+With FLORA_NOTEBOOK=tiny in the environment they run in seconds on random weights, as in the tests.
+Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ NOTEBOOKS = ROOT / "notebooks"
 
 
 def execute(path: Path) -> Any:
-    """The notebook with the outputs of a fresh run in the repository's root; what a cell raises is raised."""
+    """The notebook with the outputs of a fresh run in the repository's root; what a cell raises is
+    raised."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(ROOT)}}).execute()
     for cell in notebook.cells:

@@ -1,27 +1,32 @@
-"""Every method on real questions: 60 steps of ARC-Easy + openbookqa on SmolLM2-135M, at the method's own rate.
+"""Every method on real questions: 60 steps of ARC-Easy + openbookqa on SmolLM2-135M, at the
+method's own rate.
 
     python -m experiments.real_text --data_dir DIR --out experiments/results/real_text
 
-Answers are label words ("the correct answer is answer2"). For each method: the validation loss before and after, and
-the share of test questions whose right label sentence is the likeliest of its four. A run that OUT.json holds is not
-run again, so that an interrupted sweep goes on where it stopped, and stands in OUT.md whatever `--methods` asks for.
-pf_lora and parallel are lora and fpa under other names.
+Answers are label words ("the correct answer is answer2"). For each method: the validation loss
+before and after, and the share of test questions whose right label sentence is the likeliest of its
+four. A run that OUT.json holds is not run again, so that an interrupted sweep goes on where it
+stopped, and stands in OUT.md whatever `--methods` asks for. pf_lora and parallel are lora and fpa
+under other names.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from experiments.report import about_run, about_runs, beside, check_data, header
+from experiments.flags import Flags, parse
+from experiments.report import beside, check_data
+from experiments.sweep import Arm, Result, best_loss, check_names, outcomes
+from flora_jax.analysis.markdown import line, table
+from flora_jax.analysis.provenance import about_runs, header
 from flora_jax.config import LEARNING_RATES, get_config, names
 from flora_jax.data import get_task, label_request, load_examples
-from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
+from flora_jax.errors import UserError, check_writable, run_command
 from flora_jax.evaluation.loglik import choice_loglik
 from flora_jax.files import read_json, write_json
 from flora_jax.interop.adapter_files import load_adapted
@@ -29,7 +34,8 @@ from flora_jax.train import run
 
 MODEL = "smollm2-135m-instruct"
 TASKS = ("ARC-Easy", "openbookqa")
-# As near to ffba's 5.53 M parameters at rank 32 as each method's rank can be (zflora's must divide 576).
+# As near to ffba's 5.53 M parameters at rank 32 as each method's rank can be (zflora's must divide
+# 576).
 RANKS = {
     "fft": 1,
     "lora": 18,
@@ -39,6 +45,15 @@ RANKS = {
     "ffba_qg_add": 32,
     "ffba_qd_add": 32,
     "zflora": 32,
+}
+
+FLAGS: Flags = {
+    "--data_dir": dict(required=True),
+    "--workdir": dict(type=Path, default=Path("runs/real_text")),
+    "--methods": dict(default=",".join(RANKS)),
+    "--steps": dict(type=int, default=60),
+    "--limit": dict(type=int, default=50),
+    "--out": dict(type=Path, required=True, help="OUT.json and OUT.md are written"),
 }
 
 
@@ -58,7 +73,8 @@ def configuration(method: str, data_dir: str, steps: int) -> Any:
 
 
 def label_accuracy(adapter: Path | None, data_dir: str, limit: int) -> dict[str, float]:
-    """Share of each task's first `limit` test questions whose right label sentence is the likeliest."""
+    """Share of each task's first `limit` test questions whose right label sentence is the
+    likeliest."""
     model = load_adapted(MODEL, adapter and str(adapter), "float32")
     accuracy = {}
     for name in TASKS:
@@ -81,86 +97,97 @@ def label_accuracy(adapter: Path | None, data_dir: str, limit: int) -> dict[str,
     return accuracy
 
 
-def one(method: str, found: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains and scores one method, or gives back what an earlier call has found."""
-    settings = {"steps": args.steps, "limit": args.limit, "rank": RANKS[method]}
-    settings["learning_rate"] = LEARNING_RATES[method]
-    if found:
-        if found["settings"] != settings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Arm):
+    """A method, which is its name. found: its result in OUT.json."""
+
+    found: Result | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must be alike for a result to be this run's."""
+        return {
+            "steps": self.args.steps,
+            "limit": self.args.limit,
+            "rank": RANKS[self.name],
+            "learning_rate": LEARNING_RATES[self.name],
+        }
+
+    def find(self) -> Result | None:
+        if self.found is None:
+            return None
+        out, before = self.args.out, self.found["settings"]
+        if before != self.settings:
             raise UserError(
-                f"{args.out}.json has {method} with {found['settings']}, not {settings}; name another --out"
+                f"{out}.json has {self.name} with {before}, not {self.settings}; name another --out"
             )
-        check_data(found["data"]["sha256"], args.data_dir, args.out)
-        return found
-    start, workdir = time.perf_counter(), args.workdir / method
-    summary = run(configuration(method, args.data_dir, args.steps), workdir)
-    result = {
-        "method": method,
-        "settings": settings,
-        "validation_losses": summary["validation_losses"],
-        "accuracy": label_accuracy(workdir / "adapter", args.data_dir, args.limit),
-        "data": summary["data"],
-        "minutes": (time.perf_counter() - start) / 60,
-        "provenance": about_run(args),
-    }
-    jax.clear_caches()
-    return result
+        check_data(self.found["data"]["sha256"], self.args.data_dir, out)
+        return self.found
+
+    def make(self, workdir: Path) -> Result:
+        args = self.args
+        summary = run(configuration(self.name, args.data_dir, args.steps), workdir)
+        return {
+            "method": self.name,
+            "settings": self.settings,
+            "validation_losses": summary["validation_losses"],
+            "accuracy": label_accuracy(workdir / "adapter", args.data_dir, args.limit),
+            "data": summary["data"],
+        }
+
+
+def markdown(args: argparse.Namespace, base: dict[str, float], found: dict[str, Result]) -> str:
+    """The table, a line a method, and the base's."""
+    results = [found[method] for method in RANKS if method in found]
+    data = results[0]["data"]
+    title = f"ARC-Easy + openbookqa, label words, {args.steps} steps"
+    heads = ["method", "rank", "rate", "validation loss before", "after", *TASKS]
+    lines = [
+        header(title, about_runs(results, args)),
+        f"{MODEL}, float32, batch of 2 packed rows of 256 tokens, one seed; "
+        f"{data['train']['kept']:,} training examples, validation loss over "
+        f"{data['validation']['kept']} held-out ones (answer tokens alone), accuracy of the label "
+        f"sentence by log-likelihood on the first {args.limit} test questions of each task.\n",
+        *table(heads),
+        line(["base", "", "", "", "", *(f"{base[name]:.2f}" for name in TASKS)], blank=" "),
+        *(line(_cells(one)) for one in results),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(result: Result) -> list[str]:
+    return [
+        result["method"],
+        "" if result["method"] == "fft" else str(result["settings"]["rank"]),
+        f"{result['settings']['learning_rate']:g}",
+        f"{result['validation_losses']['0']:.3f}",
+        f"{best_loss(result):.3f}",
+        *(f"{result['accuracy'][name]:.2f}" for name in TASKS),
+    ]
 
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(
-        prog="python -m experiments.real_text", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--workdir", type=Path, default=Path("runs/real_text"))
-    parser.add_argument("--methods", default=",".join(RANKS))
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--limit", type=int, default=50)
-    parser.add_argument("--out", type=Path, required=True, help="OUT.json and OUT.md are written")
-    args = parser.parse_args(argv[1:])
+    args = parse(argv, "python -m experiments.real_text", __doc__, FLAGS)
     if not names(args.methods) or args.limit < 1:
         raise UserError(
             f"--methods {args.methods!r} must name some, and --limit {args.limit} must be positive"
         )
-    check_writable(beside(args.out, ".json"), "--out")
-    for method in names(args.methods):
-        if method not in RANKS:
-            raise UserError(f"--methods: {method!r} is unknown; {near_misses(method, RANKS)}")
     path = beside(args.out, ".json")
-    found = (
-        {result["method"]: result for result in read_json(path)["results"]} if path.exists() else {}
-    )
+    check_writable(path, "--out")
+    asked = check_names("--methods", args.methods, RANKS)
+    found: dict[str, Result] = {}
+    if path.exists():
+        found = {result["method"]: result for result in read_json(path)["results"]}
     base = label_accuracy(None, args.data_dir, args.limit)
-    for method in [*found, *names(args.methods)]:
-        found[method] = one(method, found.get(method), args)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    runs = (
+        Run(name=method, path=None, args=args, found=found.get(method))
+        for method in [*found, *asked]
+    )
+    for one, result in outcomes(runs):
+        found[one.name] = result
         write_json(path, {"schema_version": 1, "base": base, "results": list(found.values())})
-
-    results = [found[method] for method in RANKS if method in found]
-    data = results[0]["data"]
-    lines = [
-        header(
-            f"ARC-Easy + openbookqa, label words, {args.steps} steps", about_runs(results, args)
-        ),
-        f"{MODEL}, float32, batch of 2 packed rows of 256 tokens, one seed; {data['train']['kept']:,} training "
-        f"examples, validation loss over {data['validation']['kept']} held-out ones (answer tokens alone), accuracy of "
-        f"the label sentence by log-likelihood on the first {args.limit} test questions of each task.\n",
-        "| method | rank | rate | validation loss before | after | " + " | ".join(TASKS) + " |",
-        "|---|---|---|---|---|---|---|",
-        "| base | | | | | " + " | ".join(f"{base[name]:.2f}" for name in TASKS) + " |",
-    ]
-    for r in results:
-        losses, settings = list(r["validation_losses"].values()), r["settings"]
-        cells = [
-            r["method"],
-            "" if r["method"] == "fft" else str(settings["rank"]),
-            f"{settings['learning_rate']:g}",
-        ]
-        cells += [f"{losses[0]:.3f}", f"{min(losses[1:]):.3f}"]
-        cells += [f"{r['accuracy'][name]:.2f}" for name in TASKS]
-        lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
+    text = markdown(args, base, found)
     print(text)
     beside(args.out, ".md").write_text(text)
 

@@ -1,5 +1,5 @@
-"""What experiments share: the model that they are asked for, what every result file carries (the command, the machine,
-the versions, the date), and how tables state errors and differences."""
+"""What experiments share: the model that they are asked for, the files of a result, what tells two
+configurations apart, and how tables state errors and differences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import argparse
 import csv
 import functools
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,49 +15,34 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from flora_jax.analysis.provenance import provenance as record
+from flora_jax.analysis.provenance import About
 from flora_jax.config import get_config
 from flora_jax.data import data_hash, get_task
 from flora_jax.errors import UserError, check_writable
 from flora_jax.files import write_json
-from flora_jax.models.config import DTYPES, LlamaConfig
+from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import init_base
 from flora_jax.models.loading import load_pretrained
 
-
-def provenance(*packages: str, data_dir: str | None = None) -> dict[str, Any]:
-    """Where and with what this process ran; `packages` are named beside jax and flax; the data's place is DIR."""
-    module = sys.modules["__main__"].__spec__
-    places = {data_dir: "DIR", f"--data_dir={data_dir}": "--data_dir=DIR"}
-    return record(
-        module.name if module else sys.argv[0],
-        [places.get(one, one) for one in sys.argv[1:]],
-        packages,
-    )
-
-
-def about_run(args: argparse.Namespace) -> dict[str, Any]:
-    """Where and with what this ran, the data's place left out."""
-    return provenance("orbax-checkpoint", "grain", "rouge-score", data_dir=args.data_dir)
-
-
-def about_runs(runs: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
-    """What a table says of the runs in it, wherever it is written: their devices, and when the last one ended."""
-    made = [run["provenance"] for run in runs]
-    devices = " and ".join(dict.fromkeys(one["device"] for one in made))
-    return {**about_run(args), "device": devices, "date": max(one["date"] for one in made)}
-
-
 # Fields of a training configuration that change no number, but for rounding.
-_NO_NUMBERS = frozenset((
-    "data.dir", "data.cache_dir", "model.remat", "train.log_every", "train.save_every", "train.keep",
-    "train.chunk_tokens", "eval.batch_size",
-))  # fmt: skip
+_NO_NUMBERS = frozenset(
+    {
+        "data.dir",
+        "data.cache_dir",
+        "model.remat",
+        "train.log_every",
+        "train.save_every",
+        "train.keep",
+        "train.chunk_tokens",
+        "eval.batch_size",
+    }
+)
 
 
 def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """What is asked for now and is not so in a recorded configuration, as `field=value (now value)`, empty if nothing
-    is. Fields that change no number do not count; one that is younger than the record had its default then."""
+    """What is asked for now and is not so in a recorded configuration, as `field=value (now
+    value)`, empty if nothing is. Fields that change no number do not count; one that is younger
+    than the record had its default then."""
     default, before, now = (
         flatten_dict(json.loads(json.dumps(tree)), sep=".")
         for tree in (get_config().to_dict(), found, asked)
@@ -72,8 +56,8 @@ def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
 
 
 def check_data(hashes: Mapping[str, str], data_dir: str | None, path: Path) -> None:
-    """Raises UserError if the result at `path`, with hashes by TASK/SPLIT, is of other records than those that are
-    there now."""
+    """Raises UserError if the result at `path`, with hashes by TASK/SPLIT, is of other records than
+    those that are there now."""
     for name, digest in hashes.items():
         task, slash, split = name.rpartition("/")
         if slash and data_hash(get_task(task), split, data_dir) != digest:
@@ -82,20 +66,9 @@ def check_data(hashes: Mapping[str, str], data_dir: str | None, path: Path) -> N
             )
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """--model, --preset, --method, --rank, --dtype and --out."""
-    parser.add_argument(
-        "--model", default="smollm2-135m-instruct", help="what load_pretrained takes, or random"
-    )
-    parser.add_argument("--preset", help="architecture of --model random")
-    parser.add_argument("--method", default="ffba")
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
-
-
 def load_model(args: argparse.Namespace) -> tuple[LlamaConfig, dict[str, Any]]:
-    """`(config, base)` of `add_model_flags`, split layout. Raises UserError where it cannot be, or OUT not written."""
+    """`(config, base)` of `flags.MODEL`, split layout. Raises UserError where it cannot be, or
+    OUT not written."""
     if args.out:
         check_writable(beside(args.out, ".json"), "--out")
     if args.model != "random":
@@ -106,16 +79,23 @@ def load_model(args: argparse.Namespace) -> tuple[LlamaConfig, dict[str, Any]]:
     return config, init_base(jax.random.key(0), config, args.dtype)
 
 
+def check_generation(args: argparse.Namespace) -> None:
+    """Raises UserError for --new_tokens, --rounds or --prompt_length that are too small."""
+    if args.new_tokens < 2 or args.rounds < 1 or args.prompt_length < 1:
+        raise UserError("--new_tokens must be at least 2, --rounds and --prompt_length at least 1")
+
+
 def beside(out: Path, suffix: str) -> Path:
-    """OUT.json and the like: `suffix` behind the whole name, which may have dots of its own (of OUT.json: in its
-    place). Raises UserError for a path without a name."""
+    """OUT.json and the like: `suffix` behind the whole name, which may have dots of its own (of
+    OUT.json: in its place). Raises UserError for a path without a name."""
     if not out.name:
         raise UserError(f"--out {out} must end in a name")
     return out.with_name(out.name.removesuffix(".json") + suffix)
 
 
-def write_result(args: argparse.Namespace, about: dict[str, Any], text: str, **fields: Any) -> None:
-    """OUT.json with the arguments and `fields`, and OUT.md with `text`, where --out is given; `text` to stdout."""
+def write_result(args: argparse.Namespace, about: About, text: str, **fields: Any) -> None:
+    """OUT.json with the arguments and `fields`, and OUT.md with `text`, where --out is given;
+    `text` to stdout."""
     print(text)
     if args.out:
         result = {
@@ -129,18 +109,16 @@ def write_result(args: argparse.Namespace, about: dict[str, Any], text: str, **f
         beside(args.out, ".md").write_text(text)
 
 
-def header(title: str, about: dict[str, Any]) -> str:
-    """The Markdown that a results file begins with."""
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return f"# {title}\n\n`{about['command']}`  \n{about['device']}; {versions}; {about['date']}\n"
-
-
-_SEED_OF_BOOTSTRAP, _RESAMPLES = 0, 10_000
+# scipy.stats.bootstrap (paired, percentile) draws the same items, but its intervals differ from
+# those on record in the last digits, and it does not keep what was drawn for the next two methods.
+_SEED_OF_BOOTSTRAP = 0
+_RESAMPLES = 10_000
 
 
 @functools.cache
 def _drawn(items: int) -> np.ndarray:
-    """`[resamples, items]`: how often each item is in a sample of as many, drawn with replacement."""
+    """`[resamples, items]`: how often each item is in a sample of as many, drawn with
+    replacement."""
     drawn = np.random.default_rng(_SEED_OF_BOOTSTRAP).integers(0, items, (_RESAMPLES, items))
     places = drawn + items * np.arange(_RESAMPLES)[:, None]
     return (
@@ -153,9 +131,12 @@ def _drawn(items: int) -> np.ndarray:
 def paired_bootstrap(
     ours: np.ndarray, theirs: np.ndarray, sizes: np.ndarray | None = None
 ) -> tuple[float, float, float]:
-    """Difference of two scores of the same n items and its 95 % interval, items drawn with replacement. Scores are the
-    mean of `ours` and of `theirs`, `[n]`, or, where items have `sizes`, `[n]`, their sum over the sum of sizes."""
-    difference, sizes = ours - theirs, np.ones(len(ours)) if sizes is None else sizes
+    """Difference of two scores of the same n items and its 95 % interval, items drawn with
+    replacement. Scores are the mean of `ours` and of `theirs`, `[n]`, or, where items have `sizes`,
+    `[n]`, their sum over the sum of sizes."""
+    if sizes is None:
+        sizes = np.ones(len(ours))
+    difference = ours - theirs
     counts = _drawn(len(difference))
     low, high = np.quantile(counts @ difference / (counts @ sizes), [0.025, 0.975])
     return float(difference.sum() / sizes.sum()), float(low), float(high)
@@ -167,7 +148,8 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def spread(seeds: Sequence[float], over_items: float | None) -> dict[str, Any]:
-    """The standard error of a mean over seeds, of a single seed `over_items`, and which of them it is."""
+    """The standard error of a mean over seeds, of a single seed `over_items`, and which of them it
+    is."""
     if len(seeds) == 1:
         return {"stderr": over_items, "stderr_over": "items"}
     return {"stderr": standard_error(seeds), "stderr_over": "seeds"}

@@ -1,44 +1,49 @@
 """Switching an adapter in a Generator beside merging a LoRA of the same budget.
 
-    python -m experiments.switching --model random --preset llama3.2-1b --out experiments/results/switching
+    python -m experiments.switching --model random --preset llama3.2-1b \
+        --out experiments/results/switching
 
-`Generator.use` writes the adapter's columns and rows over those that are there. Merging computes `W + s A B` for every
-projection in one compiled function, from a base that is kept beside it for the purpose; laying the result out to be
-served is not counted. Both are timed until the last array is there, in turns.
+`Generator.use` writes the adapter's columns and rows over those that are there. Merging computes
+`W + s A B` for every projection in one compiled function, from a base that is kept beside it for
+the purpose; laying the result out to be served is not counted. Both are timed until the last array
+is there, in turns.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
+from typing import Any
 
 import jax
 
-from experiments.report import add_model_flags, header, load_model, provenance, write_result
+from experiments.flags import MODEL, Flags, parse
+from experiments.report import load_model, write_result
 from flora_jax.adapters import AdapterConfig, merge
+from flora_jax.analysis.markdown import spread, table
+from flora_jax.analysis.provenance import about_process, header
 from flora_jax.analysis.timing import interleave, paired_ratio, summary
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
-from flora_jax.errors import CommandParser, UserError, run_command
+from flora_jax.errors import UserError, run_command
 from flora_jax.inference.generator import Generator
+from flora_jax.models.config import LlamaConfig
+
+Tree = dict[str, Any]
+
+FLAGS: Flags = {
+    **MODEL,
+    "--rounds": dict(type=int, default=10),
+}
 
 
-def main(argv: list[str]) -> None:
-    """The command."""
-    parser = CommandParser(
-        prog="python -m experiments.switching", description=__doc__.split("\n")[0]
-    )
-    add_model_flags(parser)
-    parser.add_argument("--rounds", type=int, default=10)
-    args = parser.parse_args(argv[1:])
-    if args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds} must be a positive integer")
-    config, base = load_model(args)
-    own = AdapterConfig(args.method, args.rank)
-    own.check(config.widths)
-    lora = AdapterConfig("lora", rank_for("lora", config, trained_parameters(config, own)))
+def seconds(
+    generator: Generator, base: Tree, config: LlamaConfig, lora: AdapterConfig, rounds: int
+) -> dict[str, list[float]]:
+    """Of switching `generator` between its adapters "a" and "b", and of merging a LoRA, by
+    round."""
     loras = [random_adapter(jax.random.key(i), config, lora) for i in range(2)]
-    adapters = {name: random_adapter(jax.random.key(i), config, own) for i, name in enumerate("ab")}
-    generator = Generator(config, base, adapters, own, max_length=64, batch_size=1)
-    merged, turn = jax.jit(lambda base, adapter: merge(base, adapter, config, lora)["layers"]), 0
+    merged = jax.jit(lambda base, adapter: merge(base, adapter, config, lora)["layers"])
+    turn = 0
 
     def switch() -> float:
         nonlocal turn
@@ -56,33 +61,50 @@ def main(argv: list[str]) -> None:
     contestants = {"switch": switch, "merge": merging}
     for _ in range(2):  # compiled, and each adapter written once
         switch(), merging()
-    times = list(interleave(contestants, args.rounds))
-    seconds = {name: [one[name] for one in times] for name in contestants}
-    share = paired_ratio(seconds["switch"], seconds["merge"])
+    times = list(interleave(contestants, rounds))
+    return {name: [one[name] for one in times] for name in contestants}
 
-    about = provenance()
+
+def markdown(args: argparse.Namespace, about: Tree, rows: list[list[str]], share: Tree) -> str:
+    """The table and the sentence under it."""
     lines = [
         header("Switching an adapter beside merging a LoRA", about),
-        f"{args.preset or args.model}, {args.dtype}, {args.rounds} rounds in turns; medians [quartiles].\n",
-        "| | rank | parameters | ms |",
-        "|---|---|---|---|",
+        f"{args.preset or args.model}, {args.dtype}, {args.rounds} rounds in turns; medians "
+        "[quartiles].\n",
+        *table(["", "rank", "parameters", "ms"], rows, blank=" "),
+        f"\nA switch takes {spread(share, '.2%')} of the merge's time.",
     ]
-    for name, label, adapter_config in (
-        ("switch", f"use, {args.method}", own),
-        ("merge", "merge, lora", lora),
-    ):
-        value = summary(seconds[name])
-        low, high = value["quartiles"]
-        lines.append(
-            f"| {label} | {adapter_config.rank} | {trained_parameters(config, adapter_config):,} | "
-            f"{1e3 * value['median']:.2f} [{1e3 * low:.2f}, {1e3 * high:.2f}] |"
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    args = parse(argv, "python -m experiments.switching", __doc__, FLAGS)
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds} must be a positive integer")
+    config, base = load_model(args)
+    own = AdapterConfig(args.method, args.rank)
+    own.check(config.widths)
+    lora = AdapterConfig("lora", rank_for("lora", config, trained_parameters(config, own)))
+    adapters = {name: random_adapter(jax.random.key(i), config, own) for i, name in enumerate("ab")}
+    generator = Generator(config, base, adapters, own, max_length=64, batch_size=1)
+    taken = seconds(generator, base, config, lora, args.rounds)
+    each = {name: summary(values) | {"rounds": values} for name, values in taken.items()}
+    share = paired_ratio(taken["switch"], taken["merge"])
+    about = about_process()
+    rows = [
+        [
+            label,
+            str(adapter_config.rank),
+            f"{trained_parameters(config, adapter_config):,}",
+            spread(each[name], ".2f", 1e3),
+        ]
+        for name, label, adapter_config in (
+            ("switch", f"use, {args.method}", own),
+            ("merge", "merge, lora", lora),
         )
-    low, high = share["quartiles"]
-    lines.append(
-        f"\nA switch takes {share['median']:.2%} [{low:.2%}, {high:.2%}] of the merge's time."
-    )
-    text = "\n".join(lines) + "\n"
-    each = {name: summary(values) | {"rounds": values} for name, values in seconds.items()}
+    ]
+    text = markdown(args, about, rows, share)
     write_result(args, about, text, lora_rank=lora.rank, share=share, **each)
 
 

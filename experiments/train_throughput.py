@@ -1,10 +1,11 @@
-"""Training speed and memory beside PEFT's LoRA (transformers, torch): same weights, batch, length and optimizer.
+"""Training speed and memory beside PEFT's LoRA (transformers, torch): same weights, batch, length
+and optimizer.
 
     python -m experiments.train_throughput --out experiments/results/train_throughput
 
-Steps of PEFT and of each of our methods alternate in one process, and ratios are taken round by round, so that what
-slows the machine for a while slows all of them. Peak memory is taken in a process of its own for each. Needs the
-extra `test` (torch, peft).
+Steps of PEFT and of each of our methods alternate in one process, and ratios are taken round by
+round, so that what slows the machine for a while slows all of them. Peak memory is taken in a
+process of its own for each. Needs the extra `test` (torch, peft).
 """
 
 from __future__ import annotations
@@ -23,68 +24,54 @@ from typing import Any
 
 import numpy as np
 
-from flora_jax.errors import CommandParser, UserError, check_writable, run_command
+from experiments.flags import Flags, parse
+from experiments.stepping import Batch, make_batch, stepper
+from flora_jax.errors import UserError, check_writable, run_command
 
 MODEL = "smollm2-135m-instruct"
 # Equal budgets of about 5.5 M parameters.
 RANKS = {"lora": 18, "ffba": 32, "ffba_qg_add": 32, "fpa": 80}
+LOSSES = ("all tokens", "answers alone")  # what the loss is of
+
+FLAGS: Flags = {
+    "--rows": dict(type=int, default=4),
+    "--length": dict(type=int, default=256),
+    "--rounds": dict(type=int, default=8),
+    "--answers": dict(
+        type=float, default=0.1, help="share of counted targets in the second comparison"
+    ),
+    "--out": dict(type=Path, help="write OUT.json and OUT.md"),
+    "--memory": dict(help=argparse.SUPPRESS),  # one name, measured in this process
+}
 
 
-def make_batch(rows: int, length: int, vocab: int, answers: float) -> dict[str, np.ndarray]:
-    """Random tokens; the last `answers` of each row's targets count in the loss."""
-    tokens = np.random.default_rng(0).integers(0, vocab, (rows, length + 1), dtype=np.int32)
-    weights = np.zeros((rows, length), np.float32)
-    weights[:, length - round(answers * length) :] = 1
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "loss_weights": weights,
-        "segment_ids": np.ones((rows, length), np.int32),
-        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)),
-    }
-
-
-def jax_stepper(
-    method: str, weights: tuple[Any, Any] | None = None
-) -> Callable[[dict[str, np.ndarray]], float]:
+def jax_stepper(method: str, weights: tuple[Any, Any] | None = None) -> Callable[[Batch], float]:
     """A function that does one optimizer step of ours and returns the loss."""
     import jax
-    import jax.numpy as jnp
     import optax
 
     from flora_jax.adapters import AdapterConfig, init_adapter
     from flora_jax.config import get_config
     from flora_jax.models.llama import Llama
     from flora_jax.models.loading import load_pretrained
-    from flora_jax.training.step import TrainState, make_train_step
 
     config, base = weights or load_pretrained(MODEL)
     adapter_config = AdapterConfig(method, RANKS[method])
     trainable = {"adapter": init_adapter(jax.random.key(0), config, adapter_config)}
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
-    state = TrainState(
-        jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key(1)
-    )
     model = Llama(config, adapter_config, remat=get_config("smollm2-135m", method).model.remat)
-    step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
-    frozen = {"params": base}
-
-    def one(batch: dict[str, np.ndarray]) -> float:
-        nonlocal state
-        state, metrics = step(state, frozen, batch)
-        return float(metrics["loss"])
-
-    return one
+    return stepper(model, optimizer, trainable, {"params": base}, seed=1)
 
 
 def peft_stepper(
     weights: tuple[Any, Any] | None = None,
-) -> Callable[[dict[str, np.ndarray]], float]:
+) -> Callable[[Batch], float]:
     """The same step by transformers + PEFT's LoRA on all seven projections, eager torch."""
     import peft
     import torch
     import transformers
 
+    from flora_jax.analysis.peer import PROJECTIONS
     from flora_jax.models.hf import to_hf_tensors
     from flora_jax.models.loading import load_pretrained
 
@@ -94,16 +81,15 @@ def peft_stepper(
     state = {name: torch.tensor(value) for name, value in to_hf_tensors(config, base)}
     model.load_state_dict(state, strict=False)
     del state, base
-    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     rank = RANKS["lora"]
     model = peft.get_peft_model(
-        model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=projections)
+        model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS)
     )
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
-    def one(batch: dict[str, np.ndarray]) -> float:
+    def one(batch: Batch) -> float:
         targets = np.where(batch["loss_weights"] > 0, batch["targets"], -100)
         # transformers shifts labels itself.
         labels = np.concatenate([np.full((len(targets), 1), -100), targets], axis=1)[:, :-1]
@@ -119,8 +105,9 @@ def peft_stepper(
     return one
 
 
-def measure_memory(name: str, batch: dict[str, np.ndarray]) -> dict[str, float]:
-    """Run alone in this process: peak resident memory (GB) of two steps, seconds from start to the first one done."""
+def measure_memory(name: str, batch: Batch) -> dict[str, float]:
+    """Run alone in this process: peak resident memory (GB) of two steps, seconds from start to the
+    first one done."""
     start = time.perf_counter()
     step = peft_stepper() if name == "peft" else jax_stepper(name)
     step(batch)
@@ -139,10 +126,10 @@ def compare(rows: int, length: int, rounds: int, answers: float) -> dict[str, An
     from flora_jax.models.loading import load_pretrained
 
     weights = load_pretrained(MODEL)
-    batch = make_batch(rows, length, weights[0].vocab_size, answers)
+    batch = make_batch(rows, length, weights[0].vocab_size, answers=answers)
     steppers = {"peft lora": peft_stepper(weights), **{m: jax_stepper(m, weights) for m in RANKS}}
 
-    def timed(step: Callable[[dict[str, np.ndarray]], float]) -> float:
+    def timed(step: Callable[[Batch], float]) -> float:
         start = time.perf_counter()
         step(batch)
         return time.perf_counter() - start
@@ -150,14 +137,8 @@ def compare(rows: int, length: int, rounds: int, answers: float) -> dict[str, An
     for step in steppers.values():
         step(batch), step(batch)
     contestants = {name: functools.partial(timed, step) for name, step in steppers.items()}
-    times = list(
-        tqdm(
-            interleave(contestants, rounds),
-            total=rounds,
-            unit="round",
-            disable=not sys.stderr.isatty(),
-        )
-    )
+    quiet = not sys.stderr.isatty()
+    times = list(tqdm(interleave(contestants, rounds), total=rounds, unit="round", disable=quiet))
     seconds = {name: [one[name] for one in times] for name in steppers}
     result = {}
     for name, own in seconds.items():
@@ -170,34 +151,55 @@ def compare(rows: int, length: int, rounds: int, answers: float) -> dict[str, An
     return result
 
 
+def measure_alone(name: str, rows: int, length: int) -> dict[str, float]:
+    """`measure_memory` in a process of its own."""
+    command = [sys.executable, "-m", "experiments.train_throughput", "--memory", name]
+    command += ["--rows", str(rows), "--length", str(length)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result, a line a method."""
+    from flora_jax.analysis.markdown import interval, table
+    from flora_jax.analysis.provenance import header
+
+    heads = ["", "rank", "all tokens in the loss", "ratio", "answers alone", "ratio"]
+    heads += ["peak GB", "first step s"]
+    rows = []
+    for name in ("peft lora", *RANKS):
+        cells = [name, str(RANKS.get(name, RANKS["lora"]))]
+        for loss in LOSSES:
+            one = result[loss][name]
+            ratio = interval(one["ratio"], *one["ratio_quartiles"], ".2f")
+            cells += [f"{one['tokens_per_second']:.0f} tokens/s", ratio]
+        alone = result["alone"]["peft" if name == "peft lora" else name]
+        cells += [f"{alone['peak_gb']:.2f}", f"{alone['first_step_s']:.0f}"]
+        rows.append(cells)
+    lines = [
+        header("Training speed beside PEFT", result["provenance"]),
+        f"{MODEL}, float32, {result['rows']} rows of {result['length']} tokens, about 5.5 M "
+        f"trained parameters each, {result['rounds']} interleaved rounds; ratio: PEFT's time "
+        "over ours, median [quartiles].\n",
+        *table(heads, rows, blank=" "),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(
-        prog="python -m experiments.train_throughput", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument(
-        "--answers",
-        type=float,
-        default=0.1,
-        help="share of counted targets in the second comparison",
-    )
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
-    parser.add_argument("--memory", help=argparse.SUPPRESS)  # one name, measured in this process
-    args = parser.parse_args(argv[1:])
+    args = parse(argv, "python -m experiments.train_throughput", __doc__, FLAGS)
     if min(args.rows, args.length, args.rounds) < 1 or not 0 < args.answers <= 1:
         raise UserError(
             "--rows, --length and --rounds must be at least 1, --answers above 0 and at most 1"
         )
     if args.memory:
-        print(
-            json.dumps(measure_memory(args.memory, make_batch(args.rows, args.length, 49152, 1.0)))
-        )
+        batch = make_batch(args.rows, args.length, 49152)
+        print(json.dumps(measure_memory(args.memory, batch)))
         return
     # not in a process whose memory is measured
-    from experiments.report import beside, header, provenance
+    from experiments.report import beside
+    from flora_jax.analysis.provenance import about_process
     from flora_jax.files import write_json
 
     if round(args.answers * args.length) < 2:  # PEFT's side drops the last target
@@ -206,54 +208,15 @@ def main(argv: list[str]) -> None:
         )
     if args.out:
         check_writable(beside(args.out, ".json"), "--out")
-
-    result: dict[str, Any] = {
-        "model": MODEL,
-        "rows": args.rows,
-        "length": args.length,
-        "rounds": args.rounds,
-    }
-    for loss, answers in (("all tokens", 1.0), ("answers alone", args.answers)):
+    sizes = {"rows": args.rows, "length": args.length, "rounds": args.rounds}
+    result: dict[str, Any] = {"model": MODEL, **sizes}
+    for loss, answers in zip(LOSSES, (1.0, args.answers), strict=True):
         result[loss] = compare(args.rows, args.length, args.rounds, answers)
-    names = ["peft", *RANKS]
-    sizes = ["--rows", str(args.rows), "--length", str(args.length)]
     result["alone"] = {
-        name: json.loads(
-            subprocess.run(
-                [sys.executable, "-m", "experiments.train_throughput", "--memory", name, *sizes],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout.splitlines()[-1]
-        )
-        for name in names
+        name: measure_alone(name, args.rows, args.length) for name in ("peft", *RANKS)
     }
-
-    result["provenance"] = about = provenance("torch", "transformers", "peft")
-    lines = [header("Training speed beside PEFT", about)]
-    lines.append(
-        f"{MODEL}, float32, {args.rows} rows of {args.length} tokens, about 5.5 M trained parameters each, "
-        f"{args.rounds} interleaved rounds; ratio: PEFT's time over ours, median [quartiles].\n"
-    )
-    lines.append(
-        "| | rank | all tokens in the loss | ratio | answers alone | ratio | peak GB | first step s |"
-    )
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for name, alone in zip(["peft lora", *RANKS], names, strict=True):
-        cells = [name, str(RANKS.get(name, RANKS["lora"]))]
-        for loss in ("all tokens", "answers alone"):
-            r = result[loss][name]
-            low, high = r["ratio_quartiles"]
-            cells += [
-                f"{r['tokens_per_second']:.0f} tokens/s",
-                f"{r['ratio']:.2f} [{low:.2f}, {high:.2f}]",
-            ]
-        cells += [
-            f"{result['alone'][alone]['peak_gb']:.2f}",
-            f"{result['alone'][alone]['first_step_s']:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
+    result["provenance"] = about_process("torch", "transformers", "peft")
+    text = markdown(result)
     print(text)
     if args.out:
         write_json(beside(args.out, ".json"), result)

@@ -2,8 +2,9 @@
 
     make wheels
 
-Run by the Python version of that machine. What setup.py asks for is followed package by package. What the machine
-has, at whatever version, is left out, and so is what that needs: a copy on the PYTHONPATH would come before its own.
+Run by the Python version of that machine. What setup.py asks for is followed package by package.
+What the machine has, at whatever version, is left out, and so is what that needs: a copy on the
+PYTHONPATH would come before its own.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 EXTRAS = ("demo",)
-# A machine for JAX on a GPU: jax with its plugin, flax and theirs, transformers, PEFT and torch, plotting, pytest.
+# A machine for JAX on a GPU: jax with its plugin, flax and theirs, transformers, PEFT and torch,
+# plotting, pytest.
 HAVE = """
-absl-py accelerate chex click einops equinox etils filelock flatbuffers flax fsspec huggingface-hub humanize
-hypothesis jax jax-cuda13-pjrt jax-cuda13-plugin jaxlib jinja2 matplotlib ml-dtypes msgpack numpy optax
-orbax-checkpoint packaging pandas peft pillow protobuf psutil pyarrow pytest pytest-timeout pytest-xdist pyyaml
-regex requests rich safetensors scipy sentencepiece setuptools sympy tabulate tensorboard tensorstore tokenizers
-toolz torch tqdm transformers treescope typing-extensions wrapt zipp
+absl-py accelerate chex click einops equinox etils filelock flatbuffers flax fsspec huggingface-hub
+humanize hypothesis jax jax-cuda13-pjrt jax-cuda13-plugin jaxlib jinja2 matplotlib ml-dtypes msgpack
+numpy optax orbax-checkpoint packaging pandas peft pillow protobuf psutil pyarrow pytest
+pytest-timeout pytest-xdist pyyaml regex requests rich safetensors scipy sentencepiece setuptools
+sympy tabulate tensorboard tensorstore tokenizers toolz torch tqdm transformers treescope
+typing-extensions wrapt zipp
 """
 
 Packages = Mapping[str, Mapping[str, Any]]  # metadata by canonical name
@@ -35,7 +38,8 @@ Packages = Mapping[str, Mapping[str, Any]]  # metadata by canonical name
 def needs(
     packages: Packages, roots: Iterable[Requirement], without: set[str] = frozenset()
 ) -> set[str]:
-    """The canonical names of `roots` and of all they need, not looking at or behind those in `without`."""
+    """The canonical names of `roots` and of all they need, not looking at or behind those in
+    `without`."""
     seen = set()
     waiting = list(roots)
     while waiting:

@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from flora_jax.adapters import abstract_adapter
+from flora_jax.analysis.compilers import has_compiler
 from flora_jax.config import get_config
-from flora_jax.launches import has_compiler
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import init_base

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from experiments import ablations, accuracy, report
-from experiments.report import beside, differences, provenance
+from experiments import sweep as engine
+from experiments.report import beside, differences
 from flora_jax import train
 from flora_jax.adapters import METHODS, AdapterConfig
+from flora_jax.analysis.provenance import about_process, about_runs
 from flora_jax.analysis.variants import rank_for, trained_parameters
 from flora_jax.config import LEARNING_RATES, check_config, get_config
 from flora_jax.errors import UserError
@@ -71,7 +73,7 @@ def numbers(run):
 
 def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys):
     """Killed at ffba's first checkpoint and again between its two tests."""
-    given, given_save, given_scores = accuracy.run, Checkpoints.save, train.evaluate_tasks
+    given, given_save, given_scores = engine.run, Checkpoints.save, train.evaluate_tasks
     started, saved, kills = [], [], ["training", "scoring"]
 
     def run(config, workdir):
@@ -92,7 +94,7 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
             raise KeyboardInterrupt
         return given_scores(tasks, *rest, **settings)
 
-    monkeypatch.setattr(accuracy, "run", run)
+    monkeypatch.setattr(engine, "run", run)
     monkeypatch.setattr(Checkpoints, "save", save)
     monkeypatch.setattr(train, "evaluate_tasks", scores)
     for methods in ("base,lora,ffba", "ffba"):
@@ -244,7 +246,7 @@ def test_every_out_has_its_workdir(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path)
 
     def of(out):
-        return accuracy.workdir_of(Path(out), ablations.OUT)
+        return engine.workdir_of(Path(out), ablations.OUT)
 
     usual = "experiments/results/ablations"
     for out in (usual, f"./{usual}/", tmp_path / usual, f"link/{usual}"):
@@ -268,7 +270,7 @@ def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch
                 raise FloatingPointError("the loss is nan at step 3")
             return {"validation_losses": {"5": np.log(config.optim.learning_rate / best) ** 2}}
 
-        monkeypatch.setattr(accuracy, "run", run)
+        monkeypatch.setattr(engine, "run", run)
         args = argparse.Namespace(rate_steps=5, validation_size=4, limit=2, workdir=tmp_path, out=tmp_path / f"{best}",
                                   **fields)  # fmt: skip
         choose = functools.partial(accuracy.choose_rate, accuracy.SUITES["dialogue"], "ffba", 32)
@@ -323,7 +325,7 @@ def test_a_table_names_the_devices_of_its_runs(monkeypatch):
         {"provenance": {"device": device, "date": f"2026-11-2{day}"}}
         for device, day in zip("abab", "3142", strict=True)
     ]
-    about = accuracy.about_runs(made, argparse.Namespace(data_dir="DIR"))
+    about = about_runs(made, argparse.Namespace(data_dir="DIR"))
     assert (about["device"], about["date"]) == ("a and b", "2026-11-24") and about["versions"][
         "jax"
     ]
@@ -395,13 +397,13 @@ def test_differences_of_configurations():
 def test_the_datas_place_is_not_recorded(monkeypatch):
     for flags in (["--data_dir", "/home/me/my data"], ["--data_dir=/home/me/my data"]):
         monkeypatch.setattr("sys.argv", ["accuracy", "--suite", "math", *flags])
-        command = provenance(data_dir="/home/me/my data")["command"]
+        command = about_process(data_dir="/home/me/my data")["command"]
         assert "DIR" in command and "/home/me" not in command and "--data_dir" in command
     # Nor is any other place on this machine.
     monkeypatch.setattr(
         "sys.argv", ["x", "--model", "/home/me/tuned", "--out=/home/a b", "--rates", "1/2"]
     )
-    assert provenance()["command"].endswith("--model tuned '--out=a b' --rates 1/2")
+    assert about_process()["command"].endswith("--model tuned '--out=a b' --rates 1/2")
 
 
 def test_results_lie_under_the_whole_name():

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import gpu_cells, gpu_peers, gpu_report
+from experiments.flags import parse
 from experiments.gpu_report import Cell
 from flora_jax.analysis import kernel_profile
 from flora_jax.analysis.kernel_profile import Event
@@ -154,19 +155,15 @@ def test_a_signal_ends_it_whole(tmp_path):
 @pytest.mark.parametrize("scale", [gpu_report.GPU, gpu_report.CPU])
 def test_every_cell_is_a_command(scale, tmp_path):
     """Names are told apart, flags are known, and what is asked for comes in the order of its worth."""
-    parsers = {
-        f"experiments.{module.__name__.split('.')[1]}": gpu_cells.parser(
-            list(module.CELLS), "x", ""
-        )
-        for module in (gpu_cells, gpu_peers)
-    }
+    own = {module.__name__ for module in (gpu_cells, gpu_peers)}
+    known = {"cell": {}, **gpu_cells.FLAGS}
     found = gpu_report.cells(scale, tmp_path)
     names = [cell.name for cell in found]
     assert len(set(names)) == len(names)
     for cell in found:
         module, *flags = cell.command
-        if module in parsers:
-            args = parsers[module].parse_args([*flags, "--out", "x.json"])
+        if module in own:
+            args = parse(["x", *flags, "--out", "x.json"], "x", "", known)
             assert args.cell in {**gpu_cells.CELLS, **gpu_peers.CELLS}
     first = scale.presets[0]
     order = ["device", "tests", f"latency-{first}-base-b1-p{scale.prompt_length}", f"profile-{first}-ffba",

@@ -19,7 +19,7 @@ from test_gpu import largest
 
 from experiments.gpu_cells import LOOP_IN_GRAPH
 from flora_jax import AdapterConfig, Llama, LlamaConfig, fuse, init_adapter, launches
-from flora_jax.analysis import launch_plan
+from flora_jax.analysis import compilers, launch_plan
 from flora_jax.errors import UserError, run_command
 from flora_jax.inference.decoding import begin, decode
 from flora_jax.inference.sampling import Sampling
@@ -188,7 +188,7 @@ def run(*flags):
     (["--attention", "cudnn"], "--attention"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(flags, line, capsys, monkeypatch):
-    monkeypatch.setattr(launches, "require_compiler", lambda: None)
+    monkeypatch.setattr(compilers, "require_compiler", lambda: None)
     assert run(*flags) == 2
     error = capsys.readouterr().err
     assert line in error and error.startswith("error: ") and error.count("\n") == 1
@@ -214,7 +214,7 @@ def test_rows_and_table(monkeypatch, tmp_path, capsys):
         )
 
     monkeypatch.setattr(launch_plan, "plan_step", plan_step)
-    monkeypatch.setattr(launches, "require_compiler", lambda: None)
+    monkeypatch.setattr(compilers, "require_compiler", lambda: None)
     launches.main(["launches", "--preset", "llama3.2-1b", "--methods", "base,lora", "--targets", "h100",
                    "--modes", "cublas", "--batch_sizes", "8", "--launch_us", "1", "--out", str(tmp_path)])  # fmt: skip
     result = json.loads((tmp_path / "launches.json").read_text())
@@ -339,7 +339,7 @@ def test_one_token_moves_no_matrix(mode, target, method):
 def test_the_kernel_warns_of_nothing():
     """Where every warning is shown, that of Pallas's Triton backend is not, which jax repeats at every lowering."""
     code = """
-from flora_jax.analysis import launch_plan
+from flora_jax.analysis import compilers, launch_plan
 from flora_jax.models.config import LlamaConfig
 plan = launch_plan.plan_step("base", LlamaConfig.preset("tiny"), None, target="h100", mode="triton",
                              batch=1, cache_length=16)

@@ -1,8 +1,9 @@
 """Ways of serving timed beside the merged base, and the table that comes of it.
 
-In memory are never more than three models: the base with merged products, one variant and, where there is one, the
-peer. What variants are made from, the base in the split layout, lies in a file and is mapped while one is built; the
-merged base is built anew beside each variant, so that building takes no more memory than timing.
+In memory are never more than three models: the base with merged products, one variant and, where
+there is one, the peer. What variants are made from, the base in the split layout, lies in a file
+and is mapped while one is built; the merged base is built anew beside each variant, so that
+building takes no more memory than timing.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ REFERENCE = "reference"  # the merged base as it stands beside a variant, in eve
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """rank and parameters of a method's adapter (None and 0 without one), bytes that one decode step reads."""
+    """rank and parameters of a method's adapter (None and 0 without one), bytes that one decode
+    step reads."""
 
     rank: int | None
     parameters: int
@@ -60,8 +62,9 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """The rounds of one variant at one setting: times by name, the reference among them; compile: seconds that the
-    decode loop took to compile by name, and whether they were a look-up in the persistent cache."""
+    """The rounds of one variant at one setting: times by name, the reference among them; compile:
+    seconds that the decode loop took to compile by name, and whether they were a look-up in the
+    persistent cache."""
 
     name: str
     setting: Setting
@@ -72,8 +75,9 @@ class Measurement:
 def adapter_configs(
     methods: Sequence[str], config: LlamaConfig, rank: int, equal_parameters: bool
 ) -> dict[str, AdapterConfig | None]:
-    """The adapter of each variant: all at `rank`, or each at the rank where its number of parameters comes nearest to
-    that of ffba at `rank`. Raises UserError for an unknown name and a rank that a method cannot have."""
+    """The adapter of each variant: all at `rank`, or each at the rank where its number of
+    parameters comes nearest to that of ffba at `rank`. Raises UserError for an unknown name and a
+    rank that a method cannot have."""
     out: dict[str, AdapterConfig | None] = {}
     for name in methods:
         method = get_variant(name).method
@@ -98,7 +102,8 @@ def turns(new_tokens: int, turn: int | None) -> int:
 
 
 def on_disk(tree: Tree, folder: Path) -> Tree:
-    """The tree with its leaves in files of `folder`, mapped read-only: pages that memory can drop at any time."""
+    """The tree with its leaves in files of `folder`, mapped read-only: pages that memory can drop
+    at any time."""
     leaves, structure = jax.tree.flatten(tree)
 
     def move(i: int, leaf: jax.Array) -> np.ndarray:
@@ -112,7 +117,8 @@ def on_disk(tree: Tree, folder: Path) -> Tree:
 def build(
     name: str, base: Tree, config: LlamaConfig, adapter_config: AdapterConfig | None
 ) -> tuple[Llama, Tree]:
-    """`(model, params)` of a variant with a random adapter, on the device; base in the split layout, from anywhere."""
+    """`(model, params)` of a variant with a random adapter, on the device; base in the split
+    layout, from anywhere."""
     adapter = (
         None
         if adapter_config is None
@@ -127,17 +133,15 @@ def build(
 def sizes(
     config: LlamaConfig, base: Tree, configs: Mapping[str, AdapterConfig | None]
 ) -> dict[str, Size]:
-    """Sizes of the reference and of each variant by name, from shapes alone; `base` may be shapes too."""
+    """Sizes of the reference and of each variant by name, from shapes alone; `base` may be shapes
+    too."""
 
     def one(name: str, adapter_config: AdapterConfig | None) -> Size:
         params = jax.eval_shape(lambda base: build(name, base, config, adapter_config)[1], base)
+        read = read_bytes(params, config)
         if adapter_config is None:
-            return Size(None, 0, read_bytes(params, config))
-        return Size(
-            adapter_config.rank,
-            trained_parameters(config, adapter_config),
-            read_bytes(params, config),
-        )
+            return Size(None, 0, read)
+        return Size(adapter_config.rank, trained_parameters(config, adapter_config), read)
 
     return {REFERENCE: one("base", None), **{name: one(name, own) for name, own in configs.items()}}
 
@@ -155,10 +159,11 @@ def compare(
 ) -> Iterator[Measurement]:
     """Yields the measurement of each variant at each setting.
 
-    base: the split layout, best from `on_disk`. prefills: of the rounds, how many read the prompts anew. peer: timed in
-    every round too, and reads them in each. done: called after every turn. turn: tokens that each model decodes before
-    the next one's turn, by default (and beside a peer) all of a round's; each turn is a round of the measurement. On a
-    GPU LoRA's products apart are timed with XLA's dot merger and without.
+    base: the split layout, best from `on_disk`. prefills: of the rounds, how many read the prompts
+    anew. peer: timed in every round too, and reads them in each. done: called after every turn.
+    turn: tokens that each model decodes before the next one's turn, by default (and beside a peer)
+    all of a round's; each turn is a round of the measurement. On a GPU LoRA's products apart are
+    timed with XLA's dot merger and without.
     """
     compiled: dict[tuple[str, Setting], Programs] = {}
     for name, adapter_config in configs.items():
@@ -171,7 +176,9 @@ def compare(
         if adapter_config and kind == "unmerged" and jax.default_backend() == "gpu":
             entrants[f"{name}_no_dot_merger"] = (f"{name}_no_dot_merger", own, NO_DOT_MERGER)
         for setting in settings:
-            prompts, contestants, seconds = setting.prompts(config), {}, {}
+            prompts = setting.prompts(config)
+            contestants: dict[str, Any] = {}
+            seconds: dict[str, tuple[float, bool]] = {}
             for entrant, (key, (model, params), options) in entrants.items():
                 if (key, setting) not in compiled:
                     compiled[key, setting] = compile_programs(
@@ -197,44 +204,50 @@ def table(
 ) -> list[dict[str, Any]]:
     """One JSON-ready row a setting and name, the peer's over all rounds it stood in.
 
-    A row has TTFT and TPOT (seconds: median, quartiles, every round), each over the reference and over the peers of the
-    same round (`tpot_ratio`, `tpot_over_peer`); the bytes a decode step reads over the base's, and as a share of what
-    the machine can read in that time (`gb_per_s`); and in `beside` both readings of the paper's claim against each
-    unmerged LoRA, from the ratios to the base.
+    A row has TTFT and TPOT (seconds: median, quartiles, every round), each over the reference and
+    over the peers of the same round (`tpot_ratio`, `tpot_over_peer`); the bytes a decode step reads
+    over the base's, and as a share of what the machine can read in that time (`gb_per_s`); and in
+    `beside` both readings of the paper's claim against each unmerged LoRA, from the ratios to the
+    base.
     """
     rows = []
     for setting in dict.fromkeys(m.setting for m in measurements):
-        here, rounds, compiled = (
-            [m for m in measurements if m.setting == setting],
-            defaultdict(list),
-            {},
-        )
-        for m in here:
-            compiled.update(m.compile)
-            for one in m.rounds:
-                for name in one:
-                    rounds[name].append(one)
-        names = [n for m in here for n in m.rounds[0] if n in m.compile]
-        peers = sorted(rounds.keys() - {REFERENCE, *names})
-        own = {
-            name: _row(name, rounds[name], peers, sizes, setting, gb_per_s)
-            for name in (*names, *peers)
-        }
-        baselines = [n for n in own if n in peers or (n.startswith("lora") and n != "lora_merged")]
-        for name, row in own.items():
-            row["compile_seconds"], row["compile_cached"] = compiled.get(name, (None, None))
-            row["beside"] = {
-                other: {
-                    what: claims(
-                        row[f"{what}_ratio"]["median"], own[other][f"{what}_ratio"]["median"]
-                    )
-                    for what in ("ttft", "tpot")
-                }
-                for other in baselines
-                if other != name and row["parameters"]
-            }
-            rows.append(row)
+        here = [m for m in measurements if m.setting == setting]
+        rows += _rows_of_setting(here, sizes, gb_per_s)
     return rows
+
+
+def _rows_of_setting(
+    measurements: Sequence[Measurement], sizes: Mapping[str, Size], gb_per_s: float
+) -> list[dict[str, Any]]:
+    setting = measurements[0].setting
+    rounds: dict[str, list[dict[str, Seconds]]] = defaultdict(list)
+    compiled: dict[str, tuple[float, bool]] = {}
+    names = []
+    for m in measurements:
+        compiled.update(m.compile)
+        names += [name for name in m.rounds[0] if name in m.compile]
+        for one in m.rounds:
+            for name in one:
+                rounds[name].append(one)
+    peers = sorted(rounds.keys() - {REFERENCE, *names})
+    own = {
+        name: _row(name, rounds[name], peers, sizes, setting, gb_per_s) for name in (*names, *peers)
+    }
+    baselines = [n for n in own if n in peers or (n.startswith("lora") and n != "lora_merged")]
+    for name, row in own.items():
+        row["compile_seconds"], row["compile_cached"] = compiled.get(name, (None, None))
+        others = [other for other in baselines if other != name and row["parameters"]]
+        row["beside"] = {other: _claims(row, own[other]) for other in others}
+    return list(own.values())
+
+
+def _claims(row: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
+    """Both readings of the paper's claim for TTFT and for TPOT."""
+    return {
+        what: claims(row[f"{what}_ratio"]["median"], lora[f"{what}_ratio"]["median"])
+        for what in ("ttft", "tpot")
+    }
 
 
 def _row(
@@ -245,7 +258,7 @@ def _row(
     setting: Setting,
     gb_per_s: float,
 ) -> dict[str, Any]:
-    size, base = sizes[name.removesuffix("_no_dot_merger")], sizes[REFERENCE]
+    size = sizes[name.removesuffix("_no_dot_merger")]
     row: dict[str, Any] = {
         "method": name,
         **dataclasses.asdict(setting),
@@ -265,7 +278,7 @@ def _row(
         }
     tpot = row["tpot"]["median"]
     return row | {
-        "bytes_ratio": size.read_bytes / base.read_bytes,
+        "bytes_ratio": size.read_bytes / sizes[REFERENCE].read_bytes,
         "tokens_per_second": setting.batch_size / tpot,
         "bandwidth_share": size.read_bytes / tpot / 1e9 / gb_per_s,
     }

@@ -15,11 +15,13 @@ import contextlib
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from flora_jax.analysis import markdown
 
 # XLA's option that keeps its CUDA graphs while a program is profiled.
 GRAPHS_TOO = {"xla_enable_command_buffers_during_profiling": True}
@@ -91,7 +93,9 @@ def summarise(events: Sequence[Event], steps: int, layers: int) -> dict[str, Any
     events, busy_us and gap_us are a step's: how many ran, the time in which one did, and the time
     between two in which none did. kernels, by kind, the longest first: launches and microseconds,
     of a step and, divided by the layers, of a layer (what runs once a step is spread over them)."""
-    busy, gaps, end = 0.0, [], None
+    busy = 0.0
+    gaps: list[float] = []
+    end: float | None = None
     for event in events:
         if end is not None and event.start > end:
             gaps.append(event.start - end)
@@ -126,11 +130,14 @@ def summarise(events: Sequence[Event], steps: int, layers: int) -> dict[str, Any
 
 def table(profile: dict[str, Any], rows: int = 12) -> str:
     """The Markdown of a summary: its longest kernels."""
-    lines = ["| kernel | launches a layer | µs a layer | µs a step |", "|---|---|---|---|"]
-    shown: Iterable[dict[str, Any]] = profile["kernels"][:rows]
-    for row in shown:
-        lines.append(
-            f"| `{row['kernel'][:60]}` | {row['launches_a_layer']:.2f} | "
-            f"{row['us_a_layer']:.2f} | {row['us']:.1f} |"
-        )
-    return "\n".join(lines)
+    heads = ["kernel", "launches a layer", "µs a layer", "µs a step"]
+    cells = [
+        [
+            f"`{row['kernel'][:60]}`",
+            f"{row['launches_a_layer']:.2f}",
+            f"{row['us_a_layer']:.2f}",
+            f"{row['us']:.1f}",
+        ]
+        for row in profile["kernels"][:rows]
+    ]
+    return "\n".join(markdown.table(heads, cells))

@@ -5,31 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flora_jax.analysis.markdown import NONE, cell, spread, table
+from flora_jax.analysis.provenance import versions
+
 Row = dict[str, Any]
+
+_NO_CLAIM = {"less_than_lora": None, "overhead_removed": None}
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables of a `latency.json`: for each setting the times, then what each method saves of LoRA's."""
-    about, arguments, memory = result["provenance"], result["arguments"], result["bandwidth"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    ranks = (
-        "each method at the rank nearest to"
-        if arguments["equal_parameters"]
-        else "all at the rank of"
-    )
-    turn = f", {arguments['turn_tokens']} at a turn" if arguments.get("turn_tokens") else ""
-    how = f"{memory['threads']} threads" if memory["threads"] else "the device"
+    """The tables of a `latency.json`: for each setting the times, then what each method saves of
+    LoRA's."""
+    about = result["provenance"]
     lines = [
         "# Time to first token (TTFT) and per output token (TPOT)\n",
         f"`{about['command']}`  ",
-        f"{about['device']}; {versions}; {about['date']}; load average at the start {about['load_average']:.2f}\n",
-        f"{arguments['preset'] or arguments['model']}{' at random' if arguments['model'] == 'random' else ''}, "
-        f"{arguments['dtype']}; {ranks} ffba at rank {arguments['rank']}; {arguments['rounds']} rounds, "
-        f"{arguments['new_tokens']} new tokens{turn}. Medians [quartiles]; "
-        "ratios are to the base with four merged products a layer, run in the same round (the row `base` is that base "
-        "beside itself: the noise). bytes: weights that a decode step reads, over the base's. bandwidth: those bytes "
-        f"over TPOT, as a share of {memory['gb_per_s']:.1f} GB/s, the best of {len(memory['runs_gb_per_s'])} reads of "
-        f"{memory['bytes'] / 1e9:.1f} GB by {how}. compile: of the decode loop, (c) from the persistent cache.\n",
+        f"{about['device']}; {versions(about)}; {about['date']}; load average at the start "
+        f"{about['load_average']:.2f}\n",
+        _how(result["arguments"], result["bandwidth"]) + "\n",
     ]
     lines += [
         f"{name}: not timed, torch could not compile it ({why}).\n"
@@ -44,6 +37,26 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _how(arguments: dict[str, Any], memory: dict[str, Any]) -> str:
+    """How the times were taken, and what the columns mean."""
+    weights = " at random" if arguments["model"] == "random" else ""
+    ranks = "all at the rank of"
+    if arguments["equal_parameters"]:
+        ranks = "each method at the rank nearest to"
+    turn = f", {arguments['turn_tokens']} at a turn" if arguments.get("turn_tokens") else ""
+    readers = f"{memory['threads']} threads" if memory["threads"] else "the device"
+    return (
+        f"{arguments['preset'] or arguments['model']}{weights}, {arguments['dtype']}; {ranks} ffba "
+        f"at rank {arguments['rank']}; {arguments['rounds']} rounds, "
+        f"{arguments['new_tokens']} new tokens{turn}. Medians [quartiles]; ratios are to the base "
+        "with four merged products a layer, run in the same round (the row `base` is that base "
+        "beside itself: the noise). bytes: weights that a decode step reads, over the base's. "
+        f"bandwidth: those bytes over TPOT, as a share of {memory['gb_per_s']:.1f} GB/s, the best "
+        f"of {len(memory['runs_gb_per_s'])} reads of {memory['bytes'] / 1e9:.1f} GB by {readers}. "
+        "compile: of the decode loop, (c) from the persistent cache."
+    )
+
+
 def by_setting(rows: list[Row]) -> list[list[Row]]:
     """The rows of each prompt length and batch size, in the order of their first."""
     groups: dict[tuple[int, int], list[Row]] = {}
@@ -54,18 +67,6 @@ def by_setting(rows: list[Row]) -> list[list[Row]]:
 
 def _title(row: Row) -> str:
     return f"prompt {row['prompt_length']}, batch {row['batch_size']}"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _spread(value: dict[str, Any], scale: float, digits: int) -> str:
-    low, middle, high = (
-        f"{scale * v:.{digits}f}"
-        for v in (value["quartiles"][0], value["median"], value["quartiles"][1])
-    )
-    return f"{middle} [{low}, {high}]"
 
 
 def _times(rows: list[Row]) -> list[str]:
@@ -82,27 +83,23 @@ def _times(rows: list[Row]) -> list[str]:
         "bandwidth",
         "compile s",
     ]
-    lines = [_line(heads), "|---" * len(heads) + "|"]
-    for row in rows:
-        seconds = row["compile_seconds"]
-        lines.append(
-            _line(
-                [
-                    row["method"],
-                    str(row["rank"] or "–"),
-                    f"{row['parameters']:,}" if row["parameters"] else "–",
-                    _spread(row["ttft"], 1e3, 1),
-                    _spread(row["ttft_ratio"], 1, 3),
-                    _spread(row["tpot"], 1e3, 2),
-                    _spread(row["tpot_ratio"], 1, 3),
-                    f"{row['bytes_ratio']:.3f}",
-                    f"{row['tokens_per_second']:.1f}",
-                    f"{row['bandwidth_share']:.0%}",
-                    "–" if seconds is None else f"{seconds:.1f}" + " (c)" * row["compile_cached"],
-                ]
-            )
-        )
-    return lines
+    cells = [
+        [
+            row["method"],
+            str(row["rank"] or NONE),
+            cell(row["parameters"] or None, ","),
+            spread(row["ttft"], ".1f", 1e3),
+            spread(row["ttft_ratio"]),
+            spread(row["tpot"], ".2f", 1e3),
+            spread(row["tpot_ratio"]),
+            f"{row['bytes_ratio']:.3f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['bandwidth_share']:.0%}",
+            cell(row["compile_seconds"], ".1f") + " (c)" * bool(row["compile_cached"]),
+        ]
+        for row in rows
+    ]
+    return table(heads, cells)
 
 
 def _savings(rows: list[Row]) -> list[str]:
@@ -112,30 +109,26 @@ def _savings(rows: list[Row]) -> list[str]:
         [name for name in names if any(name in row[field] for row in rows)]
         for field in ("beside", "tpot_over_peer")
     )
-    heads = [
-        "TPOT",
-        *(
-            head
-            for name in baselines
-            for head in (f"less than {name}", f"of {name}'s overhead removed")
-        ),
-        *(f"over {name}, same rounds" for name in peers),
-    ]
-    lines = [_line(heads), "|---" * len(heads) + "|"]
-    for row in rows:
-        if not row["beside"] or row["compile_seconds"] is None:
-            continue
-        cells = [row["method"]]
-        for name in baselines:
-            claim = (
-                row["beside"]
-                .get(name, {})
-                .get("tpot", {"less_than_lora": None, "overhead_removed": None})
-            )
-            cells += ["–" if value is None else f"{value:.1%}" for value in claim.values()]
-        cells += [_spread(row["tpot_over_peer"][name], 1, 3) for name in peers]
-        lines.append(_line(cells))
-    return lines
+    heads = ["TPOT"]
+    for name in baselines:
+        heads += [f"less than {name}", f"of {name}'s overhead removed"]
+    heads += [f"over {name}, same rounds" for name in peers]
+    return table(
+        heads,
+        [
+            _saved(row, baselines, peers)
+            for row in rows
+            if row["beside"] and row["compile_seconds"] is not None
+        ],
+    )
+
+
+def _saved(row: Row, baselines: list[str], peers: list[str]) -> list[str]:
+    cells = [row["method"]]
+    for name in baselines:
+        claim = row["beside"].get(name, {}).get("tpot", _NO_CLAIM)
+        cells += [cell(value, ".1%") for value in claim.values()]
+    return cells + [spread(row["tpot_over_peer"][name]) for name in peers]
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -145,7 +138,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     groups = by_setting(result["rows"])
     lengths = list(dict.fromkeys(rows[0]["prompt_length"] for rows in groups))
     batches = list(dict.fromkeys(rows[0]["batch_size"] for rows in groups))
-    names = list(dict.fromkeys(row["method"] for rows in groups for row in rows))
+    names = list(dict.fromkeys(row["method"] for row in result["rows"]))
     # A Figure of its own: no global state, and no window system.
     figure = Figure(
         figsize=(1.2 + 3.4 * len(lengths), 0.9 + (0.5 + 0.24 * len(names)) * len(batches)),
@@ -153,41 +146,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     )
     panels = figure.subplots(len(batches), len(lengths), sharex=True, sharey=True, squeeze=False)
     for rows in groups:
-        panel = panels[batches.index(rows[0]["batch_size"])][
-            lengths.index(rows[0]["prompt_length"])
-        ]
-        places = [names.index(row["method"]) for row in rows]
-        panel.axvline(1, color="0.6", linewidth=0.8)
-        for what, shift, style in (
-            ("tpot", -0.14, {"color": "C0"}),
-            ("ttft", 0.14, {"color": "C1", "markerfacecolor": "white"}),
-        ):
-            ratios = [row[f"{what}_ratio"] for row in rows]
-            middles = [r["median"] for r in ratios]
-            reach = [[abs(r["median"] - r["quartiles"][side]) for r in ratios] for side in (0, 1)]
-            panel.errorbar(
-                middles,
-                [p + shift for p in places],
-                xerr=reach,
-                fmt="o",
-                markersize=4,
-                elinewidth=1,
-                label=what.upper(),
-                **style,
-            )
-        panel.plot(
-            [row["bytes_ratio"] for row in rows],
-            places,
-            "|",
-            color="black",
-            markersize=11,
-            label="bytes",
-        )
-        panel.set_title(_title(rows[0]), fontsize=9)
-        panel.set_yticks(range(len(names)), names, fontsize=8)
-        panel.tick_params(axis="x", labelsize=8)
-        panel.grid(axis="x", color="0.92")
-        panel.set_axisbelow(True)
+        place = batches.index(rows[0]["batch_size"]), lengths.index(rows[0]["prompt_length"])
+        _draw(panels[place], rows, names)
     panels[0][0].invert_yaxis()
     figure.supxlabel("ratio to the merged base, median and quartiles", fontsize=9)
     figure.legend(
@@ -198,3 +158,32 @@ def plot(result: dict[str, Any], path: Path) -> None:
         frameon=False,
     )
     figure.savefig(path, dpi=200)
+
+
+def _draw(panel: Any, rows: list[Row], names: list[str]) -> None:
+    """A setting's panel, a line a name."""
+    places = [names.index(row["method"]) for row in rows]
+    panel.axvline(1, color="0.6", linewidth=0.8)
+    for what, shift, style in (
+        ("tpot", -0.14, {"color": "C0"}),
+        ("ttft", 0.14, {"color": "C1", "markerfacecolor": "white"}),
+    ):
+        ratios = [row[f"{what}_ratio"] for row in rows]
+        reach = [[abs(r["median"] - r["quartiles"][side]) for r in ratios] for side in (0, 1)]
+        panel.errorbar(
+            [r["median"] for r in ratios],
+            [p + shift for p in places],
+            xerr=reach,
+            fmt="o",
+            markersize=4,
+            elinewidth=1,
+            label=what.upper(),
+            **style,
+        )
+    bytes_read = [row["bytes_ratio"] for row in rows]
+    panel.plot(bytes_read, places, "|", color="black", markersize=11, label="bytes")
+    panel.set_title(_title(rows[0]), fontsize=9)
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    panel.tick_params(axis="x", labelsize=8)
+    panel.grid(axis="x", color="0.92")
+    panel.set_axisbelow(True)

@@ -1,15 +1,18 @@
 """What a GPU would be asked to do for one decode step, known without a GPU.
 
-XLA compiles for a described device on a machine that has neither the device nor its driver. Of the compiled step this
-module reads two things: the launch list (each entry one kernel, library call or copy that is enqueued) and the
-optimised HLO (which launch waits for which, and what each reads and writes). Nothing runs, so nothing here is a time,
-except the model in `modelled_ms`, which says so. The autotuner cannot run either: on a device it picks Triton or cuBLAS
-product by product, and the two MODES bracket what it would choose.
+XLA compiles for a described device on a machine that has neither the device nor its driver. Of the
+compiled step this module reads two things: the launch list (each entry one kernel, library call or
+copy that is enqueued) and the optimised HLO (which launch waits for which, and what each reads and
+writes). Nothing runs, so nothing here is a time, except the model in `modelled_ms`, which says so.
+The autotuner cannot run either: on a device it picks Triton or cuBLAS product by product, and the
+two MODES bracket what it would choose.
 
-    plan = plan_step("ffba", config, AdapterConfig("ffba", 32), target="h100", mode="triton", batch=8)
+    ffba = AdapterConfig("ffba", 32)
+    plan = plan_step("ffba", config, ffba, target="h100", mode="triton", batch=8)
     plan.launches, plan.chain, plan.copies["weights"]
 
-Attention is planned as our own kernel or as XLA writes it: cuDNN's needs the device at compile time.
+Attention is planned as our own kernel or as XLA writes it: cuDNN's needs the device at compile
+time.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ from flora_jax.models.llama import KVCache, abstract_base
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A device as XLA's cost models know it. Figures: XLA's own descriptions, openxla/xla
-    `xla/backends/gpu/target_config/specs/{h100_sxm,a100_sxm_80}.txtpb`; bandwidth in bytes a second."""
+    `xla/backends/gpu/target_config/specs/{h100_sxm,a100_sxm_80}.txtpb`; bandwidth in bytes a
+    second."""
 
     name: str
     capability: str
@@ -61,7 +65,8 @@ class Target:
             dnn_version_info {{ major: 9 minor: 10 }}  runtime_version {{ major: 12 minor: 8 }}
             gpu_device_info {{
               cuda_compute_capability {{ {self.capability} }}
-              core_count: {self.cores}  fpus_per_core: {self.fpus_per_core}  clock_rate_ghz: {self.clock_ghz}
+              core_count: {self.cores}  fpus_per_core: {self.fpus_per_core}
+              clock_rate_ghz: {self.clock_ghz}
               memory_bandwidth: {self.bandwidth}  l2_cache_size: {self.l2_bytes}
               device_memory_size: {self.memory_bytes}
               shared_memory_per_core: {self.shared_per_core}  shared_memory_per_block: 49152
@@ -119,8 +124,8 @@ _PARTIAL = ("slice", "dynamic-slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of HLO: name, opcode, the bytes of each result, the text of its type, operands by name, the computation
-    it calls (a fusion), and whether it is the root of its own."""
+    """One line of HLO: name, opcode, the bytes of each result, the text of its type, operands by
+    name, the computation it calls (a fusion), and whether it is the root of its own."""
 
     name: str
     opcode: str
@@ -140,24 +145,25 @@ _HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 
 
 def parse_hlo(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """The computations of an HLO module's text, each its instructions by name in order, and the entry's name."""
+    """The computations of an HLO module's text, each its instructions by name in order, and the
+    entry's name."""
     computations: dict[str, dict[str, Instruction]] = {}
-    entry, current = "", None
+    entry = ""
+    current: dict[str, Instruction] | None = None
     for line in text.splitlines():
         if head := _HEAD.match(line):
             current = computations.setdefault(head[2], {})
-            entry = head[2] if head[1] else entry
+            if head[1]:
+                entry = head[2]
         elif current is not None and (match := _LINE.match(re.sub(r"/\*.*?\*/", "", line))):
             root, name, type_, opcode, operands = match.groups()
             sizes = tuple(
                 _size(dtype, dims) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", type_)
             )
             calls = re.search(r"calls=%([\w.\-]+)", line)
-            names = (
-                (operands,)
-                if opcode == "parameter"
-                else tuple(re.findall(r"%([\w.\-]+)", operands))
-            )
+            names = tuple(re.findall(r"%([\w.\-]+)", operands))
+            if opcode == "parameter":
+                names = (operands,)  # its number
             current[name] = Instruction(
                 name, opcode, sizes, type_, names, calls and calls[1], bool(root)
             )
@@ -170,8 +176,8 @@ def _size(dtype: str, dims: str) -> int:
 
 
 def parse_launches(sequence: str, metadata: str) -> list[tuple[str, str]]:
-    """`(kind, HLO instruction)` of every launch, in order, from XLA's dumped launch list and its metadata. Loops and
-    command buffers contain launches and are none themselves."""
+    """`(kind, HLO instruction)` of every launch, in order, from XLA's dumped launch list and its
+    metadata. Loops and command buffers contain launches and are none themselves."""
     found = re.findall(r'profile_annotation: "(.*?)"\s+thunk_id: (\d+)', metadata)
     names = {int(number): name for name, number in found}
     rows = re.findall(r"^( *)(\d+): (k\w+)", sequence, re.MULTILINE)
@@ -183,8 +189,8 @@ def parse_launches(sequence: str, metadata: str) -> list[tuple[str, str]]:
 
 
 def longest_chain(entry: Mapping[str, Instruction], launches: Mapping[str, int]) -> int:
-    """Launches that have to wait for one another: the longest path through the entry computation, each instruction
-    counted as often as it launches."""
+    """Launches that have to wait for one another: the longest path through the entry computation,
+    each instruction counted as often as it launches."""
     depth: dict[str, int] = {}
     for name, instruction in entry.items():
         depth[name] = launches.get(name, 0) + max(
@@ -198,8 +204,9 @@ def moved_bytes(
     entry: Mapping[str, Instruction],
     computations: Mapping[str, Mapping[str, Instruction]],
 ) -> int:
-    """Bytes that one launch reads and writes. Of an array that a fusion only looks up or slices, what is taken; of one
-    updated in place, the update; a library call's workspace is not counted."""
+    """Bytes that one launch reads and writes. Of an array that a fusion only looks up or slices,
+    what is taken; of one updated in place, the update; a library call's workspace is not
+    counted."""
     operands = [entry[name].bytes for name in instruction.operands if name in entry]
     if instruction.calls is None:
         return sum(operands) + instruction.sizes[0]
@@ -246,14 +253,17 @@ def large_copies(
     products: Iterable[str],
     threshold: int,
 ) -> dict[str, list[str]]:
-    """What is moved about in pieces of at least `threshold` bytes, as `opcode type`, by what it was made from:
-    "weights", "cache" or "activations".
+    """What is moved about in pieces of at least `threshold` bytes, as `opcode type`, by what it was
+    made from: "weights", "cache" or "activations".
 
-    Copies, pads, concatenates and transposes, inside fusions too; and what else a launch makes of weights or the cache
-    and writes out without being one of the `products` (such as `x · W` spelt out, before it is summed).
+    Copies, pads, concatenates and transposes, inside fusions too; and what else a launch makes of
+    weights or the cache and writes out without being one of the `products` (such as `x · W` spelt
+    out, before it is summed).
     """
     out: dict[str, list[str]] = {"weights": [], "cache": [], "activations": []}
-    body, launched, products = computations[entry], set(launched), set(products)
+    body = computations[entry]
+    launched = set(launched)
+    products = set(products)
     made_of: dict[str, set[str]] = {}
     for name, one in body.items():
         if one.opcode == "parameter":
@@ -285,11 +295,14 @@ def _large(
             one.opcode in _COPYING or not (exempt or one.opcode == "custom-call")
         )
         return [f"{one.opcode} {one.type}"] if large else []
-    inside, todo = [], [one.calls]
+    inside = []
+    todo = [one.calls]
     while todo:
         for inner in computations[todo.pop()].values():
-            todo += [inner.calls] if inner.calls else []
-            inside += [inner] if inner.opcode in _COPYING and inner.bytes >= threshold else []
+            if inner.calls:
+                todo.append(inner.calls)
+            if inner.opcode in _COPYING and inner.bytes >= threshold:
+                inside.append(inner)
     body = computations[one.calls]
     if not inside and not exempt:
         inside = [root for root in _roots(body) if _written(root, body) >= threshold]
@@ -298,10 +311,11 @@ def _large(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One compiled decode step, counted. launches: everything enqueued; gemms: of these, kernels and library calls that
-    the compiler itself calls a GEMM; products: launches that read a matrix of weights, whatever the compiler calls them
-    (at batch 1 some are sums); chain: launches that have to wait for one another; moved: bytes read and written; copies
-    as in `large_copies`; temporary: bytes; graphs: CUDA graphs that the launches are recorded in, and `in_graphs`, how
+    """One compiled decode step, counted. launches: everything enqueued; gemms: of these, kernels
+    and library calls that the compiler itself calls a GEMM; products: launches that read a matrix
+    of weights, whatever the compiler calls them (at batch 1 some are sums); chain: launches that
+    have to wait for one another; moved: bytes read and written; copies as in `large_copies`;
+    temporary: bytes; graphs: CUDA graphs that the launches are recorded in, and `in_graphs`, how
     many of them."""
 
     launches: int
@@ -330,12 +344,14 @@ def compile_for(
     options: Mapping[str, Any] | None = None,
     donate: tuple[int, ...] = (),
 ) -> tuple[Any, dict[str, str]]:
-    """`function` compiled for a target from shapes and dtypes: the compiled object and the compiler's dumped texts,
-    "sequence" (launches), "after" (the same, recorded in graphs) and "metadata"."""
+    """`function` compiled for a target from shapes and dtypes: the compiled object and the
+    compiler's dumped texts, "sequence" (launches), "after" (the same, recorded in graphs) and
+    "metadata"."""
     # An argument without the device's sharding would silently compile for this machine's CPU.
     device = _device(target)
     sharding = SingleDeviceSharding(device)
-    # A Pallas kernel is lowered for the device of the mesh around it, not for that of its arguments.
+    # A Pallas kernel is lowered for the device of the mesh around it, not for that of its
+    # arguments.
     kind = AbstractDevice(device.device_kind, TARGETS[target].cores, "gpu")
     mesh = AbstractMesh((), (), abstract_device=kind)
     shapes = jax.tree.map(
@@ -355,11 +371,12 @@ def compile_for(
 
 
 def read_plan(compiled: Any, texts: Mapping[str, str], threshold: int) -> Plan:
-    """Counts a compiled function whose arguments are called `params`, `cache` and otherwise; `threshold` in bytes as in
-    `large_copies`."""
+    """Counts a compiled function whose arguments are called `params`, `cache` and otherwise;
+    `threshold` in bytes as in `large_copies`."""
     launches = parse_launches(texts["sequence"], texts["metadata"])
     computations, entry = parse_hlo(compiled.as_text())
-    body, counts = computations[entry], Counter(name for _, name in launches)
+    body = computations[entry]
+    counts = Counter(name for _, name in launches)
     gemms = [
         name
         for kind, name in launches
@@ -387,7 +404,8 @@ def read_plan(compiled: Any, texts: Mapping[str, str], threshold: int) -> Plan:
 
 
 def smallest_kernel(config: LlamaConfig, dtype: Any) -> int:
-    """Bytes of the base's smallest projection, as it is published: from here on a copy is as large as a weight."""
+    """Bytes of the base's smallest projection, as it is published: from here on a copy is as large
+    as a weight."""
     return min(d_in * d_out for d_in, d_out in config.widths.values()) * jnp.dtype(dtype).itemsize
 
 
@@ -466,10 +484,12 @@ _PLANNED = (2, 4)  # layers; enough for one layer's share, whatever the first an
 def plan_model(
     name: str, config: LlamaConfig, adapter_config: AdapterConfig | None, **settings: Any
 ) -> dict[str, Any]:
-    """A row of the table: `plan_step` at two depths, told apart into one layer's share and the whole model's step.
+    """A row of the table: `plan_step` at two depths, told apart into one layer's share and the
+    whole model's step.
 
-    `layer` and `step` hold launches, gemms, products, chain, moved and the numbers of weight_copies, cache_copies and
-    activation_copies; a step of all L layers is extrapolated. Temporary bytes, graphs and copies are the deeper plan's.
+    `layer` and `step` hold launches, gemms, products, chain, moved and the numbers of
+    weight_copies, cache_copies and activation_copies; a step of all L layers is extrapolated.
+    Temporary bytes, graphs and copies are the deeper plan's.
     """
     shallow, deep = (
         plan_step(
@@ -501,6 +521,6 @@ def plan_model(
 
 
 def modelled_ms(moved: float, chain: float, bandwidth: float, launch_us: float) -> float:
-    """A model, no measurement: milliseconds to move `moved` bytes at the device's full bandwidth, and `launch_us` for
-    every launch that waits for the one before it."""
+    """A model, no measurement: milliseconds to move `moved` bytes at the device's full bandwidth,
+    and `launch_us` for every launch that waits for the one before it."""
     return 1e3 * moved / bandwidth + 1e-3 * launch_us * chain

@@ -1,8 +1,9 @@
-"""The peer beside which our times are taken: transformers with PEFT's LoRA, unmerged, on the same weights.
+"""The peer beside which our times are taken: transformers with PEFT's LoRA, unmerged, on the same
+weights.
 
-torch, transformers and peft are imported here alone, and only when a peer is asked for (extra `peers`). Two ways of
-running it: "peft", eager with the cache that grows; "peft_compiled", `torch.compile` of the decode step over a cache of
-fixed size, which is how `generate` does it.
+torch, transformers and peft are imported here alone, and only when a peer is asked for (extra
+`peers`). Two ways of running it: "peft", eager with the cache that grows; "peft_compiled",
+`torch.compile` of the decode step over a cache of fixed size, which is how `generate` does it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import to_hf_tensors
 
 PACKAGES = ("torch", "transformers", "peft")
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def absent() -> list[str]:
@@ -49,7 +51,8 @@ def check_peer() -> None:
 
 
 class Peer:
-    """LoRA of `rank` on all seven projections of `base` (split layout, leaves of any array type, its dtype kept)."""
+    """LoRA of `rank` on all seven projections of `base` (split layout, leaves of any array type,
+    its dtype kept)."""
 
     def __init__(self, config: LlamaConfig, base: Mapping[str, Any], rank: int):
         import peft
@@ -58,9 +61,8 @@ class Peer:
         self._torch = torch
         model = torch_llama(config, base)
         device, dtype = model.device, model.dtype
-        projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         lora = peft.LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=projections, init_lora_weights=False
+            r=rank, lora_alpha=rank, target_modules=PROJECTIONS, init_lora_weights=False
         )
         with warnings.catch_warnings():
             # peft asks transformers for what it renamed
@@ -69,17 +71,15 @@ class Peer:
         self.model = model.to(device, dtype).eval()
         self.parameters = sum(p.numel() for n, p in self.model.named_parameters() if "lora_" in n)
         # A shape that is not compiled for is an error, not a quiet return to eager.
-        torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = (
-            64,
-            True,
-        )
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         self._compiled = torch.compile(self.model, dynamic=False)
         self.not_compiled: str | None = None
         self._caches: dict[Setting, Any] = {}
 
     def ways(self, setting: Setting, prompts: np.ndarray) -> dict[str, Callable[[], Seconds]]:
-        """What can be timed at a setting, by name, warmed up; without "peft_compiled" where torch cannot compile the
-        decode step, and then `not_compiled` says why."""
+        """What can be timed at a setting, by name, warmed up; without "peft_compiled" where torch
+        cannot compile the decode step, and then `not_compiled` says why."""
         self.run(setting, prompts, new_tokens=2)
         ways = {"peft": functools.partial(self.run, setting, prompts)}
         try:
@@ -102,8 +102,10 @@ class Peer:
         new_tokens: int | None = None,
         compiled: bool = False,
     ) -> Seconds:
-        """One generation of greedy tokens after `prompts` `[B, prompt_length]`: TTFT and TPOT in seconds."""
-        step, cache = (self._compiled if compiled else self.model), self._cache(setting, compiled)
+        """One generation of greedy tokens after `prompts` `[B, prompt_length]`: TTFT and TPOT in
+        seconds."""
+        step = self._compiled if compiled else self.model
+        cache = self._cache(setting, compiled)
         return time_torch(self.model, prompts, new_tokens or setting.new_tokens, cache, step)
 
     def _cache(self, setting: Setting, compiled: bool) -> Any:
@@ -124,7 +126,8 @@ class Peer:
 
 
 def torch_llama(config: LlamaConfig, base: Mapping[str, Any]) -> Any:
-    """transformers' own model of `base` (split layout, leaves of any array type, its dtype kept), on JAX's device."""
+    """transformers' own model of `base` (split layout, leaves of any array type, its dtype kept),
+    on JAX's device."""
     import torch
     import transformers
 
@@ -142,8 +145,9 @@ def torch_llama(config: LlamaConfig, base: Mapping[str, Any]) -> Any:
 def time_torch(
     model: Any, prompts: np.ndarray, new_tokens: int, cache: Any, step: Any = None
 ) -> Seconds:
-    """TTFT and TPOT in seconds of a causal model of transformers, greedy, after `prompts` `[B, prompt_length]`; cache:
-    an empty one of its kind; step: what runs for each token after the first, default the model."""
+    """TTFT and TPOT in seconds of a causal model of transformers, greedy, after `prompts` `[B,
+    prompt_length]`; cache: an empty one of its kind; step: what runs for each token after the
+    first, default the model."""
     import torch
     import transformers
 
@@ -157,6 +161,8 @@ def time_torch(
         logits = model(input_ids=ids, **kept, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1].argmax(-1, keepdim=True)
 
+    if step is None:
+        step = model
     with torch.inference_mode():
         ids = torch.tensor(prompts, dtype=torch.long, device=device)
         wait()
@@ -165,7 +171,7 @@ def time_torch(
         wait()
         first = time.perf_counter()
         for _ in range(new_tokens - 1):
-            ids = choose(model if step is None else step, ids)
+            ids = choose(step, ids)
         wait()
         end = time.perf_counter()
     return first - start, (end - first) / (new_tokens - 1)

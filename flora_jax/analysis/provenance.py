@@ -2,42 +2,82 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import os
 import platform
 import shlex
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
+About = dict[str, Any]
 
 
-def provenance(module: str, arguments: list[str], packages: tuple[str, ...] = ()) -> dict[str, Any]:
-    """JSON-ready; `packages` are named beside jax, jaxlib, flax and numpy, absolute paths in the command by their last
-    part."""
+def provenance(module: str, arguments: list[str], packages: tuple[str, ...] = ()) -> About:
+    """JSON-ready; `packages` are named beside jax, jaxlib, flax and numpy, absolute paths in the
+    command by their last part."""
+    import jax  # starts the device; a command may have to say first which one
+
     names = ("jax", "jaxlib", "flax", "numpy", *packages)
     device = jax.devices()[0]
+    kind = device.device_kind
+    if device.platform == "cpu":
+        kind = f"{os.cpu_count()} cores, {_processor()}"
+    versions = {name: importlib.metadata.version(name) for name in names}
     return {
         "command": shlex.join(["python", "-m", module, *map(_placeless, arguments)]),
-        "device": f"{os.cpu_count()} cores, {_processor()}"
-        if device.platform == "cpu"
-        else device.device_kind,
+        "device": kind,
         "platform": device.platform,
-        "versions": {
-            "python": platform.python_version(),
-            **{n: importlib.metadata.version(n) for n in names},
-        },
-        # How many processes wanted a core in the last minute: above 0 before it starts, a CPU was not idle.
+        "versions": {"python": platform.python_version(), **versions},
+        # How many processes wanted a core in the last minute: above 0 before it starts, a CPU was
+        # not idle.
         "load_average": os.getloadavg()[0],
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
+def about_process(*packages: str, data_dir: str | None = None) -> About:
+    """Where and with what this process ran; `packages` as above; the data's place is DIR."""
+    module = sys.modules["__main__"].__spec__
+    name = module.name if module else sys.argv[0]
+    places = {data_dir: "DIR", f"--data_dir={data_dir}": "--data_dir=DIR"}
+    return provenance(name, [places.get(one, one) for one in sys.argv[1:]], packages)
+
+
+def about_run(args: argparse.Namespace) -> About:
+    """Where and with what a run trained and was scored, the data's place left out."""
+    return about_process("orbax-checkpoint", "grain", "rouge-score", data_dir=args.data_dir)
+
+
+def about_runs(runs: Sequence[dict[str, Any]], args: argparse.Namespace) -> About:
+    """What a table says of the runs in it, wherever it is written: their devices, and when the last
+    one ended."""
+    made = [run["provenance"] for run in runs]
+    devices = " and ".join(dict.fromkeys(one["device"] for one in made))
+    return {**about_run(args), "device": devices, "date": max(one["date"] for one in made)}
+
+
+def versions(about: About) -> str:
+    """`python 3.12.1, jax 0.10.2, …`, as tables name them."""
+    return ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+
+
+def header(title: str, about: About) -> str:
+    """The Markdown that a results file begins with."""
+    return (
+        f"# {title}\n\n`{about['command']}`  \n"
+        f"{about['device']}; {versions(about)}; {about['date']}\n"
+    )
+
+
 def _commit() -> str | None:
-    """The commit of the code that runs, with `-dirty` behind it where a tracked file differs; None outside a clone."""
+    """The commit of the code that runs, with `-dirty` behind it where a tracked file differs; None
+    outside a clone."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():  # installed; what lies around it is somebody else's
         return None
@@ -50,9 +90,10 @@ def _commit() -> str | None:
 
 
 def _placeless(argument: str) -> str:
-    flag, equals, value = (
-        argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
-    )
+    """The argument with an absolute path, behind a flag's `=` too, as that path's last part."""
+    flag, equals, value = "", "", argument
+    if argument.startswith("--"):
+        flag, equals, value = argument.rpartition("=")
     return f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 
 

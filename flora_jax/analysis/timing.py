@@ -1,13 +1,15 @@
 """Time to first token (TTFT) and time per output token (TPOT), of models side by side.
 
-B batch, P prompt bucket, S cache slots, N new tokens. What is timed are the Generator's own compiled functions:
+B batch, P prompt bucket, S cache slots, N new tokens. What is timed are the Generator's own
+compiled functions:
 
     TTFT  prefill [B, P], grow the cache to S slots, begin: until the first token is there
-    TPOT  decode, one loop on the device with no stop tokens, divided by the N - 1 tokens that it adds
+    TPOT  decode, one loop on the device with no stop tokens, divided by the N - 1 tokens it adds
 
-A machine slows for a while and speeds up again, so times are compared within a round, in which every contestant has
-one turn on the same prompts, in an order that turns around from one round to the next; ratios are taken round by round.
-Turns of a few tokens each, many in a generation, leave less time for the machine to change between what is compared.
+A machine slows for a while and speeds up again, so times are compared within a round, in which
+every contestant has one turn on the same prompts, in an order that turns around from one round to
+the next; ratios are taken round by round. Turns of a few tokens each, many in a generation, leave
+less time for the machine to change between what is compared.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ _CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is asked of a model: prompts of `prompt_length` tokens, `batch_size` of them, `new_tokens` (>= 2) more."""
+    """What is asked of a model: prompts of `prompt_length` tokens, `batch_size` of them,
+    `new_tokens` (>= 2) more."""
 
     prompt_length: int
     batch_size: int
@@ -56,7 +59,8 @@ class Setting:
 class Programs:
     """The four functions compiled for one model and setting; they take its weights as an argument.
 
-    compile_seconds: of the decode loop, tracing and lowering with it; cached: it came from the persistent cache."""
+    compile_seconds: of the decode loop, tracing and lowering with it; cached: it came from the
+    persistent cache."""
 
     setting: Setting
     prefill: Callable[..., Any]
@@ -73,8 +77,9 @@ class Programs:
         new_tokens: int | None = None,
         select: Array | None = None,
     ) -> Seconds:
-        """One generation of greedy tokens after `prompts` `[B, prompt_length]`, with a fresh cache: TTFT and TPOT in
-        seconds. new_tokens: fewer than the setting's, to warm up; select `[B, N]` bool, of a bank."""
+        """One generation of greedy tokens after `prompts` `[B, prompt_length]`, with a fresh cache:
+        TTFT and TPOT in seconds. new_tokens: fewer than the setting's, to warm up; select `[B, N]`
+        bool, of a bank."""
         state, ttft = self.start(params, prompts, select)
         return ttft, self.go_on(params, state, new_tokens, select)[1]
 
@@ -94,9 +99,10 @@ class Programs:
     def go_on(
         self, params: Tree, state: State, new_tokens: int | None = None, select: Array | None = None
     ) -> tuple[State, float]:
-        """The state after `new_tokens` in all (the setting's by default), and TPOT of those it adds; the one given is
-        consumed."""
-        before, total = int(state.step), new_tokens or self.setting.new_tokens
+        """The state after `new_tokens` in all (the setting's by default), and TPOT of those it
+        adds; the one given is consumed."""
+        before = int(state.step)
+        total = new_tokens or self.setting.new_tokens
         keys, limit = _keys(len(state.done)), jnp.int32(total)
         jax.block_until_ready((keys, limit))
         start = time.perf_counter()
@@ -108,9 +114,10 @@ class Programs:
 
 
 class Contestant:
-    """A model at its programs' setting that has a turn whenever it is called: a generation, or the next `turn` tokens
-    of one. The first `prefills` generations read the prompts; those after them decode from a copy of the last such
-    state, since reading long prompts can take many times as long as what is timed after it."""
+    """A model at its programs' setting that has a turn whenever it is called: a generation, or the
+    next `turn` tokens of one. The first `prefills` generations read the prompts; those after them
+    decode from a copy of the last such state, since reading long prompts can take many times as
+    long as what is timed after it."""
 
     def __init__(
         self,
@@ -120,12 +127,10 @@ class Contestant:
         prefills: int,
         turn: int | None = None,
     ):
-        self._programs, self._params, self._prompts, self._prefills = (
-            programs,
-            params,
-            prompts,
-            prefills,
-        )
+        self._programs = programs
+        self._params = params
+        self._prompts = prompts
+        self._prefills = prefills
         self._tokens = programs.setting.new_tokens
         self._turn = turn or self._tokens
         self._begun: State | None = None  # after the first token
@@ -140,7 +145,8 @@ class Contestant:
         ttft = None
         if self._now is None:
             if self._prefills > 0:
-                self._prefills, self._begun = self._prefills - 1, None
+                self._prefills -= 1
+                self._begun = None  # its memory is free for the next one
                 self._begun, ttft = self._programs.start(self._params, self._prompts)
             self._now = self._copy()
         until = min(int(self._now.step) + self._turn, self._tokens)
@@ -163,11 +169,15 @@ def compile_programs(
     select: Array | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Programs:
-    """Programs of a model; only the shapes of `params` are read. options: XLA's, by name, on top of its defaults."""
-    B, P, options = setting.batch_size, bucket(setting.prompt_length), dict(options or {})
-    S, shape = bucket(P + setting.new_tokens), jax.ShapeDtypeStruct
+    """Programs of a model; only the shapes of `params` are read. options: XLA's, by name, on top of
+    its defaults."""
+    B, P = setting.batch_size, bucket(setting.prompt_length)
+    S = bucket(P + setting.new_tokens)
+    options = dict(options or {})
+    shape = jax.ShapeDtypeStruct
+    keys = _keys(B)
     tokens, row = shape((B, P), jnp.int32), shape((B,), jnp.int32)
-    done, keys = shape((B,), jnp.bool_), _keys(B)
+    done = shape((B,), jnp.bool_)
     hits: list[str] = []
 
     def listen(event: str, **_: Any) -> None:
@@ -190,7 +200,8 @@ def compile_programs(
 
 
 def interleave(contestants: Mapping[str, Callable[[], T]], rounds: int) -> Iterator[dict[str, T]]:
-    """Yields each round's times by name: all contestants once, in the order given and then the other way about."""
+    """Yields each round's times by name: all contestants once, in the order given and then the
+    other way about."""
     names = list(contestants)
     for i in range(rounds):
         yield {name: contestants[name]() for name in (names if i % 2 == 0 else reversed(names))}
@@ -210,10 +221,11 @@ def paired_ratio(own: Sequence[float | None], other: Sequence[float | None]) -> 
 
 
 def claims(ratio: float, lora: float) -> dict[str, float | None]:
-    """Both readings of the paper's claim, from the times of a method and of LoRA over the merged base's.
+    """Both readings of the paper's claim, from the times of a method and of LoRA over the merged
+    base's.
 
-    less_than_lora: `1 - T_m / T_lora`. overhead_removed: `(T_lora - T_m) / (T_lora - T_base)`, None where LoRA has no
-    overhead that could be removed."""
+    less_than_lora: `1 - T_m / T_lora`. overhead_removed: `(T_lora - T_m) / (T_lora - T_base)`, None
+    where LoRA has no overhead that could be removed."""
     return {
         "less_than_lora": 1 - ratio / lora,
         "overhead_removed": (lora - ratio) / (lora - 1) if lora > 1 else None,
@@ -221,18 +233,21 @@ def claims(ratio: float, lora: float) -> dict[str, float | None]:
 
 
 def read_bandwidth(size: int = 2**30) -> dict[str, Any]:
-    """How fast the device reads memory, GB/s: the best of three reads of `size` bytes; on a CPU by one thread a core,
-    each a dot product of its part with itself, which is the fastest plain read there is from numpy."""
+    """How fast the device reads memory, GB/s: the best of three reads of `size` bytes; on a CPU by
+    one thread a core, each a dot product of its part with itself, which is the fastest plain read
+    there is from numpy."""
     on_cpu = jax.default_backend() == "cpu"
-    threads = os.cpu_count() or 1 if on_cpu else 0
+    threads = 0
     if on_cpu:
+        threads = os.cpu_count() or 1
         parts = np.array_split(np.ones(size // 4, np.float32), threads)
         pool = concurrent.futures.ThreadPoolExecutor(threads)
 
         def read():
             return list(pool.map(lambda part: np.dot(part, part), parts))
     else:
-        array, total = jnp.ones(size // 4, jnp.float32), jax.jit(jnp.sum)
+        array = jnp.ones(size // 4, jnp.float32)
+        total = jax.jit(jnp.sum)
 
         def read():
             return total(array).block_until_ready()

@@ -1,8 +1,9 @@
 """What is measured beside what: the ways of serving a base with an adapter, as a table.
 
-Every variant is a model and the tree it serves, made from the same base: `base` is the reference of all ratios (four
-merged products a layer; `base_7` has seven), `lora`, `lora_7` and `parallel` keep their products apart, `lora_merged`
-and `ffa_merged` are added to W, everything else rides in the base's arrays.
+Every variant is a model and the tree it serves, made from the same base: `base` is the reference of
+all ratios (four merged products a layer; `base_7` has seven), `lora`, `lora_7` and `parallel` keep
+their products apart, `lora_merged` and `ffa_merged` are added to W, everything else rides in the
+base's arrays.
 """
 
 from __future__ import annotations
@@ -81,8 +82,9 @@ def trained_parameters(config: LlamaConfig, adapter_config: AdapterConfig) -> in
 
 
 def rank_for(method: str, config: LlamaConfig, parameters: int, side: str = "nearest") -> int:
-    """The rank at which `method` comes nearest to a number of trained parameters; one that divides where it must.
-    `side`: "nearest", or the nearest of those "below" (at most so many) or "above" (at least so many)."""
+    """The rank at which `method` comes nearest to a number of trained parameters; one that divides
+    where it must. `side`: "nearest", or the nearest of those "below" (at most so many) or "above"
+    (at least so many)."""
     one = trained_parameters(config, AdapterConfig(method, 1))
     if not one or not parameters:
         raise UserError(
@@ -114,7 +116,8 @@ def rank_for(method: str, config: LlamaConfig, parameters: int, side: str = "nea
 def random_adapter(
     key: jax.Array, config: LlamaConfig, adapter_config: AdapterConfig, std: float = 0.02
 ) -> Tree:
-    """An adapter with every leaf drawn from N(0, std), float32: one that has been trained, as far as time can tell."""
+    """An adapter with every leaf drawn from N(0, std), float32: one that has been trained, as far
+    as time can tell."""
     leaves, structure = jax.tree.flatten(abstract_adapter(config, adapter_config))
     keys = jax.random.split(key, max(1, len(leaves)))
     drawn = [std * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=False)]
@@ -147,8 +150,8 @@ def serve(
 
 
 def read_bytes(params: Mapping[str, Any], config: LlamaConfig) -> int:
-    """Bytes of weights that one decode step reads: all but an embedding table of which only single rows are looked up
-    (a tied one is the unembedding too)."""
+    """Bytes of weights that one decode step reads: all but an embedding table of which only single
+    rows are looked up (a tied one is the unembedding too)."""
     size = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
     embedding = params["embed_tokens"]["embedding"]
     return (

@@ -1,0 +1,39 @@
+"""jax's compiler plugins for CUDA: they compile for a GPU on a machine that has none."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+
+from flora_jax.errors import UserError
+
+_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+# ptxas may be from the PATH
+_ASSEMBLERS = ("nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc")
+
+
+def has_compiler() -> bool:
+    """Whether jax's compiler plugin for CUDA 12 or 13 is installed."""
+    plugins = importlib.util.find_spec("jax_plugins") is not None
+    names = [f"jax_plugins.xla_cuda{major}" for major in (12, 13)]
+    return plugins and any(importlib.util.find_spec(name) is not None for name in names)
+
+
+def require_compiler() -> None:
+    """Raises UserError unless jax's compiler plugin for CUDA is installed."""
+    if not has_compiler():
+        raise UserError(
+            "planning for a GPU needs jax's CUDA compiler, which is not installed (no GPU is "
+            "needed): pip install -e '.[gpu-plan]' brings that of CUDA 12, '.[gpu-plan-cuda13]' "
+            "that of CUDA 13"
+        )
+
+
+def installed() -> tuple[str, ...]:
+    """The installed packages that XLA compiles for CUDA with."""
+    found = []
+    for name in (*_PLUGINS, *_ASSEMBLERS):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(importlib.metadata.distribution(name).name)
+    return tuple(found)

@@ -1,0 +1,276 @@
+"""What the latency command does: its flags checked, the models made and timed, the files
+written."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from flora_jax.adapters import AdapterConfig
+from flora_jax.analysis import comparison, timing
+from flora_jax.analysis.comparison import Measurement, Size
+from flora_jax.analysis.latency_report import markdown, plot
+from flora_jax.analysis.provenance import provenance
+from flora_jax.analysis.timing import Setting
+from flora_jax.device import check_jax
+from flora_jax.errors import UserError, check_writable, near_misses, positive_integers
+from flora_jax.files import keep_programs, read_json, write_result
+from flora_jax.inference.decoding import bucket
+from flora_jax.inference.generator import check_fits
+from flora_jax.models.config import DTYPES, LlamaConfig
+from flora_jax.models.llama import abstract_base, init_base
+from flora_jax.models.loading import load_config, load_pretrained
+
+if TYPE_CHECKING:
+    from flora_jax.analysis.peer import Peer
+
+SCHEMA_VERSION = 1
+RESULT = "latency.json"
+Sizes = dict[str, Size]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is timed: an architecture, each variant's adapter at each setting; `arguments` are the
+    flags as the result records them."""
+
+    config: LlamaConfig
+    adapters: Mapping[str, AdapterConfig | None]
+    settings: list[Setting]
+    arguments: dict[str, Any]
+
+
+def run(args: Namespace, argv: list[str]) -> str:
+    """Times all that the flags ask for and writes it to --out; the tables. argv: the flags as they
+    were given, for the record."""
+    check_jax()
+    asked = check(args)
+    packages: tuple[str, ...] = ()
+    if args.peer:
+        from flora_jax.analysis.peer import PACKAGES, check_peer
+
+        check_peer()
+        packages = PACKAGES
+    keep_programs()
+    base = abstract_base(asked.config, args.dtype)
+    sizes = comparison.sizes(asked.config, base, asked.adapters)
+    result: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "provenance": provenance("flora_jax.latency", argv, packages),
+        "arguments": asked.arguments,
+        "bandwidth": timing.read_bandwidth(),
+        "left_out": {},
+        "rows": [],
+    }
+    _announce(result, asked, sizes)
+    _measure(args, asked, sizes, result)
+    return (args.out / "latency.md").read_text(encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------- the flags
+
+
+def check(args: Namespace) -> Asked:
+    """What the flags ask for. Raises UserError; nothing is compiled yet."""
+    _check_numbers(args)
+    if args.dtype not in DTYPES:
+        raise UserError(f"--dtype {args.dtype!r} is unknown; {near_misses(args.dtype, DTYPES)}")
+    methods = list(dict.fromkeys(name.strip() for name in args.methods.split(",") if name.strip()))
+    if not methods:
+        raise UserError("--methods is empty; give names, comma-separated")
+    settings = [
+        Setting(length, batch, args.new_tokens)
+        for batch in positive_integers("--batch_sizes", args.batch_sizes)
+        for length in positive_integers("--prompt_lengths", args.prompt_lengths)
+    ]
+    arguments = {name: value for name, value in vars(args).items() if name != "out"}
+    _check_out(args.out, arguments)
+    config = _architecture(args)
+    _check_settings(args, config, settings)
+    adapters = comparison.adapter_configs(methods, config, args.rank, args.equal_parameters)
+    return Asked(config=config, adapters=adapters, settings=settings, arguments=arguments)
+
+
+def _check_numbers(args: Namespace) -> None:
+    for flag, least in (("rank", 1), ("rounds", 1), ("new_tokens", 2)):
+        value = getattr(args, flag)
+        if value < least:
+            raise UserError(f"--{flag} {value} must be an integer of at least {least}")
+    if args.prefill_rounds is not None and not 1 <= args.prefill_rounds <= args.rounds:
+        raise UserError(
+            f"--prefill_rounds {args.prefill_rounds} must be from 1 to --rounds {args.rounds}"
+        )
+    if args.turn_tokens is None:
+        return
+    if not 1 <= args.turn_tokens < args.new_tokens:
+        raise UserError(
+            f"--turn_tokens {args.turn_tokens} must be from 1 to {args.new_tokens - 1}, one less "
+            "than --new_tokens"
+        )
+    if args.peer:
+        raise UserError(
+            f"--turn_tokens {args.turn_tokens} does not go with --peer {args.peer}, which "
+            "generates without a pause; leave one out"
+        )
+
+
+def _check_out(out: Path, arguments: dict[str, Any]) -> None:
+    """Refuses a directory that holds anything but what the same command wrote there."""
+    check_writable(out / RESULT, "--out")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / RESULT).exists():
+        raise UserError(
+            f"--out {out} is not empty and has no {RESULT}; name a new or empty directory"
+        )
+    before = read_json(out / RESULT).get("arguments") or {}
+    # results older than that flag have no such argument
+    if {"turn_tokens": None} | before != arguments:
+        raise UserError(
+            f"--out {out} holds the result of another command; name a new or empty directory"
+        )
+
+
+def _architecture(args: Namespace) -> LlamaConfig:
+    """Of --model, or of --preset where its weights are random."""
+    if args.model == "random" and not args.preset:
+        raise UserError(
+            "--model random needs --preset, the architecture to fill with random weights"
+        )
+    preset = LlamaConfig.preset(args.preset) if args.preset else None
+    if args.model == "random":
+        return preset
+    config = load_config(args.model)
+    if preset and _shape(preset) != _shape(config):
+        raise UserError(
+            f"--preset {args.preset} is another architecture than that of --model {args.model}; "
+            "leave it out, it is for --model random"
+        )
+    return config
+
+
+def _shape(config: LlamaConfig) -> tuple[Any, ...]:
+    """What two models of one architecture share."""
+    return (
+        config.widths,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.vocab_size,
+        config.tie_word_embeddings,
+    )
+
+
+def _check_settings(args: Namespace, config: LlamaConfig, settings: list[Setting]) -> None:
+    """Refuses what is too long for the model or too large for the device."""
+    longest = max(setting.prompt_length for setting in settings)
+    if longest + args.new_tokens > config.max_position_embeddings:
+        raise UserError(
+            f"--prompt_lengths {longest} with --new_tokens {args.new_tokens} are more than the "
+            f"model's max_position_embeddings={config.max_position_embeddings}; lower one"
+        )
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(abstract_base(config)))
+    weights = numbers * jnp.dtype(args.dtype).itemsize
+    for setting in settings:
+        slots = bucket(setting.prompt_length) + args.new_tokens
+        check_fits(config, setting.batch_size, slots, weights, args.dtype)
+
+
+# ------------------------------------------------------------------------------ the measuring
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+def _announce(result: dict[str, Any], asked: Asked, sizes: Sizes) -> None:
+    device = result["provenance"]["device"]
+    _say(f"{device} reads {result['bandwidth']['gb_per_s']:.1f} GB/s")
+    for name, adapter in asked.adapters.items():
+        if adapter is not None:
+            _say(f"{name}: rank {adapter.rank}, {sizes[name].parameters:,} parameters")
+
+
+def _measure(args: Namespace, asked: Asked, sizes: Sizes, result: dict[str, Any]) -> None:
+    """Fills the result's rows, written to --out after each method."""
+    cells = len(asked.adapters) * len(asked.settings)
+    turns = cells * args.rounds * comparison.turns(args.new_tokens, args.turn_tokens)
+    start = time.perf_counter()
+    quiet = not sys.stderr.isatty()
+    measurements: list[Measurement] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tqdm(total=turns, unit="turn", dynamic_ncols=True, disable=quiet) as bar,
+    ):
+        base = comparison.on_disk(_weights(args, asked.config), Path(folder))
+        peer = None
+        if args.peer:
+            peer, size = _peer(args, asked.config, base, sizes)
+            sizes = sizes | {"peft": size, "peft_compiled": size}
+        rounds = comparison.compare(
+            asked.config,
+            base,
+            asked.adapters,
+            asked.settings,
+            args.rounds,
+            args.rounds if args.prefill_rounds is None else args.prefill_rounds,
+            peer,
+            args.turn_tokens,
+            bar.update,
+        )
+        for one in rounds:
+            measurements.append(one)
+            if peer and peer.not_compiled:
+                result["left_out"]["peft_compiled"] = peer.not_compiled
+            bandwidth = result["bandwidth"]["gb_per_s"]
+            result["rows"] = comparison.table(measurements, sizes, bandwidth)
+            row = comparison.table([one], sizes, bandwidth)[0]
+            left = (time.perf_counter() - start) * (cells / len(measurements) - 1)
+            _say(f"{_summary(row)}; {tqdm.format_interval(left)} left")
+            if one.setting == asked.settings[-1]:
+                _write(result, args.out)
+
+
+def _weights(args: Namespace, config: LlamaConfig) -> dict[str, Any]:
+    """The base in the split layout."""
+    if args.model == "random":
+        return init_base(jax.random.key(0), config, args.dtype)
+    return load_pretrained(args.model, args.dtype)[1]
+
+
+def _peer(
+    args: Namespace, config: LlamaConfig, base: dict[str, Any], sizes: Sizes
+) -> tuple[Peer, Size]:
+    """PEFT's LoRA on the same base, and its size."""
+    from flora_jax.analysis.peer import Peer
+
+    rank = comparison.lora_rank(config, args.rank, args.equal_parameters)
+    peer = Peer(config, base, rank)
+    extra = peer.parameters * jnp.dtype(args.dtype).itemsize
+    read = sizes[comparison.REFERENCE].read_bytes + extra
+    return peer, Size(rank, peer.parameters, read)
+
+
+def _summary(row: dict[str, Any]) -> str:
+    """A row in a line."""
+    return (
+        f"{row['method']}, prompt {row['prompt_length']}, batch {row['batch_size']}: TTFT "
+        f"{1e3 * row['ttft']['median']:.1f} ms, TPOT {1e3 * row['tpot']['median']:.2f} ms, "
+        f"{row['tpot_ratio']['median']:.3f} of the base's"
+    )
+
+
+def _write(result: dict[str, Any], out: Path) -> None:
+    write_result(out / RESULT, result, f"--out {out}")
+    (out / "latency.md").write_text(markdown(result), encoding="utf-8")
+    for suffix in ("png", "pdf"):
+        plot(result, out / f"latency.{suffix}")

@@ -1,0 +1,170 @@
+"""What the launches command does: its flags checked, every step planned, the files written."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from flora_jax.adapters import AdapterConfig
+from flora_jax.analysis import compilers
+from flora_jax.analysis.launch_plan import (
+    MODES,
+    TARGETS,
+    check_bank,
+    modelled_ms,
+    plan_model,
+    smallest_kernel,
+)
+from flora_jax.analysis.launch_report import markdown, place, shown
+from flora_jax.analysis.provenance import provenance
+from flora_jax.analysis.variants import get_variant
+from flora_jax.device import check_jax
+from flora_jax.errors import UserError, check_writable, near_misses, positive_integers
+from flora_jax.files import write_result
+from flora_jax.models.config import LlamaConfig
+
+RESULT = "launches.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A variant that is planned; label: as the tables call it; dot_merger: whether XLA may merge
+    its products."""
+
+    label: str
+    name: str
+    adapter_config: AdapterConfig | None
+    dot_merger: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One row to come: a method on a target, `adapters` of it in the bank."""
+
+    target: str
+    mode: str
+    batch: int
+    adapters: int
+    method: Method
+
+
+def run(args: Namespace, argv: list[str]) -> str:
+    """Plans all that the flags ask for and writes it to --out; the tables. argv: the flags as they
+    were given, for the record."""
+    check_jax()
+    config = LlamaConfig.preset(args.preset)
+    cells = list(check(args, config))
+    if args.out:
+        check_writable(Path(args.out) / RESULT, "--out")
+    compilers.require_compiler()
+    about = provenance("flora_jax.launches", argv, compilers.installed())
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
+    rows = []
+    for cell in tqdm(cells, desc="plan", disable=not sys.stderr.isatty()):
+        rows.append(_row(cell, config, args))
+        tqdm.write(_summary(rows[-1]), file=sys.stderr)
+    result = {
+        "schema_version": 1,
+        "provenance": about,
+        "settings": settings | {"num_hidden_layers": config.num_hidden_layers},
+        "smallest_kernel": smallest_kernel(config, args.dtype),
+        "rows": rows,
+    }
+    text = markdown(result)
+    if args.out:
+        write_result(Path(args.out) / RESULT, result, f"--out {args.out}")
+        (Path(args.out) / "launches.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def check(args: Namespace, config: LlamaConfig) -> Iterator[Cell]:
+    """The cells that the flags ask for. Raises UserError; nothing is compiled yet."""
+    targets = _names("--targets", args.targets, TARGETS)
+    modes = _names("--modes", args.modes, MODES)
+    batches = positive_integers("--batch_sizes", args.batch_sizes)
+    banks = positive_integers("--adapters", args.adapters)
+    for flag in ("cache_length", "row_multiple"):
+        positive_integers(f"--{flag}", str(getattr(args, flag)))
+    if not args.launch_us >= 0:
+        raise UserError(f"--launch_us {args.launch_us} must be zero or more microseconds")
+    methods = _methods(args, config, banks)
+    return (
+        Cell(target, mode, batch, 1 if method.adapter_config is None else adapters, method)
+        for target in targets
+        for mode in modes
+        for batch in batches
+        for adapters in banks
+        for method in methods
+        # the bare base holds no bank
+        if adapters == banks[0] or method.adapter_config is not None
+    )
+
+
+def _names(flag: str, text: str, known: Mapping[str, Any]) -> list[str]:
+    items = list(dict.fromkeys(item.strip() for item in text.split(",")))
+    for item in items:
+        if item not in known:
+            raise UserError(f"{flag} {item!r} is unknown; {near_misses(item, known)}")
+    return items
+
+
+def _methods(args: Namespace, config: LlamaConfig, banks: list[int]) -> list[Method]:
+    """LoRA's products apart are planned with XLA's dot merger and without."""
+    methods = []
+    for name in dict.fromkeys(item.strip() for item in args.methods.split(",")):
+        variant = get_variant(name)
+        adapter_config = None
+        if variant.method is not None:
+            adapter_config = AdapterConfig(variant.method, args.rank)
+            adapter_config.check(config.widths)
+        for adapters in banks:
+            check_bank(name, adapters)
+        methods.append(Method(name, name, adapter_config))
+        if adapter_config is not None and variant.kind == "unmerged":
+            methods.append(Method(f"{name}, dot merger off", name, adapter_config, False))
+    return methods
+
+
+def _row(cell: Cell, config: LlamaConfig, args: Namespace) -> dict[str, Any]:
+    method = cell.method
+    planned = plan_model(
+        method.name,
+        config,
+        method.adapter_config,
+        target=cell.target,
+        mode=cell.mode,
+        batch=cell.batch,
+        adapters=cell.adapters,
+        dot_merger=method.dot_merger,
+        dtype=args.dtype,
+        cache_length=args.cache_length,
+        row_multiple=args.row_multiple,
+        attention=args.attention,
+    )
+    step = planned["step"]
+    bandwidth = TARGETS[cell.target].bandwidth
+    bank = f", bank of {cell.adapters}" if cell.adapters > 1 else ""
+    return {
+        "target": cell.target,
+        "mode": cell.mode,
+        "batch": cell.batch,
+        "adapters": cell.adapters,
+        "label": method.label + bank,
+        "method": method.name,
+        "dot_merger": method.dot_merger,
+        **planned,
+        "model_ms": modelled_ms(step["moved"], step["chain"], bandwidth, args.launch_us),
+    }
+
+
+def _summary(row: dict[str, Any]) -> str:
+    """A row in a line."""
+    counts = [shown(row["layer"][key]) for key in ("launches", "gemms", "weight_copies")]
+    line = "{} launches ({} GEMMs) a layer, {} weight copies".format(*counts)
+    return f"{place(row):24} {row['label']:28} {line}"
