@@ -44,9 +44,9 @@ from experiments.report import (
     with_error,
     write_csv,
 )
-from flora_jax.adapters import AdapterConfig
+from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.analysis.variants import rank_for, trained_parameters
-from flora_jax.config import LEARNING_RATES, get_config, names
+from flora_jax.config import get_config, names
 from flora_jax.data import CONTAMINATED, get_task, load_examples
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
@@ -140,7 +140,7 @@ def choose_rate(
 
     Rates are tried with `--rate_steps` steps where that is given and none of the method's is on record yet: a grid over
     two decades around its own; a winner at the edge extends it, one at which the loss is no number has lost."""
-    own, losses = LEARNING_RATES[method], {}
+    own, losses = METHODS[method].learning_rate, {}
     path = args.out / "rates" / f"{method}.json"
     record = {
         "schema_version": SCHEMA_VERSION,

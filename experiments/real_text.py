@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from experiments.report import about_run, about_runs, beside, check_data, header
-from flora_jax.config import LEARNING_RATES, get_config, names
+from flora_jax.adapters import METHODS
+from flora_jax.config import get_config, names
 from flora_jax.data import get_task, label_request, load_examples
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
 from flora_jax.evaluation.loglik import choice_loglik
@@ -84,7 +85,7 @@ def label_accuracy(adapter: Path | None, data_dir: str, limit: int) -> dict[str,
 def one(method: str, found: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, Any]:
     """Trains and scores one method, or gives back what an earlier call has found."""
     settings = {"steps": args.steps, "limit": args.limit, "rank": RANKS[method]}
-    settings["learning_rate"] = LEARNING_RATES[method]
+    settings["learning_rate"] = METHODS[method].learning_rate
     if found:
         if found["settings"] != settings:
             raise UserError(

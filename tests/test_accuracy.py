@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import functools
 import json
 import re
@@ -15,7 +16,7 @@ from experiments.report import beside, differences, provenance
 from flora_jax import train
 from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.analysis.variants import rank_for, trained_parameters
-from flora_jax.config import LEARNING_RATES, check_config, get_config
+from flora_jax.config import check_config, get_config
 from flora_jax.errors import UserError
 from flora_jax.files import write_json
 from flora_jax.models.config import LlamaConfig
@@ -120,7 +121,7 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
     lora, ffba = found["lora-seed0"], found["ffba-seed0"]
     assert (
         abs(lora["parameters"] / ffba["parameters"] - 1) < 0.1
-        and lora["learning_rate"] == LEARNING_RATES["lora"]
+        and lora["learning_rate"] == METHODS["lora"].learning_rate
     )
     assert len(ffba["loss_curve"]) >= 1 and ffba["data"]["share_of_test_in_train"] == {
         "AddSub": 0.0,
@@ -289,12 +290,12 @@ def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch
         with pytest.raises(UserError, match="unfinished search at suite='math', not 'dialogue'"):
             choose(args)
         args.rate_steps = 0
-        assert choose(args) == (LEARNING_RATES["ffba"], {})
+        assert choose(args) == (METHODS["ffba"].learning_rate, {})
         args.model = "n"
         with pytest.raises(UserError, match="has the rate for --model m, not n"):
             choose(args)
         args.model, args.out = "m", tmp_path / "elsewhere"
-        assert choose(args) == (LEARNING_RATES["ffba"], {})
+        assert choose(args) == (METHODS["ffba"].learning_rate, {})
 
 
 def test_arms_have_the_budget_as_nearly_as_their_ranks_allow():
@@ -330,7 +331,8 @@ def test_a_table_names_the_devices_of_its_runs(monkeypatch):
 
 
 def test_a_new_method_needs_a_rate(monkeypatch):
-    monkeypatch.setitem(METHODS, "ffba_v_add", METHODS["ffba_qg_add"])
+    row = dataclasses.replace(METHODS["ffba_qg_add"], learning_rate=None)
+    monkeypatch.setitem(METHODS, "ffba_v_add", row)
     config = get_config("tiny", "ffba_v_add")
     with pytest.raises(
         UserError, match=r"optim.learning_rate is unset, and ffba_v_add has none of its own"
