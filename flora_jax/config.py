@@ -51,7 +51,7 @@ CHOICES: dict[str, Collection[str]] = {
 
 
 class Range(NamedTuple):
-    """The numbers that a field may be, and the words of a refusal; one that is unset may stay so."""
+    """The numbers that a field may be, if it is set, and the words for all others."""
 
     words: str
     least: float
@@ -99,161 +99,164 @@ RANGES: tuple[tuple[str, Range], ...] = (
 
 def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ConfigDict:
     """The base configuration for a model preset and a method."""
-    config = ConfigDict()
-    config.model = _model(preset)
-    config.adapter = _adapter(method)
-    config.data = _data()
-    config.train = _train()
-    config.optim = _optim()
-    config.eval = _eval()
-    config.mesh = _mesh()
-    config.distributed = _distributed()
+    config = ConfigDict(
+        {
+            "model": _model(preset),
+            "adapter": _adapter(method),
+            "data": _data(),
+            "train": _train(),
+            "optim": _optim(),
+            "eval": _eval(),
+            "mesh": _mesh(),
+            "distributed": _distributed(),
+        }
+    )
     for field, value in PRESET_SETTINGS.get(preset, {}).items():
         section, name = field.split(".")
         config[section][name] = value
     return config
 
 
-def _model(preset: str) -> ConfigDict:
-    model = ConfigDict()
-    # where `weights` is unset: its published weights; where it is "random": its shape
-    model.preset = preset
-    # HF directory, hub id, .gguf file, preset name, or "random"
-    model.weights = placeholder(str)
-    # dtype the frozen base is stored in; what trains is always float32
-    model.param_dtype = "float32"
-    model.dtype = "float32"  # dtype of compute; norms, softmax, logits and loss stay float32
-    # What a layer keeps for the backward pass: products (what its four products give; to compute
-    # the rest again is faster than to store it, on a CPU), full (nothing), none (all).
-    model.remat = "products"
-    return model
+def _model(preset: str) -> dict[str, Any]:
+    return {
+        # where `weights` is unset: its published weights; where it is "random": its shape
+        "preset": preset,
+        # HF directory, hub id, .gguf file, preset name, or "random"
+        "weights": placeholder(str),
+        # dtype the frozen base is stored in; what trains is always float32
+        "param_dtype": "float32",
+        "dtype": "float32",  # dtype of compute; norms, softmax, logits and loss stay float32
+        # What a layer keeps for the backward pass: products (what its four products give; to
+        # compute the rest again is faster than to store it, on a CPU), full (nothing), none (all).
+        "remat": "products",
+    }
 
 
-def _adapter(method: str) -> ConfigDict:
-    adapter = ConfigDict()
-    adapter.method = method  # a row of flora_jax.adapters.METHODS
-    adapter.rank = 32  # channels a piece
-    adapter.alpha = placeholder(float)  # scale s = alpha / rank; unset: alpha = rank
-    adapter.rslora = False  # s = alpha / sqrt(rank)
-    adapter.targets = placeholder(str)  # comma-separated projections; unset: all seven
-    # comma-separated, where repeat-and-add adds; unset: the method's row
-    adapter.add_to = placeholder(str)
-    adapter.activation = "identity"  # on the parallel path of fpa and parallel
-    adapter.dropout = 0.0  # on the adapter's input
-    # the side that starts at zero, A or B; unset: the method's row
-    adapter.zero_init = placeholder(str)
-    return adapter
+def _adapter(method: str) -> dict[str, Any]:
+    return {
+        "method": method,  # a row of flora_jax.adapters.METHODS
+        "rank": 32,  # channels a piece
+        "alpha": placeholder(float),  # scale s = alpha / rank; unset: alpha = rank
+        "rslora": False,  # s = alpha / sqrt(rank)
+        "targets": placeholder(str),  # comma-separated projections; unset: all seven
+        # comma-separated, where repeat-and-add adds; unset: the method's row
+        "add_to": placeholder(str),
+        "activation": "identity",  # on the parallel path of fpa and parallel
+        "dropout": 0.0,  # on the adapter's input
+        # the side that starts at zero, A or B; unset: the method's row
+        "zero_init": placeholder(str),
+    }
 
 
-def _data() -> ConfigDict:
-    data = ConfigDict()
-    # Comma-separated tasks, paths ending in .jsonl, or mixtures ("commonsense", "math": what
-    # LLM-Adapters trains on).
-    data.tasks = "ARC-Easy,ARC-Challenge,openbookqa,boolq"
-    # shares drawn of the tasks, such as 3,1,1; unset: each example an epoch
-    data.weights = placeholder(str)
-    # folder with one folder a task, or tfds or tfds:DIR; generated tasks need none
-    data.dir = placeholder(str)
-    # prepared data; unset: $FLORA_CACHE or ~/.cache/flora_jax
-    data.cache_dir = placeholder(str)
-    data.max_length = 512  # positions of a row
-    # plain: prompt, a space, answer; chat: the tokenizer's chat template; llm_adapters: that
-    # project's frame.
-    data.prompt_style = "plain"
-    data.loss_on = "answer"  # answer: only what the model should say; all: every token
-    data.packing = True  # several examples a row, segments kept apart
-    data.limit = placeholder(int)  # use only N training examples, always the same
-    # train on data that holds over 1 % of a test of eval.tasks, and record it
-    data.allow_contaminated = False
-    # examples: of the validation split, or held out of train where there is none
-    data.validation_size = 200
-    data.generator = _generator()
-    return data
+def _data() -> dict[str, Any]:
+    return {
+        # Comma-separated tasks, paths ending in .jsonl, or mixtures ("commonsense", "math": what
+        # LLM-Adapters trains on).
+        "tasks": "ARC-Easy,ARC-Challenge,openbookqa,boolq",
+        # shares drawn of the tasks, such as 3,1,1; unset: each example an epoch
+        "weights": placeholder(str),
+        # folder with one folder a task, or tfds or tfds:DIR; generated tasks need none
+        "dir": placeholder(str),
+        # prepared data; unset: $FLORA_CACHE or ~/.cache/flora_jax
+        "cache_dir": placeholder(str),
+        "max_length": 512,  # positions of a row
+        # plain: prompt, a space, answer; chat: the tokenizer's chat template; llm_adapters: that
+        # project's frame.
+        "prompt_style": "plain",
+        "loss_on": "answer",  # answer: only what the model should say; all: every token
+        "packing": True,  # several examples a row, segments kept apart
+        "limit": placeholder(int),  # use only N training examples, always the same
+        # train on data that holds over 1 % of a test of eval.tasks, and record it
+        "allow_contaminated": False,
+        # examples: of the validation split, or held out of train where there is none
+        "validation_size": 200,
+        "generator": _generator(),
+    }
 
 
-def _generator() -> ConfigDict:
+def _generator() -> dict[str, Any]:
     """Of reasoning-gym tasks; unset: the task's own."""
-    generator = ConfigDict()
-    generator.train = placeholder(int)  # sizes of the splits
-    generator.validation = placeholder(int)
-    generator.test = placeholder(int)
-    generator.seed = placeholder(int)  # of the draw
-    generator.min_terms = placeholder(int)  # problem sizes
-    generator.max_terms = placeholder(int)
-    generator.min_digits = placeholder(int)
-    generator.max_digits = placeholder(int)
-    return generator
+    return {
+        "train": placeholder(int),  # sizes of the splits
+        "validation": placeholder(int),
+        "test": placeholder(int),
+        "seed": placeholder(int),  # of the draw
+        "min_terms": placeholder(int),  # problem sizes
+        "max_terms": placeholder(int),
+        "min_digits": placeholder(int),
+        "max_digits": placeholder(int),
+    }
 
 
-def _train() -> ConfigDict:
-    train = ConfigDict()
-    train.steps = 1000  # optimizer steps
-    train.batch_size = 16  # rows a step, over all devices and micro-batches
-    train.accumulation = 1  # micro-batches a step
-    train.seed = 0  # of initialisation, data order and dropout
-    train.log_every = 10  # steps
-    train.eval_every = 100  # steps between validation losses; 0: never
-    train.save_every = 100  # steps between checkpoints
-    train.keep = 2  # latest checkpoints kept, beside the best on validation
-    # comma-separated path rules of base leaves that train too, e.g. params/.*norm/scale
-    train.trainable = ""
-    # positions whose logits exist at once, or one a row if that is more
-    train.chunk_tokens = 256
-    return train
+def _train() -> dict[str, Any]:
+    return {
+        "steps": 1000,  # optimizer steps
+        "batch_size": 16,  # rows a step, over all devices and micro-batches
+        "accumulation": 1,  # micro-batches a step
+        "seed": 0,  # of initialisation, data order and dropout
+        "log_every": 10,  # steps
+        "eval_every": 100,  # steps between validation losses; 0: never
+        "save_every": 100,  # steps between checkpoints
+        "keep": 2,  # latest checkpoints kept, beside the best on validation
+        # comma-separated path rules of base leaves that train too, e.g. params/.*norm/scale
+        "trainable": "",
+        # positions whose logits exist at once, or one a row if that is more
+        "chunk_tokens": 256,
+    }
 
 
-def _optim() -> ConfigDict:
-    optim = ConfigDict()
-    optim.learning_rate = placeholder(float)  # peak; unset: the method's own
-    optim.schedule = "cosine"  # cosine, linear or constant, after the warm-up
-    optim.warmup_steps = placeholder(int)  # unset: 3 % of the steps
-    optim.final_fraction = 0.1  # of the peak, at the end of cosine and linear
-    optim.weight_decay = 0.0  # AdamW's, not on norms and biases
-    optim.clip_norm = 1.0  # of the global gradient norm; 0: none
-    optim.b1 = 0.9
-    optim.b2 = 0.999
-    optim.eps = 1e-8
-    # comma-separated PATH_RULE=FACTOR on the rate, e.g. adapter/.*_B=16 (LoRA+)
-    optim.rate_rules = ""
-    return optim
+def _optim() -> dict[str, Any]:
+    return {
+        "learning_rate": placeholder(float),  # peak; unset: the method's own
+        "schedule": "cosine",  # cosine, linear or constant, after the warm-up
+        "warmup_steps": placeholder(int),  # unset: 3 % of the steps
+        "final_fraction": 0.1,  # of the peak, at the end of cosine and linear
+        "weight_decay": 0.0,  # AdamW's, not on norms and biases
+        "clip_norm": 1.0,  # of the global gradient norm; 0: none
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        # comma-separated PATH_RULE=FACTOR on the rate, e.g. adapter/.*_B=16 (LoRA+)
+        "rate_rules": "",
+    }
 
 
-def _eval() -> ConfigDict:
-    scoring = ConfigDict()
-    scoring.tasks = ""  # comma-separated tasks scored when training ends; empty: none
-    # llm_adapters: generate and extract; lm_eval: choices by likelihood, plain
-    scoring.protocol = "llm_adapters"
-    # llm_adapters with the faults of its scripts (evaluation/published.py)
-    scoring.published_faults = False
-    scoring.limit = 200  # items a task
-    scoring.batch_size = 16
-    # tokens of prompt and answer; longer prompts are counted, and wrong
-    scoring.max_length = 1024
-    # Of a generated answer; unset: the task's own number, and for a JSONL file at least its longest
-    # answer's.
-    scoring.max_new_tokens = placeholder(int)
-    return scoring
+def _eval() -> dict[str, Any]:
+    return {
+        "tasks": "",  # comma-separated tasks scored when training ends; empty: none
+        # llm_adapters: generate and extract; lm_eval: choices by likelihood, plain
+        "protocol": "llm_adapters",
+        # llm_adapters with the faults of its scripts (evaluation/published.py)
+        "published_faults": False,
+        "limit": 200,  # items a task
+        "batch_size": 16,
+        # tokens of prompt and answer; longer prompts are counted, and wrong
+        "max_length": 1024,
+        # Of a generated answer; unset: the task's own number, and for a JSONL file at least its
+        # longest answer's.
+        "max_new_tokens": placeholder(int),
+    }
 
 
-def _mesh() -> ConfigDict:
-    mesh = ConfigDict()
-    mesh.data = -1  # devices along each axis; -1: what the others leave
-    mesh.fsdp = 1
-    mesh.tensor = 1
-    return mesh
+def _mesh() -> dict[str, Any]:
+    return {
+        "data": -1,  # devices along each axis; -1: what the others leave
+        "fsdp": 1,
+        "tensor": 1,
+    }
 
 
-def _distributed() -> ConfigDict:
-    distributed = ConfigDict()
-    distributed.auto = False  # JAX detects the three below: Slurm, Open MPI, Kubernetes
-    distributed.coordinator = placeholder(str)  # host:port of process 0; unset: one process
-    distributed.processes = 1
-    distributed.process_id = 0
-    return distributed
+def _distributed() -> dict[str, Any]:
+    return {
+        "auto": False,  # JAX detects the three below: Slurm, Open MPI, Kubernetes
+        "coordinator": placeholder(str),  # host:port of process 0; unset: one process
+        "processes": 1,
+        "process_id": 0,
+    }
 
 
 def read_config(path: str | Path) -> ConfigDict:
-    """What `get_config()` of a configuration file returns, or of `FILE:NAME` its `get_config(NAME)`.
+    """What a configuration file's `get_config()` returns, for `FILE:NAME` its `get_config(NAME)`.
 
     Raises UserError for a file that cannot be read or run.
     """
@@ -398,7 +401,7 @@ def generator_settings(config: ConfigDict) -> dict[str, Any]:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises UserError for the first field whose value cannot work; reads no weights and no data."""
+    """Raises UserError for the first field whose value cannot work. Reads no weights, no data."""
     _check_names(config)
     _check_types(config)
     for field, known in CHOICES.items():

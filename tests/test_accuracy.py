@@ -13,7 +13,7 @@ import pytest
 
 from experiments import ablations, accuracy, report
 from experiments.report import beside, differences, provenance
-from flora_jax import train
+from flora_jax import finetune
 from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.analysis.variants import rank_for, trained_parameters
 from flora_jax.config import check_config, get_config
@@ -72,7 +72,7 @@ def numbers(run):
 
 def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys):
     """Killed at ffba's first checkpoint and again between its two tests."""
-    given, given_save, given_scores = accuracy.run, Checkpoints.save, train.evaluate_tasks
+    given, given_save, given_scores = accuracy.run, Checkpoints.save, finetune.evaluate_tasks
     started, saved, kills = [], [], ["training", "scoring"]
 
     def run(config, workdir):
@@ -95,7 +95,7 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(accuracy, "run", run)
     monkeypatch.setattr(Checkpoints, "save", save)
-    monkeypatch.setattr(train, "evaluate_tasks", scores)
+    monkeypatch.setattr(finetune, "evaluate_tasks", scores)
     for methods in ("base,lora,ffba", "ffba"):
         with pytest.raises(KeyboardInterrupt):
             sweep(methods)

@@ -1,8 +1,8 @@
-"""The family as a table: a method is a row that says where z is read, where it is added and where it is written.
+"""The family as a table: a row says where z is read, where it is added and where it is written.
 
-Every adapter here computes `z = s · act(x A)`, a narrow product of r channels a piece, and puts z somewhere. What
-sets the methods apart is only (a) which inputs the A's read, (b) how z returns to the projection it was read
-beside, (c) where else z goes. A new method is one new row.
+Every adapter here computes `z = s · act(x A)`, a narrow product of r channels a piece, and puts z
+somewhere. What sets the methods apart is only (a) which inputs the A's read, (b) how z returns to
+the projection it was read beside, (c) where else z goes. A new method is one new row.
 
 Llama's seven projections sit in four fused products, two blocks:
 
@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-# The fused products, by block: the projections that read the block's input, and the one that writes its output.
+# The fused products, by block: the projections that read the block's input, and the one that writes
+# its output.
 PRODUCTS: dict[str, tuple[str, ...]] = {
     "qkv": ("q", "k", "v"),
     "o": ("o",),
@@ -29,19 +30,19 @@ PROJECTIONS: tuple[str, ...] = tuple(p for names in PRODUCTS.values() for p in n
 class Method:
     """One row of the family's table (README, "The family"; FLoRA, arXiv 2511.00050)."""
 
-    # Who owns an A: every projection; every projection of a block's input; the block's input once; the block's
-    # output projection; nobody.
+    # Who owns an A: every projection; every projection of a block's input; the block's input once;
+    # the block's output projection; nobody.
     reads: Literal["projection", "input", "block", "output"] | None
-    # How z returns to the output of the projection it was read beside: through a matrix B of its own, by
-    # repeat-and-add (to the projections of `add_to`), or not at all.
+    # How z returns to the output of the projection it was read beside: through a matrix B of its
+    # own, by repeat-and-add (to the projections of `add_to`), or not at all.
     adds: Literal["matrix", "repeat"] | None = None
     add_to: tuple[str, ...] = ()
-    # Where all of a block's z go: the rows B of the block's output projection; the residual stream's extra
-    # channels, which the rows B of later qkv and gate_up products read; nowhere.
+    # Where all of a block's z go: the rows B of the block's output projection; the residual
+    # stream's extra channels, which the rows B of later qkv and gate_up products read; nowhere.
     writes: Literal["block", "stream"] | None = None
     # The side that starts at zero, so that step 0 equals the base.
     zero: Literal["A", "B"] = "B"
-    # Whether the trained adapter is a change of W alone; a path around the block's non-linearity is not.
+    # Whether the trained adapter is a change of W alone; a path around the non-linearity is not.
     mergeable: bool = False
     # Whether `act` may be non-linear (the path around the block only).
     activation: bool = False

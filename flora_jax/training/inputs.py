@@ -1,4 +1,4 @@
-"""From `config.data` to tokens: what is trained on, what is validated on, and an account of both."""
+"""From `config.data` to tokens: what is trained and validated on, and an account of both."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import ml_collections
@@ -110,7 +110,7 @@ def _prepare(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFa
     )
     encoded, reports = _encode_train(_take(clean, data.limit), bool(weights), encode)
     train = list(itertools.chain(*encoded))
-    validation, validation_report = encode(_validation(clean))
+    validation, validation_report = encode(_all(clean, "validation"))
     account = {
         "tasks": [part.task.name for part in read],
         "sha256": {
@@ -121,24 +121,16 @@ def _prepare(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFa
         "weights": weights,
         "train": _together([dataclasses.asdict(report) for report in reports]),
         "validation": dataclasses.asdict(validation_report),
-        "dropped_as_in_test": len(_train(read)) - len(_train(clean)),
+        "dropped_as_in_test": len(_all(read, "train")) - len(_all(clean, "train")),
         "share_of_test_in_train": overlaps,  # before those records were dropped
-        "dropped_from_validation": len(_validation(read)) - len(_validation(clean)),
+        "dropped_from_validation": len(_all(read, "validation")) - len(_all(clean, "validation")),
     }
     sizes = weights and list(zip(map(len, encoded), weights, strict=True))
-    return Inputs(train, validation, account, prompt_digests(_records(read)), sizes)
+    return Inputs(train, validation, account, prompt_digests(_all(read, "records")), sizes)
 
 
-def _records(parts: Sequence[_Part]) -> list[Example]:
-    return list(itertools.chain(*(part.records for part in parts)))
-
-
-def _train(parts: Sequence[_Part]) -> list[Example]:
-    return list(itertools.chain(*(part.train for part in parts)))
-
-
-def _validation(parts: Sequence[_Part]) -> list[Example]:
-    return list(itertools.chain(*(part.validation for part in parts)))
+def _all(parts: Iterable[_Part], which: Literal["records", "train", "validation"]) -> list[Example]:
+    return list(itertools.chain(*(getattr(part, which) for part in parts)))
 
 
 def _read(config: ml_collections.ConfigDict) -> list[_Part]:
@@ -196,7 +188,7 @@ def _refuse_contaminated(
     Where it is more than 1 %, the test's near doubles will be in the data as well: a UserError
     unless `config.data.allow_contaminated`.
     """
-    records = _records(parts)
+    records = _all(parts, "records")
     scored = names(config.eval.tasks)
     overlaps = {}
     for name in [name for name in tests if name in scored]:
@@ -222,28 +214,28 @@ def _drop_overlaps(
     kept = [
         dataclasses.replace(part, validation=dedupe(part.validation, tested)[0]) for part in parts
     ]
-    if not _validation(kept):
+    if not _all(kept, "validation"):
         raise UserError(
             f"config.data.tasks={config.data.tasks}: each validation record is also in a test set"
         )
-    asked = tested + _validation([part for part in kept if part.task.source != "jsonl"])
-    answered = _validation([part for part in parts if part.task.source == "jsonl"])
+    asked = tested + _all([part for part in kept if part.task.source != "jsonl"], "validation")
+    answered = _all([part for part in parts if part.task.source == "jsonl"], "validation")
     for i, part in enumerate(kept):
         others, _ = dedupe(part.train, asked)
         others, _ = dedupe(others, answered, answers=True)
         kept[i] = dataclasses.replace(part, train=others)
-    if not _train(kept):
+    if not _all(kept, "train"):
         raise UserError(
-            f"config.data.tasks={config.data.tasks}: each of {len(_train(parts))} training records "
-            "is also in a test or the validation set; give more data, or a folder whose validation "
-            "and test files hold other prompts"
+            f"config.data.tasks={config.data.tasks}: each of {len(_all(parts, 'train'))} training "
+            "records is also in a test or the validation set; give more data, or a folder whose "
+            "validation and test files hold other prompts"
         )
     return kept
 
 
 def _take(parts: Sequence[_Part], limit: int | None) -> Sequence[_Part]:
     """The parts with `limit` training examples in all, always the same ones, in their order."""
-    total = len(_train(parts))
+    total = len(_all(parts, "train"))
     if limit is None or limit >= total:
         return parts
     chosen = set(np.random.default_rng(1).permutation(total)[:limit].tolist())
@@ -259,9 +251,9 @@ def _take(parts: Sequence[_Part], limit: int | None) -> Sequence[_Part]:
 def _encode_train(
     parts: Sequence[_Part], weighted: bool, encode: _Encode
 ) -> tuple[list[list[Encoded]], list[EncodeReport]]:
-    """What is trained on, part by part where each has a weight and in one otherwise; with reports."""
+    """What is trained on, part by part where each has a weight, else in one; and the reports."""
     if not weighted:
-        encoded, report = encode(_train(parts))
+        encoded, report = encode(_all(parts, "train"))
         return [encoded], [report]
     found = []
     for part in parts:
@@ -286,7 +278,7 @@ def _tokens_hash(encoded: list[Encoded]) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------- kept
+# -------------------------------------------------------------------------------------------- kept
 
 
 def _kept_path(
