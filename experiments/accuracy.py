@@ -50,10 +50,10 @@ from experiments.sweep import (
     train,
     workdir_of,
 )
-from flora_jax.adapters import AdapterConfig
+from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.analysis.provenance import about_run
 from flora_jax.analysis.variants import rank_for, trained_parameters
-from flora_jax.config import LEARNING_RATES, get_config
+from flora_jax.config import get_config
 from flora_jax.data import get_task, load_examples
 from flora_jax.errors import UserError, check_writable, near_misses, run_command
 from flora_jax.evaluation.run import evaluate_tasks, load_task_data
@@ -128,7 +128,7 @@ def choose_rate(
     Rates are tried with `--rate_steps` steps where that is given and none of the method's is on
     record yet: a grid over two decades around its own; a winner at the edge extends it, one at
     which the loss is no number has lost."""
-    own = LEARNING_RATES[method]
+    own = METHODS[method].learning_rate
     path = args.out / "rates" / f"{method}.json"
     record = _rates_on_record(path, rank, args)
     losses = {

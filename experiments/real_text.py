@@ -22,9 +22,10 @@ import numpy as np
 from experiments.flags import Flags, parse
 from experiments.report import beside, check_data
 from experiments.sweep import Arm, Result, best_loss, check_names, outcomes
+from flora_jax.adapters import METHODS
 from flora_jax.analysis.markdown import line, table
 from flora_jax.analysis.provenance import about_runs, header
-from flora_jax.config import LEARNING_RATES, get_config, names
+from flora_jax.config import get_config, names
 from flora_jax.data import get_task, label_request, load_examples
 from flora_jax.errors import UserError, check_writable, run_command
 from flora_jax.evaluation.loglik import choice_loglik
@@ -110,7 +111,7 @@ class Run(Arm):
             "steps": self.args.steps,
             "limit": self.args.limit,
             "rank": RANKS[self.name],
-            "learning_rate": LEARNING_RATES[self.name],
+            "learning_rate": METHODS[self.name].learning_rate,
         }
 
     def find(self) -> Result | None:

@@ -75,7 +75,8 @@ def load_run(
     from flora_jax.interop.exports import check_format
     from flora_jax.interop.model_card import describe_run
     from flora_jax.models.tokenizer import load_tokenizer
-    from flora_jax.training.runs import load_base, load_trained, model_config, read_run
+    from flora_jax.training.readback import load_trained, read_run
+    from flora_jax.training.run import load_base, model_config
 
     config = read_run(workdir)
     adapter_config, architecture, source = (

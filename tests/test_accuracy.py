@@ -13,11 +13,11 @@ import pytest
 from experiments import ablations, accuracy, report
 from experiments import sweep as engine
 from experiments.report import beside, differences
-from flora_jax import train
+from flora_jax import finetune
 from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.analysis.provenance import about_process, about_runs
 from flora_jax.analysis.variants import rank_for, trained_parameters
-from flora_jax.config import LEARNING_RATES, check_config, get_config
+from flora_jax.config import check_config, get_config
 from flora_jax.errors import UserError
 from flora_jax.files import write_json
 from flora_jax.models.config import LlamaConfig
@@ -73,7 +73,7 @@ def numbers(run):
 
 def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys):
     """Killed at ffba's first checkpoint and again between its two tests."""
-    given, given_save, given_scores = engine.run, Checkpoints.save, train.evaluate_tasks
+    given, given_save, given_scores = engine.run, Checkpoints.save, finetune.evaluate_tasks
     started, saved, kills = [], [], ["training", "scoring"]
 
     def run(config, workdir):
@@ -96,7 +96,7 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(engine, "run", run)
     monkeypatch.setattr(Checkpoints, "save", save)
-    monkeypatch.setattr(train, "evaluate_tasks", scores)
+    monkeypatch.setattr(finetune, "evaluate_tasks", scores)
     for methods in ("base,lora,ffba", "ffba"):
         with pytest.raises(KeyboardInterrupt):
             sweep(methods)
@@ -122,7 +122,7 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
     lora, ffba = found["lora-seed0"], found["ffba-seed0"]
     assert (
         abs(lora["parameters"] / ffba["parameters"] - 1) < 0.1
-        and lora["learning_rate"] == LEARNING_RATES["lora"]
+        and lora["learning_rate"] == METHODS["lora"].learning_rate
     )
     assert len(ffba["loss_curve"]) >= 1 and ffba["data"]["share_of_test_in_train"] == {
         "AddSub": 0.0,
@@ -291,12 +291,12 @@ def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch
         with pytest.raises(UserError, match="unfinished search at suite='math', not 'dialogue'"):
             choose(args)
         args.rate_steps = 0
-        assert choose(args) == (LEARNING_RATES["ffba"], {})
+        assert choose(args) == (METHODS["ffba"].learning_rate, {})
         args.model = "n"
         with pytest.raises(UserError, match="has the rate for --model m, not n"):
             choose(args)
         args.model, args.out = "m", tmp_path / "elsewhere"
-        assert choose(args) == (LEARNING_RATES["ffba"], {})
+        assert choose(args) == (METHODS["ffba"].learning_rate, {})
 
 
 def test_arms_have_the_budget_as_nearly_as_their_ranks_allow():

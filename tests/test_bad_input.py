@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from flora_jax.config import get_config
 from flora_jax.errors import run_command
 from flora_jax.train import main
-from flora_jax.training.loop import prepare
+from flora_jax.training.run import prepare
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

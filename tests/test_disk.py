@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_resume import numbers
 
-from flora_jax import export
+from flora_jax import export, finetune
 from flora_jax.data.sources import load_records
 from flora_jax.data.tasks import get_task
 from flora_jax.errors import UserError, WriteError, disk_fault, run_command
@@ -86,9 +86,7 @@ def test_a_log_and_an_adapter_that_find_no_room(small, whole, monkeypatch, tmp_p
             run(config, workdir)
         finally:
             limit(None)
-    from flora_jax import train
-
-    save = train.save_adapter
+    save = finetune.save_adapter
 
     def filled(*given, **named):
         with full(20_000):
@@ -98,7 +96,7 @@ def test_a_log_and_an_adapter_that_find_no_room(small, whole, monkeypatch, tmp_p
         monkeypatch.context() as patched,
         pytest.raises(WriteError, match="adapter cannot be written"),
     ):
-        patched.setattr(train, "save_adapter", filled)
+        patched.setattr(finetune, "save_adapter", filled)
         run(config, workdir)
     assert not (workdir / "adapter").exists()
     run(config, workdir)

@@ -10,8 +10,7 @@ from safetensors.numpy import load_file
 from flora_jax import evaluate, export, files, generate, train
 from flora_jax.config import get_config
 from flora_jax.errors import UserError, expand_path, run_command
-from flora_jax.training.loop import Metrics
-from flora_jax.training.workdir import check_workdir
+from flora_jax.training.workdir import Metrics, check_workdir
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

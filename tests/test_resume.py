@@ -17,7 +17,7 @@ from flora_jax.config import fields
 from flora_jax.errors import Stopped, UserError
 from flora_jax.train import run
 from flora_jax.training import loop
-from flora_jax.training.loop import _signals
+from flora_jax.training.signals import noted_signals
 from flora_jax.training.workdir import Metrics, check_workdir, held
 
 STEPS = 24
@@ -166,7 +166,7 @@ def test_a_second_ctrl_c_ends_at_once():
     """Not the first one after a SIGTERM, which asked for a save; schedulers may send that more than once."""
     # where tests run in the background it is ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with _signals() as noted:
+    with noted_signals() as noted:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
         assert noted == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]
@@ -182,14 +182,14 @@ def test_a_closed_terminal_ends_a_run_as_a_termination_does():
     try:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-        with _signals() as noted:
+        with noted_signals() as noted:
             signal.raise_signal(signal.SIGHUP)
         assert noted == [signal.SIGHUP] and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
-        with _signals(alone=False) as noted:
+        with noted_signals(alone=False) as noted:
             signal.raise_signal(signal.SIGHUP)
         assert noted == [] and told == [signal.SIGTERM]
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with _signals() as noted:
+        with noted_signals() as noted:
             signal.raise_signal(signal.SIGHUP)
         assert noted == [] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
@@ -233,7 +233,7 @@ def test_scores_stay_until_there_are_new_ones(small, quick_compile, tmp_path, mo
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flora_jax.train.evaluate_tasks", interrupted)
+    monkeypatch.setattr("flora_jax.finetune.evaluate_tasks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "w")
     assert json.loads((tmp_path / "w/eval.json").read_text())["evaluation"] == json.loads(

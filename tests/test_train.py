@@ -14,8 +14,10 @@ from conftest import ROOT, silent_pieces
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
+from flora_jax import finetune
 from flora_jax import train as command
 from flora_jax.adapters import METHODS
+from flora_jax.config import adapter_config as make_adapter_config
 from flora_jax.config import check_config, fields, generator_settings, get_config, read_config
 from flora_jax.data import get_task, load_examples, prompt_digests
 from flora_jax.errors import UserError, run_command
@@ -23,7 +25,8 @@ from flora_jax.evaluation.run import evaluate_tasks, load_task_data
 from flora_jax.interop.adapter_files import load_adapted, load_adapter, read_trained_on
 from flora_jax.models.config import LlamaConfig
 from flora_jax.train import main, run
-from flora_jax.training import loop, runs
+from flora_jax.training import loop
+from flora_jax.training import run as runs
 from flora_jax.training.rules import paths
 from flora_jax.training.sharding import shard_batch
 
@@ -105,7 +108,7 @@ def test_a_run_leaves_what_the_readme_names(tmp_path, small, monkeypatch):
 
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4", "8"]
     adapter_config, trained = load_adapter(workdir / "adapter", TINY, written["base_fingerprint"])
-    assert adapter_config == loop.make_adapter_config(config)
+    assert adapter_config == make_adapter_config(config)
     saved, best = flatten_dict(trained, sep="/"), checkpoint(workdir, 4)
     norms = {
         "params/final_norm/scale",
@@ -184,7 +187,7 @@ def test_bfloat16_base_and_compute(tmp_path, small, hf_directory):
     for name in "ab":
         for dtype in ("float32", "bfloat16"):
             adapted = load_adapted(model, tmp_path / name / "adapter", dtype)
-            assert adapted.fingerprint == a and adapted.adapter_config == loop.make_adapter_config(
+            assert adapted.fingerprint == a and adapted.adapter_config == make_adapter_config(
                 small()
             )
             assert {leaf.dtype for leaf in jax.tree.leaves(adapted.base)} == {np.dtype(dtype)}
@@ -410,7 +413,7 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     def scored(tasks, *_, **settings):
         return asked.update(settings, n=len(tasks[0].examples)) or {}
 
-    monkeypatch.setattr(command, "evaluate_tasks", scored)
+    monkeypatch.setattr(finetune, "evaluate_tasks", scored)
     values = {
         "train.steps": 6, "train.log_every": 4, "train.eval_every": 5, "train.save_every": 3, "train.keep": 3,
         "eval.tasks": "chain_sum", "eval.protocol": "lm_eval", "eval.limit": 5, "eval.batch_size": 3,

@@ -1,5 +1,4 @@
-"""The family as a table: a method is a row that says where z is read, where it is added and where
-it is written.
+"""The family as a table: a row says where z is read, where it is added and where it is written.
 
 Every adapter here computes `z = s · act(x A)`, a narrow product of r channels a piece, and puts z
 somewhere. What sets the methods apart is only (a) which inputs the A's read, (b) how z returns to
@@ -43,30 +42,45 @@ class Method:
     writes: Literal["block", "stream"] | None = None
     # The side that starts at zero, so that step 0 equals the base.
     zero: Literal["A", "B"] = "B"
-    # Whether the trained adapter is a change of W alone; a path around the block's non-linearity is
-    # not.
+    # Whether the trained adapter is a change of W alone; a path around the non-linearity is not.
     mergeable: bool = False
     # Whether `act` may be non-linear (the path around the block only).
     activation: bool = False
+    # The peak rate of a run that names none. A zero A with a full B moves the output 18 to 64 times
+    # as far in one Adam step as LoRA's zero B does, so the rate belongs to the method (README, "The
+    # family"). For scale s = 1; ffba_qd_add's is a guess, and fft's a third of what was best on
+    # SmolLM2-135M, for larger models want less.
+    learning_rate: float | None = None
 
 
-_LORA = Method(reads="projection", adds="matrix", zero="B", mergeable=True)
-_FPA = Method(reads="block", writes="block", zero="B", activation=True)
+_LORA = Method(reads="projection", adds="matrix", zero="B", mergeable=True, learning_rate=1e-3)
+_FFA = Method(
+    reads="projection",
+    adds="repeat",
+    add_to=PROJECTIONS,
+    zero="A",
+    mergeable=True,
+    learning_rate=1e-4,
+)
+_FPA = Method(reads="block", writes="block", zero="B", activation=True, learning_rate=1e-3)
+_ZFLORA = Method(reads="output", writes="stream", zero="A", learning_rate=1e-4)
 
 
 def _ffba(*add_to: str) -> Method:
-    return Method(reads="input", adds="repeat", add_to=add_to, writes="block", zero="A")
+    return Method(
+        reads="input", adds="repeat", add_to=add_to, writes="block", zero="A", learning_rate=3e-4
+    )
 
 
 METHODS: dict[str, Method] = {
-    "fft": Method(reads=None),
+    "fft": Method(reads=None, learning_rate=5e-5),
     "lora": _LORA,
     "pf_lora": _LORA,
-    "ffa": Method(reads="projection", adds="repeat", add_to=PROJECTIONS, zero="A", mergeable=True),
+    "ffa": _FFA,
     "fpa": _FPA,
     "parallel": _FPA,
     "ffba": _ffba("q", "k", "v", "gate", "up"),
     "ffba_qg_add": _ffba("q", "gate"),
     "ffba_qd_add": _ffba("q", "down"),
-    "zflora": Method(reads="output", writes="stream", zero="A"),
+    "zflora": _ZFLORA,
 }

@@ -1,1 +1,1 @@
-"""Training: loss, optimizer, sharding, step, checkpoints, loop."""
+"""Training: inputs, loss, optimizer, sharding, step, checkpoints, loop."""

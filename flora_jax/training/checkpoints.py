@@ -1,13 +1,15 @@
 """Checkpoints of everything that trains, never of the frozen base.
 
-One checkpoint holds `state` (step, trainable leaves, optimizer, key), `data` (the grain iterator, one file a
-process) and `meta` (adapter configuration, base fingerprint, validation losses). It can be restored on another mesh.
+One checkpoint holds `state` (step, trainable leaves, optimizer, key), `data` (the grain iterator,
+one file a process) and `meta` (adapter configuration, base fingerprint, validation losses). It can
+be restored on another mesh.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +34,10 @@ FORMAT_VERSION = 1
 
 
 class _Best(checkpoint_managers.PreservationPolicy):
-    """Keeps one step. orbax's own BestN forgets, in a run that is resumed, how good the steps before were."""
+    """Keeps one step.
+
+    orbax's own BestN forgets, in a run that is resumed, how good the steps before were.
+    """
 
     step: int | None = None
 
@@ -73,8 +78,9 @@ class Checkpoints:
     def save(
         self, state: TrainState, data: grain.DatasetIterator, meta: dict[str, Any], best: int | None
     ) -> None:
-        """Writes a checkpoint at `state.step`, unless there is one, and keeps that of step `best` beside the latest.
+        """Writes a checkpoint at `state.step`, unless there is one.
 
+        The one of step `best` is kept beside the latest.
         Raises WriteError where the disk refuses it. The earlier ones stay as they are.
         """
         step = int(state.step)
@@ -108,7 +114,10 @@ class Checkpoints:
     def restore(
         self, step: int, like: TrainState, data: grain.DatasetIterator | None = None
     ) -> TrainState:
-        """The state at `step`, with the shapes, dtypes and shardings of `like`; sets `data` to its place then."""
+        """The state at `step`, with the shapes, dtypes and shardings of `like`.
+
+        Sets `data` to its place then.
+        """
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
             _raw(like),
@@ -121,7 +130,7 @@ class Checkpoints:
         return TrainState(**{**state, "key": jax.random.wrap_key_data(state["key"])})
 
     def trained(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-        """The trainable leaves at `step` alone, as numpy arrays of the shapes and dtypes of `like`."""
+        """The trainable leaves at `step` alone: numpy arrays of the shapes and dtypes of `like`."""
         checkpointer = ocp.PyTreeCheckpointer()
         item = {"trainable": like}
         arguments = jax.tree.map(
@@ -140,7 +149,10 @@ class Checkpoints:
 
 
 def _check_values(tree: Any) -> None:
-    """Raises ValueError, with its path, for a leaf that holds a value that is not finite; of what this process has."""
+    """Raises ValueError, with its path, for a leaf that holds a value that is not finite.
+
+    Each process looks at what it has.
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         parts = (
             [shard.data for shard in leaf.addressable_shards]
@@ -157,8 +169,9 @@ def _check_values(tree: Any) -> None:
 def _quiet() -> Iterator[None]:
     """What fails in a thread of orbax is raised here in the end, and said once.
 
-    The other threads and tasks end later, some of them after the block, and each says so with a traceback: in absl's
-    log, in asyncio's, or as an error that nobody can catch. After a failure they are therefore not heard any more.
+    The other threads and tasks end later, some of them after the block, and each says so with a
+    traceback: in absl's log, in asyncio's, or as an error that nobody can catch. After a failure
+    they are therefore not heard any more.
     """
     verbosity, hook = absl.logging.get_verbosity(), sys.unraisablehook
 
@@ -198,19 +211,21 @@ def readable(where: str, remedy: str) -> Iterator[None]:
 def check_meta(
     meta: Mapping[str, Any], adapter: AdapterConfig, base: str, data: Mapping[str, str], where: str
 ) -> None:
-    """Raises UserError unless a checkpoint was written with this adapter configuration, base and data (sha256 by name
-    of what is trained and validated on)."""
+    """Raises UserError unless a checkpoint was written with this adapter, base and data.
+
+    data: sha256 by name of what is trained and validated on.
+    """
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(
             f"{where}: format_version={meta['format_version']} cannot be read; {FORMAT_VERSION} can"
         )
     # the first checkpoints had no such field
     written = {"zero_init": adapter.row.zero, **meta["adapter"]}
-    for field, value in _plain(dataclasses.asdict(adapter)).items():
+    for field, value in adapter_meta(adapter).items():
         if written.get(field) != value:
             raise UserError(
-                f"{where}: it was written with adapter.{field}={written.get(field)!r}, not {value!r}; "
-                "use the same adapter, or another --workdir"
+                f"{where}: it was written with adapter.{field}={written.get(field)!r}, "
+                f"not {value!r}; use the same adapter, or another --workdir"
             )
     if meta["base_fingerprint"] != base:
         raise UserError(
@@ -220,18 +235,14 @@ def check_meta(
     for name, digest in data.items():
         if meta["data"].get(name) != digest:
             raise UserError(
-                f"{where}: the records of {name} have changed since (sha256 {meta['data'].get(name)}, now {digest}); "
-                "use the same data, or another --workdir"
+                f"{where}: the records of {name} have changed since (sha256 "
+                f"{meta['data'].get(name)}, now {digest}); use the same data, or another --workdir"
             )
 
 
 def adapter_meta(adapter: AdapterConfig) -> dict[str, Any]:
     """The adapter configuration as plain JSON values."""
-    return _plain(dataclasses.asdict(adapter))
-
-
-def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    return json.loads(json.dumps(dataclasses.asdict(adapter)))
 
 
 def _raw(state: TrainState) -> dict[str, Any]:

@@ -1,29 +1,30 @@
-"""From `config.data` to tokens: what is trained on, what is validated on, and an account of both."""
+"""From `config.data` to tokens: what is trained and validated on, and an account of both."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import ml_collections
 import numpy as np
 
-from flora_jax.config import generator_settings, names, task_weights
+from flora_jax.config import names, scored_tasks, task_weights, trained_tasks
 from flora_jax.data import (
     CONTAMINATED,
     Encoded,
+    EncodeReport,
     Example,
     Task,
     data_hash,
     dedupe,
     encode_all,
-    expand,
-    get_task,
     has_split,
     load_examples,
     prompt_digests,
@@ -43,7 +44,9 @@ class Inputs:
     """Encoded examples, and what a result file says of them.
 
     prompts: digests of those of all training records, whether they were dropped or not.
-    parts: where tasks have weights, the number of training examples of each, in order, and its weight."""
+    parts: where tasks have weights, the number of training examples of each, in order, and its
+    weight.
+    """
 
     train: list[Encoded]
     validation: list[Encoded]
@@ -53,8 +56,10 @@ class Inputs:
 
 
 def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast) -> Inputs:
-    """The tasks of `config.data`, read, de-duplicated and encoded; what was once is kept under the cache folder and
-    found there by the next start with the same data, tokenizer and settings. Raises UserError.
+    """The tasks of `config.data`, read, de-duplicated and encoded.
+
+    What was once is kept under the cache folder, and found there by the next start with the same
+    data, tokenizer and settings. Raises UserError.
     """
     path = _kept_path(config, tokenizer)
     inputs = path and _read_inputs(path)
@@ -65,124 +70,204 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenize
     return inputs
 
 
-def _prepare(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast) -> Inputs:
-    """Reads, de-duplicates and encodes the tasks.
+# ----------------------------------------------------------------------------------------- prepare
 
-    A task without a validation split gives a fixed sample of its training records. Records whose prompt is also in a
-    test set, of `config.eval.tasks` or of a trained task itself, are dropped from both and counted; so are training
-    records whose prompt is in the validation set (of a JSONL file, where one prompt may have many answers: prompt and
-    answer). Where they are more than 1 % of a test of `config.eval.tasks`, its near
-    doubles will be in the data as well: that is refused unless `config.data.allow_contaminated`. Raises UserError.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One task's examples, in the order of its records.
+
+    records: all of its training split; of them train lacks what is held out.
+    hashes: sha256 of the data of each split that was read, by `task/split`.
     """
+
+    task: Task
+    records: list[Example]
+    train: list[Example]
+    validation: list[Example]
+    hashes: dict[str, str]
+
+
+_Tests = dict[str, list[Example]]  # the test sets by their tasks' names
+_Encode = Callable[[Sequence[Example]], tuple[list[Encoded], EncodeReport]]
+
+
+def _prepare(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast) -> Inputs:
+    """Reads, de-duplicates and encodes the tasks. Raises UserError."""
     data = config.data
-    tasks = [get_task(name, generator_settings(config)) for name in expand(names(data.tasks))]
     weights = task_weights(config)
-    by_task: list[list[Example]] = []
-    loaded: list[Example] = []
-    own: list[Example] = []  # what is held out of files whose prompts may repeat
-    validation: list[Example] = []
-    hashes = {}
-    share = max(1, data.validation_size // len(tasks))
-    for task in tasks:
-        examples = load_examples(task, "train", data.dir, data.cache_dir)
-        hashes[f"{task.name}/train"] = data_hash(task, "train", data.dir)
-        loaded += examples
-        if has_split(task, "validation", data.dir):
-            held_out = load_examples(task, "validation", data.dir, data.cache_dir)[:share]
-            hashes[f"{task.name}/validation"] = data_hash(task, "validation", data.dir)
-        else:
-            if len(examples) < 2:
-                raise UserError(
-                    f"task {task.name!r}: one record is too few, since it has no validation split and some "
-                    "records are held out; give more, or a folder with a validation file"
-                )
-            order = np.random.default_rng(0).permutation(len(examples))
-            chosen = set(order[: min(share, max(1, len(examples) // 10))].tolist())
-            held_out = [examples[i] for i in sorted(chosen)]
-            examples = [example for i, example in enumerate(examples) if i not in chosen]
-        by_task.append(examples)
-        validation += held_out
-        own += held_out if task.source == "jsonl" else []
-    tests: list[Example] = []
-    scored = {name: get_task(name, generator_settings(config)) for name in names(config.eval.tasks)}
-    # One file given by its path is a test set only where it is to be scored.
-    beside = [task for task in tasks if not _is_file(task) and has_split(task, "test", data.dir)]
-    overlaps = {}
-    for name, task in {**{task.name: task for task in beside}, **scored}.items():
-        asked = load_examples(task, "test", data.dir, data.cache_dir)
-        tests += asked
-        if name in scored:
-            overlaps[name] = dedupe(asked, loaded)[1] / len(asked)
-            if overlaps[name] > CONTAMINATED and not data.allow_contaminated:
-                raise UserError(
-                    f"config.data.tasks={data.tasks}: {100 * overlaps[name]:.1f} % of the test questions of {name!r} "
-                    "are in the training data; leave that test or that data out, or set config.data.allow_contaminated"
-                )
-    before = sum(map(len, by_task))
-    validation, dropped_validation = dedupe(validation, tests)
-    if not validation:
-        raise UserError(
-            f"config.data.tasks={data.tasks}: each validation record is also in a test set"
-        )
-    of_own = set(map(id, own))
-    kept, _ = dedupe(
-        list(itertools.chain(*by_task)), [*(e for e in validation if id(e) not in of_own), *tests]
+    read = _read(config)
+    tests = _read_tests(config, [part.task for part in read])
+    overlaps = _refuse_contaminated(config, tests, read)
+    clean = _drop_overlaps(config, tests, read)
+    encode = functools.partial(
+        encode_all,
+        tokenizer=tokenizer,
+        style=data.prompt_style,
+        loss_on=data.loss_on,
+        max_length=data.max_length,
+        silent=jax.process_index() != 0,
     )
-    kept, _ = dedupe(kept, own, answers=True)
-    dropped = before - len(kept)
-    if not kept:
-        raise UserError(
-            f"config.data.tasks={data.tasks}: each of {before} training records is also in a test or the validation "
-            "set; give more data, or a folder whose validation and test files hold other prompts"
-        )
-    if data.limit is not None and data.limit < len(kept):
-        chosen = np.random.default_rng(1).permutation(len(kept))[: data.limit]
-        kept = [kept[i] for i in chosen]
-    trained = set(map(id, kept))
-    by_task = [[example for example in examples if id(example) in trained] for examples in by_task]
-    settings = {
-        "style": data.prompt_style,
-        "loss_on": data.loss_on,
-        "max_length": data.max_length,
-        "silent": jax.process_index() != 0,
-    }
-    parts = by_task if weights else [list(itertools.chain(*by_task))]
-    encoded_parts, reports = [], []
-    for task, part in zip(tasks, parts, strict=False):
-        try:
-            found, report = encode_all(part, tokenizer, **settings)
-        except UserError as error:
-            raise UserError(
-                f"task {task.name!r}, which has a weight: {error}" if weights else str(error)
-            ) from None
-        encoded_parts.append(found)
-        reports.append(report)
-    encoded = list(itertools.chain(*encoded_parts))
-    validation_encoded, validation_report = encode_all(validation, tokenizer, **settings)
+    encoded, reports = _encode_train(_take(clean, data.limit), bool(weights), encode)
+    train = list(itertools.chain(*encoded))
+    validation, validation_report = encode(_all(clean, "validation"))
     account = {
-        "tasks": [task.name for task in tasks],
+        "tasks": [part.task.name for part in read],
         "sha256": {
-            **hashes,
-            "tokens": _tokens_hash(encoded),
-            "validation tokens": _tokens_hash(validation_encoded),
+            **dict(itertools.chain(*(part.hashes.items() for part in read))),
+            "tokens": _tokens_hash(train),
+            "validation tokens": _tokens_hash(validation),
         },
         "weights": weights,
         "train": _together([dataclasses.asdict(report) for report in reports]),
         "validation": dataclasses.asdict(validation_report),
-        "dropped_as_in_test": dropped,
+        "dropped_as_in_test": len(_all(read, "train")) - len(_all(clean, "train")),
         "share_of_test_in_train": overlaps,  # before those records were dropped
-        "dropped_from_validation": dropped_validation,
+        "dropped_from_validation": len(_all(read, "validation")) - len(_all(clean, "validation")),
     }
-    sizes = weights and list(zip(map(len, encoded_parts), weights, strict=True))
-    return Inputs(encoded, validation_encoded, account, prompt_digests(loaded), sizes)
+    sizes = weights and list(zip(map(len, encoded), weights, strict=True))
+    return Inputs(train, validation, account, prompt_digests(_all(read, "records")), sizes)
+
+
+def _all(parts: Iterable[_Part], which: Literal["records", "train", "validation"]) -> list[Example]:
+    return list(itertools.chain(*(getattr(part, which) for part in parts)))
+
+
+def _read(config: ml_collections.ConfigDict) -> list[_Part]:
+    """Each task that is trained on, with its equal share of what validates."""
+    tasks = trained_tasks(config)
+    share = max(1, config.data.validation_size // len(tasks))
+    return [_read_part(task, share, config.data) for task in tasks]
+
+
+def _read_part(task: Task, share: int, data: ml_collections.ConfigDict) -> _Part:
+    """One task; without a validation split, a fixed sample of its training records validates."""
+    records = load_examples(task, "train", data.dir, data.cache_dir)
+    hashes = {f"{task.name}/train": data_hash(task, "train", data.dir)}
+    if has_split(task, "validation", data.dir):
+        train = records
+        validation = load_examples(task, "validation", data.dir, data.cache_dir)[:share]
+        hashes[f"{task.name}/validation"] = data_hash(task, "validation", data.dir)
+    else:
+        chosen = _held_out(task, len(records), share)
+        train = [example for i, example in enumerate(records) if i not in chosen]
+        validation = [records[i] for i in sorted(chosen)]
+    return _Part(task=task, records=records, train=train, validation=validation, hashes=hashes)
+
+
+def _held_out(task: Task, records: int, share: int) -> set[int]:
+    """Which of a task's training records validate: at most a tenth of them."""
+    if records < 2:
+        raise UserError(
+            f"task {task.name!r}: one record is too few, since it has no validation split and some "
+            "records are held out; give more, or a folder with a validation file"
+        )
+    order = np.random.default_rng(0).permutation(records)
+    return set(order[: min(share, max(1, records // 10))].tolist())
+
+
+def _read_tests(config: ml_collections.ConfigDict, trained: Sequence[Task]) -> _Tests:
+    """The test sets of the tasks that are trained on and of those that are scored.
+
+    One file given by its path is a test set only where it is to be scored.
+    """
+    data = config.data
+    beside = [task for task in trained if not _is_file(task) and has_split(task, "test", data.dir)]
+    tasks = {task.name: task for task in beside}
+    tasks |= zip(names(config.eval.tasks), scored_tasks(config), strict=True)
+    return {
+        name: load_examples(task, "test", data.dir, data.cache_dir) for name, task in tasks.items()
+    }
+
+
+def _refuse_contaminated(
+    config: ml_collections.ConfigDict, tests: _Tests, parts: Sequence[_Part]
+) -> dict[str, float]:
+    """The share of each scored test whose prompts are among the training records.
+
+    Where it is more than 1 %, the test's near doubles will be in the data as well: a UserError
+    unless `config.data.allow_contaminated`.
+    """
+    records = _all(parts, "records")
+    scored = names(config.eval.tasks)
+    overlaps = {}
+    for name in [name for name in tests if name in scored]:
+        share = overlaps[name] = dedupe(tests[name], records)[1] / len(tests[name])
+        if share > CONTAMINATED and not config.data.allow_contaminated:
+            raise UserError(
+                f"config.data.tasks={config.data.tasks}: {100 * share:.1f} % of the test questions "
+                f"of {name!r} are in the training data; leave that test or that data out, or set "
+                "config.data.allow_contaminated"
+            )
+    return overlaps
+
+
+def _drop_overlaps(
+    config: ml_collections.ConfigDict, tests: _Tests, parts: Sequence[_Part]
+) -> list[_Part]:
+    """The parts without records that are in a test set, nor training records that validate.
+
+    They are known by their prompt. Of a JSONL file, where one prompt may have many answers, the
+    training records that validate are known by prompt and answer.
+    """
+    tested = list(itertools.chain(*tests.values()))
+    kept = [
+        dataclasses.replace(part, validation=dedupe(part.validation, tested)[0]) for part in parts
+    ]
+    if not _all(kept, "validation"):
+        raise UserError(
+            f"config.data.tasks={config.data.tasks}: each validation record is also in a test set"
+        )
+    asked = tested + _all([part for part in kept if part.task.source != "jsonl"], "validation")
+    answered = _all([part for part in parts if part.task.source == "jsonl"], "validation")
+    for i, part in enumerate(kept):
+        others, _ = dedupe(part.train, asked)
+        others, _ = dedupe(others, answered, answers=True)
+        kept[i] = dataclasses.replace(part, train=others)
+    if not _all(kept, "train"):
+        raise UserError(
+            f"config.data.tasks={config.data.tasks}: each of {len(_all(parts, 'train'))} training "
+            "records is also in a test or the validation set; give more data, or a folder whose "
+            "validation and test files hold other prompts"
+        )
+    return kept
+
+
+def _take(parts: Sequence[_Part], limit: int | None) -> Sequence[_Part]:
+    """The parts with `limit` training examples in all, always the same ones, in their order."""
+    total = len(_all(parts, "train"))
+    if limit is None or limit >= total:
+        return parts
+    chosen = set(np.random.default_rng(1).permutation(total)[:limit].tolist())
+    places = itertools.count()
+    return [
+        dataclasses.replace(
+            part, train=[example for example in part.train if next(places) in chosen]
+        )
+        for part in parts
+    ]
+
+
+def _encode_train(
+    parts: Sequence[_Part], weighted: bool, encode: _Encode
+) -> tuple[list[list[Encoded]], list[EncodeReport]]:
+    """What is trained on, part by part where each has a weight, else in one; and the reports."""
+    if not weighted:
+        encoded, report = encode(_all(parts, "train"))
+        return [encoded], [report]
+    found = []
+    for part in parts:
+        try:
+            found.append(encode(part.train))
+        except UserError as error:
+            raise UserError(f"task {part.task.name!r}, which has a weight: {error}") from None
+    return [encoded for encoded, _ in found], [report for _, report in found]
 
 
 def _together(reports: list[dict[str, int]]) -> dict[str, int]:
     """One account of several parts' examples."""
-    return {
-        field: (max if field == "longest" else sum)(r[field] for r in reports)
-        for field in reports[0]
-    }
+    total = {field: sum(report[field] for report in reports) for field in reports[0]}
+    return {**total, "longest": max(report["longest"] for report in reports)}
 
 
 def _tokens_hash(encoded: list[Encoded]) -> str:
@@ -193,46 +278,39 @@ def _tokens_hash(encoded: list[Encoded]) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------- kept
+# -------------------------------------------------------------------------------------------- kept
 
 
 def _kept_path(
     config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast
 ) -> Path | None:
-    """The file whose name says all that the inputs depend on: data, tokenizer, settings and the code that makes them.
-    None where the tokenizer's contents cannot be told."""
+    """The file whose name says all that the inputs depend on.
+
+    That is data, tokenizer, settings and the code that makes them. None where the tokenizer's
+    contents cannot be told.
+    """
     known = tokenizer_digest(tokenizer)
     if known is None:
         return None
     data = config.data.to_dict()
-    folder, cache = data.pop("dir"), data.pop("cache_dir")
-    trained = [
-        (name, get_task(name, generator_settings(config)))
-        for name in expand(names(config.data.tasks))
-    ]
-    scored = [
-        (name, get_task(name, generator_settings(config))) for name in names(config.eval.tasks)
-    ]
+    folder = data.pop("dir")
+    cache = data.pop("cache_dir")
     asked = [
         (task, split)
-        for _, task in trained
+        for task in trained_tasks(config)
         for split in SPLITS
         if split == "train" or not _is_file(task)
     ]
-    asked += [(task, "test") for _, task in scored]
-    found = [
-        (
-            task.name,
-            split,
-            data_hash(task, split, folder) if has_split(task, split, folder) else None,
-        )
-        for task, split in asked
-    ]
+    asked += [(task, "test") for task in scored_tasks(config)]
+    found = [(task.name, split, _hash_if_there(task, split, folder)) for task, split in asked]
     code = code_digest("data", "tokens.py", "training/inputs.py")
     about = json.dumps([known, code, data, config.eval.tasks, found], sort_keys=True, default=list)
-    return (
-        cache_root(cache) / "encoded" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.arrays"
-    )
+    name = hashlib.sha256(about.encode()).hexdigest()[:32]
+    return cache_root(cache) / "encoded" / f"{name}.arrays"
+
+
+def _hash_if_there(task: Task, split: str, folder: str | None) -> str | None:
+    return data_hash(task, split, folder) if has_split(task, split, folder) else None
 
 
 def _is_file(task: Task) -> bool:

@@ -1,11 +1,12 @@
 """Cross-entropy over a large vocabulary without ever holding all logits.
 
-Positions that the loss does not count are never scored: each row's counted positions are moved to its front, and
-chunks that hold none are skipped. A chunk's logits live once, block of the vocabulary by block: the forward pass takes
-from them the loss and, as an online softmax (Milakov and Gimelshein 2018), its gradient with respect to the hidden
-states, so nothing is computed a second time for the backward pass.
+Positions that the loss does not count are never scored: each row's counted positions are moved to
+its front, and chunks that hold none are skipped. A chunk's logits live once, block of the
+vocabulary by block: the forward pass takes from them the loss and, as an online softmax (Milakov
+and Gimelshein 2018), its gradient with respect to the hidden states, so nothing is computed a
+second time for the backward pass.
 
-B rows, T positions, C positions of a chunk, D model width, V vocabulary, W entries of a block of it.
+B rows, T positions, C positions of a chunk, D model width, V vocabulary, W entries of its blocks.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ _BLOCK = 2048
 
 
 def vocabulary_block(vocabulary: int) -> int:
-    """How many of the vocabulary's entries to score at once: on a CPU the largest divisor from 1,024 to 2,048, or all
-    if there is none; elsewhere all, since a GPU wants large products."""
+    """How many of the vocabulary's entries to score at once.
+
+    On a CPU the largest divisor from 1,024 to 2,048, or all if there is none; elsewhere all, since
+    a GPU wants large products.
+    """
     if jax.default_backend() != "cpu":
         return vocabulary
     return next((n for n in range(_BLOCK, _BLOCK // 2 - 1, -1) if vocabulary % n == 0), vocabulary)
@@ -35,16 +39,19 @@ def chunked_cross_entropy(
 ) -> Array:
     """Sum over positions of `weights · (logsumexp(h Uᵀ) − (h Uᵀ)[target])`, float32 scalar.
 
-    hidden `[B, T, D]`, unembedding U `[V, D]`, targets `[B, T]` int32, weights `[B, T]` float32 (0: not counted);
-    chunk: positions of a row scored at once, and block, a divisor of V: entries of the vocabulary scored at once, so
-    that at most `[B, chunk, block]` logits exist. Differentiable in hidden and unembedding; the latter's gradient is
-    computed only if something asks for it.
+    hidden `[B, T, D]`, unembedding U `[V, D]`, targets `[B, T]` int32, weights `[B, T]` float32 (0:
+    not counted); chunk: positions of a row scored at once, and block, a divisor of V: entries of
+    the vocabulary scored at once, so that at most `[B, chunk, block]` logits exist. Differentiable
+    in hidden and unembedding; the latter's gradient is computed only if something asks for it.
     """
     return _forward(hidden, unembedding, targets, weights, chunk, block)[0]
 
 
 def _chunks(x: Array, order: Array, chunk: int) -> Array:
-    """`[B, T, …]` in the order of `order [B, T]`, cut along T into `[T / chunk, B, chunk, …]`, zeros at the end."""
+    """`[B, T, …]` in the order of `order [B, T]`, cut along T into `[T / chunk, B, chunk, …]`.
+
+    Zeros fill the last chunk.
+    """
     x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
     B, T = x.shape[:2]
     x = jnp.pad(x, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x.ndim - 2))
@@ -104,7 +111,8 @@ def _forward(hidden, unembedding, targets, weights, chunk, block):
     def score(h, y, w):
         with jax.named_scope("logits"):
             logsumexp, expected = _expected_entry(h, U, block)
-            # The target's logit by its own short product: a one-hot mask would be as large as the logits.
+            # The target's logit by its own short product: a one-hot mask would be as large as the
+            # logits.
             at_target = jnp.einsum("BCD,BCD->BC", h, U[y], preferred_element_type=jnp.float32)
             gradient = w[..., None] * (expected - U[y])
             return jnp.sum(w * (logsumexp - at_target)), (gradient.astype(h.dtype), logsumexp)

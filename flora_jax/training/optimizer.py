@@ -19,8 +19,11 @@ DECAY_RULES: list[tuple[str, bool]] = [(r".*(norm/scale|_bias)", False), (r".*",
 
 
 def trains(config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> dict[str, bool]:
-    """For every path among the variables, whether it trains: the adapter (all of the base for fft), and the base
-    leaves that `config.train.trainable` names."""
+    """For every path among the variables, whether it trains.
+
+    The adapter does (all of the base for fft), and the base leaves that `config.train.trainable`
+    names.
+    """
     rules = [(pattern, True) for pattern in names(config.train.trainable)]
     if config.adapter.method == "fft":
         if rules:
@@ -34,9 +37,13 @@ def trains(config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> d
 
 
 def make_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from peak / (warmup + 1) to the peak, then cosine, linear or constant."""
-    peak, warmup, steps = learning_rate(config), warmup_steps(config), config.train.steps
-    rest = max(1, steps - warmup)
+    """Learning rate by step.
+
+    A linear warm-up from peak / (warmup + 1) to the peak, then cosine, linear or constant.
+    """
+    peak = learning_rate(config)
+    warmup = warmup_steps(config)
+    rest = max(1, config.train.steps - warmup)
     after = {
         "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.optim.final_fraction),
         "linear": optax.linear_schedule(peak, peak * config.optim.final_fraction, rest),
@@ -52,7 +59,10 @@ def make_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
 def make_optimizer(
     config: ml_collections.ConfigDict, variables: Mapping[str, Any], trained: Mapping[str, bool]
 ) -> optax.GradientTransformation:
-    """The gradient transformation for the leaves of `variables` (arrays or shapes) that `trained` names."""
+    """The gradient transformation for the leaves that `trained` names.
+
+    variables: the tree that they are among, of arrays or shapes.
+    """
     leaves = [path for path, does in trained.items() if does]
     decays = decide(DECAY_RULES, list(paths(variables)), "weight decay")
     decays = tree({path: decays[path] for path in leaves})

@@ -1,4 +1,4 @@
-"""What a run says: a table of parameters and memory at its start, then a progress bar or plain lines."""
+"""What a run says: a table of parameters and memory first, then a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -14,14 +14,12 @@ from tqdm import tqdm
 from flora_jax.config import learning_rate
 from flora_jax.errors import silence
 from flora_jax.training.rules import paths
-
-if TYPE_CHECKING:
-    from flora_jax.training.loop import Run
+from flora_jax.training.run import Run
 
 
 @contextlib.contextmanager
 def _outlived() -> Iterator[None]:
-    """A run goes on where nobody is left to read what it says: a terminal that closed, a pipe into `head`."""
+    """A run goes on where nobody is left to read what it says: a terminal that closed, `| head`."""
     try:
         yield
     except OSError:
@@ -45,7 +43,7 @@ def _count(tree: Any) -> tuple[int, int, int]:
 
 
 def parameter_table(run: Run) -> str:
-    """Rows of frozen base, what trains by collection and projection group, optimizer state; % trainable below."""
+    """Rows of frozen base, what trains by projection group, optimizer state; % trainable below."""
     rows = [("frozen base", *_count(run.frozen))]
     for collection, tree in run.state.trainable.items():
         groups: dict[str, list[Any]] = {}
@@ -89,17 +87,23 @@ def print_start(run: Run, start: int) -> None:
         )
     if data["dropped_as_in_test"]:
         say(
-            f"{data['dropped_as_in_test']:,} training records dropped: they are in a validation or test set"
+            f"{data['dropped_as_in_test']:,} training records dropped: they are in a validation or "
+            "test set"
         )
     if start:
         say(f"resuming after step {start}")
 
 
 class Progress:
-    """A tqdm bar on a terminal, plain log lines elsewhere, both with rate and time left; the first process alone."""
+    """A tqdm bar on a terminal, plain log lines elsewhere, both with rate and time left.
+
+    In the first process alone.
+    """
 
     def __init__(self, start: int, steps: int):
-        self._start, self._steps, self._main = start, steps, jax.process_index() == 0
+        self._start = start
+        self._steps = steps
+        self._main = jax.process_index() == 0
         self._terminal = sys.stderr.isatty()
         self._clock = time.perf_counter()
         self._bar = tqdm(

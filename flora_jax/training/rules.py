@@ -1,8 +1,9 @@
-"""Ordered path rules: what trains, what decays, at which rate, on which mesh axes. First match wins.
+"""Ordered path rules: what trains, decays, at which rate, on which mesh axes. First match wins.
 
 A path is the leaf's place among the variables, such as `params/layers/attention/qkv/q_kernel` or
-`adapter/layers/mlp/down/down_B`; a rule is a regular expression that must match the whole of it. A path that no rule
-covers, and a rule that decides nothing, are errors: both are how misspelt names hide.
+`adapter/layers/mlp/down/down_B`; a rule is a regular expression that must match the whole of it. A
+path that no rule covers, and a rule that decides nothing, are errors: both are how misspelt names
+hide.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ def tree(leaves: Mapping[str, Any]) -> Tree:
 def decide(
     rules: Sequence[tuple[str, T]], names: Sequence[str], what: str, default: T | None = None
 ) -> dict[str, T]:
-    """The value of the first rule that matches each path, or the default where one is given and no rule matches;
-    UserError on an uncovered path or an idle rule."""
+    """The value of the first rule that matches each path, by path.
+
+    Where no rule matches it is the default, if one is given. Raises UserError on an uncovered path
+    or an idle rule.
+    """
     for pattern, _ in rules:
         try:
             re.compile(pattern)

@@ -1,7 +1,7 @@
 """Where arrays live: a mesh with the axes (data, fsdp, tensor), and one table of path rules.
 
-Batches are split over data and fsdp. Each weight is split over fsdp along the model width and over tensor along its
-heads or ffn channels; adapters are small and split over fsdp alone.
+Batches are split over data and fsdp. Each weight is split over fsdp along the model width and over
+tensor along its heads or ffn channels; adapters are small and split over fsdp alone.
 """
 
 from __future__ import annotations
@@ -27,31 +27,37 @@ BATCH = P(("data", "fsdp"))
 
 
 def make_mesh(config: ml_collections.ConfigDict, devices: list[Any] | None = None) -> Mesh:
-    """The mesh of `config.mesh` over all devices. Raises UserError unless the axes multiply to their number."""
+    """The mesh of `config.mesh` over all devices.
+
+    Raises UserError unless the axes multiply to their number.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = [config.mesh[axis] for axis in AXES]
     if sizes.count(-1) > 1:
         raise UserError(
-            f"config.mesh: only one axis may be -1, but data,fsdp,tensor={','.join(map(str, sizes))}"
+            "config.mesh: only one axis may be -1, but "
+            f"data,fsdp,tensor={','.join(map(str, sizes))}"
         )
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
         raise UserError(
-            f"config.mesh data,fsdp,tensor={','.join(map(str, sizes))} does not fit {len(devices)} device(s): "
-            "the axes must multiply to that number"
+            f"config.mesh data,fsdp,tensor={','.join(map(str, sizes))} does not fit "
+            f"{len(devices)} device(s): the axes must multiply to that number"
         )
     if sizes[0] * sizes[1] % jax.process_count():
         raise UserError(
-            f"config.mesh data x fsdp = {sizes[0] * sizes[1]} must be a multiple of {jax.process_count()} processes, "
-            "since each feeds rows of its own; keep the tensor axis within one process"
+            f"config.mesh data x fsdp = {sizes[0] * sizes[1]} must be a multiple of "
+            f"{jax.process_count()} processes, since each feeds rows of its own; keep the tensor "
+            "axis within one process"
         )
     rows = config.train.batch_size // config.train.accumulation
     if rows % (sizes[0] * sizes[1]):
         raise UserError(
-            f"config.train.batch_size={config.train.batch_size} in {config.train.accumulation} micro-batch(es) of "
-            f"{rows} rows does not split over data x fsdp = {sizes[0] * sizes[1]} devices"
+            f"config.train.batch_size={config.train.batch_size} in {config.train.accumulation} "
+            f"micro-batch(es) of {rows} rows does not split over data x fsdp = "
+            f"{sizes[0] * sizes[1]} devices"
         )
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
@@ -86,8 +92,8 @@ def shardings(
         for axis, (size, mesh_axis) in enumerate(zip(leaves[name].shape, spec, strict=False)):
             if mesh_axis and size % mesh.shape[mesh_axis]:
                 raise UserError(
-                    f"config.mesh.{mesh_axis}={mesh.shape[mesh_axis]} does not divide axis {axis} ({size}) of {name}; "
-                    "choose a mesh axis that does"
+                    f"config.mesh.{mesh_axis}={mesh.shape[mesh_axis]} does not divide axis {axis} "
+                    f"({size}) of {name}; choose a mesh axis that does"
                 )
     return tree({name: NamedSharding(mesh, spec) for name, spec in specs.items()})
 
@@ -98,7 +104,7 @@ def optimizer_shardings(
     leaf_shardings: Mapping[str, Any],
     mesh: Mesh,
 ) -> Any:
-    """Shardings of the optimizer's state: moments like the leaf they belong to, everything else on all devices."""
+    """Of the optimizer's state: moments like the leaf they belong to, the rest on all devices."""
     state = jax.eval_shape(optimizer.init, trainable)
     return optax.tree.map_params(
         optimizer,
@@ -110,7 +116,10 @@ def optimizer_shardings(
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows `[B / processes, T]` as its part of the global batch `[B, T]`, split over data and fsdp."""
+    """This process's rows as its part of the global batch, split over data and fsdp.
+
+    Leaves `[B / processes, T]` to `[B, T]`.
+    """
     sharding = NamedSharding(mesh, BATCH)
     return {
         name: jax.make_array_from_process_local_data(sharding, value)

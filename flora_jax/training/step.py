@@ -1,8 +1,9 @@
 """The training step and the validation loss, as pure functions.
 
-The loss of a batch is the sum of its tokens' losses over the sum of their weights, however many micro-batches it is
-cut into: k micro-batches give the gradient of one big batch. Gradients are taken with respect to the trainable tree
-alone; the frozen one is an argument of the step, never closed over.
+The loss of a batch is the sum of its tokens' losses over the sum of their weights, however many
+micro-batches it is cut into: k micro-batches give the gradient of one big batch. Gradients are
+taken with respect to the trainable tree alone; the frozen one is an argument of the step, never
+closed over.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ Tree = dict[str, Any]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes. key is the run's; each step and micro-batch folds its number into it."""
+    """All that a step changes.
+
+    key is the run's; each step and micro-batch folds its number into it.
+    """
 
     step: Array
     trainable: Tree
@@ -40,9 +44,12 @@ def token_losses(
     chunk_tokens: int,
     key: Array | None = None,
 ) -> tuple[Array, Array]:
-    """`(sum of weighted losses, sum of weights)` of a batch of `[B, T]` arrays (tokens, targets, loss_weights,
-    segment_ids, positions). With a key, dropout is on. At most `chunk_tokens` positions are scored at once, or one of
-    each row if there are more rows."""
+    """`(sum of weighted losses, sum of weights)` of a batch.
+
+    Its arrays are `[B, T]`: tokens, targets, loss_weights, segment_ids, positions. With a key,
+    dropout is on. At most `chunk_tokens` positions are scored at once, or one of each row if there
+    are more rows.
+    """
     hidden, _ = model.apply(
         variables,
         batch["tokens"],
@@ -67,8 +74,9 @@ def make_train_step(
     accumulation: int = 1,
     chunk_tokens: int = 256,
 ) -> Callable[[TrainState, Tree, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """`step(state, frozen, batch) -> (state, metrics)`; batch leaves `[B, T]`, cut into `accumulation` micro-batches.
+    """`step(state, frozen, batch) -> (state, metrics)`.
 
+    The batch's leaves are `[B, T]`, cut into `accumulation` micro-batches.
     metrics: loss (mean over counted tokens), tokens (counted), gradient_norm; float32 scalars.
     """
 

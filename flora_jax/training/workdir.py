@@ -1,4 +1,4 @@
-"""A run's directory: config.json, metrics.jsonl, TensorBoard events, and the refusal to mix two runs in one."""
+"""A run's directory: config.json, metrics.jsonl, TensorBoard events; never two runs in one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tensorboardX.summary import scalar
 
 from flora_jax.config import fields, get_config
 from flora_jax.errors import UserError, check_text
-from flora_jax.files import check_plain, plain_path
+from flora_jax.files import check_plain, plain_path, write_json
 
 SCHEMA_VERSION = 1
 LOCK = ".lock"
-# Fields that a resumed run may change: they do not enter its numbers, or by rounding alone. (eval.tasks does: training
-# records that are also in those tests are dropped. distributed.processes does: each process reads its share of the
-# data.)
+# Fields that a resumed run may change: they do not enter its numbers, or by rounding alone.
+# (eval.tasks does: training records that are also in those tests are dropped. distributed.processes
+# does: each process reads its share of the data.)
 FREE_FIELDS = (
     "mesh.",
     "model.remat",
@@ -44,7 +44,7 @@ FREE_FIELDS = (
 
 
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Raises UserError if the directory cannot be written or holds anything but a run of this configuration."""
+    """Raises UserError if the directory cannot be written or holds anything but this very run."""
     check_text(str(workdir), "--workdir")
     check_plain(workdir, "--workdir")
     # os.path, since Path.exists raises below a directory that may not be read.
@@ -73,21 +73,25 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     for field in sorted(there.keys() | here.keys()):
         if there.get(field) != here.get(field) and not field.startswith(FREE_FIELDS):
             raise UserError(
-                f"--workdir={workdir} holds a run with config.{field}={there.get(field)!r}, not {here.get(field)!r}; "
-                "resume with the same configuration, or name another --workdir"
+                f"--workdir={workdir} holds a run with config.{field}={there.get(field)!r}, "
+                f"not {here.get(field)!r}; resume with the same configuration, or name another "
+                "--workdir"
             )
 
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """Keeps other processes out of the run, until this one is through or dies. Raises UserError where one is at it."""
+    """Keeps other processes out of the run, until this one is through or dies.
+
+    Raises UserError where one is at it.
+    """
     lock = FileLock(workdir / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise UserError(
-            f"--workdir={workdir} is in use: another process is training there; wait for it to end, or "
-            "name another"
+            f"--workdir={workdir} is in use: another process is training there; wait for it to "
+            "end, or name another"
         ) from None
     except (OSError, NotImplementedError):  # a file system without locks
         pass
@@ -97,8 +101,26 @@ def held(workdir: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def begun(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[None]:
+    """The directory with its config.json, held. Raises UserError as `check_workdir` does."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from None
+    with held(workdir):
+        # while this run read its weights another may have begun there, or ended
+        check_workdir(workdir, config)
+        if not (workdir / "config.json").exists():
+            write_json(
+                workdir / "config.json",
+                {"schema_version": SCHEMA_VERSION, "config": config.to_dict()},
+            )
+        yield
+
+
 class Metrics:
-    """`metrics.jsonl` (one object a line) and TensorBoard events; both cut back to the step that a run resumes at."""
+    """`metrics.jsonl` (an object a line) and TensorBoard events, cut back to where a run resumes."""
 
     def __init__(self, workdir: Path, resume_step: int):
         path = workdir / "metrics.jsonl"
@@ -119,7 +141,8 @@ class Metrics:
         self._file = path.open("a")
         folder = workdir / "tensorboard"
         folder.mkdir(exist_ok=True)
-        # The bare writer: with tensorboardX's thread before it, a disk that is full stops the run without a word.
+        # The bare writer: with tensorboardX's thread before it, a disk that is full stops the run
+        # without a word.
         self._board = EventsWriter(str(plain_path(folder, "--workdir") / "events"))
         self._board.write_event(
             Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
