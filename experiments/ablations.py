@@ -48,7 +48,7 @@ from experiments.report import (
 from flora_jax.analysis.variants import trained_parameters
 from flora_jax.config import adapter_config, learning_rate, names, read_config
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
-from flora_jax.evaluation.run import load_task_data
+from flora_jax.evaluation.task_data import Settings, load_task_data
 from flora_jax.files import write_json
 from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.models.loading import load_config
@@ -99,7 +99,9 @@ def one(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
                 write_json(path, {**result, "name": name, "same_run_as": result["name"]})
             return {**result, "name": name}
     start, workdir = time.perf_counter(), args.workdir / f"{name}-seed{seed}"
-    tasks = load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)
+    tasks = load_task_data(
+        [args.task], args.data_dir, Settings(protocol="llm_adapters"), limit=args.limit
+    )
     account, _ = train(setup, workdir)
     model, adapter = load_adapted(args.model, str(workdir / "adapter")), adapter_config(setup)
     [losses] = item_losses(model, tasks).values()
@@ -278,7 +280,7 @@ def main(argv: list[str]) -> None:
     check_writable(beside(args.out, ".md"), "--out")
     check_writable(args.out / "add_qg-seed0.json", "--out")
     # before the first run
-    load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)
+    load_task_data([args.task], args.data_dir, Settings(protocol="llm_adapters"), limit=args.limit)
     every = [name for group in known.values() for name in group]
     asked = [
         (name, seed) for group in names(args.groups) for name in known[group] for seed in seeds

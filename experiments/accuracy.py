@@ -50,7 +50,8 @@ from flora_jax.config import LEARNING_RATES, get_config, names
 from flora_jax.data import CONTAMINATED, get_task, load_examples
 from flora_jax.errors import CommandParser, UserError, check_writable, near_misses, run_command
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
-from flora_jax.evaluation.run import TaskData, evaluate_tasks, load_task_data
+from flora_jax.evaluation.run import evaluate_tasks
+from flora_jax.evaluation.task_data import Settings, TaskData, load_task_data
 from flora_jax.files import read_json, write_json
 from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.models.loading import load_config
@@ -209,12 +210,11 @@ def train(setup: Any, workdir: Path) -> tuple[dict[str, Any], dict[str, Any] | N
 
 def item_losses(model: Any, tasks: Sequence[TaskData]) -> dict[str, list[tuple[float, int]]]:
     """By task and item: the loss of the reference answer after its prompt, in nats, and its tokens."""
-    parts = (model.config, model.base, model.adapter, model.adapter_config, model.tokenizer)
     losses = {}
     for task in tasks:
         pairs = [(e.messages[0].content, " " + e.messages[-1].content) for e in task.examples]
         sizes = [len(encode_pair(model.tokenizer, *pair)[1]) for pair in pairs]
-        found = choice_loglik(*parts, [[pair] for pair in pairs])
+        found = choice_loglik(model, [[pair] for pair in pairs])
         losses[task.task.name] = [
             (-float(one), size) for [one], size in zip(found, sizes, strict=True)
         ]
@@ -226,17 +226,12 @@ def score(
 ) -> dict[str, Any]:
     """Scores of the test sets' first `--limit` items (`result`, where the run has made them), and the loss of the
     reference answers."""
-    tasks = load_task_data(suite.tests, args.data_dir, protocol=suite.protocol, limit=args.limit)
-    model = load_adapted(args.model, adapter and str(adapter))
-    result = result or evaluate_tasks(
-        tasks,
-        model.config,
-        model.base,
-        model.tokenizer,
-        protocol=suite.protocol,
-        batch_size=_EVAL_BATCH,
-        max_length=suite.max_length + 256,
+    settings = Settings(
+        protocol=suite.protocol, batch_size=_EVAL_BATCH, max_length=suite.max_length + 256
     )
+    tasks = load_task_data(suite.tests, args.data_dir, settings, limit=args.limit)
+    model = load_adapted(args.model, adapter and str(adapter))
+    result = result or evaluate_tasks(tasks, model, settings)
     for name, losses in item_losses(model, tasks).items():
         nats, sizes = zip(*losses, strict=True)
         result["tasks"][name] |= {

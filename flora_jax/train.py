@@ -27,15 +27,11 @@ from flora_jax.config import (
 )
 from flora_jax.data import get_task
 from flora_jax.errors import UserError, expand_path, near_misses, run_command, writing
-from flora_jax.evaluation.run import (
-    TaskData,
-    check_prompts,
-    evaluate_tasks,
-    is_generated,
-    load_task_data,
-)
+from flora_jax.evaluation.run import check_prompts, evaluate_tasks
+from flora_jax.evaluation.task_data import Settings, TaskData, is_generated, load_task_data
 from flora_jax.files import keep_programs, make_cache, read_json, write_result
 from flora_jax.interop.adapter_files import save_adapter
+from flora_jax.models.adapted import Adapted
 from flora_jax.models.loading import base_name
 from flora_jax.training.cluster import join, together
 from flora_jax.training.loop import check_run, train
@@ -47,7 +43,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     workdir = Path(expand_path(workdir))
     check_config(config)
     config = join(config)
-    tasks, style = together(lambda: _check(config, workdir))
+    tasks, settings = together(lambda: _check(config, workdir))
     result = train(config, workdir)
     prepared, summary = result.run, dict(result.summary)
     if jax.process_index() != 0:
@@ -76,26 +72,21 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
         write_result(path, summary, str(path))
     say(f"step {summary['step']} is the best; its adapter is in {workdir / 'adapter'}")
     if tasks:
-        summary["evaluation"] = evaluate_tasks(
-            tasks,
-            prepared.model_config,
-            result.variables["params"],
-            prepared.tokenizer,
-            adapter=result.variables.get("adapter"),
+        adapted = Adapted(
+            config=prepared.model_config,
+            base=result.variables["params"],
+            tokenizer=prepared.tokenizer,
+            fingerprint=prepared.fingerprint,
             adapter_config=prepared.adapter_config,
-            protocol=config.eval.protocol,
-            prompt_style=style,
-            published_faults=config.eval.published_faults,
-            batch_size=config.eval.batch_size,
-            max_length=min(config.eval.max_length, prepared.model_config.max_position_embeddings),
-            max_new_tokens=config.eval.max_new_tokens,
+            adapter=result.variables.get("adapter"),
         )
+        summary["evaluation"] = evaluate_tasks(tasks, adapted, settings)
         write_result(path, summary, str(path))
     return summary
 
 
-def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskData], str]:
-    """Checks all but what training itself does; the tasks to score and the style of their prompts."""
+def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskData], Settings]:
+    """Checks all but what training itself does; the tasks to score, and how they are scored."""
     setup = check_run(config, workdir)  # before its data is prepared and kept
     scored = [get_task(name, generator_settings(config)) for name in names(config.eval.tasks)]
     # Choices are scored as plain text.
@@ -115,28 +106,25 @@ def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskD
             "adapter with flora_jax.evaluate"
         )
     make_cache(config.data.cache_dir)
-    tasks = names(config.eval.tasks) and load_task_data(
-        names(config.eval.tasks),
-        config.data.dir,
+    settings = Settings(
         protocol=config.eval.protocol,
         prompt_style=style,
         published_faults=config.eval.published_faults,
+        batch_size=config.eval.batch_size,
+        max_length=min(config.eval.max_length, setup.model_config.max_position_embeddings),
+        max_new_tokens=config.eval.max_new_tokens,
+    )
+    tasks = names(config.eval.tasks) and load_task_data(
+        names(config.eval.tasks),
+        config.data.dir,
+        settings,
         limit=config.eval.limit,
         generator=generator_settings(config),
         cache_dir=config.data.cache_dir,
     )
     if tasks:
-        check_prompts(
-            tasks,
-            setup.model_config,
-            setup.tokenizer,
-            config.eval.protocol,
-            style,
-            config.eval.published_faults,
-            config.eval.max_length,
-            config.eval.max_new_tokens,
-        )
-    return tasks, style
+        check_prompts(tasks, setup.model_config, setup.tokenizer, settings)
+    return tasks, settings
 
 
 def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:

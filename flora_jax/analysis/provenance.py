@@ -20,7 +20,7 @@ def provenance(module: str, arguments: list[str], packages: tuple[str, ...] = ()
     names = ("jax", "jaxlib", "flax", "numpy", *packages)
     device = jax.devices()[0]
     return {
-        "command": shlex.join(["python", "-m", module, *map(_placeless, arguments)]),
+        "command": command_line(module, arguments),
         "device": f"{os.cpu_count()} cores, {_processor()}"
         if device.platform == "cpu"
         else device.device_kind,
@@ -34,6 +34,11 @@ def provenance(module: str, arguments: list[str], packages: tuple[str, ...] = ()
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def command_line(module: str, arguments: list[str]) -> str:
+    """A command, absolute paths in it by their last part."""
+    return shlex.join(["python", "-m", module, *map(_placeless, arguments)])
 
 
 def _commit() -> str | None:

@@ -40,6 +40,7 @@ from flora_jax.adapters import (
 from flora_jax.device import check_jax
 from flora_jax.errors import NOT_FINITE, UserError, check_text, near_misses
 from flora_jax.inference.sampling import Sampling, sample
+from flora_jax.models.adapted import Adapted
 from flora_jax.models.attention import kernel_runs
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import KVCache, Llama
@@ -359,6 +360,20 @@ class Generator:
         if self.adapter_config is not None:
             self.params = make_room(self.params, config, self.adapter_config, 1, self._row_multiple)
             self.use(next(iter(self._riders)))
+
+    @classmethod
+    def of(cls, adapted: Adapted, max_length: int, batch_size: int) -> Generator:
+        """Serves a model whose parts travel together; its adapter, where it has one, by the name
+        `adapter`."""
+        return cls(
+            adapted.config,
+            adapted.base,
+            None if adapted.adapter is None else {"adapter": adapted.adapter},
+            adapted.adapter_config,
+            adapted.tokenizer,
+            max_length,
+            batch_size,
+        )
 
     def use(self, name: str | None) -> None:
         """Switches to the adapter `name`, or with None to the bare base: writes its columns and rows into the arrays
