@@ -58,7 +58,7 @@ from flora_jax.analysis.provenance import about_runs, header
 from flora_jax.analysis.variants import trained_parameters
 from flora_jax.config import adapter_config, learning_rate, read_config
 from flora_jax.errors import UserError, check_writable, run_command
-from flora_jax.evaluation.run import load_task_data
+from flora_jax.evaluation.task_data import Settings, load_task_data
 from flora_jax.files import write_json
 from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.models.loading import load_config
@@ -167,7 +167,9 @@ class Run(Arm):
 
 def load_tasks(args: argparse.Namespace) -> Any:
     """The test items."""
-    return load_task_data([args.task], args.data_dir, protocol="llm_adapters", limit=args.limit)
+    return load_task_data(
+        [args.task], args.data_dir, Settings(protocol="llm_adapters"), limit=args.limit
+    )
 
 
 def arms(wanted: Sequence[tuple[str, int]], args: argparse.Namespace) -> Iterator[Run]:

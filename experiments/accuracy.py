@@ -56,7 +56,8 @@ from flora_jax.analysis.variants import rank_for, trained_parameters
 from flora_jax.config import get_config
 from flora_jax.data import get_task, load_examples
 from flora_jax.errors import UserError, check_writable, near_misses, run_command
-from flora_jax.evaluation.run import evaluate_tasks, load_task_data
+from flora_jax.evaluation.run import evaluate_tasks
+from flora_jax.evaluation.task_data import Settings, load_task_data
 from flora_jax.files import read_json, write_json
 from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.models.loading import load_config
@@ -297,17 +298,12 @@ def score(
 ) -> dict[str, Any]:
     """Scores of the test sets' first `--limit` items (`result`, where the run has made them), and
     the loss of the reference answers."""
-    tasks = load_task_data(suite.tests, args.data_dir, protocol=suite.protocol, limit=args.limit)
-    model = load_adapted(args.model, adapter and str(adapter))
-    result = result or evaluate_tasks(
-        tasks,
-        model.config,
-        model.base,
-        model.tokenizer,
-        protocol=suite.protocol,
-        batch_size=_EVAL_BATCH,
-        max_length=suite.max_length + 256,
+    settings = Settings(
+        protocol=suite.protocol, batch_size=_EVAL_BATCH, max_length=suite.max_length + 256
     )
+    tasks = load_task_data(suite.tests, args.data_dir, settings, limit=args.limit)
+    model = load_adapted(args.model, adapter and str(adapter))
+    result = result or evaluate_tasks(tasks, model, settings)
     for name, losses in item_losses(model, tasks).items():
         nats, sizes = zip(*losses, strict=True)
         result["tasks"][name] |= {

@@ -18,9 +18,11 @@ from typing import Any
 from experiments.flags import parse
 from flora_jax.config import generator_settings
 from flora_jax.errors import run_command
-from flora_jax.evaluation.run import evaluate_tasks, load_task_data
+from flora_jax.evaluation.run import evaluate_tasks
+from flora_jax.evaluation.task_data import Settings, load_task_data
 from flora_jax.inference.generator import Generator
 from flora_jax.interop.adapter_files import load_adapter
+from flora_jax.models.adapted import Adapted
 from flora_jax.models.loading import load_pretrained
 from flora_jax.models.tokenizer import load_tokenizer
 from flora_jax.train import run
@@ -45,27 +47,23 @@ def main(argv: list[str]) -> None:
 
     model_config, base = load_pretrained(config.model.weights)
     tokenizer = load_tokenizer(config.model.weights)
-    style = config.data.prompt_style
+    bare = Adapted(config=model_config, base=base, tokenizer=tokenizer)
+    settings = Settings(
+        protocol=config.eval.protocol,
+        prompt_style=config.data.prompt_style,
+        batch_size=config.eval.batch_size,
+    )
 
     def score_base(shots: int) -> dict[str, Any]:
         tasks = load_task_data(
             [config.data.tasks],
             None,
-            protocol=config.eval.protocol,
-            prompt_style=style,
+            settings,
             limit=config.eval.limit,
             num_fewshot=shots,
             generator=generator_settings(config),
         )
-        scored = evaluate_tasks(
-            tasks,
-            model_config,
-            base,
-            tokenizer,
-            protocol=config.eval.protocol,
-            prompt_style=style,
-            batch_size=config.eval.batch_size,
-        )
+        scored = evaluate_tasks(tasks, bare, settings)
         return scored["tasks"][config.data.tasks]
 
     limit = config.eval.limit

@@ -69,14 +69,13 @@ def build(
         for method, adapter_config in variants.items():
             adapter = random_adapter(jax.random.key(1), config, adapter_config)
             trained = Trained(
-                config,
-                base,
-                adapter_config,
-                adapter,
-                {},
-                tokenizer,
-                args.model,
-                base_fingerprint(base),
+                config=config,
+                base=base,
+                tokenizer=tokenizer,
+                fingerprint=base_fingerprint(base),
+                adapter_config=adapter_config,
+                adapter=adapter,
+                base_model=args.model,
             )
             out = Path(folder) / method
             export(trained, out, "transformers", dtype=args.dtype)

@@ -45,7 +45,7 @@ def anonymous() -> int:
 def measure(workdir: str, form: str, out: str) -> dict[str, float]:
     """Run alone in this process: seconds and growth in bytes of one export, loading the base
     included."""
-    from flora_jax.export import export_run
+    from flora_jax.training.trained import export_run
 
     # What is imported and set up once, whatever the model's size, is not what is measured.
     with tempfile.TemporaryDirectory() as folder:

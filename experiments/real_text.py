@@ -85,11 +85,7 @@ def label_accuracy(adapter: Path | None, data_dir: str, limit: int) -> dict[str,
             prompt, targets = label_request(example)
             requests.append([(prompt, " " + target) for target in targets])
         scores = choice_loglik(
-            model.config,
-            model.base,
-            model.adapter,
-            model.adapter_config,
-            model.tokenizer,
+            model,
             requests,
             batch_size=16,
         )

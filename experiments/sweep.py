@@ -25,7 +25,7 @@ from flora_jax.analysis.provenance import about_run
 from flora_jax.config import names
 from flora_jax.errors import UserError, near_misses
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
-from flora_jax.evaluation.run import TaskData
+from flora_jax.evaluation.task_data import TaskData
 from flora_jax.files import read_json, write_json
 from flora_jax.train import run
 
@@ -127,12 +127,11 @@ def best_loss(result: Result) -> float:
 def item_losses(model: Any, tasks: Sequence[TaskData]) -> dict[str, list[tuple[float, int]]]:
     """By task and item: the loss of the reference answer after its prompt, in nats, and its
     tokens."""
-    parts = (model.config, model.base, model.adapter, model.adapter_config, model.tokenizer)
     losses = {}
     for task in tasks:
         pairs = [(e.messages[0].content, " " + e.messages[-1].content) for e in task.examples]
         sizes = [len(encode_pair(model.tokenizer, *pair)[1]) for pair in pairs]
-        found = choice_loglik(*parts, [[pair] for pair in pairs])
+        found = choice_loglik(model, [[pair] for pair in pairs])
         losses[task.task.name] = [
             (-float(one), size) for [one], size in zip(found, sizes, strict=True)
         ]

@@ -1,150 +1,74 @@
-"""Scores a model, with or without an adapter, on benchmark tasks; the result goes to stdout and to a JSON file.
+"""Scores a model, with or without an adapter, on benchmark tasks; the result goes to stdout and to
+a JSON file.
 
-python -m flora_jax.evaluate --model smollm2-135m-instruct --tasks ARC-Easy,piqa --data_dir DIR --limit 200
+python -m flora_jax.evaluate --model smollm2-135m-instruct --tasks ARC-Easy,piqa --data_dir DIR
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from flora_jax.errors import CommandParser, UserError, check_writable, path_flag, run_command
-from flora_jax.models.config import DTYPES
+from flora_jax.commands import DTYPE, MODEL, RESULT, read_flags
+from flora_jax.errors import run_command
 
-
-def _parser() -> CommandParser:
-    parser = CommandParser(prog="flora_jax.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", required=True, help="HF directory, hub id, .gguf file or preset name"
-    )
-    parser.add_argument("--adapter", type=path_flag, help="adapter directory")
-    parser.add_argument(
-        "--tasks", required=True, help="comma-separated task names, or a path ending in .jsonl"
-    )
-    parser.add_argument(
-        "--data_dir",
-        help="folder with one folder a task, or tfds or tfds:DIR; generated tasks: none",
-    )
-    parser.add_argument("--protocol", default="lm_eval", help="lm_eval (default) or llm_adapters")
-    parser.add_argument(
-        "--prompt_style", default="plain", help="plain (default), chat or llm_adapters"
-    )
-    parser.add_argument(
-        "--published_faults",
-        action="store_true",
-        help="llm_adapters with the faults of its published scripts",
-    )
-    parser.add_argument(
-        "--num_fewshot", type=int, default=0, help="solved training examples before each question"
-    )
-    parser.add_argument(
-        "--generator", default="", help="of generated tasks, FIELD=NUMBER,… such as max_terms=2"
-    )
-    parser.add_argument(
-        "--limit", type=int, help="score the first N test examples of each task; default all"
-    )
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument(
-        "--max_length",
-        type=int,
-        default=1024,
-        help="tokens of prompt and generated answer together",
-    )
-    parser.add_argument(
-        "--max_new_tokens",
+FLAGS = {
+    **MODEL,
+    "tasks": dict(required=True, help="comma-separated task names, or a path ending in .jsonl"),
+    "data_dir": dict(
+        help="folder with one folder a task, or tfds or tfds:DIR; generated tasks: none"
+    ),
+    "protocol": dict(default="lm_eval", help="lm_eval (default) or llm_adapters"),
+    "prompt_style": dict(default="plain", help="plain (default), chat or llm_adapters"),
+    "published_faults": dict(
+        action="store_true", help="llm_adapters with the faults of its published scripts"
+    ),
+    "num_fewshot": dict(type=int, default=0, help="solved training examples before each question"),
+    "generator": dict(default="", help="of generated tasks, FIELD=NUMBER,… such as max_terms=2"),
+    "limit": dict(type=int, help="score the first N test examples of each task; default all"),
+    "batch_size": dict(type=int, default=16),
+    "max_length": dict(
+        type=int, default=1024, help="tokens of prompt and generated answer together"
+    ),
+    "max_new_tokens": dict(
         type=int,
         help="of a generated answer; default the task's own number, "
         "and for a JSONL file at least its longest answer's",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--seed", type=int, default=0, help="draws the few-shot examples")
-    parser.add_argument(
-        "--allow_contaminated",
+    ),
+    **DTYPE,
+    "seed": dict(type=int, default=0, help="draws the few-shot examples"),
+    "allow_contaminated": dict(
         action="store_true",
         help="score a test though over 1 %% of it was trained on; the result has the share",
-    )
-    parser.add_argument("--out", type=path_flag, help="result file, JSON")
-    return parser
+    ),
+    **RESULT,
+}
 
 
 def main(argv: list[str]) -> None:
-    args = _parser().parse_args(argv[1:])
+    """The command."""
+    args = read_flags("flora_jax.evaluate", __doc__, FLAGS, argv)
     # After the arguments are read: these imports take seconds.
-    from flora_jax.data.tasks import get_task
-    from flora_jax.evaluation.run import (
-        check_seen,
-        describe,
-        evaluate_tasks,
-        is_generated,
-        load_task_data,
-    )
+    from flora_jax.evaluation.request import read_request
+    from flora_jax.evaluation.run import describe, evaluate_tasks
+    from flora_jax.evaluation.task_data import check_seen
     from flora_jax.files import keep_programs, write_result
     from flora_jax.interop.adapter_files import load_adapted, read_trained_on
 
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size {args.batch_size} must be a positive integer")
-    if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens {args.max_new_tokens} must be a positive integer")
-    if args.out and Path(args.out).is_dir():
-        raise UserError(f"--out {args.out} is a directory; name a file")
-    if args.out:
-        check_writable(Path(args.out), "--out")
-    generator = {}
-    for pair in args.generator.split(",") if args.generator else []:
-        field, _, number = pair.partition("=")
-        if not number.strip().isdecimal():
-            raise UserError(f"--generator {pair!r} is not FIELD=NUMBER")
-        generator[field.strip()] = int(number)
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    if generator and not any(get_task(name, generator).generator for name in names):
-        raise UserError(
-            f"--generator {args.generator} has no effect: --tasks {args.tasks} names no generated task"
-        )
-    if args.max_new_tokens and not any(
-        is_generated(get_task(name, generator), args.protocol) for name in names
-    ):
-        raise UserError(
-            f"--max_new_tokens {args.max_new_tokens} has no effect: no answer of --tasks {args.tasks} is "
-            f"generated by --protocol {args.protocol}"
-        )
-    tasks = load_task_data(
-        names,
-        args.data_dir,
-        protocol=args.protocol,
-        prompt_style=args.prompt_style,
-        published_faults=args.published_faults,
-        limit=args.limit,
-        num_fewshot=args.num_fewshot,
-        seed=args.seed,
-        generator=generator,
-    )
-    seen = check_seen(
-        tasks, read_trained_on(args.adapter) if args.adapter else None, args.allow_contaminated
-    )
+    request = read_request(args)
+    trained_on = read_trained_on(args.adapter) if args.adapter else None
+    seen = check_seen(request.tasks, trained_on, args.allow_contaminated)
     keep_programs()
     model = load_adapted(args.model, args.adapter, args.dtype)
-    result = evaluate_tasks(
-        tasks,
-        model.config,
-        model.base,
-        model.tokenizer,
-        adapter=model.adapter,
-        adapter_config=model.adapter_config,
-        protocol=args.protocol,
-        prompt_style=args.prompt_style,
-        published_faults=args.published_faults,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        max_new_tokens=args.max_new_tokens,
-        about={
-            "model": args.model,
-            "adapter": args.adapter,
-            "base_fingerprint": model.fingerprint,
-            "seed": args.seed,
-            "limit": args.limit,
-            "generator": generator,
-            "share_of_test_in_train": seen,
-        },
-    )
+    about = {
+        "model": args.model,
+        "adapter": args.adapter,
+        "base_fingerprint": model.fingerprint,
+        "seed": args.seed,
+        "limit": args.limit,
+        "generator": request.generator,
+        "share_of_test_in_train": seen,
+    }
+    result = evaluate_tasks(request.tasks, model, request.settings, about=about)
     if args.out:
         write_result(Path(args.out), result, f"--out {args.out}")
     for name, scores in result["tasks"].items():

@@ -17,15 +17,11 @@ from flora_jax.config import (
     weights_source,
 )
 from flora_jax.errors import UserError, expand_path, writing
-from flora_jax.evaluation.run import (
-    TaskData,
-    check_prompts,
-    evaluate_tasks,
-    is_generated,
-    load_task_data,
-)
+from flora_jax.evaluation.run import check_prompts, evaluate_tasks
+from flora_jax.evaluation.task_data import Settings, TaskData, is_generated, load_task_data
 from flora_jax.files import make_cache, read_json, write_result
 from flora_jax.interop.adapter_files import save_adapter
+from flora_jax.models.adapted import Adapted
 from flora_jax.models.loading import base_name
 from flora_jax.training.cluster import join, together
 from flora_jax.training.loop import train
@@ -41,7 +37,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     workdir = Path(expand_path(workdir))
     check_config(config)
     config = join(config)
-    tasks, style = together(lambda: _check(config, workdir))
+    tasks, settings = together(lambda: _check(config, workdir))
     result = train(config, workdir)
     summary = dict(result.summary)
     if jax.process_index() != 0:
@@ -51,41 +47,38 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     _write_summary(path, summary)
     say(f"step {summary['step']} is the best; its adapter is in {workdir / 'adapter'}")
     if tasks:
-        summary["evaluation"] = _score(result, config, tasks, style)
+        summary["evaluation"] = _score(result, tasks, settings)
         write_result(path, summary, str(path))
     return summary
 
 
-def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskData], str]:
-    """Checks all but what training does; the tasks to score and the style of their prompts."""
+def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskData], Settings]:
+    """Checks all but what training does; the tasks to score, and how they are scored."""
     setup = check_run(config, workdir)  # before its data is prepared and kept
-    style = _prompt_style(config)
+    longest = setup.model_config.max_position_embeddings
+    settings = Settings(
+        protocol=config.eval.protocol,
+        prompt_style=_prompt_style(config),
+        published_faults=config.eval.published_faults,
+        batch_size=config.eval.batch_size,
+        max_length=min(config.eval.max_length, longest),
+        max_new_tokens=config.eval.max_new_tokens,
+    )
     _refuse_tensor_axis(config, setup)
     make_cache(config.data.cache_dir)
     scored = names(config.eval.tasks)
     if not scored:
-        return [], style
+        return [], settings
     tasks = load_task_data(
         scored,
         config.data.dir,
-        protocol=config.eval.protocol,
-        prompt_style=style,
-        published_faults=config.eval.published_faults,
+        settings,
         limit=config.eval.limit,
         generator=generator_settings(config),
         cache_dir=config.data.cache_dir,
     )
-    check_prompts(
-        tasks,
-        setup.model_config,
-        setup.tokenizer,
-        config.eval.protocol,
-        style,
-        config.eval.published_faults,
-        config.eval.max_length,
-        config.eval.max_new_tokens,
-    )
-    return tasks, style
+    check_prompts(tasks, setup.model_config, setup.tokenizer, settings)
+    return tasks, settings
 
 
 def _prompt_style(config: ml_collections.ConfigDict) -> str:
@@ -145,22 +138,15 @@ def _write_summary(path: Path, summary: dict[str, Any]) -> None:
         write_result(path, summary, str(path))
 
 
-def _score(
-    result: Result, config: ml_collections.ConfigDict, tasks: list[TaskData], style: str
-) -> dict[str, Any]:
+def _score(result: Result, tasks: list[TaskData], settings: Settings) -> dict[str, Any]:
     """What the best step makes of the tasks."""
-    architecture = result.run.model_config
-    return evaluate_tasks(
-        tasks,
-        architecture,
-        result.variables["params"],
-        result.run.tokenizer,
+    run = result.run
+    adapted = Adapted(
+        config=run.model_config,
+        base=result.variables["params"],
+        tokenizer=run.tokenizer,
+        fingerprint=run.fingerprint,
+        adapter_config=run.adapter_config,
         adapter=result.variables.get("adapter"),
-        adapter_config=result.run.adapter_config,
-        protocol=config.eval.protocol,
-        prompt_style=style,
-        published_faults=config.eval.published_faults,
-        batch_size=config.eval.batch_size,
-        max_length=min(config.eval.max_length, architecture.max_position_embeddings),
-        max_new_tokens=config.eval.max_new_tokens,
     )
+    return evaluate_tasks(tasks, adapted, settings)

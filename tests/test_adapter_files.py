@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from flora_jax.adapters import AdapterConfig, init_adapter
 from flora_jax.errors import UserError
-from flora_jax.interop import adapter_files
+from flora_jax.interop import peft_lora
 from flora_jax.interop.adapter_files import load_adapter, save_adapter
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
@@ -193,7 +193,7 @@ def test_every_field_of_peft_is_known():
             "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
             "qalora_group_size", "runtime_config", "ensure_weight_tying"}  # fmt: skip
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert fields <= read | idle | set(adapter_files._PEFT_REFUSED)
+    assert fields <= read | idle | set(peft_lora._PEFT_REFUSED)
 
 
 @pytest.mark.parametrize(

@@ -25,15 +25,17 @@ from flora_jax.errors import UserError, run_command
 from flora_jax.evaluation import published, rounds
 from flora_jax.evaluation.answers import final_label, final_letter, is_right
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
-from flora_jax.evaluation.run import (
+from flora_jax.evaluation.run import check_prompts
+from flora_jax.evaluation.task_data import (
+    Settings,
     TaskData,
-    check_prompts,
     few_shot_messages,
     few_shot_requests,
     load_task_data,
 )
 from flora_jax.inference.generator import Generation, Generator
 from flora_jax.interop.adapter_files import load_adapted, save_adapter
+from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.hf import to_hf_tensors
@@ -44,6 +46,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TINY = LlamaConfig.preset("tiny")
 ROOT = Path(__file__).parents[1]
+GENERATED = Settings(protocol="llm_adapters")
 
 NUMBERS = [
     ("The answer is 5.", "5"), ("1,234", "1234"), ("It is −1,234.50 $.", "-1234.50"), ("5-3", "3"), ("5 - 3", "3"),
@@ -251,10 +254,15 @@ def tiny():
     return base, load_tokenizer("random")
 
 
+def bare(base, tokenizer):
+    """The tiny base without an adapter."""
+    return Adapted(config=TINY, base=base, tokenizer=tokenizer)
+
+
 @pytest.fixture(scope="module")
 def scores(tiny):
     base, tokenizer = tiny
-    return choice_loglik(TINY, base, None, None, tokenizer, REQUESTS, batch_size=16)
+    return choice_loglik(bare(base, tokenizer), REQUESTS, batch_size=16)
 
 
 def test_loglik_equals_pytorch(tiny, scores):
@@ -286,8 +294,11 @@ def test_loglik_does_not_depend_on_batch(tiny, scores, method):
         lambda x: x + 0.05, init_adapter(jax.random.key(1), TINY, adapter_config)
     )
 
+    model = Adapted(config=TINY, base=base, tokenizer=tokenizer, adapter_config=adapter_config,
+                    adapter=adapter)  # fmt: skip
+
     def score(requests, b):
-        return choice_loglik(TINY, base, adapter, adapter_config, tokenizer, requests, b)
+        return choice_loglik(model, requests, b)
 
     together = score(REQUESTS, 16)
     np.testing.assert_allclose(
@@ -309,9 +320,9 @@ def test_pairs_are_cut_where_the_context_ends(tiny):
     assert encode_pair(tokenizer, "ab ", "c") == ([256, *b"ab"], list(b" c"))
     base, _ = tiny
     with pytest.raises(UserError, match="has no tokens"):
-        choice_loglik(TINY, base, None, None, tokenizer, [[("a", "")]])
+        choice_loglik(bare(base, tokenizer), [[("a", "")]])
     with pytest.raises(UserError, match="max_position_embeddings=2048"):
-        choice_loglik(TINY, base, None, None, tokenizer, [[("a" * 3000, " b")]])
+        choice_loglik(bare(base, tokenizer), [[("a" * 3000, " b")]])
 
 
 @pytest.mark.slow
@@ -327,9 +338,8 @@ def test_smollm2_equals_an_independent_harness(name, folder_at):
     examples = load_examples(get_task(name), "test", folder_at("FLORA_DATA", "data"))[:200]
     config, base = load_pretrained("smollm2-135m-instruct")
     tokenizer = load_tokenizer("smollm2-135m-instruct")
-    found = choice_loglik(
-        config, base, None, None, tokenizer, [lm_eval_request(e) for e in examples]
-    )
+    model = Adapted(config=config, base=base, tokenizer=tokenizer)
+    found = choice_loglik(model, [lm_eval_request(e) for e in examples])
     for doc, loglik in zip(reference["docs"], found, strict=True):
         np.testing.assert_allclose(loglik, doc["ll"], atol=0.02)
     right = sum(int(np.argmax(ll)) == e.gold for ll, e in zip(found, examples, strict=True))
@@ -351,16 +361,17 @@ def test_smollm2_scores_are_equal_at_batch_1_and_16(name, protocol, folder_at):
 
     config, base = load_pretrained("smollm2-135m-instruct")
     tokenizer, folder = load_tokenizer("smollm2-135m-instruct"), folder_at("FLORA_DATA", "data")
-    tasks = load_task_data([name], folder, protocol=protocol, limit=40)
+    model = Adapted(config=config, base=base, tokenizer=tokenizer)
+    tasks = load_task_data([name], folder, Settings(protocol=protocol), limit=40)
 
     def kept(scores):
         return {k: v for k, v in scores.items() if k != "seconds"}
 
     alone, together = (
         kept(
-            evaluate_tasks(tasks, config, base, tokenizer, protocol=protocol, batch_size=size)[
-                "tasks"
-            ][name]
+            evaluate_tasks(tasks, model, Settings(protocol=protocol, batch_size=size))["tasks"][
+                name
+            ]
         )
         for size in (1, 16)
     )
@@ -487,8 +498,9 @@ def test_a_call_of_a_tool_is_no_text_to_compare_with(tiny, style, content):
     good, bad = (Example((Message("user", "hi"), turn), answer=turn.content) for turn in turns)
 
     def check(*data):
-        return check_prompts([TaskData(get_task("a.jsonl"), *data, "")], TINY, byte_tokenizer(),
-                                            "llm_adapters", style, False, 999)  # fmt: skip
+        settings = Settings(protocol="llm_adapters", prompt_style=style, max_length=999)
+        tasks = [TaskData(get_task("a.jsonl"), *data, "")]
+        return check_prompts(tasks, TINY, byte_tokenizer(), settings)
 
     with pytest.raises(
         UserError, match=r"^a\.jsonl: question 1 is to be answered by a call of a tool"
@@ -509,14 +521,12 @@ def test_what_is_asked_is_never_shown(tmp_path):
     mine, folder = tmp_path / "mine.jsonl", tmp_path / "own"
     mine.write_text("".join(map(line, range(4))))
     with pytest.raises(UserError, match="has 0 examples that are not in its test split"):
-        load_task_data([str(mine)], None, protocol="llm_adapters", limit=1, num_fewshot=1)
+        load_task_data([str(mine)], None, GENERATED, limit=1, num_fewshot=1)
     folder.mkdir()
     (folder / "test.jsonl").write_text("".join(map(line, range(4))))
     (folder / "train.jsonl").write_text("".join(map(line, range(6))))
     for seed in range(8):
-        [data] = load_task_data(
-            ["jsonl"], folder, protocol="llm_adapters", num_fewshot=2, seed=seed
-        )
+        [data] = load_task_data(["jsonl"], folder, GENERATED, num_fewshot=2, seed=seed)
         assert {shot.answer for shot in data.shots} == {"8", "10"}
 
 
@@ -528,9 +538,7 @@ def test_evaluate_command(checkpoint, data_dir, tiny, tmp_path, capsys):
     result = json.loads(out.read_text())
     scores = result["tasks"]["ARC-Easy"]
     [data] = load_task_data(["ARC-Easy"], data_dir, limit=5)
-    loglik = choice_loglik(
-        TINY, base, None, None, tokenizer, [lm_eval_request(e) for e in data.examples]
-    )
+    loglik = choice_loglik(bare(base, tokenizer), [lm_eval_request(e) for e in data.examples])
     right = [int(np.argmax(ll)) == e.gold for ll, e in zip(loglik, data.examples, strict=True)]
     norm = [
         int(np.argmax([v / len(c) for v, c in zip(ll, e.choices, strict=True)])) == e.gold
@@ -593,7 +601,7 @@ def test_a_test_that_was_trained_on_is_refused(checkpoint, data_dir, tmp_path, c
         data_dir,
     ]
     arguments += ["--limit", 4, "--max_length", 512, "--out", out]
-    [asked] = load_task_data(["gsm8k"], data_dir, protocol="llm_adapters", limit=4)
+    [asked] = load_task_data(["gsm8k"], data_dir, GENERATED, limit=4)
     record = adapter / "trained_on.json"
     record.write_text(
         json.dumps({"tasks": ["mine"], "prompts": sorted(prompt_digests(asked.examples[1:2]))})
@@ -620,7 +628,7 @@ def test_a_test_that_was_trained_on_is_refused(checkpoint, data_dir, tmp_path, c
 
 def test_llm_adapters_protocol_and_math(checkpoint, data_dir, tmp_path, monkeypatch):
     """The answers are put into the generator's mouth; what is checked is that they are asked for, read and counted."""
-    from flora_jax.evaluation import run
+    from flora_jax.evaluation import task_data
 
     asked = []
 
@@ -671,7 +679,8 @@ def test_llm_adapters_protocol_and_math(checkpoint, data_dir, tmp_path, monkeypa
     )
     assert asked[3][0].count("What is") == 3 and asked[3][0].endswith("\n\nWhat is 0 + 1?")
     assert (
-        json.loads(out.read_text())["tasks"]["ARC-Easy"]["decode"]["stop_text"] == run._SHOT_BREAK
+        json.loads(out.read_text())["tasks"]["ARC-Easy"]["decode"]["stop_text"]
+        == task_data.SHOT_BREAK
     )
 
     said = [Generation("7\n\nQuestion:", [1] * 64, False), Generation("no", [1] * 64, False)]
@@ -870,7 +879,7 @@ def test_own_answers_have_room(checkpoint, data_dir, tmp_path, monkeypatch, caps
         said = [
             record.getMessage()
             for record in caplog.records
-            if record.name == "flora_jax.evaluation.run"
+            if record.name == "flora_jax.evaluation.generated"
         ]
         assert all(line.startswith(f"{file}: ") and "\n" not in line for line in said)
         return scores["accuracy"], scores["decode"]["max_new_tokens"], scores["unfinished"], said

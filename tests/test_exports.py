@@ -69,14 +69,14 @@ def bases():
 def make(base, config, adapter_config, params=None, seed=1):
     adapter = random_adapter(config, adapter_config, seed)
     return Trained(
-        config,
-        base,
-        adapter_config,
-        adapter,
-        params or {},
-        load_tokenizer("tiny"),
-        "base",
-        base_fingerprint(base),
+        config=config,
+        base=base,
+        adapter_config=adapter_config,
+        adapter=adapter,
+        params=params or {},
+        tokenizer=load_tokenizer("tiny"),
+        base_model="base",
+        fingerprint=base_fingerprint(base),
     )
 
 
@@ -264,7 +264,14 @@ def test_full_fine_tuning_and_trained_norms(tmp_path, bases):
     """Base leaves that trained are in merged and transformers exports; a LoRA has no place for them."""
     moved = jax.tree.map(lambda x: x + 0.05, bases[TINY])
     fft = Trained(
-        TINY, bases[TINY], AdapterConfig("fft", 1), {}, moved, load_tokenizer("tiny"), "base", "f"
+        config=TINY,
+        base=bases[TINY],
+        adapter_config=AdapterConfig("fft", 1),
+        adapter={},
+        params=moved,
+        tokenizer=load_tokenizer("tiny"),
+        base_model="base",
+        fingerprint="f",
     )
     report = export(fft, tmp_path / "fft", "merged")
     assert report["changed"] == report["targeted"] == report["tensors"]
@@ -381,14 +388,13 @@ def test_peft_round_trips(tmp_path, bases, hf_base):
         out = tmp_path / f"back{use_rslora}"
         export(
             Trained(
-                TINY,
-                bases[TINY],
-                adapter_config,
-                trained["adapter"],
-                {},
-                load_tokenizer("tiny"),
-                str(hf_base),
-                "f",
+                config=TINY,
+                base=bases[TINY],
+                adapter_config=adapter_config,
+                adapter=trained["adapter"],
+                tokenizer=load_tokenizer("tiny"),
+                base_model=str(hf_base),
+                fingerprint="f",
             ),
             out,
             "peft",
@@ -655,7 +661,13 @@ def test_real_weights(tmp_path, smollm2, method, form):
     adapter_config = AdapterConfig(method, 16)
     adapter = random_adapter(config, adapter_config, 1, std=0.01)
     trained = Trained(
-        config, base, adapter_config, adapter, {}, tokenizer, "base", base_fingerprint(base)
+        config=config,
+        base=base,
+        adapter_config=adapter_config,
+        adapter=adapter,
+        tokenizer=tokenizer,
+        base_model="base",
+        fingerprint=base_fingerprint(base),
     )
     report = export(trained, tmp_path / "out", form)
     assert report["logits"]["moved_by_training"] > 0.1
@@ -710,8 +722,17 @@ def smollm2(tmp_path_factory):
 def write_beside_the_weights(path, tokenizer, base_files=None):
     """What every format with a tokenizer writes beside its weights."""
     path.mkdir()
-    about = (AdapterConfig("lora", 8), {}, {}, tokenizer, "base", "f", base_files)
-    formats._write_model_files(Trained(TINY, {}, *about), path, np.dtype("float32"))
+    trained = Trained(
+        config=TINY,
+        base={},
+        adapter_config=AdapterConfig("lora", 8),
+        adapter={},
+        tokenizer=tokenizer,
+        base_model="base",
+        fingerprint="f",
+        base_files=base_files,
+    )
+    formats._write_model_files(trained, path, np.dtype("float32"))
     return path
 
 

@@ -21,6 +21,7 @@ from flora_jax.errors import UserError, run_command
 from flora_jax.evaluation.loglik import token_loglik
 from flora_jax.inference.generator import Generator
 from flora_jax.inference.sampling import Sampling
+from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import init_base
 from flora_jax.models.tokenizer import load_tokenizer
@@ -104,8 +105,8 @@ def test_one_logit_spoils_a_score(base):
             base, "lm_head", "kernel", lambda kernel, value=value: kernel.at[0, 300].set(value)
         )
         with pytest.raises(FloatingPointError, match="row 1, choice 0: the logits are not finite"):
-            token_loglik(TINY, spoilt, None, None, asked, 2, "row {}".format)
-    assert math.isfinite(token_loglik(TINY, base, None, None, asked, 2)[1][0][0])
+            token_loglik(Adapted(config=TINY, base=spoilt), asked, 2, "row {}".format)
+    assert math.isfinite(token_loglik(Adapted(config=TINY, base=base), asked, 2)[1][0][0])
 
 
 def test_commands(hf_directory, tmp_path, monkeypatch, capsys):

@@ -545,7 +545,13 @@ def test_exports(form, tmp_path):
     tokenizer, fingerprint = load_tokenizer("tiny"), base_fingerprint(params)
     exact = exact_logits("lora", tokens, adapter("lora"), params=params)
     trained = Trained(
-        CONFIG, params, adapter_config("lora"), adapter("lora"), {}, tokenizer, "base", fingerprint
+        config=CONFIG,
+        base=params,
+        adapter_config=adapter_config("lora"),
+        adapter=adapter("lora"),
+        tokenizer=tokenizer,
+        base_model="base",
+        fingerprint=fingerprint,
     )
     export(trained, tmp_path / "merged", "merged")
     config, merged = load_pretrained(str(tmp_path / "merged"))

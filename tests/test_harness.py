@@ -22,8 +22,10 @@ from flora_jax.data.encode import encode_prompt
 from flora_jax.data.tasks import Message
 from flora_jax.errors import UserError, run_command
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair, token_loglik
+from flora_jax.evaluation.task_data import Settings, load_task_data
 from flora_jax.inference.generator import Generator
 from flora_jax.interop.adapter_files import load_adapted, save_adapter
+from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.hf import to_hf_tensors
@@ -61,6 +63,12 @@ TEXTS = [
 
 def requests(kind, arguments):
     return [Instance(kind, {}, given, i) for i, given in enumerate(arguments)]
+
+
+def adapted(base, tokenizer=None):
+    """The base alone, with the tiny preset's tokenizer where none is given."""
+    tokenizer = tokenizer or load_tokenizer("tiny")
+    return Adapted(config=TINY, base=base, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +128,7 @@ def models(checkpoint):
         model = load_adapted(str(folder), folder / "adapter" if adapter else None)
 
         def ours(batch_size):
-            return HarnessLM(
-                model.config, model.base, model.tokenizer, adapter=model.adapter, adapter_config=model.adapter_config,
-                batch_size=batch_size, max_length=MAX_LENGTH)  # fmt: skip
+            return HarnessLM(model, batch_size=batch_size, max_length=MAX_LENGTH)
 
         return theirs, ours
 
@@ -232,7 +238,7 @@ def test_where_our_own_tokenisation_differs(checkpoint):
     """What the module's docstring says of `encode_pair`, and that nothing else of it differs."""
     for adds_bos in (False, True):
         model = load_adapted(str(checkpoint(adds_bos)), None)
-        lm = HarnessLM(model.config, model.base, model.tokenizer)
+        lm = HarnessLM(model)
         seen = []
         lm._loglikelihood_tokens = lambda pairs, disable_tqdm, seen=seen: seen.extend(pairs)
         lm.loglikelihood(requests("loglikelihood", [*PAIRS, (" \n", "spaces")]))
@@ -244,7 +250,7 @@ def test_where_our_own_tokenisation_differs(checkpoint):
 
 def test_chat_template_and_names(base):
     tokenizer = load_tokenizer("tiny")
-    lm = HarnessLM(TINY, base, tokenizer)
+    lm = HarnessLM(adapted(base, tokenizer))
     messages = [{"role": "user", "content": "hi"}]
     dated, tokenizer.chat_template = (
         tokenizer.chat_template,
@@ -260,7 +266,7 @@ def test_chat_template_and_names(base):
     assert lm.chat_template(True) == tokenizer.chat_template
     assert lm.tokenizer_name.startswith("sha256-") and lm.max_length == TINY.max_position_embeddings
     tokenizer.chat_template = tokenizer.chat_template + "{# another #}"
-    assert lm.tokenizer_name != HarnessLM(TINY, base, load_tokenizer("tiny")).tokenizer_name
+    assert lm.tokenizer_name != HarnessLM(adapted(base)).tokenizer_name
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     with pytest.raises(UserError, match="no such role"):
         lm.apply_chat_template(messages)
@@ -296,7 +302,7 @@ def test_a_rendered_conversation_gets_no_second_bos(checkpoint):
 def test_a_chat_has_the_special_tokens_of_its_template_alone(base):
     """Vicuna's template has no bos, its tokenizer begins every other text with one."""
     tokenizer = sentencepiece("bpe", "first", VICUNA)
-    lm = HarnessLM(TINY, base, tokenizer)
+    lm = HarnessLM(adapted(base, tokenizer))
     assert lm.tok_encode("hello") == tokenizer("hello").input_ids and lm.tok_encode("hello")[0] == 1
     said = [{"role": "user", "content": "hello"}]
     expected = tokenizer.apply_chat_template(said, tokenize=True, add_generation_prompt=True)[
@@ -317,7 +323,7 @@ def test_what_cannot_be_scored_is_refused(models, base):
     with pytest.raises(UserError, match="65 tokens; 1 to max_length=64"):
         lm.loglikelihood(requests("loglikelihood", [("a", "b" * 65)]))
     nowhere = {**base, "final_norm": {"scale": base["final_norm"]["scale"] * np.nan}}
-    spoilt = HarnessLM(TINY, nowhere, load_tokenizer("tiny"))
+    spoilt = HarnessLM(adapted(nowhere))
     for score, given in (
         (spoilt.loglikelihood, ("The sky", " is")),
         (spoilt.loglikelihood_rolling, ("The sky is",)),
@@ -333,7 +339,7 @@ def test_what_cannot_be_scored_is_refused(models, base):
     for arguments, words in (({"batch_size": 0}, "batch_size=0"), ({"max_length": 1}, "max_length=1"),
                              ({"max_length": 4096}, "max_position_embeddings=2048")):  # fmt: skip
         with pytest.raises(UserError, match=words):
-            HarnessLM(TINY, base, load_tokenizer("tiny"), **arguments)
+            HarnessLM(adapted(base), **arguments)
 
 
 # ------------------------------------------------------------------------------------------------------- tasks
@@ -444,7 +450,7 @@ def test_command(checkpoint, tasks_dir, few_tasks, base, tmp_path, capsys):
         [(f"Question: {d['question']}\nAnswer:", f" {text}") for text in d["choices"]["text"]]
         for d in docs
     ]
-    loglik = choice_loglik(TINY, base, None, None, load_tokenizer("tiny"), asked)
+    loglik = choice_loglik(adapted(base), asked)
     right = [np.argmax(scores) == i % 3 for i, scores in enumerate(loglik)]
     assert result["lm_eval"]["results"]["arc_easy"]["acc,none"] == np.mean(right)
     assert result["lm_eval"]["n-samples"]["ask"]["effective"] == 5 and result["schema_version"] == 1
@@ -527,20 +533,18 @@ def test_smollm2_equals_our_protocol(
     whatever the batch."""
     from flora_jax.evaluation import run
 
-    [data] = run.load_task_data([name], folder_at("FLORA_DATA", "data"), limit=50)
+    [data] = load_task_data([name], folder_at("FLORA_DATA", "data"), limit=50)
     model = load_adapted("smollm2-135m-instruct", None)
     scores = []
     monkeypatch.setattr(
         run, "token_loglik", lambda *args: scores.extend(token_loglik(*args)) or scores
     )
-    ours = run.evaluate_tasks([data], model.config, model.base, model.tokenizer, batch_size=16)[
-        "tasks"
-    ][name]
+    ours = run.evaluate_tasks([data], model, Settings(batch_size=16))["tasks"][name]
 
     write_task(
         tmp_path, task, official(file), [doc(e.question, e.choices, e.gold) for e in data.examples]
     )
-    lm = HarnessLM(model.config, model.base, model.tokenizer, batch_size=7)
+    lm = HarnessLM(model, batch_size=7)
     theirs = simple_evaluate(lm, tasks=load_harness_tasks([task], tmp_path), bootstrap_iters=0)
     items, worst = theirs["samples"][task], 0.0
     for item, example, found in zip(items, data.examples, scores, strict=True):

@@ -1,6 +1,7 @@
 """The training command end to end: what a run leaves behind, every method, every field of the configuration."""
 
 import ast
+import dataclasses
 import hashlib
 import json
 import re
@@ -21,7 +22,8 @@ from flora_jax.config import adapter_config as make_adapter_config
 from flora_jax.config import check_config, fields, generator_settings, get_config, read_config
 from flora_jax.data import get_task, load_examples, prompt_digests
 from flora_jax.errors import UserError, run_command
-from flora_jax.evaluation.run import evaluate_tasks, load_task_data
+from flora_jax.evaluation.run import evaluate_tasks
+from flora_jax.evaluation.task_data import Settings, load_task_data
 from flora_jax.interop.adapter_files import load_adapted, load_adapter, read_trained_on
 from flora_jax.models.config import LlamaConfig
 from flora_jax.train import main, run
@@ -400,9 +402,7 @@ def test_a_fully_fine_tuned_base_is_scored(tmp_path, small, hf_directory):
     [data] = load_task_data(["chain_sum"], None, limit=2, generator=dict(train=60, validation=10, test=6),
                             cache_dir=str(tmp_path / "data"))  # fmt: skip
     model = load_adapted(base, tmp_path / "w/adapter")
-    result = evaluate_tasks(
-        [data], model.config, model.base, model.tokenizer, protocol="llm_adapters"
-    )
+    result = evaluate_tasks([data], model, Settings(protocol="llm_adapters"))
     assert len(texts) == 2 and result["tasks"]["chain_sum"]["texts"] == texts
 
 
@@ -410,8 +410,8 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     """The fields of ELSEWHERE: when lines, validations and checkpoints are written, and what scoring is given."""
     asked = {}
 
-    def scored(tasks, *_, **settings):
-        return asked.update(settings, n=len(tasks[0].examples)) or {}
+    def scored(tasks, _, settings):
+        return asked.update(dataclasses.asdict(settings), n=len(tasks[0].examples)) or {}
 
     monkeypatch.setattr(finetune, "evaluate_tasks", scored)
     values = {

@@ -29,7 +29,7 @@ def provenance(module: str, arguments: list[str], packages: tuple[str, ...] = ()
         kind = f"{os.cpu_count()} cores, {_processor()}"
     versions = {name: importlib.metadata.version(name) for name in names}
     return {
-        "command": shlex.join(["python", "-m", module, *map(_placeless, arguments)]),
+        "command": command_line(module, arguments),
         "device": kind,
         "platform": device.platform,
         "versions": {"python": platform.python_version(), **versions},
@@ -39,6 +39,11 @@ def provenance(module: str, arguments: list[str], packages: tuple[str, ...] = ()
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def command_line(module: str, arguments: list[str]) -> str:
+    """A command, absolute paths in it by their last part."""
+    return shlex.join(["python", "-m", module, *map(_placeless, arguments)])
 
 
 def about_process(*packages: str, data_dir: str | None = None) -> About:

@@ -1,27 +1,27 @@
-"""EleutherAI's lm-evaluation-harness on our models: `HarnessLM` is what the harness scores, `evaluate_harness` runs it.
+"""EleutherAI's lm-evaluation-harness on our models: `HarnessLM` is what the harness scores,
+`evaluate_harness` runs it.
 
-Needs the extra `lm-eval`. The tokenisation rule is the harness's, which is `encode_pair`'s but for two inputs, where
-this module does as the harness (1) or goes on where the harness stops (2):
+Needs the extra `lm-eval`. The tokenisation rule is the harness's, which is `encode_pair`'s but for
+two inputs, where this module does as the harness (1) or goes on where the harness stops (2):
 
-    1. after an empty context, a continuation that starts with the prefix token gets no second one, and that token is
-       not scored (`encode_pair` puts it in front and scores both)
-    2. a context of spaces alone, with a tokenizer that adds no bos, has no tokens: the prefix token stands in for it,
-       as in `encode_pair` (the harness's own Hugging Face model fails)
+    1. after an empty context, a continuation that starts with the prefix token gets no second one,
+       and that token is not scored (`encode_pair` puts it in front and scores both)
+    2. a context of spaces alone, with a tokenizer that adds no bos, has no tokens: the prefix token
+       stands in for it, as in `encode_pair` (the harness's own Hugging Face model fails)
 
-Neither has the eos that some tokenizers put behind every text, which the harness's own Hugging Face model leaves there.
-A pair that is too long is cut from the left with a warning, as the harness does; `choice_loglik` refuses it. With an
-adapter, the harness's own Hugging Face model drops embeddings beyond the tokenizer's ids; here all of them compete.
+Neither has the eos that some tokenizers put behind every text, which the harness's own Hugging Face
+model leaves there. A pair that is too long is cut from the left with a warning, as the harness
+does; `choice_loglik` refuses it. With an adapter, the harness's own Hugging Face model drops
+embeddings beyond the tokenizer's ids; here all of them compete.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,70 +39,78 @@ from lm_eval.utils import (
     make_table,
 )
 
-from flora_jax.adapters import AdapterConfig
 from flora_jax.errors import UserError, near_misses
 from flora_jax.evaluation.loglik import token_loglik
 from flora_jax.evaluation.rounds import generate_in_rounds
+from flora_jax.evaluation.task_data import check_names
 from flora_jax.inference.decoding import bucket
 from flora_jax.inference.generator import Generator
 from flora_jax.inference.sampling import Sampling
-from flora_jax.models.config import LlamaConfig
+from flora_jax.models.adapted import Adapted
 from flora_jax.tokens import encode_open, render
+from flora_jax.versions import versions
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import Task
-    from transformers import PreTrainedTokenizerFast
-
-Tree = dict[str, Any]
 
 SCHEMA_VERSION = 1
+_PACKAGES = (
+    "flora_jax",
+    "lm_eval",
+    "datasets",
+    "jax",
+    "flax",
+    "transformers",
+    "tokenizers",
+    "numpy",
+)
 
 # Arguments of transformers' `generate` that some tasks set to what is done here anyway.
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
-# Of the harness's results: what describes torch or the working directory, neither of which scored anything.
+# Of the harness's results: what describes torch or the working directory, neither of which scored
+# anything.
 _LEFT_OUT = ("pretty_env_info", "upper_git_hash", "git_hash")
 
 _log = logging.getLogger(__name__)
 
 
 class HarnessLM(TemplateLM):
-    """A base, with or without an adapter, as the harness's language model: one process, right-padded batches.
+    """A model as the harness's language model: one process, right-padded batches.
 
-    base, adapter, adapter_config: as `evaluate_tasks` takes them; arithmetic in the base's dtype. max_length: tokens
-    that the model reads at once, by default max_position_embeddings; longer input is cut from the left with a warning.
-    seed: of sampled generations. Raises UserError for sizes out of range and a tokenizer without a bos or eos token.
+    Arithmetic is in the base's dtype. max_length: tokens that the model reads at once, by default
+    max_position_embeddings; longer input is cut from the left with a warning. seed: of sampled
+    generations. Raises UserError for sizes out of range and a tokenizer without a bos or eos token.
     """
 
     def __init__(
         self,
-        config: LlamaConfig,
-        base: Tree,
-        tokenizer: PreTrainedTokenizerFast,
+        adapted: Adapted,
         *,
-        adapter: Tree | None = None,
-        adapter_config: AdapterConfig | None = None,
         batch_size: int = 16,
         max_length: int | None = None,
         seed: int = 0,
     ):
         super().__init__()
+        limit = adapted.config.max_position_embeddings
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be a positive integer")
-        if max_length is not None and not 2 <= max_length <= config.max_position_embeddings:
-            limit = config.max_position_embeddings
+        if max_length is not None and not 2 <= max_length <= limit:
             raise UserError(
-                f"max_length={max_length} must be from 2 to the model's max_position_embeddings={limit}"
+                f"max_length={max_length} must be from 2 to the model's "
+                f"max_position_embeddings={limit}"
             )
-        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        self.adapted = adapted
+        self.tokenizer = adapted.tokenizer
+        if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
             raise UserError(
-                "the harness needs a tokenizer with a bos or eos token to start an empty context from"
+                "the harness needs a tokenizer with a bos or eos token to start an empty context "
+                "from"
             )
-        self.config, self.base, self.tokenizer = config, base, tokenizer
-        self.adapter, self.adapter_config = adapter, adapter_config
-        self.batch_size, self.seed = batch_size, seed
-        self.max_length = max_length or config.max_position_embeddings
+        self.batch_size = batch_size
+        self.seed = seed
+        self.max_length = max_length or limit
         self.max_gen_toks = 256  # the harness's default, for tasks that set none
         self._generator: Generator | None = None
         self._chat = False
@@ -114,15 +122,13 @@ class HarnessLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What an empty context becomes: bos, or eos where there is no bos."""
-        return (
-            self.eot_token_id
-            if self.tokenizer.bos_token_id is None
-            else self.tokenizer.bos_token_id
-        )
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        """The tokenizer's name, or a digest of it: the harness tells cached chat prompts apart by it."""
+        """The tokenizer's name, or a digest of it: the harness tells cached chat prompts apart by
+        it."""
         if self.tokenizer.name_or_path:
             return self.tokenizer.name_or_path.replace("/", "__")
         core = self.tokenizer.backend_tokenizer.to_str() + str(self.tokenizer.chat_template)
@@ -131,7 +137,8 @@ class HarnessLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as a prompt. Raises UserError where there is no template or it refuses the conversation."""
+        """The conversation as a prompt. Raises UserError where there is no template or it refuses
+        the conversation."""
         if self.tokenizer.chat_template is None:
             raise UserError("apply_chat_template: the tokenizer has no chat template")
         self._chat = True  # the harness asks so in all of its prompts, or in none
@@ -145,11 +152,10 @@ class HarnessLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; special tokens where the tokenizer adds them, and no second bos before one in the text. A chat
-        has those of its template alone, as in training."""
-        return encode_open(
-            self.tokenizer, string, add_special_tokens is not False and not self._chat
-        )
+        """Token ids; special tokens where the tokenizer adds them, and no second bos before one in
+        the text. A chat has those of its template alone, as in training."""
+        special = add_special_tokens is not False and not self._chat
+        return encode_open(self.tokenizer, string, special)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -160,14 +166,14 @@ class HarnessLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of each request's whole text after the prefix token, in the harness's windows of max_length
-        tokens."""
-        owners, windows = [], []
+        """Log-likelihood of each request's whole text after the prefix token, in the harness's
+        windows of max_length tokens."""
+        owners = []
+        windows = []
+        prefix = self.prefix_token_id
         for i, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            for pair in get_rolling_token_windows(
-                tokens, self.prefix_token_id, self.max_length, context_len=1
-            ):
+            for pair in get_rolling_token_windows(tokens, prefix, self.max_length, context_len=1):
                 owners.append(i)
                 windows.append([make_disjoint_window(pair)])
         out = [0.0] * len(requests)
@@ -178,23 +184,17 @@ class HarnessLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each request's context, up to its first stop string.
 
-        Of the generation arguments `until`, `max_gen_toks` (and the harness's other names for it), `do_sample`,
-        `temperature`, `top_k` and `top_p` are followed; without `do_sample` or a temperature the best token is taken.
-        Raises UserError for any other, and where max_gen_toks leaves no room for a context, which is otherwise cut
-        from the left. Unlike transformers, sampling considers all tokens where no top_k is given.
+        Of the generation arguments `until`, `max_gen_toks` (and the harness's other names for it),
+        `do_sample`, `temperature`, `top_k` and `top_p` are followed; without `do_sample` or a
+        temperature the best token is taken. Raises UserError for any other, and where max_gen_toks
+        leaves no room for a context, which is otherwise cut from the left. Unlike transformers,
+        sampling considers all tokens where no top_k is given.
         """
         settings = [self._settings(request.args[1]) for request in requests]
-        prompts = []
-        for request, (_, new_tokens, _) in zip(requests, settings, strict=True):
-            room = self.max_length - new_tokens
-            if room < 1:
-                raise UserError(
-                    f"max_gen_toks={new_tokens} leaves max_length={self.max_length} no room for a prompt"
-                )
-            prompt = self.tok_encode(request.args[0]) or [self.prefix_token_id]
-            if len(prompt) > room:
-                _log.warning("a prompt of %d tokens is cut to its last %d", len(prompt), room)
-            prompts.append(prompt[-room:])
+        prompts = [
+            self._prompt(request.args[0], new_tokens)
+            for request, (_, new_tokens, _) in zip(requests, settings, strict=True)
+        ]
         out = [""] * len(requests)
         alike: dict[tuple[int, Sampling], list[int]] = {}
         for i, (_, *setting) in enumerate(settings):
@@ -204,6 +204,19 @@ class HarnessLM(TemplateLM):
             for i, text in zip(group, self._continue(asked, new_tokens, sampling), strict=True):
                 out[i] = text
         return out
+
+    def _prompt(self, context: str, new_tokens: int) -> list[int]:
+        """The last tokens of a context, as many as leave room for `new_tokens`."""
+        room = self.max_length - new_tokens
+        if room < 1:
+            raise UserError(
+                f"max_gen_toks={new_tokens} leaves max_length={self.max_length} no room for a "
+                "prompt"
+            )
+        prompt = self.tok_encode(context) or [self.prefix_token_id]
+        if len(prompt) > room:
+            _log.warning("a prompt of %d tokens is cut to its last %d", len(prompt), room)
+        return prompt[-room:]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         before, after = super()._encode_pair(context, continuation)
@@ -217,16 +230,16 @@ class HarnessLM(TemplateLM):
         for (_, text), context, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
                 raise UserError(
-                    f"continuation {text[:60]!r} has {len(continuation)} tokens; 1 to max_length={self.max_length} "
-                    "can be scored"
+                    f"continuation {text[:60]!r} has {len(continuation)} tokens; 1 to "
+                    f"max_length={self.max_length} can be scored"
                 )
             # The last token is not read, so one more than max_length fits.
             room = self.max_length + 1 - len(continuation)
             if len(context) > room:
                 _log.warning("a context of %d tokens is cut to its last %d", len(context), room)
             context = context[-room:]
-            # The choices of a question come one after another; in one row their context is computed once. A context of
-            # one token is not worth it: rows would only become long.
+            # The choices of a question come one after another; in one row their context is
+            # computed once. A context of one token is not worth it: rows would only become long.
             same = bool(questions) and len(context) > 1 and questions[-1][0][0] == context
             if same and read + len(continuation) - 1 <= self.max_length:
                 questions[-1].append((context, continuation))
@@ -243,32 +256,24 @@ class HarnessLM(TemplateLM):
             context, continuation = questions[i][0]
             return f"harness request {self.tokenizer.decode([*context, *continuation])[-60:]!r}"
 
-        return token_loglik(
-            self.config,
-            self.base,
-            self.adapter,
-            self.adapter_config,
-            questions,
-            self.batch_size,
-            describe,
-        )
+        return token_loglik(self.adapted, questions, self.batch_size, describe)
 
     def _settings(self, arguments: Mapping[str, Any]) -> tuple[list[str], int, Sampling]:
-        """Stop strings, number of new tokens and decode settings of a request's generation arguments."""
+        """Stop strings, number of new tokens and decode settings of a request's generation
+        arguments."""
         given = dict(normalize_gen_kwargs(dict(arguments), self.max_gen_toks))
         eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
         until = [stop for stop in handle_stop_sequences(given.pop("until"), eos) if stop]
-        new_tokens, do_sample = given.pop("max_gen_toks"), given.pop("do_sample")
-        temperature, top_k, top_p = (
-            given.pop("temperature", 0.0),
-            given.pop("top_k", 0),
-            given.pop("top_p", 1.0),
-        )
+        new_tokens = given.pop("max_gen_toks")
+        do_sample = given.pop("do_sample")
+        temperature = given.pop("temperature", 0.0)
+        top_k = given.pop("top_k", 0)
+        top_p = given.pop("top_p", 1.0)
         for name, value in given.items():
             if name not in _NEUTRAL or value != _NEUTRAL[name]:
                 raise UserError(
-                    f"generation argument {name}={value!r} is not supported; until, max_gen_toks, do_sample, "
-                    "temperature, top_k and top_p are"
+                    f"generation argument {name}={value!r} is not supported; until, max_gen_toks, "
+                    "do_sample, temperature, top_k and top_p are"
                 )
         if new_tokens < 1:
             raise UserError(f"max_gen_toks={new_tokens} must be a positive integer")
@@ -281,60 +286,51 @@ class HarnessLM(TemplateLM):
     def _continue(
         self, asked: Sequence[tuple[list[int], list[str]]], new_tokens: int, sampling: Sampling
     ) -> list[str]:
-        """The text after each prompt of `asked`, pairs of token ids and stop strings, up to the first stop string."""
+        """The text after each prompt of `asked`, pairs of token ids and stop strings, up to the
+        first stop string."""
         prompts = [prompt for prompt, _ in asked]
         generator = self._generator_for(max(map(len, prompts)) + new_tokens)
+
+        def ended(i: int, text: str) -> bool:
+            return any(stop in text for stop in asked[i][1])
+
         if sampling.temperature == 0:
-            generations = generate_in_rounds(
-                generator,
-                prompts,
-                new_tokens,
-                lambda i, text: any(stop in text for stop in asked[i][1]),
-            )
-        else:  # what is sampled depends on a row's place and step, so all of it is drawn in one go
+            generations = generate_in_rounds(generator, prompts, new_tokens, ended)
+        else:
+            # What is sampled depends on a row's place and step, so all of it is drawn in one go.
             generations = generator.generate(prompts, new_tokens, sampling, self.seed)
-
-        def cut(text, stops):
-            return text[: min((text.find(s) for s in stops if s in text), default=len(text))]
-
         return [
-            cut(generation.text, stops)
+            _before(generation.text, stops)
             for generation, (_, stops) in zip(generations, asked, strict=True)
         ]
 
     def _generator_for(self, length: int) -> Generator:
-        """The generator, made when one is first needed and again where prompts and new tokens need more room."""
+        """The generator, made when one is first needed and again where prompts and new tokens need
+        more room."""
         if self._generator is None or self._generator.max_length < length:
-            adapters = None if self.adapter is None else {"adapter": self.adapter}
             # The old one's copy of the weights goes before there is a new one.
             self._generator = None
-            self._generator = Generator(
-                self.config,
-                self.base,
-                adapters,
-                self.adapter_config,
-                self.tokenizer,
-                min(bucket(length), self.max_length),
-                self.batch_size,
-            )
+            room = min(bucket(length), self.max_length)
+            self._generator = Generator.of(self.adapted, room, self.batch_size)
         return self._generator
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    """What a text says before the first of the stop strings."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
 def load_harness_tasks(
     names: Sequence[str], include_path: str | os.PathLike | None = None
 ) -> list[Task | Group]:
-    """The harness's tasks, groups and tags of these names, with their data; `include_path`: a folder of task files
-    beside the harness's own, which they override.
+    """The harness's tasks, groups and tags of these names, with their data; `include_path`: a
+    folder of task files beside the harness's own, which they override.
 
-    Needs no model. Raises UserError for an unknown or repeated name, a group beside one of its tasks, a folder that is
-    absent, data that cannot be had, and tasks that run generated code or need images.
+    Needs no model. Raises UserError for an unknown or repeated name, a group beside one of its
+    tasks, a folder that is absent, data that cannot be had, and tasks that run generated code or
+    need images.
     """
-    from datasets.exceptions import DatasetsError
-
-    if not names:
-        raise UserError("tasks is empty; name at least one")
-    if len(set(names)) < len(names):
-        raise UserError(f"tasks={','.join(names)} names a task twice")
+    check_names(names)
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"include_path={include_path}: there is no such folder")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
@@ -348,36 +344,40 @@ def load_harness_tasks(
     grouped: set[str] = set()
     loaded_by: dict[str, str] = {}  # which of `names` a task came with
     for name in names:
-        try:
-            loaded = manager.load(name)
-        except (OSError, DatasetsError) as error:
-            raise UserError(
-                f"harness task {name!r}: its data cannot be loaded ({error})"
-            ) from error
-        except Exception as error:  # what a task file asks of its data may fail in any way
-            why = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"harness task {name!r} does not fit its data ({type(error).__name__}: {why})"
-            ) from error
-        for task in loaded["tasks"].values():
-            for flag, what in (
-                ("UNSAFE_CODE", "runs generated code"),
-                ("MULTIMODAL", "shows images"),
-            ):
-                if getattr(task, flag, False):
-                    raise UserError(
-                        f"harness task {task.task_name!r} {what}, which is not supported here"
-                    )
+        loaded = _load(manager, name)
         groups = loaded.get("groups", {})
         for one in loaded["tasks"].values():
             other = loaded_by.setdefault(one.task_name, name)
             if other != name and (name in groups or other in grouped):
                 raise UserError(
-                    f"harness task {one.task_name!r} comes with {other!r} and with {name!r}; leave one out"
+                    f"harness task {one.task_name!r} comes with {other!r} and with {name!r}; leave "
+                    "one out"
                 )
         grouped |= {name} & groups.keys()
         out += [groups[name]] if name in groups else loaded["tasks"].values()
     return out
+
+
+def _load(manager: TaskManager, name: str) -> dict[str, Any]:
+    """What the harness has by a name: its `tasks`, and its `groups` where it has any."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        loaded = manager.load(name)
+    except (OSError, DatasetsError) as error:
+        raise UserError(f"harness task {name!r}: its data cannot be loaded ({error})") from error
+    except Exception as error:  # what a task file asks of its data may fail in any way
+        why = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"harness task {name!r} does not fit its data ({type(error).__name__}: {why})"
+        ) from error
+    for task in loaded["tasks"].values():
+        for flag, what in (("UNSAFE_CODE", "runs generated code"), ("MULTIMODAL", "shows images")):
+            if getattr(task, flag, False):
+                raise UserError(
+                    f"harness task {task.task_name!r} {what}, which is not supported here"
+                )
+    return loaded
 
 
 def evaluate_harness(
@@ -389,11 +389,11 @@ def evaluate_harness(
     apply_chat_template: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The result as a JSON-ready dict: what ran (`about` goes in as it is), versions, and under `lm_eval` the
-    harness's own results, whose seeds are its defaults and in them.
+    """The result as a JSON-ready dict: what ran (`about` goes in as it is), versions, and under
+    `lm_eval` the harness's own results, whose seeds are its defaults and in them.
 
-    num_fewshot: None leaves each task its own number, and the harness keeps a 0 that a task sets. limit: the first N
-    documents of each task.
+    num_fewshot: None leaves each task its own number, and the harness keeps a 0 that a task sets.
+    limit: the first N documents of each task.
     """
     if num_fewshot is not None and num_fewshot < 0:
         raise UserError(f"num_fewshot={num_fewshot} must be 0 or a positive integer")
@@ -401,50 +401,32 @@ def evaluate_harness(
         raise UserError(
             f"limit={limit} must be a positive integer (leave it out for all documents)"
         )
-    packages = (
-        "flora_jax",
-        "lm_eval",
-        "datasets",
-        "jax",
-        "flax",
-        "transformers",
-        "tokenizers",
-        "numpy",
-    )
-    versions = {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
-    results = simple_evaluate(
-        lm,
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=lm.batch_size,
-        apply_chat_template=apply_chat_template,
-        log_samples=False,
-    )
-    results = {name: value for name, value in results.items() if name not in _LEFT_OUT}
-    return {
-        "schema_version": SCHEMA_VERSION,
-        **(about or {}),
-        "adapter_config": None
-        if lm.adapter_config is None
-        else dataclasses.asdict(lm.adapter_config),
+    packages = versions(*_PACKAGES)
+    asked = {
         "num_fewshot": num_fewshot,
         "limit": limit,
         "apply_chat_template": apply_chat_template,
         "batch_size": lm.batch_size,
+    }
+    results = simple_evaluate(lm, tasks=list(tasks), log_samples=False, **asked)
+    results = {name: value for name, value in results.items() if name not in _LEFT_OUT}
+    adapter_config = lm.adapted.adapter_config
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **(about or {}),
+        "adapter_config": adapter_config and dataclasses.asdict(adapter_config),
+        **asked,
         "max_length": lm.max_length,
-        "dtype": str(lm.base["embed_tokens"]["embedding"].dtype),
+        "dtype": lm.adapted.dtype,
         "device": jax.devices()[0].device_kind,
-        "versions": versions,
+        "versions": packages,
         "lm_eval": json.loads(json.dumps(results, default=handle_non_serializable)),
     }
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The harness's table of a result of `evaluate_harness`, with a second one of groups where there are any."""
+    """The harness's table of a result of `evaluate_harness`, with a second one of groups where
+    there are any."""
     results = result["lm_eval"]
     return "\n".join(
         make_table(results, column) for column in ("results", "groups") if results.get(column)

@@ -1,14 +1,15 @@
-"""Log-likelihoods of continuations, for multiple-choice questions scored as the lm-eval harness scores them.
+"""Log-likelihoods of continuations, for multiple-choice questions scored as the lm-eval harness
+scores them.
 
-All continuations of one context lie in one row behind it, and a mask keeps them from seeing each other, so the context
-is computed once whatever the number of choices:
+All continuations of one context lie in one row behind it, and a mask keeps them from seeing each
+other, so the context is computed once whatever the number of choices:
 
-    tokens     c0 c1 c2 | a0 a1 | b0 b1 b2        context c, continuations a (3 tokens) and b (4 tokens)
-    positions   0  1  2 |  3  4 |  3  4  5        the last token of each predicts nothing and is left out
-    group       0  0  0 |  1  1 |  2  2  2        a token sees its own group and group 0, causally
+    tokens     c0 c1 c2 | a0 a1 | b0 b1 b2    context c, continuations a (3 tokens) and b (4)
+    positions   0  1  2 |  3  4 |  3  4  5    the last token of each predicts nothing: left out
+    group       0  0  0 |  1  1 |  2  2  2    a token sees its own group and group 0, causally
 
-Only hidden states that predict a token of a continuation are scored against the vocabulary, a chunk at a time.
-B rows, T tokens, D model width, V vocabulary, C chunk.
+Only hidden states that predict a token of a continuation are scored against the vocabulary, a chunk
+at a time. B rows, T tokens, D model width, V vocabulary, C chunk.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from flora_jax.adapters import AdapterConfig
 from flora_jax.errors import NOT_FINITE, UserError
+from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
 from flora_jax.tokens import encode_open
@@ -58,59 +59,53 @@ class _Row:
 
 
 def choice_loglik(
-    config: LlamaConfig,
-    base: Tree,
-    adapter: Tree | None,
-    adapter_config: AdapterConfig | None,
-    tokenizer: PreTrainedTokenizerFast,
-    requests: Sequence[Sequence[tuple[str, str]]],
-    batch_size: int = 16,
+    adapted: Adapted, requests: Sequence[Sequence[tuple[str, str]]], batch_size: int = 16
 ) -> list[list[float]]:
-    """Summed log-likelihood of each continuation after its context: `requests[i][j]` is `(context, continuation)` of
-    choice j of question i, the result has the same shape.
+    """Summed log-likelihood of each continuation after its context: `requests[i][j]` is
+    `(context, continuation)` of choice j of question i, the result has the same shape.
 
-    A pair is tokenised as the harness does: context and continuation together, cut where the context alone would end,
-    with spaces at the end of the context moved to the continuation; special tokens only where the tokenizer adds them.
-    base, adapter: trees as `Llama` takes them; arithmetic in the base's dtype, log-softmax in float32.
-    Raises UserError for a continuation that has no tokens or a pair beyond max_position_embeddings.
+    A pair is tokenised as the harness does: context and continuation together, cut where the
+    context alone would end, with spaces at the end of the context moved to the continuation;
+    special tokens only where the tokenizer adds them. Arithmetic is in the base's dtype,
+    log-softmax in float32. Raises UserError for a continuation that has no tokens or a pair beyond
+    max_position_embeddings.
     """
-    encoded = encode_pairs(config, tokenizer, requests)
-    scores = token_loglik(config, base, adapter, adapter_config, encoded, batch_size)
+    encoded = encode_pairs(adapted.config, adapted.tokenizer, requests)
+    scores = token_loglik(adapted, encoded, batch_size)
     return [[loglik for loglik, _ in pairs] for pairs in scores]
 
 
 def token_loglik(
-    config: LlamaConfig,
-    base: Tree,
-    adapter: Tree | None,
-    adapter_config: AdapterConfig | None,
+    adapted: Adapted,
     requests: Pairs,
     batch_size: int = 16,
     describe: Callable[[int], str] = "question {}".format,
 ) -> list[list[tuple[float, bool]]]:
-    """`choice_loglik` of pairs that are token ids already, neither side empty: `(log-likelihood, is_greedy)` of each,
-    is_greedy where every token of the continuation is the most likely one at its place.
+    """`choice_loglik` of pairs that are token ids already, neither side empty:
+    `(log-likelihood, is_greedy)` of each, is_greedy where every token of the continuation is the
+    most likely one at its place.
 
-    Pairs of one question that share a context are computed in one row. The last token of a pair is never read, so a
-    pair may have max_position_embeddings + 1 tokens; that it has no more is the caller's to see to. Raises
-    FloatingPointError, with the question as `describe(index)` calls it, for a score of logits that are not finite.
+    Pairs of one question that share a context are computed in one row. The last token of a pair is
+    never read, so a pair may have max_position_embeddings + 1 tokens; that it has no more is the
+    caller's to see to. Raises FloatingPointError, with the question as `describe(index)` calls it,
+    for a score of logits that are not finite.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be a positive integer")
-    model = Llama(config, adapter_config if adapter is not None else None)
-    variables = {"params": base, **({"adapter": adapter} if adapter else {})}
+    model = adapted.model
+    variables = adapted.variables
     rows = _rows(requests)
     # the longest first: memory runs out at once or never
     rows.sort(key=lambda row: row.length, reverse=True)
     out = [[(0.0, False)] * len(pairs) for pairs in requests]
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    for batch in tqdm(
-        batches, desc="log-likelihood", disable=len(batches) < 2 or not sys.stderr.isatty()
-    ):
+    quiet = len(batches) < 2 or not sys.stderr.isatty()
+    for batch in tqdm(batches, desc="log-likelihood", disable=quiet):
         for (question, choice), score in _score(model, variables, batch, batch_size):
             if not math.isfinite(score[0]):
                 raise FloatingPointError(
-                    f"{describe(question)}, choice {choice}: the logits are not finite, nor is its score; {NOT_FINITE}"
+                    f"{describe(question)}, choice {choice}: the logits are not finite, nor is its "
+                    f"score; {NOT_FINITE}"
                 )
             out[question][choice] = score
     return out
@@ -119,13 +114,13 @@ def token_loglik(
 def encode_pair(
     tokenizer: PreTrainedTokenizerFast, context: str, continuation: str
 ) -> tuple[list[int], list[int]]:
-    """Tokens of the context, and of the continuation as it is tokenised behind it. An empty context becomes the
-    tokenizer's bos (or eos) token."""
+    """Tokens of the context, and of the continuation as it is tokenised behind it. An empty context
+    becomes the tokenizer's bos (or eos) token."""
     stripped = context.rstrip()
-    context, continuation = stripped, context[len(stripped) :] + continuation
-    if context:
-        alone = encode_open(tokenizer, context)
-        return alone, encode_open(tokenizer, context + continuation)[len(alone) :]
+    continuation = context[len(stripped) :] + continuation
+    if stripped:
+        alone = encode_open(tokenizer, stripped)
+        return alone, encode_open(tokenizer, stripped + continuation)[len(alone) :]
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise UserError("an empty context needs a tokenizer with a bos or eos token to start from")
@@ -137,23 +132,25 @@ def encode_pairs(
     tokenizer: PreTrainedTokenizerFast,
     requests: Sequence[Sequence[tuple[str, str]]],
 ) -> Pairs:
-    """The tokens of each pair of `choice_loglik`, as `token_loglik` takes them. Raises UserError for one that cannot be
-    scored."""
+    """The tokens of each pair of `choice_loglik`, as `token_loglik` takes them. Raises UserError
+    for one that cannot be scored."""
     encoded = []
-    for question, pairs in enumerate(requests):
-        encoded.append([])
-        for context, continuation in pairs:
+    for question, texts in enumerate(requests):
+        pairs = []
+        for context, continuation in texts:
             before, after = encode_pair(tokenizer, context, continuation)
+            length = len(before) + len(after)
             if not after:
                 raise UserError(
                     f"question {question}: continuation {continuation!r} has no tokens of its own"
                 )
-            if len(before) + len(after) > config.max_position_embeddings:
+            if length > config.max_position_embeddings:
                 raise UserError(
-                    f"question {question}: context and continuation have {len(before) + len(after)} tokens, more than "
-                    f"the model's max_position_embeddings={config.max_position_embeddings}"
+                    f"question {question}: context and continuation have {length} tokens, more "
+                    f"than the model's max_position_embeddings={config.max_position_embeddings}"
                 )
-            encoded[-1].append((before, after))
+            pairs.append((before, after))
+        encoded.append(pairs)
     return encoded
 
 
@@ -173,26 +170,27 @@ def _rows(requests: Sequence[Sequence[tuple[list[int], list[int]]]]) -> list[_Ro
 def _score(
     model: Llama, variables: Tree, batch: list[_Row], batch_size: int
 ) -> list[tuple[tuple[int, int], tuple[float, bool]]]:
-    """`(owner, (log-likelihood, is_greedy))` of every continuation of the batch, filled up to `batch_size` rows."""
+    """`(owner, (log-likelihood, is_greedy))` of every continuation of the batch, filled up to
+    `batch_size` rows."""
     T = -(-max(row.length for row in batch) // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    tokens, positions = np.zeros((batch_size, T), np.int32), np.zeros((batch_size, T), np.int32)
-    groups = np.full((batch_size, T), _PADDING, np.int32)
+    tokens = np.zeros((batch_size, T), np.int32)
+    positions = np.zeros_like(tokens)
+    groups = np.full_like(tokens, _PADDING)
     # (row, place, next token) of each hidden state that predicts a continuation's token
     scored = []
     spans = []  # (owner, start, stop) in `scored`
     for b, row in enumerate(batch):
         n = end = len(row.context)
-        tokens[b, :n], positions[b, :n], groups[b, :n] = row.context, np.arange(n), 0
-        for group, (continuation, owner) in enumerate(
-            zip(row.continuations, row.owners, strict=True), 1
-        ):
+        tokens[b, :n] = row.context
+        positions[b, :n] = np.arange(n)
+        groups[b, :n] = 0
+        continuations = zip(row.continuations, row.owners, strict=True)
+        for group, (continuation, owner) in enumerate(continuations, 1):
             read = len(continuation) - 1
             own = slice(end, end + read)
-            tokens[b, own], positions[b, own], groups[b, own] = (
-                continuation[:-1],
-                np.arange(n, n + read),
-                group,
-            )
+            tokens[b, own] = continuation[:-1]
+            positions[b, own] = np.arange(n, n + read)
+            groups[b, own] = group
             spans.append((owner, len(scored), len(scored) + len(continuation)))
             places = [n - 1, *range(end, end + read)]
             scored += [(b, place, token) for place, token in zip(places, continuation, strict=True)]
@@ -218,8 +216,8 @@ def _hidden(model: Llama, variables: Tree, tokens: Array, positions: Array, grou
 
 @functools.partial(jax.jit, static_argnames="model")
 def _next_tokens(model: Llama, variables: Tree, hidden: Array, where: Array) -> tuple[Array, Array]:
-    """log p `[C]` of the next tokens `where[:, 2]`, read at `hidden[where[:, 0], where[:, 1]]`, and whether each is
-    the most likely one; log p is NaN where a logit is not finite."""
+    """log p `[C]` of the next tokens `where[:, 2]`, read at `hidden[where[:, 0], where[:, 1]]`, and
+    whether each is the most likely one; log p is NaN where a logit is not finite."""
     rows, places, targets = where.T
     unembedding = model.apply(variables, method="unembedding").astype(hidden.dtype)
     logits = jnp.einsum(

@@ -1,12 +1,14 @@
 """ROUGE of generated texts, by Google's `rouge-score` package with Porter stemming.
 
-A text is scored against each of its references. `rouge1`, `rouge2`, `rougeL` and `rougeLsum` (summary level: lines are
-sentences) are F-measures averaged over a text's references; the same with `_max` take the best reference.
+A text is scored against each of its references. `rouge1`, `rouge2`, `rougeL` and `rougeLsum`
+(summary level: lines are sentences) are F-measures averaged over a text's references; the same with
+`_max` take the best reference.
 
-The package's tokenizer knows the letters a to z and the digits 0 to 9 alone and drops all else: of a Chinese text
-nothing is left, of "été" a "t". Where that is more than a trace of a task's references, all of its texts are cut by
-`UnicodeTokenizer` instead. English texts, with a foreign name here and there, are scored as they always were; among
-them, a text whose own references would lose more letters than they keep is cut by `UnicodeTokenizer`, too.
+The package's tokenizer knows the letters a to z and the digits 0 to 9 alone and drops all else: of
+a Chinese text nothing is left, of "été" a "t". Where that is more than a trace of a task's
+references, all of its texts are cut by `UnicodeTokenizer` instead. English texts, with a foreign
+name here and there, are scored as they always were; among them, a text whose own references would
+lose more letters than they keep is cut by `UnicodeTokenizer`, too.
 """
 
 from __future__ import annotations
@@ -31,19 +33,21 @@ from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 POLICY = "F-measure with stemming; mean over the references of a text, _max: the best of them"
-# German, with the fewest letters of its own of the languages that have some, has 1.5 %; English news 0.004 %.
+# German, with the fewest letters of its own of the languages that have some, has 1.5 %; English
+# news 0.004 %.
 _TRACE = 0.005
 
 # Scripts that put no space between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, ideographs.
 _UNSPACED = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uf900-\ufaff\U00020000-\U0003ffff]"
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 
 
 class UnicodeTokenizer(Tokenizer):
-    """Words of letters, marks and digits of any script, in lower case; where a script has no spaces between words,
-    each character (with its marks) is one. Words of a to z and 0 to 9 are stemmed as the package stems them."""
+    """Words of letters, marks and digits of any script, in lower case; where a script has no spaces
+    between words, each character (with its marks) is one. Words of a to z and 0 to 9 are stemmed as
+    the package stems them."""
 
     name = "unicode: words of any script; characters where it has no spaces between words"
 
@@ -52,21 +56,22 @@ class UnicodeTokenizer(Tokenizer):
 
     def tokenize(self, text: str) -> list[str]:
         """The tokens of `text`."""
-        pieces, alone = [], False
+        pieces = []
+        alone = False  # whether the character before stands alone
         for character in unicodedata.normalize("NFKC", text).lower():
             kind = unicodedata.category(character)
             if kind[0] in "LN":
-                before, alone = alone, bool(_UNSPACED.match(character))
+                before = alone
+                alone = bool(_UNSPACED.match(character))
                 pieces.append(" " * (alone or before) + character)
             elif kind[0] == "M":
                 pieces.append(character)
             elif kind != "Cf":  # joiners and soft hyphens stand inside words
                 pieces.append(" ")
-        return [
-            token
-            for word in "".join(pieces).split()
-            for token in (self._ascii.tokenize(word) if word.isascii() else [word])
-        ]
+        tokens = []
+        for word in "".join(pieces).split():
+            tokens += self._ascii.tokenize(word) if word.isascii() else [word]
+        return tokens
 
 
 def choose_tokenizer(references: Sequence[Sequence[str]]) -> UnicodeTokenizer | None:
@@ -76,7 +81,8 @@ def choose_tokenizer(references: Sequence[Sequence[str]]) -> UnicodeTokenizer | 
 
 
 def _count_letters(texts: Sequence[str]) -> tuple[int, int]:
-    """How many letters, marks and digits of `texts` the package's tokenizer keeps, and how many it drops."""
+    """How many letters, marks and digits of `texts` the package's tokenizer keeps, and how many it
+    drops."""
     kept = dropped = 0
     for character in "".join(texts).lower():
         if character.isascii():
@@ -87,18 +93,19 @@ def _count_letters(texts: Sequence[str]) -> tuple[int, int]:
 
 
 def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Means over the texts of each kind, `<kind>_max`, and `<kind>_stderr` (standard deviation over sqrt(n)); `items`:
-    the rougeL of each text; `tokenizer`: what cut the texts."""
+    """Means over the texts of each kind, `<kind>_max`, and `<kind>_stderr` (standard deviation over
+    sqrt(n)); `items`: the rougeL of each text; `tokenizer`: what cut the texts."""
     tokenizer = choose_tokenizer(references)
     scorer = RougeScorer(KINDS, use_stemmer=True, tokenizer=tokenizer)
-    name, others = "rouge_score: a-z and 0-9" if tokenizer is None else tokenizer.name, 0
     unicode = RougeScorer(KINDS, tokenizer=UnicodeTokenizer())
+    others = 0
     scores = []
     for text, own in zip(texts, references, strict=True):
         kept, dropped = _count_letters(own)
         other = tokenizer is None and dropped > kept
         others += other
         scores.append([(unicode if other else scorer).score(target, text) for target in own])
+    name = "rouge_score: a-z and 0-9" if tokenizer is None else tokenizer.name
     if others:
         name += f"; of {others} texts in other scripts, {UnicodeTokenizer.name}"
     result: dict[str, Any] = {"tokenizer": name}
@@ -107,9 +114,9 @@ def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str
         means = np.array([np.mean(own) for own in each])
         result[kind] = float(means.mean())
         result[f"{kind}_max"] = float(np.mean([max(own) for own in each]))
-        result[f"{kind}_stderr"] = (
-            float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else 0.0
-        )
+        result[f"{kind}_stderr"] = 0.0
+        if len(means) > 1:
+            result[f"{kind}_stderr"] = float(means.std(ddof=1) / math.sqrt(len(means)))
         if kind == "rougeL":
             result["items"] = [round(float(mean), 6) for mean in means]
     return result

@@ -24,6 +24,7 @@ from flora_jax.errors import NOT_FINITE, UserError, check_text
 from flora_jax.inference.bank import Bank
 from flora_jax.inference.decoding import State, begin, bucket, decode, grow, prefill
 from flora_jax.inference.sampling import Sampling
+from flora_jax.models.adapted import Adapted
 from flora_jax.models.attention import kernel_runs
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
@@ -198,6 +199,20 @@ class Generator:
         self._name: str | None = None
         if self.adapter_config is not None:
             self.use(self._bank.names[0])
+
+    @classmethod
+    def of(cls, adapted: Adapted, max_length: int, batch_size: int) -> Generator:
+        """Serves a model whose parts travel together; its adapter, where it has one, by the name
+        `adapter`."""
+        return cls(
+            adapted.config,
+            adapted.base,
+            None if adapted.adapter is None else {"adapter": adapted.adapter},
+            adapted.adapter_config,
+            adapted.tokenizer,
+            max_length,
+            batch_size,
+        )
 
     @property
     def adapter_config(self) -> AdapterConfig | None:

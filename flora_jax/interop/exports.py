@@ -1,7 +1,7 @@
 """A trained model as a directory that others load, in one of the formats of formats.py.
 
-Weights go tensor by tensor into a scratch directory, are read back from there and compared, in logits on a sample, with
-what was trained. Only then does the directory get its name.
+Weights go tensor by tensor into a scratch directory, are read back from there and compared, in
+logits on a sample, with what was trained. Only then does the directory get its name.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ Tree = dict[str, Any]
 
 SCHEMA_VERSION = 1
 MARKER = "flora_export.json"  # the report, by which a directory is known as ours
-# How far an export's logits may lie from those of what was trained, as a share of the largest |logit|, by the dtype of
-# its weights: float32 only sums in another order, bfloat16 rounds every weight to 8 bits.
+# How far an export's logits may lie from those of what was trained, as a share of the largest
+# |logit|, by the dtype of its weights: float32 only sums in another order, bfloat16 rounds every
+# weight to 8 bits.
 LOGIT_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}
 _SAMPLE = (
-    "The capital of France is Paris, and the river that runs through it is the Seine. Ann has 17 apples and gives 5 of "
-    "them away: how many are left? 17 - 5 = 12. Summarize the following dialogue in one sentence. A: Shall we meet at "
-    "noon? B: Rather at one, the train is late."
+    "The capital of France is Paris, and the river that runs through it is the Seine. Ann has 17 "
+    "apples and gives 5 of them away: how many are left? 17 - 5 = 12. Summarize the following "
+    "dialogue in one sentence. A: Shall we meet at noon? B: Rather at one, the train is late."
 )
 _SAMPLE_TOKENS = 64
 # bytes up to which a file's contents are compared; larger ones are weights, which nobody edits
@@ -43,8 +44,8 @@ _BLOCK = 8192  # rows of the unembedding that are scored with at a time
 
 
 def check_format(form: str, dtype: str, adapter_config: AdapterConfig, params: Tree) -> None:
-    """Raises UserError for an unknown format or dtype, and for a format that cannot hold the method or, `params`, the
-    base leaves that trained."""
+    """Raises UserError for an unknown format or dtype, and for a format that cannot hold the method
+    or, `params`, the base leaves that trained."""
     if form not in FORMATS:
         raise UserError(f"--format {form!r} is unknown; {near_misses(form, FORMATS)}")
     if dtype not in DTYPES:
@@ -57,8 +58,8 @@ def check_format(form: str, dtype: str, adapter_config: AdapterConfig, params: T
 
 
 def check_directory(directory: Path, overwrite: bool) -> None:
-    """Raises UserError if something stands at `directory`, unless `overwrite` is set, it is an export of ours, and
-    nothing was added to it."""
+    """Raises UserError if something stands at `directory`, unless `overwrite` is set, it is an
+    export of ours, and nothing was added to it."""
     if not os.path.lexists(directory):
         return
     if not overwrite:
@@ -67,7 +68,8 @@ def check_directory(directory: Path, overwrite: bool) -> None:
         )
     if directory.is_symlink() or not (directory / MARKER).is_file():
         raise UserError(
-            f"--out {directory} is no directory that this command wrote (no {MARKER}) and is not replaced"
+            f"--out {directory} is no directory that this command wrote (no {MARKER}) and is not "
+            "replaced"
         )
     known = read_json(directory / MARKER).get("files")
     try:
@@ -76,7 +78,8 @@ def check_directory(directory: Path, overwrite: bool) -> None:
             same = (about, (directory / name).lstat().st_size)
             if name != MARKER and (not isinstance(known, dict) or known.get(name) not in same):
                 raise UserError(
-                    f"--out {directory} is not replaced: {name!r} in it is not as this command wrote it"
+                    f"--out {directory} is not replaced: {name!r} in it is not as this command "
+                    "wrote it"
                 )
     except OSError as error:
         raise UserError(
@@ -85,18 +88,16 @@ def check_directory(directory: Path, overwrite: bool) -> None:
 
 
 def _files(directory: Path) -> dict[str, int | str]:
-    """What tells every file below from a changed one, by its path from there: sha256, of weights their bytes."""
+    """What tells every file below from a changed one, by its path from there: sha256, of weights
+    their bytes."""
     files = sorted(path for path in directory.rglob("*") if not path.is_dir())
+    return {str(path.relative_to(directory)): _tell(path) for path in files}
 
-    def read(path):
-        return path.is_file() and not path.is_symlink() and path.stat().st_size <= _HASHED
 
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        if read(path)
-        else path.lstat().st_size
-        for path in files
-    }
+def _tell(path: Path) -> int | str:
+    if path.is_file() and not path.is_symlink() and path.stat().st_size <= _HASHED:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return path.lstat().st_size
 
 
 def export(
@@ -108,26 +109,28 @@ def export(
     card: Callable[[Mapping[str, Any]], str] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes `trained` to `directory` in a format of FORMATS and returns the report, its `flora_export.json`.
+    """Writes `trained` to `directory` in a format of FORMATS and returns the report, its
+    `flora_export.json`.
 
-    dtype: of the tensors, a name of DTYPES; sums are taken in float32 and cast once. card: from the report to the text
-    of README.md. Raises UserError, with nothing left behind, for what `check_format` and `check_directory` refuse, for
-    an adapter without effect, weights that are not finite, and an export that is not what was trained: logits must
-    agree within LOGIT_BOUNDS and to half of what training moved them, and of a merged one exactly the tensors that
-    trained may differ from the base's.
+    dtype: of the tensors, a name of DTYPES; sums are taken in float32 and cast once. card: from the
+    report to the text of README.md. Raises UserError, with nothing left behind, for what
+    `check_format` and `check_directory` refuse, for an adapter without effect, weights that are not
+    finite, and an export that is not what was trained: logits must agree within LOGIT_BOUNDS and to
+    half of what training moved them, and of a merged one exactly the tensors that trained may
+    differ from the base's.
     """
     directory = Path(directory)
     check_format(form, dtype, trained.adapter_config, trained.params)
     check_directory(directory, overwrite)
-    tokens = np.asarray(
-        [trained.tokenizer(_SAMPLE, add_special_tokens=False).input_ids[:_SAMPLE_TOKENS]]
-    )
+    sample = trained.tokenizer(_SAMPLE, add_special_tokens=False).input_ids
+    tokens = np.asarray([sample[:_SAMPLE_TOKENS]])
     own = {"params": trained.full_base, "adapter": trained.adapter}
     wanted = _logits(trained.config, trained.adapter_config, own, tokens)
     effect = np.abs(wanted - _logits(trained.config, None, {"params": trained.base}, tokens))
     if not effect.any():
         raise UserError(
-            f"what {trained.adapter_config.method} trained changes no logit of the base: train it first"
+            f"what {trained.adapter_config.method} trained changes no logit of the base: train it "
+            "first"
         )
     with new_directory(directory) as new:
         report = {"schema_version": SCHEMA_VERSION, "format": form, "dtype": dtype}
@@ -142,18 +145,9 @@ def export(
             "mean_change": float(change.mean()),
             "bound": float(LOGIT_BOUNDS[dtype] * np.abs(wanted).max()),
         }
-        if not report["logits"]["max_change"] <= report["logits"]["bound"]:
-            raise UserError(
-                f"--format {form}: in {dtype} the export's logits differ from those of what was trained by up to "
-                f"{change.max():.3g}, the bound is {report['logits']['bound']:.3g}; nothing was written"
-            )
-        if not change.mean() <= effect.mean() / 2:
-            raise UserError(
-                f"--format {form}: in {dtype} the export's logits differ from those of what was trained by "
-                f"{change.mean():.3g} on average, and training moved them by no more than {effect.mean():.3g}; nothing "
-                "was written: train longer, or use --dtype float32"
-            )
-        # A LoRA holds no weights of the base, but Meta's licences are about what is trained from it, too.
+        _check_logits(form, dtype, report["logits"])
+        # A LoRA holds no weights of the base, but Meta's licences are about what is trained from
+        # it, too.
         if form != "peft" or trained.licence.meta:
             trained.licence.write(new)
         report |= {"licence": trained.licence.name, "licence_missing": trained.licence.text_missing}
@@ -165,28 +159,45 @@ def export(
     return report
 
 
+def _check_logits(form: str, dtype: str, logits: Mapping[str, float]) -> None:
+    """Raises UserError for an export whose logits are not those of what was trained."""
+    what = f"--format {form}: in {dtype} the export's logits differ from those of what was trained"
+    if not logits["max_change"] <= logits["bound"]:
+        raise UserError(
+            f"{what} by up to {logits['max_change']:.3g}, the bound is {logits['bound']:.3g}; "
+            "nothing was written"
+        )
+    if not logits["mean_change"] <= logits["mean_moved_by_training"] / 2:
+        raise UserError(
+            f"{what} by {logits['mean_change']:.3g} on average, and training moved them by no more "
+            f"than {logits['mean_moved_by_training']:.3g}; nothing was written: train longer, or "
+            "use --dtype float32"
+        )
+
+
 def _logits(
     config: LlamaConfig, adapter_config: AdapterConfig | None, variables: Tree, tokens: np.ndarray
 ) -> np.ndarray:
-    """Logits `[T, V]`, float32, of tokens `[1, T]`. Little is held beside the variables, which may be mapped files: the
-    embedding gives only the rows that occur, and the unembedding is gone through block by block."""
+    """Logits `[T, V]`, float32, of tokens `[1, T]`. Little is held beside the variables, which may
+    be mapped files: the embedding gives only the rows that occur, and the unembedding is gone
+    through block by block."""
     params = dict(variables["params"])
     embedding = np.asarray(params["embed_tokens"]["embedding"])
-    unembedding = (
-        embedding if config.tie_word_embeddings else np.asarray(params.pop("lm_head")["kernel"]).T
-    )
+    unembedding = embedding
+    if not config.tie_word_embeddings:
+        unembedding = np.asarray(params.pop("lm_head")["kernel"]).T
     ids, places = np.unique(tokens, return_inverse=True)
     params["embed_tokens"] = {"embedding": jnp.asarray(embedding[ids], jnp.float32)}
     config = dataclasses.replace(config, vocab_size=len(ids), tie_word_embeddings=True)
     model = Llama(config, adapter_config, dtype=jnp.float32)
     places = jnp.asarray(places.reshape(tokens.shape), jnp.int32)
-    # With a cache layers run one by one; a scan over bfloat16 layers has them all in float32 at once on a CPU.
+    # With a cache layers run one by one; a scan over bfloat16 layers has them all in float32 at
+    # once on a CPU.
     cache = KVCache.empty(config, *tokens.shape)
     with jax.default_matmul_precision("highest"):  # a GPU's own is 10 bits
-        hidden = np.asarray(
-            model.apply({**variables, "params": params}, places, cache=cache, method="hidden")[0][0]
-        )
-    blocks = (
-        unembedding[i : i + _BLOCK].astype(np.float32) for i in range(0, len(unembedding), _BLOCK)
-    )
+        variables = {**variables, "params": params}
+        hidden = model.apply(variables, places, cache=cache, method="hidden")[0]
+        hidden = np.asarray(hidden[0])
+    starts = range(0, len(unembedding), _BLOCK)
+    blocks = (unembedding[i : i + _BLOCK].astype(np.float32) for i in starts)
     return np.concatenate([hidden @ block.T for block in blocks], axis=-1)

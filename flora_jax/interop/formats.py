@@ -17,7 +17,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,16 +34,15 @@ from flora_jax.adapters import (
 )
 from flora_jax.errors import UserError
 from flora_jax.files import read_json, write_json
-from flora_jax.interop.adapter_files import PEFT_MODULES, load_adapter, write_adapter_files
+from flora_jax.interop.adapter_files import load_adapter, write_adapter_files
 from flora_jax.interop.licences import NO_LICENCE, Licence
+from flora_jax.interop.peft_lora import PEFT_MODULES
 from flora_jax.interop.shards import map_shards, row_blocks, write_shards
+from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import hf_names, hf_shapes, to_hf_tensors
 from flora_jax.models.tokenizer import VOCABULARIES, load_tokenizer
 from flora_jax.tokens import ends, tokenizer_digest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 Tree = dict[str, Any]
 
@@ -51,27 +50,21 @@ _REMOTE_CODE = Path(__file__).parent / "remote_code"
 _ACT2FN = {"gelu": "gelu_pytorch_tanh"}  # transformers' name for the gelu that is ours
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What is exported.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained(Adapted):
+    """What is exported: a model with its base as it was before training, and beside it what trained
+    of the base.
 
-    base: the base's parameters as they were before training; adapter: the adapter's leaves, `{}`
-    for fft; params: base leaves that trained, `{}` if none; base_model: the name that readers know
-    the base by; fingerprint: the base's;
-    base_files: the HF directory that the base came from, None where it came from none;
-    licence: the base's.
+    params: base leaves that trained, `{}` if none; base_model: the name that readers know the base
+    by; base_files: the HF directory that the base came from, None where it came from none; licence:
+    the base's; quantised: what the base's weights were before they were floats, "" if nothing else.
     """
 
-    config: LlamaConfig
-    base: Tree
-    adapter_config: AdapterConfig
-    adapter: Tree
-    params: Tree
-    tokenizer: PreTrainedTokenizerFast
+    params: Tree = dataclasses.field(default_factory=dict)
     base_model: str
-    fingerprint: str
     base_files: Path | None = None
     licence: Licence = NO_LICENCE
+    quantised: str = ""
 
     @property
     def full_base(self) -> Tree:

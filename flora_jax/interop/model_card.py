@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")""",
     "peft": """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{where}"), "THIS_DIRECTORY")""",
+model = PeftModel.from_pretrained(\
+AutoModelForCausalLM.from_pretrained("{where}"), "THIS_DIRECTORY")""",
     "transformers": """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)
@@ -43,55 +44,29 @@ def model_card(
     command: str,
     versions: Mapping[str, str],
     summary: Mapping[str, Any],
-    quantised: str = "",
 ) -> str:
-    """Markdown with the hub's header. report: of the export; command: "" for an export from Python; summary: of the
-    run, as `eval.json` has it, {} if there is none; quantised: what the base's weights were before they were floats."""
-    adapter, logits = trained.adapter_config, report["logits"]
-    licence = trained.licence.name
-    published = re.fullmatch(r"[\w.-]+/[\w.-]+", trained.base_model) is not None
-    # no path of this machine
-    base = trained.base_model if published else Path(trained.base_model).name
+    """Markdown with the hub's header. report: of the export; command: "" for an export from Python;
+    summary: of the run, as `eval.json` has it, {} if there is none."""
+    logits = report["logits"]
+    licence = trained.licence
+    method = trained.adapter_config.method
     header = ModelCardData(
-        base_model=trained.base_model if published else None,
-        license=licence,
+        base_model=trained.base_model if _is_published(trained) else None,
+        license=licence.name,
         library_name="peft" if report["format"] == "peft" else "transformers",
         pipeline_tag="text-generation",
-        tags=["flora_jax", adapter.method],
+        tags=["flora_jax", method],
     )
-    count = sum(leaf.size for leaf in jax.tree.leaves((trained.adapter, trained.params)))
-    total = sum(leaf.size for leaf in jax.tree.leaves((trained.base, trained.adapter)))
-    rows = [
-        ("base model", f"{base} ({quantised})" if quantised else base),
-        (
-            "licence of the base",
-            licence or ("" if base == "random" else "not stated in its model card"),
-        ),
-        ("method", f"`{adapter.method}` ({_PAPER.get(adapter.method, _FLORA)})"),
-    ]
-    if trained.adapter:
-        scale = f"scale {adapter.scale:g}{' (rsLoRA)' if adapter.rslora else ''}"
-        rows += [("rank", f"{adapter.rank}, {scale}"), ("projections", ", ".join(adapter.targets))]
-    if adapter.add_to:
-        rows.append(("repeat-and-add on", ", ".join(adapter.add_to)))
-    rows.append(("trained parameters", f"{count:,} of {total:,} ({100 * count / total:.3f} %)"))
-    if "step" in summary:
-        rows.append(("step", summary["step"]))
-    rows.append(("weights", report["dtype"]))
-    if command:
-        rows.append(("command", f"`{command}`"))
-    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
-    meta = trained.licence.meta
-    built = f"**{meta.built}**\n\n" if meta and meta.built else ""
+    rows = [*_of_model(trained), *_of_making(report, command, versions, summary)]
     table = "\n".join(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows)
-    load = _LOAD[report["format"]].format(
-        where=base if published and not quantised else "PATH_OF_THE_BASE"
-    )
+    built = f"**{licence.meta.built}**\n\n" if licence.meta and licence.meta.built else ""
+    at_hand = _is_published(trained) and not trained.quantised
+    where = trained.base_model if at_hand else "PATH_OF_THE_BASE"
     return f"""---
 {header.to_yaml()}
 ---
 
-# {trained.licence.title(base)}, fine-tuned with {adapter.method}
+# {licence.title(_name(trained))}, fine-tuned with {method}
 
 {built}| | |
 |---|---|
@@ -100,17 +75,62 @@ def model_card(
 ## Load
 
 ```python
-{load}
+{_LOAD[report["format"]].format(where=where)}
 ```
 
 On a sample of {logits["sample_tokens"]} tokens, training moved the base's logits by up to \
-{logits["moved_by_training"]:.3g}; those of this export lie within {logits["max_change"]:.2g} of what was trained.
+{logits["moved_by_training"]:.3g}; those of this export lie within {logits["max_change"]:.2g} of \
+what was trained.
 
 {describe_run(summary)}"""
 
 
+def _is_published(trained: Trained) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", trained.base_model) is not None
+
+
+def _name(trained: Trained) -> str:
+    """The base's name, without a path of this machine."""
+    return trained.base_model if _is_published(trained) else Path(trained.base_model).name
+
+
+def _of_model(trained: Trained) -> Iterator[tuple[str, Any]]:
+    """Rows of the card's table: the base, and what was trained over it."""
+    base = _name(trained)
+    adapter = trained.adapter_config
+    unstated = "" if base == "random" else "not stated in its model card"
+    yield "base model", f"{base} ({trained.quantised})" if trained.quantised else base
+    yield "licence of the base", trained.licence.name or unstated
+    yield "method", f"`{adapter.method}` ({_PAPER.get(adapter.method, _FLORA)})"
+    if trained.adapter:
+        rslora = " (rsLoRA)" if adapter.rslora else ""
+        yield "rank", f"{adapter.rank}, scale {adapter.scale:g}{rslora}"
+        yield "projections", ", ".join(adapter.targets)
+    if adapter.add_to:
+        yield "repeat-and-add on", ", ".join(adapter.add_to)
+    count = sum(leaf.size for leaf in jax.tree.leaves((trained.adapter, trained.params)))
+    total = sum(leaf.size for leaf in jax.tree.leaves((trained.base, trained.adapter)))
+    yield "trained parameters", f"{count:,} of {total:,} ({100 * count / total:.3f} %)"
+
+
+def _of_making(
+    report: Mapping[str, Any],
+    command: str,
+    versions: Mapping[str, str],
+    summary: Mapping[str, Any],
+) -> Iterator[tuple[str, Any]]:
+    """Rows of the card's table: how it was made."""
+    if "step" in summary:
+        yield "step", summary["step"]
+    yield "weights", report["dtype"]
+    if command:
+        yield "command", f"`{command}`"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
 def describe_run(summary: Mapping[str, Any]) -> str:
-    """Data and scores of an `eval.json`, as Markdown. Raises UserError where it is not as a run wrote it."""
+    """Data and scores of an `eval.json`, as Markdown. Raises UserError where it is not as a run
+    wrote it."""
     try:
         return _results(summary)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -126,17 +146,13 @@ def _results(summary: Mapping[str, Any]) -> str:
         lines = [f"- {name}: sha256 `{digest}`" for name, digest in data.get("sha256", {}).items()]
         counts = data.get("train", {})
         if "kept" in counts:
-            lines.insert(
-                0,
-                f"- {counts['kept']:,} training examples, {counts['loss_tokens']:,} tokens in the loss",
-            )
+            kept = f"- {counts['kept']:,} training examples"
+            lines.insert(0, f"{kept}, {counts['loss_tokens']:,} tokens in the loss")
         parts.append("## Data\n\n" + "\n".join(lines) + "\n")
     scores = []
     if (losses := summary.get("validation_losses")) and str(summary.get("step")) in losses:
-        scores.append(
-            f"- validation loss {losses[str(summary['step'])]:.4f}"
-            + (f" ({losses['0']:.4f} before training)" if "0" in losses else "")
-        )
+        before = f" ({losses['0']:.4f} before training)" if "0" in losses else ""
+        scores.append(f"- validation loss {losses[str(summary['step'])]:.4f}{before}")
     evaluation = summary.get("evaluation") or {}
     for task, result in evaluation.get("tasks", {}).items():
         where = f"{evaluation['protocol']}, {evaluation['split']}, n = {result['n']}"

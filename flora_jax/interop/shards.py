@@ -1,8 +1,9 @@
 """Safetensors files written and read one tensor at a time.
 
-The library's own writer wants all of a file's tensors in memory at once, and its reader copies what it reads; a model
-as large as the machine's memory allows is exported with neither. The format is a length, a JSON header and the bytes of
-the tensors: https://github.com/safetensors/safetensors#format.
+The library's own writer wants all of a file's tensors in memory at once, and its reader copies what
+it reads; a model as large as the machine's memory allows is exported with neither. The format is a
+length, a JSON header and the bytes of the tensors:
+https://github.com/safetensors/safetensors#format.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def write_shards(
 ) -> None:
     """Writes `model.safetensors`, or shards with their index, to `directory`.
 
-    shapes: of all tensors, in any order; tensors: `(name, array)`, asked for one after another and cast to `dtype`, so
-    that no more than one is held. Raises UserError for a tensor that has another shape or is not finite.
+    shapes: of all tensors, in any order; tensors: `(name, array)`, asked for one after another and
+    cast to `dtype`, so that no more than one is held. Raises UserError for a tensor that has
+    another shape or is not finite.
     """
     dtype = jnp.dtype(dtype)
     sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in shapes.items()}
@@ -50,7 +52,8 @@ def write_shards(
         max_shard_size=shard_bytes,
     )
     with contextlib.ExitStack() as stack:
-        files, places = {}, {}
+        files = {}
+        places = {}
         for file, names in plan.filename_to_tensors.items():
             files[file] = stack.enter_context((directory / file).open("wb"))
             places |= _begin(
@@ -76,16 +79,22 @@ def write_shards(
 
 
 def row_blocks(value: np.ndarray) -> Iterator[np.ndarray]:
-    """A tensor cut along its first axis, so that what is computed of it at once is small beside it."""
-    rows = max(1, _BLOCK * len(value) // value.size) if value.ndim and value.size else 1
-    yield from (value[i : i + rows] for i in range(0, len(value), rows)) if value.ndim else [value]
+    """A tensor cut along its first axis, so that what is computed of it at once is small beside
+    it."""
+    if not value.ndim:
+        yield value
+        return
+    rows = max(1, _BLOCK * len(value) // max(value.size, 1))
+    for i in range(0, len(value), rows):
+        yield value[i : i + rows]
 
 
 def _begin(
     file: BinaryIO, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], kind: str
 ) -> dict[str, int]:
     """Writes the header; where in the file each tensor begins."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in shapes.items():
         header[name] = {
             "dtype": kind,
@@ -102,12 +111,13 @@ def _begin(
 def _with_progress(
     tensors: Iterable[tuple[str, np.ndarray]], sizes: Mapping[str, int]
 ) -> Iterable[Any]:
-    """The tensors, with a bar of bytes written on a terminal and elsewhere a line every ten seconds."""
-    total, said = sum(sizes.values()), time.monotonic()
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="export", disable=not sys.stderr.isatty()
-    ) as bar:
-        done, start = 0, said
+    """The tensors, with a bar of bytes written on a terminal and elsewhere a line every ten
+    seconds."""
+    total = sum(sizes.values())
+    start = said = time.monotonic()
+    done = 0
+    quiet = not sys.stderr.isatty()
+    with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=quiet) as bar:
         for name, value in tensors:
             yield name, value
             done += sizes.get(name, 0)
@@ -123,14 +133,12 @@ def _with_progress(
 
 
 def map_shards(directory: Path) -> dict[str, np.ndarray]:
-    """The tensors of what `write_shards` wrote, by name, as views of the mapped files: nothing is read before it is
-    used, and nothing is held after."""
+    """The tensors of what `write_shards` wrote, by name, as views of the mapped files: nothing is
+    read before it is used, and nothing is held after."""
     index = directory / INDEX
-    files = (
-        sorted(set(read_json(index)["weight_map"].values()))
-        if index.exists()
-        else ["model.safetensors"]
-    )
+    files = ["model.safetensors"]
+    if index.exists():
+        files = sorted(set(read_json(index)["weight_map"].values()))
     dtypes = {kind: jnp.dtype(name) for name, kind in _KINDS.items()}
     tensors = {}
     for file in files:
@@ -139,9 +147,6 @@ def map_shards(directory: Path) -> dict[str, np.ndarray]:
         for name, entry in json.loads(memory[8:start].tobytes()).items():
             if name != "__metadata__":
                 a, b = entry["data_offsets"]
-                tensors[name] = (
-                    memory[start + a : start + b]
-                    .view(dtypes[entry["dtype"]])
-                    .reshape(entry["shape"])
-                )
+                stored = memory[start + a : start + b].view(dtypes[entry["dtype"]])
+                tensors[name] = stored.reshape(entry["shape"])
     return tensors

@@ -1,0 +1,83 @@
+"""What several commands have: flags, what these may hold, an orderly end when they are stopped."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flora_jax.errors import (
+    CommandParser,
+    Stopped,
+    UserError,
+    check_writable,
+    hangups,
+    path_flag,
+)
+from flora_jax.models.config import DTYPES
+
+Flags = Mapping[str, Mapping[str, Any]]
+
+# Flags by name, as `add_argument` takes them.
+MODEL = {
+    "model": dict(required=True, help="HF directory, hub id, .gguf file or preset name"),
+    "adapter": dict(type=path_flag, help="adapter directory"),
+}
+DTYPE = {"dtype": dict(choices=DTYPES, default="float32")}
+RESULT = {"out": dict(type=path_flag, help="result file, JSON")}
+
+
+def read_flags(module: str, about: str, flags: Flags, argv: list[str]) -> argparse.Namespace:
+    """What a command line sets. about: the command's docstring, whose first paragraph is shown."""
+    what = " ".join(about.split("\n\n")[0].split())
+    parser = CommandParser(prog=module, description=what)
+    for name, settings in flags.items():
+        parser.add_argument(f"--{name}", **settings)
+    return parser.parse_args(argv[1:])
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises UserError for a flag that is given and not positive."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} must be a positive integer")
+
+
+def check_result(path: str | None) -> None:
+    """Raises UserError where no result file can be written at `path`; None is none asked for."""
+    if path and Path(path).is_dir():
+        raise UserError(f"--out {path} is a directory; name a file")
+    if path:
+        check_writable(Path(path), "--out")
+
+
+def split_names(text: str) -> list[str]:
+    """The names of a comma-separated flag."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@contextlib.contextmanager
+def stopped_by_signals(message: str) -> Iterator[None]:
+    """Has a termination and a closed terminal, too, end the block as an interrupt does, so that
+    what is half done is cleared away; then raises Stopped with `message`."""
+    numbers = (signal.SIGTERM, *hangups())
+    before = {number: signal.signal(number, _stop_once) for number in numbers}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(message) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop_once(number: int, frame: Any) -> NoReturn:
+    """Stops what runs. A terminal that closes says so twice, and the second must not stop the
+    clearing away."""
+    for again in (signal.SIGTERM, *hangups()):
+        signal.signal(again, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -1,0 +1,201 @@
+"""Tasks whose answers are generated: their prompts, the answers, and how these are scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from flora_jax.data.encode import calls_tools, encode_prompt, refuse_tools
+from flora_jax.errors import UserError
+from flora_jax.evaluation import published
+from flora_jax.evaluation.answers import is_right
+from flora_jax.evaluation.rouge import POLICY, rouge
+from flora_jax.evaluation.rounds import FIRST_ROUND, generate_in_rounds
+from flora_jax.evaluation.task_data import SHOT_BREAK, Settings, TaskData, few_shot_messages
+from flora_jax.inference.generator import Generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Tokens beside the longest answer and its end: it may be said in more of them than it is written
+# in.
+_MARGIN = 16
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A task's prompts as token ids, whether each leaves room for its answer, and that room in
+    tokens."""
+
+    prompts: list[list[int]]
+    fits: list[bool]
+    new_tokens: int
+
+    @property
+    def fitting(self) -> list[list[int]]:
+        """The prompts that leave room."""
+        return [prompt for prompt, fit in zip(self.prompts, self.fits, strict=True) if fit]
+
+
+def ask(
+    data: TaskData, tokenizer: PreTrainedTokenizerFast, settings: Settings, max_length: int
+) -> Asked:
+    """The task's prompts, where prompt and answer have `max_length` tokens. A line says how many
+    leave no room, and whether answers are cut. Raises UserError where none leaves room, and for
+    what cannot be asked or compared as text."""
+    prompts = _encode(data, tokenizer, settings)
+    new_tokens = settings.max_new_tokens or data.task.new_tokens
+    asked = Asked(prompts, _fitting(data, prompts, new_tokens, max_length), new_tokens)
+    if settings.max_new_tokens is None and data.task.source == "jsonl":
+        asked = dataclasses.replace(asked, new_tokens=_room(data, tokenizer, asked, max_length))
+    return asked
+
+
+def _encode(
+    data: TaskData, tokenizer: PreTrainedTokenizerFast, settings: Settings
+) -> list[list[int]]:
+    for i, example in enumerate(data.examples):
+        if calls_tools(example.messages[-1]):
+            raise UserError(
+                f"{data.task.name}: question {i} is to be answered by a call of a tool, but "
+                "answers are compared as texts; leave it out of the test set"
+            )
+    style = settings.prompt_style
+    asked = [few_shot_messages(example, data.shots, style) for example in data.examples]
+    try:
+        for shot in data.shots:
+            refuse_tools(shot.messages, style, shot.tools)
+        if settings.published_faults:
+            return [published.encode_prompt(messages, tokenizer) for messages in asked]
+        return [
+            encode_prompt(messages, tokenizer, style, example.tools)
+            for messages, example in zip(asked, data.examples, strict=True)
+        ]
+    except UserError as error:
+        raise UserError(f"{data.task.name}: {error}") from None
+
+
+def _fitting(
+    data: TaskData, prompts: Sequence[list[int]], new_tokens: int, max_length: int
+) -> list[bool]:
+    """Whether each prompt leaves room for `new_tokens`."""
+    lengths = [len(prompt) for prompt in prompts]
+    fits = [length <= max_length - new_tokens for length in lengths]
+    if not any(fits):
+        raise UserError(
+            f"max_length={max_length} leaves no room for {new_tokens} new tokens after any prompt "
+            f"of {data.task.name}; the shortest has {min(lengths)} tokens"
+        )
+    if not all(fits):
+        _log.warning(
+            "%s: %d of %d prompts leave no room for %d new tokens in max_length=%d and count as "
+            "wrong",
+            data.task.name,
+            len(fits) - sum(fits),
+            len(fits),
+            new_tokens,
+            max_length,
+        )
+    return fits
+
+
+def _room(data: TaskData, tokenizer: PreTrainedTokenizerFast, asked: Asked, max_length: int) -> int:
+    """New tokens for the longest answer of the data, as far as the longest prompt leaves them."""
+    texts = [example.answer for example in data.examples]
+    answers = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    longest = max(map(len, answers))
+    left = max_length - max(map(len, asked.fitting))
+    new_tokens = max(asked.new_tokens, min(longest + 1 + _MARGIN, left))
+    if new_tokens <= longest:  # its end is a token, too
+        _log.warning(
+            "%s: the longest answer has %d tokens, but max_length=%d leaves %d after the longest "
+            "prompt; such answers are cut and count as wrong",
+            data.task.name,
+            longest,
+            max_length,
+            left,
+        )
+    return new_tokens
+
+
+def score_answers(
+    data: TaskData, asked: Asked, generator: Generator, settings: Settings
+) -> dict[str, Any]:
+    """Has a task's answers generated and scores them; JSON-ready. A line says how many did not
+    end."""
+    few_shots = bool(data.shots) and settings.prompt_style != "chat"
+    stop_text = SHOT_BREAK if few_shots else None
+
+    def ended(i: int, text: str) -> bool:
+        return stop_text is not None and stop_text in text.lstrip()
+
+    prompts = asked.fitting
+    if settings.published_faults:
+        prompts = published.pad(prompts, data.task.metric, settings.batch_size)
+    try:
+        generations = generate_in_rounds(generator, prompts, asked.new_tokens, ended)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{data.task.name}: {error}") from None
+    count = len(generations)
+    cut = [not one.finished and not ended(i, one.text) for i, one in enumerate(generations)]
+    unfinished = sum(cut) / count
+    if unfinished:
+        _log.warning(
+            "%s: %.1f %% of the answers did not end within %d new tokens; max_new_tokens gives "
+            "them more",
+            data.task.name,
+            100 * unfinished,
+            asked.new_tokens,
+        )
+    said = iter(generations)
+    texts = [_before(next(said).text, stop_text) if fit else None for fit in asked.fits]
+    return {
+        **_scores(data, texts, settings.published_faults),
+        "texts": texts,
+        "decode": {
+            "temperature": 0.0,
+            "max_new_tokens": asked.new_tokens,
+            "first_round": FIRST_ROUND,
+            "stop_text": stop_text,
+        },
+        "finished": sum(one.finished for one in generations) / count,
+        "unfinished": unfinished,
+        "too_long": len(asked.prompts) - len(prompts),
+        "prompt": generator.tokenizer.decode(asked.prompts[0]),
+    }
+
+
+def _before(text: str, stop_text: str | None) -> str:
+    """What a text says before its first stop text."""
+    return text if stop_text is None else text.lstrip().split(stop_text)[0]
+
+
+def _scores(data: TaskData, texts: Sequence[str | None], published_faults: bool) -> dict[str, Any]:
+    """Scores of generated texts; None, for a prompt that left no room, is an answer of nothing."""
+    metric = data.task.metric
+    if metric == "rouge":
+        references = [example.references for example in data.examples]
+        scores = rouge([text or "" for text in texts], references)
+        return {**scores, "scoring": f"ROUGE: {POLICY}"}
+    judge = published.is_right if published_faults else is_right
+    right = [
+        text is not None and judge(metric, text, example.answer, example.labels)
+        for text, example in zip(texts, data.examples, strict=True)
+    ]
+    rules = " of the published scripts" if published_faults else ""
+    return {
+        **accuracy("accuracy", "stderr", right),
+        "items": [int(one) for one in right],
+        "scoring": f"generated text, final answer by metric {metric!r}{rules}",
+    }
+
+
+def accuracy(name: str, error_name: str, right: Sequence[bool]) -> dict[str, float]:
+    """The share p that is right, and its standard error sqrt(p (1 − p) / n), under these names."""
+    p = sum(right) / len(right)
+    return {name: p, error_name: math.sqrt(p * (1 - p) / len(right))}

@@ -1,0 +1,220 @@
+"""Tasks with their data, ready to be asked, and how they are asked and scored.
+
+Test examples, solved ones that are shown before them, and the settings of a result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+from flora_jax.data.encode import STYLES
+from flora_jax.data.sources import data_hash, load_examples
+from flora_jax.data.tasks import (
+    CONTAMINATED,
+    Example,
+    Message,
+    Task,
+    dedupe,
+    get_task,
+    lm_eval_request,
+    prompt_digests,
+)
+from flora_jax.errors import UserError, near_misses
+from flora_jax.evaluation import published
+
+PROTOCOLS = ("lm_eval", "llm_adapters")
+# Between the examples of a plain few-shot prompt; a generated answer ends at it.
+SHOT_BREAK = "\n\n"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What holds for all tasks of a result.
+
+    protocol: of PROTOCOLS; prompt_style: of STYLES. published_faults: score generated answers as
+    the published scripts of LLM-Adapters do (`published`). max_length: prompt and new tokens of
+    generated answers; a prompt that leaves no room counts as wrong and in `too_long`.
+    max_new_tokens: of a generated answer, in place of its task's own number; a JSONL file has room
+    for its longest answer, as far as max_length leaves it.
+    """
+
+    protocol: str = "lm_eval"
+    prompt_style: str = "plain"
+    published_faults: bool = False
+    batch_size: int = 16
+    max_length: int = 1024
+    max_new_tokens: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """One task, ready to be asked: its test examples, and examples of its training split that are
+    shown before each."""
+
+    task: Task
+    examples: Sequence[Example]
+    shots: Sequence[Example]
+    data_hash: str
+
+
+def is_generated(task: Task, protocol: str) -> bool:
+    """Whether the protocol has the answers of `task` generated; it scores given choices by
+    likelihood otherwise."""
+    return protocol != "lm_eval" or task.metric != "choice"
+
+
+def load_task_data(
+    names: Sequence[str],
+    data_dir: str | os.PathLike | None,
+    settings: Settings = Settings(),
+    *,
+    limit: int | None = None,
+    num_fewshot: int = 0,
+    seed: int = 0,
+    generator: Mapping[str, Any] | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> list[TaskData]:
+    """The test split of each task (its first `limit` examples) and `num_fewshot` training examples
+    drawn by `seed`.
+
+    `generator` overrides fields of generated tasks (see `get_task`). Needs no model, so bad input
+    is a UserError before one is loaded: unknown task, protocol or style, missing or malformed data,
+    counts out of range.
+    """
+    _check_known(settings)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit} must be a positive integer (leave it out for all examples)")
+    if num_fewshot < 0:
+        raise UserError(f"num_fewshot={num_fewshot} must be 0 or a positive integer")
+    check_names(names)
+    tasks = [get_task(name, generator) for name in names]
+    _check_tasks(settings, tasks)
+    loaded = []
+    for task in tasks:
+        whole = load_examples(task, "test", data_dir, cache_dir)
+        shots = []
+        if num_fewshot:
+            # Nothing that is asked may be shown: a single file is both splits, and some published
+            # sets overlap.
+            pool, _ = dedupe(load_examples(task, "train", data_dir, cache_dir), whole)
+            shots = _draw(task, pool, num_fewshot, seed)
+        loaded.append(TaskData(task, whole[:limit], shots, data_hash(task, "test", data_dir)))
+    return loaded
+
+
+def _check_known(settings: Settings) -> None:
+    """Raises UserError for an unknown protocol or style."""
+    for field, known in (("protocol", PROTOCOLS), ("prompt_style", STYLES)):
+        value = getattr(settings, field)
+        if value not in known:
+            raise UserError(f"{field}={value!r} is unknown; {near_misses(value, known)}")
+
+
+def _check_tasks(settings: Settings, tasks: list[Task]) -> None:
+    """Raises UserError for a task that cannot be asked or scored so."""
+    protocol = settings.protocol
+    style = settings.prompt_style
+    faults = settings.published_faults
+    if faults and (protocol, style) != ("llm_adapters", "llm_adapters"):
+        raise UserError(
+            f"published_faults are those of protocol and prompt_style 'llm_adapters', "
+            f"not of protocol {protocol!r} with prompt_style {style!r}"
+        )
+    for task in tasks:
+        if faults and task.metric not in published.METRICS:
+            raise UserError(
+                f"published_faults: LLM-Adapters has no script for {task.name} "
+                f"(metric {task.metric!r})"
+            )
+        if style != "plain" and not is_generated(task, protocol):
+            raise UserError(
+                f"prompt_style={style!r}: protocol lm_eval scores the choices of {task.name} as "
+                "plain text; use prompt_style 'plain' or protocol 'llm_adapters'"
+            )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises UserError for no task at all, and for one that is named twice."""
+    if not names:
+        raise UserError("tasks is empty; name at least one")
+    if len(set(names)) < len(names):
+        raise UserError(f"tasks={','.join(names)} names a task twice")
+
+
+def _draw(task: Task, pool: Sequence[Example], count: int, seed: int) -> list[Example]:
+    if count > len(pool):
+        raise UserError(
+            f"num_fewshot={count}: the train split of {task.name} has {len(pool)} examples "
+            "that are not in its test split too"
+        )
+    return random.Random(seed).sample(pool, count)
+
+
+def check_seen(
+    tasks: Sequence[TaskData],
+    trained_on: tuple[Sequence[str], Set[str]] | None,
+    allowed: bool = False,
+) -> dict[str, float] | None:
+    """By task, the share of its questions that an adapter was trained on: `trained_on`, the names
+    of its tasks and its prompts' digests, or None where nothing is on record. Raises UserError
+    above 1 % unless `allowed`."""
+    if trained_on is None:
+        return None
+    names, prompts = trained_on
+    shares = {}
+    for data in tasks:
+        seen = [bool(prompt_digests([example]) & prompts) for example in data.examples]
+        share = sum(seen) / len(seen)
+        shares[data.task.name] = share
+        if share > CONTAMINATED and not allowed:
+            raise UserError(
+                f"--tasks {data.task.name}: {100 * share:.1f} % of the questions asked are in what "
+                f"the adapter was trained on ({', '.join(names)}); leave it out, or "
+                "--allow_contaminated, which records the share"
+            )
+    return shares
+
+
+def few_shot_requests(example: Example, shots: Sequence[Example]) -> list[tuple[str, str]]:
+    """`lm_eval_request` with solved examples, a blank line apart, before each context."""
+    before = ""
+    for shot in shots:
+        context, continuation = lm_eval_request(shot)[shot.gold]
+        before += context + continuation + SHOT_BREAK
+    return [(before + context, continuation) for context, continuation in lm_eval_request(example)]
+
+
+def few_shot_messages(example: Example, shots: Sequence[Example], style: str) -> list[Message]:
+    """The conversation to answer: solved examples are earlier turns ('chat') or text before the
+    question (others, which have room for one answer each: UserError for a conversation with
+    several)."""
+    asked = list(example.messages[:-1])
+    if style == "chat" or not shots:
+        return _as_turns(asked, shots)
+    if _is_answered(asked) or any(_is_answered(shot.messages[:-1]) for shot in shots):
+        raise UserError(
+            f"prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'"
+        )
+    solved = [_joined(shot.messages[:-1]) + " " + shot.messages[-1].content for shot in shots]
+    question = [message.content for message in asked]
+    return [Message("user", SHOT_BREAK.join([*solved, *question]))]
+
+
+def _as_turns(asked: list[Message], shots: Sequence[Example]) -> list[Message]:
+    """The shots' turns and those asked; of system messages the question's own, once and in
+    front."""
+    system = [message for message in asked if message.role == "system"]
+    turns = [message for shot in shots for message in shot.messages] + asked
+    return system + [message for message in turns if message.role != "system"]
+
+
+def _is_answered(messages: Sequence[Message]) -> bool:
+    return any(message.role == "assistant" for message in messages)
+
+
+def _joined(messages: Sequence[Message]) -> str:
+    return "\n\n".join(message.content for message in messages)
