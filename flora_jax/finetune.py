@@ -128,7 +128,7 @@ def _write_adapter(result: Result, config: ml_collections.ConfigDict, directory:
 
 
 def _write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """Writes `eval.json`, but over one of the same run: its scores stay until there are new ones."""
+    """Writes `eval.json`; the scores of a run that had finished stay until there are new ones."""
     try:
         before = read_json(path) if path.exists() else {}
     except UserError:  # damaged, and about to be written anew

@@ -20,8 +20,6 @@ from flora_jax.errors import UserError, near_misses, run_command
 from flora_jax.files import keep_programs
 from flora_jax.finetune import run
 
-__all__ = ["main", "parse", "run"]
-
 
 def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     """The configuration and the workdir of a command line. Raises UserError for what is wrong."""

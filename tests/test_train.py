@@ -406,6 +406,30 @@ def test_a_fully_fine_tuned_base_is_scored(tmp_path, small, hf_directory):
     assert len(texts) == 2 and result["tasks"]["chain_sum"]["texts"] == texts
 
 
+def test_what_is_due_after_a_step(small):
+    train = small(
+        **{"train.steps": 7, "train.log_every": 3, "train.eval_every": 2, "train.save_every": 4}
+    ).train
+    assert [step for step in range(1, 8) if loop.due(step, train).logs] == [3, 6]
+    assert [step for step in range(1, 8) if loop.due(step, train).evaluates] == [2, 4, 6, 7]
+    assert [step for step in range(1, 8) if loop.due(step, train).saves] == [4, 7]
+    never = small(**{"train.eval_every": 0}).train
+    assert not any(loop.due(step, never).evaluates for step in range(1, 5))
+
+
+def test_the_clock_stands_still_between_steps(monkeypatch):
+    moments = iter([0.0, 2.0, 50.0, 52.0, 90.0, 91.0])
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(moments))
+    clock = loop.Clock()
+    for tokens in (10, 30):
+        with clock:
+            clock.count(tokens)
+    assert clock.lap() == 10.0
+    with clock:
+        clock.count(7)
+    assert clock.lap() == 7.0
+
+
 def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     """The fields of ELSEWHERE: when lines, validations and checkpoints are written, and what scoring is given."""
     asked = {}

@@ -177,7 +177,7 @@ def _steps(noted: _Noted, start: int) -> None:
                 if before:
                     _check_finite(step - 1, before, step - 2)
                 before = {name: values[name] for name in ("loss", "gradient_norm")}
-                stop = bool(signals) or _all_stop(noted.checkpoints, step)
+                stop = _told_to_stop(signals, noted.checkpoints, step)
                 if any(todo) or stop:
                     loss = _check_finite(step, before, step - 1)
             if todo.logs:
@@ -202,9 +202,11 @@ def _steps(noted: _Noted, start: int) -> None:
                 )
 
 
-def _all_stop(checkpoints: Checkpoints, step: int) -> bool:
-    """Whether several processes agreed to stop at this step, since one of them was told to."""
-    return jax.process_count() > 1 and checkpoints.reached_preemption(step)
+def _told_to_stop(signals: list[int], checkpoints: Checkpoints, step: int) -> bool:
+    """Whether this process was; of several, whether all agreed to, since one of them was."""
+    if jax.process_count() > 1:
+        return checkpoints.reached_preemption(step)
+    return bool(signals)
 
 
 def _step(run: Run, clock: Clock) -> Values:

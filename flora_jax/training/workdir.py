@@ -120,7 +120,7 @@ def begun(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[None]:
 
 
 class Metrics:
-    """`metrics.jsonl` (an object a line) and TensorBoard events, cut back to where a run resumes."""
+    """`metrics.jsonl` (an object a line) and TensorBoard events, cut back to where it resumes."""
 
     def __init__(self, workdir: Path, resume_step: int):
         path = workdir / "metrics.jsonl"
