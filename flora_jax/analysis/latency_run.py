@@ -222,7 +222,7 @@ def _measure(args: Namespace, asked: Asked, sizes: Sizes, result: dict[str, Any]
             asked.adapters,
             asked.settings,
             args.rounds,
-            args.rounds if args.prefill_rounds is None else args.prefill_rounds,
+            args.prefill_rounds or args.rounds,
             peer,
             args.turn_tokens,
             bar.update,

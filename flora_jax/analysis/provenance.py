@@ -99,7 +99,9 @@ def _placeless(argument: str) -> str:
     flag, equals, value = "", "", argument
     if argument.startswith("--"):
         flag, equals, value = argument.rpartition("=")
-    return f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
+    if not Path(value).is_absolute():
+        return argument
+    return f"{flag}{equals}{Path(value).name}"
 
 
 def _processor() -> str:
