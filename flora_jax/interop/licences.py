@@ -86,8 +86,9 @@ class Licence:
         if self.meta is None:
             return base
         # "Llama-3-8B" begins with "Llama 3", too.
-        right = name.replace("-", " ").startswith(self.meta.begins)
-        return name if right else f"{self.meta.begins}: {name}"
+        if not name.replace("-", " ").startswith(self.meta.begins):
+            return f"{self.meta.begins}: {name}"
+        return name
 
     def write(self, directory: Path) -> None:
         """The files, and under Meta's licences a NOTICE that has their sentence."""
@@ -96,7 +97,9 @@ class Licence:
         if self.meta is None:
             return
         path = directory / "NOTICE"
-        there = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        there = ""
+        if path.exists():
+            there = path.read_text(encoding="utf-8", errors="replace")
         if self.meta.notice not in there:
             before = there.rstrip("\n") + "\n\n" if there else ""
             path.write_text(f"{before}{self.meta.notice}\n", encoding="utf-8")
@@ -125,9 +128,9 @@ def _licence_files(directory: Path) -> tuple[Path, ...]:
     elsewhere would have a stranger's model publish a file of this machine.
     """
     whole = directory.resolve()
-    places = (
-        (whole, whole.parent.parent / "blobs") if whole.parent.name == "snapshots" else (whole,)
-    )
+    places = [whole]
+    if whole.parent.name == "snapshots":
+        places.append(whole.parent.parent / "blobs")
     found = [
         file
         for file in sorted(directory.iterdir())
@@ -145,5 +148,6 @@ def _meta_of(file: Path) -> str | None:
         return None
     begin = " ".join(file.read_bytes()[:400].decode("utf-8", errors="replace").split())
     found = _AGREEMENT.match(begin)
-    name = f"llama{found[1]}" if found else None
-    return name if name in METAS else None
+    if not found or (name := f"llama{found[1]}") not in METAS:
+        return None
+    return name

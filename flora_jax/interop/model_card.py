@@ -91,7 +91,9 @@ def _is_published(trained: Trained) -> bool:
 
 def _name(trained: Trained) -> str:
     """The base's name, without a path of this machine."""
-    return trained.base_model if _is_published(trained) else Path(trained.base_model).name
+    if _is_published(trained):
+        return trained.base_model
+    return Path(trained.base_model).name
 
 
 def _of_model(trained: Trained) -> Iterator[tuple[str, Any]]:
@@ -99,7 +101,8 @@ def _of_model(trained: Trained) -> Iterator[tuple[str, Any]]:
     base = _name(trained)
     adapter = trained.adapter_config
     unstated = "" if base == "random" else "not stated in its model card"
-    yield "base model", f"{base} ({trained.quantised})" if trained.quantised else base
+    quantised = f" ({trained.quantised})" if trained.quantised else ""
+    yield "base model", f"{base}{quantised}"
     yield "licence of the base", trained.licence.name or unstated
     yield "method", f"`{adapter.method}` ({_PAPER.get(adapter.method, _FLORA)})"
     if trained.adapter:

@@ -1,7 +1,8 @@
 """Llama with a fused adapter of the FLoRA family (arXiv 2511.00050; zflora: arXiv 2510.25784).
 
-Forward adapters are extra outputs, backward adapters extra inputs of the projections that Llama runs anyway. All else
-is transformers' own Llama. `config.flora` says what rides where; scales are in the weights.
+Forward adapters are extra outputs, backward adapters extra inputs of the projections that Llama
+runs anyway. All else is transformers' own Llama. `config.flora` says what rides where; scales are
+in the weights.
 """
 
 import torch
@@ -14,16 +15,21 @@ from .configuration_flora_llama import FloraLlamaConfig
 
 
 class FusedLinear(nn.Linear):
-    """The projections of one input and the adapter's channels in one product: `[x | z] · W -> [ys | z_out]`.
+    """The projections of one input and the adapter's channels in one product:
+    `[x | z] · W -> [ys | z_out]`.
 
-    forward(x, z) gives the list of ys, one for each of `widths`, and z_out, None where nothing rides as outputs.
+    forward(x, z) gives the list of ys, one for each of `widths`, and z_out, None where nothing
+    rides as outputs.
     """
 
     def __init__(self, config, product, d_in, widths, bias):
-        flora, rider = config.flora, config.flora["products"][product]
+        flora = config.flora
+        rider = flora["products"][product]
         riding = flora["rank"] * len(rider["forward"])
         super().__init__(d_in + rider["backward"], sum(widths.values()) + riding, bias=bias)
-        self.rider, self.rank, self.names = rider, flora["rank"], list(widths)
+        self.rider = rider
+        self.rank = flora["rank"]
+        self.names = list(widths)
         self.sizes = [*widths.values(), riding]
         self.act = (
             nn.Identity() if flora["activation"] == "identity" else ACT2FN[flora["activation"]]
@@ -70,7 +76,9 @@ class FinalNorm(llama.LlamaRMSNorm):
     def forward(self, hidden_states):
         width = self.weight.shape[0]
         x, z = hidden_states.split([width, hidden_states.shape[-1] - width], -1)
-        return super().forward(repeat_and_add(x, z) if z.shape[-1] else x)
+        if z.shape[-1]:
+            x = repeat_and_add(x, z)
+        return super().forward(x)
 
 
 class FloraLlamaAttention(llama.LlamaAttention):
@@ -79,11 +87,10 @@ class FloraLlamaAttention(llama.LlamaAttention):
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
         del self.q_proj, self.k_proj, self.v_proj
-        D, bias = config.hidden_size + config.flora["stream"], config.attention_bias
-        Q, K = (
-            config.num_attention_heads * self.head_dim,
-            config.num_key_value_heads * self.head_dim,
-        )
+        D = config.hidden_size + config.flora["stream"]
+        Q = config.num_attention_heads * self.head_dim
+        K = config.num_key_value_heads * self.head_dim
+        bias = config.attention_bias
         self.qkv_proj = FusedLinear(config, "qkv", D, {"q": Q, "k": K, "v": K}, bias)
         self.o_proj = FusedLinear(config, "o", Q, {"o": D}, bias)
 
@@ -103,17 +110,11 @@ class FloraLlamaAttention(llama.LlamaAttention):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         implementation = self.config._attn_implementation
+        attend = llama.eager_attention_forward
         if hasattr(llama.ALL_ATTENTION_FUNCTIONS, "get_interface"):
-            attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(
-                implementation, llama.eager_attention_forward
-            )
-        else:  # transformers 5.0
-            eager = implementation == "eager"
-            attend = (
-                llama.eager_attention_forward
-                if eager
-                else llama.ALL_ATTENTION_FUNCTIONS[implementation]
-            )
+            attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, attend)
+        elif implementation != "eager":  # transformers 5.0
+            attend = llama.ALL_ATTENTION_FUNCTIONS[implementation]
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(
             self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
@@ -194,8 +195,8 @@ class FloraLlamaForCausalLM(llama.LlamaForCausalLM):
     def __init__(self, config):
         if config.tie_word_embeddings and transformers.__version__ == "5.3.0":
             raise ImportError(
-                "transformers 5.3.0 draws the tied lm_head of a model with code of its own at random; "
-                "take another version"
+                "transformers 5.3.0 draws the tied lm_head of a model with code of its own at "
+                "random; take another version"
             )
         super().__init__(config)
         self.model = FloraLlamaModel(config)
