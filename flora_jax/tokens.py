@@ -126,15 +126,15 @@ def _cut(
         k = _ids_before(text, cut, offsets)
         if k is None:
             # The ids of the text up to here alone tell.
-            if inside:
-                before = _encode_inside(tokenizer, text[:cut])
-            else:
-                [before] = encode_batch(tokenizer, [text[:cut]])
+            start = text[:cut]
+            before = (
+                _encode_inside(tokenizer, start) if inside else encode_batch(tokenizer, [start])[0]
+            )
             k = len(before[0])
             if ids[:k] != before[0]:
                 behind, rest = text[cut:], [later - cut for later in cuts[i + 1 :]]
                 return [
-                    *_cut(tokenizer, text[:cut], cuts[:i], before, inside),
+                    *_cut(tokenizer, start, cuts[:i], before, inside),
                     *_cut(tokenizer, behind, rest, _encode_inside(tokenizer, behind), inside=True),
                 ]
         stops.append(k)

@@ -202,8 +202,7 @@ def _between_marks(text: str) -> str:
 def _after(context: str, question: str, choices: Sequence[str]) -> list[tuple[str, str]]:
     """One context for all choices: `Question: {}\\nAnswer:` continued by each of them."""
     # boolq's harness prompt brings its own question mark; a record's own must not double it.
-    if "{}?" in context:
-        question = question.rstrip(" ?")
+    question = question.rstrip(" ?") if "{}?" in context else question
     return [(context.format(question), f" {choice}") for choice in choices]
 
 

@@ -135,9 +135,7 @@ def check_weights(source: str) -> None:
 def base_name(source: str) -> str:
     """The name that others know a source by: a hub id, or a local source's absolute path."""
     path = Path(expand_path(source))
-    if path.exists():
-        return str(path.absolute())
-    return PUBLISHED.get(source, source)
+    return str(path.absolute()) if path.exists() else PUBLISHED.get(source, source)
 
 
 def find_licence(source: str) -> str | None:
@@ -343,9 +341,7 @@ def _from_hub(repository: str, weights: bool) -> Path:
             f"{repository!r} is kept in the home directory, and there is none; "
             "set HF_HOME to a folder"
         )
-    patterns = [*_CONFIG_FILES]
-    if weights:
-        patterns.append("*.safetensors")
+    patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, etag_timeout=10))
     except errors.GatedRepoError:
