@@ -26,11 +26,9 @@ def check_device() -> None:
         jax.devices()
     # the latter for cuda where no plugin is installed
     except (RuntimeError, AssertionError) as error:
-        reason = (
-            str(error).partition(" (set JAX_PLATFORMS")[0].rstrip(".")
-            or "no plugin for it is installed"
-        )
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0].rstrip(".")
         raise UserError(
-            f"JAX_PLATFORMS={jax.config.jax_platforms or ''}: JAX finds no such device here ({reason}); unset it, or "
+            f"JAX_PLATFORMS={jax.config.jax_platforms or ''}: JAX finds no such device here "
+            f"({reason or 'no plugin for it is installed'}); unset it, or "
             "set it to cpu, which is always there"
         ) from None

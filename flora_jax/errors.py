@@ -37,8 +37,7 @@ NOT_FINITE = "check the weights and the adapter, or compute in float32, whose ra
 
 
 class UserError(ValueError):
-    """Bad input: its message is one line that says what is wrong, with which value, and what would
-    do."""
+    """Bad input: one line that says what is wrong, with which value, and what would do."""
 
 
 def require(right: bool, message: str) -> None:
@@ -57,8 +56,10 @@ def near_misses(name: str, known: Iterable[str]) -> str:
 
 
 def check_text(text: str, where: str) -> None:
-    """Raises UserError for half a character, which no tokenizer takes: a lone surrogate in JSON
-    (`\\ud83d`), a byte that is no UTF-8 in a command."""
+    """Raises UserError for half a character, which no tokenizer takes.
+
+    That is a lone surrogate in JSON (`\\ud83d`), or a byte that is no UTF-8 in a command.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -72,15 +73,13 @@ class Stopped(Exception):
 
 
 def hangups() -> tuple[int, ...]:
-    """The signal of a terminal that closes; nothing where it is ignored (`nohup`) or the system has
-    none."""
+    """The signal of a terminal that closes; none where it is ignored (`nohup`) or not known."""
     hangup = getattr(signal, "SIGHUP", None)
     return () if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else (hangup,)
 
 
 class WriteError(Exception):
-    """A disk refused what was to be written: its message is one line, with what is safe and what
-    would do."""
+    """A disk refused what was to be written: one line, with what is safe and what would do."""
 
 
 def disk_fault(error: BaseException | None) -> str | None:
@@ -115,16 +114,19 @@ def writing(what: str, remedy: str) -> Iterator[None]:
 
 
 def expand_path(text: str | os.PathLike) -> str:
-    """A path with its leading `~` or `~user` spelt out, as a shell leaves it in `--out=~/x`. Raises
-    UserError for a home directory that there is not, and for an address such as `gs://bucket/x`,
-    which would be made as a folder."""
+    """A path with its leading `~` or `~user` spelt out, as a shell leaves it in `--out=~/x`.
+
+    Raises UserError for a home directory that there is not, and for an address such as
+    `gs://bucket/x`, which would be made as a folder.
+    """
     text = os.fspath(text)
     if re.match(r"\w+://", text):
         raise UserError(f"{text!r} is an address, not a path; mount what it stands for, or copy it")
     path = os.path.expanduser(text)
     if path.startswith("~"):
         raise UserError(
-            f"{text!r}: there is no such home directory; spell the path out (or ./~… for such a name)"
+            f"{text!r}: there is no such home directory; "
+            "spell the path out (or ./~… for such a name)"
         )
     return path
 
@@ -138,8 +140,10 @@ def path_flag(text: str) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser whose refusals are UserErrors, one line like all others, and whose flags of
-    `type=Path` expand a leading `~` (those that stay text: `type=path_flag`)."""
+    """An ArgumentParser whose refusals are UserErrors, one line like all others.
+
+    Its flags of `type=Path` expand a leading `~` (those that stay text: `type=path_flag`).
+    """
 
     def __init__(self, *args: Any, **keywords: Any):
         super().__init__(*args, **keywords)
@@ -151,8 +155,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def positive_integers(flag: str, text: str) -> list[int]:
-    """The integers of a comma-separated flag, each once. Raises UserError unless all are
-    positive."""
+    """The integers of a comma-separated flag, each once; UserError unless all are positive."""
     items = [item.strip() for item in text.split(",")]
     for item in items:
         if not item.isdecimal() or int(item) < 1:
@@ -163,8 +166,7 @@ def positive_integers(flag: str, text: str) -> list[int]:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Raises UserError unless `path` can be made or written: its nearest existing parent is a
-    directory and ours."""
+    """Raises UserError unless `path` can be made: its nearest parent is a directory and ours."""
     # os.path, since Path.exists raises below a directory that may not be read.
     parent = next(p for p in path.absolute().parents if os.path.exists(p))
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
@@ -179,8 +181,11 @@ def silence(stream: TextIO) -> None:
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Runs a command's `main` and exits: 0 done, 2 bad input (one line on stderr), 1 anything else,
-    141 where what it prints is no longer read (`| head`), as of a program that SIGPIPE ends."""
+    """Runs a command's `main` and exits.
+
+    The exit code is 0 done, 2 bad input (one line on stderr), 1 anything else, 141 where what it
+    prints is no longer read (`| head`), as of a program that SIGPIPE ends.
+    """
     try:
         code = _run(main, sys.argv if argv is None else argv)
     except BrokenPipeError:
@@ -223,8 +228,7 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int | str | None
 
 
 def _fail(line: str, code: int) -> int:
-    """Says why on stderr, in one line, where anybody is there to read it (a closed terminal is
-    not)."""
+    """Says why on stderr, in one line, where anybody reads it (not from a closed terminal)."""
     with contextlib.suppress(OSError):
         print(" ".join(line.split()), file=sys.stderr, flush=True)
     return code

@@ -1,5 +1,4 @@
-"""Files that several rooms read or write: JSON objects and directories, whole or not at all, and
-the cache folder."""
+"""Files of several rooms: JSON objects and directories, whole or not at all; the cache folder."""
 
 from __future__ import annotations
 
@@ -21,14 +20,13 @@ _OPEN = "/proc/self/fd"
 
 
 def cache_root(given: str | os.PathLike | None = None) -> Path:
-    """The folder for downloaded weights and prepared data: `given`, or `$FLORA_CACHE`, or
-    `~/.cache/flora_jax`."""
+    """The folder of downloads and prepared data: `given`, `$FLORA_CACHE` or ~/.cache/flora_jax."""
     if path := given or os.environ.get("FLORA_CACHE"):
         return Path(expand_path(path))
     if not os.path.isabs(home := os.path.expanduser("~")):
         raise UserError(
-            "FLORA_CACHE is unset, and there is no home directory; set it to a folder for downloads and "
-            "prepared data"
+            "FLORA_CACHE is unset, and there is no home directory; "
+            "set it to a folder for downloads and prepared data"
         )
     return Path(home, ".cache", "flora_jax")
 
@@ -51,8 +49,8 @@ def filling_cache(directory: Path) -> Iterator[None]:
         if reason is None:
             raise
         raise UserError(
-            f"cache directory {directory} cannot be written ({reason}); make room, or set FLORA_CACHE to "
-            "one that can"
+            f"cache directory {directory} cannot be written ({reason}); "
+            "make room, or set FLORA_CACHE to one that can"
         ) from error
 
 
@@ -79,8 +77,8 @@ def check_plain(path: Path, where: str) -> None:
     """Raises UserError if `plain_path` could not name the directory, which need not be there."""
     if _misleads(path.absolute()) and not os.path.isdir(_OPEN):
         raise UserError(
-            f"{where}={str(path)!r} is a pattern or an address to orbax and TFDS; use a path without "
-            "'*', '?' and '[' that does not begin with /gs, /s3, /az or /hf"
+            f"{where}={str(path)!r} is a pattern or an address to orbax and TFDS; "
+            "use a path without '*', '?' and '[' that does not begin with /gs, /s3, /az or /hf"
         )
 
 
@@ -98,9 +96,11 @@ def _second_name(path: str, device: int, inode: int) -> str:
 
 
 def keep_programs() -> None:
-    """Has JAX keep what it compiles under the cache folder, so that a command's second start reads
-    it there. JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) comes first. Without a folder that can
-    be written, nothing is kept."""
+    """Has JAX keep what it compiles under the cache folder, where a second start reads it.
+
+    JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) comes first. Without a folder that can be
+    written, nothing is kept.
+    """
     import jax  # takes a second, which what reads files alone need not wait for
 
     if jax.config.jax_compilation_cache_dir is not None:
@@ -114,8 +114,7 @@ def keep_programs() -> None:
 
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """The JSON object in `path`; UserError if there is none, with `hint` behind the line for an
-    absent file."""
+    """The JSON object in `path`; UserError if there is none, with `hint` for an absent file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -147,8 +146,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_result(path: Path, value: Any, where: str) -> None:
-    """`write_json` of what took hours. Where `path`, which `where` names, cannot be written, the
-    result is printed and kept in a temporary file, and WriteError names that."""
+    """`write_json` of what took hours.
+
+    Where `path`, which `where` names, cannot be written, the result is printed and kept in a
+    temporary file, and WriteError names that.
+    """
     try:
         write_json(path, value)
     except OSError as error:
@@ -185,8 +187,7 @@ def _keep(text: str) -> str | None:
 
 @contextlib.contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """A scratch directory that becomes `directory` when the block ends; after an error nothing of
-    it is left.
+    """A scratch directory that becomes `directory` when the block ends; none is left by an error.
 
     Its parents are made; a directory that stands there is replaced, and stays if that fails. A
     process killed outright leaves a hidden directory with "unfinished" in its name.

@@ -36,7 +36,8 @@ def progress(
             bar.update()
             now = time.monotonic()
             if not silent and not terminal and now - said > _EVERY:
-                said, rate = now, done / (now - start)
+                said = now
+                rate = done / (now - start)
                 left = tqdm.format_interval((total - done) / rate)
                 tqdm.write(
                     f"{what}: {done:,} of {total:,} {unit}s, {rate:,.0f} a second, {left} left",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,8 +20,10 @@ DATE = "26 Jul 2024"
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """sha256 of all that decides which ids a text or a conversation has; None for a tokenizer that
-    is written in Python, whose code it would take."""
+    """sha256 of all that decides which ids a text or a conversation has.
+
+    None for a tokenizer that is written in Python, whose code it would take.
+    """
     if not tokenizer.is_fast:
         return None
     import jinja2
@@ -38,9 +41,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str | None:
 def encode_open(
     tokenizer: PreTrainedTokenizerFast, text: str, add_special_tokens: bool = True
 ) -> list[int]:
-    """The ids of `text` with what the tokenizer puts before a text (bos, by its own rule, but no
-    second one before that of a rendered chat), and without what some put behind it
-    (`add_eos_token`): the text goes on."""
+    """The ids of a text that goes on: with what the tokenizer puts before it alone.
+
+    That is bos, by the tokenizer's own rule, but no second one before that of a rendered chat. What
+    some put behind a text (`add_eos_token`) is left out.
+    """
     return encode_open_batch(tokenizer, [text], add_special_tokens)[0]
 
 
@@ -50,23 +55,21 @@ def encode_open_batch(
     """`encode_open` of each text."""
     bos = tokenizer.bos_token or "\0"
     special = [add_special_tokens and not text.startswith(bos) for text in texts]
-    mask = (
-        tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-        if any(special)
-        else [0]
-    )
-    closing = mask[::-1].index(0) if 0 in mask else 0
+    closing = _count_closing(tokenizer) if any(special) else 0
     ids: dict[int, list[int]] = {}
-    for one in (True, False):
+    for one, behind in ((True, closing), (False, 0)):
         places = [i for i, its in enumerate(special) if its is one]
         if places:
-            found = tokenizer([texts[i] for i in places], add_special_tokens=one, verbose=False)[
-                "input_ids"
-            ]
-            ids |= {
-                i: row[: len(row) - closing * one] for i, row in zip(places, found, strict=True)
-            }
+            given = [texts[i] for i in places]
+            found = tokenizer(given, add_special_tokens=one, verbose=False)["input_ids"]
+            ids |= {i: row[: len(row) - behind] for i, row in zip(places, found, strict=True)}
     return [ids[i] for i in range(len(texts))]
+
+
+def _count_closing(tokenizer: PreTrainedTokenizerFast) -> int:
+    """How many tokens the tokenizer puts behind a text."""
+    mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    return mask[::-1].index(0) if 0 in mask else 0
 
 
 def encode_cut(
@@ -75,14 +78,13 @@ def encode_cut(
     cuts: Sequence[int],
     encoding: Encoding | None = None,
 ) -> list[list[int]]:
-    """The ids of `text`, nothing added, in `len(cuts) + 1` pieces that end where the characters
-    `cuts` (ascending) lie.
+    """The ids of `text`, nothing added, in `len(cuts) + 1` pieces that end at the characters
+    `cuts`.
 
-    The pieces up to a cut are the ids of the text up to it, as generation is given them. Where
-    tokens end at a cut, as they do in nearly every chat template, the pieces together are the ids
-    of the whole text. Where a token would run across it, the text behind the cut is tokenised
-    apart.
-    encoding: of the whole text, where it is known.
+    `cuts` are ascending. The pieces up to a cut are the ids of the text up to it, as generation is
+    given them. Where tokens end at a cut, as they do in nearly every chat template, the pieces
+    together are the ids of the whole text. Where a token would run across it, the text behind the
+    cut is tokenised apart. encoding: of the whole text, where it is known.
     """
     return _cut(tokenizer, text, cuts, encoding or encode_batch(tokenizer, [text])[0], inside=False)
 
@@ -92,8 +94,10 @@ Encoding = tuple[list[int], list[tuple[int, int]] | None]
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Encoding]:
-    """The ids of each text, nothing added, and the characters `(start, stop)` of each id (None
-    where the tokenizer cannot tell: one that is written in Python)."""
+    """The ids of each text, nothing added, and the characters `(start, stop)` of each id.
+
+    None for the latter where the tokenizer cannot tell: one that is written in Python.
+    """
     if not texts:
         return []
     found = tokenizer(
@@ -119,40 +123,48 @@ def _cut(
     ids, offsets = encoding
     stops = []
     for i, cut in enumerate(cuts):
-        k = 0 if offsets is None else bisect.bisect_left(offsets, (cut,))
-        clear = k > 0 and offsets[k - 1][1] == cut and (k == len(ids) or offsets[k][0] == cut)
-        # GPT-2's split, `\s+(?!\S)`, takes the last of several spaces apart only where something
-        # follows.
-        spaced = k > 0 and offsets[k - 1][0] == cut - 1 and text[cut - 2 : cut].isspace()
-        # Offsets may also leave out spaces, or hold those beside an added token: the ids up to here
-        # alone tell.
-        if not clear or spaced:
+        k = _ids_before(text, cut, offsets)
+        if k is None:
+            # The ids of the text up to here alone tell.
+            start = text[:cut]
             before = (
-                _encode_inside(tokenizer, text[:cut])
-                if inside
-                else encode_batch(tokenizer, [text[:cut]])[0]
+                _encode_inside(tokenizer, start) if inside else encode_batch(tokenizer, [start])[0]
             )
             k = len(before[0])
             if ids[:k] != before[0]:
                 behind, rest = text[cut:], [later - cut for later in cuts[i + 1 :]]
                 return [
-                    *_cut(tokenizer, text[:cut], cuts[:i], before, inside),
+                    *_cut(tokenizer, start, cuts[:i], before, inside),
                     *_cut(tokenizer, behind, rest, _encode_inside(tokenizer, behind), inside=True),
                 ]
         stops.append(k)
     return [ids[start:stop] for start, stop in itertools.pairwise([0, *stops, len(ids)])]
 
 
+def _ids_before(text: str, cut: int, offsets: list[tuple[int, int]] | None) -> int | None:
+    """How many ids stand for the characters before `cut`; None where the offsets do not tell.
+
+    They may leave out spaces, or hold those beside an added token.
+    """
+    k = bisect.bisect_left(offsets or [], (cut,))
+    if k == 0 or offsets[k - 1][1] != cut or (k < len(offsets) and offsets[k][0] != cut):
+        return None
+    # GPT-2's split, `\s+(?!\S)`, takes the last of several spaces apart only where text follows.
+    spaced = offsets[k - 1][0] == cut - 1 and text[cut - 2 : cut].isspace()
+    return None if spaced else k
+
+
 def _encode_inside(tokenizer: PreTrainedTokenizerFast, text: str) -> Encoding:
-    """The ids and offsets of a text that stands behind another: without the space that
-    SentencePiece puts before one that begins."""
+    """The ids and offsets of a text that stands behind another.
+
+    They are without the space that SentencePiece puts before one that begins.
+    """
     (line, _), (alone, _), (behind, _) = encode_batch(tokenizer, ["\n", "a", "\na"])
     if behind[len(line) :] != alone:
         ids, offsets = encode_batch(tokenizer, [f"\n{text}"])[0]
         if ids[: len(line)] == line:
-            return ids[len(line) :], offsets and [
-                (start - 1, stop - 1) for start, stop in offsets[len(line) :]
-            ]
+            spans = offsets and [(start - 1, stop - 1) for start, stop in offsets[len(line) :]]
+            return ids[len(line) :], spans
     return encode_batch(tokenizer, [text])[0]
 
 
@@ -160,7 +172,9 @@ def render(
     tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Mapping[str, Any]], **how: Any
 ) -> str:
     """The conversation, `{"role", "content"}` by turn, as the tokenizer's chat template has it.
-    Raises UserError where the template refuses it."""
+
+    Raises UserError where the template refuses it.
+    """
     try:
         return tokenizer.apply_chat_template(
             list(conversation), tokenize=False, date_string=DATE, **how
@@ -173,41 +187,49 @@ def render(
         ) from None
 
 
+_ANSWER = "0123456789"
+
+
 def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The tokens by which a model says that it is done: eos, and the added ones, special or not,
-    that the chat template ends an answer with, such as ChatML's `<|im_end|>` (none without a
-    template, or where a turn ends in words)."""
+    """The tokens by which a model says that it is done.
+
+    They are eos, and the added ones, special or not, that the chat template ends an answer with,
+    such as ChatML's `<|im_end|>` (none without a template, or where a turn ends in words).
+    """
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if not tokenizer.chat_template:
-        return eos
-    answer = "0123456789"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    rendered = _render_answer(tokenizer)
+    closing = _closing_ids(tokenizer, rendered) if _ANSWER in rendered else []
+    return list(dict.fromkeys([*eos, *closing]))
+
+
+def _render_answer(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A conversation that ends with `_ANSWER`; empty without a template that takes one."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     # some templates ask for a system's turn
     for system in ([], [{"role": "system", "content": "?"}]):
-        try:
-            rendered = render(tokenizer, [*system, *turns])
-            break
-        except UserError:
-            continue
-    else:
-        return eos
-    before, found, after = rendered.rpartition(answer)
-    if not found:
-        return eos
-    # Tokenised as a whole: some added tokens are found only behind a text, others only at the start
-    # of one.
+        if tokenizer.chat_template:
+            with contextlib.suppress(UserError):
+                return render(tokenizer, [*system, *turns])
+    return ""
+
+
+def _closing_ids(tokenizer: PreTrainedTokenizerFast, rendered: str) -> list[int]:
+    """The added tokens behind the answer, but for those that open the next turn."""
+    asked = rendered.rindex(_ANSWER)
+    answered = asked + len(_ANSWER)
+    # Tokenised as a whole: some added tokens are found only behind a text, others only at its
+    # start.
     ids, offsets = encode_batch(tokenizer, [rendered])[0]
     if offsets is None:
-        ids, _ = encode_batch(tokenizer, [after.lstrip()])[0]
+        ids, _ = encode_batch(tokenizer, [rendered[answered:].lstrip()])[0]
         offsets = [(len(rendered) - 1, len(rendered))] * len(ids)
     added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     added.discard(tokenizer.bos_token_id)
     tokens = [(id, *span) for id, span in zip(ids, offsets, strict=True)]
-    answered = len(before) + len(answer)
     behind = [token for token in tokens if token[1] >= answered]
     opening = [(id, end) for id, _, end in tokens if end < answered and id in added][-1:]
     # by the role behind it
-    named = [id for id, end in opening if rendered[end : len(before)].strip()]
+    named = [id for id, end in opening if rendered[end:asked].strip()]
 
     def run(tokens: Iterable[tuple[int, int, int]], known: set[int]) -> list[int]:
         said = itertools.dropwhile(lambda token: not rendered[token[1] : token[2]].strip(), tokens)
@@ -217,7 +239,5 @@ def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     # before in front. The last resort is for words before the end.
     first, *more = run(behind, added) or [None]
     if first is None:
-        closing = run(reversed(behind), added.difference(id for id, _ in opening))
-    else:
-        closing = [first, *itertools.takewhile(lambda id: id not in named, more)]
-    return list(dict.fromkeys([*eos, *closing]))
+        return run(reversed(behind), added.difference(id for id, _ in opening))
+    return [first, *itertools.takewhile(lambda id: id not in named, more)]

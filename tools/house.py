@@ -1,7 +1,7 @@
 """Counts what makes code hard to read: long functions, many decisions, dense lines.
 
 python tools/house.py [FOLDER or FILE …]           (default: flora_jax)
-python tools/house.py --limits flora_jax           names all that is over a limit; exit code 1 if any is
+python tools/house.py --limits flora_jax           what is over a limit; exit code 1 if anything is
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-LONG = 60  # lines of a function, its decorators not counted
+LONG = 60  # lines of a function, without its decorators
 DENSE = 15  # decisions of a function
 WIDE = 100  # columns
 CONDITIONALS = 15  # conditional expressions a thousand lines
@@ -130,7 +130,7 @@ def print_counts(modules: Sequence[Module]) -> None:
             print(f"{getattr(one, what):>8}  {what}: {one.place}")
 
 
-def _rate(modules: Sequence[Module], count) -> float:
+def _rate(modules: Sequence[Module], count: Callable[[ast.AST], int]) -> float:
     """What a tree counts, a thousand lines."""
     lines = sum(len(module.lines) for module in modules)
     return 1000 * sum(count(module.tree) for module in modules) / max(lines, 1)

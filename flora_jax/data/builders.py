@@ -1,8 +1,7 @@
-"""TFDS builders of the record kinds: array_record files in source order, written and read without
-TensorFlow. And TFDS's own builders, of the data sets in its catalogue.
+"""TFDS builders of the record kinds, and TFDS's own, of the data sets in its catalogue.
 
-Importing this module imports tensorflow_datasets, which takes a second: `sources` does so on first
-use.
+The former hold array_record files in source order, written and read without TensorFlow. Importing
+this module imports tensorflow_datasets, which takes a second: `sources` does so on first use.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -39,7 +38,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
     # Nothing is downloaded, so there are no checksums to look for beside the code (and TFDS 4.9.10
     # would look with a package that it does not declare).
     code_path = None
-    FEATURES: Mapping[str, Any]
+    FEATURES: ClassVar[Mapping[str, Any]]
     builder_config: SourceConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -60,25 +59,25 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
 class Records(_Builder):
     """LLM-Adapters records."""
 
-    FEATURES = {"instruction": Text(), "input": Text(), "output": Text(), "answer": Text()}  # noqa: RUF012
+    FEATURES: ClassVar = {name: Text() for name in ("instruction", "input", "output", "answer")}
 
 
 class Texts(_Builder):
     """A text and the texts that answer it."""
 
-    FEATURES = {"text": Text(), "references": tfds.features.Sequence(Text())}  # noqa: RUF012
+    FEATURES: ClassVar = {"text": Text(), "references": tfds.features.Sequence(Text())}
 
 
 class Generated(_Builder):
     """reasoning-gym problems."""
 
-    FEATURES = {"question": Text(), "answer": Text()}  # noqa: RUF012
+    FEATURES: ClassVar = {"question": Text(), "answer": Text()}
 
 
 class Conversations(_Builder):
     """People's own JSONL, as messages."""
 
-    FEATURES = {  # noqa: RUF012
+    FEATURES: ClassVar = {
         "messages": tfds.features.Sequence(
             {
                 "role": Text(),
@@ -100,9 +99,11 @@ def own_folder() -> Path:
 
 
 def catalogue_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
-    """The data set `name` of the TFDS catalogue, prepared under `folder`; where it is not, TFDS
-    downloads and prepares it there. Raises UserError where that fails, and says why and what would
-    do."""
+    """The data set `name` of the TFDS catalogue, prepared under `folder`.
+
+    Where it is not, TFDS downloads and prepares it there. Raises UserError where that fails, and
+    says why and what would do.
+    """
     where = {"data_dir": folder, "file_format": "array_record"}
     build = f"`tfds build {name} --file_format=array_record"
     try:
@@ -115,8 +116,7 @@ def catalogue_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
             "--overwrite`"
         ) from None
     try:
-        # Google's bucket of prepared data holds no array_record, and looking there takes
-        # TensorFlow.
+        # Google's bucket of prepared data has no array_record, and looking there takes TensorFlow.
         download = tfds.download.DownloadConfig(try_download_gcs=False)
         tfds.builder(name, **where).download_and_prepare(download_config=download)
         return builder_from_files(name, **where)
@@ -127,8 +127,9 @@ def catalogue_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
     except Exception as error:
         why = f"preparing it failed ({type(error).__name__}: {_line(error)})"
     raise UserError(
-        f"TFDS {name} is not prepared in {folder}, and {why}; where there are a network, tensorflow and "
-        f"importlib_resources, run {build} --data_dir=DIR` and set data.dir (evaluate: --data_dir) to tfds:DIR"
+        f"TFDS {name} is not prepared in {folder}, and {why}; where there are a network, "
+        f"tensorflow and importlib_resources, run {build} --data_dir=DIR` and set data.dir "
+        "(evaluate: --data_dir) to tfds:DIR"
     )
 
 

@@ -1,5 +1,4 @@
-"""What the TFDS catalogue has of the tasks: its names and splits, and its elements as the records
-that files hold.
+"""What the TFDS catalogue has of the tasks: names, splits, and elements as the records of files.
 
 Multiple-choice elements get the wording of LLM-Adapters' files, whose test sets are official
 validation splits where the official test has no answers.
@@ -19,12 +18,11 @@ from flora_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Catalogue:
-    """A task's place in the TFDS catalogue: the name there, and which official split each of ours
-    is. `convert` makes the record that a file would hold of an element; None leaves an element
-    out."""
+    """A task's place in the TFDS catalogue."""
 
     name: str
-    splits: Mapping[str, str]
+    splits: Mapping[str, str]  # which official split each of ours is
+    # makes the record that a file would hold of an element; None leaves an element out
     convert: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 
 
@@ -38,8 +36,7 @@ def _compose(
     between: str = " ",
     end: str = "\n\n",
 ) -> dict[str, str]:
-    """What tasks.py takes apart: a question in the wording of LLM-Adapters; without choices,
-    `true/false`."""
+    """What tasks.py takes apart: a question as LLM-Adapters words it, or true/false."""
     labels = [f"{label}{i}" for i in range(1, len(choices) + 1)] or ["true", "false"]
     if not isinstance(gold, int) or not 0 <= gold < len(labels):
         raise UserError(
@@ -60,8 +57,8 @@ compose_ending = functools.partial(
 
 
 def _arc(element: Mapping[str, Any]) -> dict[str, str]:
-    choices = element["choices"]
-    labels, key = [choice["label"] for choice in choices], element["answerKey"]
+    choices, key = element["choices"], element["answerKey"]
+    labels = [choice["label"] for choice in choices]
     if key not in labels:
         raise UserError(f"field 'answerKey' is {key!r}; the choices are {', '.join(labels)}")
     return _compose(element["question"], [choice["text"] for choice in choices], labels.index(key))
@@ -97,8 +94,7 @@ def _boolq(element: Mapping[str, Any]) -> dict[str, str]:
 
 
 def hellaswag(element: Mapping[str, Any]) -> dict[str, Any]:
-    """HellaSwag without WikiHow's marks ([header], [title], …), which nobody would read as
-    language."""
+    """HellaSwag without WikiHow's marks ([header], [title], …), which nobody reads as language."""
 
     def plain(text: str) -> str:
         text = re.sub(r"\[(?:header|title|step|substeps?)\]", "", text.replace(" [title]", ". "))
@@ -113,25 +109,26 @@ def hellaswag(element: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unless_empty(element: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A text and its summary as they are; one without either is left out, since nobody here can
-    mend it."""
+    """A text and its summary as they are; without either it is left out: nobody can mend it."""
     return element if all(text.strip() for text in element.values()) else None
 
 
 _OFFICIAL = MappingProxyType({split: split for split in ("train", "validation", "test")})
 _TESTED = MappingProxyType({"train": "train", "test": "validation"})
 
-CATALOGUE: Mapping[str, Catalogue] = MappingProxyType({
-    "ARC-Easy": Catalogue("ai2_arc/ARC-Easy", _OFFICIAL, _arc),
-    "ARC-Challenge": Catalogue("ai2_arc/ARC-Challenge", _OFFICIAL, _arc),
-    "piqa": Catalogue("piqa", _TESTED, _piqa),
-    "openbookqa": Catalogue("openbookqa", _OFFICIAL, _openbookqa),
-    "boolq": Catalogue("bool_q", _TESTED, _boolq),
-    # Of its training splits the largest: the others are parts of it.
-    "winogrande": Catalogue("winogrande", {**_TESTED, "train": "train_xl"}, _winogrande),
-    "hellaswag": Catalogue("hellaswag", _TESTED, hellaswag),
-    "gsm8k": Catalogue("gsm8k", {"train": "train", "test": "test"}, dict),
-    "samsum": Catalogue("samsum", _OFFICIAL, _unless_empty),
-    "xsum": Catalogue("xsum", _OFFICIAL, _unless_empty),
-    "cnn_dailymail": Catalogue("cnn_dailymail", _OFFICIAL, _unless_empty),
-})  # fmt: skip
+CATALOGUE: Mapping[str, Catalogue] = MappingProxyType(
+    {
+        "ARC-Easy": Catalogue("ai2_arc/ARC-Easy", _OFFICIAL, _arc),
+        "ARC-Challenge": Catalogue("ai2_arc/ARC-Challenge", _OFFICIAL, _arc),
+        "piqa": Catalogue("piqa", _TESTED, _piqa),
+        "openbookqa": Catalogue("openbookqa", _OFFICIAL, _openbookqa),
+        "boolq": Catalogue("bool_q", _TESTED, _boolq),
+        # Of its training splits the largest: the others are parts of it.
+        "winogrande": Catalogue("winogrande", {**_TESTED, "train": "train_xl"}, _winogrande),
+        "hellaswag": Catalogue("hellaswag", _TESTED, hellaswag),
+        "gsm8k": Catalogue("gsm8k", {"train": "train", "test": "test"}, dict),
+        "samsum": Catalogue("samsum", _OFFICIAL, _unless_empty),
+        "xsum": Catalogue("xsum", _OFFICIAL, _unless_empty),
+        "cnn_dailymail": Catalogue("cnn_dailymail", _OFFICIAL, _unless_empty),
+    }
+)

@@ -32,9 +32,11 @@ STYLES = get_args(Style)
 LossOn = Literal["answer", "all"]
 
 # The prompt that LLM-Adapters' finetune.py trains on (at its commit 91770ab), indentation included.
+_IN = " " * 16
 _TRAINED_ON = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.  "
-    f"\n\n{' ' * 16}### Instruction:\n{' ' * 16}{{}}\n{' ' * 16}\n{' ' * 16}### Response:\n{' ' * 16}"
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.  \n\n"
+    f"{_IN}### Instruction:\n{_IN}{{}}\n{_IN}\n{_IN}### Response:\n{_IN}"
 )
 
 _CHUNK = 512  # examples that are tokenised at once
@@ -42,8 +44,7 @@ _CHUNK = 512  # examples that are tokenised at once
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """One training example of n tokens. It takes n - 1 positions, each with the next token as its
-    target."""
+    """One training example of n tokens: n - 1 positions, each with the next token as its target."""
 
     tokens: np.ndarray  # int32 [n]
     loss: np.ndarray  # bool [n]: whether the token counts as a target
@@ -81,8 +82,8 @@ def encode(
     [found] = _finish([_plan(example, tokenizer, style, loss_on)], tokenizer)
     if len(found) > 1:
         raise UserError(
-            f"the tokenizer's chat template makes {len(found)} training examples of this conversation; "
-            "encode_all gives them"
+            f"the tokenizer's chat template makes {len(found)} training examples of this "
+            "conversation; encode_all gives them"
         )
     return found[0] if len(found[0].tokens) - 1 <= max_length else None
 
@@ -96,10 +97,13 @@ def encode_all(
     max_length: int,
     silent: bool = False,
 ) -> tuple[list[Encoded], EncodeReport]:
-    """`encode` of each example that fits, and the counts. Where the chat template renders a turn
-    otherwise once others follow it (thinking stripped from earlier turns), a conversation is one
-    example for each turn that is trained on, each behind the prompt to that turn. silent: without a
-    bar or lines. Raises UserError if there are no examples, or none fits."""
+    """`encode` of each example that fits, and the counts.
+
+    Where the chat template renders a turn otherwise once others follow it (thinking stripped from
+    earlier turns), a conversation is one example for each turn that is trained on, each behind the
+    prompt to that turn. silent: without a bar or lines. Raises UserError if there are no examples,
+    or none fits.
+    """
     _check(tokenizer, style, loss_on)
     shown = progress(examples, len(examples), "encoding", "example", silent)
     encoded = list(_encode(shown, tokenizer, style, loss_on))
@@ -129,10 +133,12 @@ def encode_prompt(
     style: Style,
     tools: str = "",
 ) -> list[int]:
-    """The tokens to generate from: of an example exactly its training tokens before the (last)
-    answer, of messages, which end with the user's turn, what training would put before the answer
-    to them.
-    tools: as `Example` has them; of an example its own."""
+    """The tokens to generate from.
+
+    Of an example they are exactly its training tokens before the (last) answer, of messages, which
+    end with the user's turn, what training would put before the answer to them.
+    tools: as `Example` has them; of an example its own.
+    """
     _check(tokenizer, style)
     if isinstance(prompt, Example):
         messages, tools = prompt.messages[:-1], prompt.tools
@@ -144,8 +150,8 @@ def encode_prompt(
     answers = _answers(messages, tools, tokenizer, needed=False)
     # Where the template changes earlier turns, training has cut none of them either.
     whole = all(answer is not None and text.startswith(answer.text) for answer in answers)
-    cuts = [cut for answer in answers for cut in (answer.start, len(answer.text))] if whole else []
-    return [token for piece in encode_cut(tokenizer, text, cuts) for token in piece]
+    pieces = encode_cut(tokenizer, text, _cuts(answers) if whole else [])
+    return list(itertools.chain(*pieces))
 
 
 def _check(tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn = "answer") -> None:
@@ -167,7 +173,8 @@ def _encode(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn
 ) -> Iterator[Encoded]:
     """What each example gives, in order. Raises UserError that names the example."""
-    number, examples = 0, iter(examples)
+    number = 0
+    examples = iter(examples)
     while chunk := list(itertools.islice(examples, _CHUNK)):
         plans = []
         for example in chunk:
@@ -182,22 +189,22 @@ def _encode(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """One training example as text: `prompt` as the tokenizer begins a text (None: no such part),
-    then `text` cut into pieces, then `end`; whether the prompt and each of the pieces count, `end`
-    as the last of them."""
+    """One training example as text: prompt, text and end, and which pieces of it count."""
 
-    prompt: str | None
+    prompt: str | None  # as the tokenizer begins a text; None: no such part
     text: str
-    cuts: list[int]
-    counts: list[bool]
-    end: list[int]
+    cuts: list[int]  # where the text is cut into pieces
+    counts: list[bool]  # of the prompt and of each piece
+    end: list[int]  # tokens, which count as the last piece does
 
 
 def _plan(
     example: Example, tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn
 ) -> list[_Plan]:
-    """What is to be tokenised of an example, and what of it counts. Raises UserError for what the
-    style cannot express."""
+    """What is to be tokenised of an example, and what of it counts.
+
+    Raises UserError for what the style cannot express.
+    """
     everything = loss_on == "all"
     if style == "chat":
         return _chat_plans(example, tokenizer, everything)
@@ -208,8 +215,7 @@ def _plan(
         raise UserError(
             f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token"
         )
-    # One space between the two, in the answer's first token, where byte-level vocabularies expect
-    # it.
+    # One space between them, in the answer's first token, where byte-level vocabularies expect it.
     glue = "" if prompt[-1:].isspace() or answer.content[:1].isspace() else " "
     return [_Plan(prompt, glue + answer.content, [], [everything, True], [tokenizer.eos_token_id])]
 
@@ -219,21 +225,16 @@ def _finish(
 ) -> list[list[Encoded]]:
     """The plans, tokenised together."""
     flat = list(itertools.chain(*plans))
-    prompts = iter(
-        encode_open_batch(tokenizer, [plan.prompt for plan in flat if plan.prompt is not None])
-    )
+    begun = [plan.prompt for plan in flat if plan.prompt is not None]
+    prompts = iter(encode_open_batch(tokenizer, begun))
     encodings = encode_batch(tokenizer, [plan.text for plan in flat])
-    encoded = iter(
-        _encoded(
-            [
-                [] if plan.prompt is None else next(prompts),
-                *encode_cut(tokenizer, plan.text, plan.cuts, encoding),
-            ],
-            plan,
-        )
-        for plan, encoding in zip(flat, encodings, strict=True)
-    )
-    return [[next(encoded) for _ in several] for several in plans]
+    encoded = []
+    for plan, encoding in zip(flat, encodings, strict=True):
+        prompt = [] if plan.prompt is None else next(prompts)
+        pieces = encode_cut(tokenizer, plan.text, plan.cuts, encoding)
+        encoded.append(_encoded([prompt, *pieces], plan))
+    finished = iter(encoded)
+    return [[next(finished) for _ in several] for several in plans]
 
 
 def _encoded(pieces: list[list[int]], plan: _Plan) -> Encoded:
@@ -248,7 +249,8 @@ def _encoded(pieces: list[list[int]], plan: _Plan) -> Encoded:
 def _plain_prompt(before: Sequence[Message], style: Style, tools: str) -> str:
     if any(message.role == "assistant" for message in before):
         raise UserError(
-            f"data.prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'"
+            f"data.prompt_style={style!r} holds one answer, but a conversation has several; "
+            "use 'chat'"
         )
     refuse_tools(before, style, tools)
     prompt = "\n\n".join(message.content for message in before)
@@ -261,8 +263,7 @@ def calls_tools(message: Message) -> bool:
 
 
 def refuse_tools(messages: Sequence[Message], style: Style, tools: str = "") -> None:
-    """Raises UserError where a style without turns is asked to write tools, their results or calls
-    of them."""
+    """Raises UserError where a style without turns is to write tools, their results or calls."""
     used = tools or any(message.role == "tool" or calls_tools(message) for message in messages)
     if style != "chat" and used:
         raise UserError(f"data.prompt_style={style!r} has no place for tools; use 'chat'")
@@ -270,27 +271,26 @@ def refuse_tools(messages: Sequence[Message], style: Style, tools: str = "") -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Answer:
-    """An assistant's turn: the conversation as the template renders it, up to its end-of-turn
-    token; the number of characters before the answer; whether it is to be trained on."""
+    """An assistant's turn."""
 
-    text: str
-    start: int
-    trained: bool
+    text: str  # the conversation as the template renders it, up to the turn's last token
+    start: int  # the characters before the answer
+    trained: bool  # whether it is to be trained on
 
 
 def _chat_plans(
     example: Example, tokenizer: PreTrainedTokenizerFast, everything: bool
 ) -> list[_Plan]:
-    """The rendered conversation up to the last turn that is trained on, cut before each answer and
-    behind its end-of-turn token: `…assistant\\n` | `Hello.<|im_end|>` | `\\n<|im_start|>user…`.
-    Where that text does not hold each turn as it was rendered when it was the last, one plan for
-    each that is trained on; of `everything` the prompt then counts where it holds no earlier
-    answer, so that none counts twice, nor one that is not to be trained on."""
-    last = max(
-        i
-        for i, message in enumerate(example.messages)
-        if message.role == "assistant" and message.trained
-    )
+    """The rendered conversation up to the last turn that is trained on.
+
+    It is cut before each answer and behind its end-of-turn token: `…assistant\\n` |
+    `Hello.<|im_end|>` | `\\n<|im_start|>user…`. Where that text does not hold each turn as it was
+    rendered when it was the last, there is one plan for each that is trained on; of `everything`
+    the prompt then counts where it holds no earlier answer, so that none counts twice, nor one that
+    is not to be trained on.
+    """
+    trained = (message.role == "assistant" and message.trained for message in example.messages)
+    last = max(i for i, one in enumerate(trained) if one)
     answers = _answers(example.messages[: last + 1], example.tools, tokenizer)
     if all(answer is not None and answers[-1].text.startswith(answer.text) for answer in answers):
         together = [answers]
@@ -298,18 +298,24 @@ def _chat_plans(
         together = [[answer] for answer in answers if answer is not None and answer.trained]
     plans = []
     for several in together:
-        cuts = [cut for answer in several for cut in (answer.start, len(answer.text))][:-1]
         asked = everything and several[0] is answers[0]
         counts = [one for answer in several for one in (asked, answer.trained)]
-        plans.append(_Plan(None, several[-1].text, cuts, [False, *counts], []))
+        plans.append(_Plan(None, several[-1].text, _cuts(several)[:-1], [False, *counts], []))
     return plans
+
+
+def _cuts(answers: Sequence[_Answer]) -> list[int]:
+    """Where each answer begins and ends."""
+    return [cut for answer in answers for cut in (answer.start, len(answer.text))]
 
 
 def _answers(
     messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokenizerFast, needed: bool = True
 ) -> list[_Answer | None]:
-    """The assistant's turns; None for one that cannot be told from its prompt. Raises UserError for
-    such a one that is to be trained on, if it is needed."""
+    """The assistant's turns; None for one that cannot be told from its prompt.
+
+    Raises UserError for such a one that is to be trained on, if it is needed.
+    """
     answers = []
     for i, message in enumerate(messages):
         if message.role == "assistant":
@@ -329,17 +335,7 @@ def _answer(messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokeni
     whole = _render(messages, tools, tokenizer, add_generation_prompt=False)
     if not whole.startswith(prompt):
         asked = _render(before, tools, tokenizer, add_generation_prompt=False)
-        # what differs is the prompt's own end
-        if whole.startswith(asked) and prompt.startswith(asked):
-            raise UserError(
-                f"the tokenizer's chat template ends a prompt in {prompt[len(asked) :][-40:]!r}, which the assistant's "
-                f"turn as it renders it, {whole[len(asked) :][:40]!r}, does not begin with; a model would be asked "
-                "otherwise than it was trained (data.prompt_style='plain' needs no template)"
-            )
-        raise UserError(
-            "the tokenizer's chat template changes earlier turns when a later one is added, so the answers cannot be "
-            "told apart (data.prompt_style='plain' needs no template)"
-        )
+        raise UserError(_why_apart(asked, prompt, whole))
     turn = whole[len(prompt) :].rstrip()
     content = message.content.strip()
     if content not in turn:
@@ -356,10 +352,26 @@ def _answer(messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokeni
         found = found and prompt != _render(before, tools, tokenizer, add_generation_prompt=False)
     if not found or not end.strip():
         raise UserError(
-            f"the tokenizer's chat template renders the assistant's turn {message.content[:30]!r} as {turn[:40]!r}; it "
-            f"must be the content and then an end-of-turn token (data.prompt_style='plain' needs no template)"
+            f"the tokenizer's chat template renders the assistant's turn {message.content[:30]!r} "
+            f"as {turn[:40]!r}; it must be the content and then an end-of-turn token "
+            "(data.prompt_style='plain' needs no template)"
         )
     return _Answer(prompt + turn, len(prompt), message.trained)
+
+
+def _why_apart(asked: str, prompt: str, whole: str) -> str:
+    """Why a rendered conversation does not begin with its prompt; asked: what both begin with."""
+    if whole.startswith(asked) and prompt.startswith(asked):  # what differs is the prompt's own end
+        return (
+            f"the tokenizer's chat template ends a prompt in {prompt[len(asked) :][-40:]!r}, which "
+            f"the assistant's turn as it renders it, {whole[len(asked) :][:40]!r}, does not begin "
+            "with; a model would be asked otherwise than it was trained "
+            "(data.prompt_style='plain' needs no template)"
+        )
+    return (
+        "the tokenizer's chat template changes earlier turns when a later one is added, so the "
+        "answers cannot be told apart (data.prompt_style='plain' needs no template)"
+    )
 
 
 def _added_end(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -376,11 +388,7 @@ def _render(
     add_generation_prompt: bool,
 ) -> str:
     conversation = [
-        {
-            "role": message.role,
-            "content": message.content,
-            **(json.loads(message.more) if message.more else {}),
-        }
+        {"role": message.role, "content": message.content, **json.loads(message.more or "{}")}
         for message in messages
     ]
     given = {"tools": json.loads(tools)} if tools else {}

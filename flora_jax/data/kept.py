@@ -22,8 +22,10 @@ _SUM = 32  # bytes of the check sum that a file begins with
 
 
 def code_digest(*names: str) -> str:
-    """sha256 of the package's Python files `names` (a folder: all in it): what other code makes is
-    made anew."""
+    """sha256 of the package's Python files `names` (a folder: all in it).
+
+    What other code makes is made anew.
+    """
     digest = hashlib.sha256()
     root = Path(flora_jax.__file__).parent
     for name in names:
@@ -45,8 +47,7 @@ def read_kept(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def keep(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Keeps the arrays. A folder that cannot be written keeps nothing: the next start prepares them
-    again."""
+    """Keeps the arrays if the folder can be written; else the next start prepares them again."""
     stored = io.BytesIO()
     np.savez(stored, **arrays)
     with contextlib.suppress(OSError):

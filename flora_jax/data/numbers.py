@@ -14,19 +14,24 @@ import re
 from collections.abc import Callable
 
 _GAPS = " \u00a0\u2007\u2009\u202f'’_"
-_VALUE = "(?:{})".format("|".join((
-    r"\d+(?:/\d+)+",  # a fraction or date, left as it stands
-    r"(?:(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3})(?!\d|,\d)(?:\.\d+)?"
-    # Not a count and a size: "2 500ml bottles", "2 100-page books"; nothing is 050ml in size.
-    r"|(?!\d+ [1-9]\d\d-?[A-Za-z])"
+_FRACTION = r"\d+(?:/\d+)+"  # or a date, left as it stands
+_GROUPED = r"(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3})(?!\d|,\d)(?:\.\d+)?"
+# Not a count and a size: "2 500ml bottles", "2 100-page books"; nothing is 050ml in size.
+_GAPPED = (
+    r"(?!\d+ [1-9]\d\d-?[A-Za-z])"
     rf"(?P<gapped>[1-9]\d{{0,2}}(?P<gap>[{_GAPS}])\d{{3}}(?:(?P=gap)\d{{3}})*(?!(?P=gap)?\d)"
     r"(?:\.\d+|,\d{1,2}(?![\d,]))?)"
-    r"|(?P<dotted>[1-9]\d{0,2}(?:(?:\.\d{3}){2,}(?!\d|\.\d)(?:,\d+)?|\.\d{3},\d{1,2}(?![\d,])))"
-    r"|\d+(?:\.\d+)?)(?:[eE][+-]?\d+)?",
-    r"\.\d+",
-)))  # fmt: skip
+)
+_DOTTED = (
+    r"(?P<dotted>[1-9]\d{0,2}(?:(?:\.\d{3}){2,}(?!\d|\.\d)(?:,\d+)?|\.\d{3},\d{1,2}(?![\d,])))"
+)
+_WHOLE = rf"(?:{_GROUPED}|{_GAPPED}|{_DOTTED}|\d+(?:\.\d+)?)(?:[eE][+-]?\d+)?"
+_VALUE = rf"(?:{_FRACTION}|{_WHOLE}|\.\d+)"
 # Behind it a number is called the answer.
-_STATED = r"(?:(?i:\banswer\s*(?:(?:is|would\s+be)\s*+[:=]?|[:=]))|####|\\boxed\{)[\s*$'\"({−–-]*+(?i:the\s+)?[*$]*"
+_STATED = (
+    r"(?:(?i:\banswer\s*(?:(?:is|would\s+be)\s*+[:=]?|[:=]))|####|\\boxed\{)"
+    r"[\s*$'\"({−–-]*+(?i:the\s+)?[*$]*"
+)
 # Not inside a word, a decimal, or another number; ordinals (3rd) count nothing, but for one that is
 # called the answer.
 _NUMBER = re.compile(rf"(?<![\w.])(?P<value>(?>{_VALUE}))(?!\d|(?:st|nd|rd|th)\b)")
@@ -52,7 +57,10 @@ _LATEX = (
 # What begins another question, which some models ask themselves once they have answered. Ends of a
 # turn and a user's turn (`turn`) begin nothing else; the others may also head the question that was
 # asked, in an answer that repeats it.
-_ENDED = r"end|endoftext|end_of_text|end_of_turn|end▁of▁sentence|eot_id|eom_id|EOT|im_end|im_start|start_header_id"
+_ENDED = (
+    "end|endoftext|end_of_text|end_of_turn|end▁of▁sentence|eot_id|eom_id|EOT|im_end|im_start"
+    "|start_header_id"
+)
 _ASKS = "question|problem|exercise|example|task|input"
 _NEXT = re.compile(
     rf"(?P<turn><[|｜](?:{_ENDED}|(?i:user|human))[|｜]>|</s>|<(?:end|start)_of_turn>|<eos>|\[INST\]"
@@ -71,7 +79,8 @@ _QUESTIONS = 16  # how many of them are tried
 _CALLED = re.compile(
     r"(?i:\banswer(?: +(?:to|for|choice|option)\b[^\n.:=]{0,40}?)?\s{0,8}"
     r"|\b(?:correct|right|best) +(?:choice|option) *)"
-    r"(?:(?i:is|was|would be)\b(?P<said>(?:[^\w\n]{0,8}[\w.]+){1,4})|[:=](?P<set>(?:\W{0,8}[\w.]+){1,2}))"
+    r"(?:(?i:is|was|would be)\b(?P<said>(?:[^\w\n]{0,8}[\w.]+){1,4})"
+    r"|[:=](?P<set>(?:\W{0,8}[\w.]+){1,2}))"
     r"|####(?P<marked>\W{0,8}\w+)|(?P<boxed>\\boxed\{)"
 )
 _RIGHT = re.compile(r"((?:\S{1,40} ){0,2}\S{1,40}) is (?:the )?(?:correct|right|answer)\b")
@@ -95,15 +104,16 @@ _TOLERANCE = 1e-3  # of LLM-Adapters: answers there are rounded to two or three 
 
 
 def read_answer(text: str, read: Callable[[str], str | None]) -> str | None:
-    """What `read` finds in `text` before another question begins there. A question behind what is
-    no answer yet ("We have 5. Problem: find twice that.") is the one that was asked, and what
-    follows is read, too."""
+    """What `read` finds in `text` before another question begins there.
+
+    A question behind what is no answer yet ("We have 5. Problem: find twice that.") is the one that
+    was asked, and what follows is read, too.
+    """
     for match in itertools.islice(_NEXT.finditer(text), _QUESTIONS):
         before = text[: match.start()]
+        behind = text[match.start() :]
         answered = (
-            _turn_has_answer(before)
-            if match["turn"]
-            else _states_answer(before, text[match.start() :], read)
+            _turn_has_answer(before) if match["turn"] else _states_answer(before, behind, read)
         )
         if answered and (found := read(before)) is not None:
             return found
@@ -111,41 +121,48 @@ def read_answer(text: str, read: Callable[[str], str | None]) -> str | None:
 
 
 def _turn_has_answer(before: str) -> bool:
-    """False where the text begins with the user's turn, the one that was asked, and no other has
-    begun."""
+    """False where the text begins with the user's turn, the one asked, and no other has begun."""
     first = _NEXT.match(before.lstrip())
     return not (first and first["turn"]) or bool(_ANSWERS.search(before))
 
 
 def _states_answer(before: str, behind: str, read: Callable[[str], str | None]) -> bool:
     """Whether `before` gives an answer to the question that was asked (1 to 4 above)."""
-    for match in _CALLED.finditer(before):
-        words = (match[match.lastgroup] or "").split()
-        if match["boxed"] or any(
-            read(" ".join(words[:n])) is not None for n in range(1, len(words) + 1)
-        ):
-            return True
+    if any(_calls_answer(match, read) for match in _CALLED.finditer(before)):
+        return True
     if any(read(match[1]) is not None for match in _RIGHT.finditer(before)):
         return True
     last = before.rstrip()
-    for match in _HEADED.finditer(last):
-        words = match["line"].split()
-        if (match.end() < len(last) and len(words) > 1) or words[-1].endswith("?"):
-            continue
-        # A number may have three words with it ("18 eggs a day"), an option its own text ("B. a red
-        # hat").
-        most = 4 if any(map(str.isdigit, words[0])) else 12
-        if len(words) <= most and read(words[0]) is not None:
-            return True
+    if any(_heads_answer(match, last, read) for match in _HEADED.finditer(last)):
+        return True
     gap = before[len(last) :] + behind[: len(behind) - len(behind.lstrip())]
     ends = _SUM.search(last[last.rfind("\n") + 1 :])
     return bool(ends) and gap.count("\n") > 1 and not _LATER.search(behind)
 
 
+def _calls_answer(match: re.Match[str], read: Callable[[str], str | None]) -> bool:
+    """Of what is called an answer, whether its first words are one."""
+    words = (match[match.lastgroup] or "").split()
+    starts = (" ".join(words[:n]) for n in range(1, len(words) + 1))
+    return bool(match["boxed"]) or any(read(start) is not None for start in starts)
+
+
+def _heads_answer(match: re.Match[str], text: str, read: Callable[[str], str | None]) -> bool:
+    """Of a line that may be an answer, whether it is little more than one."""
+    words = match["line"].split()
+    if (match.end() < len(text) and len(words) > 1) or words[-1].endswith("?"):
+        return False
+    # A number may have three words with it ("18 eggs a day"), an option its text ("B. a red hat").
+    most = 4 if any(map(str.isdigit, words[0])) else 12
+    return len(words) <= most and read(words[0]) is not None
+
+
 def final_number(text: str) -> str | None:
-    """The last number of `text`, before it goes on to another question, as written, without
-    thousands' signs and with its own: "It is −1,234.50 $." gives "-1234.50". A fraction comes back
-    whole ("3/4"). None without any."""
+    """The last number of `text` before it goes on to another question; None without any.
+
+    As written, without thousands' signs and with its own: "It is −1,234.50 $." gives "-1234.50". A
+    fraction comes back whole ("3/4").
+    """
     return read_answer(text, _last_number)
 
 
@@ -175,9 +192,11 @@ def _without_currency(before: str) -> str:
 
 
 def _is_signed(before: str) -> bool:
-    """Whether the text before a number ends with its sign: a minus that does not stand behind what
-    it could take the number from, a digit, a word's end ("COVID-19") or a bracket. After a word and
-    a space it is a sign ("is -5")."""
+    """Whether the text before a number ends with its sign.
+
+    That is a minus that does not stand behind what it could take the number from: a digit, a word's
+    end ("COVID-19") or a bracket. After a word and a space it is a sign ("is -5").
+    """
     if _SPACED_SIGN.search(before):
         return True
     if not before or before[-1] not in "-−–":
@@ -192,8 +211,10 @@ def _is_signed(before: str) -> bool:
 
 
 def same_number(found: str | None, answer: str) -> bool:
-    """Whether two numbers are equal within 1e-3, so that "5" is "5.0". What is no number (None, a
-    fraction) is equal to nothing but its own text."""
+    """Whether two numbers are equal within 1e-3, so that "5" is "5.0".
+
+    What is no number (None, a fraction) is equal to nothing but its own text.
+    """
     if found is None:
         return False
     try:
@@ -203,8 +224,7 @@ def same_number(found: str | None, answer: str) -> bool:
 
 
 def canonical_number(text: str) -> str:
-    """`"576.0"`, `"1,080"` and `"- 7"` as `"576"`, `"1080"` and `"-7"`; a ValueError if it is no
-    number."""
+    """`"576.0"`, `"1,080"` and `"- 7"` as `"576"`, `"1080"` and `"-7"`; a ValueError for others."""
     text = text.replace(",", "").replace(" ", "")
     value = float(text)
     if not math.isfinite(value) or "_" in text:

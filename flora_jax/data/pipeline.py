@@ -1,16 +1,15 @@
-"""Encoded examples to batches: grain for training (endless, exact to resume), a plain loop for
-evaluation.
+"""Encoded examples to batches: grain for training (endless, exact to resume), else a plain loop.
 
 A batch is a dict of numpy arrays `[B, T]`, T always `max_length`:
 
-    tokens         int32    a row holds one example, or with packing several, each n - 1 positions long
+    tokens         int32    a row holds one example of n - 1 positions, or with packing several
     targets        int32    the token after each, shifted within its example, before any packing
     loss_weights   float32  1 where the target counts
     segment_ids    int32    1, 2, … by example within the row, 0 on padding
     positions      int32    from 0 in every example
 
-For example [5, 6, 7] (7 counting) beside [8, 9] (9 counting) at T = 4: tokens 5 6 8 0, targets 6 7
-9 0, weights 0 1 1 0, segments 1 1 2 0, positions 0 1 0 0.
+For example [5, 6, 7] (7 counting) beside [8, 9] (9 counting) at T = 4: tokens 5 6 8 0, targets
+6 7 9 0, weights 0 1 1 0, segments 1 1 2 0, positions 0 1 0 0.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from flora_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
-# Rows that grain fills side by side. More leave less padding; all are emitted when one more example
-# does not fit.
+# Rows that grain fills side by side. More leave less padding; all are emitted once an example does
+# not fit.
 _PACKING_BINS = 64
 
 
@@ -42,8 +41,7 @@ def train_iterator(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Endless batches; each epoch is a new order of `seed` and holds every example once, in exactly
-    one shard.
+    """Endless batches; each epoch is a new order of `seed`, with every example once, in one shard.
 
     `parts` says instead what is drawn how often: `(n, weight)` of the first n examples, of the n
     after them, …; each part is drawn by its share of the weights, gone through again in a new order
@@ -53,9 +51,9 @@ def train_iterator(
     examples continues with the very same batches. Raises UserError for arguments that cannot give a
     batch.
     """
-    if batch_size < 1 or seed < 0:
-        field, value, least = ("batch_size", batch_size, 1) if batch_size < 1 else ("seed", seed, 0)
-        raise UserError(f"train.{field}={value} must be at least {least}")
+    for field, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if value < least:
+            raise UserError(f"train.{field}={value} must be at least {least}")
     if not 0 <= shard_index < shard_count:
         raise UserError(f"shard_index={shard_index} must be in 0 … shard_count-1={shard_count - 1}")
     if len(encoded) < shard_count:
@@ -87,8 +85,11 @@ def train_iterator(
 def _mixed(
     encoded: Sequence[Encoded], parts: Sequence[tuple[int, float]], seed: int, shard: slice
 ) -> grain.MapDataset:
-    """The parts, each shuffled and repeated without end, drawn by weight. Each part is cut into
-    shards, not the mix, whose fixed pattern would give some shards one part alone."""
+    """The parts, each shuffled and repeated without end, drawn by weight.
+
+    Each part is cut into shards, not the mix, whose fixed pattern would give some shards one part
+    alone.
+    """
     ends = np.cumsum([size for size, _ in parts]).tolist()
     starts = [0, *ends[:-1]]
     drawn = [
@@ -104,8 +105,10 @@ def _mixed(
 def eval_batches(
     encoded: Sequence[Encoded], *, batch_size: int, max_length: int
 ) -> Iterator[Batch]:
-    """Every example once, in order, one a row; the last batch is filled with empty rows (segment 0,
-    no weight)."""
+    """Every example once, in order, one a row.
+
+    The last batch is filled with empty rows (segment 0, no weight).
+    """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
     _check_lengths(encoded, max_length)
@@ -155,9 +158,11 @@ def _check_lengths(encoded: Sequence[Encoded], max_length: int) -> None:
 
 
 class _Epochs(grain.IterDataset):
-    """One dataset after the other, made by epoch number. grain's own `repeat` cannot do it: after
-    packing it would repeat the first epoch, and before packing it would let rows mix the end of an
-    epoch with the next."""
+    """One dataset after the other, made by epoch number.
+
+    grain's own `repeat` cannot do it: after packing it would repeat the first epoch, and before
+    packing it would let rows mix the end of an epoch with the next.
+    """
 
     def __init__(self, epoch: Callable[[int], grain.IterDataset]):
         super().__init__()

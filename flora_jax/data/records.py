@@ -285,8 +285,8 @@ def _trained(turn: Mapping[str, Any], place: str) -> bool:
     for name in _PARTS:
         if turn.get(name):
             raise UserError(
-                f"{place}: field {name!r} is not supported: a turn counts as a whole or not at all; "
-                "leave it out, or give the turn a 'weight' of 0 or 1"
+                f"{place}: field {name!r} is not supported: a turn counts as a whole or not at "
+                "all; leave it out, or give the turn a 'weight' of 0 or 1"
             )
     said = {name: turn[name] for name in _TRAINED if turn.get(name) is not None}
     for name, value in said.items():

@@ -1,5 +1,4 @@
-"""Where records come from: files of a data directory, the TFDS catalogue or a generator; validated,
-prepared by TFDS and cached.
+"""Where records come from: files of a data directory, the TFDS catalogue or a generator.
 
 A split is read and checked once, written by its TFDS builder (`builders`) as array_record under the
 cache directory, and read back from there as a TFDS data source. The cache key is the content of the
@@ -40,8 +39,7 @@ if TYPE_CHECKING:  # importing it takes a second
 def load_examples(
     task: Task, split: str, data_dir: str | Path | None, cache_dir: str | Path | None = None
 ) -> list[Example]:
-    """`load_records`, parsed. A record that its task cannot parse is a UserError naming file,
-    record and field."""
+    """`load_records`, parsed. A UserError names file, record and field of what cannot be."""
     examples = []
     for i, record in enumerate(load_records(task, split, data_dir, cache_dir)):
         try:
@@ -56,8 +54,7 @@ def load_examples(
 def load_records(
     task: Task, split: str, data_dir: str | Path | None, cache_dir: str | Path | None = None
 ) -> Sequence[Record]:
-    """The records of one split of a task ('train', 'validation' or 'test'), in the order of its
-    source.
+    """The records of one split ('train', 'validation' or 'test'), in the order of its source.
 
     Records are dicts of str: `instruction, input, output, answer` of a 'records' task, `text` and
     `references` (a list) of a 'texts' one, `question, answer` of a generated one, of a 'jsonl' one
@@ -89,8 +86,11 @@ def load_records(
 
 
 def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:
-    """sha256 (hex) of the file that a split is read from, of the catalogue's files (with data set,
-    version and split), or of everything that determines a generated one."""
+    """sha256 (hex) of what a split is read from.
+
+    That is a file, the catalogue's files (with data set, version and split), or everything that
+    determines a generated split.
+    """
     if task.source == "generated":
         _check_split(task, split)
         return hashlib.sha256(generated_key(task, split).encode()).hexdigest()
@@ -104,24 +104,21 @@ def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:
 
 
 def has_split(task: Task, split: str, data_dir: str | Path | None) -> bool:
-    """Whether `load_records` would find the split (of the TFDS catalogue: where its data set is at
-    hand)."""
+    """Whether `load_records` would find the split (of the catalogue: with its data set at hand)."""
     if _in_catalogue(task, data_dir):
         _check_split(task, split)
         return task.name in CATALOGUE and split in CATALOGUE[task.name].splits
-    found = task.source == "generated" or any(
-        path.is_file() for path in _candidates(task, split, data_dir)
-    )
-    if not found or split == "test" or task.files.get("test") is None:
-        return found
-    # Some tasks are tested on the file of the official validation split, which is then no other
-    # split's.
-    return split in task.files or task.files["test"] not in [
-        path.name for path in _candidates(task, split, data_dir)
-    ]
+    if task.source == "generated":
+        return True
+    candidates = _candidates(task, split, data_dir)
+    if not any(path.is_file() for path in candidates):
+        return False
+    # Some tasks are tested on the file of the official validation split, then no other split's.
+    shared = task.files.get("test") in [path.name for path in candidates]
+    return split == "test" or split in task.files or not shared
 
 
-# ---------------------------------------------------------------------------------------------- locating
+# ----------------------------------------------------------------------------------------- locating
 
 
 def _check_split(task: Task, split: str) -> None:
@@ -133,8 +130,7 @@ def _check_split(task: Task, split: str) -> None:
 
 
 def _in_catalogue(task: Task, data_dir: str | Path | None) -> bool:
-    """Whether the task is to be read from the TFDS catalogue: `data_dir` says so, and it needs a
-    `data_dir` at all."""
+    """Whether the TFDS catalogue is read: `data_dir` names it, and the task needs a `data_dir`."""
     named = str(data_dir).partition(":")[0] == "tfds"
     return named and task.source != "generated" and not task.name.endswith(".jsonl")
 
@@ -144,20 +140,22 @@ def _catalogue_split(
 ) -> tuple[tfds.core.DatasetBuilder, str]:
     """A prepared TFDS builder, and its own name of a split of ours."""
     _check_split(task, split)
-    if task.name not in CATALOGUE:
+    known = CATALOGUE.get(task.name)
+    if known is None:
         raise UserError(
             f"data.dir={data_dir}: task {task.name!r} is not in the TFDS catalogue, which has "
             f"{', '.join(CATALOGUE)}; {_SET} the folder that holds its files"
         )
-    if split not in CATALOGUE[task.name].splits:
+    if split not in known.splits:
         raise UserError(
             f"split {split!r} of task {task.name!r} is not in the TFDS catalogue; TFDS "
-            f"{CATALOGUE[task.name].name} gives {', '.join(CATALOGUE[task.name].splits)}"
+            f"{known.name} gives {', '.join(known.splits)}"
         )
     folder = expand_path(str(data_dir).partition(":")[2])
     if folder and not Path(folder).is_dir():
         raise UserError(
-            f"data.dir={data_dir}: {folder} is not a directory; make it, or name one with prepared data"
+            f"data.dir={data_dir}: {folder} is not a directory; "
+            "make it, or name one with prepared data"
         )
     from flora_jax.data.builders import catalogue_builder, own_folder
 
@@ -165,10 +163,10 @@ def _catalogue_split(
     place = plain_path(folder, "data.dir") if folder.is_dir() else folder
     try:
         with _quiet():
-            builder = catalogue_builder(CATALOGUE[task.name].name, str(place))
+            builder = catalogue_builder(known.name, str(place))
     except UserError as error:
         raise UserError(str(error).replace(str(place), str(folder))) from None
-    official = CATALOGUE[task.name].splits[split]
+    official = known.splits[split]
     if official not in builder.info.splits:
         raise UserError(
             f"TFDS {builder.info.full_name} was prepared without its split {official!r}; "
@@ -189,28 +187,25 @@ def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Pat
             raise UserError(
                 f"{task.name}: a sample is never a test set; name a file of your own test records"
             )
-        return [
-            Path(expand_path(task.name)),
-            *([Path(expand_path(data_dir)) / task.name] if data_dir else []),
-        ]
+        beside = [Path(expand_path(data_dir)) / task.name] if data_dir else []
+        return [Path(expand_path(task.name)), *beside]
     if data_dir is None:
-        other = (
-            f", or to tfds for {CATALOGUE[task.name].name} of the TFDS catalogue"
-            if task.name in CATALOGUE
-            else ""
-        )
+        other = ""
+        if task.name in CATALOGUE:
+            other = f", or to tfds for {CATALOGUE[task.name].name} of the TFDS catalogue"
         raise UserError(
             f"task {task.name!r} is read from files; {_SET} the folder that holds them{other}"
         )
-    data_dir = expand_path(data_dir)
-    if not Path(data_dir).is_dir():
-        raise UserError(f"data.dir={str(data_dir)!r} is not a directory (nor tfds, nor tfds:DIR)")
-    folder = Path(data_dir) if task.source == "jsonl" else Path(data_dir) / task.name
+    folder = Path(expanded := expand_path(data_dir))
+    if not folder.is_dir():
+        raise UserError(f"data.dir={expanded!r} is not a directory (nor tfds, nor tfds:DIR)")
+    if task.source == "jsonl":
+        return [folder / f"{split}.jsonl"]
     names = [f"{split}.json", f"{split}.jsonl"]
-    # beside a listed file that is shared by splits, one of the split's own comes first
     if split in task.files:
-        names = [*names, task.files[split]] if split in task.spans else [task.files[split], *names]
-    return [folder / name for name in names if task.source != "jsonl" or name.endswith(".jsonl")]
+        # A listed file comes first, one that splits share behind the split's own.
+        names.insert(len(names) if split in task.spans else 0, task.files[split])
+    return [folder / task.name / name for name in names]
 
 
 def _path(task: Task, split: str, data_dir: str | Path | None) -> Path:
@@ -224,14 +219,12 @@ def _path(task: Task, split: str, data_dir: str | Path | None) -> Path:
         )
     folder = candidates[0].parent
     there = sorted(p.name for p in folder.glob("*.json*")) if folder.is_dir() else []
-    never = (
-        " (a sample is never a test set)"
-        if any(name.startswith("sample.") for name in there)
-        else ""
-    )
-    get = _WHERE.get(task.name, _WHERE_RECORDS if task.source == "records" else "")
-    get = f"; {get}" if get else ""
-    get += f"; or {_SET} tfds to read the TFDS catalogue's" if task.name in CATALOGUE else ""
+    sampled = any(name.startswith("sample.") for name in there)
+    never = " (a sample is never a test set)" if sampled else ""
+    hints = [_WHERE.get(task.name) or _WHERE.get(task.source)]
+    if task.name in CATALOGUE:
+        hints.append(f"or {_SET} tfds to read the TFDS catalogue's")
+    get = "".join(f"; {hint}" for hint in hints if hint)
     raise UserError(
         f"{candidates[0]} is missing: split {split!r} of task {task.name!r}; "
         f"{folder.name or folder}/ has {', '.join(there) or 'no data files'}{never}{get}"
@@ -241,41 +234,47 @@ def _path(task: Task, split: str, data_dir: str | Path | None) -> Path:
 def _span(task: Task, split: str, data_dir: str | Path | None) -> tuple[int, int] | None:
     """The part of its file that a split is, None for all of it: where training has a file of its
     own, nothing is shared."""
-    if split not in task.spans:
-        return None
-    return task.spans[split] if _path(task, "train", data_dir).name == task.files["train"] else None
+    shared = split in task.spans and _path(task, "train", data_dir).name == task.files["train"]
+    return task.spans[split] if shared else None
 
 
-_WHERE_RECORDS = "the LLM-Adapters repository (AGI-Edgerunners/LLM-Adapters) has the task's files in its folder dataset"
+# Where the files of a task, or of a source, are to be had.
 _WHERE = {
     "hellaswag": "hellaswag_val.jsonl of rowanz/hellaswag is the split that is tested on",
-    "dialogsum": "DialogSum_Data of cylnlp/dialogsum has the files, dialogsum.dev.jsonl is validation.jsonl",
+    "dialogsum": (
+        "DialogSum_Data of cylnlp/dialogsum has the files, dialogsum.dev.jsonl is validation.jsonl"
+    ),
     "dailydialogpp": "dataset/ of iitmnlp/DailyDialog-plusplus has the files",
-    "multiwoz": "ConvLab's data/multiwoz has the dialogues; `turns` is a list of user and system turns by turns",
+    "multiwoz": (
+        "ConvLab's data/multiwoz has the dialogues; "
+        "`turns` is a list of user and system turns by turns"
+    ),
     "samsum": "corpus.7z of arXiv 1911.12237: records of dialogue and summary",
     "xsum": "EdinburghNLP/XSum: records of document and summary",
     "cnn_dailymail": "records of article and highlights",
+    "records": (
+        "the LLM-Adapters repository (AGI-Edgerunners/LLM-Adapters) has the task's files in its "
+        "folder dataset"
+    ),
 }
 
 
 def _describe(task: Task, split: str, data_dir: str | Path | None) -> str:
     if _in_catalogue(task, data_dir):
         return f"TFDS {CATALOGUE[task.name].name}, split {CATALOGUE[task.name].splits[split]}"
-    return (
-        f"task {task.name!r}" if task.source == "generated" else str(_path(task, split, data_dir))
-    )
+    generated = task.source == "generated"
+    return f"task {task.name!r}" if generated else str(_path(task, split, data_dir))
 
 
-# ----------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Record]:
     if task.source == "generated":
         return draw(task, split)
-    in_catalogue = _in_catalogue(task, data_dir)
     found_in = (
         _elements(task, split, data_dir)
-        if in_catalogue
+        if _in_catalogue(task, data_dir)
         else raw_records(_path(task, split, data_dir))
     )
     convert = CONVERT[task.source]
@@ -306,22 +305,17 @@ def _elements(task: Task, split: str, data_dir: str | Path | None) -> Iterator[t
             yield where, raw
 
 
-# ----------------------------------------------------------------------------------------------- caching
+# ------------------------------------------------------------------------------------------ caching
 
 
 def _cache_key(task: Task, split: str, data_dir: str | Path | None) -> str:
     # The suffix decides how a file's bytes are read, so it is part of the key.
     files = task.source != "generated" and not _in_catalogue(task, data_dir)
     suffix = _path(task, split, data_dir).suffix if files else ""
-    span = str(_span(task, split, data_dir) or "")
-    parts = (
-        _FORMAT,
-        task.source,
-        split,
-        suffix,
-        data_hash(task, split, data_dir),
-        *([span] if span else []),
-    )
+    span = _span(task, split, data_dir)
+    parts = [_FORMAT, task.source, split, suffix, data_hash(task, split, data_dir)]
+    if span:
+        parts.append(str(span))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -379,13 +373,12 @@ def _decode(value: Any) -> Any:
     if isinstance(value, list | np.ndarray):
         return [_decode(one) for one in value]
     if isinstance(value, dict):
-        return {
-            key: [
-                dict(zip(v, map(_decode, turn), strict=True))
-                for turn in zip(*v.values(), strict=True)
-            ]
-            if isinstance(v, dict) and all(isinstance(one, list | np.ndarray) for one in v.values())
-            else _decode(v)
-            for key, v in value.items()
-        }
+        return {key: _decode_field(one) for key, one in value.items()}
     return value
+
+
+def _decode_field(value: Any) -> Any:
+    if isinstance(value, dict) and all(isinstance(v, list | np.ndarray) for v in value.values()):
+        rows = zip(*value.values(), strict=True)
+        return [dict(zip(value, map(_decode, row), strict=True)) for row in rows]
+    return _decode(value)

@@ -1,5 +1,4 @@
-"""The task table: what a record of each data set asks, what the right answer is, and how it is
-scored.
+"""The task table: what a record of each data set asks, the right answer, and how it is scored.
 
 A task is one row of `TASKS`. Adding one is one row, and a parse function if its records look like
 nothing here. A parse function turns one record (a plain dict, as `sources` yields it) into an
@@ -37,19 +36,18 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Turn(Message):
-    """A turn that says more: whether an assistant's counts in the loss, and what else the chat
-    template is given of it (`tool_calls`, …; a `content` of null), as a JSON object."""
+    """A turn that says more."""
 
-    trained: bool = True
+    trained: bool = True  # whether an assistant's counts in the loss
+    # what else the chat template is given of it (`tool_calls`, …; a `content` of null): JSON
     more: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One record, parsed. `messages` ends with the assistant's target; the rest is there where the
-    task has it."""
+    """One record, parsed; besides messages it has what its task has."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...]  # the last is the assistant's target
     choices: tuple[str, ...] = ()  # the texts to choose from
     gold: int | None = None  # index of the right one
     # the gold answer as text: a number, a letter, a label word or a whole reply
@@ -65,8 +63,7 @@ class Example:
 
     @functools.cached_property
     def prompt_digest(self) -> str:
-        """sha256 of everything before the answer, normalised: by which `dedupe` knows a prompt
-        again."""
+        """sha256 of all before the answer, normalised: by which `dedupe` knows a prompt again."""
         return _digest(self.messages[:-1], self.tools)
 
     @functools.cached_property
@@ -77,9 +74,11 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """What a generated (reasoning-gym) task draws. The sizes are those of the splits; `seed` moves
-    the training draw alone, so that every run is tested on the same questions and trained on none
-    of them."""
+    """What a generated (reasoning-gym) task draws.
+
+    The sizes are those of the splits. `seed` moves the training draw alone, so that every run is
+    tested on the same questions and trained on none of them.
+    """
 
     dataset: str
     settings: Mapping[str, Any]
@@ -108,7 +107,7 @@ class Task:
     new_tokens: int = 256
 
 
-# ---------------------------------------------------------------------------------------------- parsing
+# ------------------------------------------------------------------------------------------ parsing
 
 _OPERATORS = frozenset("-+*/=()<>%^[]{}&|~#")
 _SAME = str.maketrans("−×÷", "-*/")
@@ -116,28 +115,30 @@ _SAME = str.maketrans("−×÷", "-*/")
 
 @functools.lru_cache(maxsize=4096)
 def _tells_apart(token: str) -> bool:
-    """Whether a word, a number or a single sign makes another prompt of it: all but ASCII's and
-    Unicode's punctuation. Marks are what Indic vowels are written with."""
+    """Whether a word, a number or a single sign makes another prompt of it.
+
+    All but ASCII's and Unicode's punctuation do. Marks are what Indic vowels are written with.
+    """
     if len(token) > 1 or token.isalnum() or token in _OPERATORS:
         return True
-    return unicodedata.category(token)[0] == "M" or (
-        not token.isascii() and unicodedata.category(token)[0] == "S"
-    )
+    kind = unicodedata.category(token)[0]
+    return kind == "M" or (kind == "S" and not token.isascii())
 
 
 def normalise(text: str) -> str:
-    """The words, numbers, operators and symbols of `text` in lower case, spaced alike: `"It's 3.50
-    + 4 !"` as `"it s 3.50 + 4"`. Operators stay because a minus for a plus makes another sum."""
-    found = re.findall(
-        r"\d+(?:\.\d+)?|[^\W\d]+|[^\w\s]",
-        unicodedata.normalize("NFC", text.lower()).translate(_SAME),
-    )
+    """The words, numbers, operators and symbols of `text` in lower case, spaced alike.
+
+    `"It's 3.50 + 4 !"` is `"it s 3.50 + 4"`. Operators stay because a minus for a plus makes
+    another sum.
+    """
+    text = unicodedata.normalize("NFC", text.lower()).translate(_SAME)
+    found = re.findall(r"\d+(?:\.\d+)?|[^\W\d]+|[^\w\s]", text)
     return " ".join(filter(_tells_apart, found))
 
 
 def _instruction(record: Mapping[str, Any]) -> str:
-    text = record["instruction"].strip()
-    return f"{text}\n{record['input'].strip()}" if record["input"].strip() else text
+    parts = (record["instruction"].strip(), record["input"].strip())
+    return "\n".join(parts) if parts[1] else parts[0]
 
 
 def _turns(prompt: str, target: str) -> tuple[Message, ...]:
@@ -147,30 +148,17 @@ def _turns(prompt: str, target: str) -> tuple[Message, ...]:
 def _parse_choice(
     record: Mapping[str, Any], requests: Callable[..., Iterable[tuple[str, str]]]
 ) -> Example:
-    """An LLM-Adapters multiple-choice record: `…: QUESTION` and then `Answer1: … Answer2: …`
-    (Solution, Option likewise), then `Answer format: answer1/answer2`; or a question with the
-    answer format `true/false`."""
+    """An LLM-Adapters multiple-choice record.
+
+    It reads `…: QUESTION`, then `Answer1: … Answer2: …` (Solution, Option likewise), then `Answer
+    format: answer1/answer2`; or it is a question with the answer format `true/false`.
+    """
     prompt = _instruction(record)
     body, found, form = prompt.rpartition("Answer format:")
     if not found:
         raise UserError("field 'instruction' has no line 'Answer format: …'")
     labels = tuple(form.strip().split("/"))
-    question = body.partition(": ")[2]
-    if labels == ("true", "false"):
-        question, choices = question.strip(), ("yes", "no")
-    else:
-        marks = [f"{label.capitalize()}:" for label in labels]
-        start = question.rfind(marks[0])
-        choices, rest = [], question[start + len(marks[0]) :] if start >= 0 else ""
-        for mark in marks[1:]:
-            text, found, rest = rest.partition(mark)
-            if not found:
-                raise UserError(
-                    f"field 'instruction' has no choice '{mark}' although the answer format names it"
-                )
-            choices.append(_between_marks(text))
-        choices = (*choices, _between_marks(rest))
-        question = question[:start].strip()
+    question, choices = _split_choices(body.partition(": ")[2], labels)
     if record["answer"] not in labels:
         raise UserError(
             f"field 'answer' is {record['answer']!r}; the answer format allows {', '.join(labels)}"
@@ -187,11 +175,28 @@ def _parse_choice(
     )
 
 
+def _split_choices(text: str, labels: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """The question, and the text behind each label's mark."""
+    if labels == ("true", "false"):
+        return text.strip(), ("yes", "no")
+    first, *others = (f"{label.capitalize()}:" for label in labels)
+    start = text.rfind(first)
+    rest = text[start + len(first) :] if start >= 0 else ""
+    choices = []
+    for mark in others:
+        choice, found, rest = rest.partition(mark)
+        if not found:
+            raise UserError(
+                f"field 'instruction' has no choice '{mark}' although the answer format names it"
+            )
+        choices.append(_between_marks(choice))
+    return text[:start].strip(), (*choices, _between_marks(rest))
+
+
 def _between_marks(text: str) -> str:
-    """A choice without its separators alone: a data set's own trailing space is part of what is
-    scored."""
+    """A choice without its separators alone: a data set's own trailing space is scored, too."""
     text = text.removeprefix(" ")
-    return text.removesuffix("\n\n") if text.endswith("\n\n") else text.removesuffix(" ")
+    return text.removesuffix("\n\n" if text.endswith("\n\n") else " ")
 
 
 def _after(context: str, question: str, choices: Sequence[str]) -> list[tuple[str, str]]:
@@ -202,8 +207,7 @@ def _after(context: str, question: str, choices: Sequence[str]) -> list[tuple[st
 
 
 def _blank(sentence: str, choices: Sequence[str]) -> list[tuple[str, str]]:
-    """Partial evaluation: each option stands in the blank `_` of the context, and the rest is what
-    is scored."""
+    """Partial evaluation: each option fills the context's blank `_`, and the rest is scored."""
     before, found, after = sentence.partition("_")
     if not found:
         raise UserError("field 'instruction' has no blank '_' to fill")
@@ -215,8 +219,10 @@ def _choice(context: str) -> Callable[[Mapping[str, Any]], Example]:
 
 
 def _parse_number(record: Mapping[str, Any]) -> Example:
-    """A word problem. `output` is often a wrong rationale: it is the target only where it ends at
-    the answer."""
+    """A word problem.
+
+    `output` is often a wrong rationale: it is the target only where it ends at the answer.
+    """
     prompt = _instruction(record)
     try:
         answer = canonical_number(record["answer"])
@@ -255,8 +261,7 @@ def _parse_letter(record: Mapping[str, Any]) -> Example:
 
 
 def _parse_generated(record: Mapping[str, Any]) -> Example:
-    """A generated arithmetic problem; the prompt states the answer format, in training and in
-    evaluation alike."""
+    """A generated arithmetic problem; its prompt states the answer format, in training as well."""
     prompt = f"{record['question']}\nGive only the final number."
     return Example(
         messages=_turns(prompt, record["answer"]),
@@ -266,8 +271,7 @@ def _parse_generated(record: Mapping[str, Any]) -> Example:
 
 
 def _parse_text(record: Mapping[str, Any], instruction: str, cue: str) -> Example:
-    """A text to answer with a text: the instruction, the record's text, and the cue that the answer
-    stands behind."""
+    """A text to answer with a text: instruction, the record's text, and the cue of the answer."""
     first, *_ = references = tuple(record["references"])
     prompt = f"{instruction}\n\n{record['text']}\n\n{cue}"
     return Example(
@@ -291,25 +295,34 @@ def _parse_messages(record: Mapping[str, Any]) -> Example:
     )
 
 
-# ------------------------------------------------------------------------------------------------ table
+# -------------------------------------------------------------------------------------------- table
 
 _QA = _choice("Question: {}\nAnswer:")
 _DIALOGUE = _text("Summarize the following dialogue.", "Summary:")
 _ARTICLE = _text("Summarize the following article.", "Summary:")
 _REPLY = _text("Write the next reply of this conversation.", "Reply:")
+_BLANK = functools.partial(_parse_choice, requests=_blank)
 _SUMS = MappingProxyType({"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2})
+# Files that a split is read from where they are not named after it.
+_VALIDATION = MappingProxyType({"test": "validation.jsonl"})
+_FIRST_100 = MappingProxyType({"test": "test100.jsonl"})
 
-TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (
+
+def _sums(name: str) -> Task:
+    drawn = Generator(name, _SUMS)
+    return Task(name, "generated", "number", _parse_generated, generator=drawn, new_tokens=32)
+
+
+_ROWS = (
     Task("ARC-Easy", "records", "choice", _QA, new_tokens=32),
     Task("ARC-Challenge", "records", "choice", _QA, new_tokens=32),
     Task("piqa", "records", "choice", _QA, new_tokens=32),
     Task("openbookqa", "records", "choice", _choice("{}"), new_tokens=32),
     Task("social_i_qa", "records", "choice", _choice("Q: {}\nA:"), new_tokens=32),
     Task("boolq", "records", "choice", _choice("Question: {}?\nAnswer:"), new_tokens=32),
-    Task("winogrande", "records", "choice", functools.partial(_parse_choice, requests=_blank), new_tokens=32),
-    # The harness begins the second half of a context with a capital; the records hold both halves
-    # as one.
-    Task("hellaswag", "records", "choice", _choice("{}"), new_tokens=32, files={"test": "validation.jsonl"}),
+    Task("winogrande", "records", "choice", _BLANK, new_tokens=32),
+    # The harness begins the second half of a context with a capital; records hold both as one.
+    Task("hellaswag", "records", "choice", _choice("{}"), new_tokens=32, files=_VALIDATION),
     Task("AddSub", "records", "number", _parse_number),
     Task("MultiArith", "records", "number", _parse_number),
     Task("SingleEq", "records", "number", _parse_number),
@@ -319,28 +332,37 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (
     Task("mawps", "records", "number", _parse_number, files={"train": "train_decontaminated.json"}),
     Task("AQuA", "records", "letter", _parse_letter),
     # The published training file is not always at hand; the validation file then gives both parts.
-    Task("dialogsum", "texts", "rouge", _DIALOGUE, new_tokens=80, files={"train": "validation.jsonl"},
-         spans={"train": (0, 400), "validation": (400, 500)}),
+    Task(
+        "dialogsum",
+        "texts",
+        "rouge",
+        _DIALOGUE,
+        new_tokens=80,
+        files={"train": "validation.jsonl"},
+        spans={"train": (0, 400), "validation": (400, 500)},
+    ),
     Task("samsum", "texts", "rouge", _DIALOGUE, new_tokens=80),
     Task("xsum", "texts", "rouge", _ARTICLE, new_tokens=64),
-    Task("cnn_dailymail", "texts", "rouge", _ARTICLE, new_tokens=128, files={"test": "test100.jsonl"}),
+    Task("cnn_dailymail", "texts", "rouge", _ARTICLE, new_tokens=128, files=_FIRST_100),
     Task("dailydialogpp", "texts", "rouge", _REPLY, new_tokens=40),
     Task("multiwoz", "texts", "rouge", _REPLY, new_tokens=60),
-    Task("chain_sum", "generated", "number", _parse_generated, generator=Generator("chain_sum", _SUMS), new_tokens=32),
-    Task("basic_arithmetic", "generated", "number", _parse_generated, generator=Generator("basic_arithmetic", _SUMS),
-         new_tokens=32),
+    _sums("chain_sum"),
+    _sums("basic_arithmetic"),
     Task("jsonl", "jsonl", "exact", _parse_messages),
-)})  # fmt: skip
-
+)
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ROWS})
 
 # What LLM-Adapters trains its adapters on at once, each example once an epoch (commonsense_170k;
 # math_10k less what it repeats of the test sets).
-MIXTURES: Mapping[str, tuple[str, ...]] = MappingProxyType({
-    "commonsense": (
-        "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"
-    ),
-    "math": ("gsm8k", "mawps", "AQuA"),
-})  # fmt: skip
+MIXTURES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "commonsense": (
+            *("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande"),
+            *("ARC-Easy", "ARC-Challenge", "openbookqa"),
+        ),
+        "math": ("gsm8k", "mawps", "AQuA"),
+    }
+)
 
 
 def expand(names: Iterable[str]) -> list[str]:
@@ -357,56 +379,60 @@ def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
     """
     if name.endswith(".jsonl"):
         return dataclasses.replace(TASKS["jsonl"], name=name)
+    if name in MIXTURES:
+        raise UserError(
+            f"{name!r} is a mixture to train on; the tasks to score are named one by one"
+        )
     if name not in TASKS:
-        if name in MIXTURES:
-            raise UserError(
-                f"{name!r} is a mixture to train on; the tasks to score are named one by one"
-            )
         raise UserError(
             f"task {name!r} is unknown; {near_misses(name, TASKS)} (or a path ending in .jsonl)"
         )
     task = TASKS[name]
     if task.generator is None or not generator:
         return task
-    sizes = ("train", "validation", "test", "seed")
+    _check_generator(task, generator)
+    own = task.generator.settings
+    settings = {field: generator.get(field, value) for field, value in own.items()}
+    sizes = {field: value for field, value in generator.items() if field not in own}
+    drawn = dataclasses.replace(task.generator, settings=settings, **sizes)
+    return dataclasses.replace(task, generator=drawn)
+
+
+def _check_generator(task: Task, generator: Mapping[str, Any]) -> None:
+    """Raises UserError for a field that the task's generator has not, or that is no such number."""
+    known = ("train", "validation", "test", "seed", *task.generator.settings)
     for field, value in generator.items():
-        if field not in sizes and field not in task.generator.settings:
-            known = (*sizes, *task.generator.settings)
+        if field not in known:
             raise UserError(
-                f"task {name!r} has no generator field {field!r}; {near_misses(field, known)}"
+                f"task {task.name!r} has no generator field {field!r}; {near_misses(field, known)}"
             )
         least = 0 if field == "seed" else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UserError(
-                f"generator field {field}={value!r} of task {name!r} must be an integer, at least {least}"
+                f"generator field {field}={value!r} of task {task.name!r} must be an integer, "
+                f"at least {least}"
             )
-    drawn = {k: v for k, v in generator.items() if k in sizes}
-    settings = {**task.generator.settings, **{k: v for k, v in generator.items() if k not in sizes}}
-    return dataclasses.replace(
-        task, generator=dataclasses.replace(task.generator, settings=settings, **drawn)
-    )
 
 
-# --------------------------------------------------------------------------------------------- requests
+# ----------------------------------------------------------------------------------------- requests
 
 
 def lm_eval_request(example: Example) -> tuple[tuple[str, str], ...]:
-    """`(context, continuation)` of each choice as the lm-eval harness scores it zero-shot, in order
-    of `choices`.
+    """`(context, continuation)` of each choice, as the lm-eval harness scores it zero-shot.
 
     Only winogrande's contexts differ between choices (partial evaluation). Raises UserError for an
     example that offers no choices to score.
     """
     if not example.requests:
         raise UserError(
-            f"protocol lm_eval needs a multiple-choice task; this prompt has none: {_start(example)!r}"
+            "protocol lm_eval needs a multiple-choice task; "
+            f"this prompt has none: {_start(example)!r}"
         )
     return example.requests
 
 
 def label_request(example: Example) -> tuple[str, tuple[str, ...]]:
-    """`(prompt, targets)`: the LLM-Adapters instruction, and the sentence that names each label in
-    turn."""
+    """`(prompt, targets)`: the LLM-Adapters instruction, and a sentence that names each label."""
     if not example.labels:
         raise UserError(
             f"label words need a multiple-choice task; this prompt has none: {_start(example)!r}"
@@ -425,23 +451,21 @@ def _start(example: Example) -> str:
 def dedupe(
     train: Sequence[Example], test: Iterable[Example], answers: bool = False
 ) -> tuple[list[Example], int]:
-    """`train` without the examples whose prompt (everything before the answer, normalised) is one
-    of `test`'s, with `answers` whose prompt and answer are, and how many were dropped."""
-    digest = (
-        (lambda example: example.digest) if answers else (lambda example: example.prompt_digest)
-    )
-    held_out = set(map(digest, test))
-    kept = (
-        [example for example in train if digest(example) not in held_out]
-        if held_out
-        else list(train)
-    )
+    """`train` without the examples that `test` holds, and how many were dropped.
+
+    They are known by their prompt (everything before the answer, normalised), with `answers` by
+    prompt and answer.
+    """
+    field = "digest" if answers else "prompt_digest"
+    held_out = {getattr(example, field) for example in test}
+    if not held_out:
+        return list(train), 0
+    kept = [example for example in train if getattr(example, field) not in held_out]
     return kept, len(train) - len(kept)
 
 
 def prompt_digests(examples: Iterable[Example]) -> set[str]:
-    """64 bits of the sha256 of each prompt, as `dedupe` compares them: enough to know a prompt
-    again."""
+    """64 bits of the sha256 of each prompt, as `dedupe` compares them: enough to know it again."""
     return {example.prompt_digest[:16] for example in examples}
 
 

@@ -184,10 +184,13 @@ def _cut(x: Array) -> Array:
 
 
 def attend_grouped(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Attention of q `[B, T, N, H]` over k `[B, K, H, S]` and v `[B, K, S, H]`, or B and K in one
-    axis as in the cache; mask `[B, 1, T, S]` bool. The heads of a group are rows of one product,
-    which reads its k and v once (XLA's `jax.nn.dot_product_attention` makes each head a product of
-    its own, and is slower). Softmax in float32."""
+    """Attention of q `[B, T, N, H]` over k `[B, K, H, S]` and v `[B, K, S, H]`.
+
+    k and v may have B and K in one axis, as in the cache. mask: `[B, 1, T, S]` bool. The heads of a
+    group are rows of one product, which reads its k and v once (XLA's
+    `jax.nn.dot_product_attention` makes each head a product of its own, and is slower). Softmax in
+    float32.
+    """
     B, T, N, H = q.shape
     # Apart, a mesh can split both; in one, a decode step's loop copies no cache.
     *leading, _, S = k.shape

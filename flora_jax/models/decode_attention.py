@@ -18,7 +18,7 @@ import dataclasses
 import functools
 from collections import namedtuple
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +35,8 @@ _ROWS = 16  # the fewest of a product on a tensor core; a group has fewer heads
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    """N heads, K key/value heads, H channels of each, S slots, and how many slots a part has."""
-
-    N: int
-    K: int
-    H: int
-    S: int
-    part: int
+# N heads, K key/value heads, H channels of each, S slots, and how many slots a part has.
+_Sizes = namedtuple("_Sizes", "N, K, H, S, part")
 
 
 def decode_attention(
@@ -120,20 +113,11 @@ class _Program:
         return self.refs.qkv.dtype
 
 
-class _Token(NamedTuple):
-    """The new token: its queries `[R, H/2]` twice, its key `[H/2]` twice, its value `[H]`."""
-
-    q: Halves
-    k: Halves
-    v: Array
-
-
-class _Running(NamedTuple):
-    """A softmax over some of the slots, in float32."""
-
-    peaks: Array  # [R]: each head's highest score
-    totals: Array  # [R]: the sum of its weights
-    sums: Array  # [R, H]: the weighted sum of the values
+# The new token: its queries `[R, H/2]` twice, its key `[H/2]` twice, its value `[H]`.
+_Token = namedtuple("_Token", "q, k, v")
+# A softmax over some of the slots, in float32: each head's highest score and the sum of its
+# weights, `[R]`, and the weighted sum of the values, `[R, H]`.
+_Running = namedtuple("_Running", "peaks, totals, sums")
 
 
 def _kernel(*refs: Any, sizes: _Sizes) -> None:

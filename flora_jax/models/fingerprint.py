@@ -1,5 +1,4 @@
-"""The name of a base: a digest of its parameters, so that an adapter is never used on another base
-unnoticed."""
+"""The name of a base: a digest of its parameters. No adapter is used on another base unnoticed."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ _AT_ONCE = 2**24  # values: XLA's CPU compiler writes the mixed bits out before 
 
 @jax.jit
 def _sums(values: jax.Array, start: jax.Array) -> jax.Array:
-    """Two position-dependent sums of the bits in bfloat16, uint32 `[2]`; start: the place of the
-    first value."""
+    """Two position-dependent sums of the bits in bfloat16, uint32 `[2]`; start: the first place."""
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(values.shape):
@@ -40,8 +38,7 @@ def _digest(leaf: jax.Array) -> list[int]:
 
 
 def base_fingerprint(params: Mapping[str, Any]) -> str:
-    """A hex digest of every base parameter's path, shape and value; the same however the leaves are
-    sharded.
+    """A hex digest of every base parameter's path, shape and value, however they are sharded.
 
     Values are rounded to bfloat16 first, so that one checkpoint loaded in float32 or in bfloat16 is
     one base.

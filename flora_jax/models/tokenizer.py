@@ -153,9 +153,8 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     import transformers
 
     declared = tokenizer.init_kwargs.get("tokenizer_class") or type(tokenizer).__name__
-    other = f", or try another version (pip install transformers=={_RIGHT})"
-    if transformers.__version__ == _RIGHT:
-        other = ""
+    right = transformers.__version__ == _RIGHT
+    other = "" if right else f", or try another version (pip install transformers=={_RIGHT})"
     raise UserError(
         f"{path}: transformers {transformers.__version__} reads the tokenizer, as a {declared}, "
         "otherwise than its tokenizer.json says, and gives a text other ids; write "
