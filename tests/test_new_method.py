@@ -11,12 +11,12 @@ from flax.traverse_util import flatten_dict
 from flora_jax.adapters import METHODS, AdapterConfig, FusedDense, Method, fuse, split
 from flora_jax.adapters.layouts import FUSED
 from flora_jax.analysis.variants import serve
-from flora_jax.export import export_run
 from flora_jax.inference.generator import Generator
 from flora_jax.interop.adapter_files import load_adapted, load_adapter
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama, init_base
 from flora_jax.train import run
+from flora_jax.training.trained import export_run
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

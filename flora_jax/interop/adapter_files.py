@@ -28,7 +28,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from flora_jax.adapters import AdapterConfig, abstract_adapter
+from flora_jax.adapters import AdapterConfig, abstract_adapter, check_tree, shapes_of
 from flora_jax.device import check_jax
 from flora_jax.errors import UserError
 from flora_jax.files import new_directory, read_json, write_json
@@ -262,19 +262,20 @@ def _check_leaves(
         adapter_config.check(config.widths)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    for name, shapes, whole in (
-        ("adapter", abstract_adapter(config, adapter_config), True),
-        ("params", abstract_base(config), False),
-    ):
-        expected = _flat(shapes)
-        found = _flat(trained.get(name, {}))
-        for path in sorted({*found, *(expected if whole else ())}):
-            wanted = tuple(expected[path].shape) if path in expected else "no such leaf"
-            there = tuple(found[path].shape) if path in found else "nothing"
-            if wanted != there:
-                raise UserError(
-                    f"{where}: leaf {name}/{path}: expected {wanted} for this model, found {there}"
-                )
+
+    def say(path: str, there: tuple[int, ...] | None, wanted: tuple[int, ...] | None) -> str:
+        return (
+            f"{where}: leaf {path}: expected {wanted or 'no such leaf'} for this model, found "
+            f"{there or 'nothing'}"
+        )
+
+    def shapes(name: str, tree: Tree) -> dict[str, tuple[int, ...]]:
+        return {f"{name}/{path}": shape for path, shape in shapes_of(tree).items()}
+
+    adapter = shapes("adapter", trained.get("adapter", {}))
+    check_tree(adapter, shapes("adapter", abstract_adapter(config, adapter_config)), say)
+    params = shapes("params", trained.get("params", {}))
+    check_tree(params, shapes("params", abstract_base(config)), say, partly=True)
 
 
 def _adapter_config(directory: Path, stored: Mapping[str, Any]) -> AdapterConfig:

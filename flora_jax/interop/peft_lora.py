@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flora_jax.adapters import BLOCKS, PRODUCTS, PROJECTIONS, AdapterConfig
+from flora_jax.adapters import BLOCKS, PRODUCTS, PROJECTIONS, AdapterConfig, check_tree
 from flora_jax.errors import UserError, near_misses
 from flora_jax.models.config import LlamaConfig
 
@@ -176,13 +176,15 @@ def _check_tensors(
         for layer in range(config.num_hidden_layers):
             expected[_peft_name(layer, projection, "A")] = (r, d_in)
             expected[_peft_name(layer, projection, "B")] = (d_out, r)
-    for name in sorted(expected.keys() | tensors.keys()):
-        wanted = expected.get(name, "no such tensor")
-        found = tensors[name].shape if name in tensors else "nothing"
-        if wanted != found:
-            raise UserError(
-                f"{where}: tensor {name!r}: expected {wanted} for this model, found {found}"
-            )
+    found = {name: tensor.shape for name, tensor in sorted(tensors.items())}
+
+    def say(name: str, there: tuple[int, ...] | None, wanted: tuple[int, ...] | None) -> str:
+        return (
+            f"{where}: tensor {name!r}: expected {wanted or 'no such tensor'} for this model, found "
+            f"{there or 'nothing'}"
+        )
+
+    check_tree(found, dict(sorted(expected.items())), say)
 
 
 def _peft_targets(
