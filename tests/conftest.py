@@ -10,19 +10,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
+from support import PLANS, ROOT
 
-from flora_jax.adapters import abstract_adapter
-from flora_jax.analysis.compilers import has_compiler
 from flora_jax.config import get_config
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import init_base
 from flora_jax.models.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parent.parent
-PLANS = has_compiler()  # an extra gpu-plan is installed
 # Without a device (as JAX looks for one, or through WSL) its plugin does not start, and then plans for no GPU either.
 if (
     PLANS
@@ -30,8 +26,6 @@ if (
     and not any(Path("/dev", name).exists() for name in ("nvidia0", "dxg"))
 ):
     jax.config.update("jax_platforms", "cpu")
-# The values are the same, and compiling is what takes the time.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 # XLA's older emitters compile in half the time what these tests run. Later jaxlibs have them no more.
 if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = " ".join([
@@ -47,44 +41,11 @@ _COMPILE = {
 }
 
 
-def random_adapter(config, adapter_config, seed, std=0.1):
-    """Every leaf random, so that no part of the adapter is silent."""
-    shapes = abstract_adapter(config, adapter_config)
-    leaves, structure = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return structure.unflatten(
-        [std * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    )
-
-
-def spread(base):
-    """Initial weights give every token nearly the same logit; wider ones make the best token a clear one."""
-    return jax.tree.map(lambda x: x * 8.0 if x.ndim > 2 else x, base)
-
-
 @pytest.fixture(scope="session")
 def prompts():
     """Of unequal lengths, token ids of the tiny preset."""
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, n).tolist() for n in (3, 21, 9, 16, 1)]
-
-
-def silent_pieces(variables, rank):
-    """The parts of a tree that are zero throughout, by path: of stacked leaves each layer, and of an adapter's leaves
-    each piece of `rank` channels, columns of A and rows of B."""
-    silent = []
-    for path, leaf in flatten_dict(variables, sep="/").items():
-        for i, layer in enumerate(np.asarray(leaf) if "/layers/" in path else [np.asarray(leaf)]):
-            count = (
-                layer.shape[-1 if path.endswith("/A") else 0] // rank
-                if path.startswith("adapter")
-                else 1
-            )
-            pieces = np.split(layer, count, axis=-1 if path.endswith("/A") else 0)
-            silent += [
-                f"{path}[{i}], piece {n}" for n, piece in enumerate(pieces) if not piece.any()
-            ]
-    return silent
 
 
 @pytest.fixture(scope="session")

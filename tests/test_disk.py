@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_resume import numbers
+from support import numbers
 
 from flora_jax import export, finetune
 from flora_jax.data.sources import load_records

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_adapter, spread
 from safetensors.numpy import load_file, save_file
+from support import random_adapter, spread
 
 from flora_jax import evaluate, generate
 from flora_jax.adapters import AdapterConfig

@@ -10,8 +10,6 @@ import dataclasses
 import functools
 import gc
 import json
-import math
-import re
 import signal
 
 import jax
@@ -23,9 +21,8 @@ import test_attention
 import test_decode_attention
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import save_file
+from support import largest, numbers, packed
 from test_adapters import DEFAULT_ADDS, numpy_logits
-from test_attention import packed
-from test_resume import numbers
 
 from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter, device_layout, fuse
 from flora_jax.errors import Stopped
@@ -210,13 +207,6 @@ def test_plain_causal_attention(kernels):
         q = jax.ShapeDtypeStruct((1, T, 2 * G, H), jnp.bfloat16)
         assert cudnn_runs(q) == kernels.gpu
         compare_attention(attend, jnp.tril(jnp.ones((1, 1, T, T), bool)), T, G, H)
-
-
-def largest(program):
-    """Elements of the largest array that a compiled program names."""
-    program = re.sub(r'"(?:[^"\\]|\\.)*"', "", program)  # kernels stand there as text
-    found = re.findall(r"\w+\[([\d,]+)\]", program)
-    return max(math.prod(int(n) for n in dims.split(",")) for dims in found)
 
 
 def test_packed_training_holds_no_square(kernels):

@@ -5,7 +5,7 @@ import json
 import os
 
 import pytest
-from conftest import ROOT, random_adapter
+from support import ROOT, random_adapter
 
 from flora_jax.adapters import AdapterConfig
 from flora_jax.export import main

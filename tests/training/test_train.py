@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT, silent_pieces
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
+from support import ROOT, silent_pieces
 
 from flora_jax import finetune
 from flora_jax import train as command

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from flora_jax.data import builders, sources, tasks
 from flora_jax.data.generated import draw
@@ -16,7 +17,7 @@ from flora_jax.data.numbers import canonical_number, final_number, same_number
 from flora_jax.data.tasks import TASKS, get_task
 from flora_jax.errors import UserError
 
-DATA = Path(os.environ.get("FLORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
+DATA = Path(os.environ.get("FLORA_DATA") or ROOT.parent / "shared" / "data")
 needs_data = pytest.mark.skipif(
     not DATA.is_dir(), reason="benchmark files absent: set FLORA_DATA to their folder"
 )

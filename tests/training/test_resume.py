@@ -10,6 +10,7 @@ import time
 
 import jax
 import pytest
+from support import numbers
 from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
@@ -41,15 +42,6 @@ def uninterrupted(command, flags, tmp_path_factory):
     done = command(*flags, "--workdir", workdir)
     assert done.returncode == 0, done.stderr
     return workdir
-
-
-def numbers(workdir):
-    """What a run computed: the lines of metrics.jsonl without their speed, and the files of its adapter and result."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("tokens_per_second", None)
-    adapter = {file.name: file.read_bytes() for file in (workdir / "adapter").iterdir()}
-    return lines, adapter, json.loads((workdir / "eval.json").read_text())
 
 
 def wait_for(process, workdir, step):

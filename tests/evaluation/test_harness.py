@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from conftest import random_adapter, spread
 from safetensors.numpy import save_file
+from support import random_adapter, spread
 from test_chat_templates import VICUNA, sentencepiece
 from tokenizers.processors import TemplateProcessing
 
@@ -42,7 +42,6 @@ from flora_jax.evaluation.harness import HarnessLM, load_harness_tasks
 
 # As many embeddings as the tokenizer has ids: with an adapter, the harness's torch model drops those beyond.
 TINY = dataclasses.replace(LlamaConfig.preset("tiny"), vocab_size=261)
-ROOT = Path(__file__).parents[1]
 MAX_LENGTH = 64
 
 PAIRS = [

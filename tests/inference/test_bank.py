@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import random_adapter, spread
+from support import random_adapter, spread
 
 from flora_jax.adapters import (
     METHODS,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAST_COMPILE
+from support import FAST_COMPILE, packed
 
 from flora_jax import LlamaConfig
 from flora_jax.models import attention
@@ -25,14 +25,6 @@ def draw(B, T, K, G, H):
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(B, T, K * G, H), (B, T, K, H), (B, T, K, H), (B, T, K * G, H)]
     return [jax.random.normal(*pair) for pair in zip(keys, shapes, strict=True)]
-
-
-def packed(*rows):
-    """Segment ids `[B, T]` of rows given by the lengths of their segments, padding at the end."""
-    longest = max(map(sum, rows))
-    filled = [[*row, longest - sum(row)] for row in rows]
-    ids = [np.repeat([*range(1, len(row)), 0], row) for row in filled]
-    return jnp.asarray(np.stack(ids), jnp.int32)
 
 
 def compare(found, mask, q, k, v, cotangent, atol):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import random_adapter, spread
 
 from flora_jax import AdapterConfig, Generator, Llama, fuse
 from flora_jax.errors import UserError
@@ -18,7 +19,6 @@ from flora_jax.models import decode_attention as module
 from flora_jax.models.attention import kernel_runs
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import KVCache, init_base
-from tests.conftest import random_adapter, spread
 
 TINY = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=())
 TOKENS = jnp.zeros((1, 2), jnp.int32)

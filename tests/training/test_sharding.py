@@ -11,8 +11,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
 from jax.sharding import AbstractMesh
+from support import ROOT
 
 from flora_jax.adapters import BLOCKS, PROJECTIONS, AdapterConfig, abstract_adapter
 from flora_jax.adapters import METHODS as ROWS
@@ -61,10 +61,14 @@ def sizes(name):
 
 @pytest.fixture(scope="module")
 def script(environment):
-    """Runs tests/sharded_runs.py on this many devices."""
+    """Runs tests/training/sharded_runs.py on this many devices."""
 
     def run_it(count, *arguments):
-        command = [sys.executable, str(ROOT / "tests/sharded_runs.py"), *map(str, arguments)]
+        command = [
+            sys.executable,
+            str(ROOT / "tests/training/sharded_runs.py"),
+            *map(str, arguments),
+        ]
         variables = {**environment, "XLA_FLAGS": devices(count)}
         return subprocess.Popen(command, cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True)
 

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import silent_pieces
 from flax.traverse_util import unflatten_dict
+from support import silent_pieces
 
 from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter
 from flora_jax.config import get_config

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_adapter, spread
+from support import random_adapter, spread
 
 from flora_jax.adapters import AdapterConfig, fuse, init_adapter
 from flora_jax.data.encode import encode_prompt

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -45,7 +44,6 @@ from flora_jax.models.tokenizer import byte_tokenizer, load_tokenizer
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TINY = LlamaConfig.preset("tiny")
-ROOT = Path(__file__).parents[1]
 GENERATED = Settings(protocol="llm_adapters")
 
 NUMBERS = [

@@ -4,11 +4,11 @@ test_adapters), and `merge` against the arithmetic of one kernel."""
 import dataclasses
 import functools
 
-import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import support
 from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,7 +45,7 @@ TOKENS = jax.random.randint(jax.random.key(3), (2, 12), 0, TINY.vocab_size)
 
 
 def random_adapter(adapter_config, config=TINY, seed=2):
-    return conftest.random_adapter(config, adapter_config, seed)
+    return support.random_adapter(config, adapter_config, seed)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from conftest import PLANS
-from test_gpu import largest
+from support import PLANS, largest
 
 from experiments.gpu_cells import LOOP_IN_GRAPH
 from flora_jax import AdapterConfig, Llama, LlamaConfig, fuse, init_adapter, launches

@@ -1,7 +1,7 @@
-"""What tests/test_sharding.py runs in processes of their own, where XLA is told how many devices there are.
+"""What tests/training/test_sharding.py runs in processes of their own, where XLA is told how many devices there are.
 
-    python tests/sharded_runs.py meshes FOLDER lora-8x1x1,fft-2x2x2    these runs, a method on a mesh
-    python tests/sharded_runs.py others FOLDER                         a run on two meshes, weights, attention
+    python tests/training/sharded_runs.py meshes FOLDER lora-8x1x1,fft-2x2x2    these runs, a method on a mesh
+    python tests/training/sharded_runs.py others FOLDER                         a run on two meshes, weights, attention
 
 FOLDER/METHOD.json is a configuration; bytes and the like go to FOLDER as JSON.
 """

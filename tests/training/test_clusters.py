@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 from flora_jax.config import check_config, read_config
 from flora_jax.data import train_iterator

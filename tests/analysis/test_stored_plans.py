@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 LORA = {"lora", "lora, dot merger off"}
 FUSED = {"ffba", "ffba_qg_add", "ffba_qg_add_folded", "fpa", "zflora"}

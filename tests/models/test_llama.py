@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import FAST_COMPILE, random_adapter
 from flax.traverse_util import flatten_dict, unflatten_dict
+from support import FAST_COMPILE, random_adapter
 
 from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter, fuse
 from flora_jax.errors import UserError

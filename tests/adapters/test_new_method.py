@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_adapter, spread
 from flax.traverse_util import flatten_dict
+from support import random_adapter, spread
 
 from flora_jax.adapters import METHODS, AdapterConfig, FusedDense, Method, fuse, split
 from flora_jax.adapters.layouts import FUSED

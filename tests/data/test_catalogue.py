@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from support import ROOT
 from tensorflow_datasets.core import registered
 
 from flora_jax.data import catalogue, sources
@@ -17,7 +18,7 @@ from flora_jax.data.catalogue import CATALOGUE
 from flora_jax.data.tasks import TASKS, get_task
 from flora_jax.errors import UserError
 
-DATA = Path(os.environ.get("FLORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
+DATA = Path(os.environ.get("FLORA_DATA") or ROOT.parent / "shared" / "data")
 ASK = "Please choose the correct"
 
 

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, random_adapter, spread
 from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from support import ROOT, random_adapter, spread
 
 from flora_jax.adapters import METHODS, AdapterConfig, merge
 from flora_jax.errors import UserError
@@ -544,7 +544,7 @@ def test_killed_half_way(tmp_path):
     """SIGKILL in the middle of the weights: nothing of the name asked for, nor anything that looks finished."""
     script = f"""
 import os, signal, sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests/interop")!r}]
 from test_exports import *
 given = formats.write_shards
 def dies(directory, shapes, dtype, tensors):
