@@ -29,7 +29,8 @@ RUNTIME = [
     "tensorflow-datasets>=4.9.9",
     "tokenizers>=0.22",
     "tqdm>=4.66",
-    # Those from 5.15 to 5.21 misread some byte-level tokenizers, which is checked when one is loaded.
+    # Those from 5.15 to 5.21 misread some byte-level tokenizers, which is checked when one is
+    # loaded.
     "transformers>=5.0,!=5.3.0",
 ]
 DEMO = ["reasoning-gym>=0.1.20"]
@@ -52,7 +53,7 @@ TEST = [
 setup(
     name="flora_jax",
     version="0.1.0",
-    description="FLoRA: fused forward-backward adapters for parameter-efficient fine-tuning of Llamas, in JAX",
+    description="FLoRA: fused forward-backward adapters for fine-tuning Llamas, in JAX",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",

@@ -1,10 +1,11 @@
-"""The ablations, a run a name: each states what differs from FFBA (QG-Add) at rank 32, on SmolLM2-135M.
+"""The ablations, a run a name: each states what differs from FFBA (QG-Add) at rank 32, on
+SmolLM2-135M.
 
     python -m flora_jax.train --config configs/ablations.py:add_qkv --workdir runs/add_qkv --config.data.dir=DIR
 
-`NAME,PRESET` is the same on another model preset (`add_qkv,llama3.2-1b`). Replies of DailyDialog++; an adapter of 5.5 M
-parameters where nothing else is said. `python -m experiments.ablations` runs whole groups and writes their tables.
-Expect differences of some hundredths in validation loss.
+`NAME,PRESET` is the same on another model preset (`add_qkv,llama3.2-1b`). Replies of DailyDialog++;
+an adapter of 5.5 M parameters where nothing else is said. `python -m experiments.ablations` runs
+whole groups and writes their tables. Expect differences of some hundredths in validation loss.
 """
 
 from flora_jax.config import get_config as base_config
@@ -19,7 +20,8 @@ def _at(method, rank, **changes):
     return {"adapter.method": method, "adapter.rank": rank, **changes}
 
 
-# What trains of the base beside the adapter, at the rate of full fine-tuning (fpa's own, times 0.05).
+# What trains of the base beside the adapter, at the rate of full fine-tuning (fpa's own, times
+# 0.05).
 _FREE = {
     "train.trainable": "params/.*/q_kernel,params/.*/gate_kernel",
     "optim.rate_rules": "params/.*=0.05",
@@ -48,8 +50,8 @@ GROUPS = {
         "lora_r36": _at("lora", 36),
         "fpa_r160": _at("fpa", 160),
     },
-    # By its identity FFBA (QG-Add) is FPA with tiled low-rank changes of q and gate; without that constraint their
-    # kernels train whole.
+    # By its identity FFBA (QG-Add) is FPA with tiled low-rank changes of q and gate; without that
+    # constraint their kernels train whole.
     "low_rank": {
         "tiled_q_gate": _at("ffba_qg_add", 32),
         "free_q_gate": _at("fpa", 80, **_FREE),
@@ -75,7 +77,8 @@ GROUPS = {
         f"act_{name}": _at("fpa", 80, **{"adapter.activation": name})
         for name in ("identity", "relu", "silu", "gelu", "tanh")
     },
-    # Both blocks, one of them at the same rank, one of them at the rank that divides nearest to the same parameters.
+    # Both blocks, one of them at the same rank, one of them at the rank that divides nearest to the
+    # same parameters.
     "blocks": {
         "both": {},
         "attention": {"adapter.targets": "q,k,v,o"},

@@ -1,9 +1,11 @@
-"""`make demo`: FFBA (QG-Add) teaches SmolLM2-135M to add and subtract numbers of two digits, on a CPU in minutes.
+"""`make demo`: FFBA (QG-Add) teaches SmolLM2-135M to add and subtract numbers of two digits, on a
+CPU in minutes.
 
     python -m flora_jax.train --config configs/demo.py --workdir runs/demo
 
-Expect the validation loss (of the answers' tokens) to fall from 3.26 to about 0.24; `python -m experiments.demo` also
-scores the base before, with and without examples in its prompt, and the adapter after (figures in README.md).
+Expect the validation loss (of the answers' tokens) to fall from 3.26 to about 0.24; `python -m
+experiments.demo` also scores the base before, with and without examples in its prompt, and the
+adapter after (figures in README.md).
 """
 
 from flora_jax.config import get_config as base_config

@@ -2,8 +2,8 @@
 
     python -m flora_jax.train --config configs/ffa_3b.py --workdir runs/ffa_3b --config.data.dir=DIR
 
-Trains 47,710,208 parameters in the start table, -13.3 % of ffba's 55,050,240. The rate is the method's own, found on
-SmolLM2-135M; on this model it is a starting point.
+Trains 47,710,208 parameters in the start table, -13.3 % of ffba's 55,050,240. The rate is the
+method's own, found on SmolLM2-135M; on this model it is a starting point.
 """
 
 from flora_jax.config import get_config as base_config

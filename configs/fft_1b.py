@@ -2,8 +2,8 @@
 
     python -m flora_jax.train --config configs/fft_1b.py --workdir runs/fft_1b --config.data.dir=DIR
 
-Trains every parameter, in float32 with float32 moments: about 16 bytes a parameter. The rate is a third of what was
-best on SmolLM2-135M.
+Trains every parameter, in float32 with float32 moments: about 16 bytes a parameter. The rate is a
+third of what was best on SmolLM2-135M.
 """
 
 from flora_jax.config import get_config as base_config

@@ -2,8 +2,8 @@
 
     python -m flora_jax.train --config configs/fpa_1b.py --workdir runs/fpa_1b --config.data.dir=DIR
 
-Trains 20,971,520 parameters in the start table, as many as ffba at rank 64. The rate is the method's own, found on
-SmolLM2-135M; on this model it is a starting point.
+Trains 20,971,520 parameters in the start table, as many as ffba at rank 64. The rate is the
+method's own, found on SmolLM2-135M; on this model it is a starting point.
 """
 
 from flora_jax.config import get_config as base_config

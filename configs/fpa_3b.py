@@ -2,8 +2,8 @@
 
     python -m flora_jax.train --config configs/fpa_3b.py --workdir runs/fpa_3b --config.data.dir=DIR
 
-Trains 55,050,240 parameters in the start table, as many as ffba at rank 64. The rate is the method's own, found on
-SmolLM2-135M; on this model it is a starting point.
+Trains 55,050,240 parameters in the start table, as many as ffba at rank 64. The rate is the
+method's own, found on SmolLM2-135M; on this model it is a starting point.
 """
 
 from flora_jax.config import get_config as base_config

@@ -1,9 +1,10 @@
-"""The parallel adapter of He et al. (2022): the function and parameters of fpa; on Llama-3.2-3B-Instruct.
+"""The parallel adapter of He et al. (2022): the function and parameters of fpa; on
+Llama-3.2-3B-Instruct.
 
     python -m flora_jax.train --config configs/parallel_3b.py --workdir runs/parallel_3b --config.data.dir=DIR
 
-Trains 55,050,240 parameters in the start table, as many as ffba at rank 64. The rate is the method's own, found on
-SmolLM2-135M; on this model it is a starting point.
+Trains 55,050,240 parameters in the start table, as many as ffba at rank 64. The rate is the
+method's own, found on SmolLM2-135M; on this model it is a starting point.
 """
 
 from flora_jax.config import get_config as base_config

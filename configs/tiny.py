@@ -2,7 +2,8 @@
 
     python -m flora_jax.train --config configs/tiny.py --workdir runs/tiny
 
-Expect the validation loss to fall from 5.8 to about 4.6; the answers stay wrong, since the frozen base is random.
+Expect the validation loss to fall from 5.8 to about 4.6; the answers stay wrong, since the frozen
+base is random.
 """
 
 from flora_jax.config import get_config as base_config

@@ -2,8 +2,8 @@
 
     python -m flora_jax.train --config configs/zflora_1b.py --workdir runs/zflora_1b --config.data.dir=DIR
 
-Trains 15,106,048 parameters in the start table, -28.0 % of ffba's 20,971,520. The rate is the method's own,
-found on SmolLM2-135M; on this model it is a starting point.
+Trains 15,106,048 parameters in the start table, -28.0 % of ffba's 20,971,520. The rate is the
+method's own, found on SmolLM2-135M; on this model it is a starting point.
 """
 
 from flora_jax.config import get_config as base_config

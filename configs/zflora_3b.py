@@ -2,8 +2,8 @@
 
     python -m flora_jax.train --config configs/zflora_3b.py --workdir runs/zflora_3b --config.data.dir=DIR
 
-Trains 58,392,576 parameters in the start table, +6.1 % of ffba's 55,050,240. The rate is the method's own,
-found on SmolLM2-135M; on this model it is a starting point.
+Trains 58,392,576 parameters in the start table, +6.1 % of ffba's 55,050,240. The rate is the
+method's own, found on SmolLM2-135M; on this model it is a starting point.
 """
 
 from flora_jax.config import get_config as base_config

@@ -173,16 +173,9 @@ def measure(
     prompts = setting.prompts(config)
     single, few_rows = (compile_programs(model, one, s) for s in (setting, few))
     many = compile_programs(model, bank, setting, select)
-    gathered = functools.partial(
-        run_gathered,
-        single,
-        one,
-        prompts,
-        Llama(config, lora, dense=UnmergedDense),
-        shared,
-        stacks,
-        ids,
-    )
+    apart = Llama(config, lora, dense=UnmergedDense)
+    given = (single, one, prompts, apart, shared, stacks, ids)
+    gathered = functools.partial(run_gathered, *given)
     contestants = {
         "one adapter": lambda: single.run(one, prompts)[1],
         "bank": lambda: many.run(bank, prompts, select=select)[1],

@@ -1,6 +1,7 @@
 """FLoRA: fused forward-backward adapters for Llamas, in JAX.
 
-The public names are imported when first used, so that `python -m flora_jax.COMMAND --help` answers at once.
+The public names are imported when first used, so that `python -m flora_jax.COMMAND --help` answers
+at once.
 """
 
 import importlib

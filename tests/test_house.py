@@ -155,3 +155,9 @@ def test_the_package_can_be_counted(house, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert house.main([]) == 0
     assert "noqa" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", ["flora_jax", "experiments"])
+def test_the_house_is_within_its_limits(house, monkeypatch, capsys, folder):
+    monkeypatch.chdir(ROOT)
+    assert house.main(["--limits", folder]) == 0, capsys.readouterr().out

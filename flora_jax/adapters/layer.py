@@ -5,8 +5,8 @@ adapters side by side.
 
 On one shape, `ffba` at rank 8 in the attention block of a model with D = 96, Q = 96, K * H = 32:
 
-    qkv:  x [B, T, 96]  ->  q [B, T, 96] += rep(zq), k [B, T, 32] += rep(zk), v [B, T, 32] += rep(zv)
-          z = s · x A,  A [96, 24],  z = (zq | zk | zv) [B, T, 24]
+    qkv:  x [B, T, 96]  ->  z = s · x A,  A [96, 24],  z = (zq | zk | zv) [B, T, 24]
+          q [B, T, 96] += rep(zq), k [B, T, 32] += rep(zk), v [B, T, 32] += rep(zv)
     o:    attn [B, T, 96], z [B, T, 24]  ->  attn · W + z · B,  B [24, 96]
 
 In the `split` layout (training) base kernels live in the collection `params` under the paths they

@@ -1,7 +1,8 @@
 """How the weights lie in memory, said once for a whole tree.
 
     split      base and adapter apart, leaves stacked [L, …]: what is trained
-    fused      four arrays a layer, one set of leaves a layer: what is served (`fuse`, undone by `split`)
+    fused      four arrays a layer, one set of leaves a layer: what is served (`fuse`, undone by
+               `split`)
     unmerged   one set of leaves a layer, products apart: what a server without fused adapters runs,
                the baseline of a measurement (analysis/unmerged.py)
 

@@ -212,7 +212,8 @@ def check_tree(
 
 def _says(leaf: str, what: str, remedy: str = "") -> Callable[[str, Any, Any], str]:
     def say(path: str, there: Any, wanted: Any) -> str:
-        return f"{leaf} {path!r} is {there or 'absent'}, but {what} has {wanted or 'none of that name'}{remedy}"
+        expected = wanted or "none of that name"
+        return f"{leaf} {path!r} is {there or 'absent'}, but {what} has {expected}{remedy}"
 
     return say
 

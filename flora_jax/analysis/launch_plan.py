@@ -431,10 +431,11 @@ def plan_step(
     dot_merger: bool = True,
     attention: str = "kernel",
 ) -> Plan:
-    """The plan of one decode step of a variant: one new token a row over a cache of `cache_length` slots, which it
-    updates in place, and the next token chosen greedily. adapters: how many lie in the bank, with the mask that selects
-    among them; attention: "kernel" (models/decode_attention.py) or "xla". Raises UserError for a bank of a variant that
-    cannot be one."""
+    """The plan of one decode step of a variant: one new token a row over a cache of `cache_length`
+    slots, which it updates in place, and the next token chosen greedily. adapters: how many lie in
+    the bank, with the mask that selects among them; attention: "kernel"
+    (models/decode_attention.py) or "xla". Raises UserError for a bank of a variant that cannot be
+    one."""
     check_bank(name, adapters)
     variant = get_variant(name)
     base = abstract_base(config, dtype)
@@ -445,15 +446,8 @@ def plan_step(
     def layout(base: Any, adapter: Any) -> Any:
         nonlocal model
         bank = adapter if adapter is None or adapters == 1 else [adapter] * adapters
-        model, params = serve(
-            name,
-            base,
-            config,
-            adapter_config,
-            bank,
-            lies,
-            decode_kernel=attention == "kernel",
-        )
+        kernel = attention == "kernel"
+        model, params = serve(name, base, config, adapter_config, bank, lies, kernel)
         return params
 
     params = jax.eval_shape(layout, base, adapter)

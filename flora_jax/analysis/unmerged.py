@@ -1,5 +1,5 @@
-"""The baselines of a measurement: an adapter whose A and B are products of their own, as PEFT and multi-LoRA
-servers run them, beside the base's four merged products a layer or its seven.
+"""The baselines of a measurement: an adapter whose A and B are products of their own, as PEFT and
+multi-LoRA servers run them, beside the base's four merged products a layer or its seven.
 
     layers/<i>/<block>/<product>/kernel [d_in, d_out]                 merged
     layers/<i>/<block>/<product>/<projection>_kernel [d_in, width]    seven
@@ -38,7 +38,8 @@ Tree = dict[str, Any]
 
 
 class UnmergedDense(FusedDense):
-    """FusedDense over the leaves of `unmerge`: the base's product as one, those of the adapter apart."""
+    """FusedDense over the leaves of `unmerge`: the base's product as one, those of the adapter
+    apart."""
 
     @nn.compact
     def __call__(
@@ -88,8 +89,9 @@ def unmerge(
     seven: bool = False,
     transposed: bool = False,
 ) -> Tree:
-    """The baseline's layout, from split trees: served by `Llama(…, dense=UnmergedDense)`, or, with `seven` products a
-    layer, `SevenDense`. Not for zflora, whose channels exist only in the fused stream."""
+    """The baseline's layout, from split trees: served by `Llama(…, dense=UnmergedDense)`, or, with
+    `seven` products a layer, `SevenDense`. Not for zflora, whose channels exist only in the fused
+    stream."""
     check_base(base, config)
     adapted = has_adapter(adapter_config)
     if adapted and adapter_config.row.writes == "stream":

@@ -31,8 +31,9 @@ NO_DOT_MERGER = {"xla_gpu_dot_merger_threshold_mb": 0}
 class Variant:
     """One way of serving.
 
-    method: whose adapter, None for the bare base. kind: "fused"; "unmerged", its products beside the base's; "merged"
-    into W. seven: the base has seven products a layer, as it is published, and not four. fold_adds: as in Layout.
+    method: whose adapter, None for the bare base. kind: "fused"; "unmerged", its products beside
+    the base's; "merged" into W. seven: the base has seven products a layer, as it is published, and
+    not four. fold_adds: as in Layout.
     """
 
     method: str | None
@@ -133,9 +134,10 @@ def serve(
     layout: Layout,
     decode_kernel: bool | None = None,
 ) -> tuple[Llama, Tree]:
-    """`(model, params)` of a variant: `model.apply({"params": params}, tokens)`. base, adapter: split trees, and
-    `adapter_config` of the variant's method, None for the bare base; layout: a fused one, of the device;
-    decode_kernel: as in `Llama`. Shapes alone pass through `jax.eval_shape`."""
+    """`(model, params)` of a variant: `model.apply({"params": params}, tokens)`. base, adapter:
+    split trees, and `adapter_config` of the variant's method, None for the bare base; layout: a
+    fused one, of the device; decode_kernel: as in `Llama`. Shapes alone pass through
+    `jax.eval_shape`."""
     variant = get_variant(name)
     if variant.kind == "unmerged":
         how = {"seven": variant.seven, "transposed": layout.transposed}

@@ -5,7 +5,8 @@ Weights are served in the fused layout and are arguments. Prompts are padded on 
 bucket P; generated tokens follow from slot P on, whatever each row's own length, and positions are
 counted over real tokens alone.
 
-    prompts of 5, 9, 14 tokens, 40 new ones:  prefill [B, 16] -> cache of 16 slots -> grown to 64 -> begin -> decode
+    prompts of 5, 9, 14 tokens, 40 new ones:
+        prefill [B, 16] -> cache of 16 slots -> grown to 64 -> begin -> decode
 
 `prefill` compiles once per P, the decode loop once per S; the number of new tokens, stop tokens and
 seed are data.

@@ -1,14 +1,16 @@
 """The three formats of an export: what each can hold, how it is written, how our own model reads it
 back.
 
-    merged         a plain LlamaForCausalLM: the adapter is in its weights      any reader of Llamas
-    peft           a LoRA over the base                                         PEFT, transformers, vLLM
-    transformers   the fused projections in PyTorch, with their modelling code  transformers, trust_remote_code=True
+    merged        a plain LlamaForCausalLM, the adapter in its weights   any reader of Llamas
+    peft          a LoRA over the base                                   PEFT, transformers, vLLM
+    transformers  the fused projections in PyTorch, with their code      trust_remote_code=True
 
 A fused product is one Linear there, its weight `[out, in]` what `fuse(…, transposed=True)` gives:
 
     layers/3/attention/qkv/weight    model.layers.3.self_attn.qkv_proj.weight
-    layers/3/attention/qkv/q_B       model.layers.3.self_attn.qkv_proj.B.q.weight     lora and pf_lora alone
+    layers/3/attention/qkv/q_B       model.layers.3.self_attn.qkv_proj.B.q.weight
+
+The latter for lora and pf_lora alone.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ def _flat(tree: Tree) -> dict[str, Any]:
 
 
 def _outside(path: str) -> bool:
-    """Whether a leaf of the base belongs to none of the four products: embedding, norms, lm_head."""
+    """Whether a leaf of the base belongs to none of the four products: embedding, norms,
+    lm_head."""
     return path.split("/")[1] not in BLOCKS
 
 

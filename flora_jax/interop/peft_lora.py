@@ -180,7 +180,8 @@ def _check_tensors(
 
     def say(name: str, there: tuple[int, ...] | None, wanted: tuple[int, ...] | None) -> str:
         return (
-            f"{where}: tensor {name!r}: expected {wanted or 'no such tensor'} for this model, found "
+            f"{where}: tensor {name!r}: expected {wanted or 'no such tensor'} for this model, "
+            "found "
             f"{there or 'nothing'}"
         )
 

@@ -1,4 +1,5 @@
-"""A model as it is scored, served and exported: a base, and over it an adapter where there is one."""
+"""A model as it is scored, served and exported: a base, and over it an adapter where there is
+one."""
 
 from __future__ import annotations
 

@@ -72,7 +72,8 @@ def check_dense(layout: Layout, fuses: bool) -> None:
     """Products apart, where those of a fused or split tree were to be computed."""
     if fuses and layout.kind == "unmerged":
         raise UserError(
-            "these variables have products apart; serve them with dense=UnmergedDense or SevenDense "
+            "these variables have products apart; serve them with dense=UnmergedDense or "
+            "SevenDense "
             "(flora_jax.analysis.unmerged)"
         )
 

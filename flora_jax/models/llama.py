@@ -357,7 +357,8 @@ class Llama(nn.Module):
         return init_adapter(self.make_rng("params"), self.config, self.adapter)["layers"]
 
     def __call__(self, tokens: Array, **arguments: Any) -> Array | tuple[Array, KVCache]:
-        """Logits `[B, T, V]`, float32; with a cache, `(logits, cache)`. Arguments as in `hidden`."""
+        """Logits `[B, T, V]`, float32; with a cache, `(logits, cache)`. Arguments as in
+        `hidden`."""
         hidden, cache = self.hidden(tokens, **arguments)
         logits = self.logits(hidden)
         return logits if cache is None else (logits, cache)
@@ -563,7 +564,8 @@ class LMHead(nn.Module):
 
 
 def abstract_base(config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:
-    """Shapes and dtypes of the base's parameters, as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+    """Shapes and dtypes of the base's parameters, as `jax.ShapeDtypeStruct`s; nothing is
+    allocated."""
     model = Llama(config, None, param_dtype=dtype)
     tokens = jnp.zeros((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]

@@ -1,4 +1,5 @@
-"""Tokens and loss masks: the answer and its end count, nothing else; training and generation see one prompt."""
+"""Tokens and loss masks: the answer and its end count, nothing else; training and generation see
+one prompt."""
 
 import dataclasses
 import datetime
@@ -34,7 +35,8 @@ def byte():
 
 @pytest.fixture(scope="module")
 def merging():
-    """A BPE whose merges reach across words and line ends, with BOS by its own policy, to expose moved boundaries."""
+    """A BPE whose merges reach across words and line ends, with BOS by its own policy, to expose
+    moved boundaries."""
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=False
@@ -177,7 +179,7 @@ def test_too_long_examples_are_counted(byte):
 CHATML = byte_tokenizer().chat_template
 FORGETFUL = CHATML.replace("message['content']", "(message['content'] if loop.last else '…')")
 HEADLESS = CHATML.replace("'<|im_start|>assistant\n'", "''")
-ENDLESS = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"  # noqa: E501
+ENDLESS = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 STRICT = "{{ raise_exception('only users may speak') }}"
 
 

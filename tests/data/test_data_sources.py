@@ -1,4 +1,5 @@
-"""Sources and tasks: records as their files hold them, hostile files, generated problems, parsing, requests."""
+"""Sources and tasks: records as their files hold them, hostile files, generated problems, parsing,
+requests."""
 
 import dataclasses
 import hashlib
@@ -169,7 +170,8 @@ def test_jsonl_of_ones_own_as_folder_and_as_file(tmp_path, cache):
         {"role": "assistant", "content": "Bye"},
     ]  # fmt: skip
     lines = [{"prompt": "2+2=", "completion": "4"}, {"messages": turns}]
-    # A byte order mark, as some editors write, and separators that are line ends to str.splitlines but not to JSON.
+    # A byte order mark, as some editors write, and separators that are line ends to str.splitlines
+    # but not to JSON.
     write(
         tmp_path / "train.jsonl",
         "\ufeff" + "\n".join(json.dumps(line, ensure_ascii=False) for line in lines),
@@ -193,10 +195,10 @@ def test_data_hash_is_that_of_the_file(tmp_path):
     )
 
 
-CHOICE = "Please choose the correct answer to the question: Q?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2"  # noqa: E501
+CHOICE = "Please choose the correct answer to the question: Q?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2"
 GOOD_LINE = '{"prompt": "p", "completion": "c"}\n'
 HOSTILE = [  # task, file, content, what the one line must say
-    ("AddSub", "AddSub/test.json", '[\n{"instruction": "x",\n "answer" 5}]', r"test\.json:3: malformed JSON at column 11"),  # noqa: E501
+    ("AddSub", "AddSub/test.json", '[\n{"instruction": "x",\n "answer" 5}]', r"test\.json:3: malformed JSON at column 11"),
     ("AddSub", "AddSub/test.json", "", r"AddSub/test\.json holds no records"),
     ("AddSub", "AddSub/test.json", "[]", r"AddSub/test\.json holds no records"),
     ("AddSub", "AddSub/test.json", '{"a": 1}', r"must hold a JSON list of records, not dict"),
@@ -205,21 +207,21 @@ HOSTILE = [  # task, file, content, what the one line must say
     ("AddSub", "AddSub/test.json", [record(instruction=7)], r"field 'instruction' is int 7; it must be a string"),
     ("AddSub", "AddSub/test.json", [record(instruction=" ")], r"field 'instruction' is empty"),
     ("AddSub", "AddSub/test.json", [record(answer=True)], r"field 'answer' is bool True"),
-    ("AddSub", "AddSub/test.json", [record(), record(answer="five")], r"record 1 .*'answer' is 'five'; it must be a number"),  # noqa: E501
+    ("AddSub", "AddSub/test.json", [record(), record(answer="five")], r"record 1 .*'answer' is 'five'; it must be a number"),
     ("piqa", "piqa/test.json", [record()], r"record 0 .*'instruction' has no line 'Answer format: …'"),
     ("piqa", "piqa/test.json", [record(instruction=CHOICE, answer="answer3")], r"'answer3'.*allows answer1, answer2"),
     ("piqa", "piqa/test.json", [record(instruction=CHOICE.replace("Answer2:", ""))], r"no choice 'Answer2:'"),
     ("winogrande", "winogrande/test.json", [record(instruction=CHOICE, answer="answer1")], r"has no blank '_'"),
     ("AQuA", "AQuA/test.json", [record(answer="A")], r"record 0 .*'Answer Choices: \(A\)"),
-    ("gsm8k", "gsm8k/test.jsonl", '{"question": "q", "answer": "no mark"}', r"test\.jsonl:1: field 'answer' has no '####'"),  # noqa: E501
+    ("gsm8k", "gsm8k/test.jsonl", '{"question": "q", "answer": "no mark"}', r"test\.jsonl:1: field 'answer' has no '####'"),
     ("jsonl", "test.jsonl", GOOD_LINE + "\n" + '{"prompt": "p", ', r"test\.jsonl:3: malformed JSON"),
     ("jsonl", "test.jsonl", GOOD_LINE + '{"prompt": "p"}', r"test\.jsonl:2: field 'completion' is missing"),
     ("jsonl", "test.jsonl", '{"prompt": "p", "completion": null}', r"field 'completion' is NoneType"),
     ("jsonl", "test.jsonl", '{"text": "p"}', r"needs 'messages', or 'prompt' and 'completion'; there are 'text'"),
     ("jsonl", "test.jsonl", '{"messages": "hi"}', r"'messages' must be a list"),
     ("jsonl", "test.jsonl", '{"messages": ["hi"]}', r"test\.jsonl:1: messages\[0\] must be an object"),
-    ("jsonl", "test.jsonl", '{"messages": [{"role": "asistant", "content": "x"}]}', r"messages\[0\]: role 'asistant' is unknown; did you mean 'assistant'"),  # noqa: E501
-    ("jsonl", "test.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', r"ends with role 'user'; the last turn must be the assistant's"),  # noqa: E501
+    ("jsonl", "test.jsonl", '{"messages": [{"role": "asistant", "content": "x"}]}', r"messages\[0\]: role 'asistant' is unknown; did you mean 'assistant'"),
+    ("jsonl", "test.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', r"ends with role 'user'; the last turn must be the assistant's"),
     ("jsonl", "test.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}', r"no turn with role 'user'"),
 ]  # fmt: skip
 
@@ -364,7 +366,8 @@ def test_requests_of_each_format():
 
     winogrande = TASKS["winogrande"].parse(record(
         instruction="Please choose the correct answer to fill in the blank to complete the given sentence: Sarah was "
-        "better than Maria so _ got the easy cases.\n\nOption1: Sarah Option2: Maria Answer format: option1/option2",
+        "better than Maria so _ got the easy cases.\n\nOption1: Sarah Option2: Maria Answer "
+        "format: option1/option2",
         answer="option2"))  # fmt: skip
     assert tasks.lm_eval_request(winogrande) == (
         ("Sarah was better than Maria so Sarah", " got the easy cases."),
@@ -441,7 +444,8 @@ def test_every_real_record_parses(name, split, cache):
         assert not any("<<" in e.messages[1].content for e in examples)
 
 
-# Of gsm8k 771 are documented, by a reading that does not know "$118 000", which is right in two more.
+# Of gsm8k 771 are documented, by a reading that does not know "$118 000", which is right in two
+# more.
 @needs_data
 @pytest.mark.parametrize(
     ("name", "count"), [("AddSub", 370), ("MultiArith", 560), ("SingleEq", 484), ("gsm8k", 771 + 2)]
@@ -507,7 +511,8 @@ def test_every_answer_of_the_system_is_a_record(tmp_path, cache):
 
 
 def test_parts_of_a_file(tmp_path, cache):
-    """DialogSum's training file is not always at hand: 400 of the validation records train, 100 validate."""
+    """DialogSum's training file is not always at hand: 400 of the validation records train, 100
+    validate."""
     (tmp_path / "dialogsum").mkdir()
     lines = [json.dumps({"dialogue": f"A: {i}", "summary": str(i)}) for i in range(500)]
     (tmp_path / "dialogsum/validation.jsonl").write_text("\n".join(lines))
@@ -524,7 +529,8 @@ def test_parts_of_a_file(tmp_path, cache):
 
 
 def test_a_listed_file_is_no_must(tmp_path, cache):
-    """MAWPS's decontaminated training set comes first, and the published one where there is none."""
+    """MAWPS's decontaminated training set comes first, and the published one where there is
+    none."""
     for name, answer in (("train", "1"), ("train_decontaminated", "2")):
         write(tmp_path / f"mawps/{name}.json", [record(answer=answer)])
         assert (
