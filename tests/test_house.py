@@ -161,3 +161,58 @@ def test_the_package_can_be_counted(house, monkeypatch, capsys):
 def test_the_house_is_within_its_limits(house, monkeypatch, capsys, folder):
     monkeypatch.chdir(ROOT)
     assert house.main(["--limits", folder]) == 0, capsys.readouterr().out
+
+
+# Each may import those behind it.
+FLOORS = [
+    {"train", "evaluate", "generate", "export", "harness", "latency", "launches"},
+    {"finetune"},
+    {"training", "evaluation", "analysis"},
+    {"interop", "inference"},
+    {"commands", "config"},
+    {"models", "data"},
+    {"adapters"},
+    {"tokens", "files", "device", "progress", "versions"},
+    {"errors"},
+]
+
+
+def imported(path):
+    """The modules of the package that a file imports, for types as well."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flora_jax."):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_point_downwards():
+    floor_of = {name: i for i, names in enumerate(FLOORS) for name in names}
+    files = [p for p in (ROOT / "flora_jax").rglob("*.py") if p.parent.name != "remote_code"]
+    seen = set()
+    for path in files:
+        room = path.relative_to(ROOT / "flora_jax").parts[0].removesuffix(".py")
+        for module in imported(path) if room != "__init__" else ():
+            below = module.split(".")[1]
+            seen.add((room, below))
+            assert room == below or floor_of[room] < floor_of[below], f"{path} imports {module}"
+    assert len(seen) > 50
+
+
+def test_no_modules_import_each_other():
+    """Within a room either."""
+    package = ROOT / "flora_jax"
+    graph = {}
+    for path in package.rglob("*.py"):
+        name = ".".join(["flora_jax", *path.relative_to(package).with_suffix("").parts])
+        graph[name] = set(imported(path))
+    done = set()
+
+    def visit(name, above):
+        assert name not in above, " -> ".join([*above, name])
+        if name not in done:
+            for other in graph.get(name, ()):
+                visit(other, [*above, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])

@@ -5,7 +5,7 @@ ignore, and arguments that JAX would clamp, broadcast or read as NaN. Each raise
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,6 @@ from flora_jax.adapters import (
 )
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig
-
-if TYPE_CHECKING:
-    from flora_jax.models.llama import KVCache
 
 Array = jax.Array
 
@@ -118,15 +115,15 @@ def check_dropout(deterministic: bool, layout: Layout, adapter: AdapterConfig | 
     )
 
 
-def check_room(tokens: Array, cache: KVCache, segment_ids: Array | None) -> None:
-    """Tokens that the cache has no room for; segments beside one."""
+def check_room(tokens: Array, index: Array, slots: int, segment_ids: Array | None) -> None:
+    """Tokens that a cache of `slots`, of which `index` are taken, has no room for; segments beside
+    one."""
     T = tokens.shape[1]
-    S = cache.valid.shape[1]
-    index = 0 if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
-    if index + T > S:
+    taken = 0 if isinstance(index, jax.core.Tracer) else int(index)
+    if taken + T > slots:
         raise UserError(
-            f"{T} tokens from slot {index} on do not fit into a cache of {S} slots; make a longer "
-            "one"
+            f"{T} tokens from slot {taken} on do not fit into a cache of {slots} slots; make a "
+            "longer one"
         )
     if segment_ids is not None:
         raise UserError(

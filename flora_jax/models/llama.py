@@ -413,7 +413,7 @@ class Llama(nn.Module):
         checks.check_select(select, self.layout)
         checks.check_dropout(deterministic, self.layout, self.adapter)
         if cache is not None:
-            checks.check_room(tokens, cache, segment_ids)
+            checks.check_room(tokens, cache.index, cache.valid.shape[1], segment_ids)
         real = jnp.ones(tokens.shape, bool)
         if mask is not None and mask.ndim == 2:
             real = mask
