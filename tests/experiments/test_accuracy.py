@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import functools
 import json
 import re
@@ -332,7 +333,8 @@ def test_a_table_names_the_devices_of_its_runs(monkeypatch):
 
 
 def test_a_new_method_needs_a_rate(monkeypatch):
-    monkeypatch.setitem(METHODS, "ffba_v_add", METHODS["ffba_qg_add"])
+    row = dataclasses.replace(METHODS["ffba_qg_add"], learning_rate=None)
+    monkeypatch.setitem(METHODS, "ffba_v_add", row)
     config = get_config("tiny", "ffba_v_add")
     with pytest.raises(
         UserError, match=r"optim.learning_rate is unset, and ffba_v_add has none of its own"

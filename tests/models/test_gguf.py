@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import ROOT
 
 from flora_jax.errors import UserError
 from flora_jax.models.config import LlamaConfig, RopeScaling
@@ -275,7 +276,7 @@ class WithoutTorch(PathFinder):
         return None if name.split(".")[0] == "torch" else super().find_spec(name, *rest)
 sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTorch
 import pathlib, tempfile
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 from test_gguf import write_gguf
 from test_tokenizer import VOCABULARY, tokenizer_fields
 import dataclasses
@@ -293,7 +294,7 @@ try:
 except ModuleNotFoundError:
     print("and there was no torch")
 """
-    done = subprocess.run([sys.executable, "-c", code, os.path.dirname(__file__)], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code, *(str(ROOT / "tests" / room) for room in ("", "data", "models"))], capture_output=True, text=True,
                           env={**os.environ, "JAX_PLATFORMS": "cpu"})  # fmt: skip
     assert done.returncode == 0 and "there was no torch" in done.stdout, done.stderr
 
