@@ -77,8 +77,7 @@ def _refuse_tensor_parallel(base: Tree) -> None:
                 f"{jax.tree_util.keystr(path, simple=True, separator='/')} lies on a mesh with "
                 "tensor="
                 f"{mesh.shape['tensor']}: the fused layout has no tensor parallelism yet; gather "
-                "the "
-                "base on one device"
+                "the base on one device"
             )
 
 
@@ -128,6 +127,10 @@ def fused_layers(
     """The layers of `fuse`'s tree by number, each made when it is asked for; arguments and errors
     as there. dtype: of the arrays, default the base's. Of numpy arrays numpy arrays are made, with
     no copy but the joined ones."""
+    if layout.kind != "fused":
+        raise UserError(
+            f"layout.kind={layout.kind!r}: fused arrays are made; pass FUSED or device_layout()"
+        )
     _refuse_tensor_parallel(base)
     check_base(base, config)
     adapters = _as_list(adapter)

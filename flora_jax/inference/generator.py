@@ -110,8 +110,7 @@ def check_fits(config: LlamaConfig, batch_size: int, length: int, weights: int, 
             f"batch_size={batch_size} with {length} tokens a row needs a cache of "
             f"{cache / 1e9:.1f} GB "
             f"beside {weights / 1e9:.1f} GB of weights, more than the device's {memory / 1e9:.1f} "
-            "GB; "
-            "lower one of them"
+            "GB; lower one of them"
         )
 
 
@@ -369,8 +368,7 @@ class Generator:
                 f"prompt {i} has {len(tokens)} tokens, more than max_length={self.max_length} "
                 "leaves "
                 f"beside max_new_tokens={max_new_tokens}; raise one, lower the other, or shorten "
-                "the "
-                "prompt"
+                "the prompt"
             )
         return tokens
 
@@ -420,8 +418,7 @@ class Generator:
         adapter = "" if row.adapter is None else f" with adapter {row.adapter!r}"
         return FloatingPointError(
             f"prompt {row.index}{text}{adapter}: the logits after {count} new tokens are not "
-            "finite; "
-            f"{NOT_FINITE}"
+            f"finite; {NOT_FINITE}"
         )
 
     def _text(self, tokens: list[int]) -> str:

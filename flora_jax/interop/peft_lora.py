@@ -181,8 +181,7 @@ def _check_tensors(
     def say(name: str, there: tuple[int, ...] | None, wanted: tuple[int, ...] | None) -> str:
         return (
             f"{where}: tensor {name!r}: expected {wanted or 'no such tensor'} for this model, "
-            "found "
-            f"{there or 'nothing'}"
+            f"found {there or 'nothing'}"
         )
 
     check_tree(found, dict(sorted(expected.items())), say)

@@ -70,8 +70,7 @@ def check_dense(layout: Layout, fuses: bool) -> None:
     if fuses and layout.kind == "unmerged":
         raise UserError(
             "these variables have products apart; serve them with dense=UnmergedDense or "
-            "SevenDense "
-            "(flora_jax.analysis.unmerged)"
+            "SevenDense (flora_jax.analysis.unmerged)"
         )
 
 

@@ -318,8 +318,7 @@ def _refuse_values(found: np.ndarray, dtype: np.dtype, file: str, name: str) -> 
     if not np.isfinite(found.astype(np.float64)).all():
         raise UserError(
             f"{file}: tensor {name!r} holds a value that is not finite (NaN or infinity); download "
-            "the "
-            "checkpoint again, or take an earlier one of its training"
+            "the checkpoint again, or take an earlier one of its training"
         )
     largest = np.abs(found.astype(np.float64)).max()
     raise UserError(

@@ -346,6 +346,8 @@ def test_what_cannot_be_laid_out_is_refused():
         (lambda: fuse(base, None, TINY, ffba), "of ffba, but no adapter was given"),
         (lambda: fuse(base, adapter, TINY, AdapterConfig("ffba", 4)), "rank 4"),
         (lambda: fuse(base, adapter, TINY, ffba, row_multiple=0), "row_multiple=0"),
+        (lambda: fuse(base, adapter, TINY, ffba, Layout()), "layout.kind='split'"),
+        (lambda: Layout(kind="fuse"), "kind='fuse' is unknown; did you mean 'fused'"),
         (
             lambda: fuse(base, [adapter, adapter], TINY, ffba, fold_adds=True),
             "fold_adds takes one adapter",

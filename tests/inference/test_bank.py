@@ -112,6 +112,22 @@ def test_products_apart_decode_to_the_same(two_layers, prompts, method, merged):
             prompts, 6) == expected  # fmt: skip
 
 
+def test_one_adapter_beside_the_bare_base(two_layers, prompts):
+    """Rows with the only adapter and rows without one, in a batch: a bank of one place."""
+    config, base = two_layers
+    adapter_config = AdapterConfig("ffba", rank=8, alpha=12.0)
+    adapter = random_adapter(config, adapter_config, 1)
+    generator = Generator(config, base, {"a": adapter}, adapter_config, max_length=64, batch_size=8)
+    adapted = generator.generate(prompts, 6)
+    bare = Generator(config, base, max_length=64, batch_size=8).generate(prompts, 6)
+    names = ["a", None, None, "a", "a"]
+    expected = [
+        own if name else plain for name, own, plain in zip(names, adapted, bare, strict=True)
+    ]
+    assert adapted != expected != bare
+    assert generator.generate(prompts, 6, adapter_names=names) == expected
+
+
 def test_adapters_that_do_not_go_together_are_refused(two_layers):
     config, base = two_layers
 
