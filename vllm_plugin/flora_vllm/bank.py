@@ -47,35 +47,35 @@ class BankLinear(BaseLayerWithLoRA):
     def reset_lora(self, index: int) -> None:
         """Zeros in a place."""
         if index in self._filled:
-            self._write(index, None, None)
             self._filled.remove(index)
+            self._write(index, torch.zeros(()), torch.zeros(()))
 
-    def set_lora(
-        self, index: int, lora_a: torch.Tensor | None, lora_b: torch.Tensor | None
-    ) -> None:
-        """Writes an adapter's columns A `[R_f, D]` and rows B `[out, R_b]` to a place, filled up to
-        its rank. vLLM's warm-up gives zeros for both, which no adapter has."""
-        if lora_a is not None and lora_b is not None:
+    def set_lora(self, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+        """Writes an adapter's columns A `[R_f, D]` or rows B `[out, R_b]` to a place, filled up to
+        its rank; the other side is empty. vLLM's warm-up has zeros on both, which no adapter
+        has."""
+        if lora_a.numel() and lora_b.numel():
             self.reset_lora(index)
             return
-        self._write(index, lora_a, lora_b)
-        self._filled.add(index)
-
-    def _write(self, index: int, lora_a: torch.Tensor | None, lora_b: torch.Tensor | None) -> None:
         layer = self.base_layer
-        rider = layer.rider
+        self._filled.add(index)
+        self._write(
+            index,
+            _widened_a(lora_a, layer) if lora_a.numel() else lora_a,
+            _widened_b(lora_b, layer) if lora_b.numel() else lora_b,
+        )
+
+    def _write(self, index: int, columns_a: torch.Tensor, rows_b: torch.Tensor) -> None:
+        layer = self.base_layer
         weight = layer.weight.data
-        if rider.forward:
-            rows = weight[sum(layer.sizes) :].unflatten(0, (layer.plan.places, -1))[index]
-            rows.zero_() if lora_a is None else rows.copy_(_widened_a(lora_a, layer))
-        if rider.backward:
+        places = layer.plan.places
+        if layer.rider.forward:
+            weight[sum(layer.sizes) :].unflatten(0, (places, -1))[index] = columns_a
+        if layer.rider.backward:
             start, stop = layer.own_z
+            own = rows_b[:, start:stop] if rows_b.ndim else rows_b
             first = layer.inputs[0][1] - layer.inputs[0][0]
-            columns = weight[:, first:].unflatten(1, (layer.plan.places, -1))[:, index]
-            if lora_b is None:
-                columns.zero_()
-            else:
-                columns.copy_(_widened_b(lora_b, layer)[:, start:stop])
+            weight[:, first:].unflatten(1, (places, -1))[:, index] = own
         layer.quant_method.process_weights_after_loading(layer)
 
     def forward(
@@ -118,9 +118,14 @@ def install() -> None:
     @functools.wraps(load)
     def checked(self: WorkerLoRAManager, request: Any) -> Any:
         check = getattr(self._adapter_manager.model, "check_adapter", None)
-        if check is not None:
-            check(lora_utils.get_adapter_absolute_path(request.lora_path))
-        return load(self, request)
+        if check is None:
+            return load(self, request)
+        check(lora_utils.get_adapter_absolute_path(request.lora_path))
+        adapter = load(self, request)
+        for own in adapter.loras.values():  # vLLM wants both sides to be tensors
+            own.lora_a = torch.empty(0) if own.lora_a is None else own.lora_a
+            own.lora_b = torch.empty(0) if own.lora_b is None else own.lora_b
+        return adapter
 
     WorkerLoRAManager._load_adapter = checked
 
