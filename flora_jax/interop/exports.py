@@ -146,9 +146,9 @@ def export(
             "bound": float(LOGIT_BOUNDS[dtype] * np.abs(wanted).max()),
         }
         _check_logits(form, dtype, report["logits"])
-        # A LoRA holds no weights of the base, but Meta's licences are about what is trained from
-        # it, too.
-        if form != "peft" or trained.licence.meta:
+        # An adapter alone holds no weights of the base, but Meta's licences are about what is
+        # trained from it, too.
+        if FORMATS[form].holds_base or trained.licence.meta:
             trained.licence.write(new)
         report |= {"licence": trained.licence.name, "licence_missing": trained.licence.text_missing}
         if card is not None:

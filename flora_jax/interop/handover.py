@@ -15,7 +15,7 @@ from flora_jax.device import check_jax
 from flora_jax.errors import UserError, disk_fault
 from flora_jax.interop.adapter_files import check_fingerprint, load_adapter
 from flora_jax.interop.exports import check_format, export
-from flora_jax.interop.formats import Trained
+from flora_jax.interop.formats import FORMATS, Trained
 from flora_jax.interop.licences import METAS, base_licence
 from flora_jax.interop.model_card import model_card
 from flora_jax.models.config import DTYPES, LlamaConfig
@@ -106,9 +106,10 @@ def hand_over(
     command: str = "",
     summary: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`export` with a model card. dtype: by default the base's own, of a LoRA float32; summary: of
-    the run, as `eval.json` has it. Raises UserError where the disk refuses it, too."""
-    stored = "float32" if form == "peft" else trained.dtype
+    """`export` with a model card. dtype: by default the base's own, of an adapter alone float32;
+    summary: of the run, as `eval.json` has it. Raises UserError where the disk refuses it, too."""
+    check_format(form, dtype or DTYPES[0], trained.adapter_config, trained.params)
+    stored = trained.dtype if FORMATS[form].holds_base else "float32"
     card = functools.partial(
         model_card,
         trained,
