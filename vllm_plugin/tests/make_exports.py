@@ -9,6 +9,8 @@ JAX and vLLM live in different environments, so that the tests read files:
     exports/bank/<name>/   an adapter alone, `--format vllm`
     exports/expected.json  {name: {"prompts": [[id, …], …], "tokens": …, "logprobs": …}}
     exports/bank/expected.json
+    exports/peft/          a LoRA as PEFT itself writes one, over exports/base
+    exports/from_peft/     the same, `--format transformers`
 
 tokens: what Generator continues each prompt with, greedily; logprobs: of these tokens. The same
 seed gives the same files.
@@ -32,6 +34,7 @@ from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter
 from flora_jax.inference.generator import Generator
 from flora_jax.interop.exports import export
 from flora_jax.interop.formats import Trained
+from flora_jax.interop.handover import export_pair
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.hf import to_hf_tensors
@@ -136,6 +139,24 @@ def write_all(
     return answers
 
 
+def write_peft(out: Path) -> None:
+    """A LoRA that PEFT made and wrote, and our export of it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(out / "base")
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    made = LoraConfig(r=4, lora_alpha=8, target_modules=modules, init_lora_weights="gaussian")
+    model = get_peft_model(base, made)
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(value, std=0.05)
+    model.save_pretrained(out / "peft")
+    export_pair(str(out / "base"), out / "peft", "transformers", out / "from_peft")
+
+
 def main(out: Path) -> None:
     jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compiling
     out.mkdir(parents=True)
@@ -160,6 +181,7 @@ def main(out: Path) -> None:
             pairs = zip(answers[name]["tokens"], bare["base"]["tokens"], strict=True)
             assert all(tokens != own for tokens, own in pairs), f"{name} answers as the base does"
         (where / "expected.json").write_text(json.dumps(answers))
+    write_peft(out)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,20 @@ def test_every_method(exports, name):
     check(generate(llm, wanted(owed)), rows(owed))
 
 
+def test_a_lora_of_peft(exports):
+    """Its fused export here, beside vLLM's own LoRA on the files that PEFT wrote."""
+    import vllm
+
+    prompts = expected(exports)["base"]
+    fused = generate(vllm.LLM(**settings(exports / "from_peft")), wanted(prompts))
+    lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
+    own = generate(
+        vllm.LLM(**settings(exports / "base", **lora)), wanted(prompts, exports / "peft")
+    )
+    check(fused, own)
+    assert [tokens for tokens, _ in own] != prompts["tokens"]
+
+
 @pytest.mark.parametrize("name", ["ffba", "zflora"])
 def test_compiled(exports, name):
     import vllm
