@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 from flora_jax.errors import (
     CommandParser,
     Stopped,
-    UserError,
     check_writable,
     hangups,
     path_flag,
+    require,
 )
 from flora_jax.models.config import DTYPES
 
@@ -43,14 +43,12 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
     """Raises UserError for a flag that is given and not positive."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} must be a positive integer")
+        require(value is None or value >= 1, f"--{name} {value} must be a positive integer")
 
 
 def check_result(path: str | None) -> None:
     """Raises UserError where no result file can be written at `path`; None is none asked for."""
-    if path and Path(path).is_dir():
-        raise UserError(f"--out {path} is a directory; name a file")
+    require(not (path and Path(path).is_dir()), f"--out {path} is a directory; name a file")
     if path:
         check_writable(Path(path), "--out")
 

@@ -25,7 +25,7 @@ from ml_collections.config_dict import placeholder
 from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.data import Task, expand, get_task
 from flora_jax.data.encode import STYLES
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import DTYPES, PRESETS, LlamaConfig
 from flora_jax.models.llama import REMAT_POLICIES
 
@@ -262,10 +262,10 @@ def read_config(path: str | Path) -> ConfigDict:
     """
     where = f"--config={path}"
     file, arguments = _file_and_name(os.path.expanduser(path))
-    if not Path(file).is_file():
-        raise UserError(
-            f"{where}: there is no such file; configs/ has one for each method and model"
-        )
+    require(
+        Path(file).is_file(),
+        f"{where}: there is no such file; configs/ has one for each method and model",
+    )
     try:
         made = _run_file(file, arguments)
     except UserError as error:
@@ -275,11 +275,11 @@ def read_config(path: str | Path) -> ConfigDict:
         raise UserError(
             f"{where}{_line_of(file, error)}: {type(error).__name__}: {reason}"
         ) from None
-    if not isinstance(made, ConfigDict):
-        raise UserError(
-            f"{where}: get_config() must return the configuration of flora_jax.config.get_config, "
-            "changed"
-        )
+    require(
+        isinstance(made, ConfigDict),
+        f"{where}: get_config() must return the configuration of flora_jax.config.get_config, "
+        "changed",
+    )
     return made.lock()
 
 
@@ -354,16 +354,14 @@ def task_weights(config: ConfigDict) -> list[float] | None:
     except ValueError:
         weights = []
     well = [math.isfinite(weight) and weight > 0 for weight in weights]
-    if (
-        len(weights) != len(tasks)
-        or not all(well)
-        or min(weights) < 1e-6 * max(weights)
-        or ",," in value
-    ):
-        raise UserError(
-            f"config.data.weights={config.data.weights!r} must be {len(tasks)} positive numbers "
-            f"with commas between, none below a millionth of another, for {', '.join(tasks)}"
-        )
+    require(
+        len(weights) == len(tasks)
+        and all(well)
+        and min(weights) >= 1e-6 * max(weights)
+        and ",," not in value,
+        f"config.data.weights={config.data.weights!r} must be {len(tasks)} positive numbers "
+        f"with commas between, none below a millionth of another, for {', '.join(tasks)}",
+    )
     return weights
 
 
@@ -378,11 +376,11 @@ def learning_rate(config: ConfigDict) -> float:
         return config.optim.learning_rate
     method = config.adapter.method
     own = METHODS[method].learning_rate
-    if own is None:
-        raise UserError(
-            f"config.optim.learning_rate is unset, and {method} has none of its own in its row's "
-            "Method.learning_rate"
-        )
+    require(
+        own is not None,
+        f"config.optim.learning_rate is unset, and {method} has none of its own in its row's "
+        "Method.learning_rate",
+    )
     return own
 
 
@@ -429,8 +427,7 @@ def _value(config: ConfigDict, field: str) -> Any:
 
 def _check(config: ConfigDict, field: str, ok: bool, what: str) -> None:
     """Raises UserError, with the field, its value and `what` of it, unless it is well."""
-    if not ok:
-        raise UserError(f"config.{field}={_value(config, field)!r} {what}")
+    require(ok, f"config.{field}={_value(config, field)!r} {what}")
 
 
 def _check_names(config: ConfigDict) -> None:

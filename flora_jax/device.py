@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require
 
 
 def check_jax() -> None:
@@ -13,10 +13,10 @@ def check_jax() -> None:
 
     With 64 bits an adapter trains to other values, and a step takes twice the memory.
     """
-    if jax.config.jax_enable_x64:
-        raise UserError(
-            "JAX_ENABLE_X64 (jax_enable_x64) is on, and flora_jax computes in 32 bits; unset it"
-        )
+    require(
+        not jax.config.jax_enable_x64,
+        "JAX_ENABLE_X64 (jax_enable_x64) is on, and flora_jax computes in 32 bits; unset it",
+    )
     check_device()
 
 

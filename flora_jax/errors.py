@@ -40,7 +40,7 @@ class UserError(ValueError):
     """Bad input: one line that says what is wrong, with which value, and what would do."""
 
 
-def require(right: bool, message: str) -> None:
+def require(right: object, message: str) -> None:
     """Raises UserError with the message unless what it says is right."""
     if not right:
         raise UserError(message)
@@ -120,14 +120,15 @@ def expand_path(text: str | os.PathLike) -> str:
     `gs://bucket/x`, which would be made as a folder.
     """
     text = os.fspath(text)
-    if re.match(r"\w+://", text):
-        raise UserError(f"{text!r} is an address, not a path; mount what it stands for, or copy it")
+    require(
+        not re.match(r"\w+://", text),
+        f"{text!r} is an address, not a path; mount what it stands for, or copy it",
+    )
     path = os.path.expanduser(text)
-    if path.startswith("~"):
-        raise UserError(
-            f"{text!r}: there is no such home directory; "
-            "spell the path out (or ./~… for such a name)"
-        )
+    require(
+        not path.startswith("~"),
+        f"{text!r}: there is no such home directory; spell the path out (or ./~… for such a name)",
+    )
     return path
 
 
@@ -158,10 +159,10 @@ def positive_integers(flag: str, text: str) -> list[int]:
     """The integers of a comma-separated flag, each once; UserError unless all are positive."""
     items = [item.strip() for item in text.split(",")]
     for item in items:
-        if not item.isdecimal() or int(item) < 1:
-            raise UserError(
-                f"{flag} {item!r} must be a positive integer, or several with commas between"
-            )
+        require(
+            item.isdecimal() and int(item) >= 1,
+            f"{flag} {item!r} must be a positive integer, or several with commas between",
+        )
     return list(dict.fromkeys(map(int, items)))
 
 
@@ -169,10 +170,10 @@ def check_writable(path: Path, flag: str) -> None:
     """Raises UserError unless `path` can be made: its nearest parent is a directory and ours."""
     # os.path, since Path.exists raises below a directory that may not be read.
     parent = next(p for p in path.absolute().parents if os.path.exists(p))
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{flag}={path} cannot be written: {parent} is no directory that may be written to"
-        )
+    require(
+        os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK),
+        f"{flag}={path} cannot be written: {parent} is no directory that may be written to",
+    )
 
 
 def silence(stream: TextIO) -> None:

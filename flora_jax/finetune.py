@@ -16,7 +16,7 @@ from flora_jax.config import (
     scored_tasks,
     weights_source,
 )
-from flora_jax.errors import UserError, expand_path, writing
+from flora_jax.errors import UserError, expand_path, require, writing
 from flora_jax.evaluation.run import check_prompts, evaluate_tasks
 from flora_jax.evaluation.task_data import Settings, TaskData, is_generated, load_task_data
 from flora_jax.files import make_cache, read_json, write_result
@@ -87,13 +87,13 @@ def _prompt_style(config: ml_collections.ConfigDict) -> str:
     if all(is_generated(task, config.eval.protocol) for task in scored):
         return config.data.prompt_style
     others = any(task.metric != "choice" for task in scored)
-    if config.data.prompt_style != "plain" and others:
-        raise UserError(
-            f"config.eval.tasks={config.eval.tasks!r}: protocol lm_eval scores choices as plain "
-            "text, and would ask the others so, too, not in "
-            f"config.data.prompt_style={config.data.prompt_style!r}; name tasks of one kind, and "
-            "score the others with flora_jax.evaluate"
-        )
+    require(
+        config.data.prompt_style == "plain" or not others,
+        f"config.eval.tasks={config.eval.tasks!r}: protocol lm_eval scores choices as plain "
+        "text, and would ask the others so, too, not in "
+        f"config.data.prompt_style={config.data.prompt_style!r}; name tasks of one kind, and "
+        "score the others with flora_jax.evaluate",
+    )
     return "plain"
 
 

@@ -10,7 +10,7 @@ import importlib.util
 from pathlib import Path
 
 from flora_jax.commands import DTYPE, MODEL, RESULT, check_result, read_flags, split_names
-from flora_jax.errors import UserError, path_flag, run_command
+from flora_jax.errors import path_flag, require, run_command
 
 FLAGS = {
     **MODEL,
@@ -33,11 +33,15 @@ def main(argv: list[str]) -> None:
     args = read_flags("flora_jax.harness", __doc__, FLAGS, argv)
     for name, least in (("num_fewshot", 0), ("limit", 1), ("batch_size", 1)):
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value} must be an integer, at least {least}")
+        require(
+            value is None or value >= least,
+            f"--{name} {value} must be an integer, at least {least}",
+        )
     check_result(args.out)
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("the harness is not installed; pip install -e '.[lm-eval]'")
+    require(
+        importlib.util.find_spec("lm_eval") is not None,
+        "the harness is not installed; pip install -e '.[lm-eval]'",
+    )
     # After the arguments are read: these imports take seconds.
     from flora_jax.evaluation.harness import HarnessLM, evaluate_harness, load_harness_tasks, table
     from flora_jax.files import keep_programs, write_result

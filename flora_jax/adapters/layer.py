@@ -44,7 +44,7 @@ from flora_jax.adapters.products import (
     multiply_transposed,
     repeat_and_add,
 )
-from flora_jax.errors import UserError
+from flora_jax.errors import require
 
 Array = jax.Array
 
@@ -175,10 +175,10 @@ class FusedDense(nn.Module):
             return leaf.init(self.make_rng("params"), leaf.shape, jnp.float32)
 
         value = self.variable("adapter", name, init).value
-        if value.shape != leaf.shape:
-            raise UserError(
-                f"adapter leaf {self.name}/{name} has shape {value.shape}, expected {leaf.shape}"
-            )
+        require(
+            value.shape == leaf.shape,
+            f"adapter leaf {self.name}/{name} has shape {value.shape}, expected {leaf.shape}",
+        )
         return value
 
     def incoming(self, z: Array | None) -> Array | None:

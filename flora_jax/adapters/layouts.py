@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from flora_jax.adapters.config import AdapterConfig, Slot
 from flora_jax.adapters.methods import PRODUCTS
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 
 Array = jax.Array
 Widths = Mapping[str, tuple[int, int]]
@@ -54,8 +54,9 @@ class Layout:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise UserError(f"kind={self.kind!r} is unknown; {near_misses(str(self.kind), KINDS)}")
-        if self.row_multiple < 1:
-            raise UserError(f"row_multiple={self.row_multiple} must be a positive integer")
+        require(
+            self.row_multiple >= 1, f"row_multiple={self.row_multiple} must be a positive integer"
+        )
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> Layout:

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from flora_jax.adapters.config import AdapterConfig
 from flora_jax.adapters.layouts import Layout, Widths
 from flora_jax.adapters.methods import BLOCKS, PRODUCTS
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require
 
 Array = jax.Array
 Initializer = Callable[[Array, Sequence[int], Any], Array]
@@ -243,14 +243,15 @@ def check_fused(
     """The layout of a fused tree. Raises UserError unless its products and adapters are those of
     the configuration."""
     layout = Layout.of(fused)
-    if layout.kind != "fused":
-        raise UserError(f"this is no fused tree but a {layout.kind} one; `fuse` makes one")
+    require(
+        layout.kind == "fused", f"this is no fused tree but a {layout.kind} one; `fuse` makes one"
+    )
     has_adapter = adapter_config is not None and adapter_config.row.reads is not None
     wanted = adapter_config.rank if has_adapter else 0
-    if layout.rank != wanted:
-        raise UserError(
-            f"the fused tree holds {_held(layout.rank)}, but adapter_config is of {_held(wanted)}"
-        )
+    require(
+        layout.rank == wanted,
+        f"the fused tree holds {_held(layout.rank)}, but adapter_config is of {_held(wanted)}",
+    )
     expected = {}
     found = {}
     for i in range(config.num_hidden_layers):

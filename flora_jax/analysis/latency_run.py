@@ -23,7 +23,7 @@ from flora_jax.analysis.latency_report import markdown, plot
 from flora_jax.analysis.provenance import provenance
 from flora_jax.analysis.timing import Setting
 from flora_jax.device import check_jax
-from flora_jax.errors import UserError, check_writable, near_misses, positive_integers
+from flora_jax.errors import check_writable, near_misses, positive_integers, require
 from flora_jax.files import keep_programs, read_json, write_result
 from flora_jax.inference.decoding import bucket
 from flora_jax.inference.generator import check_fits
@@ -83,11 +83,12 @@ def run(args: Namespace, argv: list[str]) -> str:
 def check(args: Namespace) -> Asked:
     """What the flags ask for. Raises UserError; nothing is compiled yet."""
     _check_numbers(args)
-    if args.dtype not in DTYPES:
-        raise UserError(f"--dtype {args.dtype!r} is unknown; {near_misses(args.dtype, DTYPES)}")
+    require(
+        args.dtype in DTYPES,
+        f"--dtype {args.dtype!r} is unknown; {near_misses(args.dtype, DTYPES)}",
+    )
     methods = list(dict.fromkeys(name.strip() for name in args.methods.split(",") if name.strip()))
-    if not methods:
-        raise UserError("--methods is empty; give names, comma-separated")
+    require(methods, "--methods is empty; give names, comma-separated")
     settings = [
         Setting(length, batch, args.new_tokens)
         for batch in positive_integers("--batch_sizes", args.batch_sizes)
@@ -104,24 +105,23 @@ def check(args: Namespace) -> Asked:
 def _check_numbers(args: Namespace) -> None:
     for flag, least in (("rank", 1), ("rounds", 1), ("new_tokens", 2)):
         value = getattr(args, flag)
-        if value < least:
-            raise UserError(f"--{flag} {value} must be an integer of at least {least}")
-    if args.prefill_rounds is not None and not 1 <= args.prefill_rounds <= args.rounds:
-        raise UserError(
-            f"--prefill_rounds {args.prefill_rounds} must be from 1 to --rounds {args.rounds}"
-        )
+        require(value >= least, f"--{flag} {value} must be an integer of at least {least}")
+    require(
+        args.prefill_rounds is None or 1 <= args.prefill_rounds <= args.rounds,
+        f"--prefill_rounds {args.prefill_rounds} must be from 1 to --rounds {args.rounds}",
+    )
     if args.turn_tokens is None:
         return
-    if not 1 <= args.turn_tokens < args.new_tokens:
-        raise UserError(
-            f"--turn_tokens {args.turn_tokens} must be from 1 to {args.new_tokens - 1}, one less "
-            "than --new_tokens"
-        )
-    if args.peer:
-        raise UserError(
-            f"--turn_tokens {args.turn_tokens} does not go with --peer {args.peer}, which "
-            "generates without a pause; leave one out"
-        )
+    require(
+        1 <= args.turn_tokens < args.new_tokens,
+        f"--turn_tokens {args.turn_tokens} must be from 1 to {args.new_tokens - 1}, one less "
+        "than --new_tokens",
+    )
+    require(
+        not args.peer,
+        f"--turn_tokens {args.turn_tokens} does not go with --peer {args.peer}, which "
+        "generates without a pause; leave one out",
+    )
 
 
 def _check_out(out: Path, arguments: dict[str, Any]) -> None:
@@ -129,33 +129,33 @@ def _check_out(out: Path, arguments: dict[str, Any]) -> None:
     check_writable(out / RESULT, "--out")
     if not out.exists() or not any(out.iterdir()):
         return
-    if not (out / RESULT).exists():
-        raise UserError(
-            f"--out {out} is not empty and has no {RESULT}; name a new or empty directory"
-        )
+    require(
+        (out / RESULT).exists(),
+        f"--out {out} is not empty and has no {RESULT}; name a new or empty directory",
+    )
     before = read_json(out / RESULT).get("arguments") or {}
     # results older than that flag have no such argument
-    if {"turn_tokens": None} | before != arguments:
-        raise UserError(
-            f"--out {out} holds the result of another command; name a new or empty directory"
-        )
+    require(
+        {"turn_tokens": None} | before == arguments,
+        f"--out {out} holds the result of another command; name a new or empty directory",
+    )
 
 
 def _architecture(args: Namespace) -> LlamaConfig:
     """Of --model, or of --preset where its weights are random."""
-    if args.model == "random" and not args.preset:
-        raise UserError(
-            "--model random needs --preset, the architecture to fill with random weights"
-        )
+    require(
+        args.model != "random" or args.preset,
+        "--model random needs --preset, the architecture to fill with random weights",
+    )
     preset = LlamaConfig.preset(args.preset) if args.preset else None
     if args.model == "random":
         return preset
     config = load_config(args.model)
-    if preset and _shape(preset) != _shape(config):
-        raise UserError(
-            f"--preset {args.preset} is another architecture than that of --model {args.model}; "
-            "leave it out, it is for --model random"
-        )
+    require(
+        not preset or _shape(preset) == _shape(config),
+        f"--preset {args.preset} is another architecture than that of --model {args.model}; "
+        "leave it out, it is for --model random",
+    )
     return config
 
 
@@ -173,11 +173,11 @@ def _shape(config: LlamaConfig) -> tuple[Any, ...]:
 def _check_settings(args: Namespace, config: LlamaConfig, settings: list[Setting]) -> None:
     """Refuses what is too long for the model or too large for the device."""
     longest = max(setting.prompt_length for setting in settings)
-    if longest + args.new_tokens > config.max_position_embeddings:
-        raise UserError(
-            f"--prompt_lengths {longest} with --new_tokens {args.new_tokens} are more than the "
-            f"model's max_position_embeddings={config.max_position_embeddings}; lower one"
-        )
+    require(
+        longest + args.new_tokens <= config.max_position_embeddings,
+        f"--prompt_lengths {longest} with --new_tokens {args.new_tokens} are more than the "
+        f"model's max_position_embeddings={config.max_position_embeddings}; lower one",
+    )
     numbers = sum(leaf.size for leaf in jax.tree.leaves(abstract_base(config)))
     weights = numbers * jnp.dtype(args.dtype).itemsize
     for setting in settings:

@@ -25,7 +25,7 @@ from flora_jax.analysis.launch_report import markdown, place, shown
 from flora_jax.analysis.provenance import provenance
 from flora_jax.analysis.variants import get_variant
 from flora_jax.device import check_jax
-from flora_jax.errors import UserError, check_writable, near_misses, positive_integers
+from flora_jax.errors import check_writable, near_misses, positive_integers, require
 from flora_jax.files import write_result
 from flora_jax.models.config import LlamaConfig
 
@@ -91,8 +91,7 @@ def check(args: Namespace, config: LlamaConfig) -> Iterator[Cell]:
     banks = positive_integers("--adapters", args.adapters)
     for flag in ("cache_length", "row_multiple"):
         positive_integers(f"--{flag}", str(getattr(args, flag)))
-    if not args.launch_us >= 0:
-        raise UserError(f"--launch_us {args.launch_us} must be zero or more microseconds")
+    require(args.launch_us >= 0, f"--launch_us {args.launch_us} must be zero or more microseconds")
     methods = _methods(args, config, banks)
     return (
         Cell(target, mode, batch, 1 if method.adapter_config is None else adapters, method)
@@ -109,8 +108,7 @@ def check(args: Namespace, config: LlamaConfig) -> Iterator[Cell]:
 def _names(flag: str, text: str, known: Mapping[str, Any]) -> list[str]:
     items = list(dict.fromkeys(item.strip() for item in text.split(",")))
     for item in items:
-        if item not in known:
-            raise UserError(f"{flag} {item!r} is unknown; {near_misses(item, known)}")
+        require(item in known, f"{flag} {item!r} is unknown; {near_misses(item, known)}")
     return items
 
 

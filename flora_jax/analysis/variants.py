@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from flora_jax.adapters import METHODS, AdapterConfig, Layout, abstract_adapter, fuse, merge
 from flora_jax.analysis.unmerged import SevenDense, UnmergedDense, unmerge
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
 
@@ -72,8 +72,7 @@ def variants() -> dict[str, Variant]:
 def get_variant(name: str) -> Variant:
     """A variant by name; a UserError with near misses if there is none."""
     known = variants()
-    if name not in known:
-        raise UserError(f"method {name!r} is unknown here; {near_misses(name, known)}")
+    require(name in known, f"method {name!r} is unknown here; {near_misses(name, known)}")
     return known[name]
 
 
@@ -87,10 +86,10 @@ def rank_for(method: str, config: LlamaConfig, parameters: int, side: str = "nea
     where it must. `side`: "nearest", or the nearest of those "below" (at most so many) or "above"
     (at least so many)."""
     one = trained_parameters(config, AdapterConfig(method, 1))
-    if not one or not parameters:
-        raise UserError(
-            "fft has no adapter, so no rank equals another's parameters; name a method that has one"
-        )
+    require(
+        one and parameters,
+        "fft has no adapter, so no rank equals another's parameters; name a method that has one",
+    )
 
     def fits(rank: int) -> bool:
         try:
@@ -109,8 +108,7 @@ def rank_for(method: str, config: LlamaConfig, parameters: int, side: str = "nea
         "below": [r for r in ranks if over[r] <= 0],
         "above": [r for r in ranks if over[r] >= 0],
     }
-    if not kept[side]:
-        raise UserError(f"method {method!r} has no rank {side} {parameters:,} parameters")
+    require(kept[side], f"method {method!r} has no rank {side} {parameters:,} parameters")
     return min(kept[side], key=lambda rank: abs(over[rank]))
 
 

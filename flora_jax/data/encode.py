@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from flora_jax.data.tasks import Example, Message
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 from flora_jax.progress import progress
 from flora_jax.tokens import encode_batch, encode_cut, encode_open, encode_open_batch, render
 
@@ -80,11 +80,11 @@ def encode(
     """
     _check(tokenizer, style, loss_on)
     [found] = _finish([_plan(example, tokenizer, style, loss_on)], tokenizer)
-    if len(found) > 1:
-        raise UserError(
-            f"the tokenizer's chat template makes {len(found)} training examples of this "
-            "conversation; encode_all gives them"
-        )
+    require(
+        len(found) <= 1,
+        f"the tokenizer's chat template makes {len(found)} training examples of this "
+        "conversation; encode_all gives them",
+    )
     return found[0] if len(found[0].tokens) - 1 <= max_length else None
 
 
@@ -107,17 +107,14 @@ def encode_all(
     _check(tokenizer, style, loss_on)
     shown = progress(examples, len(examples), "encoding", "example", silent)
     encoded = list(_encode(shown, tokenizer, style, loss_on))
-    if not encoded:
-        raise UserError(
-            "there are no examples to encode; data.tasks must name data that holds some"
-        )
+    require(encoded, "there are no examples to encode; data.tasks must name data that holds some")
     lengths = [len(e.tokens) - 1 for e in encoded]
     kept = [e for e, length in zip(encoded, lengths, strict=True) if length <= max_length]
-    if not kept:
-        raise UserError(
-            f"data.max_length={max_length} is too short for each of the {len(encoded)} examples; "
-            f"the shortest needs {min(lengths)}"
-        )
+    require(
+        kept,
+        f"data.max_length={max_length} is too short for each of the {len(encoded)} examples; "
+        f"the shortest needs {min(lengths)}",
+    )
     return kept, EncodeReport(
         kept=len(kept),
         too_long=len(encoded) - len(kept),
@@ -163,10 +160,10 @@ def _check(tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn = "
         raise UserError(
             f"data.loss_on={loss_on!r} is unknown; {near_misses(str(loss_on), ('answer', 'all'))}"
         )
-    if style == "chat" and not tokenizer.chat_template:
-        raise UserError(
-            "data.prompt_style='chat' needs a chat template and the tokenizer has none; use 'plain'"
-        )
+    require(
+        style != "chat" or tokenizer.chat_template,
+        "data.prompt_style='chat' needs a chat template and the tokenizer has none; use 'plain'",
+    )
 
 
 def _encode(
@@ -211,10 +208,10 @@ def _plan(
     *before, answer = example.messages
     refuse_tools(example.messages, style, example.tools)
     prompt = _plain_prompt(before, style, example.tools)
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token"
-        )
+    require(
+        tokenizer.eos_token_id is not None,
+        f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token",
+    )
     # One space between them, in the answer's first token, where byte-level vocabularies expect it.
     glue = "" if prompt[-1:].isspace() or answer.content[:1].isspace() else " "
     return [_Plan(prompt, glue + answer.content, [], [everything, True], [tokenizer.eos_token_id])]
@@ -247,11 +244,10 @@ def _encoded(pieces: list[list[int]], plan: _Plan) -> Encoded:
 
 
 def _plain_prompt(before: Sequence[Message], style: Style, tools: str) -> str:
-    if any(message.role == "assistant" for message in before):
-        raise UserError(
-            f"data.prompt_style={style!r} holds one answer, but a conversation has several; "
-            "use 'chat'"
-        )
+    require(
+        not any(message.role == "assistant" for message in before),
+        f"data.prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'",
+    )
     refuse_tools(before, style, tools)
     prompt = "\n\n".join(message.content for message in before)
     return _TRAINED_ON.format(prompt) if style == "llm_adapters" else prompt
@@ -265,8 +261,10 @@ def calls_tools(message: Message) -> bool:
 def refuse_tools(messages: Sequence[Message], style: Style, tools: str = "") -> None:
     """Raises UserError where a style without turns is to write tools, their results or calls."""
     used = tools or any(message.role == "tool" or calls_tools(message) for message in messages)
-    if style != "chat" and used:
-        raise UserError(f"data.prompt_style={style!r} has no place for tools; use 'chat'")
+    require(
+        style == "chat" or not used,
+        f"data.prompt_style={style!r} has no place for tools; use 'chat'",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

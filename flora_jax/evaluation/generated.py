@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flora_jax.data.encode import calls_tools, encode_prompt, refuse_tools
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require
 from flora_jax.evaluation import published
 from flora_jax.evaluation.answers import is_right
 from flora_jax.evaluation.rouge import POLICY, rouge
@@ -60,11 +60,11 @@ def _encode(
     data: TaskData, tokenizer: PreTrainedTokenizerFast, settings: Settings
 ) -> list[list[int]]:
     for i, example in enumerate(data.examples):
-        if calls_tools(example.messages[-1]):
-            raise UserError(
-                f"{data.task.name}: question {i} is to be answered by a call of a tool, but "
-                "answers are compared as texts; leave it out of the test set"
-            )
+        require(
+            not calls_tools(example.messages[-1]),
+            f"{data.task.name}: question {i} is to be answered by a call of a tool, but "
+            "answers are compared as texts; leave it out of the test set",
+        )
     style = settings.prompt_style
     asked = [few_shot_messages(example, data.shots, style) for example in data.examples]
     try:
@@ -86,11 +86,11 @@ def _fitting(
     """Whether each prompt leaves room for `new_tokens`."""
     lengths = [len(prompt) for prompt in prompts]
     fits = [length <= max_length - new_tokens for length in lengths]
-    if not any(fits):
-        raise UserError(
-            f"max_length={max_length} leaves no room for {new_tokens} new tokens after any prompt "
-            f"of {data.task.name}; the shortest has {min(lengths)} tokens"
-        )
+    require(
+        any(fits),
+        f"max_length={max_length} leaves no room for {new_tokens} new tokens after any prompt "
+        f"of {data.task.name}; the shortest has {min(lengths)} tokens",
+    )
     if not all(fits):
         _log.warning(
             "%s: %d of %d prompts leave no room for %d new tokens in max_length=%d and count as "

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from flora_jax.errors import NOT_FINITE, UserError
+from flora_jax.errors import NOT_FINITE, require
 from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
@@ -90,8 +90,7 @@ def token_loglik(
     caller's to see to. Raises FloatingPointError, with the question as `describe(index)` calls it,
     for a score of logits that are not finite.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be a positive integer")
+    require(batch_size >= 1, f"batch_size={batch_size} must be a positive integer")
     model = adapted.model
     variables = adapted.variables
     rows = _rows(requests)
@@ -122,8 +121,10 @@ def encode_pair(
         alone = encode_open(tokenizer, stripped)
         return alone, encode_open(tokenizer, stripped + continuation)[len(alone) :]
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start is None:
-        raise UserError("an empty context needs a tokenizer with a bos or eos token to start from")
+    require(
+        start is not None,
+        "an empty context needs a tokenizer with a bos or eos token to start from",
+    )
     return [start], tokenizer(continuation, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -140,15 +141,15 @@ def encode_pairs(
         for context, continuation in texts:
             before, after = encode_pair(tokenizer, context, continuation)
             length = len(before) + len(after)
-            if not after:
-                raise UserError(
-                    f"question {question}: continuation {continuation!r} has no tokens of its own"
-                )
-            if length > config.max_position_embeddings:
-                raise UserError(
-                    f"question {question}: context and continuation have {length} tokens, more "
-                    f"than the model's max_position_embeddings={config.max_position_embeddings}"
-                )
+            require(
+                after,
+                f"question {question}: continuation {continuation!r} has no tokens of its own",
+            )
+            require(
+                length <= config.max_position_embeddings,
+                f"question {question}: context and continuation have {length} tokens, more "
+                f"than the model's max_position_embeddings={config.max_position_embeddings}",
+            )
             pairs.append((before, after))
         encoded.append(pairs)
     return encoded

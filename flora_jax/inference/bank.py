@@ -28,7 +28,7 @@ from flora_jax.adapters import (
     widen,
     write_adapter,
 )
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
 
 Array = jax.Array
@@ -138,8 +138,7 @@ def _shared_config(
     if not adapters:
         return None
     for name in adapters:
-        if configs.get(name) is None:
-            raise UserError(f"adapter {name!r} needs its adapter_config")
+        require(configs.get(name) is not None, f"adapter {name!r} needs its adapter_config")
     first = configs[next(iter(adapters))]
     for name in adapters:
         own = configs[name]
@@ -177,10 +176,10 @@ def _shared_parts(
         return {}
     check_adapter(adapter, config, own)
     for path, leaf in flatten_dict(adapter, sep="/").items():
-        if not np.isfinite(leaf).all():
-            raise UserError(
-                f"adapter {name!r}: leaf {path!r} holds a value that is not finite; train it anew"
-            )
+        require(
+            np.isfinite(leaf).all(),
+            f"adapter {name!r}: leaf {path!r} holds a value that is not finite; train it anew",
+        )
     if own.rank < shared.rank:
         adapter, own = widen(adapter, own, shared.rank)
     return jax.device_get(parts_of(adapter, config, own))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters import AdapterConfig
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 from flora_jax.files import new_directory, read_json, write_json
 from flora_jax.interop.formats import FORMATS, Trained
 from flora_jax.models.config import DTYPES, LlamaConfig
@@ -46,10 +46,8 @@ _BLOCK = 8192  # rows of the unembedding that are scored with at a time
 def check_format(form: str, dtype: str, adapter_config: AdapterConfig, params: Tree) -> None:
     """Raises UserError for an unknown format or dtype, and for a format that cannot hold the method
     or, `params`, the base leaves that trained."""
-    if form not in FORMATS:
-        raise UserError(f"--format {form!r} is unknown; {near_misses(form, FORMATS)}")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype!r} is unknown; {near_misses(dtype, DTYPES)}")
+    require(form in FORMATS, f"--format {form!r} is unknown; {near_misses(form, FORMATS)}")
+    require(dtype in DTYPES, f"--dtype {dtype!r} is unknown; {near_misses(dtype, DTYPES)}")
     if why := FORMATS[form].refuse(adapter_config, params):
         able = [
             name for name, other in FORMATS.items() if other.refuse(adapter_config, params) is None
@@ -62,25 +60,24 @@ def check_directory(directory: Path, overwrite: bool) -> None:
     export of ours, and nothing was added to it."""
     if not os.path.lexists(directory):
         return
-    if not overwrite:
-        raise UserError(
-            f"--out {directory} exists; name a new one, or --overwrite to replace an export"
-        )
-    if directory.is_symlink() or not (directory / MARKER).is_file():
-        raise UserError(
-            f"--out {directory} is no directory that this command wrote (no {MARKER}) and is not "
-            "replaced"
-        )
+    require(
+        overwrite, f"--out {directory} exists; name a new one, or --overwrite to replace an export"
+    )
+    require(
+        not directory.is_symlink() and (directory / MARKER).is_file(),
+        f"--out {directory} is no directory that this command wrote (no {MARKER}) and is not "
+        "replaced",
+    )
     known = read_json(directory / MARKER).get("files")
     try:
         for name, about in _files(directory).items():
             # the first exports had bytes for all of them
             same = (about, (directory / name).lstat().st_size)
-            if name != MARKER and (not isinstance(known, dict) or known.get(name) not in same):
-                raise UserError(
-                    f"--out {directory} is not replaced: {name!r} in it is not as this command "
-                    "wrote it"
-                )
+            require(
+                name == MARKER or (isinstance(known, dict) and known.get(name) in same),
+                f"--out {directory} is not replaced: {name!r} in it is not as this command "
+                "wrote it",
+            )
     except OSError as error:
         raise UserError(
             f"--out {directory} is not replaced: it cannot be read ({error.strerror})"
@@ -127,11 +124,11 @@ def export(
     own = {"params": trained.full_base, "adapter": trained.adapter}
     wanted = _logits(trained.config, trained.adapter_config, own, tokens)
     effect = np.abs(wanted - _logits(trained.config, None, {"params": trained.base}, tokens))
-    if not effect.any():
-        raise UserError(
-            f"what {trained.adapter_config.method} trained changes no logit of the base: train it "
-            "first"
-        )
+    require(
+        effect.any(),
+        f"what {trained.adapter_config.method} trained changes no logit of the base: train it "
+        "first",
+    )
     with new_directory(directory) as new:
         report = {"schema_version": SCHEMA_VERSION, "format": form, "dtype": dtype}
         report |= FORMATS[form].write(trained, new, jnp.dtype(dtype))
@@ -162,17 +159,17 @@ def export(
 def _check_logits(form: str, dtype: str, logits: Mapping[str, float]) -> None:
     """Raises UserError for an export whose logits are not those of what was trained."""
     what = f"--format {form}: in {dtype} the export's logits differ from those of what was trained"
-    if not logits["max_change"] <= logits["bound"]:
-        raise UserError(
-            f"{what} by up to {logits['max_change']:.3g}, the bound is {logits['bound']:.3g}; "
-            "nothing was written"
-        )
-    if not logits["mean_change"] <= logits["mean_moved_by_training"] / 2:
-        raise UserError(
-            f"{what} by {logits['mean_change']:.3g} on average, and training moved them by no more "
-            f"than {logits['mean_moved_by_training']:.3g}; nothing was written: train longer, or "
-            "use --dtype float32"
-        )
+    require(
+        logits["max_change"] <= logits["bound"],
+        f"{what} by up to {logits['max_change']:.3g}, the bound is {logits['bound']:.3g}; "
+        "nothing was written",
+    )
+    require(
+        logits["mean_change"] <= logits["mean_moved_by_training"] / 2,
+        f"{what} by {logits['mean_change']:.3g} on average, and training moved them by no more "
+        f"than {logits['mean_moved_by_training']:.3g}; nothing was written: train longer, or "
+        "use --dtype float32",
+    )
 
 
 def _logits(

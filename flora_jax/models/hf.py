@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from flora_jax.adapters import base_leaves, check_tree, shapes_of
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
 
 
@@ -247,10 +247,10 @@ def _float_dtype(dtype: Any) -> np.dtype:
         found = jnp.dtype(dtype)
     except TypeError:
         raise UserError(f"dtype={dtype!r} is unknown; {near_misses(str(dtype), known)}") from None
-    if found.name not in known:
-        raise UserError(
-            f"dtype={found.name!r} is not for parameters; {near_misses(found.name, known)}"
-        )
+    require(
+        found.name in known,
+        f"dtype={found.name!r} is not for parameters; {near_misses(found.name, known)}",
+    )
     return found
 
 
@@ -315,11 +315,11 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 def _refuse_values(found: np.ndarray, dtype: np.dtype, file: str, name: str) -> NoReturn:
-    if not np.isfinite(found.astype(np.float64)).all():
-        raise UserError(
-            f"{file}: tensor {name!r} holds a value that is not finite (NaN or infinity); download "
-            "the checkpoint again, or take an earlier one of its training"
-        )
+    require(
+        np.isfinite(found.astype(np.float64)).all(),
+        f"{file}: tensor {name!r} holds a value that is not finite (NaN or infinity); download "
+        "the checkpoint again, or take an earlier one of its training",
+    )
     largest = np.abs(found.astype(np.float64)).max()
     raise UserError(
         f"{file}: tensor {name!r} holds {largest:.4g}, which {dtype.name} cannot hold"

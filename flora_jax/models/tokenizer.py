@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 from flora_jax.files import read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
@@ -63,10 +63,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     if path.is_file():
         return gguf_tokenizer(GgufFile(path))
     there = [name for name in VOCABULARIES if (path / name).is_file()]
-    if not there:
-        raise UserError(
-            f"{path}: no tokenizer.json, tokenizer.model or vocab.json in the directory"
-        )
+    require(there, f"{path}: no tokenizer.json, tokenizer.model or vocab.json in the directory")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (path / name).is_file():
             read_json(path / name)
@@ -165,12 +162,12 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LlamaConfig) -> None:
     """Raises UserError if the tokenizer has ids that the model has no embedding for."""
     largest = max(tokenizer.get_vocab().values())
-    if largest >= config.vocab_size:
-        raise UserError(
-            f"the tokenizer's largest id is {largest}, the model's vocab_size={config.vocab_size}; "
-            "use the checkpoint's own tokenizer, or a model with vocab_size of at least "
-            f"{largest + 1}"
-        )
+    require(
+        largest < config.vocab_size,
+        f"the tokenizer's largest id is {largest}, the model's vocab_size={config.vocab_size}; "
+        "use the checkpoint's own tokenizer, or a model with vocab_size of at least "
+        f"{largest + 1}",
+    )
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -198,11 +195,11 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     template. Raises UserError for another kind of tokenizer.
     """
     kind = file.require("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise UserError(
-            f"{file.path}: tokenizer.ggml.model={kind!r} is not supported; "
-            "only byte-level BPE ('gpt2') is"
-        )
+    require(
+        kind == "gpt2",
+        f"{file.path}: tokenizer.ggml.model={kind!r} is not supported; "
+        "only byte-level BPE ('gpt2') is",
+    )
     pre = file.require("tokenizer.ggml.pre")
     if pre not in _PRE_TOKENIZERS:
         known = near_misses(pre, _PRE_TOKENIZERS)
@@ -214,11 +211,11 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         id = file.get(f"tokenizer.ggml.{name}_token_id")
         if id is None:
             return None
-        if id >= len(tokens):
-            raise UserError(
-                f"{file.path}: tokenizer.ggml.{name}_token_id={id} is not among the "
-                f"{len(tokens)} tokens"
-            )
+        require(
+            id < len(tokens),
+            f"{file.path}: tokenizer.ggml.{name}_token_id={id} is not among the "
+            f"{len(tokens)} tokens",
+        )
         return tokens[id]
 
     return _wrap(
@@ -239,13 +236,14 @@ def _gguf_core(file: GgufFile, tokens: list[str], pre: str) -> tokenizers.Tokeni
     vocabulary = {token: id for id, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in file.require("tokenizer.ggml.merges")]
     for merge in merges:
-        if len(merge) != 2 or not vocabulary.keys() >= {*merge, "".join(merge)}:
-            raise UserError(
-                f"{file.path}: tokenizer.ggml.merges holds {' '.join(merge)!r}, "
-                "which merges no two tokens"
-            )
-    if len(vocabulary) != len(tokens):
-        raise UserError(f"{file.path}: tokenizer.ggml.tokens holds a token twice")
+        require(
+            len(merge) == 2 and vocabulary.keys() >= {*merge, "".join(merge)},
+            f"{file.path}: tokenizer.ggml.merges holds {' '.join(merge)!r}, "
+            "which merges no two tokens",
+        )
+    require(
+        len(vocabulary) == len(tokens), f"{file.path}: tokenizer.ggml.tokens holds a token twice"
+    )
     bpe = tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3_NAMES)
     core = tokenizers.Tokenizer(bpe)
     core.pre_tokenizer = _PRE_TOKENIZERS[pre]()

@@ -31,7 +31,7 @@ from flora_jax.data import (
 )
 from flora_jax.data.kept import code_digest, keep, read_kept
 from flora_jax.data.sources import SPLITS
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require
 from flora_jax.files import cache_root
 from flora_jax.tokens import tokenizer_digest
 
@@ -157,11 +157,11 @@ def _read_part(task: Task, share: int, data: ml_collections.ConfigDict) -> _Part
 
 def _held_out(task: Task, records: int, share: int) -> set[int]:
     """Which of a task's training records validate: at most a tenth of them."""
-    if records < 2:
-        raise UserError(
-            f"task {task.name!r}: one record is too few, since it has no validation split and some "
-            "records are held out; give more, or a folder with a validation file"
-        )
+    require(
+        records >= 2,
+        f"task {task.name!r}: one record is too few, since it has no validation split and some "
+        "records are held out; give more, or a folder with a validation file",
+    )
     order = np.random.default_rng(0).permutation(records)
     return set(order[: min(share, max(1, records // 10))].tolist())
 
@@ -193,12 +193,12 @@ def _refuse_contaminated(
     overlaps = {}
     for name in [name for name in tests if name in scored]:
         share = overlaps[name] = dedupe(tests[name], records)[1] / len(tests[name])
-        if share > CONTAMINATED and not config.data.allow_contaminated:
-            raise UserError(
-                f"config.data.tasks={config.data.tasks}: {100 * share:.1f} % of the test questions "
-                f"of {name!r} are in the training data; leave that test or that data out, or set "
-                "config.data.allow_contaminated"
-            )
+        require(
+            share <= CONTAMINATED or config.data.allow_contaminated,
+            f"config.data.tasks={config.data.tasks}: {100 * share:.1f} % of the test questions "
+            f"of {name!r} are in the training data; leave that test or that data out, or set "
+            "config.data.allow_contaminated",
+        )
     return overlaps
 
 
@@ -214,10 +214,10 @@ def _drop_overlaps(
     kept = [
         dataclasses.replace(part, validation=dedupe(part.validation, tested)[0]) for part in parts
     ]
-    if not _all(kept, "validation"):
-        raise UserError(
-            f"config.data.tasks={config.data.tasks}: each validation record is also in a test set"
-        )
+    require(
+        _all(kept, "validation"),
+        f"config.data.tasks={config.data.tasks}: each validation record is also in a test set",
+    )
     asked = tested + _all([part for part in kept if part.task.source != "jsonl"], "validation")
     answered = _all([part for part in parts if part.task.source == "jsonl"], "validation")
     for i, part in enumerate(kept):

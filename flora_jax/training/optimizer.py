@@ -11,7 +11,7 @@ import ml_collections
 import optax
 
 from flora_jax.config import learning_rate, names, warmup_steps
-from flora_jax.errors import UserError
+from flora_jax.errors import require
 from flora_jax.training.rules import decide, paths, tree
 
 # Whether AdamW's decay applies. Every model has norms, so no rule is ever idle.
@@ -26,10 +26,10 @@ def trains(config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> d
     """
     rules = [(pattern, True) for pattern in names(config.train.trainable)]
     if config.adapter.method == "fft":
-        if rules:
-            raise UserError(
-                f"config.train.trainable={config.train.trainable!r}: fft trains every leaf already"
-            )
+        require(
+            not rules,
+            f"config.train.trainable={config.train.trainable!r}: fft trains every leaf already",
+        )
         rules = [(r"params/.*", True)]
     adapter = {path: True for path in paths(variables) if path.startswith("adapter/")}
     base = [path for path in paths(variables) if path not in adapter]
@@ -87,8 +87,8 @@ def _rate_rule(rule: str) -> tuple[str, float]:
         value = float(factor)
     except ValueError:
         value = -1.0
-    if not pattern or not 0 <= value < math.inf:
-        raise UserError(
-            f"config.optim.rate_rules: {rule!r} is not PATH_RULE=FACTOR with a factor of at least 0"
-        )
+    require(
+        pattern and 0 <= value < math.inf,
+        f"config.optim.rate_rules: {rule!r} is not PATH_RULE=FACTOR with a factor of at least 0",
+    )
     return pattern, value

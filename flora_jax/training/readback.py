@@ -12,7 +12,7 @@ import ml_collections
 
 from flora_jax.adapters import AdapterConfig, abstract_adapter
 from flora_jax.config import fields, get_config
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 from flora_jax.files import read_json
 from flora_jax.models.llama import abstract_base
 from flora_jax.training.checkpoints import Checkpoints, check_meta, readable
@@ -25,14 +25,14 @@ Tree = dict[str, Any]
 
 def read_run(workdir: Path) -> ml_collections.ConfigDict:
     """The configuration of the run in `workdir`. Raises UserError if it holds none."""
-    if not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: there is no such directory")
+    require(workdir.is_dir(), f"--workdir={workdir}: there is no such directory")
     path = workdir / "config.json"
     stored = read_json(path, "; a run of flora_jax.train has one").get("config")
     config = get_config()  # a field that is newer than the run has its default
     known = fields(config)
-    if not isinstance(stored, dict):
-        raise UserError(f"{path}: field 'config' is missing; a run's configuration has it")
+    require(
+        isinstance(stored, dict), f"{path}: field 'config' is missing; a run's configuration has it"
+    )
     for name, value in fields(stored).items():
         if name not in known:
             raise UserError(

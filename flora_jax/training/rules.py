@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 
 T = TypeVar("T")
 Tree = dict[str, Any]
@@ -51,8 +51,7 @@ def decide(
                 used.add(i)
                 break
         else:
-            if default is None:
-                raise UserError(f"{what}: no rule covers {name!r}")
+            require(default is not None, f"{what}: no rule covers {name!r}")
             decided[name] = default
     for i, (pattern, _) in enumerate(rules):
         if i not in used:

@@ -20,7 +20,7 @@ from flora_jax.config import adapter_config as make_adapter_config
 from flora_jax.config import check_config, weights_source
 from flora_jax.data import train_iterator
 from flora_jax.device import check_jax
-from flora_jax.errors import UserError, expand_path
+from flora_jax.errors import expand_path, require
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import Llama, abstract_base, init_base
@@ -104,11 +104,11 @@ def check_run(config: ml_collections.ConfigDict, workdir: str | Path) -> Setup:
         "adapter": abstract_adapter(model_config, adapter),
     }
     # which no checkpoint can hold
-    if any(leaf.size == 0 for leaf in jax.tree.leaves(shapes["adapter"])):
-        raise UserError(
-            f"config.adapter.method={adapter.method!r} reads q, k and v from the second layer on, "
-            "and the model has num_hidden_layers=1; use another method"
-        )
+    require(
+        not any(leaf.size == 0 for leaf in jax.tree.leaves(shapes["adapter"])),
+        f"config.adapter.method={adapter.method!r} reads q, k and v from the second layer on, "
+        "and the model has num_hidden_layers=1; use another method",
+    )
     trained = trains(config, shapes)
     return Setup(
         model_config=model_config,
@@ -167,12 +167,12 @@ def _check_all(config: ml_collections.ConfigDict, workdir: str | Path) -> tuple[
     inputs = load_inputs(config, setup.tokenizer)
     positions = setup.model_config.max_position_embeddings
     longest = max(len(example.tokens) - 1 for example in (*inputs.train, *inputs.validation))
-    if longest > positions:
-        raise UserError(
-            f"config.data.max_length={config.data.max_length} lets in an example of {longest} "
-            f"positions, but the model has max_position_embeddings={positions}; lower it (rows "
-            "longer than that may be packed of shorter examples)"
-        )
+    require(
+        longest <= positions,
+        f"config.data.max_length={config.data.max_length} lets in an example of {longest} "
+        f"positions, but the model has max_position_embeddings={positions}; lower it (rows "
+        "longer than that may be packed of shorter examples)",
+    )
     return setup, inputs
 
 

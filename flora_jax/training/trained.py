@@ -9,7 +9,7 @@ from typing import Any
 from flora_jax.adapters import AdapterConfig
 from flora_jax.config import adapter_config as make_adapter_config
 from flora_jax.config import weights_source
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require
 from flora_jax.files import read_json
 from flora_jax.interop.adapter_files import check_fingerprint, load_adapter
 from flora_jax.interop.exports import check_format
@@ -34,11 +34,11 @@ def load_run(
     adapter_config = make_adapter_config(config)
     architecture = model_config(config)
     source = weights_source(config)
-    if step is None and not (workdir / "adapter").is_dir():
-        raise UserError(
-            f"--workdir={workdir}: the run has not ended (no adapter/); let it end, or name a kept "
-            "--step"
-        )
+    require(
+        step is not None or (workdir / "adapter").is_dir(),
+        f"--workdir={workdir}: the run has not ended (no adapter/); let it end, or name a kept "
+        "--step",
+    )
     summary = read_json(workdir / "eval.json") if (workdir / "eval.json").exists() else {}
     describe_run(summary)  # what is wrong with it is said before weights are loaded
     if step is None:
@@ -63,10 +63,10 @@ def load_run(
 def _read_best(directory: Path, config: LlamaConfig, adapter_config: AdapterConfig) -> Tree:
     """The adapter that a run left. Raises UserError if it is not of the run's configuration."""
     found, trained = load_adapter(directory, config)
-    if dataclasses.replace(found, zero_init=adapter_config.zero_init) != adapter_config:
-        raise UserError(
-            f"{directory} is of {found}, but config.json beside it is of {adapter_config}"
-        )
+    require(
+        dataclasses.replace(found, zero_init=adapter_config.zero_init) == adapter_config,
+        f"{directory} is of {found}, but config.json beside it is of {adapter_config}",
+    )
     return trained
 
 
