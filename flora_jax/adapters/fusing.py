@@ -24,12 +24,9 @@ import numpy as np
 from flora_jax.adapters.config import AdapterConfig
 from flora_jax.adapters.forms import folded
 from flora_jax.adapters.layouts import FUSED, Layout
-from flora_jax.adapters.leaves import check_adapter, check_base, check_fused, pad_first_layer
+from flora_jax.adapters.leaves import Tree, check_adapter, check_base, check_fused, pad_first_layer
 from flora_jax.adapters.methods import BLOCKS, PRODUCTS
 from flora_jax.errors import UserError, require
-
-Array = jax.Array
-Tree = dict[str, Any]
 
 
 def has_adapter(adapter_config: AdapterConfig | None) -> bool:
@@ -37,13 +34,13 @@ def has_adapter(adapter_config: AdapterConfig | None) -> bool:
     return adapter_config is not None and adapter_config.row.reads is not None
 
 
-def _scaled(leaf: Array, side: str, adapter_config: AdapterConfig) -> Array:
+def _scaled(leaf: jax.Array, side: str, adapter_config: AdapterConfig) -> jax.Array:
     """The scale is in the side that by the method's own row starts at zero: in A for ffa, ffba* and
     zflora, in B for the others."""
     return leaf * (adapter_config.scale if adapter_config.row.zero == side else 1)
 
 
-def _unscaled(leaf: Array, side: str, adapter_config: AdapterConfig) -> Array:
+def _unscaled(leaf: jax.Array, side: str, adapter_config: AdapterConfig) -> jax.Array:
     scale = adapter_config.scale if adapter_config.row.zero == side else 1
     return (leaf / scale).astype(jnp.float32)
 
@@ -192,7 +189,7 @@ def _joined(
     return out
 
 
-def _pad_to(array: Array, shape: Sequence[int]) -> Array:
+def _pad_to(array: jax.Array, shape: Sequence[int]) -> jax.Array:
     """`array` with zeros behind it up to `shape`."""
     if array.shape == tuple(shape):
         return array
@@ -346,7 +343,7 @@ def write_adapter(
     config: Any,
     adapter_config: AdapterConfig,
     layout: Layout,
-    place: Array,
+    place: jax.Array,
 ) -> Tree:
     """The `layers` of a fused tree that lie so, with the adapter of `parts` (`parts_of`) at `place`
     of the bank, scalar int32.
@@ -367,7 +364,12 @@ def write_adapter(
 
 
 def _write_part(
-    leaves: Tree, layout: Layout, path: str, value: Array, edges: tuple[int, int], place: Array
+    leaves: Tree,
+    layout: Layout,
+    path: str,
+    value: jax.Array,
+    edges: tuple[int, int],
+    place: jax.Array,
 ) -> None:
     """Writes one part of an adapter into a product's fused leaves: columns and rows behind the
     base's `edges` (d_in, d_out) in its array, a B in its own."""

@@ -22,7 +22,6 @@ from flora_jax.adapters.config import AdapterConfig, Slot
 from flora_jax.adapters.methods import PRODUCTS
 from flora_jax.errors import UserError, near_misses, require
 
-Array = jax.Array
 Widths = Mapping[str, tuple[int, int]]
 
 KINDS = ("split", "fused", "unmerged")

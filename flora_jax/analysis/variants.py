@@ -15,13 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.adapters import METHODS, AdapterConfig, Layout, abstract_adapter, fuse, merge
+from flora_jax.adapters import METHODS, AdapterConfig, Layout, Tree, abstract_adapter, fuse, merge
 from flora_jax.analysis.unmerged import SevenDense, UnmergedDense, unmerge
 from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
-
-Tree = dict[str, Any]
 
 # XLA's option that keeps it from merging LoRA's products with the base's, as it does above batch 1.
 NO_DOT_MERGER = {"xla_gpu_dot_merger_threshold_mb": 0}

@@ -15,17 +15,21 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from flora_jax.data.tasks import Example, Message
 from flora_jax.errors import UserError, near_misses, require
 from flora_jax.progress import progress
-from flora_jax.tokens import encode_batch, encode_cut, encode_open, encode_open_batch, render
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from flora_jax.tokens import (
+    Tokenizer,
+    encode_batch,
+    encode_cut,
+    encode_open,
+    encode_open_batch,
+    render,
+)
 
 Style = Literal["plain", "chat", "llm_adapters"]
 STYLES = get_args(Style)
@@ -63,7 +67,7 @@ class EncodeReport:
 
 def encode(
     example: Example,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     *,
     style: Style,
     loss_on: LossOn,
@@ -90,7 +94,7 @@ def encode(
 
 def encode_all(
     examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     *,
     style: Style,
     loss_on: LossOn,
@@ -126,7 +130,7 @@ def encode_all(
 
 def encode_prompt(
     prompt: Example | Sequence[Message],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     style: Style,
     tools: str = "",
 ) -> list[int]:
@@ -151,7 +155,7 @@ def encode_prompt(
     return list(itertools.chain(*pieces))
 
 
-def _check(tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn = "answer") -> None:
+def _check(tokenizer: Tokenizer, style: Style, loss_on: LossOn = "answer") -> None:
     if style not in STYLES:
         raise UserError(
             f"data.prompt_style={style!r} is unknown; {near_misses(str(style), STYLES)}"
@@ -167,7 +171,7 @@ def _check(tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn = "
 
 
 def _encode(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn
+    examples: Iterable[Example], tokenizer: Tokenizer, style: Style, loss_on: LossOn
 ) -> Iterator[Encoded]:
     """What each example gives, in order. Raises UserError that names the example."""
     number = 0
@@ -195,9 +199,7 @@ class _Plan:
     end: list[int]  # tokens, which count as the last piece does
 
 
-def _plan(
-    example: Example, tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn
-) -> list[_Plan]:
+def _plan(example: Example, tokenizer: Tokenizer, style: Style, loss_on: LossOn) -> list[_Plan]:
     """What is to be tokenised of an example, and what of it counts.
 
     Raises UserError for what the style cannot express.
@@ -217,9 +219,7 @@ def _plan(
     return [_Plan(prompt, glue + answer.content, [], [everything, True], [tokenizer.eos_token_id])]
 
 
-def _finish(
-    plans: Sequence[list[_Plan]], tokenizer: PreTrainedTokenizerFast
-) -> list[list[Encoded]]:
+def _finish(plans: Sequence[list[_Plan]], tokenizer: Tokenizer) -> list[list[Encoded]]:
     """The plans, tokenised together."""
     flat = list(itertools.chain(*plans))
     begun = [plan.prompt for plan in flat if plan.prompt is not None]
@@ -276,9 +276,7 @@ class _Answer:
     trained: bool  # whether it is to be trained on
 
 
-def _chat_plans(
-    example: Example, tokenizer: PreTrainedTokenizerFast, everything: bool
-) -> list[_Plan]:
+def _chat_plans(example: Example, tokenizer: Tokenizer, everything: bool) -> list[_Plan]:
     """The rendered conversation up to the last turn that is trained on.
 
     It is cut before each answer and behind its end-of-turn token: `…assistant\\n` |
@@ -308,7 +306,7 @@ def _cuts(answers: Sequence[_Answer]) -> list[int]:
 
 
 def _answers(
-    messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokenizerFast, needed: bool = True
+    messages: Sequence[Message], tools: str, tokenizer: Tokenizer, needed: bool = True
 ) -> list[_Answer | None]:
     """The assistant's turns; None for one that cannot be told from its prompt.
 
@@ -326,7 +324,7 @@ def _answers(
     return answers
 
 
-def _answer(messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokenizerFast) -> _Answer:
+def _answer(messages: Sequence[Message], tools: str, tokenizer: Tokenizer) -> _Answer:
     """The last turn of the conversation, the assistant's."""
     *before, message = messages
     prompt = _render(before, tools, tokenizer, add_generation_prompt=True)
@@ -372,7 +370,7 @@ def _why_apart(asked: str, prompt: str, whole: str) -> str:
     )
 
 
-def _added_end(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
+def _added_end(text: str, tokenizer: Tokenizer) -> str:
     """The added token that `text` ends with; empty without one."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values())
     return next((token for token in added if text.endswith(token)), "")
@@ -381,7 +379,7 @@ def _added_end(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
 def _render(
     messages: Sequence[Message],
     tools: str,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     *,
     add_generation_prompt: bool,
 ) -> str:

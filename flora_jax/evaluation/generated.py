@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flora_jax.data.encode import calls_tools, encode_prompt, refuse_tools
 from flora_jax.errors import UserError, require
@@ -16,9 +16,7 @@ from flora_jax.evaluation.rouge import POLICY, rouge
 from flora_jax.evaluation.rounds import FIRST_ROUND, generate_in_rounds
 from flora_jax.evaluation.task_data import SHOT_BREAK, Settings, TaskData, few_shot_messages
 from flora_jax.inference.generator import Generator
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from flora_jax.tokens import Tokenizer
 
 # Tokens beside the longest answer and its end: it may be said in more of them than it is written
 # in.
@@ -42,9 +40,7 @@ class Asked:
         return [prompt for prompt, fit in zip(self.prompts, self.fits, strict=True) if fit]
 
 
-def ask(
-    data: TaskData, tokenizer: PreTrainedTokenizerFast, settings: Settings, max_length: int
-) -> Asked:
+def ask(data: TaskData, tokenizer: Tokenizer, settings: Settings, max_length: int) -> Asked:
     """The task's prompts, where prompt and answer have `max_length` tokens. A line says how many
     leave no room, and whether answers are cut. Raises UserError where none leaves room, and for
     what cannot be asked or compared as text."""
@@ -56,9 +52,7 @@ def ask(
     return asked
 
 
-def _encode(
-    data: TaskData, tokenizer: PreTrainedTokenizerFast, settings: Settings
-) -> list[list[int]]:
+def _encode(data: TaskData, tokenizer: Tokenizer, settings: Settings) -> list[list[int]]:
     for i, example in enumerate(data.examples):
         require(
             not calls_tools(example.messages[-1]),
@@ -104,7 +98,7 @@ def _fitting(
     return fits
 
 
-def _room(data: TaskData, tokenizer: PreTrainedTokenizerFast, asked: Asked, max_length: int) -> int:
+def _room(data: TaskData, tokenizer: Tokenizer, asked: Asked, max_length: int) -> int:
     """New tokens for the longest answer of the data, as far as the longest prompt leaves them."""
     texts = [example.answer for example in data.examples]
     answers = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

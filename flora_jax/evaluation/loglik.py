@@ -19,7 +19,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,8 @@ from flora_jax.errors import NOT_FINITE, require
 from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
-from flora_jax.tokens import encode_open
+from flora_jax.tokens import Tokenizer, encode_open
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-Array = jax.Array
 Tree = dict[str, Any]
 # by question and choice: token ids of context, continuation
 Pairs = Sequence[Sequence[tuple[list[int], list[int]]]]
@@ -111,7 +107,7 @@ def token_loglik(
 
 
 def encode_pair(
-    tokenizer: PreTrainedTokenizerFast, context: str, continuation: str
+    tokenizer: Tokenizer, context: str, continuation: str
 ) -> tuple[list[int], list[int]]:
     """Tokens of the context, and of the continuation as it is tokenised behind it. An empty context
     becomes the tokenizer's bos (or eos) token."""
@@ -130,7 +126,7 @@ def encode_pair(
 
 def encode_pairs(
     config: LlamaConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     requests: Sequence[Sequence[tuple[str, str]]],
 ) -> Pairs:
     """The tokens of each pair of `choice_loglik`, as `token_loglik` takes them. Raises UserError
@@ -209,14 +205,18 @@ def _score(
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _hidden(model: Llama, variables: Tree, tokens: Array, positions: Array, groups: Array) -> Array:
+def _hidden(
+    model: Llama, variables: Tree, tokens: jax.Array, positions: jax.Array, groups: jax.Array
+) -> jax.Array:
     """Hidden states `[B, T, D]`; a token sees, of those before it, its own group and group 0."""
     mask = (groups[:, None, :] == groups[:, :, None]) | (groups[:, None, :] == 0)
     return model.apply(variables, tokens, positions=positions, mask=mask, method="hidden")[0]
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _next_tokens(model: Llama, variables: Tree, hidden: Array, where: Array) -> tuple[Array, Array]:
+def _next_tokens(
+    model: Llama, variables: Tree, hidden: jax.Array, where: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """log p `[C]` of the next tokens `where[:, 2]`, read at `hidden[where[:, 0], where[:, 1]]`, and
     whether each is the most likely one; log p is NaN where a logit is not finite."""
     rows, places, targets = where.T

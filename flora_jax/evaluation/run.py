@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,10 +25,8 @@ from flora_jax.evaluation.task_data import Settings, TaskData, few_shot_requests
 from flora_jax.inference.generator import Generator, check_sizes
 from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
+from flora_jax.tokens import Tokenizer
 from flora_jax.versions import versions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("flora_jax", "jax", "flax", "transformers", "tokenizers", "numpy")
@@ -108,7 +106,7 @@ def _describe_run(adapted: Adapted, settings: Settings) -> dict[str, Any]:
 def check_prompts(
     tasks: Sequence[TaskData],
     config: LlamaConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     settings: Settings,
 ) -> dict[str, Asked | Pairs]:
     """What is asked, by task: prompts, or the token ids of choices. Raises UserError where
@@ -135,9 +133,7 @@ def describe(scores: Mapping[str, Any]) -> str:
     return f"{scores['accuracy']:.4f} ± {scores['stderr']:.4f}{norm}"
 
 
-def _encode_choices(
-    data: TaskData, config: LlamaConfig, tokenizer: PreTrainedTokenizerFast
-) -> Pairs:
+def _encode_choices(data: TaskData, config: LlamaConfig, tokenizer: Tokenizer) -> Pairs:
     """The token ids of each question's choices, `(context, continuation)`. Raises UserError for one
     that is too long or has none."""
     requests = [few_shot_requests(example, data.shots) for example in data.examples]

@@ -14,25 +14,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from flora_jax.adapters import (
     AdapterConfig,
     Layout,
+    Tree,
     check_adapter,
     device_layout,
     fuse,
     has_adapter,
     make_room,
     parts_of,
+    paths,
     widen,
     write_adapter,
 )
 from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
-
-Array = jax.Array
-Tree = dict[str, Any]
 
 
 @functools.partial(
@@ -41,7 +39,7 @@ Tree = dict[str, Any]
 def _write(
     layers: Tree,
     parts: Tree,
-    place: Array,
+    place: jax.Array,
     config: LlamaConfig,
     adapter_config: AdapterConfig,
     layout: Layout,
@@ -119,7 +117,7 @@ class Bank:
         )
         self.places[place] = name
 
-    def select(self, names: Sequence[str | None], rows: int) -> Array | None:
+    def select(self, names: Sequence[str | None], rows: int) -> jax.Array | None:
         """`[rows, N]` bool, which adapter each row uses, those behind `names` none; None where
         there is no bank."""
         if not self.side_by_side:
@@ -175,7 +173,7 @@ def _shared_parts(
     if shared is None:
         return {}
     check_adapter(adapter, config, own)
-    for path, leaf in flatten_dict(adapter, sep="/").items():
+    for path, leaf in paths(adapter).items():
         require(
             np.isfinite(leaf).all(),
             f"adapter {name!r}: leaf {path!r} holds a value that is not finite; train it anew",

@@ -11,14 +11,14 @@ import operator
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from flora_jax.adapters import AdapterConfig, has_adapter
+from flora_jax.adapters import AdapterConfig, Tree, has_adapter
 from flora_jax.device import check_jax
 from flora_jax.errors import NOT_FINITE, UserError, check_text, require
 from flora_jax.inference.bank import Bank
@@ -28,13 +28,8 @@ from flora_jax.models.adapted import Adapted
 from flora_jax.models.attention import kernel_runs
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
-from flora_jax.tokens import encode_open, ends
+from flora_jax.tokens import Tokenizer, encode_open, ends
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-Array = jax.Array
-Tree = dict[str, Any]
 Prompt = str | Sequence[int]
 
 _PROMPTS = "prompts must be a list of prompts, each a text or a list of token ids"
@@ -79,8 +74,8 @@ class _Begun:
 
     state: State
     stop: np.ndarray
-    keys: Array
-    select: Array | None
+    keys: jax.Array
+    select: jax.Array | None
 
 
 def _is_integer(value: Any) -> bool:
@@ -183,7 +178,7 @@ class Generator:
         base: Tree,
         adapters: Mapping[str, Tree] | None = None,
         adapter_config: AdapterConfig | Mapping[str, AdapterConfig] | None = None,
-        tokenizer: PreTrainedTokenizerFast | None = None,
+        tokenizer: Tokenizer | None = None,
         max_length: int = 1024,
         batch_size: int = 8,
         decode_kernel: bool | None = None,
@@ -402,7 +397,7 @@ class Generator:
         state = begin(logits, cache, dummies, settings.stop, keys, settings.sampling)
         return _Begun(state, settings.stop, keys, select)
 
-    def _decode(self, begun: _Begun, state: State, limit: Array, sampling: Sampling) -> State:
+    def _decode(self, begun: _Begun, state: State, limit: jax.Array, sampling: Sampling) -> State:
         """The state with `limit` tokens in all; the one given is consumed."""
         settings = (begun.stop, begun.keys, begun.select)
         return decode(self._model, self.params, state, limit, *settings, sampling=sampling)

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 
 from flora_jax.errors import require
 
-Array = jax.Array
-
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -54,7 +52,7 @@ class Sampling:
         require(0 < self.top_p <= 1, f"top_p={self.top_p!r} must be in (0, 1]")
 
 
-def keep_top(logits: Array, top_k: int, top_p: float) -> Array:
+def keep_top(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """`logits` [B, V] with −inf at every token outside the top k, then outside the nucleus p of
     what is left."""
     if 0 < top_k < logits.shape[-1]:
@@ -72,7 +70,7 @@ def keep_top(logits: Array, top_k: int, top_p: float) -> Array:
     return logits
 
 
-def sample(keys: Array, logits: Array, sampling: Sampling) -> Array:
+def sample(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
     """One token a row, `[B]` int32, from logits `[B, V]`; `keys` `[B]`, a random key a row, so that
     what a row draws does not depend on the rows beside it. Greedy reads no key."""
     if sampling.temperature == 0:

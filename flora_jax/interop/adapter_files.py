@@ -24,11 +24,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from flora_jax.adapters import AdapterConfig, abstract_adapter, check_tree, shapes_of
+from flora_jax.adapters import (
+    AdapterConfig,
+    Tree,
+    abstract_adapter,
+    check_tree,
+    paths,
+    shapes_of,
+    tree,
+)
 from flora_jax.device import check_jax
 from flora_jax.errors import UserError, require
 from flora_jax.files import new_directory, read_json, write_json
@@ -47,8 +54,6 @@ from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import abstract_base
 from flora_jax.models.loading import FLOATS, load_pretrained
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
-
-Tree = dict[str, Any]
 
 FORMAT_VERSION = 1
 TRAINED_ON = "trained_on.json"
@@ -127,7 +132,7 @@ def write_adapter_files(
         files = {
             CONFIG: {"peft_type": "FLORA", **about, "base_model_name_or_path": base_model, **fields}
         }
-        tensors = _flat({"adapter": adapter, "params": params})
+        tensors = paths({"adapter": adapter, "params": params})
     tensors = {
         name: np.ascontiguousarray(np.asarray(value), dtype) for name, value in tensors.items()
     }
@@ -170,7 +175,7 @@ def load_adapter(
             f"{directory / WEIGHTS}: leaf {path!r} belongs neither to adapter/ nor to params/",
         )
         leaves[collection][rest] = value
-    trained = {name: unflatten_dict(own, sep="/") for name, own in leaves.items()}
+    trained = {name: tree(own) for name, own in leaves.items()}
     _check_leaves(trained, config, adapter_config, str(directory / WEIGHTS))
     return adapter_config, trained
 
@@ -229,12 +234,12 @@ def load_adapted(
     if directory is None:
         return bare
     adapter_config, trained = load_adapter(directory, config, fingerprint)
-    leaves = _flat(base)
-    for path, value in _flat(trained["params"]).items():
+    leaves = paths(base)
+    for path, value in paths(trained["params"]).items():
         leaves[path] = jnp.asarray(value, leaves[path].dtype)
     return dataclasses.replace(
         bare,
-        base=unflatten_dict(leaves, sep="/"),
+        base=tree(leaves),
         adapter_config=adapter_config,
         adapter=jax.tree.map(jnp.asarray, trained["adapter"]),
     )
@@ -248,10 +253,6 @@ def _check_there(directory: Path) -> None:
     if (below / CONFIG).is_file():
         at = f"it is in {below}"
     raise UserError(f"{directory}: there is no adapter here; {at}")
-
-
-def _flat(tree: Tree) -> dict[str, Any]:
-    return flatten_dict(tree, sep="/")
 
 
 def _check_leaves(

@@ -17,14 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import AdapterConfig
+from flora_jax.adapters import AdapterConfig, Tree
 from flora_jax.errors import UserError, near_misses, require
 from flora_jax.files import new_directory, read_json, write_json
 from flora_jax.interop.formats import FORMATS, Trained
 from flora_jax.models.config import DTYPES, LlamaConfig
 from flora_jax.models.llama import KVCache, Llama
-
-Tree = dict[str, Any]
 
 SCHEMA_VERSION = 1
 MARKER = "flora_export.json"  # the report, by which a directory is known as ours

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from flora_jax.adapters import AdapterConfig
+from flora_jax.adapters import AdapterConfig, Tree
 from flora_jax.device import check_jax
 from flora_jax.errors import UserError, disk_fault
 from flora_jax.interop.adapter_files import check_fingerprint, load_adapter
@@ -30,8 +30,6 @@ from flora_jax.models.loading import (
 )
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
 from flora_jax.versions import versions
-
-Tree = dict[str, Any]
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "safetensors")
 

@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from flora_jax.adapters import BLOCKS, PRODUCTS, PROJECTIONS, AdapterConfig, check_tree
+from flora_jax.adapters import BLOCKS, PRODUCTS, PROJECTIONS, AdapterConfig, Tree, check_tree
 from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
-
-Tree = dict[str, Any]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

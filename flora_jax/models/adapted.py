@@ -4,16 +4,11 @@ one."""
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
 
-from flora_jax.adapters import AdapterConfig
+from flora_jax.adapters import AdapterConfig, Tree
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-Tree = dict[str, Any]
+from flora_jax.tokens import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +23,7 @@ class Adapted:
 
     config: LlamaConfig
     base: Tree
-    tokenizer: PreTrainedTokenizerFast | None = None
+    tokenizer: Tokenizer | None = None
     fingerprint: str | None = None
     adapter_config: AdapterConfig | None = None
     adapter: Tree | None = None

@@ -30,8 +30,6 @@ import jax.numpy as jnp
 
 from flora_jax.models.config import LlamaConfig
 
-Array = jax.Array
-
 # jax says so at each import and at each lowering; here is where it is met, and what replaces them
 # stands above and in decode_attention.py.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
@@ -51,8 +49,8 @@ class Seen(NamedTuple):
     segments: `[B, T]` int32, of queries and keys alike. mask: `[B, 1, T, S]` bool, which shows no
     query a later key. At most one of them is given."""
 
-    segments: Array | None = None
-    mask: Array | None = None
+    segments: jax.Array | None = None
+    mask: jax.Array | None = None
 
 
 def capability() -> tuple[int, int] | None:
@@ -62,17 +60,17 @@ def capability() -> tuple[int, int] | None:
     return None if found is None else (int(found[1]), int(found[2]))
 
 
-def _half_on_ampere(q: Array) -> bool:
+def _half_on_ampere(q: jax.Array) -> bool:
     return q.dtype in _HALF and (capability() or (0, 0)) >= _AMPERE
 
 
-def cudnn_runs(q: Array) -> bool:
+def cudnn_runs(q: jax.Array) -> bool:
     """Whether cuDNN's fused attention can: an NVIDIA GPU from Ampere on, half precision, heads of
     at most 128 channels, a multiple of 8."""
     return _half_on_ampere(q) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
 
 
-def pallas_runs(q: Array) -> bool:
+def pallas_runs(q: jax.Array) -> bool:
     """Whether Pallas's flash attention can: an NVIDIA GPU from Ampere on, half precision, heads of
     64 or 128 channels, and one device, since XLA cannot split a Pallas call over a mesh."""
     alone = jax.device_count() == 1
@@ -91,8 +89,12 @@ def _has_triton() -> bool:
 
 
 def attend(
-    q: Array, k: Array, v: Array, mask: Array | None = None, segments: Array | None = None
-) -> Array:
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    segments: jax.Array | None = None,
+) -> jax.Array:
     """Attention of q `[B, T, N, H]` over k, v `[B, T, K, H]`, with mask or segments as in `Seen`;
     plain causal without. Nothing of `[T, T]` outlives its block, in the backward pass neither."""
     if mask is None and segments is None and cudnn_runs(q):
@@ -103,8 +105,8 @@ def attend(
 
 
 def attend_segments(
-    q: Array, k: Array, v: Array, segments: Array, interpret: bool = False
-) -> Array:
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool = False
+) -> jax.Array:
     """Causal attention within segments `[B, T]` by Pallas's kernel; shapes as in `attend`.
     interpret: runs it anywhere, slowly."""
     from jax.experimental.pallas.ops.gpu import attention as pallas  # what only a GPU needs
@@ -130,7 +132,7 @@ def attend_segments(
     return out[:, :T]
 
 
-def attend_blocks(q: Array, k: Array, v: Array, seen: Seen) -> Array:
+def attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen) -> jax.Array:
     """Attention of q `[B, T, N, H]` over k `[B, K, H, T]` and v `[B, K, T, H]` that shows no query
     a later key: queries in four parts, each over the keys up to its end, so that three eighths of
     the work, all masked, is not done. Parts of long rows are cut further, one block after another,
@@ -141,10 +143,10 @@ def attend_blocks(q: Array, k: Array, v: Array, seen: Seen) -> Array:
     return jnp.concatenate([_part(q, k, v, seen, *part) for part in parts], axis=1)
 
 
-def _part(q: Array, k: Array, v: Array, seen: Seen, start: int, end: int) -> Array:
+def _part(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, start: int, end: int) -> jax.Array:
     """Attention of the queries from `start` to `end` over the keys up to `end`."""
 
-    def block(rows: _Rows) -> Array:
+    def block(rows: _Rows) -> jax.Array:
         mask = rows.places[:, None] >= jnp.arange(end)
         if rows.mask is not None:
             mask = rows.mask
@@ -169,13 +171,13 @@ def _part(q: Array, k: Array, v: Array, seen: Seen, start: int, end: int) -> Arr
 class _Rows(NamedTuple):
     """Queries of a part or a block, `[B, T, …]`, their places `[T]`, and what they see."""
 
-    q: Array
-    places: Array
-    segments: Array | None
-    mask: Array | None
+    q: jax.Array
+    places: jax.Array
+    segments: jax.Array | None
+    mask: jax.Array | None
 
 
-def _cut(x: Array) -> Array:
+def _cut(x: jax.Array) -> jax.Array:
     """`[B, T, …]` or `[T]` in blocks, `[blocks, B, 128, …]`, the last one filled up with zeros."""
     axis = min(1, x.ndim - 1)
     x = jnp.pad(x, [(0, -n % _BLOCK if i == axis else 0) for i, n in enumerate(x.shape)])
@@ -183,7 +185,7 @@ def _cut(x: Array) -> Array:
     return jnp.moveaxis(x, axis, 0)
 
 
-def attend_grouped(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def attend_grouped(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Attention of q `[B, T, N, H]` over k `[B, K, H, S]` and v `[B, K, S, H]`.
 
     k and v may have B and K in one axis, as in the cache. mask: `[B, 1, T, S]` bool. The heads of a

@@ -22,8 +22,6 @@ from flora_jax.adapters import (
 from flora_jax.errors import UserError, require
 from flora_jax.models.config import LlamaConfig
 
-Array = jax.Array
-
 
 def check_model(
     config: LlamaConfig,
@@ -73,7 +71,7 @@ def check_dense(layout: Layout, fuses: bool) -> None:
     )
 
 
-def check_tokens(tokens: Array, vocab_size: int) -> None:
+def check_tokens(tokens: jax.Array, vocab_size: int) -> None:
     """Tokens that are no ids `[B, T]`, or none of the vocabulary."""
     require(
         tokens.ndim == 2 and jnp.issubdtype(tokens.dtype, jnp.integer),
@@ -91,7 +89,7 @@ def check_tokens(tokens: Array, vocab_size: int) -> None:
     )
 
 
-def check_select(select: Array | None, layout: Layout) -> None:
+def check_select(select: jax.Array | None, layout: Layout) -> None:
     """A select without a bank, a bank without one, or one of another size."""
     if select is None and layout.adapters <= 1:
         return
@@ -115,7 +113,9 @@ def check_dropout(deterministic: bool, layout: Layout, adapter: AdapterConfig | 
     )
 
 
-def check_room(tokens: Array, index: Array, slots: int, segment_ids: Array | None) -> None:
+def check_room(
+    tokens: jax.Array, index: jax.Array, slots: int, segment_ids: jax.Array | None
+) -> None:
     """Tokens that a cache of `slots`, of which `index` are taken, has no room for; segments beside
     one."""
     T = tokens.shape[1]

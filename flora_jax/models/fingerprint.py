@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+
+from flora_jax.adapters import paths
 
 _AT_ONCE = 2**24  # values: XLA's CPU compiler writes the mixed bits out before it sums them
 
@@ -44,6 +45,6 @@ def base_fingerprint(params: Mapping[str, Any]) -> str:
     one base.
     """
     digest = hashlib.sha256()
-    for path, leaf in sorted(flatten_dict(params, sep="/").items()):
+    for path, leaf in sorted(paths(params).items()):
         digest.update(f"{path} {leaf.shape} {_digest(leaf)}\n".encode())
     return digest.hexdigest()[:32]

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
-from flora_jax.adapters import base_leaves, check_tree, shapes_of
+from flora_jax.adapters import base_leaves, check_tree, paths, shapes_of, tree
 from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
 
@@ -207,7 +206,7 @@ def from_hf_tensors(
             leaves[path] = jax.device_put(read((slice(None),) * len(shape)))
         else:
             leaves[path] = jax.make_array_from_callback(shape, sharding, read)
-    return traverse_util.unflatten_dict(leaves, sep="/")
+    return tree(leaves)
 
 
 def hf_names(config: LlamaConfig) -> dict[str, list[str]]:
@@ -222,7 +221,7 @@ def to_hf_tensors(
     leaf; bit-equal to what `from_hf_tensors` read if it read the same dtype. only: which leaves, by
     path. Raises UserError if `params` is not the tree of `config`."""
     check_tree(shapes_of(params), leaf_shapes(config), _says_leaf)
-    leaves = traverse_util.flatten_dict(dict(params), sep="/")
+    leaves = paths(dict(params))
     for path, row in _rows(config).items():
         if not only(path):
             continue
@@ -259,7 +258,7 @@ def _sharding_lookup(
 ) -> Callable[[str], jax.sharding.Sharding | None]:
     if shardings is None or callable(shardings):
         return shardings or (lambda path: None)
-    flat = traverse_util.flatten_dict(shardings, sep="/")
+    flat = paths(shardings)
     for path in shapes.keys() ^ flat.keys():
         raise UserError(
             f"shardings: {path!r} is {'missing' if path in shapes else 'no leaf of this model'}"

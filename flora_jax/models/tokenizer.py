@@ -11,7 +11,7 @@ import importlib.util
 import itertools
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, pre_tokenizers
@@ -21,10 +21,7 @@ from flora_jax.files import read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
 from flora_jax.models.loading import resolve_source
-from flora_jax.tokens import encode_batch
-
-if TYPE_CHECKING:  # importing transformers takes seconds
-    from transformers import PreTrainedTokenizerFast
+from flora_jax.tokens import Tokenizer, encode_batch
 
 BYTE_SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>")  # ids 256 to 260
 
@@ -51,7 +48,7 @@ _CONTROL, _USER_DEFINED = 3, 4
 _RIGHT = "5.24.0"
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(source: str) -> Tokenizer:
     """The tokenizer of `source`. Raises UserError where there is none.
 
     source: whatever `load_pretrained` takes (HF directory, `.gguf` file, preset, hub id), or
@@ -124,7 +121,7 @@ _PROBE = (
 )
 
 
-def _check_ids(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+def _check_ids(tokenizer: Tokenizer, path: Path) -> None:
     """Raises UserError if transformers gives a text other ids than the directory's tokenizer.json.
 
     Some of its releases build certain tokenizers anew, and lose the spaces. How a text begins
@@ -159,7 +156,7 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LlamaConfig) -> None:
+def check_tokenizer(tokenizer: Tokenizer, config: LlamaConfig) -> None:
     """Raises UserError if the tokenizer has ids that the model has no embedding for."""
     largest = max(tokenizer.get_vocab().values())
     require(
@@ -170,7 +167,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LlamaConfig) -> 
     )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> Tokenizer:
     """A tokenizer without a file: id = byte for the 256 bytes, then `BYTE_SPECIALS`.
 
     It has a ChatML template. Nothing is added to a text; any text decodes back to itself.
@@ -188,7 +185,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return _wrap(core, bos_token=bos, eos_token=eos, pad_token=pad, chat_template=_CHATML)
 
 
-def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
+def gguf_tokenizer(file: GgufFile) -> Tokenizer:
     """The byte-level BPE tokenizer of an opened GGUF file.
 
     It has the file's special tokens, its rule whether a text begins with bos, and its chat
@@ -257,7 +254,7 @@ def _gguf_core(file: GgufFile, tokens: list[str], pre: str) -> tokenizers.Tokeni
     return core
 
 
-def _wrap(core: tokenizers.Tokenizer, **settings: Any) -> PreTrainedTokenizerFast:
+def _wrap(core: tokenizers.Tokenizer, **settings: Any) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
     settings = {key: value for key, value in settings.items() if value is not None}

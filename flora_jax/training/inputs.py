@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import ml_collections
@@ -33,10 +33,7 @@ from flora_jax.data.kept import code_digest, keep, read_kept
 from flora_jax.data.sources import SPLITS
 from flora_jax.errors import UserError, require
 from flora_jax.files import cache_root
-from flora_jax.tokens import tokenizer_digest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from flora_jax.tokens import Tokenizer, tokenizer_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Inputs:
     parts: list[tuple[int, float]] | None = None
 
 
-def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast) -> Inputs:
+def load_inputs(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Inputs:
     """The tasks of `config.data`, read, de-duplicated and encoded.
 
     What was once is kept under the cache folder, and found there by the next start with the same
@@ -92,7 +89,7 @@ _Tests = dict[str, list[Example]]  # the test sets by their tasks' names
 _Encode = Callable[[Sequence[Example]], tuple[list[Encoded], EncodeReport]]
 
 
-def _prepare(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast) -> Inputs:
+def _prepare(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Inputs:
     """Reads, de-duplicates and encodes the tasks. Raises UserError."""
     data = config.data
     weights = task_weights(config)
@@ -281,9 +278,7 @@ def _tokens_hash(encoded: list[Encoded]) -> str:
 # -------------------------------------------------------------------------------------------- kept
 
 
-def _kept_path(
-    config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast
-) -> Path | None:
+def _kept_path(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Path | None:
     """The file whose name says all that the inputs depend on.
 
     That is data, tokenizer, settings and the code that makes them. None where the tokenizer's

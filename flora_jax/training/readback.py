@@ -6,11 +6,10 @@ import contextlib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 
-from flora_jax.adapters import AdapterConfig, abstract_adapter
+from flora_jax.adapters import AdapterConfig, Tree, abstract_adapter
 from flora_jax.config import fields, get_config
 from flora_jax.errors import UserError, near_misses, require
 from flora_jax.files import read_json
@@ -19,8 +18,6 @@ from flora_jax.training.checkpoints import Checkpoints, check_meta, readable
 from flora_jax.training.optimizer import trains
 from flora_jax.training.rules import partition
 from flora_jax.training.run import model_config
-
-Tree = dict[str, Any]
 
 
 def read_run(workdir: Path) -> ml_collections.ConfigDict:

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from flora_jax.adapters import paths
 from flora_jax.config import learning_rate
 from flora_jax.errors import silence
-from flora_jax.training.rules import paths
 from flora_jax.training.run import Run
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grain
 import jax
@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flora_jax.adapters import AdapterConfig, abstract_adapter, init_adapter
+from flora_jax.adapters import AdapterConfig, Tree, abstract_adapter, init_adapter
 from flora_jax.config import adapter_config as make_adapter_config
 from flora_jax.config import check_config, weights_source
 from flora_jax.data import train_iterator
@@ -33,11 +33,6 @@ from flora_jax.training.rules import partition, paths
 from flora_jax.training.sharding import make_mesh, optimizer_shardings, shardings
 from flora_jax.training.step import TrainState, make_eval_step, make_train_step
 from flora_jax.training.workdir import check_workdir
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-Tree = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,7 +230,7 @@ def model_config(config: ml_collections.ConfigDict) -> LlamaConfig:
     return load_config(source)
 
 
-def check_base(config: ml_collections.ConfigDict) -> tuple[LlamaConfig, PreTrainedTokenizerFast]:
+def check_base(config: ml_collections.ConfigDict) -> tuple[LlamaConfig, Tokenizer]:
     """A run's architecture and tokenizer.
 
     Raises UserError if they do not fit each other, or weights that are at hand are not whole.

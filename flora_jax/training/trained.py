@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from flora_jax.adapters import AdapterConfig
+from flora_jax.adapters import AdapterConfig, Tree
 from flora_jax.config import adapter_config as make_adapter_config
 from flora_jax.config import weights_source
 from flora_jax.errors import UserError, require
@@ -20,8 +20,6 @@ from flora_jax.models.config import LlamaConfig
 from flora_jax.models.tokenizer import load_tokenizer
 from flora_jax.training.readback import load_trained, read_run
 from flora_jax.training.run import load_base, model_config
-
-Tree = dict[str, Any]
 
 
 def load_run(
