@@ -26,6 +26,7 @@ from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import Llama, abstract_base, init_base
 from flora_jax.models.loading import check_weights, load_config, load_pretrained
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
+from flora_jax.tokens import Tokenizer
 from flora_jax.training.cluster import together
 from flora_jax.training.inputs import Inputs, load_inputs
 from flora_jax.training.optimizer import make_optimizer, trains
