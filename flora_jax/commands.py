@@ -1,4 +1,4 @@
-"""What several commands have: flags, what these may hold, an orderly end when they are stopped."""
+"""What several commands have: flags, what these may hold, an orderly end when a signal comes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from flora_jax.errors import (
     CommandParser,
     Stopped,
     check_writable,
-    hangups,
     path_flag,
     require,
 )
@@ -53,9 +52,10 @@ def check_result(path: str | None) -> None:
         check_writable(Path(path), "--out")
 
 
-def split_names(text: str) -> list[str]:
-    """The names of a comma-separated flag."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+def hangups() -> tuple[int, ...]:
+    """The signal of a terminal that closes; none where it is ignored (`nohup`) or not known."""
+    hangup = getattr(signal, "SIGHUP", None)
+    return () if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else (hangup,)
 
 
 @contextlib.contextmanager
@@ -79,3 +79,38 @@ def _stop_once(number: int, frame: Any) -> NoReturn:
     for again in (signal.SIGTERM, *hangups()):
         signal.signal(again, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def noted_signals(alone: bool = True) -> Iterator[list[int]]:
+    """A list that SIGTERM, SIGINT and SIGHUP are noted in, instead of ending a step in its middle.
+
+    With other processes beside this one (not `alone`) nothing is noted: JAX has all of them stop
+    after a SIGTERM to one, and a SIGHUP is passed on so.
+    """
+    noted: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        # A second Ctrl-C, perhaps in a long compilation, ends it at once.
+        if number == signal.SIGINT and signal.SIGINT in noted:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        noted.append(number)
+
+    if alone:
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, *hangups()), note)
+    else:
+        handlers = dict.fromkeys(hangups(), _pass_on)
+    try:
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    except ValueError:  # not the main thread, as in some notebooks: signals stay as they are
+        before = {}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pass_on(*_: Any) -> None:
+    signal.raise_signal(signal.SIGTERM)

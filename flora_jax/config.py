@@ -25,7 +25,7 @@ from ml_collections.config_dict import placeholder
 from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.data import Task, expand, get_task
 from flora_jax.data.encode import STYLES
-from flora_jax.errors import UserError, near_misses, require
+from flora_jax.errors import UserError, near_misses, require, split_names
 from flora_jax.models.config import DTYPES, PRESETS, LlamaConfig
 from flora_jax.models.llama import REMAT_POLICIES
 
@@ -325,19 +325,17 @@ def adapter_config(config: ConfigDict) -> AdapterConfig:
     return AdapterConfig(**config.adapter.to_dict())
 
 
-def names(value: str) -> list[str]:
-    """`"a, b"` as `["a", "b"]`."""
-    return [name.strip() for name in value.split(",") if name.strip()]
-
-
 def trained_tasks(config: ConfigDict) -> list[Task]:
     """The tasks of `config.data.tasks`, mixtures spelt out. Raises UserError."""
-    return [get_task(name, generator_settings(config)) for name in expand(names(config.data.tasks))]
+    return [
+        get_task(name, generator_settings(config))
+        for name in expand(split_names(config.data.tasks))
+    ]
 
 
 def scored_tasks(config: ConfigDict) -> list[Task]:
     """The tasks of `config.eval.tasks`. Raises UserError."""
-    return [get_task(name, generator_settings(config)) for name in names(config.eval.tasks)]
+    return [get_task(name, generator_settings(config)) for name in split_names(config.eval.tasks)]
 
 
 def task_weights(config: ConfigDict) -> list[float] | None:
@@ -347,10 +345,10 @@ def task_weights(config: ConfigDict) -> list[float] | None:
     """
     if config.data.weights is None:
         return None
-    tasks = expand(names(config.data.tasks))
+    tasks = expand(split_names(config.data.tasks))
     value = config.data.weights.replace(" ", "")
     try:
-        weights = [float(weight) for weight in names(value)]
+        weights = [float(weight) for weight in split_names(value)]
     except ValueError:
         weights = []
     well = [math.isfinite(weight) and weight > 0 for weight in weights]
@@ -467,9 +465,9 @@ def _check_adapter(config: ConfigDict) -> None:
 
 
 def _check_tasks(config: ConfigDict) -> None:
-    _check(config, "data.tasks", bool(names(config.data.tasks)), "names no task")
+    _check(config, "data.tasks", bool(split_names(config.data.tasks)), "names no task")
     for field in ("data.tasks", "eval.tasks"):
-        tasks = expand(names(_value(config, field)))
+        tasks = expand(split_names(_value(config, field)))
         _check(config, field, len(tasks) == len(set(tasks)), "names a task twice")
     task_weights(config)
 

@@ -14,7 +14,6 @@ import difflib
 import errno
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -70,12 +69,6 @@ def check_text(text: str, where: str) -> None:
 
 class Stopped(Exception):
     """A signal ended the run early, after its checkpoint was written."""
-
-
-def hangups() -> tuple[int, ...]:
-    """The signal of a terminal that closes; none where it is ignored (`nohup`) or not known."""
-    hangup = getattr(signal, "SIGHUP", None)
-    return () if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else (hangup,)
 
 
 class WriteError(Exception):
@@ -153,6 +146,11 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises UserError with argparse's own message."""
         raise UserError(f"{message}; {self.prog} --help lists all flags")
+
+
+def split_names(text: str) -> list[str]:
+    """`"a, b"` as `["a", "b"]`."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def positive_integers(flag: str, text: str) -> list[int]:

@@ -38,9 +38,8 @@ def main(argv: list[str]) -> None:
     args = read_flags("flora_jax.export", __doc__, FLAGS, argv)
     _check(args)
     # After the arguments are read: these imports take seconds.
-    from flora_jax.analysis.provenance import command_line
-    from flora_jax.interop.exports import check_directory
-    from flora_jax.interop.handover import describe_report, export_pair
+    from flora_jax.analysis.results import command_line
+    from flora_jax.interop.exports import check_directory, describe_report, export_pair
     from flora_jax.training.trained import export_run
 
     check_directory(args.out, args.overwrite)

@@ -12,11 +12,10 @@ import ml_collections
 from flora_jax.config import (
     check_config,
     generator_settings,
-    names,
     scored_tasks,
     weights_source,
 )
-from flora_jax.errors import UserError, expand_path, require, writing
+from flora_jax.errors import UserError, expand_path, require, split_names, writing
 from flora_jax.evaluation.run import check_prompts, evaluate_tasks
 from flora_jax.evaluation.task_data import Settings, TaskData, is_generated, load_task_data
 from flora_jax.files import make_cache, read_json, write_result
@@ -66,7 +65,7 @@ def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskD
     )
     _refuse_tensor_axis(config, setup)
     make_cache(config.data.cache_dir)
-    scored = names(config.eval.tasks)
+    scored = split_names(config.eval.tasks)
     if not scored:
         return [], settings
     tasks = load_task_data(

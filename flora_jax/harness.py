@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from flora_jax.commands import DTYPE, MODEL, RESULT, check_result, read_flags, split_names
-from flora_jax.errors import path_flag, require, run_command
+from flora_jax.commands import DTYPE, MODEL, RESULT, check_result, read_flags
+from flora_jax.errors import path_flag, require, run_command, split_names
 
 FLAGS = {
     **MODEL,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, PROJECTIONS, Method
-from flora_jax.errors import UserError, near_misses, require
+from flora_jax.errors import UserError, near_misses, require, split_names
 
 ACTIVATIONS = {
     "identity": lambda z: z,
@@ -56,7 +56,7 @@ def _names(value: str | Sequence[str] | None, field: str) -> tuple[str, ...] | N
     )
     given = list(value)
     if isinstance(value, str):
-        given = [v.strip() for v in value.split(",") if v.strip()]
+        given = split_names(value)
     # as PEFT has them
     given = [v.removesuffix("_proj") if isinstance(v, str) else v for v in given]
     for name in given:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flora_jax.analysis.markdown import NONE, table
-from flora_jax.analysis.provenance import versions
+from flora_jax.analysis.results import NONE, table, versions
 
 Row = dict[str, Any]
 

@@ -22,7 +22,7 @@ from flora_jax.analysis.launch_plan import (
     smallest_kernel,
 )
 from flora_jax.analysis.launch_report import markdown, place, shown
-from flora_jax.analysis.provenance import provenance
+from flora_jax.analysis.results import provenance
 from flora_jax.analysis.variants import get_variant
 from flora_jax.device import check_jax
 from flora_jax.errors import check_writable, near_misses, positive_integers, require

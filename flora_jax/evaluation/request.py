@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from flora_jax.commands import check_positive, check_result, split_names
+from flora_jax.commands import check_positive, check_result
 from flora_jax.data.tasks import get_task
-from flora_jax.errors import require
+from flora_jax.errors import require, split_names
 from flora_jax.evaluation.task_data import Settings, TaskData, is_generated, load_task_data
 
 

@@ -1,4 +1,5 @@
-"""Attention of training and of prompts; a decode step's own kernel is in decode_attention.py.
+"""Attention of training and of prompts, and the rotary embeddings of its positions; a decode
+step's own kernel is in decode_attention.py.
 
 Axis letters: B batch, T query, S key, N heads, K key/value heads, R rows of a group's product (its
 heads' queries), H head width. Softmax in float32 whatever the compute dtype.
@@ -27,6 +28,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax.models.config import LlamaConfig
 
@@ -203,3 +205,37 @@ def attend_grouped(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) ->
     scores = jnp.where(seen, scores.reshape(*leading, -1, T, S), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*leading, -1, S)
     return jnp.einsum("...RS,...SH->...RH", weights, v).reshape(B, N, T, H).swapaxes(1, 2)
+
+
+def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+    """`[H/2]` float32 angular frequencies theta^(−2i/H), under llama3 scaling slowed by `factor`.
+
+    Wavelengths above original/low_freq_factor are slowed in full, those below
+    original/high_freq_factor not at all, and those between by linear interpolation.
+    """
+    H = config.head_dim
+    frequencies = 1.0 / (config.rope_theta ** (np.arange(0, H, 2, dtype=np.float32) / H))
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies.astype(np.float32)
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    smooth = (turns - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return ((1 - smooth) * frequencies / scaling.factor + smooth * frequencies).astype(np.float32)
+
+
+def rotary_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin `[B, T, 1, H/2]`, float32, for positions `[B, T]`."""
+    angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates x `[B, T, heads, H]`: channel i of the first half pairs with channel i of the
+    second."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)

@@ -18,9 +18,9 @@ import gguf
 import numpy as np
 
 from flora_jax.errors import UserError, require
+from flora_jax.models.attention import inverse_frequencies
 from flora_jax.models.config import LlamaConfig, RopeScaling
 from flora_jax.models.hf import check_hf_tensors, hf_shapes
-from flora_jax.models.rope import inverse_frequencies
 
 # Keys, behind "llama.", that are read here …
 _READ = frozenset(

@@ -40,9 +40,15 @@ from flora_jax.adapters import (
     repeat_and_add,
 )
 from flora_jax.models import checks
-from flora_jax.models.attention import Seen, attend, attend_grouped, kernel_runs
+from flora_jax.models.attention import (
+    Seen,
+    attend,
+    attend_grouped,
+    kernel_runs,
+    rotary_tables,
+    rotate,
+)
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.rope import rotary_tables, rotate
 
 Past = tuple[
     jax.Array, jax.Array, jax.Array

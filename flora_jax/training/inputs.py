@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +19,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from flora_jax.config import names, scored_tasks, task_weights, trained_tasks
+import flora_jax
+from flora_jax.config import scored_tasks, task_weights, trained_tasks
 from flora_jax.data import (
     CONTAMINATED,
     Encoded,
@@ -29,9 +34,8 @@ from flora_jax.data import (
     load_examples,
     prompt_digests,
 )
-from flora_jax.data.kept import code_digest, keep, read_kept
 from flora_jax.data.sources import SPLITS
-from flora_jax.errors import UserError, require
+from flora_jax.errors import UserError, require, split_names
 from flora_jax.files import cache_root
 from flora_jax.tokens import Tokenizer, tokenizer_digest
 
@@ -171,7 +175,7 @@ def _read_tests(config: ml_collections.ConfigDict, trained: Sequence[Task]) -> _
     data = config.data
     beside = [task for task in trained if not _is_file(task) and has_split(task, "test", data.dir)]
     tasks = {task.name: task for task in beside}
-    tasks |= zip(names(config.eval.tasks), scored_tasks(config), strict=True)
+    tasks |= zip(split_names(config.eval.tasks), scored_tasks(config), strict=True)
     return {
         name: load_examples(task, "test", data.dir, data.cache_dir) for name, task in tasks.items()
     }
@@ -186,7 +190,7 @@ def _refuse_contaminated(
     unless `config.data.allow_contaminated`.
     """
     records = _all(parts, "records")
-    scored = names(config.eval.tasks)
+    scored = split_names(config.eval.tasks)
     overlaps = {}
     for name in [name for name in tests if name in scored]:
         share = overlaps[name] = dedupe(tests[name], records)[1] / len(tests[name])
@@ -344,3 +348,43 @@ def _read_inputs(path: Path) -> Inputs | None:
         prompts={digest.decode() for digest in stored["prompts"].tolist()},
         parts=about["parts"] and [(size, weight) for size, weight in about["parts"]],
     )
+
+
+_SUM = 32  # bytes of the check sum that a file begins with
+
+
+def code_digest(*names: str) -> str:
+    """sha256 of the package's Python files `names` (a folder: all in it).
+
+    What other code makes is made anew.
+    """
+    digest = hashlib.sha256()
+    root = Path(flora_jax.__file__).parent
+    for name in names:
+        for path in sorted((root / name).glob("*.py")) if (root / name).is_dir() else [root / name]:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def read_kept(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays by name; None where they are not kept, or the file is damaged."""
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return None
+    if hashlib.sha256(stored[_SUM:]).digest() != stored[:_SUM]:
+        return None
+    with np.load(io.BytesIO(stored[_SUM:]), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def keep(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Keeps the arrays if the folder can be written; else the next start prepares them again."""
+    stored = io.BytesIO()
+    np.savez(stored, **arrays)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="preparing-") as scratch:
+            new = Path(scratch) / path.name
+            new.write_bytes(hashlib.sha256(stored.getbuffer()).digest() + stored.getbuffer())
+            os.replace(new, path)

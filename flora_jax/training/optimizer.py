@@ -10,8 +10,8 @@ import jax
 import ml_collections
 import optax
 
-from flora_jax.config import learning_rate, names, warmup_steps
-from flora_jax.errors import require
+from flora_jax.config import learning_rate, warmup_steps
+from flora_jax.errors import require, split_names
 from flora_jax.training.rules import decide, paths, tree
 
 # Whether AdamW's decay applies. Every model has norms, so no rule is ever idle.
@@ -24,7 +24,7 @@ def trains(config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> d
     The adapter does (all of the base for fft), and the base leaves that `config.train.trainable`
     names.
     """
-    rules = [(pattern, True) for pattern in names(config.train.trainable)]
+    rules = [(pattern, True) for pattern in split_names(config.train.trainable)]
     if config.adapter.method == "fft":
         require(
             not rules,
@@ -73,7 +73,7 @@ def make_optimizer(
         optax.add_decayed_weights(optim.weight_decay, mask=decays),
     ]
     if optim.rate_rules:
-        rules = [_rate_rule(rule) for rule in names(optim.rate_rules)]
+        rules = [_rate_rule(rule) for rule in split_names(optim.rate_rules)]
         factors = tree(decide(rules, leaves, "config.optim.rate_rules", default=1.0))
         chain.append(
             optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))

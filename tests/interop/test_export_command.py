@@ -30,7 +30,7 @@ from flora_jax.models.llama import Llama
 from flora_jax.models.loading import find_licence, load_pretrained
 from flora_jax.train import run
 from flora_jax.training.loop import train
-from flora_jax.training.readback import read_run
+from flora_jax.training.trained import read_run
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
