@@ -59,7 +59,8 @@ compose_ending = functools.partial(
 def _arc(element: Mapping[str, Any]) -> dict[str, str]:
     choices, key = element["choices"], element["answerKey"]
     labels = [choice["label"] for choice in choices]
-    require(key in labels, f"field 'answerKey' is {key!r}; the choices are {', '.join(labels)}")
+    known = ", ".join(map(str, labels))
+    require(key in labels, f"field 'answerKey' is {key!r}; the choices are {known}")
     return _compose(element["question"], [choice["text"] for choice in choices], labels.index(key))
 
 

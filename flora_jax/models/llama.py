@@ -50,9 +50,8 @@ from flora_jax.models.attention import (
 )
 from flora_jax.models.config import LlamaConfig
 
-Past = tuple[
-    jax.Array, jax.Array, jax.Array
-]  # keys and values of a layer, and the slot that follows
+# Keys and values of a layer, and the slot that follows.
+Past = tuple[jax.Array, jax.Array, jax.Array]
 
 REMAT_POLICIES = {
     "none": None,
