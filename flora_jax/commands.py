@@ -31,8 +31,7 @@ RESULT = {"out": dict(type=path_flag, help="result file, JSON")}
 
 def read_flags(module: str, about: str, flags: Flags, argv: list[str]) -> argparse.Namespace:
     """What a command line sets. about: the command's docstring, whose first paragraph is shown."""
-    what = " ".join(about.split("\n\n")[0].split())
-    parser = CommandParser(prog=module, description=what)
+    parser = CommandParser(prog=module, description=" ".join(about.split("\n\n")[0].split()))
     for name, settings in flags.items():
         parser.add_argument(f"--{name}", **settings)
     return parser.parse_args(argv[1:])
@@ -62,8 +61,7 @@ def hangups() -> tuple[int, ...]:
 def stopped_by_signals(message: str) -> Iterator[None]:
     """Has a termination and a closed terminal, too, end the block as an interrupt does, so that
     what is half done is cleared away; then raises Stopped with `message`."""
-    numbers = (signal.SIGTERM, *hangups())
-    before = {number: signal.signal(number, _stop_once) for number in numbers}
+    before = {number: signal.signal(number, _stop_once) for number in (signal.SIGTERM, *hangups())}
     try:
         yield
     except KeyboardInterrupt:

@@ -351,10 +351,9 @@ def task_weights(config: ConfigDict) -> list[float] | None:
         weights = [float(weight) for weight in split_names(value)]
     except ValueError:
         weights = []
-    well = [math.isfinite(weight) and weight > 0 for weight in weights]
     require(
         len(weights) == len(tasks)
-        and all(well)
+        and all(math.isfinite(weight) and weight > 0 for weight in weights)
         and min(weights) >= 1e-6 * max(weights)
         and ",," not in value,
         f"config.data.weights={config.data.weights!r} must be {len(tasks)} positive numbers "
@@ -491,8 +490,7 @@ def _check_processes(config: ConfigDict) -> None:
         # Once they have found each other, the number that was detected stands in the configuration.
         detected = jax.process_count() if jax.distributed.is_initialized() else 1
         beside = "is set beside distributed.auto, which detects it; leave one of the two out"
-        unset = distributed.coordinator is None
-        _check(config, "distributed.coordinator", unset, beside)
+        _check(config, "distributed.coordinator", distributed.coordinator is None, beside)
         _check(config, "distributed.processes", processes in (1, detected), beside)
         _check(config, "distributed.process_id", distributed.process_id == 0, beside)
     whole = config.train.batch_size % processes == 0

@@ -54,13 +54,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
 def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskData], Settings]:
     """Checks all but what training does; the tasks to score, and how they are scored."""
     setup = check_run(config, workdir)  # before its data is prepared and kept
-    longest = setup.model_config.max_position_embeddings
     settings = Settings(
         protocol=config.eval.protocol,
         prompt_style=_prompt_style(config),
         published_faults=config.eval.published_faults,
         batch_size=config.eval.batch_size,
-        max_length=min(config.eval.max_length, longest),
+        max_length=min(config.eval.max_length, setup.model_config.max_position_embeddings),
         max_new_tokens=config.eval.max_new_tokens,
     )
     _refuse_tensor_axis(config, setup)

@@ -50,9 +50,8 @@ def main(argv: list[str]) -> None:
     tasks = load_harness_tasks(split_names(args.tasks), args.include_path)
     keep_programs()
     model = load_adapted(args.model, args.adapter, args.dtype)
-    lm = HarnessLM(model, batch_size=args.batch_size, max_length=args.max_length)
     result = evaluate_harness(
-        lm,
+        HarnessLM(model, batch_size=args.batch_size, max_length=args.max_length),
         tasks,
         num_fewshot=args.num_fewshot,
         limit=args.limit,

@@ -162,11 +162,9 @@ class FusedDense(nn.Module):
         if slot.forward:
             dropout = nn.Dropout(adapter.dropout, rng_collection="dropout")
             read = dropout(x, deterministic=deterministic) @ leaves["A"]
-            activated = adapter.scale * ACTIVATIONS[adapter.activation](read)
-            z_out = checkpoint_name(activated, SAVED)
+            z_out = checkpoint_name(adapter.scale * ACTIVATIONS[adapter.activation](read), SAVED)
             own = own_pieces(z_out, slot.forward, adapter.rank)
-        incoming = self.incoming(z)
-        return adapt(ys, self.names, slot, leaves, own, incoming, expand), z_out
+        return adapt(ys, self.names, slot, leaves, own, self.incoming(z), expand), z_out
 
     def _leaf(self, name: str, leaf: Leaf) -> jax.Array:
         def init() -> jax.Array:
@@ -209,8 +207,7 @@ class FusedDense(nn.Module):
                 z_out = keep_own(z_out, 0, self.adapter.rank * len(slot.forward), select)
             own = own_pieces(z_out, slot.forward, self.adapter.rank)
         slot = dataclasses.replace(slot, backward=())  # rows B have been read with the array
-        incoming = self.incoming(z)
-        return adapt(ys, self.names, slot, leaves, own, incoming, self.times), z_out
+        return adapt(ys, self.names, slot, leaves, own, self.incoming(z), self.times), z_out
 
     @property
     def times(self) -> Callable[[jax.Array, jax.Array], jax.Array]:

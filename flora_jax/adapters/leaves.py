@@ -108,8 +108,7 @@ def base_leaves(config: Any) -> dict[str, Leaf]:
     for block, products in BLOCKS.items():
         leaves[f"layers/{block}_norm/scale"] = leaf("L D", _ones)
         for product in products:
-            use_bias = config.biases[block]
-            for name, one in product_leaves(config.widths, product, use_bias).items():
+            for name, one in product_leaves(config.widths, product, config.biases[block]).items():
                 path = f"layers/{block}/{product}/{name}"
                 leaves[path] = Leaf(("L", *one.axes), (sizes["L"], *one.shape), one.init)
     leaves["final_norm/scale"] = leaf("D", _ones)
@@ -152,8 +151,7 @@ def init_adapter(rng: jax.Array, config: Any, adapter_config: AdapterConfig) -> 
             for name, leaf in adapter_leaves(adapter_config, product, config.widths).items():
                 skipped = adapter_config.slots[product].skips_first and name != "A"
                 each = jax.random.split(next(keys), config.num_hidden_layers - skipped)
-                value = _draw_each(leaf, each)
-                layers.setdefault(block, {}).setdefault(product, {})[name] = value
+                layers.setdefault(block, {}).setdefault(product, {})[name] = _draw_each(leaf, each)
     return {"layers": layers} if layers else {}
 
 

@@ -211,8 +211,7 @@ def table(
     """
     rows = []
     for setting in dict.fromkeys(m.setting for m in measurements):
-        here = [m for m in measurements if m.setting == setting]
-        rows += _rows_of_setting(here, sizes, gb_per_s)
+        rows += _rows_of_setting([m for m in measurements if m.setting == setting], sizes, gb_per_s)
     return rows
 
 

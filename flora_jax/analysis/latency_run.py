@@ -61,8 +61,7 @@ def run(args: Namespace, argv: list[str]) -> str:
         check_peer()
         packages = PACKAGES
     keep_programs()
-    base = abstract_base(asked.config, args.dtype)
-    sizes = comparison.sizes(asked.config, base, asked.adapters)
+    sizes = comparison.sizes(asked.config, abstract_base(asked.config, args.dtype), asked.adapters)
     result: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "provenance": provenance("flora_jax.latency", argv, packages),
@@ -254,8 +253,7 @@ def _peer(
 
     rank = comparison.lora_rank(config, args.rank, args.equal_parameters)
     peer = Peer(config, base, rank)
-    extra = peer.parameters * jnp.dtype(args.dtype).itemsize
-    read = sizes[comparison.REFERENCE].read_bytes + extra
+    read = sizes[comparison.REFERENCE].read_bytes + peer.parameters * jnp.dtype(args.dtype).itemsize
     return peer, Size(rank, peer.parameters, read)
 
 

@@ -331,9 +331,8 @@ class Plan:
 
 @functools.cache
 def _device(target: str) -> Any:
-    description = TARGETS[target].description
     return topologies.get_topology_desc(
-        platform="cuda", target_config=description, topology="1x1x1"
+        platform="cuda", target_config=TARGETS[target].description, topology="1x1x1"
     ).devices[0]
 
 
@@ -448,8 +447,7 @@ def plan_step(
     def layout(base: Any, adapter: Any) -> Any:
         nonlocal model
         bank = adapter if adapter is None or adapters == 1 else [adapter] * adapters
-        kernel = attention == "kernel"
-        model, params = serve(name, base, config, adapter_config, bank, lies, kernel)
+        model, params = serve(name, base, config, adapter_config, bank, lies, attention == "kernel")
         return params
 
     params = jax.eval_shape(layout, base, adapter)

@@ -65,13 +65,12 @@ def _share(layer: dict[str, float] | None) -> str:
 
 def _step(row: Row) -> list[str]:
     step = row["step"]
-    copies = [shown(step[f"{kind}_copies"]) for kind in ("weight", "cache", "activation")]
     return [
         place(row),
         row["label"],
         *(shown(step[key]) for key in ("launches", "gemms", "products", "chain")),
         f"{step['moved'] / 1e6:.0f}",
-        " / ".join(copies),
+        " / ".join(shown(step[f"{kind}_copies"]) for kind in ("weight", "cache", "activation")),
         f"{row['temporary'] / 1e6:.0f}",
         str(row["graphs"]),
         f"{row['model_ms']:.3f}",

@@ -115,9 +115,8 @@ class Peer:
             return transformers.DynamicCache(config=self.model.config)
         # What is compiled holds on to the arrays of its cache, so there is one for each setting.
         if setting not in self._caches:
-            slots = setting.prompt_length + setting.new_tokens
             self._caches[setting] = transformers.StaticCache(
-                config=self.model.config, max_cache_len=slots
+                config=self.model.config, max_cache_len=setting.prompt_length + setting.new_tokens
             )
         else:
             with self._torch.inference_mode():  # in which the cache was filled

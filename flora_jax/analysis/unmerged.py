@@ -62,13 +62,11 @@ class UnmergedDense(FusedDense):
             read = [self.times(x, leaves[f"{piece}_A"]) for piece in self.slot.forward]
             z_out = ACTIVATIONS[self.adapter.activation](jnp.concatenate(read, axis=-1))
             own = own_pieces(z_out, self.slot.forward, self.adapter.rank)
-        incoming = self.incoming(z)
-        return adapt(ys, self.names, self.slot, leaves, own, incoming, self.times), z_out
+        return adapt(ys, self.names, self.slot, leaves, own, self.incoming(z), self.times), z_out
 
     def _base(self, x: jax.Array, leaves: Tree) -> list[jax.Array]:
         widths = [self.widths[name][1] for name in self.names]
-        y = self.times(x, leaves["kernel"])
-        return jnp.split(y, np.cumsum(widths)[:-1], axis=-1)
+        return jnp.split(self.times(x, leaves["kernel"]), np.cumsum(widths)[:-1], axis=-1)
 
 
 class SevenDense(UnmergedDense):

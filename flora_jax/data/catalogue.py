@@ -100,9 +100,8 @@ def hellaswag(element: Mapping[str, Any]) -> dict[str, Any]:
         text = re.sub(r"\[(?:header|title|step|substeps?)\]", "", text.replace(" [title]", ". "))
         return text.replace("  ", " ").strip()
 
-    context = plain(f"{element['activity_label']}: {element['context']}")
     return {
-        "activity_and_ctx": context,
+        "activity_and_ctx": plain(f"{element['activity_label']}: {element['context']}"),
         "endings": [*map(plain, element["endings"])],
         "label": element["label"],
     }

@@ -92,13 +92,12 @@ def _mixed(
     alone.
     """
     ends = np.cumsum([size for size, _ in parts]).tolist()
-    starts = [0, *ends[:-1]]
     drawn = [
         grain.MapDataset.source(encoded[start:end])
         .map(_row)
         .shuffle(seed=(seed + i) % 2**32)
         .repeat()[shard]
-        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+        for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
     ]
     return grain.MapDataset.mix(drawn, [weight for _, weight in parts])
 
@@ -141,9 +140,8 @@ def _pad(row: Batch, max_length: int) -> Batch:
 
 def _unpack_names(packed: dict[str, Any]) -> Batch:
     """grain numbers segments and positions once a feature; ours are all alike."""
-    row = {name: packed[name] for name in _DTYPES}
     return {
-        **row,
+        **{name: packed[name] for name in _DTYPES},
         "segment_ids": packed["tokens_segment_ids"],
         "positions": packed["tokens_positions"],
     }

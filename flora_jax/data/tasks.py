@@ -132,8 +132,7 @@ def normalise(text: str) -> str:
     another sum.
     """
     text = unicodedata.normalize("NFC", text.lower()).translate(_SAME)
-    found = re.findall(r"\d+(?:\.\d+)?|[^\W\d]+|[^\w\s]", text)
-    return " ".join(filter(_tells_apart, found))
+    return " ".join(filter(_tells_apart, re.findall(r"\d+(?:\.\d+)?|[^\W\d]+|[^\w\s]", text)))
 
 
 def _instruction(record: Mapping[str, Any]) -> str:

@@ -174,8 +174,7 @@ def _scores(data: TaskData, texts: Sequence[str | None], published_faults: bool)
     metric = data.task.metric
     if metric == "rouge":
         references = [example.references for example in data.examples]
-        scores = rouge([text or "" for text in texts], references)
-        return {**scores, "scoring": f"ROUGE: {POLICY}"}
+        return {**rouge([text or "" for text in texts], references), "scoring": f"ROUGE: {POLICY}"}
     judge = published.is_right if published_faults else is_right
     right = [
         text is not None and judge(metric, text, example.answer, example.labels)

@@ -67,8 +67,7 @@ def choice_loglik(
     max_position_embeddings.
     """
     encoded = encode_pairs(adapted.config, adapted.tokenizer, requests)
-    scores = token_loglik(adapted, encoded, batch_size)
-    return [[loglik for loglik, _ in pairs] for pairs in scores]
+    return [[loglik for loglik, _ in pairs] for pairs in token_loglik(adapted, encoded, batch_size)]
 
 
 def token_loglik(

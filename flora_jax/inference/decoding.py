@@ -70,8 +70,7 @@ def grow(cache: KVCache, slots: int) -> KVCache:
         return jnp.pad(leaf, [(0, slots - n if i == axis else 0) for i, n in enumerate(leaf.shape)])
 
     k = tuple(pad(leaf, 2) for leaf in cache.k)
-    v = tuple(pad(leaf, 1) for leaf in cache.v)
-    return KVCache(k, v, pad(cache.valid, 1), cache.index)
+    return KVCache(k, tuple(pad(leaf, 1) for leaf in cache.v), pad(cache.valid, 1), cache.index)
 
 
 @flax.struct.dataclass
@@ -96,10 +95,9 @@ def _choose(
     token = sample(jax.vmap(jax.random.fold_in, (0, None))(keys, state.step), logits, sampling)
     # NaN is the largest of all that it stands among. Where a GPU takes the best token, to look at
     # the logit of that one alone is no launch more; a sample has computed their maximum anyway.
-    greedy = sampling.temperature == 0
     best = (
         jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        if greedy
+        if sampling.temperature == 0
         else logits.max(axis=-1)
     )
     # the host looks at it once all rows are through

@@ -122,8 +122,7 @@ def check_sizes(config: LlamaConfig, base: Tree, max_length: int, batch_size: in
         f"batch_size={batch_size!r} must be a positive integer",
     )
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
-    dtype = base["embed_tokens"]["embedding"].dtype
-    check_fits(config, batch_size, max_length, weights, dtype)
+    check_fits(config, batch_size, max_length, weights, base["embed_tokens"]["embedding"].dtype)
 
 
 def _check_adapters(adapters: Any, adapter_config: Any) -> None:

@@ -273,8 +273,7 @@ class GgufFile:
         window = self.get("llama.attention.sliding_window", 0)
         if isinstance(window, int) and window >= config.max_position_embeddings:  # it hides nothing
             neutral["attention.sliding_window"] = (window,)
-        scaling = self.get("llama.rope.scaling.type")
-        if scaling == "llama3" and config.rope_scaling is not None:
+        if self.get("llama.rope.scaling.type") == "llama3" and config.rope_scaling is not None:
             neutral["rope.scaling.factor"] = (0, 1, config.rope_scaling.factor)
         return neutral
 

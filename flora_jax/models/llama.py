@@ -493,8 +493,7 @@ class Llama(nn.Module):
         layers = range(self.config.num_hidden_layers)
         if not self._unrolled and cache is None:
             if self.remat != "none":
-                policy = REMAT_POLICIES[self.remat]
-                body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+                body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             (x, z), _ = jax.lax.scan(body, (x, z), (variables, jnp.arange(len(layers))))
             return x, z, ((), ())
         present = []
@@ -575,8 +574,7 @@ def abstract_base(config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:
     """Shapes and dtypes of the base's parameters, as `jax.ShapeDtypeStruct`s; nothing is
     allocated."""
     model = Llama(config, None, param_dtype=dtype)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def init_base(

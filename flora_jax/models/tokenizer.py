@@ -249,8 +249,7 @@ def _gguf_core(file: GgufFile, tokens: list[str], pre: str) -> tokenizers.Tokeni
     add = {_CONTROL: core.add_special_tokens, _USER_DEFINED: core.add_tokens}
     for token, kind in zip(tokens, file.get("tokenizer.ggml.token_type", []), strict=False):
         if kind in add:
-            special = kind == _CONTROL
-            add[kind]([tokenizers.AddedToken(token, special=special, normalized=False)])
+            add[kind]([tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)])
     return core
 
 

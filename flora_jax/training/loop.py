@@ -212,8 +212,7 @@ def _step(run: Run, clock: Clock) -> Values:
     """One step of the run, begun; its values, which are there once it has ended."""
     host_batch = next(run.iterator)
     clock.count(int((host_batch["segment_ids"] > 0).sum()) * jax.process_count())
-    batch = shard_batch(host_batch, run.mesh)
-    run.state, values = run.compiled_step(run.state, run.frozen, batch)
+    run.state, values = run.compiled_step(run.state, run.frozen, shard_batch(host_batch, run.mesh))
     return values
 
 

@@ -60,8 +60,7 @@ def parameter_table(run: Run) -> str:
             rows.append(("trained base", *_count(tree)))
     trainable = _count(run.state.trainable)
     total = rows[0][1] + trainable[0]
-    moments = _count(run.state.optimizer)
-    rows += [("all that trains", *trainable), ("optimizer state", *moments)]
+    rows += [("all that trains", *trainable), ("optimizer state", *_count(run.state.optimizer))]
     lines = [f"{'':24}{'parameters':>14}{'MB':>11}{'MB/device':>11}"]
     lines += [
         f"{name:24}{n:>14,}{size / 1e6:>11.1f}{held / 1e6:>11.1f}" for name, n, size, held in rows
