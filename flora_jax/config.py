@@ -107,8 +107,17 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ConfigDict:
             "train": _train(),
             "optim": _optim(),
             "eval": _eval(),
-            "mesh": _mesh(),
-            "distributed": _distributed(),
+            "mesh": {
+                "data": -1,  # devices along each axis; -1: what the others leave
+                "fsdp": 1,
+                "tensor": 1,
+            },
+            "distributed": {
+                "auto": False,  # JAX detects the three below: Slurm, Open MPI, Kubernetes
+                "coordinator": placeholder(str),  # host:port of process 0; unset: one process
+                "processes": 1,
+                "process_id": 0,
+            },
         }
     )
     for field, value in PRESET_SETTINGS.get(preset, {}).items():
@@ -170,21 +179,17 @@ def _data() -> dict[str, Any]:
         "allow_contaminated": False,
         # examples: of the validation split, or held out of train where there is none
         "validation_size": 200,
-        "generator": _generator(),
-    }
-
-
-def _generator() -> dict[str, Any]:
-    """Of reasoning-gym tasks; unset: the task's own."""
-    return {
-        "train": placeholder(int),  # sizes of the splits
-        "validation": placeholder(int),
-        "test": placeholder(int),
-        "seed": placeholder(int),  # of the draw
-        "min_terms": placeholder(int),  # problem sizes
-        "max_terms": placeholder(int),
-        "min_digits": placeholder(int),
-        "max_digits": placeholder(int),
+        # of reasoning-gym tasks; unset: the task's own
+        "generator": {
+            "train": placeholder(int),  # sizes of the splits
+            "validation": placeholder(int),
+            "test": placeholder(int),
+            "seed": placeholder(int),  # of the draw
+            "min_terms": placeholder(int),  # problem sizes
+            "max_terms": placeholder(int),
+            "min_digits": placeholder(int),
+            "max_digits": placeholder(int),
+        },
     }
 
 
@@ -235,23 +240,6 @@ def _eval() -> dict[str, Any]:
         # Of a generated answer; unset: the task's own number, and for a JSONL file at least its
         # longest answer's.
         "max_new_tokens": placeholder(int),
-    }
-
-
-def _mesh() -> dict[str, Any]:
-    return {
-        "data": -1,  # devices along each axis; -1: what the others leave
-        "fsdp": 1,
-        "tensor": 1,
-    }
-
-
-def _distributed() -> dict[str, Any]:
-    return {
-        "auto": False,  # JAX detects the three below: Slurm, Open MPI, Kubernetes
-        "coordinator": placeholder(str),  # host:port of process 0; unset: one process
-        "processes": 1,
-        "process_id": 0,
     }
 
 

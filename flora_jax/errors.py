@@ -45,6 +45,15 @@ def require(right: object, message: str) -> None:
         raise UserError(message)
 
 
+@contextlib.contextmanager
+def told_of(where: str) -> Iterator[None]:
+    """Has the UserErrors of a block begin with `where`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
 def near_misses(name: str, known: Iterable[str]) -> str:
     """A clause that helps after a misspelt name: the closest known names, or else all of them."""
     known = sorted(known)

@@ -46,7 +46,16 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     _write_summary(path, summary)
     say(f"step {summary['step']} is the best; its adapter is in {workdir / 'adapter'}")
     if tasks:
-        summary["evaluation"] = _score(result, tasks, settings)
+        run = result.run
+        adapted = Adapted(
+            config=run.model_config,
+            base=result.variables["params"],
+            tokenizer=run.tokenizer,
+            fingerprint=run.fingerprint,
+            adapter_config=run.adapter_config,
+            adapter=result.variables.get("adapter"),
+        )
+        summary["evaluation"] = evaluate_tasks(tasks, adapted, settings)
         write_result(path, summary, str(path))
     return summary
 
@@ -134,17 +143,3 @@ def _write_summary(path: Path, summary: dict[str, Any]) -> None:
     before.pop("evaluation", None)
     if before != json.loads(json.dumps(summary)):
         write_result(path, summary, str(path))
-
-
-def _score(result: Result, tasks: list[TaskData], settings: Settings) -> dict[str, Any]:
-    """What the best step makes of the tasks."""
-    run = result.run
-    adapted = Adapted(
-        config=run.model_config,
-        base=result.variables["params"],
-        tokenizer=run.tokenizer,
-        fingerprint=run.fingerprint,
-        adapter_config=run.adapter_config,
-        adapter=result.variables.get("adapter"),
-    )
-    return evaluate_tasks(tasks, adapted, settings)

@@ -87,17 +87,14 @@ def widen(adapter: Tree, adapter_config: AdapterConfig, rank: int) -> tuple[Tree
         if is_A and repeats:
             wide = [piece for piece in pieces for _ in range(rank // r)]
         else:
-            room = jnp.zeros_like(pieces[0], shape=_resized(pieces[0].shape, axis, rank - r))
+            shape = (*leaf.shape[:axis], rank - r, *leaf.shape[axis + 1 :])
+            room = jnp.zeros_like(leaf, shape=shape)
             wide = [part for piece in pieces for part in (piece, room)]
         return jnp.concatenate(wide, axis=axis)
 
     alpha = adapter_config.scale * (rank**0.5 if adapter_config.rslora else rank)
     wide_config = dataclasses.replace(adapter_config, rank=rank, alpha=alpha)
     return jax.tree_util.tree_map_with_path(grown, adapter), wide_config
-
-
-def _resized(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
-    return (*shape[:axis], length, *shape[axis + 1 :])
 
 
 def merge(base: Tree, adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 RESULT = "latency.json"
+Row = dict[str, Any]
 Sizes = dict[str, Size]
 
 
@@ -70,7 +71,11 @@ def run(args: Namespace, argv: list[str]) -> str:
         "left_out": {},
         "rows": [],
     }
-    _announce(result, asked, sizes)
+    device = result["provenance"]["device"]
+    _say(f"{device} reads {result['bandwidth']['gb_per_s']:.1f} GB/s")
+    for name, adapter in asked.adapters.items():
+        if adapter is not None:
+            _say(f"{name}: rank {adapter.rank}, {sizes[name].parameters:,} parameters")
     _measure(args, asked, sizes, result)
     return (args.out / "latency.md").read_text(encoding="utf-8")
 
@@ -190,14 +195,6 @@ def _say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def _announce(result: dict[str, Any], asked: Asked, sizes: Sizes) -> None:
-    device = result["provenance"]["device"]
-    _say(f"{device} reads {result['bandwidth']['gb_per_s']:.1f} GB/s")
-    for name, adapter in asked.adapters.items():
-        if adapter is not None:
-            _say(f"{name}: rank {adapter.rank}, {sizes[name].parameters:,} parameters")
-
-
 def _measure(args: Namespace, asked: Asked, sizes: Sizes, result: dict[str, Any]) -> None:
     """Fills the result's rows, written to --out after each method."""
     cells = len(asked.adapters) * len(asked.settings)
@@ -273,7 +270,8 @@ def _write(result: dict[str, Any], out: Path) -> None:
         plot(result, out / f"latency.{suffix}")
 
 
-Row = dict[str, Any]
+# ------------------------------------------------------------------------------ the files
+
 
 _NO_CLAIM = {"less_than_lora": None, "overhead_removed": None}
 

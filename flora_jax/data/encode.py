@@ -341,7 +341,8 @@ def _answer(messages: Sequence[Message], tools: str, tokenizer: Tokenizer) -> _A
     if content:
         lead, found, end = turn.partition(content)
     else:
-        end = _added_end(turn, tokenizer)
+        added = (token.content for token in tokenizer.added_tokens_decoder.values())
+        end = next((token for token in added if turn.endswith(token)), "")
         # a template without tools leaves nothing of a call
         lead, found = "", not calls_tools(message) or turn != end
     if lead.strip():  # what follows the template's prompt is the model's to write; a header is not
@@ -368,12 +369,6 @@ def _why_apart(asked: str, prompt: str, whole: str) -> str:
         "the tokenizer's chat template changes earlier turns when a later one is added, so the "
         "answers cannot be told apart (data.prompt_style='plain' needs no template)"
     )
-
-
-def _added_end(text: str, tokenizer: Tokenizer) -> str:
-    """The added token that `text` ends with; empty without one."""
-    added = (token.content for token in tokenizer.added_tokens_decoder.values())
-    return next((token for token in added if text.endswith(token)), "")
 
 
 def _render(

@@ -10,7 +10,7 @@ from typing import Any
 
 from flora_jax.data.catalogue import compose_ending, hellaswag
 from flora_jax.data.tasks import ROLES
-from flora_jax.errors import UserError, check_text, near_misses, require
+from flora_jax.errors import UserError, check_text, near_misses, require, told_of
 
 Record = dict[str, Any]
 
@@ -123,10 +123,8 @@ def _hellaswag(raw: Mapping[str, Any], where: str) -> Record:
         raw = hellaswag({**raw, "context": context, "endings": endings})
     context = _field(raw, "activity_and_ctx", where)
     endings = _strings(raw, "endings", where)
-    try:
+    with told_of(where):
         return compose_ending(context, endings, raw.get("label"))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 _TEXTS = ("dialogue", "document", "article")

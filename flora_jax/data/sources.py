@@ -24,7 +24,7 @@ from flora_jax.data.catalogue import CATALOGUE
 from flora_jax.data.generated import draw, generated_key
 from flora_jax.data.records import CONVERT, Record, raw_records
 from flora_jax.data.tasks import Example, Task
-from flora_jax.errors import UserError, disk_fault, expand_path, near_misses, require
+from flora_jax.errors import UserError, disk_fault, expand_path, near_misses, require, told_of
 from flora_jax.files import cache_root, filling_cache, plain_path
 
 SPLITS = ("train", "validation", "test")
@@ -298,10 +298,8 @@ def _elements(task: Task, split: str, data_dir: str | Path | None) -> Iterator[t
     source = builder.as_data_source(official)
     for i in range(len(source)):
         where = f"{_describe(task, split, data_dir)}: record {i} (from 0)"
-        try:
+        with told_of(where):
             raw = CATALOGUE[task.name].convert(_decode(source[i]))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
         if raw is not None:
             yield where, raw
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flora_jax.data.encode import calls_tools, encode_prompt, refuse_tools
-from flora_jax.errors import UserError, require
+from flora_jax.errors import require, told_of
 from flora_jax.evaluation import published
 from flora_jax.evaluation.answers import is_right
 from flora_jax.evaluation.rouge import POLICY, rouge
@@ -61,7 +61,7 @@ def _encode(data: TaskData, tokenizer: Tokenizer, settings: Settings) -> list[li
         )
     style = settings.prompt_style
     asked = [few_shot_messages(example, data.shots, style) for example in data.examples]
-    try:
+    with told_of(data.task.name):
         for shot in data.shots:
             refuse_tools(shot.messages, style, shot.tools)
         if settings.published_faults:
@@ -70,8 +70,6 @@ def _encode(data: TaskData, tokenizer: Tokenizer, settings: Settings) -> list[li
             encode_prompt(messages, tokenizer, style, example.tools)
             for messages, example in zip(asked, data.examples, strict=True)
         ]
-    except UserError as error:
-        raise UserError(f"{data.task.name}: {error}") from None
 
 
 def _fitting(

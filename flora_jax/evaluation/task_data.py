@@ -85,7 +85,9 @@ def load_task_data(
     is a UserError before one is loaded: unknown task, protocol or style, missing or malformed data,
     counts out of range.
     """
-    _check_known(settings)
+    for field, known in (("protocol", PROTOCOLS), ("prompt_style", STYLES)):
+        value = getattr(settings, field)
+        require(value in known, f"{field}={value!r} is unknown; {near_misses(value, known)}")
     require(
         limit is None or limit >= 1,
         f"limit={limit} must be a positive integer (leave it out for all examples)",
@@ -105,13 +107,6 @@ def load_task_data(
             shots = _draw(task, pool, num_fewshot, seed)
         loaded.append(TaskData(task, whole[:limit], shots, data_hash(task, "test", data_dir)))
     return loaded
-
-
-def _check_known(settings: Settings) -> None:
-    """Raises UserError for an unknown protocol or style."""
-    for field, known in (("protocol", PROTOCOLS), ("prompt_style", STYLES)):
-        value = getattr(settings, field)
-        require(value in known, f"{field}={value!r} is unknown; {near_misses(value, known)}")
 
 
 def _check_tasks(settings: Settings, tasks: list[Task]) -> None:
@@ -197,7 +192,8 @@ def few_shot_messages(example: Example, shots: Sequence[Example], style: str) ->
         not (_is_answered(asked) or any(_is_answered(shot.messages[:-1]) for shot in shots)),
         f"prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'",
     )
-    solved = [_joined(shot.messages[:-1]) + " " + shot.messages[-1].content for shot in shots]
+    parts = [[message.content for message in shot.messages] for shot in shots]
+    solved = ["\n\n".join(before) + f" {answer}" for *before, answer in parts]
     question = [message.content for message in asked]
     return [Message("user", SHOT_BREAK.join([*solved, *question]))]
 
@@ -212,7 +208,3 @@ def _as_turns(asked: list[Message], shots: Sequence[Example]) -> list[Message]:
 
 def _is_answered(messages: Sequence[Message]) -> bool:
     return any(message.role == "assistant" for message in messages)
-
-
-def _joined(messages: Sequence[Message]) -> str:
-    return "\n\n".join(message.content for message in messages)

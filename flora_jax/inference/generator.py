@@ -146,15 +146,6 @@ def _check_adapters(adapters: Any, adapter_config: Any) -> None:
     )
 
 
-def _check_kernel(config: LlamaConfig, decode_kernel: bool | None) -> None:
-    if decode_kernel and not kernel_runs(config):
-        raise UserError(
-            "decode_kernel=True needs an NVIDIA GPU from Ampere on and heads of 32, 64, 128 or 256 "
-            f"channels; this is a {jax.devices()[0].device_kind} and head_dim={config.head_dim}; "
-            "leave it None"
-        )
-
-
 class Generator:
     """Text from a base and its adapters.
 
@@ -185,7 +176,12 @@ class Generator:
         check_jax()
         check_sizes(config, base, max_length, batch_size)
         _check_adapters(adapters, adapter_config)
-        _check_kernel(config, decode_kernel)
+        if decode_kernel and not kernel_runs(config):
+            raise UserError(
+                "decode_kernel=True needs an NVIDIA GPU from Ampere on and heads of 32, 64, 128 or "
+                f"256 channels; this is a {jax.devices()[0].device_kind} and "
+                f"head_dim={config.head_dim}; leave it None"
+            )
         self.config = config
         self.tokenizer = tokenizer
         self.max_length = operator.index(max_length)

@@ -37,7 +37,7 @@ from flora_jax.adapters import (
     tree,
 )
 from flora_jax.device import check_jax
-from flora_jax.errors import UserError, require
+from flora_jax.errors import UserError, require, told_of
 from flora_jax.files import new_directory, read_json, write_json
 from flora_jax.interop.peft_lora import (
     CONFIG,
@@ -260,10 +260,8 @@ def _check_leaves(
 ) -> None:
     """Raises UserError unless the adapter's leaves are exactly the method's, and those of `params`
     some of the base's."""
-    try:
+    with told_of(where):
         adapter_config.check(config.widths)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
     def say(path: str, there: tuple[int, ...] | None, wanted: tuple[int, ...] | None) -> str:
         return (

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from flora_jax.adapters import BLOCKS, PRODUCTS, PROJECTIONS, AdapterConfig, Tree, check_tree
-from flora_jax.errors import UserError, near_misses, require
+from flora_jax.errors import UserError, near_misses, require, told_of
 from flora_jax.models.config import LlamaConfig
 
 CONFIG = "adapter_config.json"
@@ -249,7 +249,5 @@ def _peft_matches(where: Path, field: str, value: str | list[str], key: str) -> 
 
 def make_config(where: Path, **fields: Any) -> AdapterConfig:
     """An AdapterConfig whose refusals name the file."""
-    try:
+    with told_of(str(where)):
         return AdapterConfig(**fields)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None

@@ -88,10 +88,6 @@ class KVCache:
         v = tuple(jnp.zeros((BK, length, H), dtype) for _ in layers)
         return cls(k, v, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
 
-    def of_layer(self, i: int) -> Past:
-        """What layer i reads and adds to."""
-        return self.k[i], self.v[i], self.index
-
 
 class RMSNorm(nn.Module):
     """`x / rms(x) · scale` in float32, returned in x's dtype. x `[..., D]`, or with further
@@ -498,7 +494,7 @@ class Llama(nn.Module):
             return x, z, ((), ())
         present = []
         for i in layers:
-            past = None if cache is None else cache.of_layer(i)
+            past = None if cache is None else (cache.k[i], cache.v[i], cache.index)
             x, z, kv = layer(x, z, self._of_layer(variables, i), i, past)
             present.append(kv)
         return x, z, ((), ()) if cache is None else tuple(zip(*present, strict=True))

@@ -35,7 +35,7 @@ from flora_jax.data import (
     prompt_digests,
 )
 from flora_jax.data.sources import SPLITS
-from flora_jax.errors import UserError, require, split_names
+from flora_jax.errors import UserError, require, split_names, told_of
 from flora_jax.files import cache_root
 from flora_jax.tokens import Tokenizer, tokenizer_digest
 
@@ -97,8 +97,11 @@ def _prepare(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Inputs:
     """Reads, de-duplicates and encodes the tasks. Raises UserError."""
     data = config.data
     weights = task_weights(config)
-    read = _read(config)
-    tests = _read_tests(config, [part.task for part in read])
+    tasks = trained_tasks(config)
+    # Of what validates, each task gives an equal share.
+    share = max(1, data.validation_size // len(tasks))
+    read = [_read_part(task, share, data) for task in tasks]
+    tests = _read_tests(config, tasks)
     overlaps = _refuse_contaminated(config, tests, read)
     clean = _drop_overlaps(config, tests, read)
     encode = functools.partial(
@@ -132,13 +135,6 @@ def _prepare(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Inputs:
 
 def _all(parts: Iterable[_Part], which: Literal["records", "train", "validation"]) -> list[Example]:
     return list(itertools.chain(*(getattr(part, which) for part in parts)))
-
-
-def _read(config: ml_collections.ConfigDict) -> list[_Part]:
-    """Each task that is trained on, with its equal share of what validates."""
-    tasks = trained_tasks(config)
-    share = max(1, config.data.validation_size // len(tasks))
-    return [_read_part(task, share, config.data) for task in tasks]
 
 
 def _read_part(task: Task, share: int, data: ml_collections.ConfigDict) -> _Part:
@@ -258,10 +254,8 @@ def _encode_train(
         return [encoded], [report]
     found = []
     for part in parts:
-        try:
+        with told_of(f"task {part.task.name!r}, which has a weight"):
             found.append(encode(part.train))
-        except UserError as error:
-            raise UserError(f"task {part.task.name!r}, which has a weight: {error}") from None
     return [encoded for encoded, _ in found], [report for _, report in found]
 
 
@@ -301,15 +295,18 @@ def _kept_path(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Path 
         if split == "train" or not _is_file(task)
     ]
     asked += [(task, "test") for task in scored_tasks(config)]
-    found = [(task.name, split, _hash_if_there(task, split, folder)) for task, split in asked]
+    found = [
+        (
+            task.name,
+            split,
+            data_hash(task, split, folder) if has_split(task, split, folder) else None,
+        )
+        for task, split in asked
+    ]
     code = code_digest("data", "tokens.py", "training/inputs.py")
     about = json.dumps([known, code, data, config.eval.tasks, found], sort_keys=True, default=list)
     name = hashlib.sha256(about.encode()).hexdigest()[:32]
     return cache_root(cache) / "encoded" / f"{name}.arrays"
-
-
-def _hash_if_there(task: Task, split: str, folder: str | None) -> str | None:
-    return data_hash(task, split, folder) if has_split(task, split, folder) else None
 
 
 def _is_file(task: Task) -> bool:

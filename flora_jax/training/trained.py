@@ -66,7 +66,12 @@ def load_trained(
         raise UserError(f"--step {step}: there is no such checkpoint; none is in {directory}")
     with contextlib.closing(Checkpoints(directory, config.train.keep)) as checkpoints:
         remedy = _other_steps(directory, checkpoints.steps, step)
-        wanted = _trained_shapes(config, adapter)
+        architecture = model_config(config)
+        shapes = {
+            "params": abstract_base(architecture),
+            "adapter": abstract_adapter(architecture, adapter),
+        }
+        wanted, _ = partition(shapes, trains(config, shapes))
         where = f"checkpoint {step} of --workdir={workdir}"
         with readable(where, remedy):
             meta = checkpoints.meta(step)
@@ -84,17 +89,6 @@ def _other_steps(directory: Path, steps: Sequence[int], step: int) -> str:
     if not others:
         return "leave --step out, or train anew"
     return f"take another with --step {others}"
-
-
-def _trained_shapes(config: ml_collections.ConfigDict, adapter: AdapterConfig) -> Tree:
-    """The shapes of all that trains, as a checkpoint holds them."""
-    architecture = model_config(config)
-    shapes = {
-        "params": abstract_base(architecture),
-        "adapter": abstract_adapter(architecture, adapter),
-    }
-    trainable, _ = partition(shapes, trains(config, shapes))
-    return trainable
 
 
 def load_run(
