@@ -31,8 +31,8 @@ from flora_jax.analysis.variants import random_adapter, rank_for, trained_parame
 from flora_jax.errors import positive_integers, run_command, split_names
 from flora_jax.interop.exports import export
 from flora_jax.interop.formats import Trained
+from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.tokenizer import load_tokenizer
 
 Tree = dict[str, Any]

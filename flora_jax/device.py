@@ -1,6 +1,9 @@
-"""What JAX has to be set to before anything is computed."""
+"""What the package runs on: devices as JAX has to have them, and the versions of packages."""
 
 from __future__ import annotations
+
+import importlib.metadata
+import platform
 
 import jax
 
@@ -32,3 +35,9 @@ def check_device() -> None:
             f"({reason or 'no plugin for it is installed'}); unset it, or "
             "set it to cpu, which is always there"
         ) from None
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Those of Python and of the packages that are named."""
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found}

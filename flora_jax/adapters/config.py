@@ -54,9 +54,7 @@ def _names(value: str | Sequence[str] | None, field: str) -> tuple[str, ...] | N
         isinstance(value, str | Sequence),
         f"adapter.{field}={value!r} must name projections, some of {known}",
     )
-    given = list(value)
-    if isinstance(value, str):
-        given = split_names(value)
+    given = split_names(value) if isinstance(value, str) else list(value)
     # as PEFT has them
     given = [v.removesuffix("_proj") if isinstance(v, str) else v for v in given]
     for name in given:

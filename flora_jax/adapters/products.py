@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 
 _COPIES = 64  # operands of one concatenation
-_SUMMED = (
-    10**7
-)  # weights that one token's product has at the most where XLA for a GPU makes a sum of it
+# Weights that one token's product has at the most where XLA for a GPU makes a sum of it.
+_SUMMED = 10**7
 _FEW_ROWS = 128  # up to which `(W xᵀ)ᵀ` is not slower than `x Wᵀ` on a CPU
 
 

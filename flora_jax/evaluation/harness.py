@@ -39,6 +39,7 @@ from lm_eval.utils import (
     make_table,
 )
 
+from flora_jax.device import versions
 from flora_jax.errors import UserError, near_misses, require
 from flora_jax.evaluation.loglik import token_loglik
 from flora_jax.evaluation.rounds import generate_in_rounds
@@ -48,7 +49,6 @@ from flora_jax.inference.generator import Generator
 from flora_jax.inference.sampling import Sampling
 from flora_jax.models.adapted import Adapted
 from flora_jax.tokens import encode_open, render
-from flora_jax.versions import versions
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flora_jax.device import check_jax
+from flora_jax.device import check_jax, versions
 from flora_jax.errors import told_of
 from flora_jax.evaluation.generated import Asked, accuracy, ask, score_answers
 from flora_jax.evaluation.loglik import Pairs, encode_pairs, token_loglik
@@ -26,7 +26,6 @@ from flora_jax.inference.generator import Generator, check_sizes
 from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
 from flora_jax.tokens import Tokenizer
-from flora_jax.versions import versions
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("flora_jax", "jax", "flax", "transformers", "tokenizers", "numpy")

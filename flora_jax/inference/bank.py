@@ -7,7 +7,6 @@ bytes.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -32,19 +31,9 @@ from flora_jax.adapters import (
 from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
 
-
-@functools.partial(
-    jax.jit, static_argnames=("config", "adapter_config", "layout"), donate_argnames="layers"
+_write = jax.jit(
+    write_adapter, static_argnames=("config", "adapter_config", "layout"), donate_argnames="layers"
 )
-def _write(
-    layers: Tree,
-    parts: Tree,
-    place: jax.Array,
-    config: LlamaConfig,
-    adapter_config: AdapterConfig,
-    layout: Layout,
-) -> Tree:
-    return write_adapter(layers, parts, config, adapter_config, layout, place)
 
 
 class Bank:
@@ -64,9 +53,8 @@ class Bank:
         adapters: Mapping[str, Tree],
         adapter_config: AdapterConfig | Mapping[str, AdapterConfig] | None,
     ):
-        configs = adapter_config
-        if not isinstance(configs, Mapping):
-            configs = dict.fromkeys(adapters, adapter_config)
+        by_name = isinstance(adapter_config, Mapping)
+        configs = adapter_config if by_name else dict.fromkeys(adapters, adapter_config)
         self._config = config
         self.adapter_config = _shared_config(adapters, configs)
         self._parts = {
@@ -113,7 +101,7 @@ class Bank:
         layout = Layout.of(self.params)
         layers = self.params["layers"]
         self.params["layers"] = _write(
-            layers, parts, jnp.int32(place), self._config, self.adapter_config, layout
+            layers, parts, self._config, self.adapter_config, layout, jnp.int32(place)
         )
         self.places[place] = name
 

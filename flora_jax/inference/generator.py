@@ -130,9 +130,8 @@ def _check_adapters(adapters: Any, adapter_config: Any) -> None:
     if adapters is not None and not isinstance(adapters, Mapping):
         kind = type(adapters).__name__
         raise UserError(f"adapters must be trees by name, {{'mine': adapter}}, not a {kind}")
-    configs = [adapter_config]
-    if isinstance(adapter_config, Mapping):
-        configs = list(adapter_config.values())
+    by_name = isinstance(adapter_config, Mapping)
+    configs = list(adapter_config.values()) if by_name else [adapter_config]
     for one in configs:
         if not isinstance(one, AdapterConfig | None):
             kind = type(one).__name__

@@ -48,9 +48,8 @@ from flora_jax.interop.peft_lora import (
     peft_config,
     to_peft,
 )
-from flora_jax.models.adapted import Adapted
+from flora_jax.models.adapted import Adapted, base_fingerprint
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import abstract_base
 from flora_jax.models.loading import FLOATS, load_pretrained
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer

@@ -20,15 +20,15 @@ import numpy as np
 from safetensors import SafetensorError
 
 from flora_jax.adapters import AdapterConfig, Tree
-from flora_jax.device import check_jax
+from flora_jax.device import check_jax, versions
 from flora_jax.errors import UserError, disk_fault, near_misses, require
 from flora_jax.files import new_directory, read_json, write_json
 from flora_jax.interop.adapter_files import check_fingerprint, load_adapter
 from flora_jax.interop.formats import FORMATS, Trained
 from flora_jax.interop.licences import METAS, base_licence
 from flora_jax.interop.model_card import model_card
+from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import DTYPES, LlamaConfig
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import KVCache, Llama
 from flora_jax.models.loading import (
     FROM_WHEEL,
@@ -39,7 +39,6 @@ from flora_jax.models.loading import (
     resolve_source,
 )
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
-from flora_jax.versions import versions
 
 SCHEMA_VERSION = 1
 MARKER = "flora_export.json"  # the report, by which a directory is known as ours

@@ -200,9 +200,10 @@ class LlamaConfig:
     def to_hf(self) -> dict[str, Any]:
         """The HF `config.json` dict, with `rope_parameters` (transformers 5) and `rope_theta` /
         `rope_scaling` (older readers) alike."""
-        scaling = None
-        if self.rope_scaling is not None:
-            scaling = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
+        scaling = self.rope_scaling and {
+            "rope_type": "llama3",
+            **dataclasses.asdict(self.rope_scaling),
+        }
         eos = list(self.eos_token_id)
         hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         hf.update(

@@ -190,9 +190,8 @@ def _read_config(directory: Path) -> LlamaConfig:
     path = directory / "config.json"
     hf = read_json(path)
     if quantised := hf.get("quantization_config"):
-        method = quantised
-        if isinstance(quantised, dict):
-            method = quantised.get("quant_method", "unknown")
+        named = isinstance(quantised, dict)
+        method = quantised.get("quant_method", "unknown") if named else quantised
         raise UserError(
             f"{path}: quantization_config ({method}) is not supported; "
             "use the unquantised checkpoint"
@@ -217,9 +216,8 @@ def _generation_ends(path: Path, vocab_size: int) -> list[int]:
     Some checkpoints name tokens there alone, and transformers' generate goes by it.
     """
     ends = read_json(path).get("eos_token_id") if path.is_file() else None
-    if not isinstance(ends, list):
-        ends = [ends]
-    ends = [end for end in ends if end not in (None, -1)]  # both say: none
+    several = ends if isinstance(ends, list) else [ends]
+    ends = [end for end in several if end not in (None, -1)]  # both say: none
     require(
         all(isinstance(end, int) and end is not True and 0 <= end < vocab_size for end in ends),
         f"{path}: eos_token_id={ends!r} must be token ids below vocab_size={vocab_size}",

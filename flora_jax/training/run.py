@@ -21,8 +21,8 @@ from flora_jax.config import check_config, weights_source
 from flora_jax.data import train_iterator
 from flora_jax.device import check_jax
 from flora_jax.errors import expand_path, require
+from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import Llama, abstract_base, init_base
 from flora_jax.models.loading import check_weights, load_config, load_pretrained
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer

@@ -24,8 +24,8 @@ from flora_jax.export import main
 from flora_jax.interop import formats
 from flora_jax.interop.adapter_files import load_adapter, save_adapter
 from flora_jax.interop.exports import MARKER
+from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import Llama
 from flora_jax.models.loading import find_licence, load_pretrained
 from flora_jax.train import run
