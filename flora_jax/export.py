@@ -44,8 +44,8 @@ def main(argv: list[str]) -> None:
 
     check_directory(args.out, args.overwrite)
     check_writable(args.out, "--out")
-    how = {"dtype": args.dtype, "overwrite": args.overwrite}
-    how["command"] = command_line("flora_jax.export", argv[1:])
+    command = command_line("flora_jax.export", argv[1:])
+    how = {"dtype": args.dtype, "overwrite": args.overwrite, "command": command}
     with stopped_by_signals("stopped by a signal; nothing was written"):
         if args.workdir:
             report = export_run(args.workdir, args.form, args.out, step=args.step, **how)

@@ -286,10 +286,10 @@ def markdown(result: dict[str, Any]) -> str:
         f"{about['device']}; {versions(about)}; {about['date']}; load average at the start "
         f"{about['load_average']:.2f}\n",
         _how(result["arguments"], result["bandwidth"]) + "\n",
-    ]
-    lines += [
-        f"{name}: not timed, torch could not compile it ({why}).\n"
-        for name, why in result["left_out"].items()
+        *(
+            f"{name}: not timed, torch could not compile it ({why}).\n"
+            for name, why in result["left_out"].items()
+        ),
     ]
     for rows in by_setting(result["rows"]):
         lines.append(f"## {_title(rows[0])}\n")

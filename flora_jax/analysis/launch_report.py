@@ -9,8 +9,10 @@ from flora_jax.analysis.results import NONE, table, versions
 Row = dict[str, Any]
 
 ATTENTION = {"kernel": "one Pallas kernel and the sum over its parts", "xla": "as XLA writes it"}
-_HEADS = ["", "method", "launches", "GEMMs", "products", "chain", "MB moved", "copies"]
-_HEADS += ["temporary MB", "graphs", "model ms"]
+_HEADS = (
+    *("", "method", "launches", "GEMMs", "products", "chain", "MB moved", "copies"),
+    *("temporary MB", "graphs", "model ms"),
+)
 
 
 def place(row: Row) -> str:

@@ -140,9 +140,10 @@ def from_peft(
     for block, products in BLOCKS.items():
         for product in products:
             if pieces := adapter_config.slots[product].forward:
-                leaves = {"A": np.concatenate([stack(p, "A") for p in pieces], axis=-1)}
-                leaves.update({f"{p}_B": stack(p, "B") for p in pieces})
-                layers.setdefault(block, {})[product] = leaves
+                layers.setdefault(block, {})[product] = {
+                    "A": np.concatenate([stack(p, "A") for p in pieces], axis=-1),
+                    **{f"{p}_B": stack(p, "B") for p in pieces},
+                }
     return adapter_config, {"adapter": {"layers": layers}, "params": {}}
 
 

@@ -205,20 +205,19 @@ class LlamaConfig:
             **dataclasses.asdict(self.rope_scaling),
         }
         eos = list(self.eos_token_id)
-        hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        hf.update(
-            model_type="llama",
-            architectures=["LlamaForCausalLM"],
-            hidden_act="silu",
-            rope_scaling=scaling,
-            rope_parameters={
+        return {
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_act": "silu",
+            "rope_scaling": scaling,
+            "rope_parameters": {
                 "rope_type": "default",
                 **(scaling or {}),
                 "rope_theta": self.rope_theta,
             },
-            eos_token_id=eos[0] if len(eos) == 1 else eos or None,
-        )
-        return hf
+            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        }
 
 
 _NEEDED = (

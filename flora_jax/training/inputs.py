@@ -288,13 +288,11 @@ def _kept_path(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Path 
     data = config.data.to_dict()
     folder = data.pop("dir")
     cache = data.pop("cache_dir")
+    trained = itertools.product(trained_tasks(config), SPLITS)
     asked = [
-        (task, split)
-        for task in trained_tasks(config)
-        for split in SPLITS
-        if split == "train" or not _is_file(task)
+        *((task, split) for task, split in trained if split == "train" or not _is_file(task)),
+        *((task, "test") for task in scored_tasks(config)),
     ]
-    asked += [(task, "test") for task in scored_tasks(config)]
     found = [
         (
             task.name,

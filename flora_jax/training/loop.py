@@ -35,6 +35,9 @@ from flora_jax.training.step import TrainState
 from flora_jax.training.workdir import SCHEMA_VERSION, Metrics, begun
 
 Values = dict[str, Any]  # a step's, by name
+Losses = dict[int, float]  # on validation, by step
+
+_MULTIPLE = 64  # of positions in validation: a program for every length would be compiled otherwise
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
@@ -241,9 +244,7 @@ def _remedy(updates: int) -> str:
     )
 
 
-Losses = dict[int, float]  # on validation, by step
-
-_MULTIPLE = 64  # of positions: a program for every length would be compiled otherwise
+# ---------------------------------------------------------------------------- what comes of a run
 
 
 def validation_loss(run: Run) -> float:

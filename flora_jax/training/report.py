@@ -61,11 +61,14 @@ def parameter_table(run: Run) -> str:
     trainable = _count(run.state.trainable)
     total = rows[0][1] + trainable[0]
     rows += [("all that trains", *trainable), ("optimizer state", *_count(run.state.optimizer))]
-    lines = [f"{'':24}{'parameters':>14}{'MB':>11}{'MB/device':>11}"]
-    lines += [
-        f"{name:24}{n:>14,}{size / 1e6:>11.1f}{held / 1e6:>11.1f}" for name, n, size, held in rows
+    lines = [
+        f"{'':24}{'parameters':>14}{'MB':>11}{'MB/device':>11}",
+        *(
+            f"{name:24}{n:>14,}{size / 1e6:>11.1f}{held / 1e6:>11.1f}"
+            for name, n, size, held in rows
+        ),
+        f"trainable: {trainable[0]:,} of {total:,} ({100 * trainable[0] / total:.3f} %)",
     ]
-    lines.append(f"trainable: {trainable[0]:,} of {total:,} ({100 * trainable[0] / total:.3f} %)")
     return "\n".join(lines)
 
 
