@@ -1,12 +1,11 @@
 """The adapters themselves: the method table, its configuration, the layer they ride in."""
 
-from flora_jax.adapters.config import AdapterConfig, Slot
+from flora_jax.adapters.config import AdapterConfig, Slot, has_adapter
 from flora_jax.adapters.forms import as_lora, merge, merged_kernel, widen
 from flora_jax.adapters.fusing import (
     each_layer,
     fuse,
     fused_layers,
-    has_adapter,
     make_room,
     parts_of,
     split,

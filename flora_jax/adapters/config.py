@@ -298,3 +298,8 @@ class AdapterConfig:
                     "repeat-and-add in "
                     f"{self.method} needs; ranks near it that do: {', '.join(map(str, near))}"
                 )
+
+
+def has_adapter(adapter_config: AdapterConfig | None) -> bool:
+    """Whether there is one: fft has none."""
+    return adapter_config is not None and adapter_config.row.reads is not None

@@ -21,17 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters.config import AdapterConfig
+from flora_jax.adapters.config import AdapterConfig, has_adapter
 from flora_jax.adapters.forms import folded
 from flora_jax.adapters.layouts import FUSED, Layout
 from flora_jax.adapters.leaves import Tree, check_adapter, check_base, check_fused, pad_first_layer
 from flora_jax.adapters.methods import BLOCKS, PRODUCTS
 from flora_jax.errors import UserError, require
-
-
-def has_adapter(adapter_config: AdapterConfig | None) -> bool:
-    """Whether there is one: fft has none."""
-    return adapter_config is not None and adapter_config.row.reads is not None
 
 
 def _scaled(leaf: jax.Array, side: str, adapter_config: AdapterConfig) -> jax.Array:

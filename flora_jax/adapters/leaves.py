@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flora_jax.adapters.config import AdapterConfig
+from flora_jax.adapters.config import AdapterConfig, has_adapter
 from flora_jax.adapters.layouts import Layout, Widths
 from flora_jax.adapters.methods import BLOCKS, PRODUCTS
 from flora_jax.errors import UserError, require
@@ -256,8 +256,7 @@ def check_fused(
     require(
         layout.kind == "fused", f"this is no fused tree but a {layout.kind} one; `fuse` makes one"
     )
-    has_adapter = adapter_config is not None and adapter_config.row.reads is not None
-    wanted = adapter_config.rank if has_adapter else 0
+    wanted = adapter_config.rank if has_adapter(adapter_config) else 0
     require(
         layout.rank == wanted,
         f"the fused tree holds {_held(layout.rank)}, but adapter_config is of {_held(wanted)}",

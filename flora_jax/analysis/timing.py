@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax.adapters import Tree
 from flora_jax.inference.decoding import State, begin, bucket, decode, grow, prefill
 from flora_jax.inference.sampling import Sampling
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
 
-Tree = dict[str, Any]
 T = TypeVar("T")
 # TTFT and TPOT of one run; no TTFT where the prompts were not read again
 Seconds = tuple[float | None, float]

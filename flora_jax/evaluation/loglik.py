@@ -19,20 +19,19 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from flora_jax.adapters import Tree
 from flora_jax.errors import NOT_FINITE, require
 from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
 from flora_jax.tokens import Tokenizer, encode_open
 
-Tree = dict[str, Any]
 # by question and choice: token ids of context, continuation
 Pairs = Sequence[Sequence[tuple[list[int], list[int]]]]
 

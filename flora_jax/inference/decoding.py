@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from flora_jax.adapters import Tree
 from flora_jax.inference.sampling import Sampling, sample
 from flora_jax.models.llama import KVCache, Llama
-
-Tree = dict[str, Any]
 
 _SMALLEST_BUCKET = 16
 

@@ -144,12 +144,8 @@ def export(
         "first",
     )
     with new_directory(directory) as new:
-        report = {
-            "schema_version": SCHEMA_VERSION,
-            "format": form,
-            "dtype": dtype,
-            **FORMATS[form].write(trained, new, jnp.dtype(dtype)),
-        }
+        report = {"schema_version": SCHEMA_VERSION, "format": form, "dtype": dtype}
+        report |= FORMATS[form].write(trained, new, jnp.dtype(dtype))
         change = np.abs(_logits(trained.config, *FORMATS[form].read(trained, new), tokens) - wanted)
         report["logits"] = {
             "sample_tokens": int(tokens.size),
