@@ -347,12 +347,12 @@ def _answer(messages: Sequence[Message], tools: str, tokenizer: Tokenizer) -> _A
         lead, found = "", not calls_tools(message) or turn != end
     if lead.strip():  # what follows the template's prompt is the model's to write; a header is not
         found = found and prompt != _render(before, tools, tokenizer, add_generation_prompt=False)
-    if not found or not end.strip():
-        raise UserError(
-            f"the tokenizer's chat template renders the assistant's turn {message.content[:30]!r} "
-            f"as {turn[:40]!r}; it must be the content and then an end-of-turn token "
-            "(data.prompt_style='plain' needs no template)"
-        )
+    require(
+        found and end.strip(),
+        f"the tokenizer's chat template renders the assistant's turn {message.content[:30]!r} "
+        f"as {turn[:40]!r}; it must be the content and then an end-of-turn token "
+        "(data.prompt_style='plain' needs no template)",
+    )
     return _Answer(prompt + turn, len(prompt), message.trained)
 
 

@@ -224,11 +224,10 @@ def _messages(raw: Mapping[str, Any], where: str) -> list[Record]:
 
 def _check_roles(roles: Sequence[str], where: str) -> None:
     """Raises UserError unless a user begins and the assistant ends."""
-    if roles[-1] != "assistant":
-        raise UserError(
-            f"{where}: 'messages' ends with role {roles[-1]!r}; "
-            "the last turn must be the assistant's"
-        )
+    require(
+        roles[-1] == "assistant",
+        f"{where}: 'messages' ends with role {roles[-1]!r}; the last turn must be the assistant's",
+    )
     require(
         "user" in roles,
         f"{where}: 'messages' has no turn with role 'user'; the assistant must answer one",
@@ -287,10 +286,10 @@ def _trained(turn: Mapping[str, Any], place: str) -> bool:
         )
     said = {name: turn[name] for name in _TRAINED if turn.get(name) is not None}
     for name, value in said.items():
-        if not isinstance(value, int | float) or value not in (0, 1):
-            raise UserError(
-                f"{place}: field {name!r} is {value!r:.40}; it must be 0 or 1, or false or true"
-            )
+        require(
+            isinstance(value, int | float) and value in (0, 1),
+            f"{place}: field {name!r} is {value!r:.40}; it must be 0 or 1, or false or true",
+        )
     if len({bool(value) for value in said.values()}) > 1:
         named = ", ".join(f"{name!r} is {value!r}" for name, value in said.items())
         raise UserError(f"{place}: {named}; they must say the same")

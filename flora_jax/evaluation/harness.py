@@ -227,11 +227,11 @@ class HarnessLM(TemplateLM):
         questions: list[list[tuple[list[int], list[int]]]] = []
         read = 0  # tokens of the last question's row
         for (_, text), context, continuation in requests:
-            if not 1 <= len(continuation) <= self.max_length:
-                raise UserError(
-                    f"continuation {text[:60]!r} has {len(continuation)} tokens; 1 to "
-                    f"max_length={self.max_length} can be scored"
-                )
+            require(
+                1 <= len(continuation) <= self.max_length,
+                f"continuation {text[:60]!r} has {len(continuation)} tokens; 1 to "
+                f"max_length={self.max_length} can be scored",
+            )
             # The last token is not read, so one more than max_length fits.
             room = self.max_length + 1 - len(continuation)
             if len(context) > room:

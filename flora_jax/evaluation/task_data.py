@@ -23,7 +23,7 @@ from flora_jax.data.tasks import (
     lm_eval_request,
     prompt_digests,
 )
-from flora_jax.errors import UserError, near_misses, require
+from flora_jax.errors import near_misses, require
 from flora_jax.evaluation import published
 
 PROTOCOLS = ("lm_eval", "llm_adapters")
@@ -163,12 +163,12 @@ def check_seen(
         seen = [bool(prompt_digests([example]) & prompts) for example in data.examples]
         share = sum(seen) / len(seen)
         shares[data.task.name] = share
-        if share > CONTAMINATED and not allowed:
-            raise UserError(
-                f"--tasks {data.task.name}: {100 * share:.1f} % of the questions asked are in what "
-                f"the adapter was trained on ({', '.join(names)}); leave it out, or "
-                "--allow_contaminated, which records the share"
-            )
+        require(
+            share <= CONTAMINATED or allowed,
+            f"--tasks {data.task.name}: {100 * share:.1f} % of the questions asked are in what "
+            f"the adapter was trained on ({', '.join(names)}); leave it out, or "
+            "--allow_contaminated, which records the share",
+        )
     return shares
 
 

@@ -128,11 +128,11 @@ def _shared_config(
     first = configs[next(iter(adapters))]
     for name in adapters:
         own = configs[name]
-        if _laid_out(own) != _laid_out(first):
-            raise UserError(
-                f"adapter {name!r} ({_described(own)}) is not laid out as the first is "
-                f"({_described(first)}); adapters of one Generator are alike but for rank and alpha"
-            )
+        require(
+            _laid_out(own) == _laid_out(first),
+            f"adapter {name!r} ({_described(own)}) is not laid out as the first is "
+            f"({_described(first)}); adapters of one Generator are alike but for rank and alpha",
+        )
     if not has_adapter(first):
         return None
     return max((configs[name] for name in adapters), key=lambda one: one.rank)

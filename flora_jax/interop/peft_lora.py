@@ -151,8 +151,11 @@ def _check_plain(where: Path, stored: Mapping[str, Any]) -> None:
     """Raises UserError for features of PEFT's that are not ours."""
     for field in _PEFT_REFUSED:
         value = stored.get(field)
-        if not (value is None or value is False or value in ("none", [], {})):  # layer 0 counts
-            raise UserError(f"{where}: {field}={value!r} is not supported; only plain LoRA loads")
+        # layer 0 counts
+        require(
+            value is None or value is False or value in ("none", [], {}),
+            f"{where}: {field}={value!r} is not supported; only plain LoRA loads",
+        )
     init = stored.get("init_lora_weights")
     require(
         not (isinstance(init, str) and init.startswith(_PEFT_CHANGES_BASE)),

@@ -32,10 +32,10 @@ def check_model(
 ) -> None:
     """What the model is built from."""
     require(remat in policies, f"remat={remat!r} is unknown; known: {', '.join(policies)}")
-    if decode_kernel and config.head_dim & (config.head_dim - 1):
-        raise UserError(
-            f"decode_kernel=True needs a head_dim that is a power of two, not {config.head_dim}"
-        )
+    require(
+        not (decode_kernel and config.head_dim & (config.head_dim - 1)),
+        f"decode_kernel=True needs a head_dim that is a power of two, not {config.head_dim}",
+    )
     if adapter is not None:
         adapter.check(config.widths)
 

@@ -236,10 +236,10 @@ def _check_llama(hf: dict[str, Any], source: str) -> None:
         hf.get("model_type") == "llama",
         f"{source}: model_type={hf.get('model_type')!r} is not supported; only 'llama' is",
     )
-    if hf.get("hidden_act", "silu") != "silu":
-        raise UserError(
-            f"{source}: hidden_act={hf['hidden_act']!r} is not supported; only 'silu' is"
-        )
+    require(
+        hf.get("hidden_act", "silu") == "silu",
+        f"{source}: hidden_act={hf.get('hidden_act')!r} is not supported; only 'silu' is",
+    )
     for name in _NEEDED:
         require(name in hf, f"{source}: field {name!r} is missing")
 

@@ -62,8 +62,10 @@ def load_trained(
     was not kept, is damaged, or is of another adapter.
     """
     directory = workdir / "checkpoints"
-    if not directory.is_dir():  # opening makes one
-        raise UserError(f"--step {step}: there is no such checkpoint; none is in {directory}")
+    # opening makes one
+    require(
+        directory.is_dir(), f"--step {step}: there is no such checkpoint; none is in {directory}"
+    )
     with contextlib.closing(Checkpoints(directory, config.train.keep)) as checkpoints:
         remedy = _other_steps(directory, checkpoints.steps, step)
         architecture = model_config(config)
@@ -119,10 +121,11 @@ def load_run(
     made = trained_over(source, load_base(config), trained, **parts)
     if step is None:
         check_fingerprint(workdir / "adapter", made.fingerprint)
-    elif made.fingerprint != fingerprint:
-        raise UserError(
+    else:
+        require(
+            made.fingerprint == fingerprint,
             f"checkpoint {step} of --workdir={workdir} was trained on a base with fingerprint "
-            f"{fingerprint}, but {source!r} now has {made.fingerprint}"
+            f"{fingerprint}, but {source!r} now has {made.fingerprint}",
         )
     return made, summary
 
