@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 
-from flora_jax.analysis.launch_report import ATTENTION
 from flora_jax.commands import read_flags
 from flora_jax.errors import path_flag, run_command
 from flora_jax.models.config import DTYPES
@@ -22,7 +21,7 @@ FLAGS = {
     "methods": dict(default=METHODS, help=f"comma-separated; default {METHODS}"),
     "targets": dict(default="h100,a100", help="comma-separated GPUs"),
     "modes": dict(default="triton,cublas", help="who computes the products, comma-separated"),
-    "attention": dict(choices=tuple(ATTENTION), default="kernel", help="a step's attention"),
+    "attention": dict(choices=("kernel", "xla"), default="kernel", help="a step's attention"),
     "batch_sizes": dict(default="1,8", help="comma-separated"),
     "adapters": dict(
         default="1", help="adapters in the bank, comma-separated; above 1 with a mask"
