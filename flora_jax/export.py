@@ -1,5 +1,5 @@
-"""Writes a trained model as what others load: a plain Llama, a PEFT LoRA, or a transformers model
-of its own.
+"""Writes a trained model as what others load: a plain Llama, a PEFT LoRA, a transformers model of
+its own, or an adapter for vLLM.
 
 python -m flora_jax.export --workdir runs/demo --format transformers --out exported
 """
@@ -21,12 +21,14 @@ FLAGS = {
         type=path_flag, help="… and the adapter directory that belongs to it, ours or a PEFT LoRA"
     ),
     "format": dict(
-        required=True, dest="form", help="merged, peft or transformers: README, 'Hand it over'"
+        required=True,
+        dest="form",
+        help="merged, peft, transformers or vllm: README, 'Hand it over'",
     ),
     "dtype": dict(
         choices=DTYPES,
         help="of the weights written; default the run's "
-        "model.param_dtype, for peft and --model float32",
+        "model.param_dtype, for peft, vllm and --model float32",
     ),
     "out": dict(required=True, type=Path, help="new directory"),
     "overwrite": dict(action="store_true", help="replace an earlier export"),

@@ -3,6 +3,7 @@
 from flora_jax.adapters.config import AdapterConfig, Slot, has_adapter
 from flora_jax.adapters.forms import as_lora, merge, merged_kernel, widen
 from flora_jax.adapters.fusing import (
+    adapter_of,
     each_layer,
     fuse,
     fused_layers,
@@ -46,6 +47,7 @@ __all__ = [
     "Tree",
     "abstract_adapter",
     "adapt",
+    "adapter_of",
     "as_lora",
     "base_leaves",
     "check_adapter",

@@ -61,6 +61,28 @@ def parts_of(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
     return out
 
 
+def adapter_of(parts: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
+    """The stacked adapter, float32, that `parts_of` takes apart into `parts`; {} of none."""
+    layers: Tree = {}
+    for block, products in parts.items():
+        for product, own in products.items():
+            slot = adapter_config.slots[product]
+            leaves = {}
+            if slot.forward:
+                leaves["A"] = _unscaled(own["columns"], "A", adapter_config)
+            for p in slot.matrix:
+                leaves[f"{p}_B"] = _unscaled(own[f"{p}_B"], "B", adapter_config)
+            edge = 0
+            for p in slot.backward:
+                width = config.widths[p][1]
+                rows = own["rows"][int(slot.skips_first) :, :, edge : edge + width]
+                leaves[f"{p}_B"] = _unscaled(rows, "B", adapter_config)
+                edge += width
+            if leaves:
+                layers.setdefault(block, {})[product] = leaves
+    return {"layers": layers} if layers else {}
+
+
 def _refuse_tensor_parallel(base: Tree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(base):
         mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
@@ -277,19 +299,16 @@ def split(
         for name in layers[0]
         if name not in BLOCKS
     }
-    adapter: Tree = {}
+    parts: Tree = {}
     for block, products in BLOCKS.items():
         for product in products:
             each = [layout.turned(layer[block][product]) for layer in layers]
             leaves = {path: jnp.stack([one[path] for one in each]) for path in each[0]}
             stacked.setdefault(block, {})[product] = _base_product(leaves, config, product)
-            own = (
-                _own_parts(leaves, config, adapter_config, product, place)
-                if layout.adapters
-                else {}
-            )
-            if own:
-                adapter.setdefault("layers", {}).setdefault(block, {})[product] = own
+            if layout.adapters:
+                own = _own_parts(leaves, config, adapter_config, product, place)
+                parts.setdefault(block, {})[product] = own
+    adapter = adapter_of(parts, config, adapter_config)
     return {**Layout.unmarked(fused), "layers": stacked}, adapter
 
 
@@ -309,27 +328,23 @@ def _base_product(leaves: Tree, config: Any, product: str) -> Tree:
 def _own_parts(
     leaves: Tree, config: Any, adapter_config: AdapterConfig, product: str, place: int
 ) -> Tree:
-    """The leaves `[L, …]` of the adapter at `place` out of a product's fused ones."""
+    """The parts `[L, …]` of the adapter at `place`, as `parts_of` has them, out of a product's
+    fused leaves."""
     slot = adapter_config.slots[product]
-    r = adapter_config.rank
     names = PRODUCTS[product]
     d_in = config.widths[names[0]][0]
-    own = {}
+    d_out = sum(config.widths[name][1] for name in names)
+
+    def own(start: int, channels: int) -> slice:
+        return slice(start + place * channels, start + (place + 1) * channels)
+
+    r = adapter_config.rank
+    parts = {f"{p}_B": leaves[f"{p}_B"][:, own(0, r)] for p in slot.matrix}
     if slot.forward:
-        n = r * len(slot.forward)
-        start = sum(config.widths[name][1] for name in names) + place * n
-        own["A"] = _unscaled(leaves["kernel"][:, :d_in, start : start + n], "A", adapter_config)
-    for name in slot.matrix:
-        matrix = leaves[f"{name}_B"][:, place * r : (place + 1) * r]
-        own[f"{name}_B"] = _unscaled(matrix, "B", adapter_config)
-    start = d_in + place * slot.backward_rank
-    rows = leaves["kernel"][int(slot.skips_first) :, start : start + slot.backward_rank]
-    edge = 0
-    for name in slot.backward:
-        width = config.widths[name][1]
-        own[f"{name}_B"] = _unscaled(rows[..., edge : edge + width], "B", adapter_config)
-        edge += width
-    return own
+        parts["columns"] = leaves["kernel"][:, :d_in, own(d_out, r * len(slot.forward))]
+    if slot.backward:
+        parts["rows"] = leaves["kernel"][:, own(d_in, slot.backward_rank), :d_out]
+    return parts
 
 
 def write_adapter(

@@ -48,6 +48,7 @@ from flora_jax.interop.peft_lora import (
     peft_config,
     to_peft,
 )
+from flora_jax.interop.vllm_adapter import KIND
 from flora_jax.models.adapted import Adapted, base_fingerprint
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import abstract_base
@@ -132,11 +133,16 @@ def write_adapter_files(
             CONFIG: {"peft_type": "FLORA", **about, "base_model_name_or_path": base_model, **fields}
         }
         tensors = paths({"adapter": adapter, "params": params})
+    for name, content in files.items():
+        write_json(directory / name, content)
+    write_tensors(directory, tensors, dtype)
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, Any], dtype: Any) -> None:
+    """The file WEIGHTS with these tensors in `dtype`, marked as PyTorch's."""
     tensors = {
         name: np.ascontiguousarray(np.asarray(value), dtype) for name, value in tensors.items()
     }
-    for name, content in files.items():
-        write_json(directory / name, content)
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -156,7 +162,7 @@ def load_adapter(
     stored, extras = _read_about(directory)
     if fingerprint is not None:
         check_fingerprint(directory, fingerprint)
-    tensors = _read_tensors(directory)
+    tensors = read_tensors(directory)
     for path, value in tensors.items():
         require(
             np.isfinite(value).all(),
@@ -185,6 +191,11 @@ def _read_about(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     stored = read_json(directory / CONFIG, _HAS)
     extras = _read_extras(directory)
     kind = stored.get("peft_type")
+    require(
+        kind != KIND,
+        f"{directory / CONFIG}: peft_type={kind!r} is an export for vLLM; what is read here is "
+        "the adapter of the run that it was made from",
+    )
     require(
         kind in ("FLORA", "LORA"),
         f"{directory / CONFIG}: peft_type={kind!r} is not supported; FLORA and LORA are",
@@ -304,8 +315,9 @@ def _is_ours(directory: Path) -> bool:
     return read_json(directory / CONFIG, _HAS).get("peft_type") == "FLORA"
 
 
-def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
-    """All tensors as float32. Raises UserError for a file that is absent, damaged or no floats."""
+def read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """All tensors of WEIGHTS as float32. Raises UserError for a file that is absent, damaged or no
+    floats."""
     path = directory / WEIGHTS
     if not path.is_file():
         hint = ""

@@ -157,9 +157,9 @@ def export(
             "bound": float(LOGIT_BOUNDS[dtype] * np.abs(wanted).max()),
         }
         _check_logits(form, dtype, report["logits"])
-        # A LoRA holds no weights of the base, but Meta's licences are about what is trained from
-        # it, too.
-        if form != "peft" or trained.licence.meta:
+        # An adapter alone holds no weights of the base, but Meta's licences are about what is
+        # trained from it, too.
+        if FORMATS[form].holds_base or trained.licence.meta:
             trained.licence.write(new)
         report |= {"licence": trained.licence.name, "licence_missing": trained.licence.text_missing}
         if card is not None:
@@ -287,9 +287,10 @@ def hand_over(
     command: str = "",
     summary: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`export` with a model card. dtype: by default the base's own, of a LoRA float32; summary: of
-    the run, as `eval.json` has it. Raises UserError where the disk refuses it, too."""
-    stored = "float32" if form == "peft" else trained.dtype
+    """`export` with a model card. dtype: by default the base's own, of an adapter alone float32;
+    summary: of the run, as `eval.json` has it. Raises UserError where the disk refuses it, too."""
+    check_format(form, dtype or DTYPES[0], trained.adapter_config, trained.params)
+    stored = trained.dtype if FORMATS[form].holds_base else "float32"
     card = functools.partial(
         model_card,
         trained,

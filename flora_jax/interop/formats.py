@@ -1,9 +1,10 @@
-"""The three formats of an export: what each can hold, how it is written, how our own model reads it
+"""The four formats of an export: what each can hold, how it is written, how our own model reads it
 back.
 
     merged        a plain LlamaForCausalLM, the adapter in its weights   any reader of Llamas
     peft          a LoRA over the base                                   PEFT, transformers, vLLM
     transformers  the fused projections in PyTorch, with their code      trust_remote_code=True
+    vllm          an adapter around the blocks, over the base            vLLM with `vllm_plugin/`
 
 A fused product is one Linear there, its weight `[out, in]` what `fuse(…, transposed=True)` gives:
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,23 @@ from flora_jax.adapters import (
 )
 from flora_jax.errors import UserError
 from flora_jax.files import read_json, write_json
-from flora_jax.interop.adapter_files import load_adapter, write_adapter_files
+from flora_jax.interop.adapter_files import (
+    load_adapter,
+    read_tensors,
+    write_adapter_files,
+    write_tensors,
+)
 from flora_jax.interop.licences import NO_LICENCE, Licence
-from flora_jax.interop.peft_lora import PEFT_MODULES
+from flora_jax.interop.peft_lora import CONFIG, PEFT_MODULES
 from flora_jax.interop.shards import map_shards, row_blocks, write_shards
+from flora_jax.interop.vllm_adapter import (
+    MAX_LORA_RANKS,
+    MODULES,
+    from_vllm,
+    max_lora_rank,
+    to_vllm,
+    vllm_config,
+)
 from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import hf_names, hf_shapes, to_hf_tensors
@@ -78,6 +92,10 @@ def _flat(tree: Tree) -> dict[str, Any]:
     return flatten_dict(tree, sep="/")
 
 
+def _first(tree: Tree) -> str:
+    return next(iter(_flat(tree)))
+
+
 def _outside(path: str) -> bool:
     """Whether a leaf of the base belongs to none of the four products: embedding, norms,
     lm_head."""
@@ -85,8 +103,7 @@ def _outside(path: str) -> bool:
 
 
 def _module(layer: int | str, product: str) -> str:
-    block = next(block for block, products in BLOCKS.items() if product in products)
-    return f"model.layers.{layer}.{'self_attn' if block == 'attention' else 'mlp'}.{product}_proj"
+    return f"model.layers.{layer}.{MODULES[product]}"
 
 
 def _write_model_files(trained: Trained, directory: Path, dtype: Any, **fields: Any) -> None:
@@ -257,7 +274,7 @@ def _refuse_peft(adapter_config: AdapterConfig, params: Tree) -> str | None:
     if not adapter_config.row.mergeable:
         return f"{adapter_config.method} is no LoRA"
     if params:
-        return f"a LoRA has no place for base leaves, and {next(iter(_flat(params)))} trained"
+        return f"a LoRA has no place for base leaves, and {_first(params)} trained"
     return None
 
 
@@ -401,20 +418,77 @@ def _read_linear(
     return leaves
 
 
+# --------------------------------------------------------------------------------------------- vllm
+
+
+def _refuse_vllm(adapter_config: AdapterConfig, params: Tree) -> str | None:
+    method = adapter_config.method
+    row = adapter_config.row
+    if row.reads is None:
+        return f"{method} has no adapter"
+    if params:
+        return f"an adapter has no place for base leaves, and {_first(params)} trained"
+    if row.mergeable:
+        return f"{method} is a LoRA to vLLM, which reads --format peft"
+    if row.writes != "block":
+        return f"{method} does not go around the blocks, where the bank in vLLM has its places"
+    if max_lora_rank(adapter_config) is None:
+        known = ", ".join(map(str, MAX_LORA_RANKS))
+        return f"rank {adapter_config.rank} goes into no --max-lora-rank of vLLM's ({known})"
+    return None
+
+
+def _write_vllm(trained: Trained, directory: Path, dtype: Any) -> dict[str, Any]:
+    config, adapter_config = trained.config, trained.adapter_config
+    flora = remote_config(adapter_config)["flora"]
+    about = vllm_config(flora, config, trained.base_model, trained.fingerprint)
+    write_json(directory / CONFIG, about)
+    write_tensors(directory, to_vllm(trained.adapter, config, adapter_config), dtype)
+    return {}
+
+
+def _read_vllm(trained: Trained, directory: Path) -> tuple[AdapterConfig, Tree]:
+    """With the configuration that the files state, whose scale is vLLM's."""
+    stored = read_json(directory / CONFIG)
+    adapter_config = _stated_config(stored["flora"], stored["lora_alpha"])
+    adapter = from_vllm(read_tensors(directory), trained.config, adapter_config)
+    return adapter_config, {"params": trained.base, "adapter": adapter}
+
+
+def _stated_config(flora: Mapping[str, Any], alpha: float) -> AdapterConfig:
+    """The configuration that `remote_config` gives `flora` of, for an adapter around the blocks."""
+    ours = {theirs: name for name, theirs in _ACT2FN.items()}
+    targets = []
+    for product, held in flora["products"].items():
+        whole = held["forward"] == ["block"] or held["backward"]
+        targets += PRODUCTS[product] if whole else held["forward"]
+    return AdapterConfig(
+        flora["method"],
+        flora["rank"],
+        alpha=alpha,
+        targets=targets,
+        add_to=[p for held in flora["products"].values() for p in held["repeat"]],
+        activation=ours.get(flora["activation"], flora["activation"]),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Format:
     """refuse: why it cannot hold a method (with base leaves that trained), None if it can. write:
     the files, in a directory that is there, in a dtype; returns what it can say about them. read:
     configuration and variables that our own Llama computes with, the weights mapped from the files.
+    holds_base: whether the base's weights are among the files.
     """
 
     refuse: Callable[[AdapterConfig, Tree], str | None]
     write: Callable[[Trained, Path, Any], dict[str, Any]]
     read: Callable[[Trained, Path], tuple[AdapterConfig | None, Tree]]
+    holds_base: bool = True
 
 
 FORMATS = {
     "merged": Format(_refuse_merged, _write_merged, _read_merged),
-    "peft": Format(_refuse_peft, _write_peft, _read_peft),
+    "peft": Format(_refuse_peft, _write_peft, _read_peft, holds_base=False),
     "transformers": Format(_refuse_transformers, _write_transformers, _read_transformers),
+    "vllm": Format(_refuse_vllm, _write_vllm, _read_vllm, holds_base=False),
 }

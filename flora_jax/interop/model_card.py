@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 
 from flora_jax.errors import UserError
 from flora_jax.interop.formats import Trained
+from flora_jax.interop.vllm_adapter import max_lora_rank
 
 _LOAD = {
     "merged": """\
@@ -27,7 +28,15 @@ AutoModelForCausalLM.from_pretrained("{where}"), "THIS_DIRECTORY")""",
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")""",
+    "vllm": """\
+# vLLM with the plugin of flora_jax, vllm_plugin/ in its repository, beside it
+vllm serve {where} --enable-lora --max-lora-rank {rank} \\
+  --hf-overrides '{{"architectures": ["FloraLlamaForCausalLM"], "flora": "THIS_DIRECTORY"}}' \\
+  --lora-modules NAME=THIS_DIRECTORY""",
 }
+# Those of the other formats are Python and transformers.
+_LANGUAGE = {"vllm": "bash"}
+_LIBRARY = {"peft": "peft", "vllm": "vllm"}
 _SHOWN = ("accuracy", "accuracy_norm", "rouge1", "rouge2", "rougeL", "rougeLsum")
 _PAPER = {
     "zflora": "zFLoRA, [arXiv 2510.25784](https://arxiv.org/abs/2510.25784)",
@@ -50,10 +59,11 @@ def model_card(
     logits = report["logits"]
     licence = trained.licence
     method = trained.adapter_config.method
+    form = report["format"]
     header = ModelCardData(
         base_model=trained.base_model if _is_published(trained) else None,
         license=licence.name,
-        library_name="peft" if report["format"] == "peft" else "transformers",
+        library_name=_LIBRARY.get(form, "transformers"),
         pipeline_tag="text-generation",
         tags=["flora_jax", method],
     )
@@ -62,6 +72,7 @@ def model_card(
     built = f"**{licence.meta.built}**\n\n" if licence.meta and licence.meta.built else ""
     at_hand = _is_published(trained) and not trained.quantised
     where = trained.base_model if at_hand else "PATH_OF_THE_BASE"
+    load = _LOAD[form].format(where=where, rank=max_lora_rank(trained.adapter_config))
     return f"""---
 {header.to_yaml()}
 ---
@@ -74,8 +85,8 @@ def model_card(
 
 ## Load
 
-```python
-{_LOAD[report["format"]].format(where=where)}
+```{_LANGUAGE.get(form, "python")}
+{load}
 ```
 
 On a sample of {logits["sample_tokens"]} tokens, training moved the base's logits by up to \

@@ -145,7 +145,9 @@ def test_transformers_export_gives_our_logits(tmp_path, bases, config, method):
     assert (stored["rope_scaling"] is None) == (config.rope_scaling is None)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    "form", [name for name, form in FORMATS.items() if not form.refuse(ADAPTERS["lora"], {})]
+)
 @pytest.mark.parametrize("method", MERGEABLE)
 def test_exports_of_a_lora_give_our_logits_and_text(tmp_path, bases, hf_base, method, form):
     """Logits, and greedy text in batches padded on either side, of every format that can hold the method."""
@@ -279,7 +281,7 @@ def test_full_fine_tuning_and_trained_norms(tmp_path, bases):
         np.abs(torch_logits(torch_model(tmp_path / "fft"), TOKENS) - our_logits(fft, TOKENS)).max()
         <= 2e-4
     )
-    for form in ("peft", "transformers"):
+    for form in ("peft", "transformers", "vllm"):
         with pytest.raises(UserError, match="--format merged can hold it"):
             export(fft, tmp_path / form, form)
 
@@ -289,6 +291,9 @@ def test_full_fine_tuning_and_trained_norms(tmp_path, bases):
         UserError, match="final_norm/scale trained; --format merged or transformers can hold it"
     ):
         export(lora, tmp_path / "peft", "peft")
+    ffba = make(bases[TINY], TINY, ADAPTERS["ffba"], norms)
+    with pytest.raises(UserError, match="final_norm/scale trained; --format transformers can hold"):
+        export(ffba, tmp_path / "vllm", "vllm")
     report = export(lora, tmp_path / "merged", "merged")
     assert report["targeted"] == 2 * 3 + 2 + 1
     export(lora, tmp_path / "remote", "transformers")
@@ -303,19 +308,27 @@ def test_full_fine_tuning_and_trained_norms(tmp_path, bases):
 
 @pytest.mark.parametrize(
     "method, form",
-    [("lora", "merged"), ("lora", "peft"), ("ffba", "transformers"), ("zflora", "transformers")],
+    [
+        ("lora", "merged"),
+        ("lora", "peft"),
+        ("ffba", "transformers"),
+        ("zflora", "transformers"),
+        ("ffba", "vllm"),
+        ("fpa", "vllm"),
+    ],
 )
 def test_bfloat16(tmp_path, bases, hf_base, method, form):
     """Within the bound that LOGIT_BOUNDS states; and transformers runs it in bfloat16 throughout, cache and all."""
     torch = pytest.importorskip("torch")
     trained = make(bases[TINY], TINY, ADAPTERS[method])
     report = export(trained, tmp_path / "out", form, dtype="bfloat16")
-    file = "adapter_model.safetensors" if form == "peft" else "model.safetensors"
+    alone = form in ("peft", "vllm")
+    file = "adapter_model.safetensors" if alone else "model.safetensors"
     with safe_open(tmp_path / "out" / file, framework="np") as opened:
         assert {opened.get_slice(name).get_dtype() for name in opened.keys()} == {"BF16"}  # noqa: SIM118
     ours = our_logits(trained, TOKENS)
     assert 1e-5 < report["logits"]["max_change"] <= report["logits"]["bound"]
-    if form == "peft":
+    if alone:
         return
     model = torch_model(tmp_path / "out")
     assert model.dtype == torch.bfloat16
@@ -528,10 +541,13 @@ def test_an_export_that_is_not_what_was_trained_is_not_written(tmp_path, bases, 
         (
             "ffba",
             "merged",
-            "ffba goes around the blocks and is no change of W; --format transformers can hold it",
+            "ffba goes around the blocks and is no change of W; --format transformers or vllm can hold it",
         ),
         ("zflora", "peft", "zflora is no LoRA; --format transformers can hold it"),
-        ("lora", "gguf", "'gguf' is unknown; known: merged, peft, transformers"),
+        ("ffba", "peft", "ffba is no LoRA; --format transformers or vllm can hold it"),
+        ("zflora", "vllm", "zflora does not go around the blocks, .*; --format transformers can"),
+        ("lora", "vllm", "lora is a LoRA .*; --format merged or peft or transformers can hold it"),
+        ("lora", "gguf", "'gguf' is unknown; known: merged, peft, transformers, vllm"),
     ],
 )
 def test_formats_that_cannot_hold_a_method(tmp_path, bases, method, form, words):

@@ -10,6 +10,7 @@ from support import ROOT, random_adapter
 from flora_jax.adapters import AdapterConfig
 from flora_jax.export import main
 from flora_jax.interop.adapter_files import save_adapter
+from flora_jax.interop.formats import FORMATS
 from flora_jax.interop.licences import Licence, base_licence
 from flora_jax.models.config import LlamaConfig
 
@@ -29,26 +30,36 @@ NOTICE_3 = (
 )
 
 
+def method_of(form):
+    return "ffba" if form == "vllm" else "lora"
+
+
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    """A LoRA of others, which says nothing of its base but a name."""
-    config = AdapterConfig("lora", 4)
-    path = tmp_path_factory.mktemp("lora") / "a"
-    save_adapter(
-        path, {"adapter": random_adapter(TINY, config, 1), "params": {}}, TINY, config, "base", "f"
-    )
-    (path / "flora_config.json").unlink()
-    return path
+def adapters(tmp_path_factory):
+    """By method: a LoRA of others and an ffba, which say nothing of their base but a name."""
+    paths = {}
+    for method in ("lora", "ffba"):
+        config = AdapterConfig(method, 4)
+        trained = {"adapter": random_adapter(TINY, config, 1), "params": {}}
+        paths[method] = tmp_path_factory.mktemp(method) / "a"
+        save_adapter(paths[method], trained, TINY, config, "base", "f")
+    (paths["lora"] / "flora_config.json").unlink()
+    about = paths["ffba"] / "adapter_config.json"
+    stored = json.loads(about.read_text())
+    del stored["fingerprint"]
+    about.write_text(json.dumps(stored))
+    return paths
 
 
 @pytest.fixture
-def exported(hf_directory, adapter, tmp_path, capsys):
+def exported(hf_directory, adapters, tmp_path, capsys):
     """`exported(form, files)` exports a base with these files; the directory, and what was said."""
 
     def make(form, files):
         base = hf_directory(tmp_path / "base")
         for name, text in files.items():
             (base / name).write_text(text)
+        adapter = adapters[method_of(form)]
         main(["export", "--model", str(base), "--adapter", str(adapter), "--format", form,
               "--out", str(tmp_path / form)])  # fmt: skip
         return tmp_path / form, capsys.readouterr().out
@@ -64,9 +75,9 @@ def own(directory):
     }
 
 
-@pytest.mark.parametrize("form", ["merged", "transformers", "peft"])
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_llama_of_metas(exported, form):
-    """Its weights and a LoRA of it alike."""
+    """Its weights and an adapter of it alike."""
     files = {"LICENSE.txt": AGREEMENT, "USE_POLICY.md": "# Llama 3.2 Acceptable Use Policy\n",
              "README.md": "---\nlicense: llama3.2\n---\nA base."}  # fmt: skip
     out, said = exported(form, files)
@@ -77,7 +88,10 @@ def test_a_llama_of_metas(exported, form):
     }
     card = (out / "README.md").read_text()
     assert "\nlicense: llama3.2\n" in card and "\n\n**Built with Llama**\n\n" in card
-    assert "\n# Llama: base, fine-tuned with lora\n" in card and "| base model | base |" in card
+    assert (
+        f"\n# Llama: base, fine-tuned with {method_of(form)}\n" in card
+        and "| base model | base |" in card
+    )
     assert "licence:" not in said
     report = json.loads((out / "flora_export.json").read_text())
     assert report["licence"] == "llama3.2" and report["files"].keys() >= own(out).keys()
@@ -105,10 +119,11 @@ def test_metas_licence_whose_text_is_not_at_hand(exported):
 
 
 @pytest.mark.parametrize(
-    ("form", "carried"), [("merged", True), ("transformers", True), ("peft", False)]
+    ("form", "carried"),
+    [("merged", True), ("transformers", True), ("peft", False), ("vllm", False)],
 )
 def test_a_llama_architecture_under_another_licence(exported, form, carried):
-    """As SmolLM2 is. A LoRA holds nothing of the base."""
+    """As SmolLM2 is. An adapter holds nothing of the base."""
     files = {"LICENSE": "Apache License\nVersion 2.0\n", "NOTICE.txt": "Some lab.\n",
              "README.md": f"---\nlicense: apache-2.0\n---\n{AGREEMENT}"}  # fmt: skip
     out, said = exported(form, files)
@@ -116,7 +131,10 @@ def test_a_llama_architecture_under_another_licence(exported, form, carried):
         {"LICENSE": files["LICENSE"], "NOTICE.txt": "Some lab.\n"} if carried else {}
     )
     card = (out / "README.md").read_text()
-    assert "\nlicense: apache-2.0\n" in card and "\n# base, fine-tuned with lora\n" in card
+    assert (
+        "\nlicense: apache-2.0\n" in card
+        and f"\n# base, fine-tuned with {method_of(form)}\n" in card
+    )
     assert "Built with" not in card and "Meta" not in card and "licence:" not in said
 
 

@@ -1,0 +1,156 @@
+"""What rides in a layer's four products: read from an export's configuration, or for a bank from
+one of its adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+PRODUCTS = ("qkv", "o", "gate_up", "down")
+ADAPTER_CONFIG = "adapter_config.json"
+FUSED = "FLORA_FUSED"  # the peft_type of what `flora_jax.export --format vllm` writes
+FORMAT_VERSION = 1
+
+
+class FloraLlamaConfig(LlamaConfig):
+    """LlamaConfig and `flora`, the fields of a Plan, as the `transformers` export has them."""
+
+    model_type = "flora_llama"
+    flora: dict | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rider:
+    """What one product carries. Pieces are `rank` channels wide.
+
+    forward: pieces that ride as extra outputs, by name; matrix: projections that a piece reaches
+    through a matrix B; repeat: those that a piece is repeat-and-added to; backward: extra inputs.
+    """
+
+    forward: tuple[str, ...] = ()
+    matrix: tuple[str, ...] = ()
+    repeat: tuple[str, ...] = ()
+    backward: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where everything rides.
+
+    rank: width of a piece; activation: of transformers' ACT2FN, or identity; stream: channels that
+    the residual stream carries behind its own (zflora); riders: by product; places: adapters side
+    by side; bank: whether each token has its own of them, written at run time.
+    """
+
+    rank: int
+    activation: str
+    stream: int
+    riders: Mapping[str, Rider]
+    places: int = 1
+    bank: bool = False
+
+    @classmethod
+    def of(cls, flora: Mapping[str, Any]) -> Plan:
+        """From the fields that `flora_jax.export` writes."""
+        riders = {
+            product: Rider(
+                tuple(about["forward"]),
+                tuple(about["matrix"]),
+                tuple(about["repeat"]),
+                about["backward"],
+            )
+            for product, about in flora["products"].items()
+        }
+        return cls(flora["rank"], flora["activation"], flora["stream"], riders)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a piece is tiled, so that a place's rank must be a multiple of an adapter's."""
+        return any(rider.repeat for rider in self.riders.values())
+
+    def alike(self, other: Plan) -> bool:
+        """Whether adapters of both fit one bank: all is the same but the rank."""
+        return _but_rank(self) == _but_rank(other)
+
+
+def _but_rank(plan: Plan) -> tuple[Any, ...]:
+    riders = {
+        product: (rider.forward, rider.matrix, rider.repeat, rider.backward // plan.rank)
+        for product, rider in plan.riders.items()
+    }
+    return plan.activation, plan.stream, riders
+
+
+def plan_of(config: Any, lora_config: Any) -> Plan:
+    """The Plan that a model is built by: of an export with its adapter in it, or, where
+    `config.flora` names the directory of an adapter, of a bank of adapters like that one.
+
+    lora_config: vLLM's, None without --enable-lora. Raises ValueError where the two do not go
+    together.
+    """
+    flora = getattr(config, "flora", None)
+    if isinstance(flora, Mapping):
+        if lora_config is not None:
+            raise ValueError(
+                "--enable-lora: this export has its adapter in its weights; serve the base with "
+                "--hf-overrides to have a bank of adapters, or leave --enable-lora out"
+            )
+        return Plan.of(flora)
+    if not isinstance(flora, str):
+        raise ValueError(
+            f"flora={flora!r} must name the directory of an adapter "
+            '(--hf-overrides \'{"architectures": ["FloraLlamaForCausalLM"], "flora": "DIR"}\')'
+        )
+    if lora_config is None:
+        raise ValueError("flora names an adapter, so --enable-lora is needed")
+    if lora_config.fully_sharded_loras:
+        raise ValueError("--fully-sharded-loras: a bank shards the rows of its adapters by itself")
+    plan = Plan.of(read_adapter_config(Path(flora))["flora"])
+    rank = lora_config.max_lora_rank
+    check_rank(plan, rank, flora)
+    riders = {
+        product: dataclasses.replace(rider, backward=rider.backward // plan.rank * rank)
+        for product, rider in plan.riders.items()
+    }
+    return dataclasses.replace(
+        plan, rank=rank, riders=riders, places=lora_config.max_loras, bank=True
+    )
+
+
+def check_rank(plan: Plan, rank: int, where: Any) -> None:
+    """Raises ValueError where an adapter does not fit a place of a bank of `rank`."""
+    if plan.rank > rank:
+        raise ValueError(f"{where}: rank {plan.rank} is above --max-lora-rank {rank}")
+    if plan.repeats and rank % plan.rank:
+        raise ValueError(
+            f"{where}: rank {plan.rank} does not divide --max-lora-rank {rank}, and its pieces are "
+            "tiled"
+        )
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """The fields of adapter_config.json in the directory of a fused adapter. Raises ValueError for
+    anything else."""
+    path = directory / ADAPTER_CONFIG
+    try:
+        stored = json.loads(path.read_text())
+    except OSError:
+        raise FileNotFoundError(f"{path}: there is no such adapter") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error})") from None
+    kind = stored.get("peft_type") if isinstance(stored, dict) else None
+    if kind != FUSED:
+        raise ValueError(
+            f"{path}: peft_type={kind!r}, a bank takes {FUSED}; `flora_jax.export --format vllm` "
+            "writes it"
+        )
+    if stored.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version={stored.get('format_version')!r}, {FORMAT_VERSION} is read"
+        )
+    return stored
