@@ -367,6 +367,7 @@ def remote_config(adapter_config: AdapterConfig) -> dict[str, Any]:
         "architectures": ["FloraLlamaForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_flora_llama.FloraLlamaConfig",
+            "AutoModel": "modeling_flora_llama.FloraLlamaModel",
             "AutoModelForCausalLM": "modeling_flora_llama.FloraLlamaForCausalLM",
         },
         "flora": {

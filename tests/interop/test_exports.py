@@ -127,22 +127,69 @@ def test_transformers_export_gives_our_logits(tmp_path, bases, config, method):
     assert np.abs(torch_logits(model, TOKENS) - ours).max() <= 2e-4
     off = np.asarray(Llama(config, None).apply({"params": trained.base}, jnp.asarray(TOKENS)))
     assert np.abs(ours - off).max() > 0.1
-    # One Linear a fused product, and nothing else but the B's of a LoRA.
-    import torch
-
-    parts = model.model.layers[0].named_modules()
-    linears = [
-        name for name, part in parts if isinstance(part, torch.nn.Linear) and ".B." not in name
-    ]
-    assert linears == [
-        "self_attn.o_proj",
-        "self_attn.qkv_proj",
-        "mlp.gate_up_proj",
-        "mlp.down_proj",
-    ]
+    assert_four_products(model)
     stored = json.loads((tmp_path / "out/config.json").read_text())
+    assert {*stored["auto_map"]} == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert stored["rope_parameters"]["rope_theta"] == stored["rope_theta"] == config.rope_theta
     assert (stored["rope_scaling"] is None) == (config.rope_scaling is None)
+
+
+def assert_four_products(model):
+    """A layer has four fused products and the B's of a LoRA. vLLM's Transformers backend replaces every nn.Linear, and
+    every norm that is nothing but one: those products are none, and zflora's norms have a class of their own."""
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    parts = dict(model.model.layers[0].named_modules())
+    fused = [name for name, part in parts.items() if type(part).__name__ == "FusedLinear"]
+    assert fused == ["self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+    linears = [name for name, part in parts.items() if isinstance(part, torch.nn.Linear)]
+    assert all(".B." in name for name in linears)
+    assert bool(linears) == (model.config.flora["method"] in ("lora", "pf_lora"))
+    norms = {type(part) for part in model.modules() if isinstance(part, LlamaRMSNorm)}
+    if model.config.flora["stream"]:
+        assert {norm.__name__ for norm in norms} == {"RMSNormOfStream", "RMSNormAfterStream"}
+    else:
+        assert norms == {LlamaRMSNorm}
+
+
+@pytest.mark.parametrize("config, method", [(TINY, "lora"), (OTHER, "zflora")])
+def test_remote_code_by_its_other_doors(tmp_path, bases, config, method):
+    """AutoModel loads the stack without the head; from_config draws every weight as transformers draws a Llama's."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    export(make(bases[config], config, ADAPTERS[method]), tmp_path / "out", "transformers")
+    stack = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(stack).__name__ == "FloraLlamaModel"
+    whole = torch_model(tmp_path / "out")
+    with torch.no_grad():
+        tokens = torch.tensor(TOKENS)
+        hidden = stack.eval()(tokens).last_hidden_state
+        assert torch.equal(whole.lm_head(hidden), whole(tokens).logits)
+
+    fields = transformers.AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    drawn = transformers.AutoModelForCausalLM.from_config(fields, trust_remote_code=True)
+    assert (drawn.lm_head.weight is drawn.model.embed_tokens.weight) == config.tie_word_embeddings
+    for name, value in drawn.named_parameters():
+        if "norm" in name:
+            assert (value == 1).all(), name
+        elif name.endswith("bias"):
+            assert (value == 0).all(), name
+        else:
+            spare = 4 / value.numel() ** 0.5
+            assert value.std().item() == pytest.approx(fields.initializer_range, rel=spare), name
+
+
+def test_remote_code_refuses_to_be_split(tmp_path, bases):
+    """vLLM hangs its attention, with one device's share of the heads, on the module."""
+    torch = pytest.importorskip("torch")
+    export(make(bases[TINY], TINY, ADAPTERS["ffba"]), tmp_path / "out", "transformers")
+    attention = torch_model(tmp_path / "out").model.layers[0].self_attn
+    given = torch.nn.Module()
+    given.num_heads = TINY.num_attention_heads
+    attention.attn = given
+    given.num_heads //= 2
+    with pytest.raises(NotImplementedError, match="tensor_parallel_size must be 1"):
+        attention.attn = given
 
 
 @pytest.mark.parametrize(

@@ -9,24 +9,28 @@ import torch
 import transformers
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # vLLM looks for this very name
 from transformers.models.llama import modeling_llama as llama
 
 from .configuration_flora_llama import FloraLlamaConfig
 
 
-class FusedLinear(nn.Linear):
+class FusedLinear(nn.Module):
     """The projections of one input and the adapter's channels in one product:
     `[x | z] · W -> [ys | z_out]`.
 
     forward(x, z) gives the list of ys, one for each of `widths`, and z_out, None where nothing
-    rides as outputs.
+    rides as outputs. It is no nn.Linear: vLLM puts a layer of its own in the place of those.
     """
 
     def __init__(self, config, product, d_in, widths, bias):
         flora = config.flora
         rider = flora["products"][product]
         riding = flora["rank"] * len(rider["forward"])
-        super().__init__(d_in + rider["backward"], sum(widths.values()) + riding, bias=bias)
+        super().__init__()
+        outputs = sum(widths.values()) + riding
+        self.weight = nn.Parameter(torch.empty(outputs, d_in + rider["backward"]))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
         self.rider = rider
         self.rank = flora["rank"]
         self.names = list(widths)
@@ -38,8 +42,13 @@ class FusedLinear(nn.Linear):
             {name: nn.Linear(self.rank, widths[name], bias=False) for name in rider["matrix"]}
         )
 
+    def extra_repr(self):
+        outputs, inputs = self.weight.shape
+        return f"in_features={inputs}, out_features={outputs}, bias={self.bias is not None}"
+
     def forward(self, x, z=None):
-        y = super().forward(torch.cat([x, z], -1) if self.rider["backward"] else x)
+        x = torch.cat([x, z], -1) if self.rider["backward"] else x
+        y = nn.functional.linear(x, self.weight, self.bias)
         if not self.rider["forward"] and not self.rider["repeat"]:
             return list(y.split(self.sizes[:-1], -1)), None
         *ys, out = y.split(self.sizes, -1)
@@ -59,26 +68,26 @@ def repeat_and_add(y, z):
     return (y.unflatten(-1, (-1, z.shape[-1])) + z.unsqueeze(-2)).flatten(-2)
 
 
-class FloraLlamaRMSNorm(llama.LlamaRMSNorm):
+# vLLM puts its own norm in the place of one that is nothing but a norm, which these are not.
+# transformers sets a norm's weights to one by the name of its class, which must hold "RMSNorm".
+
+
+class RMSNormOfStream(llama.LlamaRMSNorm):
     """Norm of the hidden_size own channels of the stream; those behind them pass."""
 
     def forward(self, hidden_states):
         width = self.weight.shape[0]
-        if hidden_states.shape[-1] == width:
-            return super().forward(hidden_states)
         x, z = hidden_states.split([width, hidden_states.shape[-1] - width], -1)
         return torch.cat([super().forward(x), z], -1)
 
 
-class FinalNorm(llama.LlamaRMSNorm):
+class RMSNormAfterStream(llama.LlamaRMSNorm):
     """Norm of the stream's own channels with those behind them repeat-and-added."""
 
     def forward(self, hidden_states):
         width = self.weight.shape[0]
         x, z = hidden_states.split([width, hidden_states.shape[-1] - width], -1)
-        if z.shape[-1]:
-            x = repeat_and_add(x, z)
-        return super().forward(x)
+        return super().forward(repeat_and_add(x, z))
 
 
 class FloraLlamaAttention(llama.LlamaAttention):
@@ -93,6 +102,14 @@ class FloraLlamaAttention(llama.LlamaAttention):
         bias = config.attention_bias
         self.qkv_proj = FusedLinear(config, "qkv", D, {"q": Q, "k": K, "v": K}, bias)
         self.o_proj = FusedLinear(config, "o", Q, {"o": D}, bias)
+
+    def __setattr__(self, name, value):
+        # vLLM hangs its own attention here, which has the heads of one device.
+        if name == "attn" and value.num_heads != self.config.num_attention_heads:
+            raise NotImplementedError(
+                "flora_llama is not split over devices: tensor_parallel_size must be 1"
+            )
+        super().__setattr__(name, value)
 
     def forward(
         self,
@@ -111,10 +128,10 @@ class FloraLlamaAttention(llama.LlamaAttention):
             k, v = cache.update(k, v, self.layer_idx)
         implementation = self.config._attn_implementation
         attend = llama.eager_attention_forward
-        if hasattr(llama.ALL_ATTENTION_FUNCTIONS, "get_interface"):
-            attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, attend)
+        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, attend)
         elif implementation != "eager":  # transformers 5.0
-            attend = llama.ALL_ATTENTION_FUNCTIONS[implementation]
+            attend = ALL_ATTENTION_FUNCTIONS[implementation]
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(
             self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
@@ -149,24 +166,36 @@ class FloraLlamaDecoderLayer(llama.LlamaDecoderLayer):
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
         self.self_attn, self.mlp = FloraLlamaAttention(config, layer_idx), FloraLlamaMLP(config)
-        self.input_layernorm = FloraLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = FloraLlamaRMSNorm(
-            config.hidden_size, eps=config.rms_norm_eps
-        )
+        if config.flora["stream"]:
+            D, eps = config.hidden_size, config.rms_norm_eps
+            self.input_layernorm = RMSNormOfStream(D, eps=eps)
+            self.post_attention_layernorm = RMSNormOfStream(D, eps=eps)
 
 
-class FloraLlamaModel(llama.LlamaModel):
-    """Llama's stack, its stream as wide as the adapter needs it."""
+class FloraLlamaPreTrainedModel(llama.LlamaPreTrainedModel):
+    """What the model with and without its head share."""
 
     config_class = FloraLlamaConfig
     _no_split_modules = ["FloraLlamaDecoderLayer"]
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, FusedLinear):  # as a Linear
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class FloraLlamaModel(FloraLlamaPreTrainedModel, llama.LlamaModel):
+    """Llama's stack, its stream as wide as the adapter needs it."""
 
     def __init__(self, config):
         super().__init__(config)
         self.layers = nn.ModuleList(
             FloraLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
-        self.norm = FinalNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.flora["stream"]:
+            self.norm = RMSNormAfterStream(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
 
     def forward(
@@ -186,11 +215,8 @@ class FloraLlamaModel(llama.LlamaModel):
         return super().forward(None, attention_mask, position_ids, cache, x, **kwargs)
 
 
-class FloraLlamaForCausalLM(llama.LlamaForCausalLM):
+class FloraLlamaForCausalLM(FloraLlamaPreTrainedModel, llama.LlamaForCausalLM):
     """What AutoModelForCausalLM gives."""
-
-    config_class = FloraLlamaConfig
-    _no_split_modules = ["FloraLlamaDecoderLayer"]
 
     def __init__(self, config):
         if config.tie_word_embeddings and transformers.__version__ == "5.3.0":

@@ -1,0 +1,133 @@
+"""Tiny exports of every method and what our own model answers, for the tests that run in vLLM.
+
+    python vllm_plugin/tests/make_exports.py --out exports
+
+JAX and vLLM live in different environments, so that the tests read files:
+
+    exports/base/          the base, a plain Llama
+    exports/<method>/      the base with an adapter, `--format transformers`, float32
+    exports/expected.json  {name: {"prompts": [[id, …], …], "tokens": …, "logprobs": …}}
+
+tokens: what Generator continues each prompt with, greedily; logprobs: of these tokens. The same
+seed gives the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
+
+from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter
+from flora_jax.inference.generator import Generator
+from flora_jax.interop.exports import export
+from flora_jax.interop.formats import Trained
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.fingerprint import base_fingerprint
+from flora_jax.models.hf import to_hf_tensors
+from flora_jax.models.llama import Llama, abstract_base
+from flora_jax.models.tokenizer import load_tokenizer
+
+Tree = dict[str, Any]
+
+CONFIG = LlamaConfig(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,  # the least that vLLM's attention takes on a CPU
+    tie_word_embeddings=True,
+    max_position_embeddings=512,
+)
+SIZES = {"rank": 8, "alpha": 16.0}
+ADAPTERS = {name: AdapterConfig(name, **SIZES) for name in METHODS if METHODS[name].reads}
+ADAPTERS["fpa_gelu"] = AdapterConfig("fpa", activation="gelu", **SIZES)
+LENGTHS = (5, 17, 40)  # of the prompts
+NEW_TOKENS = 16
+# The best token leads by so much that rounding elsewhere does not change it.
+MARGIN = 5e-4
+
+
+def random_tree(shapes: Tree, seed: int, std: float) -> Tree:
+    """Every leaf random, so that no part of it is silent; scales of norms around one."""
+    rng = np.random.default_rng(seed)
+    leaves = {
+        path: jnp.asarray(path.endswith("scale") + std * rng.normal(size=x.shape), jnp.float32)
+        for path, x in flatten_dict(shapes, sep="/").items()
+    }
+    return unflatten_dict(leaves, sep="/")
+
+
+def prompts() -> list[list[int]]:
+    """Ids of the whole vocabulary, one list for each of LENGTHS."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in LENGTHS]
+
+
+def expected(base: Tree, adapter: Tree | None, adapter_config: AdapterConfig | None) -> Tree:
+    """An entry of expected.json."""
+    adapters = None if adapter is None else {"adapter": adapter}
+    generator = Generator(CONFIG, base, adapters, adapter_config, max_length=64, batch_size=3)
+    tokens = [row.tokens for row in generator.generate(prompts(), NEW_TOKENS)]
+    rows = [[*prompt, *own] for prompt, own in zip(prompts(), tokens, strict=True)]
+    padded = jnp.asarray([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
+    variables = {"params": base, **({} if adapter is None else {"adapter": adapter})}
+    logits = jax.jit(Llama(CONFIG, adapter_config).apply)(variables, padded)
+    logprobs = []
+    for row, n, own in zip(jax.nn.log_softmax(logits), LENGTHS, tokens, strict=True):
+        own_row = np.asarray(row)[n - 1 : n - 1 + NEW_TOKENS]
+        assert own_row.argmax(-1).tolist() == own
+        best = np.sort(own_row, axis=-1)
+        assert (best[:, -1] - best[:, -2]).min() > MARGIN, "two tokens are nearly as good"
+        logprobs.append(best[:, -1].tolist())
+    return {"prompts": prompts(), "tokens": tokens, "logprobs": logprobs}
+
+
+def write_base(trained: Trained, directory: Path) -> None:
+    """The base as an HF directory."""
+    directory.mkdir()
+    tensors = dict(to_hf_tensors(CONFIG, trained.base))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = {**CONFIG.to_hf(), "dtype": "float32", "torch_dtype": "float32"}
+    (directory / "config.json").write_text(json.dumps(config))
+    trained.tokenizer.save_pretrained(directory)
+
+
+def main(out: Path) -> None:
+    jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compiling
+    out.mkdir(parents=True)
+    # Wider than initial weights, which give every token nearly the same logit.
+    base = random_tree(abstract_base(CONFIG), seed=1, std=0.16)
+    trained = Trained(
+        config=CONFIG,
+        base=base,
+        tokenizer=load_tokenizer("tiny"),
+        base_model="base",
+        fingerprint=base_fingerprint(base),
+    )
+    write_base(trained, out / "base")
+    answers = {"base": expected(base, None, None)}
+    for seed, (name, adapter_config) in enumerate(ADAPTERS.items(), start=12):
+        adapter = random_tree(abstract_adapter(CONFIG, adapter_config), seed, std=0.05)
+        own = dataclasses.replace(trained, adapter_config=adapter_config, adapter=adapter)
+        export(own, out / name, "transformers")
+        answers[name] = expected(base, adapter, adapter_config)
+        pairs = zip(answers[name]["tokens"], answers["base"]["tokens"], strict=True)
+        assert all(tokens != bare for tokens, bare in pairs), f"{name} answers as the base does"
+    (out / "expected.json").write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="a directory that is not there yet")
+    main(parser.parse_args().out)
