@@ -25,7 +25,7 @@ from ml_collections.config_dict import placeholder
 from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.data import Task, expand, get_task
 from flora_jax.data.encode import STYLES
-from flora_jax.errors import UserError, near_misses, require, split_names
+from flora_jax.errors import UserError, near_misses, require, require_known, split_names
 from flora_jax.models.config import DTYPES, PRESETS, LlamaConfig
 from flora_jax.models.llama import REMAT_POLICIES
 
@@ -389,7 +389,7 @@ def check_config(config: ConfigDict) -> None:
     _check_types(config)
     for field, known in CHOICES.items():
         value = _value(config, field)
-        _check(config, field, value in known, f"is unknown; {near_misses(str(value), known)}")
+        require_known(value, known, f"config.{field}={value!r}")
     _check_adapter(config)
     _check_tasks(config)
     for field, allowed in RANGES:

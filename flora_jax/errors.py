@@ -63,6 +63,16 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(known)}"
 
 
+def require_known(name: Any, known: Iterable[str], what: str) -> None:
+    """Raises UserError, with near misses, for `what`, whose name is none of `known`.
+
+    Names are compared, not hashed: a user's value may be anything.
+    """
+    known = list(known)
+    if name not in known:
+        raise UserError(f"{what} is unknown; {near_misses(str(name), known)}")
+
+
 def check_text(text: str, where: str) -> None:
     """Raises UserError for half a character, which no tokenizer takes.
 

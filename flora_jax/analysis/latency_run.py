@@ -22,7 +22,7 @@ from flora_jax.analysis.comparison import Measurement, Size
 from flora_jax.analysis.results import NONE, cell, provenance, spread, table, versions
 from flora_jax.analysis.timing import Setting
 from flora_jax.device import check_jax
-from flora_jax.errors import check_writable, near_misses, positive_integers, require, split_names
+from flora_jax.errors import check_writable, positive_integers, require, require_known, split_names
 from flora_jax.files import keep_programs, read_json, write_result
 from flora_jax.inference.decoding import bucket
 from flora_jax.inference.generator import check_fits
@@ -86,10 +86,7 @@ def run(args: Namespace, argv: list[str]) -> str:
 def check(args: Namespace) -> Asked:
     """What the flags ask for. Raises UserError; nothing is compiled yet."""
     _check_numbers(args)
-    require(
-        args.dtype in DTYPES,
-        f"--dtype {args.dtype!r} is unknown; {near_misses(args.dtype, DTYPES)}",
-    )
+    require_known(args.dtype, DTYPES, f"--dtype {args.dtype!r}")
     methods = list(dict.fromkeys(split_names(args.methods)))
     require(methods, "--methods is empty; give names, comma-separated")
     settings = [

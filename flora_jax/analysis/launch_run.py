@@ -25,7 +25,7 @@ from flora_jax.analysis.launch_plan import (
 from flora_jax.analysis.results import NONE, provenance, table, versions
 from flora_jax.analysis.variants import get_variant
 from flora_jax.device import check_jax
-from flora_jax.errors import check_writable, near_misses, positive_integers, require
+from flora_jax.errors import check_writable, positive_integers, require, require_known
 from flora_jax.files import write_result
 from flora_jax.models.config import LlamaConfig
 
@@ -109,7 +109,7 @@ def check(args: Namespace, config: LlamaConfig) -> Iterator[Cell]:
 def _names(flag: str, text: str, known: Mapping[str, Any]) -> list[str]:
     items = list(dict.fromkeys(item.strip() for item in text.split(",")))
     for item in items:
-        require(item in known, f"{flag} {item!r} is unknown; {near_misses(item, known)}")
+        require_known(item, known, f"{flag} {item!r}")
     return items
 
 

@@ -70,7 +70,8 @@ def variants() -> dict[str, Variant]:
 def get_variant(name: str) -> Variant:
     """A variant by name; a UserError with near misses if there is none."""
     known = variants()
-    require(name in known, f"method {name!r} is unknown here; {near_misses(name, known)}")
+    if name not in known:
+        raise UserError(f"method {name!r} is unknown here; {near_misses(name, known)}")
     return known[name]
 
 

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from flora_jax.data.tasks import Example, Message
-from flora_jax.errors import UserError, near_misses, require
+from flora_jax.errors import UserError, require, require_known
 from flora_jax.progress import progress
 from flora_jax.tokens import (
     Tokenizer,
@@ -156,14 +156,8 @@ def encode_prompt(
 
 
 def _check(tokenizer: Tokenizer, style: Style, loss_on: LossOn = "answer") -> None:
-    if style not in STYLES:
-        raise UserError(
-            f"data.prompt_style={style!r} is unknown; {near_misses(str(style), STYLES)}"
-        )
-    if loss_on not in ("answer", "all"):
-        raise UserError(
-            f"data.loss_on={loss_on!r} is unknown; {near_misses(str(loss_on), ('answer', 'all'))}"
-        )
+    require_known(style, STYLES, f"data.prompt_style={style!r}")
+    require_known(loss_on, ("answer", "all"), f"data.loss_on={loss_on!r}")
     require(
         style != "chat" or tokenizer.chat_template,
         "data.prompt_style='chat' needs a chat template and the tokenizer has none; use 'plain'",

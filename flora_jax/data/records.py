@@ -10,7 +10,7 @@ from typing import Any
 
 from flora_jax.data.catalogue import compose_ending, hellaswag
 from flora_jax.data.tasks import ROLES
-from flora_jax.errors import UserError, check_text, near_misses, require, told_of
+from flora_jax.errors import UserError, check_text, require, require_known, told_of
 
 Record = dict[str, Any]
 
@@ -193,11 +193,11 @@ def _conversation(raw: Mapping[str, Any], where: str) -> Record:
     )
     if "messages" in raw:
         return {"messages": _messages(raw, where), "tools": _tools(raw, where)}
-    require(
-        "prompt" in raw or "completion" in raw,
-        f"{where}: a record needs 'messages', or 'prompt' and 'completion'; "
-        f"there are {', '.join(map(repr, raw)) or 'no fields'}",
-    )
+    if "prompt" not in raw and "completion" not in raw:
+        raise UserError(
+            f"{where}: a record needs 'messages', or 'prompt' and 'completion'; "
+            f"there are {', '.join(map(repr, raw)) or 'no fields'}"
+        )
     messages = [
         {"role": role, "content": _field(raw, name, where), "trained": True, "more": ""}
         for role, name in (("user", "prompt"), ("assistant", "completion"))
@@ -255,8 +255,7 @@ def _turn(turn: Any, place: str) -> Record:
         f"{place} must be an object with 'role' and 'content', not {type(turn).__name__}",
     )
     role = _field(turn, "role", place)
-    if role not in ROLES:
-        raise UserError(f"{place}: role {role!r} is unknown; {near_misses(role, ROLES)}")
+    require_known(role, ROLES, f"{place}: role {role!r}")
     more = {name: turn[name] for name in _MORE if turn.get(name)}
     if "tool_calls" in more:
         _objects(more["tool_calls"], f"{place}: field 'tool_calls'")

@@ -381,10 +381,9 @@ def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
         name not in MIXTURES,
         f"{name!r} is a mixture to train on; the tasks to score are named one by one",
     )
-    require(
-        name in TASKS,
-        f"task {name!r} is unknown; {near_misses(name, TASKS)} (or a path ending in .jsonl)",
-    )
+    if name not in TASKS:
+        near = near_misses(name, TASKS)
+        raise UserError(f"task {name!r} is unknown; {near} (or a path ending in .jsonl)")
     task = TASKS[name]
     if task.generator is None or not generator:
         return task
@@ -400,10 +399,9 @@ def _check_generator(task: Task, generator: Mapping[str, Any]) -> None:
     """Raises UserError for a field that the task's generator has not, or that is no such number."""
     known = ("train", "validation", "test", "seed", *task.generator.settings)
     for field, value in generator.items():
-        require(
-            field in known,
-            f"task {task.name!r} has no generator field {field!r}; {near_misses(field, known)}",
-        )
+        if field not in known:
+            near = near_misses(field, known)
+            raise UserError(f"task {task.name!r} has no generator field {field!r}; {near}")
         least = 0 if field == "seed" else 1
         require(
             isinstance(value, int) and not isinstance(value, bool) and value >= least,

@@ -23,7 +23,7 @@ from flora_jax.data.tasks import (
     lm_eval_request,
     prompt_digests,
 )
-from flora_jax.errors import near_misses, require
+from flora_jax.errors import require, require_known
 from flora_jax.evaluation import published
 
 PROTOCOLS = ("lm_eval", "llm_adapters")
@@ -87,7 +87,7 @@ def load_task_data(
     """
     for field, known in (("protocol", PROTOCOLS), ("prompt_style", STYLES)):
         value = getattr(settings, field)
-        require(value in known, f"{field}={value!r} is unknown; {near_misses(value, known)}")
+        require_known(value, known, f"{field}={value!r}")
     require(
         limit is None or limit >= 1,
         f"limit={limit} must be a positive integer (leave it out for all examples)",

@@ -175,12 +175,12 @@ class Generator:
         check_jax()
         check_sizes(config, base, max_length, batch_size)
         _check_adapters(adapters, adapter_config)
-        require(
-            not decode_kernel or kernel_runs(config),
-            "decode_kernel=True needs an NVIDIA GPU from Ampere on and heads of 32, 64, 128 or "
-            f"256 channels; this is a {jax.devices()[0].device_kind} and "
-            f"head_dim={config.head_dim}; leave it None",
-        )
+        if decode_kernel and not kernel_runs(config):
+            raise UserError(
+                "decode_kernel=True needs an NVIDIA GPU from Ampere on and heads of 32, 64, 128 or "
+                f"256 channels; this is a {jax.devices()[0].device_kind} and "
+                f"head_dim={config.head_dim}; leave it None"
+            )
         self.config = config
         self.tokenizer = tokenizer
         self.max_length = operator.index(max_length)

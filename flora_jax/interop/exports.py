@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from flora_jax.adapters import AdapterConfig, Tree
 from flora_jax.device import check_jax, versions
-from flora_jax.errors import UserError, disk_fault, near_misses, require
+from flora_jax.errors import UserError, disk_fault, require, require_known
 from flora_jax.files import new_directory, read_json, write_json
 from flora_jax.interop.adapter_files import check_fingerprint, load_adapter
 from flora_jax.interop.formats import FORMATS, Trained
@@ -60,8 +60,8 @@ _BLOCK = 8192  # rows of the unembedding that are scored with at a time
 def check_format(form: str, dtype: str, adapter_config: AdapterConfig, params: Tree) -> None:
     """Raises UserError for an unknown format or dtype, and for a format that cannot hold the method
     or, `params`, the base leaves that trained."""
-    require(form in FORMATS, f"--format {form!r} is unknown; {near_misses(form, FORMATS)}")
-    require(dtype in DTYPES, f"--dtype {dtype!r} is unknown; {near_misses(dtype, DTYPES)}")
+    require_known(form, FORMATS, f"--format {form!r}")
+    require_known(dtype, DTYPES, f"--dtype {dtype!r}")
     if why := FORMATS[form].refuse(adapter_config, params):
         able = [
             name for name, other in FORMATS.items() if other.refuse(adapter_config, params) is None

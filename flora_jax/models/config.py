@@ -12,7 +12,7 @@ import math
 import numbers
 from typing import Any
 
-from flora_jax.errors import UserError, near_misses, require
+from flora_jax.errors import UserError, require, require_known
 
 DTYPES = ("float32", "bfloat16")  # of parameters and of compute
 
@@ -155,7 +155,7 @@ class LlamaConfig:
     @classmethod
     def preset(cls, name: str) -> LlamaConfig:
         """The architecture of a named preset; a UserError with near misses if there is none."""
-        require(name in PRESETS, f"model preset {name!r} is unknown; {near_misses(name, PRESETS)}")
+        require_known(name, PRESETS, f"model preset {name!r}")
         return PRESETS[name]
 
     @classmethod

@@ -246,10 +246,9 @@ def _float_dtype(dtype: Any) -> np.dtype:
         found = jnp.dtype(dtype)
     except TypeError:
         raise UserError(f"dtype={dtype!r} is unknown; {near_misses(str(dtype), known)}") from None
-    require(
-        found.name in known,
-        f"dtype={found.name!r} is not for parameters; {near_misses(found.name, known)}",
-    )
+    if found.name not in known:
+        near = near_misses(found.name, known)
+        raise UserError(f"dtype={found.name!r} is not for parameters; {near}")
     return found
 
 

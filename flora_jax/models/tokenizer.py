@@ -233,11 +233,12 @@ def _gguf_core(file: GgufFile, tokens: list[str], pre: str) -> tokenizers.Tokeni
     vocabulary = {token: id for id, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in file.require("tokenizer.ggml.merges")]
     for merge in merges:
-        require(
-            len(merge) == 2 and vocabulary.keys() >= {*merge, "".join(merge)},
-            f"{file.path}: tokenizer.ggml.merges holds {' '.join(merge)!r}, "
-            "which merges no two tokens",
-        )
+        # hundreds of thousands, so that the words are made for a wrong one alone
+        if len(merge) != 2 or not vocabulary.keys() >= {*merge, "".join(merge)}:
+            raise UserError(
+                f"{file.path}: tokenizer.ggml.merges holds {' '.join(merge)!r}, "
+                "which merges no two tokens"
+            )
     require(
         len(vocabulary) == len(tokens), f"{file.path}: tokenizer.ggml.tokens holds a token twice"
     )

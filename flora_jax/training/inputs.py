@@ -35,7 +35,7 @@ from flora_jax.data import (
     prompt_digests,
 )
 from flora_jax.data.sources import SPLITS
-from flora_jax.errors import require, split_names, told_of
+from flora_jax.errors import UserError, require, split_names, told_of
 from flora_jax.files import cache_root
 from flora_jax.tokens import Tokenizer, tokenizer_digest
 
@@ -221,12 +221,12 @@ def _drop_overlaps(
         others, _ = dedupe(part.train, asked)
         others, _ = dedupe(others, answered, answers=True)
         kept[i] = dataclasses.replace(part, train=others)
-    require(
-        _all(kept, "train"),
-        f"config.data.tasks={config.data.tasks}: each of {len(_all(parts, 'train'))} training "
-        "records is also in a test or the validation set; give more data, or a folder whose "
-        "validation and test files hold other prompts",
-    )
+    if not _all(kept, "train"):
+        raise UserError(
+            f"config.data.tasks={config.data.tasks}: each of {len(_all(parts, 'train'))} training "
+            "records is also in a test or the validation set; give more data, or a folder whose "
+            "validation and test files hold other prompts"
+        )
     return kept
 
 
