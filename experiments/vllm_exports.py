@@ -28,6 +28,7 @@ from flora_jax.errors import UserError, run_command
 from flora_jax.files import write_json
 from flora_jax.interop.exports import export, trained_over
 from flora_jax.interop.formats import Trained
+from flora_jax.interop.vllm_adapter import max_lora_rank
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.tokenizer import load_tokenizer
 
@@ -76,7 +77,11 @@ def main(argv: list[str]) -> None:
     (args.out / "bank").mkdir()
     for i in range(args.bank):
         export(drawn(args.method, i), args.out / "bank" / str(i), "vllm", dtype=args.dtype)
-    write_json(args.out / "about.json", {"parameters": parameters, "ranks": ranks})
+    about: dict[str, Any] = {"parameters": parameters, "ranks": ranks}
+    # vLLM has places of some ranks alone.
+    about["place"] = max_lora_rank(AdapterConfig(args.method, args.rank))
+    about["lora_place"] = max_lora_rank(AdapterConfig("lora", ranks["lora"]))
+    write_json(args.out / "about.json", about)
     print(f"{args.out}: ranks {ranks}, about {parameters:,} parameters each")
 
 

@@ -103,9 +103,9 @@ def _widened_b(lora_b: torch.Tensor, layer: FusedLinear) -> torch.Tensor:
 
 
 def select(layer: BankLinear, x: torch.Tensor) -> torch.Tensor:
-    """`[T, N]` in x's dtype: 1 for the place of each token's adapter, all 0 for the bare base."""
+    """`[T, N]`, true for the place of each token's adapter, nowhere for the bare base."""
     own = layer.punica_wrapper._token_lora_indices[: x.shape[0]]
-    return (own.unsqueeze(-1) == layer.places).to(x.dtype)
+    return own.unsqueeze(-1) == layer.places
 
 
 @functools.cache
@@ -125,6 +125,8 @@ def install() -> None:
         for own in adapter.loras.values():  # vLLM wants both sides to be tensors
             own.lora_a = torch.empty(0) if own.lora_a is None else own.lora_a
             own.lora_b = torch.empty(0) if own.lora_b is None else own.lora_b
+            if not (own.lora_a.isfinite().all() and own.lora_b.isfinite().all()):
+                raise ValueError(f"{request.lora_path}: {own.module_name} is not finite")
         return adapter
 
     WorkerLoRAManager._load_adapter = checked
@@ -135,7 +137,7 @@ def check_adapter(directory: Path, plan: Plan, config: Any) -> None:
     base of `config`: of another method, rank or base, or with a part missing."""
     stored = read_adapter_config(directory)
     own = Plan.of(stored["flora"])
-    if not own.alike(plan):
+    if not own.fits(plan):
         raise ValueError(
             f"{directory}: an adapter of {stored['method']!r} is not laid out as this bank's are; "
             "serve it from a bank of its own"

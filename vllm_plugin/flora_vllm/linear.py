@@ -71,6 +71,8 @@ class SlicedLinear(LinearBase):
             self.params_dtype,
             weight_loader=self.load_weight,
         )
+        if writable:
+            self.weight.data.zero_()  # the places, too
         self.bias = None
         if bias:
             self.bias = nn.Parameter(
@@ -100,7 +102,7 @@ class FusedLinear(SlicedLinear):
     row-parallel one, whose parts are summed over the ranks (`reduce`).
 
     forward(x `[T, in]`, z `[T, N R_b]` or None, select `[T, N]` or None) gives the list of ys and
-    z_out `[T, N R_f]`, None where nothing rides as outputs. select is 1 for a token's own place.
+    z_out `[T, N R_f]`, None where nothing rides as outputs. select is true for a token's own place.
     """
 
     def __init__(
@@ -215,9 +217,9 @@ class FusedLinear(SlicedLinear):
     def _masked(self, out: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
         """z with zeros in the channels that are not a token's own."""
         if self.plan.places == 1:
-            return out * select
+            return torch.where(select, out, 0)
         places = out.unflatten(-1, (self.plan.places, -1))
-        return (places * select.unsqueeze(-1)).flatten(-2)
+        return torch.where(select.unsqueeze(-1), places, 0).flatten(-2)
 
     def _pieces(self, out: torch.Tensor) -> dict[str, torch.Tensor]:
         """The pieces of z that something of this product is added from, by projection."""

@@ -73,17 +73,18 @@ class Plan:
         """Whether a piece is tiled, so that a place's rank must be a multiple of an adapter's."""
         return any(rider.repeat for rider in self.riders.values())
 
-    def alike(self, other: Plan) -> bool:
-        """Whether adapters of both fit one bank: all is the same but the rank."""
-        return _but_rank(self) == _but_rank(other)
+    def fits(self, bank: Plan) -> bool:
+        """Whether an adapter laid out so has a place in a bank: all is the same but the rank, or
+        there is nothing in a product."""
+        return (self.activation, self.stream) == (bank.activation, bank.stream) and all(
+            rider == Rider()
+            or _pieces(rider, self.rank) == _pieces(bank.riders[product], bank.rank)
+            for product, rider in self.riders.items()
+        )
 
 
-def _but_rank(plan: Plan) -> tuple[Any, ...]:
-    riders = {
-        product: (rider.forward, rider.matrix, rider.repeat, rider.backward // plan.rank)
-        for product, rider in plan.riders.items()
-    }
-    return plan.activation, plan.stream, riders
+def _pieces(rider: Rider, rank: int) -> tuple[Any, ...]:
+    return rider.forward, rider.matrix, rider.repeat, rider.backward // rank
 
 
 def plan_of(config: Any, lora_config: Any) -> Plan:

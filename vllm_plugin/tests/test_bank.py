@@ -1,0 +1,146 @@
+"""A bank: each request has its own adapter, and its answer is the one that it has alone."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from conftest import bank_settings, check, expected, generate, rows
+from safetensors.torch import load_file, save_file
+
+from flora_vllm.bank import check_adapter
+from flora_vllm.plan import Plan, plan_of
+
+KINDS = {
+    "ffba": ["ffba_0", "base", "ffba_1", "ffba_2", "ffba_3"],
+    "fpa": ["fpa_1", "base", "fpa_0"],
+    "ffba_qd_add": ["ffba_qd_add_0", "base", "ffba_qd_add_1"],
+    "ffba_qg_add": ["ffba_qg_add_0", "base"],
+}
+
+
+def mixed(exports, names):
+    """A batch of every prompt with every adapter, and what is owed for it."""
+    owed = expected(exports / "bank")
+    paths = {name: str(exports / "bank" / name) for name in names if name != "base"}
+    pairs = [(prompt, name) for prompt in range(3) for name in names]
+    asked = [[owed[name]["prompts"][i], paths.get(name)] for i, name in pairs]
+    return asked, [rows(owed[name])[i] for i, name in pairs]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixed_batch(exports, kind):
+    import vllm
+
+    asked, owed = mixed(exports, KINDS[kind])
+    llm = vllm.LLM(**bank_settings(exports, KINDS[kind][0], 4))
+    check(generate(llm, asked), owed)
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_more_adapters_than_places(exports, places):
+    """Who comes takes the place of who was used least, and what was there is gone."""
+    import vllm
+
+    names = KINDS["ffba"]
+    llm = vllm.LLM(**bank_settings(exports, "ffba_3", places))
+    for order in (names, names[::-1]):
+        asked, owed = mixed(exports, order)
+        check(generate(llm, asked), owed)
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture
+def bank(exports):
+    """A bank of ffba and the configuration of its base, without an engine."""
+    config = SimpleNamespace(**json.loads((exports / "base" / "config.json").read_text()))
+    config.flora = str(exports / "bank" / "ffba_0")
+    lora = SimpleNamespace(max_lora_rank=8, max_loras=2, fully_sharded_loras=False)
+    return plan_of(config, lora), config
+
+
+def test_adapters_that_fit(exports, bank):
+    for name in KINDS["ffba"]:
+        if name != "base":
+            check_adapter(exports / "bank" / name, *bank)
+
+
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("fpa_0", "'fpa' is not laid out as this bank's are"),
+        ("ffba_qg_add_0", "'ffba_qg_add' is not laid out as this bank's are"),
+        ("large", "rank 16 is above --max-lora-rank 8"),
+        ("../ffba", "no such adapter"),
+    ],
+)
+def test_an_adapter_of_another_kind(exports, bank, name, why):
+    with pytest.raises((ValueError, OSError), match=why) as error:
+        check_adapter(exports / "bank" / name, *bank)
+    assert "\n" not in str(error.value)
+
+
+def change_config(directory, **fields):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def change_tensors(directory, change):
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+A = "base_model.model.model.layers.1.self_attn.qkv_proj.lora_A.weight"
+B = "base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight"
+DAMAGES = {
+    "a LoRA": (lambda d: change_config(d, peft_type="LORA"), "peft_type='LORA'"),
+    "a later format": (lambda d: change_config(d, format_version=2), "format_version=2"),
+    "no JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "no JSON"),
+    "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "no complete"),
+    "half a file": (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x"), "no complete"),
+    "a missing side": (lambda d: change_tensors(d, lambda t: t.pop(B)), f"{B} is missing"),
+    "another base": (
+        lambda d: change_tensors(d, lambda t: t.update({A: t[A][:, :-1].contiguous()})),
+        r"is \(24, 127\), this base wants \(24, 128\)",
+    ),
+    "too much": (lambda d: change_tensors(d, lambda t: t.update(more=t[A].clone())), "wants none"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_adapter(exports, bank, tmp_path, damage):
+    change, why = DAMAGES[damage]
+    own = tmp_path / "adapter"
+    shutil.copytree(exports / "bank" / "ffba_0", own)
+    change(own)
+    with pytest.raises(ValueError, match=why) as error:
+        check_adapter(own, *bank)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flora, lora, why",
+    [
+        (None, SimpleNamespace(), "must name the directory of an adapter"),
+        ("somewhere", None, "--enable-lora is needed"),
+        ("nowhere", SimpleNamespace(fully_sharded_loras=False), "no such adapter"),
+        ("nowhere", SimpleNamespace(fully_sharded_loras=True), "--fully-sharded-loras"),
+        ({}, SimpleNamespace(), "has its adapter in its weights"),
+    ],
+)
+def test_flags_that_do_not_go_together(flora, lora, why):
+    with pytest.raises((ValueError, OSError), match=why):
+        plan_of(SimpleNamespace(flora=flora), lora)
+
+
+def test_a_rank_that_does_not_tile(exports):
+    """8 is no multiple of 3: fpa fills up with zeros, ffba cannot."""
+    plan = Plan.of(json.loads((exports / "bank/fpa_1/adapter_config.json").read_text())["flora"])
+    assert plan.rank == 3
+    assert not plan.repeats
+    plan = Plan.of(json.loads((exports / "bank/ffba_0/adapter_config.json").read_text())["flora"])
+    assert plan.repeats
