@@ -53,13 +53,19 @@ def bank_settings(exports: Path, like: str, places: int, **more) -> dict:
     return settings(exports / "base", hf_overrides=overrides, **bank, **more)
 
 
+_NUMBERS: dict[str, int] = {}  # by which vLLM knows adapters, across calls
+
+
+def _number(path: str) -> int:
+    return _NUMBERS.setdefault(path, len(_NUMBERS) + 1)
+
+
 def generate(llm, wanted: list) -> list:
     """Tokens and their logprobs for [prompt, directory of an adapter or None], all in one batch."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    names = sorted({path for _, path in wanted if path})
-    requests = [path and LoRARequest(path, names.index(path) + 1, path) for _, path in wanted]
+    requests = [path and LoRARequest(path, _number(path), path) for _, path in wanted]
     asked = SamplingParams(
         temperature=0, max_tokens=NEW_TOKENS, logprobs=1, ignore_eos=True, detokenize=False
     )
