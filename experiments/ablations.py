@@ -53,8 +53,7 @@ from experiments.sweep import (
     train,
     workdir_of,
 )
-from flora_jax.analysis.markdown import interval, table
-from flora_jax.analysis.provenance import about_runs, header
+from flora_jax.analysis.results import about_runs, header, interval, table
 from flora_jax.analysis.variants import trained_parameters
 from flora_jax.config import adapter_config, learning_rate, read_config
 from flora_jax.errors import UserError, check_writable, run_command

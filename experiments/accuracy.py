@@ -51,7 +51,7 @@ from experiments.sweep import (
     workdir_of,
 )
 from flora_jax.adapters import METHODS, AdapterConfig
-from flora_jax.analysis.provenance import about_run
+from flora_jax.analysis.results import about_run
 from flora_jax.analysis.variants import rank_for, trained_parameters
 from flora_jax.config import get_config
 from flora_jax.data import get_task, load_examples

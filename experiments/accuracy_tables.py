@@ -12,8 +12,7 @@ import numpy as np
 from experiments.report import paired_bootstrap, spread, with_error, write_csv
 from experiments.suites import ARMS
 from experiments.sweep import Result, best_loss
-from flora_jax.analysis.markdown import interval, table
-from flora_jax.analysis.provenance import about_runs, header
+from flora_jax.analysis.results import about_runs, header, interval, table
 from flora_jax.data import CONTAMINATED
 from flora_jax.files import read_json
 

@@ -27,8 +27,7 @@ from experiments.flags import MODEL, Flags, parse
 from experiments.report import check_generation, load_model, write_result
 from flora_jax.adapters import AdapterConfig, device_layout, fuse
 from flora_jax.analysis.comparison import on_disk
-from flora_jax.analysis.markdown import spread, table
-from flora_jax.analysis.provenance import about_process, header
+from flora_jax.analysis.results import about_process, header, spread, table
 from flora_jax.analysis.timing import (
     Programs,
     Setting,

@@ -24,17 +24,15 @@ from tqdm import tqdm
 from experiments.flags import MODEL, Flags, parse
 from experiments.report import check_generation, load_model, write_result
 from flora_jax.adapters import AdapterConfig
-from flora_jax.analysis.markdown import NONE, spread, table
 from flora_jax.analysis.peer import PACKAGES, Peer, check_peer, time_torch, torch_llama
-from flora_jax.analysis.provenance import about_process, header
+from flora_jax.analysis.results import NONE, about_process, header, spread, table
 from flora_jax.analysis.timing import Setting, interleave, paired_ratio, summary
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
-from flora_jax.config import names
-from flora_jax.errors import positive_integers, run_command
+from flora_jax.errors import positive_integers, run_command, split_names
 from flora_jax.interop.exports import export
 from flora_jax.interop.formats import Trained
+from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.tokenizer import load_tokenizer
 
 Tree = dict[str, Any]
@@ -58,7 +56,7 @@ def build(
     parameters = trained_parameters(config, AdapterConfig(args.method, args.rank))
     variants = {
         name: AdapterConfig(name, rank_for(name, config, parameters))
-        for name in names(args.methods)
+        for name in split_names(args.methods)
     }
     tokenizer = load_tokenizer("random" if args.model == "random" else args.model)
     rank = rank_for("lora", config, parameters)

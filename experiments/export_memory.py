@@ -101,8 +101,7 @@ def markdown(
     args: argparse.Namespace, about: dict[str, Any], sizes: list[int], results: Any
 ) -> str:
     """The table; sizes: bytes of the base and of its largest tensor."""
-    from flora_jax.analysis.markdown import table
-    from flora_jax.analysis.provenance import header
+    from flora_jax.analysis.results import header, table
 
     base, largest = sizes
     rows = [
@@ -133,7 +132,7 @@ def main(argv: list[str]) -> None:
         return
     # not where memory is measured
     from experiments.report import beside, write_result
-    from flora_jax.analysis.provenance import about_process
+    from flora_jax.analysis.results import about_process
     from flora_jax.models.hf import hf_shapes
 
     config = LlamaConfig.preset(args.preset)

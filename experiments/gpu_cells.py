@@ -374,7 +374,7 @@ def write(
     packages: tuple[str, ...] = (),
 ) -> None:
     """The cell's file: the result, and where and with what it was measured."""
-    from flora_jax.analysis.provenance import provenance
+    from flora_jax.analysis.results import provenance
 
     about = provenance(module, [*argv[:-2], "--out", args.out.name], packages)
     common = {

@@ -30,9 +30,8 @@ from typing import Any
 
 from experiments.flags import Flags, parse
 from experiments.gpu_cells import IN_GRAPH, NO_MERGER
-from flora_jax.analysis import markdown
-from flora_jax.analysis.markdown import NONE, percent, spread
-from flora_jax.analysis.provenance import versions
+from flora_jax.analysis.results import NONE, percent, spread, versions
+from flora_jax.analysis.results import table as markdown_table
 from flora_jax.errors import Stopped, UserError, check_writable, run_command
 from flora_jax.files import read_json, write_json
 from flora_jax.models.config import LlamaConfig
@@ -359,7 +358,7 @@ def _times(here: list[dict[str, Any]], gb_per_s: float | None) -> list[str]:
                 percent(gb_per_s and one["read_bytes"] / tpot / 1e6 / gb_per_s),
             ]
         )
-    return markdown.table(_HEADS, rows, blank=" ")
+    return markdown_table(_HEADS, rows, blank=" ")
 
 
 def _other_lines(found: Mapping[str, Any]) -> list[str]:

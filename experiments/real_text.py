@@ -23,11 +23,10 @@ from experiments.flags import Flags, parse
 from experiments.report import beside, check_data
 from experiments.sweep import Arm, Result, best_loss, check_names, outcomes
 from flora_jax.adapters import METHODS
-from flora_jax.analysis.markdown import line, table
-from flora_jax.analysis.provenance import about_runs, header
-from flora_jax.config import get_config, names
+from flora_jax.analysis.results import about_runs, header, line, table
+from flora_jax.config import get_config
 from flora_jax.data import get_task, label_request, load_examples
-from flora_jax.errors import UserError, check_writable, run_command
+from flora_jax.errors import UserError, check_writable, run_command, split_names
 from flora_jax.evaluation.loglik import choice_loglik
 from flora_jax.files import read_json, write_json
 from flora_jax.interop.adapter_files import load_adapted
@@ -166,7 +165,7 @@ def _cells(result: Result) -> list[str]:
 def main(argv: list[str]) -> None:
     """The command."""
     args = parse(argv, "python -m experiments.real_text", __doc__, FLAGS)
-    if not names(args.methods) or args.limit < 1:
+    if not split_names(args.methods) or args.limit < 1:
         raise UserError(
             f"--methods {args.methods!r} must name some, and --limit {args.limit} must be positive"
         )

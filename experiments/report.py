@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from flora_jax.analysis.provenance import About
+from flora_jax.analysis.results import About
 from flora_jax.config import get_config
 from flora_jax.data import data_hash, get_task
 from flora_jax.errors import UserError, check_writable

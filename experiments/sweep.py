@@ -21,9 +21,8 @@ from typing import Any
 
 import jax
 
-from flora_jax.analysis.provenance import about_run
-from flora_jax.config import names
-from flora_jax.errors import UserError, near_misses
+from flora_jax.analysis.results import about_run
+from flora_jax.errors import UserError, near_misses, split_names
 from flora_jax.evaluation.loglik import choice_loglik, encode_pair
 from flora_jax.evaluation.task_data import TaskData
 from flora_jax.files import read_json, write_json
@@ -145,7 +144,7 @@ def check_names(
     flag: str, text: str, known: Collection[str], unknown: str = "unknown"
 ) -> list[str]:
     """The names of a comma-separated flag. Raises UserError for one that is not known, or none."""
-    asked = names(text)
+    asked = split_names(text)
     for name in asked:
         if name not in known:
             raise UserError(f"{flag}: {name!r} is {unknown}; {near_misses(name, known)}")
@@ -156,7 +155,7 @@ def check_names(
 
 def read_seeds(value: str) -> list[int]:
     """`"0,1"` as numbers. Raises UserError."""
-    seeds = [int(seed) if seed.isdecimal() else -1 for seed in names(value)]
+    seeds = [int(seed) if seed.isdecimal() else -1 for seed in split_names(value)]
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UserError(
             f"--seeds {value!r} must be integers, 0 or more, each once, with commas between"

@@ -20,8 +20,7 @@ import jax
 from experiments.flags import MODEL, Flags, parse
 from experiments.report import load_model, write_result
 from flora_jax.adapters import AdapterConfig, merge
-from flora_jax.analysis.markdown import spread, table
-from flora_jax.analysis.provenance import about_process, header
+from flora_jax.analysis.results import about_process, header, spread, table
 from flora_jax.analysis.timing import interleave, paired_ratio, summary
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
 from flora_jax.errors import UserError, run_command

@@ -161,8 +161,7 @@ def measure_alone(name: str, rows: int, length: int) -> dict[str, float]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The table of a result, a line a method."""
-    from flora_jax.analysis.markdown import interval, table
-    from flora_jax.analysis.provenance import header
+    from flora_jax.analysis.results import header, interval, table
 
     heads = ["", "rank", "all tokens in the loss", "ratio", "answers alone", "ratio"]
     heads += ["peak GB", "first step s"]
@@ -199,7 +198,7 @@ def main(argv: list[str]) -> None:
         return
     # not in a process whose memory is measured
     from experiments.report import beside
-    from flora_jax.analysis.provenance import about_process
+    from flora_jax.analysis.results import about_process
     from flora_jax.files import write_json
 
     if round(args.answers * args.length) < 2:  # PEFT's side drops the last target

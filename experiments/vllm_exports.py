@@ -26,9 +26,8 @@ from flora_jax.adapters import AdapterConfig
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
 from flora_jax.errors import UserError, run_command
 from flora_jax.files import write_json
-from flora_jax.interop.exports import export
+from flora_jax.interop.exports import export, trained_over
 from flora_jax.interop.formats import Trained
-from flora_jax.interop.handover import trained_over
 from flora_jax.interop.vllm_adapter import max_lora_rank
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.tokenizer import load_tokenizer

@@ -1,4 +1,4 @@
-"""What several commands have: flags, what these may hold, an orderly end when they are stopped."""
+"""What several commands have: flags, what these may hold, an orderly end when a signal comes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import Any, NoReturn
 from flora_jax.errors import (
     CommandParser,
     Stopped,
-    UserError,
     check_writable,
-    hangups,
     path_flag,
+    require,
 )
 from flora_jax.models.config import DTYPES
 
@@ -32,8 +31,7 @@ RESULT = {"out": dict(type=path_flag, help="result file, JSON")}
 
 def read_flags(module: str, about: str, flags: Flags, argv: list[str]) -> argparse.Namespace:
     """What a command line sets. about: the command's docstring, whose first paragraph is shown."""
-    what = " ".join(about.split("\n\n")[0].split())
-    parser = CommandParser(prog=module, description=what)
+    parser = CommandParser(prog=module, description=" ".join(about.split("\n\n")[0].split()))
     for name, settings in flags.items():
         parser.add_argument(f"--{name}", **settings)
     return parser.parse_args(argv[1:])
@@ -43,29 +41,27 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
     """Raises UserError for a flag that is given and not positive."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} must be a positive integer")
+        require(value is None or value >= 1, f"--{name} {value} must be a positive integer")
 
 
 def check_result(path: str | None) -> None:
     """Raises UserError where no result file can be written at `path`; None is none asked for."""
-    if path and Path(path).is_dir():
-        raise UserError(f"--out {path} is a directory; name a file")
+    require(not (path and Path(path).is_dir()), f"--out {path} is a directory; name a file")
     if path:
         check_writable(Path(path), "--out")
 
 
-def split_names(text: str) -> list[str]:
-    """The names of a comma-separated flag."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+def hangups() -> tuple[int, ...]:
+    """The signal of a terminal that closes; none where it is ignored (`nohup`) or not known."""
+    hangup = getattr(signal, "SIGHUP", None)
+    return () if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else (hangup,)
 
 
 @contextlib.contextmanager
 def stopped_by_signals(message: str) -> Iterator[None]:
     """Has a termination and a closed terminal, too, end the block as an interrupt does, so that
     what is half done is cleared away; then raises Stopped with `message`."""
-    numbers = (signal.SIGTERM, *hangups())
-    before = {number: signal.signal(number, _stop_once) for number in numbers}
+    before = {number: signal.signal(number, _stop_once) for number in (signal.SIGTERM, *hangups())}
     try:
         yield
     except KeyboardInterrupt:
@@ -81,3 +77,38 @@ def _stop_once(number: int, frame: Any) -> NoReturn:
     for again in (signal.SIGTERM, *hangups()):
         signal.signal(again, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def noted_signals(alone: bool = True) -> Iterator[list[int]]:
+    """A list that SIGTERM, SIGINT and SIGHUP are noted in, instead of ending a step in its middle.
+
+    With other processes beside this one (not `alone`) nothing is noted: JAX has all of them stop
+    after a SIGTERM to one, and a SIGHUP is passed on so.
+    """
+    noted: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        # A second Ctrl-C, perhaps in a long compilation, ends it at once.
+        if number == signal.SIGINT and signal.SIGINT in noted:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        noted.append(number)
+
+    if alone:
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, *hangups()), note)
+    else:
+        handlers = dict.fromkeys(hangups(), _pass_on)
+    try:
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    except ValueError:  # not the main thread, as in some notebooks: signals stay as they are
+        before = {}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pass_on(*_: Any) -> None:
+    signal.raise_signal(signal.SIGTERM)

@@ -25,7 +25,7 @@ from ml_collections.config_dict import placeholder
 from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.data import Task, expand, get_task
 from flora_jax.data.encode import STYLES
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require, require_known, split_names
 from flora_jax.models.config import DTYPES, PRESETS, LlamaConfig
 from flora_jax.models.llama import REMAT_POLICIES
 
@@ -107,8 +107,17 @@ def get_config(preset: str = "llama3.2-1b", method: str = "ffba") -> ConfigDict:
             "train": _train(),
             "optim": _optim(),
             "eval": _eval(),
-            "mesh": _mesh(),
-            "distributed": _distributed(),
+            "mesh": {
+                "data": -1,  # devices along each axis; -1: what the others leave
+                "fsdp": 1,
+                "tensor": 1,
+            },
+            "distributed": {
+                "auto": False,  # JAX detects the three below: Slurm, Open MPI, Kubernetes
+                "coordinator": placeholder(str),  # host:port of process 0; unset: one process
+                "processes": 1,
+                "process_id": 0,
+            },
         }
     )
     for field, value in PRESET_SETTINGS.get(preset, {}).items():
@@ -170,21 +179,17 @@ def _data() -> dict[str, Any]:
         "allow_contaminated": False,
         # examples: of the validation split, or held out of train where there is none
         "validation_size": 200,
-        "generator": _generator(),
-    }
-
-
-def _generator() -> dict[str, Any]:
-    """Of reasoning-gym tasks; unset: the task's own."""
-    return {
-        "train": placeholder(int),  # sizes of the splits
-        "validation": placeholder(int),
-        "test": placeholder(int),
-        "seed": placeholder(int),  # of the draw
-        "min_terms": placeholder(int),  # problem sizes
-        "max_terms": placeholder(int),
-        "min_digits": placeholder(int),
-        "max_digits": placeholder(int),
+        # of reasoning-gym tasks; unset: the task's own
+        "generator": {
+            "train": placeholder(int),  # sizes of the splits
+            "validation": placeholder(int),
+            "test": placeholder(int),
+            "seed": placeholder(int),  # of the draw
+            "min_terms": placeholder(int),  # problem sizes
+            "max_terms": placeholder(int),
+            "min_digits": placeholder(int),
+            "max_digits": placeholder(int),
+        },
     }
 
 
@@ -238,23 +243,6 @@ def _eval() -> dict[str, Any]:
     }
 
 
-def _mesh() -> dict[str, Any]:
-    return {
-        "data": -1,  # devices along each axis; -1: what the others leave
-        "fsdp": 1,
-        "tensor": 1,
-    }
-
-
-def _distributed() -> dict[str, Any]:
-    return {
-        "auto": False,  # JAX detects the three below: Slurm, Open MPI, Kubernetes
-        "coordinator": placeholder(str),  # host:port of process 0; unset: one process
-        "processes": 1,
-        "process_id": 0,
-    }
-
-
 def read_config(path: str | Path) -> ConfigDict:
     """What a configuration file's `get_config()` returns, for `FILE:NAME` its `get_config(NAME)`.
 
@@ -262,10 +250,10 @@ def read_config(path: str | Path) -> ConfigDict:
     """
     where = f"--config={path}"
     file, arguments = _file_and_name(os.path.expanduser(path))
-    if not Path(file).is_file():
-        raise UserError(
-            f"{where}: there is no such file; configs/ has one for each method and model"
-        )
+    require(
+        Path(file).is_file(),
+        f"{where}: there is no such file; configs/ has one for each method and model",
+    )
     try:
         made = _run_file(file, arguments)
     except UserError as error:
@@ -275,11 +263,11 @@ def read_config(path: str | Path) -> ConfigDict:
         raise UserError(
             f"{where}{_line_of(file, error)}: {type(error).__name__}: {reason}"
         ) from None
-    if not isinstance(made, ConfigDict):
-        raise UserError(
-            f"{where}: get_config() must return the configuration of flora_jax.config.get_config, "
-            "changed"
-        )
+    require(
+        isinstance(made, ConfigDict),
+        f"{where}: get_config() must return the configuration of flora_jax.config.get_config, "
+        "changed",
+    )
     return made.lock()
 
 
@@ -325,19 +313,17 @@ def adapter_config(config: ConfigDict) -> AdapterConfig:
     return AdapterConfig(**config.adapter.to_dict())
 
 
-def names(value: str) -> list[str]:
-    """`"a, b"` as `["a", "b"]`."""
-    return [name.strip() for name in value.split(",") if name.strip()]
-
-
 def trained_tasks(config: ConfigDict) -> list[Task]:
     """The tasks of `config.data.tasks`, mixtures spelt out. Raises UserError."""
-    return [get_task(name, generator_settings(config)) for name in expand(names(config.data.tasks))]
+    return [
+        get_task(name, generator_settings(config))
+        for name in expand(split_names(config.data.tasks))
+    ]
 
 
 def scored_tasks(config: ConfigDict) -> list[Task]:
     """The tasks of `config.eval.tasks`. Raises UserError."""
-    return [get_task(name, generator_settings(config)) for name in names(config.eval.tasks)]
+    return [get_task(name, generator_settings(config)) for name in split_names(config.eval.tasks)]
 
 
 def task_weights(config: ConfigDict) -> list[float] | None:
@@ -347,23 +333,20 @@ def task_weights(config: ConfigDict) -> list[float] | None:
     """
     if config.data.weights is None:
         return None
-    tasks = expand(names(config.data.tasks))
+    tasks = expand(split_names(config.data.tasks))
     value = config.data.weights.replace(" ", "")
     try:
-        weights = [float(weight) for weight in names(value)]
+        weights = [float(weight) for weight in split_names(value)]
     except ValueError:
         weights = []
-    well = [math.isfinite(weight) and weight > 0 for weight in weights]
-    if (
-        len(weights) != len(tasks)
-        or not all(well)
-        or min(weights) < 1e-6 * max(weights)
-        or ",," in value
-    ):
-        raise UserError(
-            f"config.data.weights={config.data.weights!r} must be {len(tasks)} positive numbers "
-            f"with commas between, none below a millionth of another, for {', '.join(tasks)}"
-        )
+    require(
+        len(weights) == len(tasks)
+        and all(math.isfinite(weight) and weight > 0 for weight in weights)
+        and min(weights) >= 1e-6 * max(weights)
+        and ",," not in value,
+        f"config.data.weights={config.data.weights!r} must be {len(tasks)} positive numbers "
+        f"with commas between, none below a millionth of another, for {', '.join(tasks)}",
+    )
     return weights
 
 
@@ -378,11 +361,11 @@ def learning_rate(config: ConfigDict) -> float:
         return config.optim.learning_rate
     method = config.adapter.method
     own = METHODS[method].learning_rate
-    if own is None:
-        raise UserError(
-            f"config.optim.learning_rate is unset, and {method} has none of its own in its row's "
-            "Method.learning_rate"
-        )
+    require(
+        own is not None,
+        f"config.optim.learning_rate is unset, and {method} has none of its own in its row's "
+        "Method.learning_rate",
+    )
     return own
 
 
@@ -406,7 +389,7 @@ def check_config(config: ConfigDict) -> None:
     _check_types(config)
     for field, known in CHOICES.items():
         value = _value(config, field)
-        _check(config, field, value in known, f"is unknown; {near_misses(str(value), known)}")
+        require_known(value, known, f"config.{field}={value!r}")
     _check_adapter(config)
     _check_tasks(config)
     for field, allowed in RANGES:
@@ -429,8 +412,7 @@ def _value(config: ConfigDict, field: str) -> Any:
 
 def _check(config: ConfigDict, field: str, ok: bool, what: str) -> None:
     """Raises UserError, with the field, its value and `what` of it, unless it is well."""
-    if not ok:
-        raise UserError(f"config.{field}={_value(config, field)!r} {what}")
+    require(ok, f"config.{field}={_value(config, field)!r} {what}")
 
 
 def _check_names(config: ConfigDict) -> None:
@@ -470,9 +452,9 @@ def _check_adapter(config: ConfigDict) -> None:
 
 
 def _check_tasks(config: ConfigDict) -> None:
-    _check(config, "data.tasks", bool(names(config.data.tasks)), "names no task")
+    _check(config, "data.tasks", bool(split_names(config.data.tasks)), "names no task")
     for field in ("data.tasks", "eval.tasks"):
-        tasks = expand(names(_value(config, field)))
+        tasks = expand(split_names(_value(config, field)))
         _check(config, field, len(tasks) == len(set(tasks)), "names a task twice")
     task_weights(config)
 
@@ -496,8 +478,7 @@ def _check_processes(config: ConfigDict) -> None:
         # Once they have found each other, the number that was detected stands in the configuration.
         detected = jax.process_count() if jax.distributed.is_initialized() else 1
         beside = "is set beside distributed.auto, which detects it; leave one of the two out"
-        unset = distributed.coordinator is None
-        _check(config, "distributed.coordinator", unset, beside)
+        _check(config, "distributed.coordinator", distributed.coordinator is None, beside)
         _check(config, "distributed.processes", processes in (1, detected), beside)
         _check(config, "distributed.process_id", distributed.process_id == 0, beside)
     whole = config.train.batch_size % processes == 0

@@ -1,10 +1,13 @@
-"""What JAX has to be set to before anything is computed."""
+"""What the package runs on: devices as JAX has to have them, and the versions of packages."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
+
 import jax
 
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require
 
 
 def check_jax() -> None:
@@ -13,10 +16,10 @@ def check_jax() -> None:
 
     With 64 bits an adapter trains to other values, and a step takes twice the memory.
     """
-    if jax.config.jax_enable_x64:
-        raise UserError(
-            "JAX_ENABLE_X64 (jax_enable_x64) is on, and flora_jax computes in 32 bits; unset it"
-        )
+    require(
+        not jax.config.jax_enable_x64,
+        "JAX_ENABLE_X64 (jax_enable_x64) is on, and flora_jax computes in 32 bits; unset it",
+    )
     check_device()
 
 
@@ -32,3 +35,9 @@ def check_device() -> None:
             f"({reason or 'no plugin for it is installed'}); unset it, or "
             "set it to cpu, which is always there"
         ) from None
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Those of Python and of the packages that are named."""
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found}

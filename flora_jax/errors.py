@@ -14,7 +14,6 @@ import difflib
 import errno
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -40,10 +39,19 @@ class UserError(ValueError):
     """Bad input: one line that says what is wrong, with which value, and what would do."""
 
 
-def require(right: bool, message: str) -> None:
+def require(right: object, message: str) -> None:
     """Raises UserError with the message unless what it says is right."""
     if not right:
         raise UserError(message)
+
+
+@contextlib.contextmanager
+def told_of(where: str) -> Iterator[None]:
+    """Has the UserErrors of a block begin with `where`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:
@@ -53,6 +61,16 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(repr(c) for c in close)}?"
     return f"known: {', '.join(known)}"
+
+
+def require_known(name: Any, known: Iterable[str], what: str) -> None:
+    """Raises UserError, with near misses, for `what`, whose name is none of `known`.
+
+    Names are compared, not hashed: a user's value may be anything.
+    """
+    known = list(known)
+    if name not in known:
+        raise UserError(f"{what} is unknown; {near_misses(str(name), known)}")
 
 
 def check_text(text: str, where: str) -> None:
@@ -70,12 +88,6 @@ def check_text(text: str, where: str) -> None:
 
 class Stopped(Exception):
     """A signal ended the run early, after its checkpoint was written."""
-
-
-def hangups() -> tuple[int, ...]:
-    """The signal of a terminal that closes; none where it is ignored (`nohup`) or not known."""
-    hangup = getattr(signal, "SIGHUP", None)
-    return () if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else (hangup,)
 
 
 class WriteError(Exception):
@@ -120,14 +132,15 @@ def expand_path(text: str | os.PathLike) -> str:
     `gs://bucket/x`, which would be made as a folder.
     """
     text = os.fspath(text)
-    if re.match(r"\w+://", text):
-        raise UserError(f"{text!r} is an address, not a path; mount what it stands for, or copy it")
+    require(
+        not re.match(r"\w+://", text),
+        f"{text!r} is an address, not a path; mount what it stands for, or copy it",
+    )
     path = os.path.expanduser(text)
-    if path.startswith("~"):
-        raise UserError(
-            f"{text!r}: there is no such home directory; "
-            "spell the path out (or ./~… for such a name)"
-        )
+    require(
+        not path.startswith("~"),
+        f"{text!r}: there is no such home directory; spell the path out (or ./~… for such a name)",
+    )
     return path
 
 
@@ -154,14 +167,19 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists all flags")
 
 
+def split_names(text: str) -> list[str]:
+    """`"a, b"` as `["a", "b"]`."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def positive_integers(flag: str, text: str) -> list[int]:
     """The integers of a comma-separated flag, each once; UserError unless all are positive."""
     items = [item.strip() for item in text.split(",")]
     for item in items:
-        if not item.isdecimal() or int(item) < 1:
-            raise UserError(
-                f"{flag} {item!r} must be a positive integer, or several with commas between"
-            )
+        require(
+            item.isdecimal() and int(item) >= 1,
+            f"{flag} {item!r} must be a positive integer, or several with commas between",
+        )
     return list(dict.fromkeys(map(int, items)))
 
 
@@ -169,10 +187,10 @@ def check_writable(path: Path, flag: str) -> None:
     """Raises UserError unless `path` can be made: its nearest parent is a directory and ours."""
     # os.path, since Path.exists raises below a directory that may not be read.
     parent = next(p for p in path.absolute().parents if os.path.exists(p))
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{flag}={path} cannot be written: {parent} is no directory that may be written to"
-        )
+    require(
+        os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK),
+        f"{flag}={path} cannot be written: {parent} is no directory that may be written to",
+    )
 
 
 def silence(stream: TextIO) -> None:

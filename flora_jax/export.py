@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from flora_jax.commands import read_flags, stopped_by_signals
-from flora_jax.errors import UserError, check_writable, path_flag, run_command
+from flora_jax.errors import check_writable, path_flag, require, run_command
 from flora_jax.models.config import DTYPES
 
 FLAGS = {
@@ -40,15 +40,14 @@ def main(argv: list[str]) -> None:
     args = read_flags("flora_jax.export", __doc__, FLAGS, argv)
     _check(args)
     # After the arguments are read: these imports take seconds.
-    from flora_jax.analysis.provenance import command_line
-    from flora_jax.interop.exports import check_directory
-    from flora_jax.interop.handover import describe_report, export_pair
+    from flora_jax.analysis.results import command_line
+    from flora_jax.interop.exports import check_directory, describe_report, export_pair
     from flora_jax.training.trained import export_run
 
     check_directory(args.out, args.overwrite)
     check_writable(args.out, "--out")
-    how = {"dtype": args.dtype, "overwrite": args.overwrite}
-    how["command"] = command_line("flora_jax.export", argv[1:])
+    command = command_line("flora_jax.export", argv[1:])
+    how = {"dtype": args.dtype, "overwrite": args.overwrite, "command": command}
     with stopped_by_signals("stopped by a signal; nothing was written"):
         if args.workdir:
             report = export_run(args.workdir, args.form, args.out, step=args.step, **how)
@@ -58,14 +57,14 @@ def main(argv: list[str]) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if bool(args.workdir) == bool(args.model):
-        raise UserError("give either --workdir, or --model with --adapter")
-    if args.workdir and args.adapter:
-        raise UserError("--adapter goes with --model; a --workdir has its own")
-    if args.model and not args.adapter:
-        raise UserError("--model needs --adapter")
-    if args.model and args.step is not None:
-        raise UserError("--step goes with --workdir")
+    require(
+        bool(args.workdir) != bool(args.model), "give either --workdir, or --model with --adapter"
+    )
+    require(
+        not (args.workdir and args.adapter), "--adapter goes with --model; a --workdir has its own"
+    )
+    require(not args.model or args.adapter, "--model needs --adapter")
+    require(not args.model or args.step is None, "--step goes with --workdir")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flora_jax.errors import UserError, WriteError, disk_fault, expand_path
+from flora_jax.errors import UserError, WriteError, disk_fault, expand_path, require
 
 # Linux's second names for what a process holds open.
 _OPEN = "/proc/self/fd"
@@ -75,11 +75,11 @@ def plain_path(directory: Path, where: str) -> Path:
 
 def check_plain(path: Path, where: str) -> None:
     """Raises UserError if `plain_path` could not name the directory, which need not be there."""
-    if _misleads(path.absolute()) and not os.path.isdir(_OPEN):
-        raise UserError(
-            f"{where}={str(path)!r} is a pattern or an address to orbax and TFDS; "
-            "use a path without '*', '?' and '[' that does not begin with /gs, /s3, /az or /hf"
-        )
+    require(
+        not _misleads(path.absolute()) or os.path.isdir(_OPEN),
+        f"{where}={str(path)!r} is a pattern or an address to orbax and TFDS; "
+        "use a path without '*', '?' and '[' that does not begin with /gs, /s3, /az or /hf",
+    )
 
 
 def _misleads(path: Path) -> bool:
@@ -125,8 +125,9 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read (nested too deeply)") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    require(
+        isinstance(value, dict), f"{path}: expected a JSON object, found {type(value).__name__}"
+    )
     return value
 
 

@@ -12,11 +12,10 @@ import ml_collections
 from flora_jax.config import (
     check_config,
     generator_settings,
-    names,
     scored_tasks,
     weights_source,
 )
-from flora_jax.errors import UserError, expand_path, writing
+from flora_jax.errors import UserError, expand_path, require, split_names, writing
 from flora_jax.evaluation.run import check_prompts, evaluate_tasks
 from flora_jax.evaluation.task_data import Settings, TaskData, is_generated, load_task_data
 from flora_jax.files import make_cache, read_json, write_result
@@ -47,7 +46,16 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     _write_summary(path, summary)
     say(f"step {summary['step']} is the best; its adapter is in {workdir / 'adapter'}")
     if tasks:
-        summary["evaluation"] = _score(result, tasks, settings)
+        run = result.run
+        adapted = Adapted(
+            config=run.model_config,
+            base=result.variables["params"],
+            tokenizer=run.tokenizer,
+            fingerprint=run.fingerprint,
+            adapter_config=run.adapter_config,
+            adapter=result.variables.get("adapter"),
+        )
+        summary["evaluation"] = evaluate_tasks(tasks, adapted, settings)
         write_result(path, summary, str(path))
     return summary
 
@@ -55,18 +63,17 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
 def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskData], Settings]:
     """Checks all but what training does; the tasks to score, and how they are scored."""
     setup = check_run(config, workdir)  # before its data is prepared and kept
-    longest = setup.model_config.max_position_embeddings
     settings = Settings(
         protocol=config.eval.protocol,
         prompt_style=_prompt_style(config),
         published_faults=config.eval.published_faults,
         batch_size=config.eval.batch_size,
-        max_length=min(config.eval.max_length, longest),
+        max_length=min(config.eval.max_length, setup.model_config.max_position_embeddings),
         max_new_tokens=config.eval.max_new_tokens,
     )
     _refuse_tensor_axis(config, setup)
     make_cache(config.data.cache_dir)
-    scored = names(config.eval.tasks)
+    scored = split_names(config.eval.tasks)
     if not scored:
         return [], settings
     tasks = load_task_data(
@@ -87,13 +94,13 @@ def _prompt_style(config: ml_collections.ConfigDict) -> str:
     if all(is_generated(task, config.eval.protocol) for task in scored):
         return config.data.prompt_style
     others = any(task.metric != "choice" for task in scored)
-    if config.data.prompt_style != "plain" and others:
-        raise UserError(
-            f"config.eval.tasks={config.eval.tasks!r}: protocol lm_eval scores choices as plain "
-            "text, and would ask the others so, too, not in "
-            f"config.data.prompt_style={config.data.prompt_style!r}; name tasks of one kind, and "
-            "score the others with flora_jax.evaluate"
-        )
+    require(
+        config.data.prompt_style == "plain" or not others,
+        f"config.eval.tasks={config.eval.tasks!r}: protocol lm_eval scores choices as plain "
+        "text, and would ask the others so, too, not in "
+        f"config.data.prompt_style={config.data.prompt_style!r}; name tasks of one kind, and "
+        "score the others with flora_jax.evaluate",
+    )
     return "plain"
 
 
@@ -136,17 +143,3 @@ def _write_summary(path: Path, summary: dict[str, Any]) -> None:
     before.pop("evaluation", None)
     if before != json.loads(json.dumps(summary)):
         write_result(path, summary, str(path))
-
-
-def _score(result: Result, tasks: list[TaskData], settings: Settings) -> dict[str, Any]:
-    """What the best step makes of the tasks."""
-    run = result.run
-    adapted = Adapted(
-        config=run.model_config,
-        base=result.variables["params"],
-        tokenizer=run.tokenizer,
-        fingerprint=run.fingerprint,
-        adapter_config=run.adapter_config,
-        adapter=result.variables.get("adapter"),
-    )
-    return evaluate_tasks(tasks, adapted, settings)

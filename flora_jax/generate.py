@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from flora_jax.commands import DTYPE, MODEL, check_positive, read_flags
-from flora_jax.errors import UserError, check_text, run_command
+from flora_jax.errors import check_text, require, run_command
 from flora_jax.files import keep_programs
 
 FLAGS = {
@@ -54,11 +54,12 @@ def main(argv: list[str]) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     check_positive(args, "max_new_tokens")
-    if not args.prompt:
-        raise UserError("--prompt is empty; it needs some text")
+    require(args.prompt, "--prompt is empty; it needs some text")
     check_text(args.prompt, "--prompt")
-    if args.temperature == 0 and (args.top_k, args.top_p) != (0, 1.0):
-        raise UserError("--top_k and --top_p need a --temperature above 0, which samples at all")
+    require(
+        args.temperature != 0 or (args.top_k, args.top_p) == (0, 1.0),
+        "--top_k and --top_p need a --temperature above 0, which samples at all",
+    )
 
 
 if __name__ == "__main__":

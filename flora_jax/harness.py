@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from flora_jax.commands import DTYPE, MODEL, RESULT, check_result, read_flags, split_names
-from flora_jax.errors import UserError, path_flag, run_command
+from flora_jax.commands import DTYPE, MODEL, RESULT, check_result, read_flags
+from flora_jax.errors import path_flag, require, run_command, split_names
 
 FLAGS = {
     **MODEL,
@@ -33,11 +33,15 @@ def main(argv: list[str]) -> None:
     args = read_flags("flora_jax.harness", __doc__, FLAGS, argv)
     for name, least in (("num_fewshot", 0), ("limit", 1), ("batch_size", 1)):
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value} must be an integer, at least {least}")
+        require(
+            value is None or value >= least,
+            f"--{name} {value} must be an integer, at least {least}",
+        )
     check_result(args.out)
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("the harness is not installed; pip install -e '.[lm-eval]'")
+    require(
+        importlib.util.find_spec("lm_eval") is not None,
+        "the harness is not installed; pip install -e '.[lm-eval]'",
+    )
     # After the arguments are read: these imports take seconds.
     from flora_jax.evaluation.harness import HarnessLM, evaluate_harness, load_harness_tasks, table
     from flora_jax.files import keep_programs, write_result
@@ -46,9 +50,8 @@ def main(argv: list[str]) -> None:
     tasks = load_harness_tasks(split_names(args.tasks), args.include_path)
     keep_programs()
     model = load_adapted(args.model, args.adapter, args.dtype)
-    lm = HarnessLM(model, batch_size=args.batch_size, max_length=args.max_length)
     result = evaluate_harness(
-        lm,
+        HarnessLM(model, batch_size=args.batch_size, max_length=args.max_length),
         tasks,
         num_fewshot=args.num_fewshot,
         limit=args.limit,

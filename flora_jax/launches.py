@@ -11,31 +11,31 @@ from __future__ import annotations
 
 import os
 
-from flora_jax.analysis.launch_report import ATTENTION
-from flora_jax.errors import CommandParser, path_flag, run_command
+from flora_jax.commands import read_flags
+from flora_jax.errors import path_flag, run_command
 from flora_jax.models.config import DTYPES
 
 METHODS = "base,base_7,lora,pf_lora,fpa,ffba,ffba_qg_add,ffba_qg_add_folded,zflora"
 FLAGS = {
-    "--preset": dict(default="llama3.2-1b", help="model preset"),
-    "--methods": dict(default=METHODS, help=f"comma-separated; default {METHODS}"),
-    "--targets": dict(default="h100,a100", help="comma-separated GPUs"),
-    "--modes": dict(default="triton,cublas", help="who computes the products, comma-separated"),
-    "--attention": dict(choices=tuple(ATTENTION), default="kernel", help="a step's attention"),
-    "--batch_sizes": dict(default="1,8", help="comma-separated"),
-    "--adapters": dict(
+    "preset": dict(default="llama3.2-1b", help="model preset"),
+    "methods": dict(default=METHODS, help=f"comma-separated; default {METHODS}"),
+    "targets": dict(default="h100,a100", help="comma-separated GPUs"),
+    "modes": dict(default="triton,cublas", help="who computes the products, comma-separated"),
+    "attention": dict(choices=("kernel", "xla"), default="kernel", help="a step's attention"),
+    "batch_sizes": dict(default="1,8", help="comma-separated"),
+    "adapters": dict(
         default="1", help="adapters in the bank, comma-separated; above 1 with a mask"
     ),
-    "--rank": dict(type=int, default=32),
-    "--dtype": dict(choices=DTYPES, default="bfloat16"),
-    "--cache_length": dict(type=int, default=1024, help="slots of the key/value cache"),
-    "--row_multiple": dict(
+    "rank": dict(type=int, default=32),
+    "dtype": dict(choices=DTYPES, default="bfloat16"),
+    "cache_length": dict(type=int, default=1024, help="slots of the key/value cache"),
+    "row_multiple": dict(
         type=int, default=128, help="rows of products with B's are filled up to it"
     ),
-    "--launch_us": dict(
+    "launch_us": dict(
         type=float, default=2.0, help="of the time model: cost of a dependent launch"
     ),
-    "--out": dict(
+    "out": dict(
         type=path_flag,
         help="folder for launches.json and launches.md; default: the table is printed only",
     ),
@@ -43,10 +43,8 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> None:
-    parser = CommandParser(prog="flora_jax.launches", description=__doc__.splitlines()[0])
-    for name, settings in FLAGS.items():
-        parser.add_argument(name, **settings)
-    args = parser.parse_args(argv[1:])
+    """The command."""
+    args = read_flags("flora_jax.launches", __doc__, FLAGS, argv)
     # Before jax is imported: a CUDA plugin beside it would otherwise look for a driver.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from flora_jax.analysis.launch_run import run

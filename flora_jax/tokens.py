@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from flora_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+else:
+    Tokenizer = Any
 
 # What Llama 3's chat template names as today where it is given nothing: with any other date, the
 # same data and the same prompt would change every day.
 DATE = "26 Jul 2024"
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str | None:
+def tokenizer_digest(tokenizer: Tokenizer) -> str | None:
     """sha256 of all that decides which ids a text or a conversation has.
 
     None for a tokenizer that is written in Python, whose code it would take.
@@ -38,9 +40,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str | None:
     return hashlib.sha256(f"{about}\n{tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()
 
 
-def encode_open(
-    tokenizer: PreTrainedTokenizerFast, text: str, add_special_tokens: bool = True
-) -> list[int]:
+def encode_open(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
     """The ids of a text that goes on: with what the tokenizer puts before it alone.
 
     That is bos, by the tokenizer's own rule, but no second one before that of a rendered chat. What
@@ -50,7 +50,7 @@ def encode_open(
 
 
 def encode_open_batch(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], add_special_tokens: bool = True
+    tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool = True
 ) -> list[list[int]]:
     """`encode_open` of each text."""
     bos = tokenizer.bos_token or "\0"
@@ -66,14 +66,14 @@ def encode_open_batch(
     return [ids[i] for i in range(len(texts))]
 
 
-def _count_closing(tokenizer: PreTrainedTokenizerFast) -> int:
+def _count_closing(tokenizer: Tokenizer) -> int:
     """How many tokens the tokenizer puts behind a text."""
     mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
     return mask[::-1].index(0) if 0 in mask else 0
 
 
 def encode_cut(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     text: str,
     cuts: Sequence[int],
     encoding: Encoding | None = None,
@@ -93,7 +93,7 @@ def encode_cut(
 Encoding = tuple[list[int], list[tuple[int, int]] | None]
 
 
-def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Encoding]:
+def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
     """The ids of each text, nothing added, and the characters `(start, stop)` of each id.
 
     None for the latter where the tokenizer cannot tell: one that is written in Python.
@@ -113,7 +113,7 @@ def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
 
 
 def _cut(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     text: str,
     cuts: Sequence[int],
     encoding: Encoding,
@@ -154,7 +154,7 @@ def _ids_before(text: str, cut: int, offsets: list[tuple[int, int]] | None) -> i
     return None if spaced else k
 
 
-def _encode_inside(tokenizer: PreTrainedTokenizerFast, text: str) -> Encoding:
+def _encode_inside(tokenizer: Tokenizer, text: str) -> Encoding:
     """The ids and offsets of a text that stands behind another.
 
     They are without the space that SentencePiece puts before one that begins.
@@ -168,9 +168,7 @@ def _encode_inside(tokenizer: PreTrainedTokenizerFast, text: str) -> Encoding:
     return encode_batch(tokenizer, [text])[0]
 
 
-def render(
-    tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Mapping[str, Any]], **how: Any
-) -> str:
+def render(tokenizer: Tokenizer, conversation: Sequence[Mapping[str, Any]], **how: Any) -> str:
     """The conversation, `{"role", "content"}` by turn, as the tokenizer's chat template has it.
 
     Raises UserError where the template refuses it.
@@ -190,7 +188,7 @@ def render(
 _ANSWER = "0123456789"
 
 
-def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def ends(tokenizer: Tokenizer) -> list[int]:
     """The tokens by which a model says that it is done.
 
     They are eos, and the added ones, special or not, that the chat template ends an answer with,
@@ -202,7 +200,7 @@ def ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return list(dict.fromkeys([*eos, *closing]))
 
 
-def _render_answer(tokenizer: PreTrainedTokenizerFast) -> str:
+def _render_answer(tokenizer: Tokenizer) -> str:
     """A conversation that ends with `_ANSWER`; empty without a template that takes one."""
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     # some templates ask for a system's turn
@@ -213,7 +211,7 @@ def _render_answer(tokenizer: PreTrainedTokenizerFast) -> str:
     return ""
 
 
-def _closing_ids(tokenizer: PreTrainedTokenizerFast, rendered: str) -> list[int]:
+def _closing_ids(tokenizer: Tokenizer, rendered: str) -> list[int]:
     """The added tokens behind the answer, but for those that open the next turn."""
     asked = rendered.rindex(_ANSWER)
     answered = asked + len(_ANSWER)

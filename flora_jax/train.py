@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from flora_jax.config import check_config, fields, read_config
-from flora_jax.errors import UserError, near_misses, run_command
+from flora_jax.errors import UserError, near_misses, require, run_command
 from flora_jax.files import keep_programs
 from flora_jax.finetune import run
 
@@ -55,8 +55,7 @@ def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; fields are set as --config.FIELD=VALUE")
     for flag in (path, workdir):
-        if flag.value is None:
-            raise UserError(f"--{flag.name} is missing")
+        require(flag.value is not None, f"--{flag.name} is missing")
     return config, workdir.value
 
 

@@ -14,7 +14,7 @@ from flora_jax.errors import UserError
 from flora_jax.evaluation.run import evaluate_tasks
 from flora_jax.files import cache_root, keep_programs
 from flora_jax.inference.generator import Generator
-from flora_jax.interop import handover
+from flora_jax.interop import exports
 from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
@@ -30,7 +30,7 @@ def test_64_bits_are_refused_by_what_computes(small, tmp_path):
             lambda: load_adapted("nowhere", None),
             lambda: Generator(config, {}, max_length=16, batch_size=1),
             lambda: evaluate_tasks([], Adapted(config=config, base={})),
-            lambda: handover.load_pair("nowhere", tmp_path / "a", "peft", None),
+            lambda: exports.load_pair("nowhere", tmp_path / "a", "peft", None),
         ):
             with pytest.raises(UserError, match=r"JAX_ENABLE_X64.* is on"):
                 work()

@@ -30,9 +30,9 @@ from flora_jax.inference.generator import Generator
 from flora_jax.interop.exports import export
 from flora_jax.interop.formats import Trained
 from flora_jax.models import decode_attention
+from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.attention import attend, attend_segments, capability, cudnn_runs
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import REMAT_POLICIES, Llama, init_base
 from flora_jax.models.loading import load_pretrained

@@ -172,7 +172,7 @@ FLOORS = [
     {"commands", "config"},
     {"models", "data"},
     {"adapters"},
-    {"tokens", "files", "device", "progress", "versions"},
+    {"tokens", "files", "device", "progress"},
     {"errors"},
 ]
 

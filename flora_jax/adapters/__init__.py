@@ -1,13 +1,12 @@
 """The adapters themselves: the method table, its configuration, the layer they ride in."""
 
-from flora_jax.adapters.config import AdapterConfig, Slot
+from flora_jax.adapters.config import AdapterConfig, Slot, has_adapter
 from flora_jax.adapters.forms import as_lora, merge, merged_kernel, widen
 from flora_jax.adapters.fusing import (
     adapter_of,
     each_layer,
     fuse,
     fused_layers,
-    has_adapter,
     make_room,
     parts_of,
     split,
@@ -16,6 +15,7 @@ from flora_jax.adapters.fusing import (
 from flora_jax.adapters.layer import SAVED, FusedDense, adapt, own_pieces
 from flora_jax.adapters.layouts import FUSED, SPLIT, Layout, device_layout
 from flora_jax.adapters.leaves import (
+    Tree,
     abstract_adapter,
     base_leaves,
     check_adapter,
@@ -24,7 +24,9 @@ from flora_jax.adapters.leaves import (
     check_tree,
     init_adapter,
     pad_first_layer,
+    paths,
     shapes_of,
+    tree,
 )
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, PROJECTIONS, Method
 from flora_jax.adapters.products import multiply_transposed, repeat_and_add
@@ -42,6 +44,7 @@ __all__ = [
     "Layout",
     "Method",
     "Slot",
+    "Tree",
     "abstract_adapter",
     "adapt",
     "adapter_of",
@@ -64,9 +67,11 @@ __all__ = [
     "own_pieces",
     "pad_first_layer",
     "parts_of",
+    "paths",
     "repeat_and_add",
     "shapes_of",
     "split",
+    "tree",
     "widen",
     "write_adapter",
 ]

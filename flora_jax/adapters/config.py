@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, PROJECTIONS, Method
-from flora_jax.errors import UserError, near_misses, require
+from flora_jax.errors import UserError, require, require_known, split_names
 
 ACTIVATIONS = {
     "identity": lambda z: z,
@@ -54,15 +54,11 @@ def _names(value: str | Sequence[str] | None, field: str) -> tuple[str, ...] | N
         isinstance(value, str | Sequence),
         f"adapter.{field}={value!r} must name projections, some of {known}",
     )
-    given = list(value)
-    if isinstance(value, str):
-        given = [v.strip() for v in value.split(",") if v.strip()]
+    given = split_names(value) if isinstance(value, str) else list(value)
     # as PEFT has them
     given = [v.removesuffix("_proj") if isinstance(v, str) else v for v in given]
     for name in given:
-        if name not in PROJECTIONS:
-            close = near_misses(str(name), PROJECTIONS)
-            raise UserError(f"adapter.{field}: projection {name!r} is unknown; {close}")
+        require_known(name, PROJECTIONS, f"adapter.{field}: projection {name!r}")
     return tuple(p for p in PROJECTIONS if p in given)
 
 
@@ -103,10 +99,7 @@ class AdapterConfig:
     zero_init: str | None = None
 
     def __post_init__(self):
-        # Lists compare what a dict could not hash.
-        if self.method not in list(METHODS):
-            known = near_misses(str(self.method), METHODS)
-            raise UserError(f"adapter.method={self.method!r} is unknown; {known}")
+        require_known(self.method, METHODS, f"adapter.method={self.method!r}")
         require(
             _is_number(self.rank, numbers.Integral) and self.rank >= 1,
             f"adapter.rank={self.rank!r} must be a positive integer",
@@ -140,9 +133,7 @@ class AdapterConfig:
         self._set(alpha=float(alpha), dropout=float(self.dropout))
 
     def _check_activation(self) -> None:
-        if self.activation not in list(ACTIVATIONS):
-            known = near_misses(str(self.activation), ACTIVATIONS)
-            raise UserError(f"adapter.activation={self.activation!r} is unknown; {known}")
+        require_known(self.activation, ACTIVATIONS, f"adapter.activation={self.activation!r}")
         require(
             self.activation == "identity" or self.row.activation,
             f"adapter.activation={self.activation!r}: {self.method} is linear; only "
@@ -300,3 +291,8 @@ class AdapterConfig:
                     "repeat-and-add in "
                     f"{self.method} needs; ranks near it that do: {', '.join(map(str, near))}"
                 )
+
+
+def has_adapter(adapter_config: AdapterConfig | None) -> bool:
+    """Whether there is one: fft has none."""
+    return adapter_config is not None and adapter_config.row.reads is not None

@@ -12,12 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.adapters.config import AdapterConfig
-from flora_jax.adapters.leaves import check_adapter, check_base
+from flora_jax.adapters.leaves import Tree, check_adapter, check_base
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, Method
 from flora_jax.errors import UserError, require
-
-Array = jax.Array
-Tree = dict[str, Any]
 
 
 def folded(
@@ -83,24 +80,21 @@ def widen(adapter: Tree, adapter_config: AdapterConfig, rank: int) -> tuple[Tree
         f"an adapter of rank {r} cannot be widened to rank {rank}; it must be {need}",
     )
 
-    def grown(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
+    def grown(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> jax.Array:
         is_A = path[-1].key == "A"
         axis = leaf.ndim - (1 if is_A else 2)
         pieces = jnp.split(leaf, leaf.shape[axis] // r, axis=axis)
         if is_A and repeats:
             wide = [piece for piece in pieces for _ in range(rank // r)]
         else:
-            room = jnp.zeros_like(pieces[0], shape=_resized(pieces[0].shape, axis, rank - r))
+            shape = (*leaf.shape[:axis], rank - r, *leaf.shape[axis + 1 :])
+            room = jnp.zeros_like(leaf, shape=shape)
             wide = [part for piece in pieces for part in (piece, room)]
         return jnp.concatenate(wide, axis=axis)
 
     alpha = adapter_config.scale * (rank**0.5 if adapter_config.rslora else rank)
     wide_config = dataclasses.replace(adapter_config, rank=rank, alpha=alpha)
     return jax.tree_util.tree_map_with_path(grown, adapter), wide_config
-
-
-def _resized(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
-    return (*shape[:axis], length, *shape[axis + 1 :])
 
 
 def merge(base: Tree, adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
@@ -135,8 +129,11 @@ def merge(base: Tree, adapter: Tree, config: Any, adapter_config: AdapterConfig)
 
 
 def merged_kernel(
-    kernel: Array, leaves: Mapping[str, Array], adapter_config: AdapterConfig, projection: str
-) -> Array:
+    kernel: jax.Array,
+    leaves: Mapping[str, jax.Array],
+    adapter_config: AdapterConfig,
+    projection: str,
+) -> jax.Array:
     """`W + s A B` or `W + s rep(A)` of one projection, in the kernel's dtype: kernel
     `[…, d_in, d_out]` and the adapter leaves of its product, of all layers or of one. Sums are
     taken in float32 and cast once."""

@@ -21,29 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters.config import AdapterConfig
+from flora_jax.adapters.config import AdapterConfig, has_adapter
 from flora_jax.adapters.forms import folded
 from flora_jax.adapters.layouts import FUSED, Layout
-from flora_jax.adapters.leaves import check_adapter, check_base, check_fused, pad_first_layer
+from flora_jax.adapters.leaves import Tree, check_adapter, check_base, check_fused, pad_first_layer
 from flora_jax.adapters.methods import BLOCKS, PRODUCTS
-from flora_jax.errors import UserError
-
-Array = jax.Array
-Tree = dict[str, Any]
+from flora_jax.errors import UserError, require
 
 
-def has_adapter(adapter_config: AdapterConfig | None) -> bool:
-    """Whether there is one: fft has none."""
-    return adapter_config is not None and adapter_config.row.reads is not None
-
-
-def _scaled(leaf: Array, side: str, adapter_config: AdapterConfig) -> Array:
+def _scaled(leaf: jax.Array, side: str, adapter_config: AdapterConfig) -> jax.Array:
     """The scale is in the side that by the method's own row starts at zero: in A for ffa, ffba* and
     zflora, in B for the others."""
     return leaf * (adapter_config.scale if adapter_config.row.zero == side else 1)
 
 
-def _unscaled(leaf: Array, side: str, adapter_config: AdapterConfig) -> Array:
+def _unscaled(leaf: jax.Array, side: str, adapter_config: AdapterConfig) -> jax.Array:
     scale = adapter_config.scale if adapter_config.row.zero == side else 1
     return (leaf / scale).astype(jnp.float32)
 
@@ -149,10 +141,10 @@ def fused_layers(
     """The layers of `fuse`'s tree by number, each made when it is asked for; arguments and errors
     as there. dtype: of the arrays, default the base's. Of numpy arrays numpy arrays are made, with
     no copy but the joined ones."""
-    if layout.kind != "fused":
-        raise UserError(
-            f"layout.kind={layout.kind!r}: fused arrays are made; pass FUSED or device_layout()"
-        )
+    require(
+        layout.kind == "fused",
+        f"layout.kind={layout.kind!r}: fused arrays are made; pass FUSED or device_layout()",
+    )
     _refuse_tensor_parallel(base)
     check_base(base, config)
     adapters = _as_list(adapter)
@@ -160,10 +152,10 @@ def fused_layers(
     for one in adapters:
         check_adapter(one, config, adapter_config)
     if layout.fold_adds:
-        if len(adapters) != 1:
-            raise UserError(
-                f"fold_adds takes one adapter, {len(adapters)} were given: it changes the base"
-            )
+        require(
+            len(adapters) == 1,
+            f"fold_adds takes one adapter, {len(adapters)} were given: it changes the base",
+        )
         base, adapters[0], adapter_config = folded(base, adapters[0], adapter_config)
     bank = [parts_of(one, config, adapter_config) for one in adapters]
     rank = adapter_config.rank if adapters else 0
@@ -180,8 +172,10 @@ def fused_layers(
 
 
 def _check_given(adapters: list[Tree], adapter_config: AdapterConfig | None) -> None:
-    if adapters and not has_adapter(adapter_config):
-        raise UserError("an adapter was given without the adapter_config that it belongs to")
+    require(
+        not adapters or has_adapter(adapter_config),
+        "an adapter was given without the adapter_config that it belongs to",
+    )
     if has_adapter(adapter_config) and not adapters:
         raise UserError(
             f"adapter_config is of {adapter_config.method}, but no adapter was given; pass None "
@@ -212,7 +206,7 @@ def _joined(
     return out
 
 
-def _pad_to(array: Array, shape: Sequence[int]) -> Array:
+def _pad_to(array: jax.Array, shape: Sequence[int]) -> jax.Array:
     """`array` with zeros behind it up to `shape`."""
     if array.shape == tuple(shape):
         return array
@@ -243,11 +237,11 @@ def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: i
     be written; whatever adapter was in it is dropped. What was there is copied layer by layer.
     Raises UserError for a tree whose adds were folded: they are in its base."""
     layout = Layout.of(fused)
-    if layout.fold_adds:
-        raise UserError(
-            "the repeat-and-adds of this tree were folded into its base: make_room cannot take "
-            "them out again"
-        )
+    require(
+        not layout.fold_adds,
+        "the repeat-and-adds of this tree were folded into its base: make_room cannot take "
+        "them out again",
+    )
     bare = dataclasses.replace(layout, adapters=0, rank=0)
     roomy = dataclasses.replace(layout, adapters=places, rank=adapter_config.rank)
     stream = roomy.stream(config.hidden_size, adapter_config)
@@ -288,17 +282,17 @@ def split(
     within 2 ulp) and the base's dtype is the adapter's. Raises UserError for a tree whose adds were
     folded, of another configuration, or without such a place.
     """
-    if Layout.of(fused).fold_adds:
-        raise UserError(
-            "the repeat-and-adds of this tree were folded into its base: split cannot take them "
-            "out again"
-        )
+    require(
+        not Layout.of(fused).fold_adds,
+        "the repeat-and-adds of this tree were folded into its base: split cannot take them "
+        "out again",
+    )
     layout = check_fused(fused, config, adapter_config)
-    if not 0 <= place < max(1, layout.adapters):
-        raise UserError(
-            f"place={place} must be from 0 to {layout.adapters - 1}: the tree has "
-            f"{layout.adapters} adapters"
-        )
+    require(
+        0 <= place < max(1, layout.adapters),
+        f"place={place} must be from 0 to {layout.adapters - 1}: the tree has "
+        f"{layout.adapters} adapters",
+    )
     layers = [fused["layers"][str(i)] for i in range(config.num_hidden_layers)]
     stacked: Tree = {
         name: {"scale": jnp.stack([layer[name]["scale"][: config.hidden_size] for layer in layers])}
@@ -359,7 +353,7 @@ def write_adapter(
     config: Any,
     adapter_config: AdapterConfig,
     layout: Layout,
-    place: Array,
+    place: jax.Array,
 ) -> Tree:
     """The `layers` of a fused tree that lie so, with the adapter of `parts` (`parts_of`) at `place`
     of the bank, scalar int32.
@@ -380,7 +374,12 @@ def write_adapter(
 
 
 def _write_part(
-    leaves: Tree, layout: Layout, path: str, value: Array, edges: tuple[int, int], place: Array
+    leaves: Tree,
+    layout: Layout,
+    path: str,
+    value: jax.Array,
+    edges: tuple[int, int],
+    place: jax.Array,
 ) -> None:
     """Writes one part of an adapter into a product's fused leaves: columns and rows behind the
     base's `edges` (d_in, d_out) in its array, a B in its own."""

@@ -44,20 +44,18 @@ from flora_jax.adapters.products import (
     multiply_transposed,
     repeat_and_add,
 )
-from flora_jax.errors import UserError
-
-Array = jax.Array
+from flora_jax.errors import require
 
 # The name under which jax.checkpoint knows what a FusedDense gives, adapter and all.
 SAVED = "product"
 
 
-def joined(pieces: Array) -> Array:
+def joined(pieces: jax.Array) -> jax.Array:
     """Pieces `[…, n, r]` side by side, `[…, n r]`."""
     return pieces.reshape(*pieces.shape[:-2], -1)
 
 
-def own_pieces(z: Array, names: Sequence[str], rank: int) -> dict[str, Array]:
+def own_pieces(z: jax.Array, names: Sequence[str], rank: int) -> dict[str, jax.Array]:
     """z `[…, N · P · r]`, the P pieces of N adapters one behind another, as piece by name
     `[…, N, r]`."""
     z = z.reshape(*z.shape[:-1], -1, len(names), rank)
@@ -66,14 +64,14 @@ def own_pieces(z: Array, names: Sequence[str], rank: int) -> dict[str, Array]:
 
 
 def adapt(
-    ys: Sequence[Array],
+    ys: Sequence[jax.Array],
     names: Sequence[str],
     slot: Slot,
-    leaves: Mapping[str, Array],
-    own: Mapping[str, Array],
-    incoming: Array | None,
-    times: Callable[[Array, Array], Array],
-) -> list[Array]:
+    leaves: Mapping[str, jax.Array],
+    own: Mapping[str, jax.Array],
+    incoming: jax.Array | None,
+    times: Callable[[jax.Array, jax.Array], jax.Array],
+) -> list[jax.Array]:
     """What the projections `names` gave, `ys` `[…, d_out]`, with what the adapter adds to each.
 
     slot says what: a piece of z through a B of its own, the incoming z through rows B, and
@@ -118,12 +116,12 @@ class FusedDense(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Array,
-        z: Array | None = None,
+        x: jax.Array,
+        z: jax.Array | None = None,
         *,
-        select: Array | None = None,
+        select: jax.Array | None = None,
         deterministic: bool = True,
-    ) -> tuple[list[Array], Array | None]:
+    ) -> tuple[list[jax.Array], jax.Array | None]:
         if self.layout.kind == "fused":
             return self._fused(x, z, select)
         ys, z_out = self._split(x, z, deterministic)
@@ -142,8 +140,8 @@ class FusedDense(nn.Module):
     # ---------------------------------------------------------------------------------------- split
 
     def _split(
-        self, x: Array, z: Array | None, deterministic: bool
-    ) -> tuple[list[Array], Array | None]:
+        self, x: jax.Array, z: jax.Array | None, deterministic: bool
+    ) -> tuple[list[jax.Array], jax.Array | None]:
         """The product over base kernels and adapter leaves apart."""
         declared = product_leaves(self.widths, self.product, self.use_bias)
         base = {
@@ -160,36 +158,34 @@ class FusedDense(nn.Module):
         declared = adapter_leaves(adapter, self.product, self.widths)
         leaves = {name: self._leaf(name, leaf).astype(x.dtype) for name, leaf in declared.items()}
         z_out = None
-        own: dict[str, Array] = {}
+        own: dict[str, jax.Array] = {}
         if slot.forward:
             dropout = nn.Dropout(adapter.dropout, rng_collection="dropout")
             read = dropout(x, deterministic=deterministic) @ leaves["A"]
-            activated = adapter.scale * ACTIVATIONS[adapter.activation](read)
-            z_out = checkpoint_name(activated, SAVED)
+            z_out = checkpoint_name(adapter.scale * ACTIVATIONS[adapter.activation](read), SAVED)
             own = own_pieces(z_out, slot.forward, adapter.rank)
-        incoming = self.incoming(z)
-        return adapt(ys, self.names, slot, leaves, own, incoming, expand), z_out
+        return adapt(ys, self.names, slot, leaves, own, self.incoming(z), expand), z_out
 
-    def _leaf(self, name: str, leaf: Leaf) -> Array:
-        def init() -> Array:
+    def _leaf(self, name: str, leaf: Leaf) -> jax.Array:
+        def init() -> jax.Array:
             return leaf.init(self.make_rng("params"), leaf.shape, jnp.float32)
 
         value = self.variable("adapter", name, init).value
-        if value.shape != leaf.shape:
-            raise UserError(
-                f"adapter leaf {self.name}/{name} has shape {value.shape}, expected {leaf.shape}"
-            )
+        require(
+            value.shape == leaf.shape,
+            f"adapter leaf {self.name}/{name} has shape {value.shape}, expected {leaf.shape}",
+        )
         return value
 
-    def incoming(self, z: Array | None) -> Array | None:
+    def incoming(self, z: jax.Array | None) -> jax.Array | None:
         """z `[…, n r]` as pieces `[…, n, r]`."""
         return None if z is None else z.reshape(*z.shape[:-1], -1, self.adapter.rank)
 
     # ---------------------------------------------------------------------------------------- fused
 
     def _fused(
-        self, x: Array, z: Array | None, select: Array | None
-    ) -> tuple[list[Array], Array | None]:
+        self, x: jax.Array, z: jax.Array | None, select: jax.Array | None
+    ) -> tuple[list[jax.Array], jax.Array | None]:
         """The product over the one array of fusing.py, with what rides in it."""
         slot = self.layout.slot(self.adapter, self.product)
         leaves = {name: leaf.astype(x.dtype) for name, leaf in self.variables["params"].items()}
@@ -204,22 +200,21 @@ class FusedDense(nn.Module):
         if not self.layout.adapters:
             return ys, None
         z_out = None
-        own: dict[str, Array] = {}
+        own: dict[str, jax.Array] = {}
         if slot.forward:
             z_out = ACTIVATIONS[self.adapter.activation](riding)
             if select is not None:
                 z_out = keep_own(z_out, 0, self.adapter.rank * len(slot.forward), select)
             own = own_pieces(z_out, slot.forward, self.adapter.rank)
         slot = dataclasses.replace(slot, backward=())  # rows B have been read with the array
-        incoming = self.incoming(z)
-        return adapt(ys, self.names, slot, leaves, own, incoming, self.times), z_out
+        return adapt(ys, self.names, slot, leaves, own, self.incoming(z), self.times), z_out
 
     @property
-    def times(self) -> Callable[[Array, Array], Array]:
+    def times(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """The product of rows with a served array."""
         return multiply_transposed if self.layout.transposed else multiply
 
-    def _product(self, x: Array, z: Array | None, kernel: Array) -> Array:
+    def _product(self, x: jax.Array, z: jax.Array | None, kernel: jax.Array) -> jax.Array:
         """x, with the incoming z behind it where rows B ride, times the array, whatever fills up
         its rows."""
         slot = self.layout.slot(self.adapter, self.product)
@@ -235,7 +230,9 @@ class FusedDense(nn.Module):
                 inputs.append(jnp.zeros((*x.shape[:-1], filled - rows), x.dtype))
         return self.times(jnp.concatenate(inputs, axis=-1) if len(inputs) > 1 else x, kernel)
 
-    def _stream(self, y: Array, leaves: Mapping[str, Array], select: Array | None) -> Array:
+    def _stream(
+        self, y: jax.Array, leaves: Mapping[str, jax.Array], select: jax.Array | None
+    ) -> jax.Array:
         """What a product writes to zflora's stream, `[D | N r]`: of each row its own adapter's
         channels."""
         width = sum(self.widths[name][1] for name in self.names)

@@ -20,9 +20,8 @@ import jax.numpy as jnp
 
 from flora_jax.adapters.config import AdapterConfig, Slot
 from flora_jax.adapters.methods import PRODUCTS
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import require, require_known
 
-Array = jax.Array
 Widths = Mapping[str, tuple[int, int]]
 
 KINDS = ("split", "fused", "unmerged")
@@ -52,10 +51,10 @@ class Layout:
     fold_adds: bool = False
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UserError(f"kind={self.kind!r} is unknown; {near_misses(str(self.kind), KINDS)}")
-        if self.row_multiple < 1:
-            raise UserError(f"row_multiple={self.row_multiple} must be a positive integer")
+        require_known(self.kind, KINDS, f"kind={self.kind!r}")
+        require(
+            self.row_multiple >= 1, f"row_multiple={self.row_multiple} must be a positive integer"
+        )
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> Layout:

@@ -15,16 +15,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flora_jax.adapters.config import AdapterConfig
+from flora_jax.adapters.config import AdapterConfig, has_adapter
 from flora_jax.adapters.layouts import Layout, Widths
 from flora_jax.adapters.methods import BLOCKS, PRODUCTS
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require
 
-Array = jax.Array
-Initializer = Callable[[Array, Sequence[int], Any], Array]
+Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 Shapes = Mapping[str, tuple[int, ...]]
+Tree = dict[str, Any]  # leaves under nested names
 
 # Of each projection: what it reads and what it gives.
 AXES: dict[str, tuple[str, str]] = {
@@ -55,11 +55,11 @@ def normal(stddev: float) -> Initializer:
     row block, each from a key of its own: XLA's CPU compiler holds three times the size of what it
     draws at once."""
 
-    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
         least = -(-math.prod(shape) // _DRAWN_AT_ONCE)
         blocks = next(n for n in range(max(least, 1), shape[0] + 1) if shape[0] % n == 0)
 
-        def draw(key: Array) -> Array:
+        def draw(key: jax.Array) -> jax.Array:
             return stddev * jax.random.normal(key, (shape[0] // blocks, *shape[1:]), dtype)
 
         if blocks == 1:
@@ -69,11 +69,11 @@ def normal(stddev: float) -> Initializer:
     return init
 
 
-def _over_rows(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+def _over_rows(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
     return jax.random.normal(key, shape, dtype) / math.sqrt(shape[0])
 
 
-def _uniform(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+def _uniform(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
     bound = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -108,8 +108,7 @@ def base_leaves(config: Any) -> dict[str, Leaf]:
     for block, products in BLOCKS.items():
         leaves[f"layers/{block}_norm/scale"] = leaf("L D", _ones)
         for product in products:
-            use_bias = config.biases[block]
-            for name, one in product_leaves(config.widths, product, use_bias).items():
+            for name, one in product_leaves(config.widths, product, config.biases[block]).items():
                 path = f"layers/{block}/{product}/{name}"
                 leaves[path] = Leaf(("L", *one.axes), (sizes["L"], *one.shape), one.init)
     leaves["final_norm/scale"] = leaf("D", _ones)
@@ -137,7 +136,7 @@ def adapter_leaves(adapter: AdapterConfig, product: str, widths: Widths) -> dict
     return leaves
 
 
-def init_adapter(rng: Array, config: Any, adapter_config: AdapterConfig) -> dict[str, Any]:
+def init_adapter(rng: jax.Array, config: Any, adapter_config: AdapterConfig) -> dict[str, Any]:
     """The adapter's initial variables, float32, leaves stacked `[L, …]`; `{}` for fft.
 
     Each layer draws from a key of its own, so no fan is ever computed on a stacked shape. The base
@@ -152,12 +151,11 @@ def init_adapter(rng: Array, config: Any, adapter_config: AdapterConfig) -> dict
             for name, leaf in adapter_leaves(adapter_config, product, config.widths).items():
                 skipped = adapter_config.slots[product].skips_first and name != "A"
                 each = jax.random.split(next(keys), config.num_hidden_layers - skipped)
-                value = _draw_each(leaf, each)
-                layers.setdefault(block, {}).setdefault(product, {})[name] = value
+                layers.setdefault(block, {}).setdefault(product, {})[name] = _draw_each(leaf, each)
     return {"layers": layers} if layers else {}
 
 
-def _draw_each(leaf: Leaf, keys: Array) -> Array:
+def _draw_each(leaf: Leaf, keys: jax.Array) -> jax.Array:
     return jax.vmap(lambda key: leaf.init(key, leaf.shape, jnp.float32))(keys)
 
 
@@ -170,7 +168,7 @@ def pad_first_layer(layers: dict[str, Any], adapter_config: AdapterConfig) -> di
     """Stacked adapter leaves with zero rows put in front where layer 0 has none, so that every leaf
     is `[L, …]`."""
 
-    def pad(product: str, leaf: str, value: Array) -> Array:
+    def pad(product: str, leaf: str, value: jax.Array) -> jax.Array:
         if not (adapter_config.slots[product].skips_first and leaf != "A"):
             return value
         return jnp.concatenate([jnp.zeros_like(value, shape=(1, *value.shape[1:])), value])
@@ -184,13 +182,25 @@ def pad_first_layer(layers: dict[str, Any], adapter_config: AdapterConfig) -> di
     }
 
 
+# -------------------------------------------------------------------------------------------- paths
+
+
+def paths(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a tree by path, such as `layers/mlp/down/down_B`."""
+    return flatten_dict(variables, sep="/")
+
+
+def tree(leaves: Mapping[str, Any]) -> Tree:
+    """The inverse of `paths`."""
+    return unflatten_dict(leaves, sep="/")
+
+
 # ------------------------------------------------------------------------------------------- checks
 
 
 def shapes_of(tree: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every leaf."""
-    leaves = flatten_dict(tree or {}, sep="/")
-    return {path: tuple(leaf.shape) for path, leaf in sorted(leaves.items())}
+    return {path: tuple(leaf.shape) for path, leaf in sorted(paths(tree or {}).items())}
 
 
 def check_tree(
@@ -243,14 +253,14 @@ def check_fused(
     """The layout of a fused tree. Raises UserError unless its products and adapters are those of
     the configuration."""
     layout = Layout.of(fused)
-    if layout.kind != "fused":
-        raise UserError(f"this is no fused tree but a {layout.kind} one; `fuse` makes one")
-    has_adapter = adapter_config is not None and adapter_config.row.reads is not None
-    wanted = adapter_config.rank if has_adapter else 0
-    if layout.rank != wanted:
-        raise UserError(
-            f"the fused tree holds {_held(layout.rank)}, but adapter_config is of {_held(wanted)}"
-        )
+    require(
+        layout.kind == "fused", f"this is no fused tree but a {layout.kind} one; `fuse` makes one"
+    )
+    wanted = adapter_config.rank if has_adapter(adapter_config) else 0
+    require(
+        layout.rank == wanted,
+        f"the fused tree holds {_held(layout.rank)}, but adapter_config is of {_held(wanted)}",
+    )
     expected = {}
     found = {}
     for i in range(config.num_hidden_layers):

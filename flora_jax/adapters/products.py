@@ -11,16 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
-
 _COPIES = 64  # operands of one concatenation
-_SUMMED = (
-    10**7
-)  # weights that one token's product has at the most where XLA for a GPU makes a sum of it
+# Weights that one token's product has at the most where XLA for a GPU makes a sum of it.
+_SUMMED = 10**7
 _FEW_ROWS = 128  # up to which `(W xᵀ)ᵀ` is not slower than `x Wᵀ` on a CPU
 
 
-def repeat_and_add(y: Array, z: Array) -> Array:
+def repeat_and_add(y: jax.Array, z: jax.Array) -> jax.Array:
     """`y + rep(z)`: z `[..., r]` tiled along the last axis to y's width n (r divides n), then added
     to y `[..., n]`.
 
@@ -32,15 +29,15 @@ def repeat_and_add(y: Array, z: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _repeat_and_add(y: Array, z: Array, rank: int) -> Array:
+def _repeat_and_add(y: jax.Array, z: jax.Array, rank: int) -> jax.Array:
     return jax.lax.platform_dependent(y, z, cpu=_add_copies, default=_add_broadcast)
 
 
-def _add_broadcast(y: Array, z: Array) -> Array:
+def _add_broadcast(y: jax.Array, z: jax.Array) -> jax.Array:
     return (y.reshape(*y.shape[:-1], -1, z.shape[-1]) + z[..., None, :]).reshape(y.shape)
 
 
-def _add_copies(y: Array, z: Array) -> Array:
+def _add_copies(y: jax.Array, z: jax.Array) -> jax.Array:
     while (missing := y.shape[-1] // z.shape[-1]) > 1:
         times = next((n for n in range(min(missing, _COPIES), 1, -1) if missing % n == 0), missing)
         # The barrier keeps the copying out of the loops over y.
@@ -48,18 +45,20 @@ def _add_copies(y: Array, z: Array) -> Array:
     return y + z
 
 
-def _repeat_and_add_forward(y: Array, z: Array, rank: int) -> tuple[Array, None]:
+def _repeat_and_add_forward(y: jax.Array, z: jax.Array, rank: int) -> tuple[jax.Array, None]:
     return _repeat_and_add(y, z, rank), None
 
 
-def _repeat_and_add_backward(rank: int, _: None, cotangent: Array) -> tuple[Array, Array]:
+def _repeat_and_add_backward(
+    rank: int, _: None, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     return cotangent, cotangent.reshape(*cotangent.shape[:-1], -1, rank).sum(-2)
 
 
 _repeat_and_add.defvjp(_repeat_and_add_forward, _repeat_and_add_backward)
 
 
-def keep_own(y: Array, start: int, width: int, select: Array) -> Array:
+def keep_own(y: jax.Array, start: int, width: int, select: jax.Array) -> jax.Array:
     """y `[B, T, C]` with zeros in those of the N blocks of `width` channels from `start` on that
     `select` `[B, N]` does not choose; channels before them are kept."""
     before = jnp.ones((*select.shape[:-1], start), bool)
@@ -72,13 +71,13 @@ def keep_own(y: Array, start: int, width: int, select: Array) -> Array:
     return jnp.where(jnp.concatenate(chosen, axis=-1)[:, None, :], y, 0)
 
 
-def is_sum(x: Array, weights: int) -> bool:
+def is_sum(x: jax.Array, weights: int) -> bool:
     """Whether XLA for a GPU turns a product of x with so many weights into a sum of the rows'
     products."""
     return x.size == x.shape[-1] and weights <= _SUMMED
 
 
-def multiply(x: Array, kernel: Array) -> Array:
+def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x W` in x's dtype, x `[..., d_in]`, kernel `[d_in, d_out]`; where XLA for a GPU makes a sum
     of it, in float32.
 
@@ -90,7 +89,7 @@ def multiply(x: Array, kernel: Array) -> Array:
     return jnp.matmul(x, kernel, preferred_element_type=dtype).astype(x.dtype)
 
 
-def multiply_transposed(x: Array, weight: Array, dtype: Any = None) -> Array:
+def multiply_transposed(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     """`x Wᵀ` in `dtype` (default x's), x `[..., d_in]`, weight `[d_out, d_in]`; for few rows
     computed as `(W xᵀ)ᵀ`.
 
@@ -107,18 +106,20 @@ def multiply_transposed(x: Array, weight: Array, dtype: Any = None) -> Array:
 
 
 @jax.custom_vjp
-def expand(z: Array, B: Array) -> Array:
+def expand(z: jax.Array, B: jax.Array) -> jax.Array:
     """`z B`, z `[..., r]` and B `[r, d_out]`. Its own gradient, since the automatic one contracts
     the output's wide cotangent as the left operand, which XLA transposes in memory first: it was a
     fifth of a LoRA step on a CPU."""
     return z @ B
 
 
-def _expand_forward(z: Array, B: Array) -> tuple[Array, tuple[Array, Array]]:
+def _expand_forward(z: jax.Array, B: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return z @ B, (z, B)
 
 
-def _expand_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+def _expand_backward(
+    saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     z, B = saved
     rows = tuple(range(z.ndim - 1))
     return cotangent @ B.T, jax.lax.dot_general(z, cotangent, ((rows, rows), ((), ())))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import AdapterConfig, device_layout
+from flora_jax.adapters import AdapterConfig, Tree, device_layout
 from flora_jax.analysis.timing import (
     Contestant,
     Programs,
@@ -45,7 +45,6 @@ from flora_jax.models.llama import Llama
 if TYPE_CHECKING:
     from flora_jax.analysis.peer import Peer
 
-Tree = dict[str, Any]
 
 REFERENCE = "reference"  # the merged base as it stands beside a variant, in every round
 
@@ -212,8 +211,7 @@ def table(
     """
     rows = []
     for setting in dict.fromkeys(m.setting for m in measurements):
-        here = [m for m in measurements if m.setting == setting]
-        rows += _rows_of_setting(here, sizes, gb_per_s)
+        rows += _rows_of_setting([m for m in measurements if m.setting == setting], sizes, gb_per_s)
     return rows
 
 

@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 
-from flora_jax.errors import UserError
+from flora_jax.errors import require
 
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 # ptxas may be from the PATH
@@ -22,12 +22,12 @@ def has_compiler() -> bool:
 
 def require_compiler() -> None:
     """Raises UserError unless jax's compiler plugin for CUDA is installed."""
-    if not has_compiler():
-        raise UserError(
-            "planning for a GPU needs jax's CUDA compiler, which is not installed (no GPU is "
-            "needed): pip install -e '.[gpu-plan]' brings that of CUDA 12, '.[gpu-plan-cuda13]' "
-            "that of CUDA 13"
-        )
+    require(
+        has_compiler(),
+        "planning for a GPU needs jax's CUDA compiler, which is not installed (no GPU is "
+        "needed): pip install -e '.[gpu-plan]' brings that of CUDA 12, '.[gpu-plan-cuda13]' "
+        "that of CUDA 13",
+    )
 
 
 def installed() -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from flora_jax.analysis import markdown
+from flora_jax.analysis.results import table as markdown_table
 
 # XLA's option that keeps its CUDA graphs while a program is profiled.
 GRAPHS_TOO = {"xla_enable_command_buffers_during_profiling": True}
@@ -140,4 +140,4 @@ def table(profile: dict[str, Any], rows: int = 12) -> str:
         ]
         for row in profile["kernels"][:rows]
     ]
-    return "\n".join(markdown.table(heads, cells))
+    return "\n".join(markdown_table(heads, cells))

@@ -19,11 +19,10 @@ from tqdm import tqdm
 from flora_jax.adapters import AdapterConfig
 from flora_jax.analysis import comparison, timing
 from flora_jax.analysis.comparison import Measurement, Size
-from flora_jax.analysis.latency_report import markdown, plot
-from flora_jax.analysis.provenance import provenance
+from flora_jax.analysis.results import NONE, cell, provenance, spread, table, versions
 from flora_jax.analysis.timing import Setting
 from flora_jax.device import check_jax
-from flora_jax.errors import UserError, check_writable, near_misses, positive_integers
+from flora_jax.errors import check_writable, positive_integers, require, require_known, split_names
 from flora_jax.files import keep_programs, read_json, write_result
 from flora_jax.inference.decoding import bucket
 from flora_jax.inference.generator import check_fits
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 RESULT = "latency.json"
+Row = dict[str, Any]
 Sizes = dict[str, Size]
 
 
@@ -62,8 +62,7 @@ def run(args: Namespace, argv: list[str]) -> str:
         check_peer()
         packages = PACKAGES
     keep_programs()
-    base = abstract_base(asked.config, args.dtype)
-    sizes = comparison.sizes(asked.config, base, asked.adapters)
+    sizes = comparison.sizes(asked.config, abstract_base(asked.config, args.dtype), asked.adapters)
     result: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "provenance": provenance("flora_jax.latency", argv, packages),
@@ -72,7 +71,11 @@ def run(args: Namespace, argv: list[str]) -> str:
         "left_out": {},
         "rows": [],
     }
-    _announce(result, asked, sizes)
+    device = result["provenance"]["device"]
+    _say(f"{device} reads {result['bandwidth']['gb_per_s']:.1f} GB/s")
+    for name, adapter in asked.adapters.items():
+        if adapter is not None:
+            _say(f"{name}: rank {adapter.rank}, {sizes[name].parameters:,} parameters")
     _measure(args, asked, sizes, result)
     return (args.out / "latency.md").read_text(encoding="utf-8")
 
@@ -83,11 +86,9 @@ def run(args: Namespace, argv: list[str]) -> str:
 def check(args: Namespace) -> Asked:
     """What the flags ask for. Raises UserError; nothing is compiled yet."""
     _check_numbers(args)
-    if args.dtype not in DTYPES:
-        raise UserError(f"--dtype {args.dtype!r} is unknown; {near_misses(args.dtype, DTYPES)}")
-    methods = list(dict.fromkeys(name.strip() for name in args.methods.split(",") if name.strip()))
-    if not methods:
-        raise UserError("--methods is empty; give names, comma-separated")
+    require_known(args.dtype, DTYPES, f"--dtype {args.dtype!r}")
+    methods = list(dict.fromkeys(split_names(args.methods)))
+    require(methods, "--methods is empty; give names, comma-separated")
     settings = [
         Setting(length, batch, args.new_tokens)
         for batch in positive_integers("--batch_sizes", args.batch_sizes)
@@ -104,24 +105,23 @@ def check(args: Namespace) -> Asked:
 def _check_numbers(args: Namespace) -> None:
     for flag, least in (("rank", 1), ("rounds", 1), ("new_tokens", 2)):
         value = getattr(args, flag)
-        if value < least:
-            raise UserError(f"--{flag} {value} must be an integer of at least {least}")
-    if args.prefill_rounds is not None and not 1 <= args.prefill_rounds <= args.rounds:
-        raise UserError(
-            f"--prefill_rounds {args.prefill_rounds} must be from 1 to --rounds {args.rounds}"
-        )
+        require(value >= least, f"--{flag} {value} must be an integer of at least {least}")
+    require(
+        args.prefill_rounds is None or 1 <= args.prefill_rounds <= args.rounds,
+        f"--prefill_rounds {args.prefill_rounds} must be from 1 to --rounds {args.rounds}",
+    )
     if args.turn_tokens is None:
         return
-    if not 1 <= args.turn_tokens < args.new_tokens:
-        raise UserError(
-            f"--turn_tokens {args.turn_tokens} must be from 1 to {args.new_tokens - 1}, one less "
-            "than --new_tokens"
-        )
-    if args.peer:
-        raise UserError(
-            f"--turn_tokens {args.turn_tokens} does not go with --peer {args.peer}, which "
-            "generates without a pause; leave one out"
-        )
+    require(
+        1 <= args.turn_tokens < args.new_tokens,
+        f"--turn_tokens {args.turn_tokens} must be from 1 to {args.new_tokens - 1}, one less "
+        "than --new_tokens",
+    )
+    require(
+        not args.peer,
+        f"--turn_tokens {args.turn_tokens} does not go with --peer {args.peer}, which "
+        "generates without a pause; leave one out",
+    )
 
 
 def _check_out(out: Path, arguments: dict[str, Any]) -> None:
@@ -129,33 +129,33 @@ def _check_out(out: Path, arguments: dict[str, Any]) -> None:
     check_writable(out / RESULT, "--out")
     if not out.exists() or not any(out.iterdir()):
         return
-    if not (out / RESULT).exists():
-        raise UserError(
-            f"--out {out} is not empty and has no {RESULT}; name a new or empty directory"
-        )
+    require(
+        (out / RESULT).exists(),
+        f"--out {out} is not empty and has no {RESULT}; name a new or empty directory",
+    )
     before = read_json(out / RESULT).get("arguments") or {}
     # results older than that flag have no such argument
-    if {"turn_tokens": None} | before != arguments:
-        raise UserError(
-            f"--out {out} holds the result of another command; name a new or empty directory"
-        )
+    require(
+        {"turn_tokens": None} | before == arguments,
+        f"--out {out} holds the result of another command; name a new or empty directory",
+    )
 
 
 def _architecture(args: Namespace) -> LlamaConfig:
     """Of --model, or of --preset where its weights are random."""
-    if args.model == "random" and not args.preset:
-        raise UserError(
-            "--model random needs --preset, the architecture to fill with random weights"
-        )
+    require(
+        args.model != "random" or args.preset,
+        "--model random needs --preset, the architecture to fill with random weights",
+    )
     preset = LlamaConfig.preset(args.preset) if args.preset else None
     if args.model == "random":
         return preset
     config = load_config(args.model)
-    if preset and _shape(preset) != _shape(config):
-        raise UserError(
-            f"--preset {args.preset} is another architecture than that of --model {args.model}; "
-            "leave it out, it is for --model random"
-        )
+    require(
+        not preset or _shape(preset) == _shape(config),
+        f"--preset {args.preset} is another architecture than that of --model {args.model}; "
+        "leave it out, it is for --model random",
+    )
     return config
 
 
@@ -173,11 +173,11 @@ def _shape(config: LlamaConfig) -> tuple[Any, ...]:
 def _check_settings(args: Namespace, config: LlamaConfig, settings: list[Setting]) -> None:
     """Refuses what is too long for the model or too large for the device."""
     longest = max(setting.prompt_length for setting in settings)
-    if longest + args.new_tokens > config.max_position_embeddings:
-        raise UserError(
-            f"--prompt_lengths {longest} with --new_tokens {args.new_tokens} are more than the "
-            f"model's max_position_embeddings={config.max_position_embeddings}; lower one"
-        )
+    require(
+        longest + args.new_tokens <= config.max_position_embeddings,
+        f"--prompt_lengths {longest} with --new_tokens {args.new_tokens} are more than the "
+        f"model's max_position_embeddings={config.max_position_embeddings}; lower one",
+    )
     numbers = sum(leaf.size for leaf in jax.tree.leaves(abstract_base(config)))
     weights = numbers * jnp.dtype(args.dtype).itemsize
     for setting in settings:
@@ -190,14 +190,6 @@ def _check_settings(args: Namespace, config: LlamaConfig, settings: list[Setting
 
 def _say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
-
-
-def _announce(result: dict[str, Any], asked: Asked, sizes: Sizes) -> None:
-    device = result["provenance"]["device"]
-    _say(f"{device} reads {result['bandwidth']['gb_per_s']:.1f} GB/s")
-    for name, adapter in asked.adapters.items():
-        if adapter is not None:
-            _say(f"{name}: rank {adapter.rank}, {sizes[name].parameters:,} parameters")
 
 
 def _measure(args: Namespace, asked: Asked, sizes: Sizes, result: dict[str, Any]) -> None:
@@ -255,8 +247,7 @@ def _peer(
 
     rank = comparison.lora_rank(config, args.rank, args.equal_parameters)
     peer = Peer(config, base, rank)
-    extra = peer.parameters * jnp.dtype(args.dtype).itemsize
-    read = sizes[comparison.REFERENCE].read_bytes + extra
+    read = sizes[comparison.REFERENCE].read_bytes + peer.parameters * jnp.dtype(args.dtype).itemsize
     return peer, Size(rank, peer.parameters, read)
 
 
@@ -274,3 +265,185 @@ def _write(result: dict[str, Any], out: Path) -> None:
     (out / "latency.md").write_text(markdown(result), encoding="utf-8")
     for suffix in ("png", "pdf"):
         plot(result, out / f"latency.{suffix}")
+
+
+# ------------------------------------------------------------------------------ the files
+
+
+_NO_CLAIM = {"less_than_lora": None, "overhead_removed": None}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of a `latency.json`: for each setting the times, then what each method saves of
+    LoRA's."""
+    about = result["provenance"]
+    lines = [
+        "# Time to first token (TTFT) and per output token (TPOT)\n",
+        f"`{about['command']}`  ",
+        f"{about['device']}; {versions(about)}; {about['date']}; load average at the start "
+        f"{about['load_average']:.2f}\n",
+        _how(result["arguments"], result["bandwidth"]) + "\n",
+        *(
+            f"{name}: not timed, torch could not compile it ({why}).\n"
+            for name, why in result["left_out"].items()
+        ),
+    ]
+    for rows in by_setting(result["rows"]):
+        lines.append(f"## {_title(rows[0])}\n")
+        lines += _times(rows)
+        if any(row["beside"] for row in rows):
+            lines += ["", *_savings(rows)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _how(arguments: dict[str, Any], memory: dict[str, Any]) -> str:
+    """How the times were taken, and what the columns mean."""
+    weights = " at random" if arguments["model"] == "random" else ""
+    ranks = "all at the rank of"
+    if arguments["equal_parameters"]:
+        ranks = "each method at the rank nearest to"
+    turn = f", {arguments['turn_tokens']} at a turn" if arguments.get("turn_tokens") else ""
+    readers = f"{memory['threads']} threads" if memory["threads"] else "the device"
+    return (
+        f"{arguments['preset'] or arguments['model']}{weights}, {arguments['dtype']}; {ranks} ffba "
+        f"at rank {arguments['rank']}; {arguments['rounds']} rounds, "
+        f"{arguments['new_tokens']} new tokens{turn}. Medians [quartiles]; ratios are to the base "
+        "with four merged products a layer, run in the same round (the row `base` is that base "
+        "beside itself: the noise). bytes: weights that a decode step reads, over the base's. "
+        f"bandwidth: those bytes over TPOT, as a share of {memory['gb_per_s']:.1f} GB/s, the best "
+        f"of {len(memory['runs_gb_per_s'])} reads of {memory['bytes'] / 1e9:.1f} GB by {readers}. "
+        "compile: of the decode loop, (c) from the persistent cache."
+    )
+
+
+def by_setting(rows: list[Row]) -> list[list[Row]]:
+    """The rows of each prompt length and batch size, in the order of their first."""
+    groups: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["prompt_length"], row["batch_size"]), []).append(row)
+    return list(groups.values())
+
+
+def _title(row: Row) -> str:
+    return f"prompt {row['prompt_length']}, batch {row['batch_size']}"
+
+
+def _times(rows: list[Row]) -> list[str]:
+    heads = [
+        "",
+        "rank",
+        "parameters",
+        "TTFT ms",
+        "ratio",
+        "TPOT ms",
+        "ratio",
+        "bytes",
+        "tokens/s",
+        "bandwidth",
+        "compile s",
+    ]
+    cells = [
+        [
+            row["method"],
+            str(row["rank"] or NONE),
+            cell(row["parameters"] or None, ","),
+            spread(row["ttft"], ".1f", 1e3),
+            spread(row["ttft_ratio"]),
+            spread(row["tpot"], ".2f", 1e3),
+            spread(row["tpot_ratio"]),
+            f"{row['bytes_ratio']:.3f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['bandwidth_share']:.0%}",
+            cell(row["compile_seconds"], ".1f") + " (c)" * bool(row["compile_cached"]),
+        ]
+        for row in rows
+    ]
+    return table(heads, cells)
+
+
+def _savings(rows: list[Row]) -> list[str]:
+    """Two columns a baseline, one for each reading of the paper's claim, and one a peer."""
+    names = [row["method"] for row in rows]
+    baselines, peers = (
+        [name for name in names if any(name in row[field] for row in rows)]
+        for field in ("beside", "tpot_over_peer")
+    )
+    heads = ["TPOT"]
+    for name in baselines:
+        heads += [f"less than {name}", f"of {name}'s overhead removed"]
+    heads += [f"over {name}, same rounds" for name in peers]
+    return table(
+        heads,
+        [
+            _saved(row, baselines, peers)
+            for row in rows
+            if row["beside"] and row["compile_seconds"] is not None
+        ],
+    )
+
+
+def _saved(row: Row, baselines: list[str], peers: list[str]) -> list[str]:
+    cells = [row["method"]]
+    for name in baselines:
+        claim = row["beside"].get(name, {}).get("tpot", _NO_CLAIM)
+        cells += [cell(value, ".1%") for value in claim.values()]
+    return cells + [spread(row["tpot_over_peer"][name]) for name in peers]
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """The ratios to the merged base, a panel a setting, to `path` (its suffix tells the format)."""
+    from matplotlib.figure import Figure
+
+    groups = by_setting(result["rows"])
+    lengths = list(dict.fromkeys(rows[0]["prompt_length"] for rows in groups))
+    batches = list(dict.fromkeys(rows[0]["batch_size"] for rows in groups))
+    names = list(dict.fromkeys(row["method"] for row in result["rows"]))
+    # A Figure of its own: no global state, and no window system.
+    figure = Figure(
+        figsize=(1.2 + 3.4 * len(lengths), 0.9 + (0.5 + 0.24 * len(names)) * len(batches)),
+        layout="constrained",
+    )
+    panels = figure.subplots(len(batches), len(lengths), sharex=True, sharey=True, squeeze=False)
+    for rows in groups:
+        place = batches.index(rows[0]["batch_size"]), lengths.index(rows[0]["prompt_length"])
+        _draw(panels[place], rows, names)
+    panels[0][0].invert_yaxis()
+    figure.supxlabel("ratio to the merged base, median and quartiles", fontsize=9)
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=3,
+        fontsize=8,
+        frameon=False,
+    )
+    figure.savefig(path, dpi=200)
+
+
+def _draw(panel: Any, rows: list[Row], names: list[str]) -> None:
+    """A setting's panel, a line a name."""
+    places = [names.index(row["method"]) for row in rows]
+    panel.axvline(1, color="0.6", linewidth=0.8)
+    for what, shift, style in (
+        ("tpot", -0.14, {"color": "C0"}),
+        ("ttft", 0.14, {"color": "C1", "markerfacecolor": "white"}),
+    ):
+        ratios = [row[f"{what}_ratio"] for row in rows]
+        reach = [[abs(r["median"] - r["quartiles"][side]) for r in ratios] for side in (0, 1)]
+        panel.errorbar(
+            [r["median"] for r in ratios],
+            [p + shift for p in places],
+            xerr=reach,
+            fmt="o",
+            markersize=4,
+            elinewidth=1,
+            label=what.upper(),
+            **style,
+        )
+    bytes_read = [row["bytes_ratio"] for row in rows]
+    panel.plot(bytes_read, places, "|", color="black", markersize=11, label="bytes")
+    panel.set_title(_title(rows[0]), fontsize=9)
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    panel.tick_params(axis="x", labelsize=8)
+    panel.grid(axis="x", color="0.92")
+    panel.set_axisbelow(True)

@@ -34,7 +34,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use
 
 from flora_jax.adapters import AdapterConfig, Layout, abstract_adapter
 from flora_jax.analysis.variants import NO_DOT_MERGER, get_variant, serve, variants
-from flora_jax.errors import UserError
+from flora_jax.errors import require
 from flora_jax.inference.decoding import last_logits
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import KVCache, abstract_base
@@ -331,9 +331,8 @@ class Plan:
 
 @functools.cache
 def _device(target: str) -> Any:
-    description = TARGETS[target].description
     return topologies.get_topology_desc(
-        platform="cuda", target_config=description, topology="1x1x1"
+        platform="cuda", target_config=TARGETS[target].description, topology="1x1x1"
     ).devices[0]
 
 
@@ -412,8 +411,10 @@ def smallest_kernel(config: LlamaConfig, dtype: Any) -> int:
 def check_bank(name: str, adapters: int) -> None:
     """Raises UserError for several adapters side by side in a variant that holds one."""
     banks = [n for n, v in variants().items() if v.method and v.kind == "fused" and not v.fold_adds]
-    if adapters > 1 and name not in banks and get_variant(name).method is not None:
-        raise UserError(f"{name} cannot hold a bank of {adapters} adapters; {', '.join(banks)} can")
+    require(
+        adapters <= 1 or name in banks or get_variant(name).method is None,
+        f"{name} cannot hold a bank of {adapters} adapters; {', '.join(banks)} can",
+    )
 
 
 def plan_step(
@@ -446,8 +447,7 @@ def plan_step(
     def layout(base: Any, adapter: Any) -> Any:
         nonlocal model
         bank = adapter if adapter is None or adapters == 1 else [adapter] * adapters
-        kernel = attention == "kernel"
-        model, params = serve(name, base, config, adapter_config, bank, lies, kernel)
+        model, params = serve(name, base, config, adapter_config, bank, lies, attention == "kernel")
         return params
 
     params = jax.eval_shape(layout, base, adapter)

@@ -1,4 +1,5 @@
-"""What the launches command does: its flags checked, every step planned, the files written."""
+"""What the launches command does: its flags checked, every step planned, the result written as JSON
+and as Markdown."""
 
 from __future__ import annotations
 
@@ -21,15 +22,15 @@ from flora_jax.analysis.launch_plan import (
     plan_model,
     smallest_kernel,
 )
-from flora_jax.analysis.launch_report import markdown, place, shown
-from flora_jax.analysis.provenance import provenance
+from flora_jax.analysis.results import NONE, provenance, table, versions
 from flora_jax.analysis.variants import get_variant
 from flora_jax.device import check_jax
-from flora_jax.errors import UserError, check_writable, near_misses, positive_integers
+from flora_jax.errors import check_writable, positive_integers, require, require_known
 from flora_jax.files import write_result
 from flora_jax.models.config import LlamaConfig
 
 RESULT = "launches.json"
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +92,7 @@ def check(args: Namespace, config: LlamaConfig) -> Iterator[Cell]:
     banks = positive_integers("--adapters", args.adapters)
     for flag in ("cache_length", "row_multiple"):
         positive_integers(f"--{flag}", str(getattr(args, flag)))
-    if not args.launch_us >= 0:
-        raise UserError(f"--launch_us {args.launch_us} must be zero or more microseconds")
+    require(args.launch_us >= 0, f"--launch_us {args.launch_us} must be zero or more microseconds")
     methods = _methods(args, config, banks)
     return (
         Cell(target, mode, batch, 1 if method.adapter_config is None else adapters, method)
@@ -109,8 +109,7 @@ def check(args: Namespace, config: LlamaConfig) -> Iterator[Cell]:
 def _names(flag: str, text: str, known: Mapping[str, Any]) -> list[str]:
     items = list(dict.fromkeys(item.strip() for item in text.split(",")))
     for item in items:
-        if item not in known:
-            raise UserError(f"{flag} {item!r} is unknown; {near_misses(item, known)}")
+        require_known(item, known, f"{flag} {item!r}")
     return items
 
 
@@ -131,7 +130,7 @@ def _methods(args: Namespace, config: LlamaConfig, banks: list[int]) -> list[Met
     return methods
 
 
-def _row(cell: Cell, config: LlamaConfig, args: Namespace) -> dict[str, Any]:
+def _row(cell: Cell, config: LlamaConfig, args: Namespace) -> Row:
     method = cell.method
     planned = plan_model(
         method.name,
@@ -163,8 +162,81 @@ def _row(cell: Cell, config: LlamaConfig, args: Namespace) -> dict[str, Any]:
     }
 
 
-def _summary(row: dict[str, Any]) -> str:
+def _summary(row: Row) -> str:
     """A row in a line."""
     counts = [shown(row["layer"][key]) for key in ("launches", "gemms", "weight_copies")]
     line = "{} launches ({} GEMMs) a layer, {} weight copies".format(*counts)
     return f"{place(row):24} {row['label']:28} {line}"
+
+
+# ----------------------------------------------------------------------------------- as Markdown
+
+ATTENTION = {"kernel": "one Pallas kernel and the sum over its parts", "xla": "as XLA writes it"}
+_HEADS = (
+    *("", "method", "launches", "GEMMs", "products", "chain", "MB moved", "copies"),
+    *("temporary MB", "graphs", "model ms"),
+)
+
+
+def place(row: Row) -> str:
+    """What a row is planned for."""
+    return f"{row['target']}, {row['mode']}, batch {row['batch']}"
+
+
+def shown(value: float) -> str:
+    """A count, or a share of one."""
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Launches (GEMMs) a layer of every method by target, mode and batch, then every row."""
+    rows = result["rows"]
+    about = result["provenance"]
+    settings = result["settings"]
+    lines = [
+        f"# Launch plan of one decode step: {settings['preset']}\n",
+        f"`{about['command']}`  ",
+        f"{versions(about)}; {about['date']}\n",
+        "Compiled for the device, not run on it: no autotuning (triton and cublas bracket it). "
+        f"Attention: {ATTENTION[settings['attention']]}. {settings['dtype']}, rank "
+        f"{settings['rank']}, {settings['cache_length']} cache slots, rows filled up to multiples "
+        f"of {settings['row_multiple']}. One layer's share is (4 layers − 2 layers) / 2; a step of "
+        f"all {settings['num_hidden_layers']} layers is extrapolated from it.\n",
+        "## Launches a layer (GEMMs a layer)\n",
+        *_layers(rows),
+        "\n## A step\n",
+        "Products: launches that read a matrix of weights. Chain: launches on the longest "
+        "dependent path. Copies: copies, pads, concatenates, transposes and products spelt out, of "
+        f"at least {result['smallest_kernel'] / 1e6:.1f} MB, the smallest base kernel, made of "
+        "weights / cache / activations. Model: no measurement, but bytes over the device's "
+        f"bandwidth and {settings['launch_us']:g} µs for every launch of the chain.\n",
+        *table(_HEADS, map(_step, rows), blank=" "),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _layers(rows: list[Row]) -> list[str]:
+    """The table of a layer's share, a line a method."""
+    shares = {(row["label"], place(row)): row["layer"] for row in rows}
+    places = list(dict.fromkeys(map(place, rows)))
+    labels = dict.fromkeys(row["label"] for row in rows)
+    cells = [[label, *(_share(shares.get((label, one))) for one in places)] for label in labels]
+    return table(["", *places], cells, blank=" ")
+
+
+def _share(layer: dict[str, float] | None) -> str:
+    return f"{shown(layer['launches'])} ({shown(layer['gemms'])})" if layer else NONE
+
+
+def _step(row: Row) -> list[str]:
+    step = row["step"]
+    return [
+        place(row),
+        row["label"],
+        *(shown(step[key]) for key in ("launches", "gemms", "products", "chain")),
+        f"{step['moved'] / 1e6:.0f}",
+        " / ".join(shown(step[f"{kind}_copies"]) for kind in ("weight", "cache", "activation")),
+        f"{row['temporary'] / 1e6:.0f}",
+        str(row["graphs"]),
+        f"{row['model_ms']:.3f}",
+    ]

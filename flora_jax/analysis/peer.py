@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from flora_jax.analysis.timing import Seconds, Setting
-from flora_jax.errors import UserError
+from flora_jax.errors import require
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import to_hf_tensors
 
@@ -36,18 +36,18 @@ def absent() -> list[str]:
 def check_peer() -> None:
     """Raises UserError unless the peer can be run here."""
     missing = absent()
-    if missing:
-        raise UserError(
-            f"--peer peft needs {' and '.join(missing)}; pip install -e '.[peers]' brings them"
-        )
+    require(
+        not missing,
+        f"--peer peft needs {' and '.join(missing)}; pip install -e '.[peers]' brings them",
+    )
     if jax.default_backend() == "gpu":
         import torch
 
-        if not torch.cuda.is_available():
-            raise UserError(
-                f"--peer peft: JAX runs on the GPU, but torch {torch.__version__} sees none; "
-                "install torch with CUDA, or run both on the CPU with JAX_PLATFORMS=cpu"
-            )
+        require(
+            torch.cuda.is_available(),
+            f"--peer peft: JAX runs on the GPU, but torch {torch.__version__} sees none; "
+            "install torch with CUDA, or run both on the CPU with JAX_PLATFORMS=cpu",
+        )
 
 
 class Peer:
@@ -115,9 +115,8 @@ class Peer:
             return transformers.DynamicCache(config=self.model.config)
         # What is compiled holds on to the arrays of its cache, so there is one for each setting.
         if setting not in self._caches:
-            slots = setting.prompt_length + setting.new_tokens
             self._caches[setting] = transformers.StaticCache(
-                config=self.model.config, max_cache_len=slots
+                config=self.model.config, max_cache_len=setting.prompt_length + setting.new_tokens
             )
         else:
             with self._torch.inference_mode():  # in which the cache was filled

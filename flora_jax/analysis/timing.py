@@ -25,13 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax.adapters import Tree
 from flora_jax.inference.decoding import State, begin, bucket, decode, grow, prefill
 from flora_jax.inference.sampling import Sampling
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
 
-Array = jax.Array
-Tree = dict[str, Any]
 T = TypeVar("T")
 # TTFT and TPOT of one run; no TTFT where the prompts were not read again
 Seconds = tuple[float | None, float]
@@ -75,7 +74,7 @@ class Programs:
         params: Tree,
         prompts: np.ndarray,
         new_tokens: int | None = None,
-        select: Array | None = None,
+        select: jax.Array | None = None,
     ) -> Seconds:
         """One generation of greedy tokens after `prompts` `[B, prompt_length]`, with a fresh cache:
         TTFT and TPOT in seconds. new_tokens: fewer than the setting's, to warm up; select `[B, N]`
@@ -84,7 +83,7 @@ class Programs:
         return ttft, self.go_on(params, state, new_tokens, select)[1]
 
     def start(
-        self, params: Tree, prompts: np.ndarray, select: Array | None = None
+        self, params: Tree, prompts: np.ndarray, select: jax.Array | None = None
     ) -> tuple[State, float]:
         """The state after the first token, and TTFT."""
         rows, length = prompts.shape
@@ -97,7 +96,11 @@ class Programs:
         return state, time.perf_counter() - start
 
     def go_on(
-        self, params: Tree, state: State, new_tokens: int | None = None, select: Array | None = None
+        self,
+        params: Tree,
+        state: State,
+        new_tokens: int | None = None,
+        select: jax.Array | None = None,
     ) -> tuple[State, float]:
         """The state after `new_tokens` in all (the setting's by default), and TPOT of those it
         adds; the one given is consumed."""
@@ -158,7 +161,7 @@ class Contestant:
         return jax.block_until_ready(jax.tree.map(jnp.copy, self._begun))
 
 
-def _keys(rows: int) -> Array:
+def _keys(rows: int) -> jax.Array:
     return jax.random.split(jax.random.key(0), rows)
 
 
@@ -166,7 +169,7 @@ def compile_programs(
     model: Llama,
     params: Tree,
     setting: Setting,
-    select: Array | None = None,
+    select: jax.Array | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Programs:
     """Programs of a model; only the shapes of `params` are read. options: XLA's, by name, on top of

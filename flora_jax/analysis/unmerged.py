@@ -23,6 +23,7 @@ from flora_jax.adapters import (
     FusedDense,
     Layout,
     Slot,
+    Tree,
     adapt,
     check_base,
     each_layer,
@@ -33,9 +34,6 @@ from flora_jax.adapters import (
 from flora_jax.adapters.config import ACTIVATIONS
 from flora_jax.errors import UserError
 
-Array = jax.Array
-Tree = dict[str, Any]
-
 
 class UnmergedDense(FusedDense):
     """FusedDense over the leaves of `unmerge`: the base's product as one, those of the adapter
@@ -44,12 +42,12 @@ class UnmergedDense(FusedDense):
     @nn.compact
     def __call__(
         self,
-        x: Array,
-        z: Array | None = None,
+        x: jax.Array,
+        z: jax.Array | None = None,
         *,
-        select: Array | None = None,
+        select: jax.Array | None = None,
         deterministic: bool = True,
-    ) -> tuple[list[Array], Array | None]:
+    ) -> tuple[list[jax.Array], jax.Array | None]:
         leaves = {name: leaf.astype(x.dtype) for name, leaf in self.variables["params"].items()}
         ys = self._base(x, leaves)
         if self.use_bias:
@@ -59,24 +57,22 @@ class UnmergedDense(FusedDense):
         if not self.layout.adapters:
             return ys, None
         z_out = None
-        own: dict[str, Array] = {}
+        own: dict[str, jax.Array] = {}
         if self.slot.forward:
             read = [self.times(x, leaves[f"{piece}_A"]) for piece in self.slot.forward]
             z_out = ACTIVATIONS[self.adapter.activation](jnp.concatenate(read, axis=-1))
             own = own_pieces(z_out, self.slot.forward, self.adapter.rank)
-        incoming = self.incoming(z)
-        return adapt(ys, self.names, self.slot, leaves, own, incoming, self.times), z_out
+        return adapt(ys, self.names, self.slot, leaves, own, self.incoming(z), self.times), z_out
 
-    def _base(self, x: Array, leaves: Tree) -> list[Array]:
+    def _base(self, x: jax.Array, leaves: Tree) -> list[jax.Array]:
         widths = [self.widths[name][1] for name in self.names]
-        y = self.times(x, leaves["kernel"])
-        return jnp.split(y, np.cumsum(widths)[:-1], axis=-1)
+        return jnp.split(self.times(x, leaves["kernel"]), np.cumsum(widths)[:-1], axis=-1)
 
 
 class SevenDense(UnmergedDense):
     """With the base's projections apart, too, as they are published."""
 
-    def _base(self, x: Array, leaves: Tree) -> list[Array]:
+    def _base(self, x: jax.Array, leaves: Tree) -> list[jax.Array]:
         return [self.times(x, leaves[f"{name}_kernel"]) for name in self.names]
 
 
@@ -128,7 +124,7 @@ def _base_leaves(leaves: Tree, names: tuple[str, ...], seven: bool) -> Tree:
     return out
 
 
-def _apart(path: str, leaf: Array, slot: Slot) -> Tree:
+def _apart(path: str, leaf: jax.Array, slot: Slot) -> Tree:
     """One of an adapter's parts in one layer, by the names that UnmergedDense reads."""
     if path == "columns":
         pieces = jnp.split(leaf, len(slot.forward), axis=-1)

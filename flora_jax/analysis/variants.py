@@ -15,13 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.adapters import METHODS, AdapterConfig, Layout, abstract_adapter, fuse, merge
+from flora_jax.adapters import METHODS, AdapterConfig, Layout, Tree, abstract_adapter, fuse, merge
 from flora_jax.analysis.unmerged import SevenDense, UnmergedDense, unmerge
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
-
-Tree = dict[str, Any]
 
 # XLA's option that keeps it from merging LoRA's products with the base's, as it does above batch 1.
 NO_DOT_MERGER = {"xla_gpu_dot_merger_threshold_mb": 0}
@@ -87,10 +85,10 @@ def rank_for(method: str, config: LlamaConfig, parameters: int, side: str = "nea
     where it must. `side`: "nearest", or the nearest of those "below" (at most so many) or "above"
     (at least so many)."""
     one = trained_parameters(config, AdapterConfig(method, 1))
-    if not one or not parameters:
-        raise UserError(
-            "fft has no adapter, so no rank equals another's parameters; name a method that has one"
-        )
+    require(
+        one and parameters,
+        "fft has no adapter, so no rank equals another's parameters; name a method that has one",
+    )
 
     def fits(rank: int) -> bool:
         try:
@@ -109,8 +107,7 @@ def rank_for(method: str, config: LlamaConfig, parameters: int, side: str = "nea
         "below": [r for r in ranks if over[r] <= 0],
         "above": [r for r in ranks if over[r] >= 0],
     }
-    if not kept[side]:
-        raise UserError(f"method {method!r} has no rank {side} {parameters:,} parameters")
+    require(kept[side], f"method {method!r} has no rank {side} {parameters:,} parameters")
     return min(kept[side], key=lambda rank: abs(over[rank]))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from flora_jax.errors import UserError
+from flora_jax.errors import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +38,10 @@ def _compose(
 ) -> dict[str, str]:
     """What tasks.py takes apart: a question as LLM-Adapters words it, or true/false."""
     labels = [f"{label}{i}" for i in range(1, len(choices) + 1)] or ["true", "false"]
-    if not isinstance(gold, int) or not 0 <= gold < len(labels):
-        raise UserError(
-            f"field 'label' is {gold!r}; it must be the index of one of {len(labels)} {label}s"
-        )
+    require(
+        isinstance(gold, int) and 0 <= gold < len(labels),
+        f"field 'label' is {gold!r}; it must be the index of one of {len(labels)} {label}s",
+    )
     marked = between.join(
         f"{mark.capitalize()}: {choice}" for mark, choice in zip(labels, choices, strict=False)
     )
@@ -59,8 +59,8 @@ compose_ending = functools.partial(
 def _arc(element: Mapping[str, Any]) -> dict[str, str]:
     choices, key = element["choices"], element["answerKey"]
     labels = [choice["label"] for choice in choices]
-    if key not in labels:
-        raise UserError(f"field 'answerKey' is {key!r}; the choices are {', '.join(labels)}")
+    known = ", ".join(map(str, labels))
+    require(key in labels, f"field 'answerKey' is {key!r}; the choices are {known}")
     return _compose(element["question"], [choice["text"] for choice in choices], labels.index(key))
 
 
@@ -100,9 +100,8 @@ def hellaswag(element: Mapping[str, Any]) -> dict[str, Any]:
         text = re.sub(r"\[(?:header|title|step|substeps?)\]", "", text.replace(" [title]", ". "))
         return text.replace("  ", " ").strip()
 
-    context = plain(f"{element['activity_label']}: {element['context']}")
     return {
-        "activity_and_ctx": context,
+        "activity_and_ctx": plain(f"{element['activity_label']}: {element['context']}"),
         "endings": [*map(plain, element["endings"])],
         "label": element["label"],
     }

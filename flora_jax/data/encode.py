@@ -15,17 +15,21 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from flora_jax.data.tasks import Example, Message
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, require, require_known
 from flora_jax.progress import progress
-from flora_jax.tokens import encode_batch, encode_cut, encode_open, encode_open_batch, render
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from flora_jax.tokens import (
+    Tokenizer,
+    encode_batch,
+    encode_cut,
+    encode_open,
+    encode_open_batch,
+    render,
+)
 
 Style = Literal["plain", "chat", "llm_adapters"]
 STYLES = get_args(Style)
@@ -63,7 +67,7 @@ class EncodeReport:
 
 def encode(
     example: Example,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     *,
     style: Style,
     loss_on: LossOn,
@@ -80,17 +84,17 @@ def encode(
     """
     _check(tokenizer, style, loss_on)
     [found] = _finish([_plan(example, tokenizer, style, loss_on)], tokenizer)
-    if len(found) > 1:
-        raise UserError(
-            f"the tokenizer's chat template makes {len(found)} training examples of this "
-            "conversation; encode_all gives them"
-        )
+    require(
+        len(found) <= 1,
+        f"the tokenizer's chat template makes {len(found)} training examples of this "
+        "conversation; encode_all gives them",
+    )
     return found[0] if len(found[0].tokens) - 1 <= max_length else None
 
 
 def encode_all(
     examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     *,
     style: Style,
     loss_on: LossOn,
@@ -107,17 +111,14 @@ def encode_all(
     _check(tokenizer, style, loss_on)
     shown = progress(examples, len(examples), "encoding", "example", silent)
     encoded = list(_encode(shown, tokenizer, style, loss_on))
-    if not encoded:
-        raise UserError(
-            "there are no examples to encode; data.tasks must name data that holds some"
-        )
+    require(encoded, "there are no examples to encode; data.tasks must name data that holds some")
     lengths = [len(e.tokens) - 1 for e in encoded]
     kept = [e for e, length in zip(encoded, lengths, strict=True) if length <= max_length]
-    if not kept:
-        raise UserError(
-            f"data.max_length={max_length} is too short for each of the {len(encoded)} examples; "
-            f"the shortest needs {min(lengths)}"
-        )
+    require(
+        kept,
+        f"data.max_length={max_length} is too short for each of the {len(encoded)} examples; "
+        f"the shortest needs {min(lengths)}",
+    )
     return kept, EncodeReport(
         kept=len(kept),
         too_long=len(encoded) - len(kept),
@@ -129,7 +130,7 @@ def encode_all(
 
 def encode_prompt(
     prompt: Example | Sequence[Message],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     style: Style,
     tools: str = "",
 ) -> list[int]:
@@ -154,23 +155,17 @@ def encode_prompt(
     return list(itertools.chain(*pieces))
 
 
-def _check(tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn = "answer") -> None:
-    if style not in STYLES:
-        raise UserError(
-            f"data.prompt_style={style!r} is unknown; {near_misses(str(style), STYLES)}"
-        )
-    if loss_on not in ("answer", "all"):
-        raise UserError(
-            f"data.loss_on={loss_on!r} is unknown; {near_misses(str(loss_on), ('answer', 'all'))}"
-        )
-    if style == "chat" and not tokenizer.chat_template:
-        raise UserError(
-            "data.prompt_style='chat' needs a chat template and the tokenizer has none; use 'plain'"
-        )
+def _check(tokenizer: Tokenizer, style: Style, loss_on: LossOn = "answer") -> None:
+    require_known(style, STYLES, f"data.prompt_style={style!r}")
+    require_known(loss_on, ("answer", "all"), f"data.loss_on={loss_on!r}")
+    require(
+        style != "chat" or tokenizer.chat_template,
+        "data.prompt_style='chat' needs a chat template and the tokenizer has none; use 'plain'",
+    )
 
 
 def _encode(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn
+    examples: Iterable[Example], tokenizer: Tokenizer, style: Style, loss_on: LossOn
 ) -> Iterator[Encoded]:
     """What each example gives, in order. Raises UserError that names the example."""
     number = 0
@@ -198,9 +193,7 @@ class _Plan:
     end: list[int]  # tokens, which count as the last piece does
 
 
-def _plan(
-    example: Example, tokenizer: PreTrainedTokenizerFast, style: Style, loss_on: LossOn
-) -> list[_Plan]:
+def _plan(example: Example, tokenizer: Tokenizer, style: Style, loss_on: LossOn) -> list[_Plan]:
     """What is to be tokenised of an example, and what of it counts.
 
     Raises UserError for what the style cannot express.
@@ -211,18 +204,16 @@ def _plan(
     *before, answer = example.messages
     refuse_tools(example.messages, style, example.tools)
     prompt = _plain_prompt(before, style, example.tools)
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token"
-        )
+    require(
+        tokenizer.eos_token_id is not None,
+        f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token",
+    )
     # One space between them, in the answer's first token, where byte-level vocabularies expect it.
     glue = "" if prompt[-1:].isspace() or answer.content[:1].isspace() else " "
     return [_Plan(prompt, glue + answer.content, [], [everything, True], [tokenizer.eos_token_id])]
 
 
-def _finish(
-    plans: Sequence[list[_Plan]], tokenizer: PreTrainedTokenizerFast
-) -> list[list[Encoded]]:
+def _finish(plans: Sequence[list[_Plan]], tokenizer: Tokenizer) -> list[list[Encoded]]:
     """The plans, tokenised together."""
     flat = list(itertools.chain(*plans))
     begun = [plan.prompt for plan in flat if plan.prompt is not None]
@@ -247,11 +238,10 @@ def _encoded(pieces: list[list[int]], plan: _Plan) -> Encoded:
 
 
 def _plain_prompt(before: Sequence[Message], style: Style, tools: str) -> str:
-    if any(message.role == "assistant" for message in before):
-        raise UserError(
-            f"data.prompt_style={style!r} holds one answer, but a conversation has several; "
-            "use 'chat'"
-        )
+    require(
+        not any(message.role == "assistant" for message in before),
+        f"data.prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'",
+    )
     refuse_tools(before, style, tools)
     prompt = "\n\n".join(message.content for message in before)
     return _TRAINED_ON.format(prompt) if style == "llm_adapters" else prompt
@@ -265,8 +255,10 @@ def calls_tools(message: Message) -> bool:
 def refuse_tools(messages: Sequence[Message], style: Style, tools: str = "") -> None:
     """Raises UserError where a style without turns is to write tools, their results or calls."""
     used = tools or any(message.role == "tool" or calls_tools(message) for message in messages)
-    if style != "chat" and used:
-        raise UserError(f"data.prompt_style={style!r} has no place for tools; use 'chat'")
+    require(
+        style == "chat" or not used,
+        f"data.prompt_style={style!r} has no place for tools; use 'chat'",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,9 +270,7 @@ class _Answer:
     trained: bool  # whether it is to be trained on
 
 
-def _chat_plans(
-    example: Example, tokenizer: PreTrainedTokenizerFast, everything: bool
-) -> list[_Plan]:
+def _chat_plans(example: Example, tokenizer: Tokenizer, everything: bool) -> list[_Plan]:
     """The rendered conversation up to the last turn that is trained on.
 
     It is cut before each answer and behind its end-of-turn token: `…assistant\\n` |
@@ -310,7 +300,7 @@ def _cuts(answers: Sequence[_Answer]) -> list[int]:
 
 
 def _answers(
-    messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokenizerFast, needed: bool = True
+    messages: Sequence[Message], tools: str, tokenizer: Tokenizer, needed: bool = True
 ) -> list[_Answer | None]:
     """The assistant's turns; None for one that cannot be told from its prompt.
 
@@ -328,7 +318,7 @@ def _answers(
     return answers
 
 
-def _answer(messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokenizerFast) -> _Answer:
+def _answer(messages: Sequence[Message], tools: str, tokenizer: Tokenizer) -> _Answer:
     """The last turn of the conversation, the assistant's."""
     *before, message = messages
     prompt = _render(before, tools, tokenizer, add_generation_prompt=True)
@@ -345,17 +335,18 @@ def _answer(messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokeni
     if content:
         lead, found, end = turn.partition(content)
     else:
-        end = _added_end(turn, tokenizer)
+        added = (token.content for token in tokenizer.added_tokens_decoder.values())
+        end = next((token for token in added if turn.endswith(token)), "")
         # a template without tools leaves nothing of a call
         lead, found = "", not calls_tools(message) or turn != end
     if lead.strip():  # what follows the template's prompt is the model's to write; a header is not
         found = found and prompt != _render(before, tools, tokenizer, add_generation_prompt=False)
-    if not found or not end.strip():
-        raise UserError(
-            f"the tokenizer's chat template renders the assistant's turn {message.content[:30]!r} "
-            f"as {turn[:40]!r}; it must be the content and then an end-of-turn token "
-            "(data.prompt_style='plain' needs no template)"
-        )
+    require(
+        found and end.strip(),
+        f"the tokenizer's chat template renders the assistant's turn {message.content[:30]!r} "
+        f"as {turn[:40]!r}; it must be the content and then an end-of-turn token "
+        "(data.prompt_style='plain' needs no template)",
+    )
     return _Answer(prompt + turn, len(prompt), message.trained)
 
 
@@ -374,16 +365,10 @@ def _why_apart(asked: str, prompt: str, whole: str) -> str:
     )
 
 
-def _added_end(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The added token that `text` ends with; empty without one."""
-    added = (token.content for token in tokenizer.added_tokens_decoder.values())
-    return next((token for token in added if text.endswith(token)), "")
-
-
 def _render(
     messages: Sequence[Message],
     tools: str,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     *,
     add_generation_prompt: bool,
 ) -> str:

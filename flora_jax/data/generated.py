@@ -7,7 +7,7 @@ import itertools
 import json
 
 from flora_jax.data.tasks import Task, normalise
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require
 
 # Item i of reasoning-gym's seed s is Random(s + i), so draws from neighbouring seeds are the same
 # problems: every draw gets a block of seeds to itself. The held-out blocks do not depend on the
@@ -35,10 +35,10 @@ def draw(task: Task, split: str) -> list[dict[str, str]]:
     for block, drawn in enumerate(("test", "validation", "train")):
         size = getattr(generator, drawn)
         records = []
-        if size * _TRIES > _BLOCK:
-            raise UserError(
-                f"generator field {drawn}={size} of task {task.name!r} is above {_BLOCK // _TRIES}"
-            )
+        require(
+            size * _TRIES <= _BLOCK,
+            f"generator field {drawn}={size} of task {task.name!r} is above {_BLOCK // _TRIES}",
+        )
         first = _BLOCK * (block + (generator.seed if drawn == "train" else 0))
         try:
             problems = reasoning_gym.create_dataset(
@@ -56,11 +56,11 @@ def draw(task: Task, split: str) -> list[dict[str, str]]:
             raise UserError(
                 f"task {task.name!r}: generator settings {settings} are refused: {error}"
             ) from None
-        if len(records) < size:
-            raise UserError(
-                f"task {task.name!r}: only {len(records)} of {drawn}={size} problems are new under "
-                f"{settings}; ask for fewer or for a wider range of problems"
-            )
+        require(
+            len(records) >= size,
+            f"task {task.name!r}: only {len(records)} of {drawn}={size} problems are new under "
+            f"{settings}; ask for fewer or for a wider range of problems",
+        )
         if drawn == split:
             return records
     raise AssertionError(split)

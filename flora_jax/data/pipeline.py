@@ -21,7 +21,7 @@ import grain
 import numpy as np
 
 from flora_jax.data.encode import Encoded
-from flora_jax.errors import UserError
+from flora_jax.errors import require
 
 Batch = dict[str, np.ndarray]
 
@@ -52,14 +52,15 @@ def train_iterator(
     batch.
     """
     for field, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if value < least:
-            raise UserError(f"train.{field}={value} must be at least {least}")
-    if not 0 <= shard_index < shard_count:
-        raise UserError(f"shard_index={shard_index} must be in 0 … shard_count-1={shard_count - 1}")
-    if len(encoded) < shard_count:
-        raise UserError(
-            f"{len(encoded)} examples cannot feed {shard_count} processes; each needs at least one"
-        )
+        require(value >= least, f"train.{field}={value} must be at least {least}")
+    require(
+        0 <= shard_index < shard_count,
+        f"shard_index={shard_index} must be in 0 … shard_count-1={shard_count - 1}",
+    )
+    require(
+        len(encoded) >= shard_count,
+        f"{len(encoded)} examples cannot feed {shard_count} processes; each needs at least one",
+    )
     _check_lengths(encoded, max_length)
 
     def epoch(number: int) -> grain.IterDataset:
@@ -91,13 +92,12 @@ def _mixed(
     alone.
     """
     ends = np.cumsum([size for size, _ in parts]).tolist()
-    starts = [0, *ends[:-1]]
     drawn = [
         grain.MapDataset.source(encoded[start:end])
         .map(_row)
         .shuffle(seed=(seed + i) % 2**32)
         .repeat()[shard]
-        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+        for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
     ]
     return grain.MapDataset.mix(drawn, [weight for _, weight in parts])
 
@@ -109,8 +109,7 @@ def eval_batches(
 
     The last batch is filled with empty rows (segment 0, no weight).
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be at least 1")
+    require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
     _check_lengths(encoded, max_length)
     empty = {name: np.zeros(0, dtype) for name, dtype in _DTYPES.items()}
     for start in range(0, len(encoded), batch_size):
@@ -141,9 +140,8 @@ def _pad(row: Batch, max_length: int) -> Batch:
 
 def _unpack_names(packed: dict[str, Any]) -> Batch:
     """grain numbers segments and positions once a feature; ours are all alike."""
-    row = {name: packed[name] for name in _DTYPES}
     return {
-        **row,
+        **{name: packed[name] for name in _DTYPES},
         "segment_ids": packed["tokens_segment_ids"],
         "positions": packed["tokens_positions"],
     }
@@ -151,10 +149,10 @@ def _unpack_names(packed: dict[str, Any]) -> Batch:
 
 def _check_lengths(encoded: Sequence[Encoded], max_length: int) -> None:
     longest = max((len(example.tokens) - 1 for example in encoded), default=0)
-    if longest > max_length:
-        raise UserError(
-            f"data.max_length={max_length} is shorter than an example of {longest} positions"
-        )
+    require(
+        longest <= max_length,
+        f"data.max_length={max_length} is shorter than an example of {longest} positions",
+    )
 
 
 class _Epochs(grain.IterDataset):

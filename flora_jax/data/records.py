@@ -10,7 +10,7 @@ from typing import Any
 
 from flora_jax.data.catalogue import compose_ending, hellaswag
 from flora_jax.data.tasks import ROLES
-from flora_jax.errors import UserError, check_text, near_misses
+from flora_jax.errors import UserError, check_text, require, require_known, told_of
 
 Record = dict[str, Any]
 
@@ -33,10 +33,10 @@ def raw_records(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{number}", _json(line, path, number)
     elif text.strip():
         values = _json(text, path, 1)
-        if not isinstance(values, list):
-            raise UserError(
-                f"{path}: the file must hold a JSON list of records, not {type(values).__name__}"
-            )
+        require(
+            isinstance(values, list),
+            f"{path}: the file must hold a JSON list of records, not {type(values).__name__}",
+        )
         for i, value in enumerate(values):
             yield f"{path}: record {i} (from 0)", value
 
@@ -70,8 +70,9 @@ def _field(
             f"{where}: field {name!r} is {type(value).__name__} {value!r:.40}; it must be a string"
         )
     check_text(value, f"{where}: field {name!r}")
-    if default is None and not value.strip():
-        raise UserError(f"{where}: field {name!r} is empty; it needs text")
+    require(
+        default is not None or value.strip(), f"{where}: field {name!r} is empty; it needs text"
+    )
     return value
 
 
@@ -103,8 +104,7 @@ def _gsm8k(raw: Mapping[str, Any], where: str) -> Record:
     """GSM8K's own layout, whose `answer` has its number after ####, as an LLM-Adapters record."""
     question = _field(raw, "question", where)
     rationale, mark, answer = _field(raw, "answer", where).rpartition("####")
-    if not mark:
-        raise UserError(f"{where}: field 'answer' has no '####' before its final number")
+    require(mark, f"{where}: field 'answer' has no '####' before its final number")
     rationale = re.sub(r"<<.*?>>", "", rationale).strip()
     number = answer.strip().replace(",", "")
     return {
@@ -123,10 +123,8 @@ def _hellaswag(raw: Mapping[str, Any], where: str) -> Record:
         raw = hellaswag({**raw, "context": context, "endings": endings})
     context = _field(raw, "activity_and_ctx", where)
     endings = _strings(raw, "endings", where)
-    try:
+    with told_of(where):
         return compose_ending(context, endings, raw.get("label"))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 _TEXTS = ("dialogue", "document", "article")
@@ -153,11 +151,10 @@ def _texts(raw: Mapping[str, Any], where: str) -> Record | list[Record]:
             f"there are {', '.join(map(repr, raw))}"
         )
     answers = [field for field in _ANSWERS if field in raw]
-    if not answers:
-        raise UserError(
-            f"{where}: the record has neither 'summary', 'summary1' nor 'highlights' "
-            f"beside {kind!r}"
-        )
+    require(
+        answers,
+        f"{where}: the record has neither 'summary', 'summary1' nor 'highlights' beside {kind!r}",
+    )
     text, *references = (_untagged(_field(raw, field, where)) for field in (kind, *answers))
     return {"text": text, "references": references}
 
@@ -190,10 +187,10 @@ def _conversation(raw: Mapping[str, Any], where: str) -> Record:
 
     They end with the assistant's.
     """
-    if not _trained(raw, where):
-        raise UserError(
-            f"{where}: the record is not trained on (it has weight 0, or train false); leave it out"
-        )
+    require(
+        _trained(raw, where),
+        f"{where}: the record is not trained on (it has weight 0, or train false); leave it out",
+    )
     if "messages" in raw:
         return {"messages": _messages(raw, where), "tools": _tools(raw, where)}
     if "prompt" not in raw and "completion" not in raw:
@@ -217,25 +214,24 @@ def _messages(raw: Mapping[str, Any], where: str) -> list[Record]:
         )
     messages = [_turn(turn, f"{where}: messages[{i}]") for i, turn in enumerate(turns)]
     _check_roles([message["role"] for message in messages], where)
-    if not any(message["trained"] for message in messages if message["role"] == "assistant"):
-        raise UserError(
-            f"{where}: no turn of the assistant is trained on (each has weight 0, or train false); "
-            "leave the record out, or give one of them weight 1"
-        )
+    require(
+        any(message["trained"] for message in messages if message["role"] == "assistant"),
+        f"{where}: no turn of the assistant is trained on (each has weight 0, or train false); "
+        "leave the record out, or give one of them weight 1",
+    )
     return messages
 
 
 def _check_roles(roles: Sequence[str], where: str) -> None:
     """Raises UserError unless a user begins and the assistant ends."""
-    if roles[-1] != "assistant":
-        raise UserError(
-            f"{where}: 'messages' ends with role {roles[-1]!r}; "
-            "the last turn must be the assistant's"
-        )
-    if "user" not in roles:
-        raise UserError(
-            f"{where}: 'messages' has no turn with role 'user'; the assistant must answer one"
-        )
+    require(
+        roles[-1] == "assistant",
+        f"{where}: 'messages' ends with role {roles[-1]!r}; the last turn must be the assistant's",
+    )
+    require(
+        "user" in roles,
+        f"{where}: 'messages' has no turn with role 'user'; the assistant must answer one",
+    )
     first = next(role for role in roles if role != "system")
     if first != "user":
         named = {"tool": "a tool's", "assistant": "the assistant's"}[first]
@@ -254,13 +250,12 @@ _PARTS = ("train_detail", "training_detail")
 
 def _turn(turn: Any, place: str) -> Record:
     """One message, as `Turn` has it."""
-    if not isinstance(turn, dict):
-        raise UserError(
-            f"{place} must be an object with 'role' and 'content', not {type(turn).__name__}"
-        )
+    require(
+        isinstance(turn, dict),
+        f"{place} must be an object with 'role' and 'content', not {type(turn).__name__}",
+    )
     role = _field(turn, "role", place)
-    if role not in ROLES:
-        raise UserError(f"{place}: role {role!r} is unknown; {near_misses(role, ROLES)}")
+    require_known(role, ROLES, f"{place}: role {role!r}")
     more = {name: turn[name] for name in _MORE if turn.get(name)}
     if "tool_calls" in more:
         _objects(more["tool_calls"], f"{place}: field 'tool_calls'")
@@ -283,17 +278,17 @@ def _turn(turn: Any, place: str) -> Record:
 def _trained(turn: Mapping[str, Any], place: str) -> bool:
     """Whether an assistant's turn, or a record, counts in the loss: unless it says otherwise."""
     for name in _PARTS:
-        if turn.get(name):
-            raise UserError(
-                f"{place}: field {name!r} is not supported: a turn counts as a whole or not at "
-                "all; leave it out, or give the turn a 'weight' of 0 or 1"
-            )
+        require(
+            not turn.get(name),
+            f"{place}: field {name!r} is not supported: a turn counts as a whole or not at "
+            "all; leave it out, or give the turn a 'weight' of 0 or 1",
+        )
     said = {name: turn[name] for name in _TRAINED if turn.get(name) is not None}
     for name, value in said.items():
-        if not isinstance(value, int | float) or value not in (0, 1):
-            raise UserError(
-                f"{place}: field {name!r} is {value!r:.40}; it must be 0 or 1, or false or true"
-            )
+        require(
+            isinstance(value, int | float) and value in (0, 1),
+            f"{place}: field {name!r} is {value!r:.40}; it must be 0 or 1, or false or true",
+        )
     if len({bool(value) for value in said.values()}) > 1:
         named = ", ".join(f"{name!r} is {value!r}" for name, value in said.items())
         raise UserError(f"{place}: {named}; they must say the same")

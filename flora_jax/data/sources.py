@@ -24,7 +24,7 @@ from flora_jax.data.catalogue import CATALOGUE
 from flora_jax.data.generated import draw, generated_key
 from flora_jax.data.records import CONVERT, Record, raw_records
 from flora_jax.data.tasks import Example, Task
-from flora_jax.errors import UserError, disk_fault, expand_path, near_misses
+from flora_jax.errors import UserError, disk_fault, expand_path, near_misses, require, told_of
 from flora_jax.files import cache_root, filling_cache, plain_path
 
 SPLITS = ("train", "validation", "test")
@@ -141,22 +141,22 @@ def _catalogue_split(
     """A prepared TFDS builder, and its own name of a split of ours."""
     _check_split(task, split)
     known = CATALOGUE.get(task.name)
-    if known is None:
-        raise UserError(
-            f"data.dir={data_dir}: task {task.name!r} is not in the TFDS catalogue, which has "
-            f"{', '.join(CATALOGUE)}; {_SET} the folder that holds its files"
-        )
-    if split not in known.splits:
-        raise UserError(
-            f"split {split!r} of task {task.name!r} is not in the TFDS catalogue; TFDS "
-            f"{known.name} gives {', '.join(known.splits)}"
-        )
+    require(
+        known is not None,
+        f"data.dir={data_dir}: task {task.name!r} is not in the TFDS catalogue, which has "
+        f"{', '.join(CATALOGUE)}; {_SET} the folder that holds its files",
+    )
+    require(
+        split in known.splits,
+        f"split {split!r} of task {task.name!r} is not in the TFDS catalogue; TFDS "
+        f"{known.name} gives {', '.join(known.splits)}",
+    )
     folder = expand_path(str(data_dir).partition(":")[2])
-    if folder and not Path(folder).is_dir():
-        raise UserError(
-            f"data.dir={data_dir}: {folder} is not a directory; "
-            "make it, or name one with prepared data"
-        )
+    require(
+        not folder or Path(folder).is_dir(),
+        f"data.dir={data_dir}: {folder} is not a directory; "
+        "make it, or name one with prepared data",
+    )
     from flora_jax.data.builders import catalogue_builder, own_folder
 
     folder = Path(folder) if folder else own_folder()
@@ -167,11 +167,11 @@ def _catalogue_split(
     except UserError as error:
         raise UserError(str(error).replace(str(place), str(folder))) from None
     official = known.splits[split]
-    if official not in builder.info.splits:
-        raise UserError(
-            f"TFDS {builder.info.full_name} was prepared without its split {official!r}; "
-            f"there are {', '.join(builder.info.splits) or 'none'}"
-        )
+    require(
+        official in builder.info.splits,
+        f"TFDS {builder.info.full_name} was prepared without its split {official!r}; "
+        f"there are {', '.join(builder.info.splits) or 'none'}",
+    )
     return builder, official
 
 
@@ -183,10 +183,10 @@ def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Pat
         # trained on it.
         if split == "validation":
             return []
-        if Path(task.name).stem == "sample" and split == "test":
-            raise UserError(
-                f"{task.name}: a sample is never a test set; name a file of your own test records"
-            )
+        require(
+            Path(task.name).stem != "sample" or split != "test",
+            f"{task.name}: a sample is never a test set; name a file of your own test records",
+        )
         beside = [Path(expand_path(data_dir)) / task.name] if data_dir else []
         return [Path(expand_path(task.name)), *beside]
     if data_dir is None:
@@ -197,8 +197,7 @@ def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Pat
             f"task {task.name!r} is read from files; {_SET} the folder that holds them{other}"
         )
     folder = Path(expanded := expand_path(data_dir))
-    if not folder.is_dir():
-        raise UserError(f"data.dir={expanded!r} is not a directory (nor tfds, nor tfds:DIR)")
+    require(folder.is_dir(), f"data.dir={expanded!r} is not a directory (nor tfds, nor tfds:DIR)")
     if task.source == "jsonl":
         return [folder / f"{split}.jsonl"]
     names = [f"{split}.json", f"{split}.jsonl"]
@@ -213,10 +212,10 @@ def _path(task: Task, split: str, data_dir: str | Path | None) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    if not candidates:
-        raise UserError(
-            f"{task.name}: one file has no validation split; use task 'jsonl' and a folder with one"
-        )
+    require(
+        candidates,
+        f"{task.name}: one file has no validation split; use task 'jsonl' and a folder with one",
+    )
     folder = candidates[0].parent
     there = sorted(p.name for p in folder.glob("*.json*")) if folder.is_dir() else []
     sampled = any(name.startswith("sample.") for name in there)
@@ -280,8 +279,10 @@ def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Record]:
     convert = CONVERT[task.source]
     records = []
     for where, raw in itertools.islice(found_in, *(_span(task, split, data_dir) or (None,))):
-        if not isinstance(raw, dict):
-            raise UserError(f"{where}: a record must be a JSON object, not {type(raw).__name__}")
+        require(
+            isinstance(raw, dict),
+            f"{where}: a record must be a JSON object, not {type(raw).__name__}",
+        )
         found = convert(raw, where)
         records += found if isinstance(found, list) else [found]
     if not records:
@@ -297,10 +298,8 @@ def _elements(task: Task, split: str, data_dir: str | Path | None) -> Iterator[t
     source = builder.as_data_source(official)
     for i in range(len(source)):
         where = f"{_describe(task, split, data_dir)}: record {i} (from 0)"
-        try:
+        with told_of(where):
             raw = CATALOGUE[task.name].convert(_decode(source[i]))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
         if raw is not None:
             yield where, raw
 

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from flora_jax.data.numbers import canonical_number, final_number, same_number
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 
 ROLES = ("system", "user", "assistant", "tool")
 CONTAMINATED = 0.01  # the share of a test's questions that may be in the training data
@@ -132,8 +132,7 @@ def normalise(text: str) -> str:
     another sum.
     """
     text = unicodedata.normalize("NFC", text.lower()).translate(_SAME)
-    found = re.findall(r"\d+(?:\.\d+)?|[^\W\d]+|[^\w\s]", text)
-    return " ".join(filter(_tells_apart, found))
+    return " ".join(filter(_tells_apart, re.findall(r"\d+(?:\.\d+)?|[^\W\d]+|[^\w\s]", text)))
 
 
 def _instruction(record: Mapping[str, Any]) -> str:
@@ -155,14 +154,13 @@ def _parse_choice(
     """
     prompt = _instruction(record)
     body, found, form = prompt.rpartition("Answer format:")
-    if not found:
-        raise UserError("field 'instruction' has no line 'Answer format: …'")
+    require(found, "field 'instruction' has no line 'Answer format: …'")
     labels = tuple(form.strip().split("/"))
     question, choices = _split_choices(body.partition(": ")[2], labels)
-    if record["answer"] not in labels:
-        raise UserError(
-            f"field 'answer' is {record['answer']!r}; the answer format allows {', '.join(labels)}"
-        )
+    require(
+        record["answer"] in labels,
+        f"field 'answer' is {record['answer']!r}; the answer format allows {', '.join(labels)}",
+    )
     gold = labels.index(record["answer"])
     return Example(
         messages=_turns(prompt, _label_target(labels[gold])),
@@ -185,10 +183,9 @@ def _split_choices(text: str, labels: Sequence[str]) -> tuple[str, tuple[str, ..
     choices = []
     for mark in others:
         choice, found, rest = rest.partition(mark)
-        if not found:
-            raise UserError(
-                f"field 'instruction' has no choice '{mark}' although the answer format names it"
-            )
+        require(
+            found, f"field 'instruction' has no choice '{mark}' although the answer format names it"
+        )
         choices.append(_between_marks(choice))
     return text[:start].strip(), (*choices, _between_marks(rest))
 
@@ -209,8 +206,7 @@ def _after(context: str, question: str, choices: Sequence[str]) -> list[tuple[st
 def _blank(sentence: str, choices: Sequence[str]) -> list[tuple[str, str]]:
     """Partial evaluation: each option fills the context's blank `_`, and the rest is scored."""
     before, found, after = sentence.partition("_")
-    if not found:
-        raise UserError("field 'instruction' has no blank '_' to fill")
+    require(found, "field 'instruction' has no blank '_' to fill")
     return [(before + choice, f" {after.strip()}") for choice in choices]
 
 
@@ -243,12 +239,14 @@ def _parse_letter(record: Mapping[str, Any]) -> Example:
     question, _, options = prompt.partition("Answer Choices:")
     parts = re.split(r"\(([A-E])\)", options)
     letters, choices = parts[1::2], tuple(part.strip() for part in parts[2::2])
-    if not letters or letters != list("ABCDE"[: len(letters)]):
-        raise UserError("field 'instruction' has no 'Answer Choices: (A) … (B) …' in order")
-    if record["answer"] not in letters:
-        raise UserError(
-            f"field 'answer' is {record['answer']!r}; it must be one of {', '.join(letters)}"
-        )
+    require(
+        letters and letters == list("ABCDE"[: len(letters)]),
+        "field 'instruction' has no 'Answer Choices: (A) … (B) …' in order",
+    )
+    require(
+        record["answer"] in letters,
+        f"field 'answer' is {record['answer']!r}; it must be one of {', '.join(letters)}",
+    )
     rationale = record["output"].strip()
     right = re.findall(r"\(([A-E])\)", rationale)[-1:] == [record["answer"]]
     return Example(
@@ -379,14 +377,13 @@ def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
     """
     if name.endswith(".jsonl"):
         return dataclasses.replace(TASKS["jsonl"], name=name)
-    if name in MIXTURES:
-        raise UserError(
-            f"{name!r} is a mixture to train on; the tasks to score are named one by one"
-        )
+    require(
+        name not in MIXTURES,
+        f"{name!r} is a mixture to train on; the tasks to score are named one by one",
+    )
     if name not in TASKS:
-        raise UserError(
-            f"task {name!r} is unknown; {near_misses(name, TASKS)} (or a path ending in .jsonl)"
-        )
+        near = near_misses(name, TASKS)
+        raise UserError(f"task {name!r} is unknown; {near} (or a path ending in .jsonl)")
     task = TASKS[name]
     if task.generator is None or not generator:
         return task
@@ -403,15 +400,14 @@ def _check_generator(task: Task, generator: Mapping[str, Any]) -> None:
     known = ("train", "validation", "test", "seed", *task.generator.settings)
     for field, value in generator.items():
         if field not in known:
-            raise UserError(
-                f"task {task.name!r} has no generator field {field!r}; {near_misses(field, known)}"
-            )
+            near = near_misses(field, known)
+            raise UserError(f"task {task.name!r} has no generator field {field!r}; {near}")
         least = 0 if field == "seed" else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(
-                f"generator field {field}={value!r} of task {task.name!r} must be an integer, "
-                f"at least {least}"
-            )
+        require(
+            isinstance(value, int) and not isinstance(value, bool) and value >= least,
+            f"generator field {field}={value!r} of task {task.name!r} must be an integer, "
+            f"at least {least}",
+        )
 
 
 # ----------------------------------------------------------------------------------------- requests

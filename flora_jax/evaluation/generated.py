@@ -6,19 +6,17 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flora_jax.data.encode import calls_tools, encode_prompt, refuse_tools
-from flora_jax.errors import UserError
+from flora_jax.errors import require, told_of
 from flora_jax.evaluation import published
 from flora_jax.evaluation.answers import is_right
 from flora_jax.evaluation.rouge import POLICY, rouge
 from flora_jax.evaluation.rounds import FIRST_ROUND, generate_in_rounds
 from flora_jax.evaluation.task_data import SHOT_BREAK, Settings, TaskData, few_shot_messages
 from flora_jax.inference.generator import Generator
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from flora_jax.tokens import Tokenizer
 
 # Tokens beside the longest answer and its end: it may be said in more of them than it is written
 # in.
@@ -42,9 +40,7 @@ class Asked:
         return [prompt for prompt, fit in zip(self.prompts, self.fits, strict=True) if fit]
 
 
-def ask(
-    data: TaskData, tokenizer: PreTrainedTokenizerFast, settings: Settings, max_length: int
-) -> Asked:
+def ask(data: TaskData, tokenizer: Tokenizer, settings: Settings, max_length: int) -> Asked:
     """The task's prompts, where prompt and answer have `max_length` tokens. A line says how many
     leave no room, and whether answers are cut. Raises UserError where none leaves room, and for
     what cannot be asked or compared as text."""
@@ -56,18 +52,16 @@ def ask(
     return asked
 
 
-def _encode(
-    data: TaskData, tokenizer: PreTrainedTokenizerFast, settings: Settings
-) -> list[list[int]]:
+def _encode(data: TaskData, tokenizer: Tokenizer, settings: Settings) -> list[list[int]]:
     for i, example in enumerate(data.examples):
-        if calls_tools(example.messages[-1]):
-            raise UserError(
-                f"{data.task.name}: question {i} is to be answered by a call of a tool, but "
-                "answers are compared as texts; leave it out of the test set"
-            )
+        require(
+            not calls_tools(example.messages[-1]),
+            f"{data.task.name}: question {i} is to be answered by a call of a tool, but "
+            "answers are compared as texts; leave it out of the test set",
+        )
     style = settings.prompt_style
     asked = [few_shot_messages(example, data.shots, style) for example in data.examples]
-    try:
+    with told_of(data.task.name):
         for shot in data.shots:
             refuse_tools(shot.messages, style, shot.tools)
         if settings.published_faults:
@@ -76,8 +70,6 @@ def _encode(
             encode_prompt(messages, tokenizer, style, example.tools)
             for messages, example in zip(asked, data.examples, strict=True)
         ]
-    except UserError as error:
-        raise UserError(f"{data.task.name}: {error}") from None
 
 
 def _fitting(
@@ -86,11 +78,11 @@ def _fitting(
     """Whether each prompt leaves room for `new_tokens`."""
     lengths = [len(prompt) for prompt in prompts]
     fits = [length <= max_length - new_tokens for length in lengths]
-    if not any(fits):
-        raise UserError(
-            f"max_length={max_length} leaves no room for {new_tokens} new tokens after any prompt "
-            f"of {data.task.name}; the shortest has {min(lengths)} tokens"
-        )
+    require(
+        any(fits),
+        f"max_length={max_length} leaves no room for {new_tokens} new tokens after any prompt "
+        f"of {data.task.name}; the shortest has {min(lengths)} tokens",
+    )
     if not all(fits):
         _log.warning(
             "%s: %d of %d prompts leave no room for %d new tokens in max_length=%d and count as "
@@ -104,7 +96,7 @@ def _fitting(
     return fits
 
 
-def _room(data: TaskData, tokenizer: PreTrainedTokenizerFast, asked: Asked, max_length: int) -> int:
+def _room(data: TaskData, tokenizer: Tokenizer, asked: Asked, max_length: int) -> int:
     """New tokens for the longest answer of the data, as far as the longest prompt leaves them."""
     texts = [example.answer for example in data.examples]
     answers = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -180,8 +172,7 @@ def _scores(data: TaskData, texts: Sequence[str | None], published_faults: bool)
     metric = data.task.metric
     if metric == "rouge":
         references = [example.references for example in data.examples]
-        scores = rouge([text or "" for text in texts], references)
-        return {**scores, "scoring": f"ROUGE: {POLICY}"}
+        return {**rouge([text or "" for text in texts], references), "scoring": f"ROUGE: {POLICY}"}
     judge = published.is_right if published_faults else is_right
     right = [
         text is not None and judge(metric, text, example.answer, example.labels)

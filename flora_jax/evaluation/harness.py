@@ -39,7 +39,8 @@ from lm_eval.utils import (
     make_table,
 )
 
-from flora_jax.errors import UserError, near_misses
+from flora_jax.device import versions
+from flora_jax.errors import UserError, near_misses, require
 from flora_jax.evaluation.loglik import token_loglik
 from flora_jax.evaluation.rounds import generate_in_rounds
 from flora_jax.evaluation.task_data import check_names
@@ -48,7 +49,6 @@ from flora_jax.inference.generator import Generator
 from flora_jax.inference.sampling import Sampling
 from flora_jax.models.adapted import Adapted
 from flora_jax.tokens import encode_open, render
-from flora_jax.versions import versions
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -94,20 +94,18 @@ class HarnessLM(TemplateLM):
     ):
         super().__init__()
         limit = adapted.config.max_position_embeddings
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size} must be a positive integer")
-        if max_length is not None and not 2 <= max_length <= limit:
-            raise UserError(
-                f"max_length={max_length} must be from 2 to the model's "
-                f"max_position_embeddings={limit}"
-            )
+        require(batch_size >= 1, f"batch_size={batch_size} must be a positive integer")
+        require(
+            max_length is None or 2 <= max_length <= limit,
+            f"max_length={max_length} must be from 2 to the model's "
+            f"max_position_embeddings={limit}",
+        )
         self.adapted = adapted
         self.tokenizer = adapted.tokenizer
-        if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
-            raise UserError(
-                "the harness needs a tokenizer with a bos or eos token to start an empty context "
-                "from"
-            )
+        require(
+            self.tokenizer.bos_token_id is not None or self.tokenizer.eos_token_id is not None,
+            "the harness needs a tokenizer with a bos or eos token to start an empty context from",
+        )
         self.batch_size = batch_size
         self.seed = seed
         self.max_length = max_length or limit
@@ -139,8 +137,10 @@ class HarnessLM(TemplateLM):
     ) -> str:
         """The conversation as a prompt. Raises UserError where there is no template or it refuses
         the conversation."""
-        if self.tokenizer.chat_template is None:
-            raise UserError("apply_chat_template: the tokenizer has no chat template")
+        require(
+            self.tokenizer.chat_template is not None,
+            "apply_chat_template: the tokenizer has no chat template",
+        )
         self._chat = True  # the harness asks so in all of its prompts, or in none
         return render(
             self.tokenizer,
@@ -208,11 +208,10 @@ class HarnessLM(TemplateLM):
     def _prompt(self, context: str, new_tokens: int) -> list[int]:
         """The last tokens of a context, as many as leave room for `new_tokens`."""
         room = self.max_length - new_tokens
-        if room < 1:
-            raise UserError(
-                f"max_gen_toks={new_tokens} leaves max_length={self.max_length} no room for a "
-                "prompt"
-            )
+        require(
+            room >= 1,
+            f"max_gen_toks={new_tokens} leaves max_length={self.max_length} no room for a prompt",
+        )
         prompt = self.tok_encode(context) or [self.prefix_token_id]
         if len(prompt) > room:
             _log.warning("a prompt of %d tokens is cut to its last %d", len(prompt), room)
@@ -228,11 +227,11 @@ class HarnessLM(TemplateLM):
         questions: list[list[tuple[list[int], list[int]]]] = []
         read = 0  # tokens of the last question's row
         for (_, text), context, continuation in requests:
-            if not 1 <= len(continuation) <= self.max_length:
-                raise UserError(
-                    f"continuation {text[:60]!r} has {len(continuation)} tokens; 1 to "
-                    f"max_length={self.max_length} can be scored"
-                )
+            require(
+                1 <= len(continuation) <= self.max_length,
+                f"continuation {text[:60]!r} has {len(continuation)} tokens; 1 to "
+                f"max_length={self.max_length} can be scored",
+            )
             # The last token is not read, so one more than max_length fits.
             room = self.max_length + 1 - len(continuation)
             if len(context) > room:
@@ -270,17 +269,15 @@ class HarnessLM(TemplateLM):
         top_k = given.pop("top_k", 0)
         top_p = given.pop("top_p", 1.0)
         for name, value in given.items():
-            if name not in _NEUTRAL or value != _NEUTRAL[name]:
-                raise UserError(
-                    f"generation argument {name}={value!r} is not supported; until, max_gen_toks, "
-                    "do_sample, temperature, top_k and top_p are"
-                )
-        if new_tokens < 1:
-            raise UserError(f"max_gen_toks={new_tokens} must be a positive integer")
+            require(
+                name in _NEUTRAL and value == _NEUTRAL[name],
+                f"generation argument {name}={value!r} is not supported; until, max_gen_toks, "
+                "do_sample, temperature, top_k and top_p are",
+            )
+        require(new_tokens >= 1, f"max_gen_toks={new_tokens} must be a positive integer")
         if not do_sample:  # the best token is in every top k and top p
             return until, new_tokens, Sampling()
-        if not temperature:
-            raise UserError("do_sample=True needs a temperature above 0")
+        require(temperature, "do_sample=True needs a temperature above 0")
         return until, new_tokens, Sampling(float(temperature), top_k, top_p)
 
     def _continue(
@@ -331,8 +328,10 @@ def load_harness_tasks(
     need images.
     """
     check_names(names)
-    if include_path is not None and not Path(include_path).is_dir():
-        raise UserError(f"include_path={include_path}: there is no such folder")
+    require(
+        include_path is None or Path(include_path).is_dir(),
+        f"include_path={include_path}: there is no such folder",
+    )
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     for name in names:
         if name not in manager.task_index:
@@ -348,11 +347,11 @@ def load_harness_tasks(
         groups = loaded.get("groups", {})
         for one in loaded["tasks"].values():
             other = loaded_by.setdefault(one.task_name, name)
-            if other != name and (name in groups or other in grouped):
-                raise UserError(
-                    f"harness task {one.task_name!r} comes with {other!r} and with {name!r}; leave "
-                    "one out"
-                )
+            require(
+                other == name or (name not in groups and other not in grouped),
+                f"harness task {one.task_name!r} comes with {other!r} and with {name!r}; leave "
+                "one out",
+            )
         grouped |= {name} & groups.keys()
         out += [groups[name]] if name in groups else loaded["tasks"].values()
     return out
@@ -373,10 +372,10 @@ def _load(manager: TaskManager, name: str) -> dict[str, Any]:
         ) from error
     for task in loaded["tasks"].values():
         for flag, what in (("UNSAFE_CODE", "runs generated code"), ("MULTIMODAL", "shows images")):
-            if getattr(task, flag, False):
-                raise UserError(
-                    f"harness task {task.task_name!r} {what}, which is not supported here"
-                )
+            require(
+                not getattr(task, flag, False),
+                f"harness task {task.task_name!r} {what}, which is not supported here",
+            )
     return loaded
 
 
@@ -395,12 +394,14 @@ def evaluate_harness(
     num_fewshot: None leaves each task its own number, and the harness keeps a 0 that a task sets.
     limit: the first N documents of each task.
     """
-    if num_fewshot is not None and num_fewshot < 0:
-        raise UserError(f"num_fewshot={num_fewshot} must be 0 or a positive integer")
-    if limit is not None and limit < 1:
-        raise UserError(
-            f"limit={limit} must be a positive integer (leave it out for all documents)"
-        )
+    require(
+        num_fewshot is None or num_fewshot >= 0,
+        f"num_fewshot={num_fewshot} must be 0 or a positive integer",
+    )
+    require(
+        limit is None or limit >= 1,
+        f"limit={limit} must be a positive integer (leave it out for all documents)",
+    )
     packages = versions(*_PACKAGES)
     asked = {
         "num_fewshot": num_fewshot,

@@ -19,24 +19,19 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from flora_jax.errors import NOT_FINITE, UserError
+from flora_jax.adapters import Tree
+from flora_jax.errors import NOT_FINITE, require
 from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
-from flora_jax.tokens import encode_open
+from flora_jax.tokens import Tokenizer, encode_open
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-Array = jax.Array
-Tree = dict[str, Any]
 # by question and choice: token ids of context, continuation
 Pairs = Sequence[Sequence[tuple[list[int], list[int]]]]
 
@@ -71,8 +66,7 @@ def choice_loglik(
     max_position_embeddings.
     """
     encoded = encode_pairs(adapted.config, adapted.tokenizer, requests)
-    scores = token_loglik(adapted, encoded, batch_size)
-    return [[loglik for loglik, _ in pairs] for pairs in scores]
+    return [[loglik for loglik, _ in pairs] for pairs in token_loglik(adapted, encoded, batch_size)]
 
 
 def token_loglik(
@@ -90,8 +84,7 @@ def token_loglik(
     caller's to see to. Raises FloatingPointError, with the question as `describe(index)` calls it,
     for a score of logits that are not finite.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be a positive integer")
+    require(batch_size >= 1, f"batch_size={batch_size} must be a positive integer")
     model = adapted.model
     variables = adapted.variables
     rows = _rows(requests)
@@ -112,7 +105,7 @@ def token_loglik(
 
 
 def encode_pair(
-    tokenizer: PreTrainedTokenizerFast, context: str, continuation: str
+    tokenizer: Tokenizer, context: str, continuation: str
 ) -> tuple[list[int], list[int]]:
     """Tokens of the context, and of the continuation as it is tokenised behind it. An empty context
     becomes the tokenizer's bos (or eos) token."""
@@ -122,14 +115,16 @@ def encode_pair(
         alone = encode_open(tokenizer, stripped)
         return alone, encode_open(tokenizer, stripped + continuation)[len(alone) :]
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start is None:
-        raise UserError("an empty context needs a tokenizer with a bos or eos token to start from")
+    require(
+        start is not None,
+        "an empty context needs a tokenizer with a bos or eos token to start from",
+    )
     return [start], tokenizer(continuation, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def encode_pairs(
     config: LlamaConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     requests: Sequence[Sequence[tuple[str, str]]],
 ) -> Pairs:
     """The tokens of each pair of `choice_loglik`, as `token_loglik` takes them. Raises UserError
@@ -140,15 +135,15 @@ def encode_pairs(
         for context, continuation in texts:
             before, after = encode_pair(tokenizer, context, continuation)
             length = len(before) + len(after)
-            if not after:
-                raise UserError(
-                    f"question {question}: continuation {continuation!r} has no tokens of its own"
-                )
-            if length > config.max_position_embeddings:
-                raise UserError(
-                    f"question {question}: context and continuation have {length} tokens, more "
-                    f"than the model's max_position_embeddings={config.max_position_embeddings}"
-                )
+            require(
+                after,
+                f"question {question}: continuation {continuation!r} has no tokens of its own",
+            )
+            require(
+                length <= config.max_position_embeddings,
+                f"question {question}: context and continuation have {length} tokens, more "
+                f"than the model's max_position_embeddings={config.max_position_embeddings}",
+            )
             pairs.append((before, after))
         encoded.append(pairs)
     return encoded
@@ -208,14 +203,18 @@ def _score(
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _hidden(model: Llama, variables: Tree, tokens: Array, positions: Array, groups: Array) -> Array:
+def _hidden(
+    model: Llama, variables: Tree, tokens: jax.Array, positions: jax.Array, groups: jax.Array
+) -> jax.Array:
     """Hidden states `[B, T, D]`; a token sees, of those before it, its own group and group 0."""
     mask = (groups[:, None, :] == groups[:, :, None]) | (groups[:, None, :] == 0)
     return model.apply(variables, tokens, positions=positions, mask=mask, method="hidden")[0]
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _next_tokens(model: Llama, variables: Tree, hidden: Array, where: Array) -> tuple[Array, Array]:
+def _next_tokens(
+    model: Llama, variables: Tree, hidden: jax.Array, where: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """log p `[C]` of the next tokens `where[:, 2]`, read at `hidden[where[:, 0], where[:, 1]]`, and
     whether each is the most likely one; log p is NaN where a logit is not finite."""
     rows, places, targets = where.T

@@ -20,12 +20,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from flora_jax.data.tasks import Message
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from flora_jax.tokens import Tokenizer
 
 METRICS = ("number", "letter", "choice")  # there is a script for
 
@@ -37,7 +34,7 @@ _FRAME = (
 _PAD = 0
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """The tokens to generate from, in the frame that is scored."""
     text = _FRAME.format("\n\n".join(message.content for message in messages))
     return tokenizer(text, verbose=False)["input_ids"]

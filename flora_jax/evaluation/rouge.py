@@ -114,9 +114,8 @@ def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str
         means = np.array([np.mean(own) for own in each])
         result[kind] = float(means.mean())
         result[f"{kind}_max"] = float(np.mean([max(own) for own in each]))
-        result[f"{kind}_stderr"] = 0.0
-        if len(means) > 1:
-            result[f"{kind}_stderr"] = float(means.std(ddof=1) / math.sqrt(len(means)))
+        error = means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+        result[f"{kind}_stderr"] = float(error)
         if kind == "rougeL":
             result["items"] = [round(float(mean), 6) for mean in means]
     return result

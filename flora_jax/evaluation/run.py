@@ -11,13 +11,13 @@ import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
-from flora_jax.device import check_jax
-from flora_jax.errors import UserError
+from flora_jax.device import check_jax, versions
+from flora_jax.errors import told_of
 from flora_jax.evaluation.generated import Asked, accuracy, ask, score_answers
 from flora_jax.evaluation.loglik import Pairs, encode_pairs, token_loglik
 from flora_jax.evaluation.rouge import KINDS
@@ -25,10 +25,7 @@ from flora_jax.evaluation.task_data import Settings, TaskData, few_shot_requests
 from flora_jax.inference.generator import Generator, check_sizes
 from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
-from flora_jax.versions import versions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from flora_jax.tokens import Tokenizer
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("flora_jax", "jax", "flax", "transformers", "tokenizers", "numpy")
@@ -108,7 +105,7 @@ def _describe_run(adapted: Adapted, settings: Settings) -> dict[str, Any]:
 def check_prompts(
     tasks: Sequence[TaskData],
     config: LlamaConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     settings: Settings,
 ) -> dict[str, Asked | Pairs]:
     """What is asked, by task: prompts, or the token ids of choices. Raises UserError where
@@ -116,12 +113,15 @@ def check_prompts(
     choices that are too long: before a model is trained, or loaded, to be scored on them. A line
     says how many prompts leave no room, and where answers may be cut."""
     asked = {}
+    max_length = min(settings.max_length, config.max_position_embeddings)
     for data in tasks:
+        name = data.task.name
         if is_generated(data.task, settings.protocol):
-            max_length = min(settings.max_length, config.max_position_embeddings)
-            asked[data.task.name] = ask(data, tokenizer, settings, max_length)
+            asked[name] = ask(data, tokenizer, settings, max_length)
         else:
-            asked[data.task.name] = _encode_choices(data, config, tokenizer)
+            requests = [few_shot_requests(example, data.shots) for example in data.examples]
+            with told_of(name):
+                asked[name] = encode_pairs(config, tokenizer, requests)
     return asked
 
 
@@ -133,18 +133,6 @@ def describe(scores: Mapping[str, Any]) -> str:
         )
     norm = f"  norm {scores['accuracy_norm']:.4f}" if "accuracy_norm" in scores else ""
     return f"{scores['accuracy']:.4f} ± {scores['stderr']:.4f}{norm}"
-
-
-def _encode_choices(
-    data: TaskData, config: LlamaConfig, tokenizer: PreTrainedTokenizerFast
-) -> Pairs:
-    """The token ids of each question's choices, `(context, continuation)`. Raises UserError for one
-    that is too long or has none."""
-    requests = [few_shot_requests(example, data.shots) for example in data.examples]
-    try:
-        return encode_pairs(config, tokenizer, requests)
-    except UserError as error:
-        raise UserError(f"{data.task.name}: {error}") from None
 
 
 def _score_choices(

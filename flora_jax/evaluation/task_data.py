@@ -23,7 +23,7 @@ from flora_jax.data.tasks import (
     lm_eval_request,
     prompt_digests,
 )
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import require, require_known
 from flora_jax.evaluation import published
 
 PROTOCOLS = ("lm_eval", "llm_adapters")
@@ -85,11 +85,14 @@ def load_task_data(
     is a UserError before one is loaded: unknown task, protocol or style, missing or malformed data,
     counts out of range.
     """
-    _check_known(settings)
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit} must be a positive integer (leave it out for all examples)")
-    if num_fewshot < 0:
-        raise UserError(f"num_fewshot={num_fewshot} must be 0 or a positive integer")
+    for field, known in (("protocol", PROTOCOLS), ("prompt_style", STYLES)):
+        value = getattr(settings, field)
+        require_known(value, known, f"{field}={value!r}")
+    require(
+        limit is None or limit >= 1,
+        f"limit={limit} must be a positive integer (leave it out for all examples)",
+    )
+    require(num_fewshot >= 0, f"num_fewshot={num_fewshot} must be 0 or a positive integer")
     check_names(names)
     tasks = [get_task(name, generator) for name in names]
     _check_tasks(settings, tasks)
@@ -106,51 +109,41 @@ def load_task_data(
     return loaded
 
 
-def _check_known(settings: Settings) -> None:
-    """Raises UserError for an unknown protocol or style."""
-    for field, known in (("protocol", PROTOCOLS), ("prompt_style", STYLES)):
-        value = getattr(settings, field)
-        if value not in known:
-            raise UserError(f"{field}={value!r} is unknown; {near_misses(value, known)}")
-
-
 def _check_tasks(settings: Settings, tasks: list[Task]) -> None:
     """Raises UserError for a task that cannot be asked or scored so."""
     protocol = settings.protocol
     style = settings.prompt_style
     faults = settings.published_faults
-    if faults and (protocol, style) != ("llm_adapters", "llm_adapters"):
-        raise UserError(
-            f"published_faults are those of protocol and prompt_style 'llm_adapters', "
-            f"not of protocol {protocol!r} with prompt_style {style!r}"
-        )
+    require(
+        not faults or (protocol, style) == ("llm_adapters", "llm_adapters"),
+        f"published_faults are those of protocol and prompt_style 'llm_adapters', "
+        f"not of protocol {protocol!r} with prompt_style {style!r}",
+    )
     for task in tasks:
-        if faults and task.metric not in published.METRICS:
-            raise UserError(
-                f"published_faults: LLM-Adapters has no script for {task.name} "
-                f"(metric {task.metric!r})"
-            )
-        if style != "plain" and not is_generated(task, protocol):
-            raise UserError(
-                f"prompt_style={style!r}: protocol lm_eval scores the choices of {task.name} as "
-                "plain text; use prompt_style 'plain' or protocol 'llm_adapters'"
-            )
+        require(
+            not faults or task.metric in published.METRICS,
+            f"published_faults: LLM-Adapters has no script for {task.name} "
+            f"(metric {task.metric!r})",
+        )
+        require(
+            style == "plain" or is_generated(task, protocol),
+            f"prompt_style={style!r}: protocol lm_eval scores the choices of {task.name} as "
+            "plain text; use prompt_style 'plain' or protocol 'llm_adapters'",
+        )
 
 
 def check_names(names: Sequence[str]) -> None:
     """Raises UserError for no task at all, and for one that is named twice."""
-    if not names:
-        raise UserError("tasks is empty; name at least one")
-    if len(set(names)) < len(names):
-        raise UserError(f"tasks={','.join(names)} names a task twice")
+    require(names, "tasks is empty; name at least one")
+    require(len(set(names)) == len(names), f"tasks={','.join(names)} names a task twice")
 
 
 def _draw(task: Task, pool: Sequence[Example], count: int, seed: int) -> list[Example]:
-    if count > len(pool):
-        raise UserError(
-            f"num_fewshot={count}: the train split of {task.name} has {len(pool)} examples "
-            "that are not in its test split too"
-        )
+    require(
+        count <= len(pool),
+        f"num_fewshot={count}: the train split of {task.name} has {len(pool)} examples "
+        "that are not in its test split too",
+    )
     return random.Random(seed).sample(pool, count)
 
 
@@ -170,12 +163,12 @@ def check_seen(
         seen = [bool(prompt_digests([example]) & prompts) for example in data.examples]
         share = sum(seen) / len(seen)
         shares[data.task.name] = share
-        if share > CONTAMINATED and not allowed:
-            raise UserError(
-                f"--tasks {data.task.name}: {100 * share:.1f} % of the questions asked are in what "
-                f"the adapter was trained on ({', '.join(names)}); leave it out, or "
-                "--allow_contaminated, which records the share"
-            )
+        require(
+            share <= CONTAMINATED or allowed,
+            f"--tasks {data.task.name}: {100 * share:.1f} % of the questions asked are in what "
+            f"the adapter was trained on ({', '.join(names)}); leave it out, or "
+            "--allow_contaminated, which records the share",
+        )
     return shares
 
 
@@ -195,11 +188,12 @@ def few_shot_messages(example: Example, shots: Sequence[Example], style: str) ->
     asked = list(example.messages[:-1])
     if style == "chat" or not shots:
         return _as_turns(asked, shots)
-    if _is_answered(asked) or any(_is_answered(shot.messages[:-1]) for shot in shots):
-        raise UserError(
-            f"prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'"
-        )
-    solved = [_joined(shot.messages[:-1]) + " " + shot.messages[-1].content for shot in shots]
+    require(
+        not (_is_answered(asked) or any(_is_answered(shot.messages[:-1]) for shot in shots)),
+        f"prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'",
+    )
+    parts = [[message.content for message in shot.messages] for shot in shots]
+    solved = ["\n\n".join(before) + f" {answer}" for *before, answer in parts]
     question = [message.content for message in asked]
     return [Message("user", SHOT_BREAK.join([*solved, *question]))]
 
@@ -214,7 +208,3 @@ def _as_turns(asked: list[Message], shots: Sequence[Example]) -> list[Message]:
 
 def _is_answered(messages: Sequence[Message]) -> bool:
     return any(message.role == "assistant" for message in messages)
-
-
-def _joined(messages: Sequence[Message]) -> str:
-    return "\n\n".join(message.content for message in messages)

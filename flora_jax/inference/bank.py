@@ -7,46 +7,33 @@ bytes.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from flora_jax.adapters import (
     AdapterConfig,
     Layout,
+    Tree,
     check_adapter,
     device_layout,
     fuse,
     has_adapter,
     make_room,
     parts_of,
+    paths,
     widen,
     write_adapter,
 )
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
 
-Array = jax.Array
-Tree = dict[str, Any]
-
-
-@functools.partial(
-    jax.jit, static_argnames=("config", "adapter_config", "layout"), donate_argnames="layers"
+_write = jax.jit(
+    write_adapter, static_argnames=("config", "adapter_config", "layout"), donate_argnames="layers"
 )
-def _write(
-    layers: Tree,
-    parts: Tree,
-    place: Array,
-    config: LlamaConfig,
-    adapter_config: AdapterConfig,
-    layout: Layout,
-) -> Tree:
-    return write_adapter(layers, parts, config, adapter_config, layout, place)
 
 
 class Bank:
@@ -66,9 +53,8 @@ class Bank:
         adapters: Mapping[str, Tree],
         adapter_config: AdapterConfig | Mapping[str, AdapterConfig] | None,
     ):
-        configs = adapter_config
-        if not isinstance(configs, Mapping):
-            configs = dict.fromkeys(adapters, adapter_config)
+        by_name = isinstance(adapter_config, Mapping)
+        configs = adapter_config if by_name else dict.fromkeys(adapters, adapter_config)
         self._config = config
         self.adapter_config = _shared_config(adapters, configs)
         self._parts = {
@@ -115,11 +101,11 @@ class Bank:
         layout = Layout.of(self.params)
         layers = self.params["layers"]
         self.params["layers"] = _write(
-            layers, parts, jnp.int32(place), self._config, self.adapter_config, layout
+            layers, parts, self._config, self.adapter_config, layout, jnp.int32(place)
         )
         self.places[place] = name
 
-    def select(self, names: Sequence[str | None], rows: int) -> Array | None:
+    def select(self, names: Sequence[str | None], rows: int) -> jax.Array | None:
         """`[rows, N]` bool, which adapter each row uses, those behind `names` none; None where
         there is no bank."""
         if not self.side_by_side:
@@ -138,16 +124,15 @@ def _shared_config(
     if not adapters:
         return None
     for name in adapters:
-        if configs.get(name) is None:
-            raise UserError(f"adapter {name!r} needs its adapter_config")
+        require(configs.get(name) is not None, f"adapter {name!r} needs its adapter_config")
     first = configs[next(iter(adapters))]
     for name in adapters:
         own = configs[name]
-        if _laid_out(own) != _laid_out(first):
-            raise UserError(
-                f"adapter {name!r} ({_described(own)}) is not laid out as the first is "
-                f"({_described(first)}); adapters of one Generator are alike but for rank and alpha"
-            )
+        require(
+            _laid_out(own) == _laid_out(first),
+            f"adapter {name!r} ({_described(own)}) is not laid out as the first is "
+            f"({_described(first)}); adapters of one Generator are alike but for rank and alpha",
+        )
     if not has_adapter(first):
         return None
     return max((configs[name] for name in adapters), key=lambda one: one.rank)
@@ -176,11 +161,11 @@ def _shared_parts(
     if shared is None:
         return {}
     check_adapter(adapter, config, own)
-    for path, leaf in flatten_dict(adapter, sep="/").items():
-        if not np.isfinite(leaf).all():
-            raise UserError(
-                f"adapter {name!r}: leaf {path!r} holds a value that is not finite; train it anew"
-            )
+    for path, leaf in paths(adapter).items():
+        require(
+            np.isfinite(leaf).all(),
+            f"adapter {name!r}: leaf {path!r} holds a value that is not finite; train it anew",
+        )
     if own.rank < shared.rank:
         adapter, own = widen(adapter, own, shared.rank)
     return jax.device_get(parts_of(adapter, config, own))

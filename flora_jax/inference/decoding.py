@@ -16,17 +16,14 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from flora_jax.adapters import Tree
 from flora_jax.inference.sampling import Sampling, sample
 from flora_jax.models.llama import KVCache, Llama
-
-Array = jax.Array
-Tree = dict[str, Any]
 
 _SMALLEST_BUCKET = 16
 
@@ -37,8 +34,8 @@ def bucket(length: int) -> int:
 
 
 def last_logits(
-    model: Llama, tokens: Array, mask: Array, cache: KVCache, select: Array | None
-) -> tuple[Array, KVCache]:
+    model: Llama, tokens: jax.Array, mask: jax.Array, cache: KVCache, select: jax.Array | None
+) -> tuple[jax.Array, KVCache]:
     """float32 logits `[B, V]` after the last real token of each row, and no other's."""
     hidden, cache = model.hidden(tokens, mask=mask, cache=cache, select=select)
     last = jnp.maximum(mask.sum(-1) - 1, 0)
@@ -48,8 +45,12 @@ def last_logits(
 
 @functools.partial(jax.jit, static_argnames="model")
 def prefill(
-    model: Llama, params: Tree, tokens: Array, lengths: Array, select: Array | None = None
-) -> tuple[Array, KVCache]:
+    model: Llama,
+    params: Tree,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    select: jax.Array | None = None,
+) -> tuple[jax.Array, KVCache]:
     """Logits `[B, V]` after prompts `tokens` `[B, P]` of `lengths` `[B]`, and the cache of P slots
     that holds them.
     params: a fused tree; select `[B, N]` bool, of a bank."""
@@ -63,12 +64,11 @@ def prefill(
 def grow(cache: KVCache, slots: int) -> KVCache:
     """The cache with room for `slots` tokens a row."""
 
-    def pad(leaf: Array, axis: int) -> Array:
+    def pad(leaf: jax.Array, axis: int) -> jax.Array:
         return jnp.pad(leaf, [(0, slots - n if i == axis else 0) for i, n in enumerate(leaf.shape)])
 
     k = tuple(pad(leaf, 2) for leaf in cache.k)
-    v = tuple(pad(leaf, 1) for leaf in cache.v)
-    return KVCache(k, v, pad(cache.valid, 1), cache.index)
+    return KVCache(k, tuple(pad(leaf, 1) for leaf in cache.v), pad(cache.valid, 1), cache.index)
 
 
 @flax.struct.dataclass
@@ -77,24 +77,25 @@ class State:
     chosen so far; count `[B]`, how many of them a row keeps; done `[B]` bool; failed `[B]` bool,
     whether it ended because its logits were not finite; cache, without the last token."""
 
-    step: Array
-    token: Array
-    out: Array
-    count: Array
-    done: Array
-    failed: Array
+    step: jax.Array
+    token: jax.Array
+    out: jax.Array
+    count: jax.Array
+    done: jax.Array
+    failed: jax.Array
     cache: KVCache
 
 
-def _choose(state: State, logits: Array, stop: Array, keys: Array, sampling: Sampling) -> State:
+def _choose(
+    state: State, logits: jax.Array, stop: jax.Array, keys: jax.Array, sampling: Sampling
+) -> State:
     """The state with the next token, from its logits `[B, V]`."""
     token = sample(jax.vmap(jax.random.fold_in, (0, None))(keys, state.step), logits, sampling)
     # NaN is the largest of all that it stands among. Where a GPU takes the best token, to look at
     # the logit of that one alone is no launch more; a sample has computed their maximum anyway.
-    greedy = sampling.temperature == 0
     best = (
         jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        if greedy
+        if sampling.temperature == 0
         else logits.max(axis=-1)
     )
     # the host looks at it once all rows are through
@@ -114,9 +115,9 @@ def _advance(
     model: Llama,
     params: Tree,
     state: State,
-    stop: Array,
-    keys: Array,
-    select: Array | None,
+    stop: jax.Array,
+    keys: jax.Array,
+    select: jax.Array | None,
     sampling: Sampling,
 ) -> State:
     """One token further: the model reads the last one and the next is chosen."""
@@ -129,7 +130,12 @@ def _advance(
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
 def begin(
-    logits: Array, cache: KVCache, done: Array, stop: Array, keys: Array, sampling: Sampling
+    logits: jax.Array,
+    cache: KVCache,
+    done: jax.Array,
+    stop: jax.Array,
+    keys: jax.Array,
+    sampling: Sampling,
 ) -> State:
     """The state after the first token, chosen from the prompts' logits `[B, V]`; `done` `[B]` marks
     rows that are not asked for. The cache (S slots) is consumed."""
@@ -147,16 +153,16 @@ def decode(
     model: Llama,
     params: Tree,
     state: State,
-    max_new_tokens: Array,
-    stop: Array,
-    keys: Array,
-    select: Array | None = None,
+    max_new_tokens: jax.Array,
+    stop: jax.Array,
+    keys: jax.Array,
+    select: jax.Array | None = None,
     sampling: Sampling = Sampling(),
 ) -> State:
     """Continues every row until it emits one of `stop` or has `max_new_tokens` in all, in one loop
     on the device. The state is consumed; keys `[B]`, one a row; select as in `prefill`."""
 
-    def go_on(state: State) -> Array:
+    def go_on(state: State) -> jax.Array:
         return (state.step < max_new_tokens) & ~state.done.all()
 
     def body(state: State) -> State:

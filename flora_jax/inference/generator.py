@@ -11,16 +11,16 @@ import operator
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from flora_jax.adapters import AdapterConfig, has_adapter
+from flora_jax.adapters import AdapterConfig, Tree, has_adapter
 from flora_jax.device import check_jax
-from flora_jax.errors import NOT_FINITE, UserError, check_text
+from flora_jax.errors import NOT_FINITE, UserError, check_text, require
 from flora_jax.inference.bank import Bank
 from flora_jax.inference.decoding import State, begin, bucket, decode, grow, prefill
 from flora_jax.inference.sampling import Sampling
@@ -28,13 +28,8 @@ from flora_jax.models.adapted import Adapted
 from flora_jax.models.attention import kernel_runs
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
-from flora_jax.tokens import encode_open, ends
+from flora_jax.tokens import Tokenizer, encode_open, ends
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-Array = jax.Array
-Tree = dict[str, Any]
 Prompt = str | Sequence[int]
 
 _PROMPTS = "prompts must be a list of prompts, each a text or a list of token ids"
@@ -79,8 +74,8 @@ class _Begun:
 
     state: State
     stop: np.ndarray
-    keys: Array
-    select: Array | None
+    keys: jax.Array
+    select: jax.Array | None
 
 
 def _is_integer(value: Any) -> bool:
@@ -93,8 +88,9 @@ def _is_integer(value: Any) -> bool:
 
 
 def _new_tokens(value: Any) -> int:
-    if not _is_integer(value) or value < 1:
-        raise UserError(f"max_new_tokens={value!r} must be a positive integer")
+    require(
+        _is_integer(value) and value >= 1, f"max_new_tokens={value!r} must be a positive integer"
+    )
     return operator.index(value)
 
 
@@ -105,28 +101,28 @@ def check_fits(config: LlamaConfig, batch_size: int, length: int, weights: int, 
     memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     slot = 2 * config.num_hidden_layers * config.kv_width * jnp.dtype(dtype).itemsize
     cache = batch_size * bucket(length) * slot
-    if weights + cache > memory:
-        raise UserError(
-            f"batch_size={batch_size} with {length} tokens a row needs a cache of "
-            f"{cache / 1e9:.1f} GB "
-            f"beside {weights / 1e9:.1f} GB of weights, more than the device's {memory / 1e9:.1f} "
-            "GB; lower one of them"
-        )
+    require(
+        weights + cache <= memory,
+        f"batch_size={batch_size} with {length} tokens a row needs a cache of "
+        f"{cache / 1e9:.1f} GB "
+        f"beside {weights / 1e9:.1f} GB of weights, more than the device's {memory / 1e9:.1f} "
+        "GB; lower one of them",
+    )
 
 
 def check_sizes(config: LlamaConfig, base: Tree, max_length: int, batch_size: int) -> None:
     """Raises UserError for sizes that no Generator of this base can have."""
     limit = config.max_position_embeddings
-    if not _is_integer(max_length) or not 2 <= max_length <= limit:
-        raise UserError(
-            f"max_length={max_length!r} must be from 2 to the model's "
-            f"max_position_embeddings={limit}"
-        )
-    if not _is_integer(batch_size) or batch_size < 1:
-        raise UserError(f"batch_size={batch_size!r} must be a positive integer")
+    require(
+        _is_integer(max_length) and 2 <= max_length <= limit,
+        f"max_length={max_length!r} must be from 2 to the model's max_position_embeddings={limit}",
+    )
+    require(
+        _is_integer(batch_size) and batch_size >= 1,
+        f"batch_size={batch_size!r} must be a positive integer",
+    )
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
-    dtype = base["embed_tokens"]["embedding"].dtype
-    check_fits(config, batch_size, max_length, weights, dtype)
+    check_fits(config, batch_size, max_length, weights, base["embed_tokens"]["embedding"].dtype)
 
 
 def _check_adapters(adapters: Any, adapter_config: Any) -> None:
@@ -134,9 +130,8 @@ def _check_adapters(adapters: Any, adapter_config: Any) -> None:
     if adapters is not None and not isinstance(adapters, Mapping):
         kind = type(adapters).__name__
         raise UserError(f"adapters must be trees by name, {{'mine': adapter}}, not a {kind}")
-    configs = [adapter_config]
-    if isinstance(adapter_config, Mapping):
-        configs = list(adapter_config.values())
+    by_name = isinstance(adapter_config, Mapping)
+    configs = list(adapter_config.values()) if by_name else [adapter_config]
     for one in configs:
         if not isinstance(one, AdapterConfig | None):
             kind = type(one).__name__
@@ -144,17 +139,10 @@ def _check_adapters(adapters: Any, adapter_config: Any) -> None:
                 f"adapter_config must be an AdapterConfig, or one by name, not a {kind}"
             )
     # fft's configuration goes without: its base is what was trained.
-    if not adapters and any(map(has_adapter, configs)):
-        raise UserError("adapter_config is given without adapters; pass them as {'mine': adapter}")
-
-
-def _check_kernel(config: LlamaConfig, decode_kernel: bool | None) -> None:
-    if decode_kernel and not kernel_runs(config):
-        raise UserError(
-            "decode_kernel=True needs an NVIDIA GPU from Ampere on and heads of 32, 64, 128 or 256 "
-            f"channels; this is a {jax.devices()[0].device_kind} and head_dim={config.head_dim}; "
-            "leave it None"
-        )
+    require(
+        adapters or not any(map(has_adapter, configs)),
+        "adapter_config is given without adapters; pass them as {'mine': adapter}",
+    )
 
 
 class Generator:
@@ -179,7 +167,7 @@ class Generator:
         base: Tree,
         adapters: Mapping[str, Tree] | None = None,
         adapter_config: AdapterConfig | Mapping[str, AdapterConfig] | None = None,
-        tokenizer: PreTrainedTokenizerFast | None = None,
+        tokenizer: Tokenizer | None = None,
         max_length: int = 1024,
         batch_size: int = 8,
         decode_kernel: bool | None = None,
@@ -187,7 +175,12 @@ class Generator:
         check_jax()
         check_sizes(config, base, max_length, batch_size)
         _check_adapters(adapters, adapter_config)
-        _check_kernel(config, decode_kernel)
+        if decode_kernel and not kernel_runs(config):
+            raise UserError(
+                "decode_kernel=True needs an NVIDIA GPU from Ampere on and heads of 32, 64, 128 or "
+                f"256 channels; this is a {jax.devices()[0].device_kind} and "
+                f"head_dim={config.head_dim}; leave it None"
+            )
         self.config = config
         self.tokenizer = tokenizer
         self.max_length = operator.index(max_length)
@@ -283,8 +276,7 @@ class Generator:
         come; a piece ends where characters are whole. Returns to Python after every token; raises
         UserError if the generator's arrays have been given another adapter meanwhile,
         FloatingPointError as `generate` does."""
-        if self.tokenizer is None:
-            raise UserError("stream gives text, but there is no tokenizer")
+        require(self.tokenizer is not None, "stream gives text, but there is no tokenizer")
         max_new_tokens = _new_tokens(max_new_tokens)
         row = _Row(0, self._encode(0, prompt, max_new_tokens), self._name)
         settings = self._settings(max_new_tokens, sampling, seed, stop)
@@ -305,10 +297,10 @@ class Generator:
                 shown = text
             if last:
                 return
-            if self._bank.places != places:
-                raise UserError(
-                    "the adapter was switched while a stream was going on; end one before the other"
-                )
+            require(
+                self._bank.places == places,
+                "the adapter was switched while a stream was going on; end one before the other",
+            )
             state = self._decode(begun, state, state.step + 1, sampling)
 
     def generation(self, tokens: list[int], finished: bool) -> Generation:
@@ -320,10 +312,10 @@ class Generator:
 
     def _rows(self, ids: list[list[int]], adapter_names: Sequence[str | None] | None) -> list[_Row]:
         names = [self._name] * len(ids) if adapter_names is None else list(adapter_names)
-        if len(names) != len(ids):
-            raise UserError(
-                f"adapter_names has {len(names)} names for {len(ids)} prompts; give one each"
-            )
+        require(
+            len(names) == len(ids),
+            f"adapter_names has {len(names)} names for {len(ids)} prompts; give one each",
+        )
         for name in names:
             self._bank.check(name)
         return [_Row(i, own, name) for i, (own, name) in enumerate(zip(ids, names, strict=True))]
@@ -332,16 +324,20 @@ class Generator:
         self, max_new_tokens: int, sampling: Sampling, seed: int, stop: Sequence[int]
     ) -> _Settings:
         """Raises UserError for what is no id, seed or sampling."""
-        if not isinstance(sampling, Sampling):
-            raise UserError(f"sampling={sampling!r} must be a Sampling(temperature, top_k, top_p)")
+        require(
+            isinstance(sampling, Sampling),
+            f"sampling={sampling!r} must be a Sampling(temperature, top_k, top_p)",
+        )
         stop = tuple(stop) if isinstance(stop, Iterable) else (stop,)
         vocabulary = range(self.config.vocab_size)
-        if not all(_is_integer(token) and operator.index(token) in vocabulary for token in stop):
-            raise UserError(
-                f"stop={stop!r} must be token ids below the model's vocab_size={len(vocabulary)}"
-            )
-        if not _is_integer(seed) or not 0 <= operator.index(seed) < 2**32:
-            raise UserError(f"seed={seed!r} must be an integer from 0 to 2**32 - 1")
+        require(
+            all(_is_integer(token) and operator.index(token) in vocabulary for token in stop),
+            f"stop={stop!r} must be token ids below the model's vocab_size={len(vocabulary)}",
+        )
+        require(
+            _is_integer(seed) and 0 <= operator.index(seed) < 2**32,
+            f"seed={seed!r} must be an integer from 0 to 2**32 - 1",
+        )
         ids = sorted({*self._ends, *stop})
         ids += [-1] * (_STOP_SLOTS - len(ids) % _STOP_SLOTS)
         return _Settings(max_new_tokens, sampling, operator.index(seed), np.array(ids, np.int32))
@@ -349,27 +345,28 @@ class Generator:
     def _encode(self, i: int, prompt: Prompt, max_new_tokens: int) -> list[int]:
         """The ids of prompt i. Raises UserError for one that cannot be continued."""
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise UserError(f"prompt {i} is text, but there is no tokenizer; give token ids")
+            require(
+                self.tokenizer is not None,
+                f"prompt {i} is text, but there is no tokenizer; give token ids",
+            )
             check_text(prompt, f"prompt {i}")
             tokens = encode_open(self.tokenizer, prompt)
         else:
             tokens = _given_ids(i, prompt)
-        if not tokens:
-            raise UserError(f"prompt {i} is empty; it needs at least one token")
+        require(tokens, f"prompt {i} is empty; it needs at least one token")
         size = self.config.vocab_size
         for token in tokens:
             if not 0 <= token < size:
                 raise UserError(
                     f"prompt {i} has token id {token}, outside the model's vocab_size={size}"
                 )
-        if len(tokens) > self.max_length - max_new_tokens:
-            raise UserError(
-                f"prompt {i} has {len(tokens)} tokens, more than max_length={self.max_length} "
-                "leaves "
-                f"beside max_new_tokens={max_new_tokens}; raise one, lower the other, or shorten "
-                "the prompt"
-            )
+        require(
+            len(tokens) <= self.max_length - max_new_tokens,
+            f"prompt {i} has {len(tokens)} tokens, more than max_length={self.max_length} "
+            "leaves "
+            f"beside max_new_tokens={max_new_tokens}; raise one, lower the other, or shorten "
+            "the prompt",
+        )
         return tokens
 
     # ----------------------------------------------------------------------------- what is computed
@@ -394,7 +391,7 @@ class Generator:
         state = begin(logits, cache, dummies, settings.stop, keys, settings.sampling)
         return _Begun(state, settings.stop, keys, select)
 
-    def _decode(self, begun: _Begun, state: State, limit: Array, sampling: Sampling) -> State:
+    def _decode(self, begun: _Begun, state: State, limit: jax.Array, sampling: Sampling) -> State:
         """The state with `limit` tokens in all; the one given is consumed."""
         settings = (begun.stop, begun.keys, begun.select)
         return decode(self._model, self.params, state, limit, *settings, sampling=sampling)

@@ -13,9 +13,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from flora_jax.errors import UserError
-
-Array = jax.Array
+from flora_jax.errors import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,26 +36,23 @@ class Sampling:
             ("top_p", numbers.Real),
         ):
             value = getattr(self, field)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise UserError(
-                    f"{field}={value!r} must be "
-                    f"{'a number' if kind is numbers.Real else 'an integer'}"
-                )
+            require(
+                isinstance(value, kind) and not isinstance(value, bool),
+                f"{field}={value!r} must be {'a number' if kind is numbers.Real else 'an integer'}",
+            )
             # Plain ones, which hash and compare alike whatever library they came from.
             object.__setattr__(
                 self, field, int(value) if kind is numbers.Integral else float(value)
             )
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(
-                f"temperature={self.temperature!r} must be 0 (greedy) or a positive number"
-            )
-        if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k!r} must be 0 (all) or a positive integer")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p!r} must be in (0, 1]")
+        require(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            f"temperature={self.temperature!r} must be 0 (greedy) or a positive number",
+        )
+        require(self.top_k >= 0, f"top_k={self.top_k!r} must be 0 (all) or a positive integer")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p!r} must be in (0, 1]")
 
 
-def keep_top(logits: Array, top_k: int, top_p: float) -> Array:
+def keep_top(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """`logits` [B, V] with −inf at every token outside the top k, then outside the nucleus p of
     what is left."""
     if 0 < top_k < logits.shape[-1]:
@@ -75,7 +70,7 @@ def keep_top(logits: Array, top_k: int, top_p: float) -> Array:
     return logits
 
 
-def sample(keys: Array, logits: Array, sampling: Sampling) -> Array:
+def sample(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
     """One token a row, `[B]` int32, from logits `[B, V]`; `keys` `[B]`, a random key a row, so that
     what a row draws does not depend on the rows beside it. Greedy reads no key."""
     if sampling.temperature == 0:

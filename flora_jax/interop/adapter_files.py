@@ -24,13 +24,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from flora_jax.adapters import AdapterConfig, abstract_adapter, check_tree, shapes_of
+from flora_jax.adapters import (
+    AdapterConfig,
+    Tree,
+    abstract_adapter,
+    check_tree,
+    paths,
+    shapes_of,
+    tree,
+)
 from flora_jax.device import check_jax
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require, told_of
 from flora_jax.files import new_directory, read_json, write_json
 from flora_jax.interop.peft_lora import (
     CONFIG,
@@ -42,14 +49,11 @@ from flora_jax.interop.peft_lora import (
     to_peft,
 )
 from flora_jax.interop.vllm_adapter import KIND
-from flora_jax.models.adapted import Adapted
+from flora_jax.models.adapted import Adapted, base_fingerprint
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import abstract_base
 from flora_jax.models.loading import FLOATS, load_pretrained
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
-
-Tree = dict[str, Any]
 
 FORMAT_VERSION = 1
 TRAINED_ON = "trained_on.json"
@@ -75,8 +79,10 @@ def save_adapter(
     configurations.
     """
     directory = Path(directory)
-    if directory.exists() and not _is_ours(directory):
-        raise UserError(f"{directory} exists and is no adapter directory of ours; name a new one")
+    require(
+        not directory.exists() or _is_ours(directory),
+        f"{directory} exists and is no adapter directory of ours; name a new one",
+    )
     _check_leaves(trained, config, adapter_config, str(directory))
     with new_directory(directory) as new:
         write_adapter_files(new, trained, config, adapter_config, base_model, fingerprint)
@@ -93,11 +99,11 @@ def read_trained_on(directory: str | os.PathLike) -> tuple[list[str], set[str]] 
     stored = read_json(path)
     for field in ("tasks", "prompts"):
         items = stored.get(field)
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise UserError(
-                f"{path}: field {field!r} must be a list of texts; delete the file to score all "
-                "the same"
-            )
+        require(
+            isinstance(items, list) and all(isinstance(item, str) for item in items),
+            f"{path}: field {field!r} must be a list of texts; delete the file to score all "
+            "the same",
+        )
     return stored["tasks"], set(stored["prompts"])
 
 
@@ -126,7 +132,7 @@ def write_adapter_files(
         files = {
             CONFIG: {"peft_type": "FLORA", **about, "base_model_name_or_path": base_model, **fields}
         }
-        tensors = _flat({"adapter": adapter, "params": params})
+        tensors = paths({"adapter": adapter, "params": params})
     for name, content in files.items():
         write_json(directory / name, content)
     write_tensors(directory, tensors, dtype)
@@ -152,30 +158,29 @@ def load_adapter(
     `config`, and for PEFT features that are not ours.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory}: there is no such adapter directory")
+    require(directory.is_dir(), f"{directory}: there is no such adapter directory")
     stored, extras = _read_about(directory)
     if fingerprint is not None:
         check_fingerprint(directory, fingerprint)
     tensors = read_tensors(directory)
     for path, value in tensors.items():
-        if not np.isfinite(value).all():
-            raise UserError(
-                f"{directory / WEIGHTS}: {path!r} holds a value that is not finite; train the "
-                "adapter anew"
-            )
+        require(
+            np.isfinite(value).all(),
+            f"{directory / WEIGHTS}: {path!r} holds a value that is not finite; train the "
+            "adapter anew",
+        )
     if stored["peft_type"] == "LORA":
         return from_peft(directory, stored, extras.get("method", "lora"), tensors, config)
     adapter_config = _adapter_config(directory, stored)
     leaves = {"adapter": {}, "params": {}}
     for path, value in tensors.items():
         collection, _, rest = path.partition("/")
-        if collection not in leaves:
-            raise UserError(
-                f"{directory / WEIGHTS}: leaf {path!r} belongs neither to adapter/ nor to params/"
-            )
+        require(
+            collection in leaves,
+            f"{directory / WEIGHTS}: leaf {path!r} belongs neither to adapter/ nor to params/",
+        )
         leaves[collection][rest] = value
-    trained = {name: unflatten_dict(own, sep="/") for name, own in leaves.items()}
+    trained = {name: tree(own) for name, own in leaves.items()}
     _check_leaves(trained, config, adapter_config, str(directory / WEIGHTS))
     return adapter_config, trained
 
@@ -186,22 +191,22 @@ def _read_about(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     stored = read_json(directory / CONFIG, _HAS)
     extras = _read_extras(directory)
     kind = stored.get("peft_type")
-    if kind == KIND:
-        raise UserError(
-            f"{directory / CONFIG}: peft_type={kind!r} is an export for vLLM; what is read here is "
-            "the adapter of the run that it was made from"
-        )
-    if kind not in ("FLORA", "LORA"):
-        raise UserError(
-            f"{directory / CONFIG}: peft_type={kind!r} is not supported; FLORA and LORA are"
-        )
+    require(
+        kind != KIND,
+        f"{directory / CONFIG}: peft_type={kind!r} is an export for vLLM; what is read here is "
+        "the adapter of the run that it was made from",
+    )
+    require(
+        kind in ("FLORA", "LORA"),
+        f"{directory / CONFIG}: peft_type={kind!r} is not supported; FLORA and LORA are",
+    )
     about, name = (stored, CONFIG) if kind == "FLORA" else (extras, EXTRAS)
     version = about.get("format_version")
-    if about and version != FORMAT_VERSION:
-        raise UserError(
-            f"{directory / name}: format_version={version!r} is unknown; {FORMAT_VERSION} is what "
-            "is read"
-        )
+    require(
+        not about or version == FORMAT_VERSION,
+        f"{directory / name}: format_version={version!r} is unknown; {FORMAT_VERSION} is what "
+        "is read",
+    )
     return stored, extras
 
 
@@ -214,12 +219,12 @@ def check_fingerprint(directory: Path, fingerprint: str) -> None:
     fingerprint."""
     stored = read_json(directory / CONFIG, _HAS)
     found = {**_read_extras(directory), **stored}.get("fingerprint", fingerprint)
-    if found != fingerprint:
-        raise UserError(
-            f"{directory}: the adapter was trained on another base, "
-            f"{stored.get('base_model_name_or_path')!r} with fingerprint {found}; this base has "
-            f"{fingerprint}"
-        )
+    require(
+        found == fingerprint,
+        f"{directory}: the adapter was trained on another base, "
+        f"{stored.get('base_model_name_or_path')!r} with fingerprint {found}; this base has "
+        f"{fingerprint}",
+    )
 
 
 def load_adapted(
@@ -239,12 +244,12 @@ def load_adapted(
     if directory is None:
         return bare
     adapter_config, trained = load_adapter(directory, config, fingerprint)
-    leaves = _flat(base)
-    for path, value in _flat(trained["params"]).items():
+    leaves = paths(base)
+    for path, value in paths(trained["params"]).items():
         leaves[path] = jnp.asarray(value, leaves[path].dtype)
     return dataclasses.replace(
         bare,
-        base=unflatten_dict(leaves, sep="/"),
+        base=tree(leaves),
         adapter_config=adapter_config,
         adapter=jax.tree.map(jnp.asarray, trained["adapter"]),
     )
@@ -260,19 +265,13 @@ def _check_there(directory: Path) -> None:
     raise UserError(f"{directory}: there is no adapter here; {at}")
 
 
-def _flat(tree: Tree) -> dict[str, Any]:
-    return flatten_dict(tree, sep="/")
-
-
 def _check_leaves(
     trained: Mapping[str, Tree], config: LlamaConfig, adapter_config: AdapterConfig, where: str
 ) -> None:
     """Raises UserError unless the adapter's leaves are exactly the method's, and those of `params`
     some of the base's."""
-    try:
+    with told_of(where):
         adapter_config.check(config.widths)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
     def say(path: str, there: tuple[int, ...] | None, wanted: tuple[int, ...] | None) -> str:
         return (
@@ -300,8 +299,10 @@ def _adapter_config(directory: Path, stored: Mapping[str, Any]) -> AdapterConfig
         raise UserError(f"{where}: field {missing[0]!r} is missing")
     fields = {name: stored[name] for name in names}
     for name in ("targets", "add_to"):
-        if not isinstance(fields[name], list):
-            raise UserError(f"{where}: {name}={fields[name]!r} must be a list of projections")
+        require(
+            isinstance(fields[name], list),
+            f"{where}: {name}={fields[name]!r} must be a list of projections",
+        )
     return make_config(where, **fields)
 
 

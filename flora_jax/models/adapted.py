@@ -1,19 +1,22 @@
-"""A model as it is scored, served and exported: a base, and over it an adapter where there is
-one."""
+"""A model as it is scored, served and exported: a base, and over it an adapter where there is one;
+and the name of a base, a digest of its parameters. No adapter is used on another base unnoticed."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
 
-from flora_jax.adapters import AdapterConfig
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.adapters import AdapterConfig, Tree, paths
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-Tree = dict[str, Any]
+from flora_jax.tokens import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,7 @@ class Adapted:
 
     config: LlamaConfig
     base: Tree
-    tokenizer: PreTrainedTokenizerFast | None = None
+    tokenizer: Tokenizer | None = None
     fingerprint: str | None = None
     adapter_config: AdapterConfig | None = None
     adapter: Tree | None = None
@@ -47,3 +50,40 @@ class Adapted:
     def dtype(self) -> str:
         """The name of the dtype that it computes in."""
         return str(self.base["embed_tokens"]["embedding"].dtype)
+
+
+_AT_ONCE = 2**24  # values: XLA's CPU compiler writes the mixed bits out before it sums them
+
+
+@jax.jit
+def _sums(values: jax.Array, start: jax.Array) -> jax.Array:
+    """Two position-dependent sums of the bits in bfloat16, uint32 `[2]`; start: the first place."""
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(values.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, values.shape, axis)
+    mixed = (bits ^ ((place + start) * jnp.uint32(2654435761))) * jnp.uint32(2246822519)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(3266489917)
+    return jnp.stack([mixed.sum(dtype=jnp.uint32), (mixed ^ (mixed >> 13)).sum(dtype=jnp.uint32)])
+
+
+def _digest(leaf: jax.Array) -> list[int]:
+    """The sums of a whole leaf: exact, so the same on every mesh and however it is cut."""
+    row = math.prod(leaf.shape[1:])
+    rows = max(1, _AT_ONCE // row) if len(leaf.sharding.device_set) == 1 else leaf.shape[0]
+    total = np.zeros(2, np.uint32)
+    for i in range(0, leaf.shape[0], rows):
+        total += np.asarray(_sums(leaf[i : i + rows], jnp.uint32(i * row % 2**32)))
+    return total.tolist()
+
+
+def base_fingerprint(params: Mapping[str, Any]) -> str:
+    """A hex digest of every base parameter's path, shape and value, however they are sharded.
+
+    Values are rounded to bfloat16 first, so that one checkpoint loaded in float32 or in bfloat16 is
+    one base.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in sorted(paths(params).items()):
+        digest.update(f"{path} {leaf.shape} {_digest(leaf)}\n".encode())
+    return digest.hexdigest()[:32]

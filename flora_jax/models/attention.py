@@ -1,4 +1,5 @@
-"""Attention of training and of prompts; a decode step's own kernel is in decode_attention.py.
+"""Attention of training and of prompts, and the rotary embeddings of its positions; a decode
+step's own kernel is in decode_attention.py.
 
 Axis letters: B batch, T query, S key, N heads, K key/value heads, R rows of a group's product (its
 heads' queries), H head width. Softmax in float32 whatever the compute dtype.
@@ -27,10 +28,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax.models.config import LlamaConfig
-
-Array = jax.Array
 
 # jax says so at each import and at each lowering; here is where it is met, and what replaces them
 # stands above and in decode_attention.py.
@@ -51,8 +51,8 @@ class Seen(NamedTuple):
     segments: `[B, T]` int32, of queries and keys alike. mask: `[B, 1, T, S]` bool, which shows no
     query a later key. At most one of them is given."""
 
-    segments: Array | None = None
-    mask: Array | None = None
+    segments: jax.Array | None = None
+    mask: jax.Array | None = None
 
 
 def capability() -> tuple[int, int] | None:
@@ -62,17 +62,17 @@ def capability() -> tuple[int, int] | None:
     return None if found is None else (int(found[1]), int(found[2]))
 
 
-def _half_on_ampere(q: Array) -> bool:
+def _half_on_ampere(q: jax.Array) -> bool:
     return q.dtype in _HALF and (capability() or (0, 0)) >= _AMPERE
 
 
-def cudnn_runs(q: Array) -> bool:
+def cudnn_runs(q: jax.Array) -> bool:
     """Whether cuDNN's fused attention can: an NVIDIA GPU from Ampere on, half precision, heads of
     at most 128 channels, a multiple of 8."""
     return _half_on_ampere(q) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
 
 
-def pallas_runs(q: Array) -> bool:
+def pallas_runs(q: jax.Array) -> bool:
     """Whether Pallas's flash attention can: an NVIDIA GPU from Ampere on, half precision, heads of
     64 or 128 channels, and one device, since XLA cannot split a Pallas call over a mesh."""
     alone = jax.device_count() == 1
@@ -91,8 +91,12 @@ def _has_triton() -> bool:
 
 
 def attend(
-    q: Array, k: Array, v: Array, mask: Array | None = None, segments: Array | None = None
-) -> Array:
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    segments: jax.Array | None = None,
+) -> jax.Array:
     """Attention of q `[B, T, N, H]` over k, v `[B, T, K, H]`, with mask or segments as in `Seen`;
     plain causal without. Nothing of `[T, T]` outlives its block, in the backward pass neither."""
     if mask is None and segments is None and cudnn_runs(q):
@@ -103,8 +107,8 @@ def attend(
 
 
 def attend_segments(
-    q: Array, k: Array, v: Array, segments: Array, interpret: bool = False
-) -> Array:
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool = False
+) -> jax.Array:
     """Causal attention within segments `[B, T]` by Pallas's kernel; shapes as in `attend`.
     interpret: runs it anywhere, slowly."""
     from jax.experimental.pallas.ops.gpu import attention as pallas  # what only a GPU needs
@@ -130,7 +134,7 @@ def attend_segments(
     return out[:, :T]
 
 
-def attend_blocks(q: Array, k: Array, v: Array, seen: Seen) -> Array:
+def attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen) -> jax.Array:
     """Attention of q `[B, T, N, H]` over k `[B, K, H, T]` and v `[B, K, T, H]` that shows no query
     a later key: queries in four parts, each over the keys up to its end, so that three eighths of
     the work, all masked, is not done. Parts of long rows are cut further, one block after another,
@@ -141,10 +145,10 @@ def attend_blocks(q: Array, k: Array, v: Array, seen: Seen) -> Array:
     return jnp.concatenate([_part(q, k, v, seen, *part) for part in parts], axis=1)
 
 
-def _part(q: Array, k: Array, v: Array, seen: Seen, start: int, end: int) -> Array:
+def _part(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, start: int, end: int) -> jax.Array:
     """Attention of the queries from `start` to `end` over the keys up to `end`."""
 
-    def block(rows: _Rows) -> Array:
+    def block(rows: _Rows) -> jax.Array:
         mask = rows.places[:, None] >= jnp.arange(end)
         if rows.mask is not None:
             mask = rows.mask
@@ -169,13 +173,13 @@ def _part(q: Array, k: Array, v: Array, seen: Seen, start: int, end: int) -> Arr
 class _Rows(NamedTuple):
     """Queries of a part or a block, `[B, T, …]`, their places `[T]`, and what they see."""
 
-    q: Array
-    places: Array
-    segments: Array | None
-    mask: Array | None
+    q: jax.Array
+    places: jax.Array
+    segments: jax.Array | None
+    mask: jax.Array | None
 
 
-def _cut(x: Array) -> Array:
+def _cut(x: jax.Array) -> jax.Array:
     """`[B, T, …]` or `[T]` in blocks, `[blocks, B, 128, …]`, the last one filled up with zeros."""
     axis = min(1, x.ndim - 1)
     x = jnp.pad(x, [(0, -n % _BLOCK if i == axis else 0) for i, n in enumerate(x.shape)])
@@ -183,7 +187,7 @@ def _cut(x: Array) -> Array:
     return jnp.moveaxis(x, axis, 0)
 
 
-def attend_grouped(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def attend_grouped(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Attention of q `[B, T, N, H]` over k `[B, K, H, S]` and v `[B, K, S, H]`.
 
     k and v may have B and K in one axis, as in the cache. mask: `[B, 1, T, S]` bool. The heads of a
@@ -201,3 +205,37 @@ def attend_grouped(q: Array, k: Array, v: Array, mask: Array) -> Array:
     scores = jnp.where(seen, scores.reshape(*leading, -1, T, S), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*leading, -1, S)
     return jnp.einsum("...RS,...SH->...RH", weights, v).reshape(B, N, T, H).swapaxes(1, 2)
+
+
+def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+    """`[H/2]` float32 angular frequencies theta^(−2i/H), under llama3 scaling slowed by `factor`.
+
+    Wavelengths above original/low_freq_factor are slowed in full, those below
+    original/high_freq_factor not at all, and those between by linear interpolation.
+    """
+    H = config.head_dim
+    frequencies = 1.0 / (config.rope_theta ** (np.arange(0, H, 2, dtype=np.float32) / H))
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies.astype(np.float32)
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    smooth = (turns - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return ((1 - smooth) * frequencies / scaling.factor + smooth * frequencies).astype(np.float32)
+
+
+def rotary_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin `[B, T, 1, H/2]`, float32, for positions `[B, T]`."""
+    angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates x `[B, T, heads, H]`: channel i of the first half pairs with channel i of the
+    second."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)

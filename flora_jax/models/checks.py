@@ -19,10 +19,8 @@ from flora_jax.adapters import (
     check_fused,
     has_adapter,
 )
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require
 from flora_jax.models.config import LlamaConfig
-
-Array = jax.Array
 
 
 def check_model(
@@ -33,12 +31,11 @@ def check_model(
     decode_kernel: bool | None,
 ) -> None:
     """What the model is built from."""
-    if remat not in policies:
-        raise UserError(f"remat={remat!r} is unknown; known: {', '.join(policies)}")
-    if decode_kernel and config.head_dim & (config.head_dim - 1):
-        raise UserError(
-            f"decode_kernel=True needs a head_dim that is a power of two, not {config.head_dim}"
-        )
+    require(remat in policies, f"remat={remat!r} is unknown; known: {', '.join(policies)}")
+    require(
+        not (decode_kernel and config.head_dim & (config.head_dim - 1)),
+        f"decode_kernel=True needs a head_dim that is a power of two, not {config.head_dim}",
+    )
     if adapter is not None:
         adapter.check(config.widths)
 
@@ -48,14 +45,14 @@ def check_variables(
 ) -> None:
     """Trees of another configuration."""
     params = variables["params"]
-    if not has_adapter(adapter) and variables.get("adapter"):
-        raise UserError(
-            "variables hold an adapter, but the model was built without one; pass its AdapterConfig"
-        )
-    if config.tie_word_embeddings and "lm_head" in params:
-        raise UserError(
-            "params hold an lm_head, but the configuration has tie_word_embeddings=True"
-        )
+    require(
+        has_adapter(adapter) or not variables.get("adapter"),
+        "variables hold an adapter, but the model was built without one; pass its AdapterConfig",
+    )
+    require(
+        not config.tie_word_embeddings or "lm_head" not in params,
+        "params hold an lm_head, but the configuration has tie_word_embeddings=True",
+    )
     kind = Layout.of(params).kind
     if kind == "fused":
         check_fused(params, config, adapter)
@@ -67,42 +64,44 @@ def check_variables(
 
 def check_dense(layout: Layout, fuses: bool) -> None:
     """Products apart, where those of a fused or split tree were to be computed."""
-    if fuses and layout.kind == "unmerged":
-        raise UserError(
-            "these variables have products apart; serve them with dense=UnmergedDense or "
-            "SevenDense (flora_jax.analysis.unmerged)"
-        )
+    require(
+        not fuses or layout.kind != "unmerged",
+        "these variables have products apart; serve them with dense=UnmergedDense or "
+        "SevenDense (flora_jax.analysis.unmerged)",
+    )
 
 
-def check_tokens(tokens: Array, vocab_size: int) -> None:
+def check_tokens(tokens: jax.Array, vocab_size: int) -> None:
     """Tokens that are no ids `[B, T]`, or none of the vocabulary."""
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise UserError(f"tokens must be integers [B, T], not {tokens.dtype} {list(tokens.shape)}")
+    require(
+        tokens.ndim == 2 and jnp.issubdtype(tokens.dtype, jnp.integer),
+        f"tokens must be integers [B, T], not {tokens.dtype} {list(tokens.shape)}",
+    )
     if isinstance(tokens, jax.core.Tracer) or not tokens.size:  # under jit nothing can be checked
         return
     ids = np.asarray(tokens)
     least = ids.min()
     most = ids.max()
-    if least < 0 or most >= vocab_size:
-        raise UserError(
-            f"tokens from {least} to {most} are not all of the model's vocabulary: "
-            f"vocab_size={vocab_size}"
-        )
+    require(
+        least >= 0 and most < vocab_size,
+        f"tokens from {least} to {most} are not all of the model's vocabulary: "
+        f"vocab_size={vocab_size}",
+    )
 
 
-def check_select(select: Array | None, layout: Layout) -> None:
+def check_select(select: jax.Array | None, layout: Layout) -> None:
     """A select without a bank, a bank without one, or one of another size."""
     if select is None and layout.adapters <= 1:
         return
-    if layout.kind == "split":
-        raise UserError("select is for a bank of fused adapters; these variables are split")
+    require(
+        layout.kind != "split", "select is for a bank of fused adapters; these variables are split"
+    )
     found = None if select is None else select.shape[-1]
     places = layout.adapters
-    if found != places:
-        raise UserError(
-            f"the fused tree is a bank of {places} adapters and needs select [B, {places}]; "
-            f"{found=}"
-        )
+    require(
+        found == places,
+        f"the fused tree is a bank of {places} adapters and needs select [B, {places}]; {found=}",
+    )
 
 
 def check_dropout(deterministic: bool, layout: Layout, adapter: AdapterConfig | None) -> None:
@@ -114,17 +113,19 @@ def check_dropout(deterministic: bool, layout: Layout, adapter: AdapterConfig | 
     )
 
 
-def check_room(tokens: Array, index: Array, slots: int, segment_ids: Array | None) -> None:
+def check_room(
+    tokens: jax.Array, index: jax.Array, slots: int, segment_ids: jax.Array | None
+) -> None:
     """Tokens that a cache of `slots`, of which `index` are taken, has no room for; segments beside
     one."""
     T = tokens.shape[1]
     taken = 0 if isinstance(index, jax.core.Tracer) else int(index)
-    if taken + T > slots:
-        raise UserError(
-            f"{T} tokens from slot {taken} on do not fit into a cache of {slots} slots; make a "
-            "longer one"
-        )
-    if segment_ids is not None:
-        raise UserError(
-            "segment_ids are for packed training rows and cannot be combined with a cache"
-        )
+    require(
+        taken + T <= slots,
+        f"{T} tokens from slot {taken} on do not fit into a cache of {slots} slots; make a "
+        "longer one",
+    )
+    require(
+        segment_ids is None,
+        "segment_ids are for packed training rows and cannot be combined with a cache",
+    )

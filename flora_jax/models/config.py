@@ -12,19 +12,19 @@ import math
 import numbers
 from typing import Any
 
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, require, require_known
 
 DTYPES = ("float32", "bfloat16")  # of parameters and of compute
 
 
 def _check_number(name: str, value: Any) -> None:
-    if (
-        not isinstance(value, numbers.Real)
-        or isinstance(value, bool)
-        or not math.isfinite(value)
-        or value <= 0
-    ):
-        raise UserError(f"{name}={value!r} must be a positive number")
+    require(
+        isinstance(value, numbers.Real)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value > 0,
+        f"{name}={value!r} must be a positive number",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +39,11 @@ class RopeScaling:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             _check_number(f"RopeScaling.{field.name}", getattr(self, field.name))
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise UserError(
-                f"RopeScaling.low_freq_factor={self.low_freq_factor} must be below "
-                f"high_freq_factor={self.high_freq_factor}"
-            )
+        require(
+            self.low_freq_factor < self.high_freq_factor,
+            f"RopeScaling.low_freq_factor={self.low_freq_factor} must be below "
+            f"high_freq_factor={self.high_freq_factor}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,42 +72,49 @@ class LlamaConfig:
         self._check_sizes()
         for name in ("rms_norm_eps", "rope_theta"):
             _check_number(f"LlamaConfig.{name}", getattr(self, name))
-        if not isinstance(self.rope_scaling, RopeScaling | None):
-            raise UserError(
-                f"LlamaConfig.rope_scaling={self.rope_scaling!r} must be a RopeScaling or None; "
-                "LlamaConfig.from_hf reads HF's form"
-            )
+        require(
+            isinstance(self.rope_scaling, RopeScaling | None),
+            f"LlamaConfig.rope_scaling={self.rope_scaling!r} must be a RopeScaling or None; "
+            "LlamaConfig.from_hf reads HF's form",
+        )
         self._check_tokens()
-        if self.head_dim % 2:
-            raise UserError(
-                f"LlamaConfig.head_dim={self.head_dim} must be even for rotary embeddings"
-            )
+        require(
+            self.head_dim % 2 == 0,
+            f"LlamaConfig.head_dim={self.head_dim} must be even for rotary embeddings",
+        )
 
     def _check_sizes(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (
-                not isinstance(value, int) or isinstance(value, bool) or value < 1
-            ):
-                raise UserError(f"LlamaConfig.{field.name}={value!r} must be a positive integer")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"LlamaConfig.num_key_value_heads={self.num_key_value_heads} must divide "
-                f"num_attention_heads={self.num_attention_heads}"
+            require(
+                field.type != "int"
+                or (isinstance(value, int) and not isinstance(value, bool) and value >= 1),
+                f"LlamaConfig.{field.name}={value!r} must be a positive integer",
             )
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"LlamaConfig.num_key_value_heads={self.num_key_value_heads} must divide "
+            f"num_attention_heads={self.num_attention_heads}",
+        )
 
     def _check_tokens(self) -> None:
         eos = self.eos_token_id
-        if not isinstance(eos, tuple) or not all(
-            isinstance(token, numbers.Integral) and token >= 0 for token in eos
-        ):
-            raise UserError(f"LlamaConfig.eos_token_id={eos!r} must be a tuple of token ids")
+        require(
+            isinstance(eos, tuple)
+            and all(isinstance(token, numbers.Integral) and token >= 0 for token in eos),
+            f"LlamaConfig.eos_token_id={eos!r} must be a tuple of token ids",
+        )
         for name in ("bos_token_id", "pad_token_id"):
             token = getattr(self, name)  # -1 is published for a pad token that is none
-            if token is not None and (
-                not isinstance(token, numbers.Integral) or isinstance(token, bool) or token < -1
-            ):
-                raise UserError(f"LlamaConfig.{name}={token!r} must be a token id or None")
+            require(
+                token is None
+                or (
+                    isinstance(token, numbers.Integral)
+                    and not isinstance(token, bool)
+                    and token >= -1
+                ),
+                f"LlamaConfig.{name}={token!r} must be a token id or None",
+            )
 
     @property
     def q_width(self) -> int:
@@ -148,8 +155,7 @@ class LlamaConfig:
     @classmethod
     def preset(cls, name: str) -> LlamaConfig:
         """The architecture of a named preset; a UserError with near misses if there is none."""
-        if name not in PRESETS:
-            raise UserError(f"model preset {name!r} is unknown; {near_misses(name, PRESETS)}")
+        require_known(name, PRESETS, f"model preset {name!r}")
         return PRESETS[name]
 
     @classmethod
@@ -165,15 +171,13 @@ class LlamaConfig:
         rope = {"rope_theta": hf.get("rope_theta"), **scaled}
         scaling = _read_scaling(rope, source)
         turned = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-        if turned not in (None, 1):
-            raise UserError(
-                f"{source}: partial_rotary_factor={turned!r} is not supported; "
-                "Llama turns whole heads"
-            )
+        require(
+            turned in (None, 1),
+            f"{source}: partial_rotary_factor={turned!r} is not supported; Llama turns whole heads",
+        )
         flags = {name: hf.get(name, False) for name in _FLAGS}
         for name, value in flags.items():
-            if not isinstance(value, bool):
-                raise UserError(f"{source}: {name}={value!r} must be true or false")
+            require(isinstance(value, bool), f"{source}: {name}={value!r} must be true or false")
         heads = hf["num_attention_heads"]
         return cls(
             vocab_size=hf["vocab_size"],
@@ -196,24 +200,24 @@ class LlamaConfig:
     def to_hf(self) -> dict[str, Any]:
         """The HF `config.json` dict, with `rope_parameters` (transformers 5) and `rope_theta` /
         `rope_scaling` (older readers) alike."""
-        scaling = None
-        if self.rope_scaling is not None:
-            scaling = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
+        scaling = self.rope_scaling and {
+            "rope_type": "llama3",
+            **dataclasses.asdict(self.rope_scaling),
+        }
         eos = list(self.eos_token_id)
-        hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        hf.update(
-            model_type="llama",
-            architectures=["LlamaForCausalLM"],
-            hidden_act="silu",
-            rope_scaling=scaling,
-            rope_parameters={
+        return {
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_act": "silu",
+            "rope_scaling": scaling,
+            "rope_parameters": {
                 "rope_type": "default",
                 **(scaling or {}),
                 "rope_theta": self.rope_theta,
             },
-            eos_token_id=eos[0] if len(eos) == 1 else eos or None,
-        )
-        return hf
+            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        }
 
 
 _NEEDED = (
@@ -228,27 +232,26 @@ _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 
 def _check_llama(hf: dict[str, Any], source: str) -> None:
     """Raises UserError unless an HF `config.json` describes a Llama, with all its sizes."""
-    if hf.get("model_type") != "llama":
-        raise UserError(
-            f"{source}: model_type={hf.get('model_type')!r} is not supported; only 'llama' is"
-        )
-    if hf.get("hidden_act", "silu") != "silu":
-        raise UserError(
-            f"{source}: hidden_act={hf['hidden_act']!r} is not supported; only 'silu' is"
-        )
+    require(
+        hf.get("model_type") == "llama",
+        f"{source}: model_type={hf.get('model_type')!r} is not supported; only 'llama' is",
+    )
+    require(
+        hf.get("hidden_act", "silu") == "silu",
+        f"{source}: hidden_act={hf.get('hidden_act')!r} is not supported; only 'silu' is",
+    )
     for name in _NEEDED:
-        if name not in hf:
-            raise UserError(f"{source}: field {name!r} is missing")
+        require(name in hf, f"{source}: field {name!r} is missing")
 
 
 def _read_scaling(rope: dict[str, Any], source: str) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    if kind != "llama3":
-        raise UserError(
-            f"{source}: rope_type={kind!r} is not supported; 'default' and 'llama3' are"
-        )
+    require(
+        kind == "llama3",
+        f"{source}: rope_type={kind!r} is not supported; 'default' and 'llama3' are",
+    )
     try:
         return RopeScaling(
             factor=float(rope["factor"]),

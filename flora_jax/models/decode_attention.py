@@ -25,8 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-Array = jax.Array
-Halves = tuple[Array, Array]  # the channels of a head that rotary embeddings turn together
+Halves = tuple[jax.Array, jax.Array]  # the channels of a head that rotary embeddings turn together
 
 _SLOTS = 64  # that a program looks at in one go
 _PART = 256  # slots a program has to read …
@@ -40,13 +39,13 @@ _Sizes = namedtuple("_Sizes", "N, K, H, S, part")
 
 
 def decode_attention(
-    qkv: Array,
-    rotary: tuple[Array, Array],
-    seen: Array,
-    past: tuple[Array, Array, Array],
+    qkv: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    seen: jax.Array,
+    past: tuple[jax.Array, jax.Array, jax.Array],
     heads: int,
     interpret: bool = False,
-) -> tuple[Array, tuple[Array, Array]]:
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attention of one new token a row, `[B, N·H]`, and the cache's `(k, v)` with it in its slot.
 
     qkv `[B, ≥ (N+2K)·H]`: q, k and v as their product gives them, heads side by side, and any
@@ -97,15 +96,15 @@ class _Program:
 
     refs: _Refs
     sizes: _Sizes
-    row: Array
-    group: Array
-    part: Array
-    cached: Array  # the row of the cache: rows and groups are one axis there
-    index: Array  # the new token's slot
-    lower: Array  # the channels of a head's first half
-    lanes: Array  # all its channels
-    heads: Array  # [R], filled up behind the group's
-    real: Array  # [R] bool: whether the group has the head
+    row: jax.Array
+    group: jax.Array
+    part: jax.Array
+    cached: jax.Array  # the row of the cache: rows and groups are one axis there
+    index: jax.Array  # the new token's slot
+    lower: jax.Array  # the channels of a head's first half
+    lanes: jax.Array  # all its channels
+    heads: jax.Array  # [R], filled up behind the group's
+    real: jax.Array  # [R] bool: whether the group has the head
 
     @property
     def dtype(self) -> Any:
@@ -167,13 +166,13 @@ def _load_token(program: _Program) -> _Token:
     cos = refs.cos[program.row, program.lower]
     sin = refs.sin[program.row, program.lower]
 
-    def rotated(load: Callable[[Array], Array]) -> Halves:
+    def rotated(load: Callable[[jax.Array], jax.Array]) -> Halves:
         first = _wide(load(program.lower))
         second = _wide(load(sizes.H // 2 + program.lower))
         turned = first * cos - second * sin
         return turned.astype(program.dtype), (second * cos + first * sin).astype(program.dtype)
 
-    def load_q(channels: Array) -> Array:
+    def load_q(channels: jax.Array) -> jax.Array:
         columns = program.heads[:, None] * sizes.H + channels[None, :]
         mask = jnp.broadcast_to(program.real[:, None], columns.shape)
         return triton.load(refs.qkv.at[program.row, columns], mask=mask, other=0.0)
@@ -210,14 +209,14 @@ def _begin(program: _Program, token: _Token) -> _Running:
     return _Running(peaks, totals, jnp.where(first, alone, 0.0))
 
 
-def _look(program: _Program, q: Halves, i: Array, running: _Running) -> _Running:
+def _look(program: _Program, q: Halves, i: jax.Array, running: _Running) -> _Running:
     """The softmax with the i-th slots of the part taken in."""
     refs = program.refs
     sizes = program.sizes
     slots = program.part * sizes.part + i * _SLOTS + jnp.arange(_SLOTS)
     inside = slots < sizes.S
 
-    def load(ref: Any, at: Any, mask: Array) -> Array:
+    def load(ref: Any, at: Any, mask: jax.Array) -> jax.Array:
         return triton.load(ref.at[at], mask=mask, other=0.0).astype(program.dtype)
 
     stored = triton.load(refs.seen.at[program.row, slots], mask=inside, other=False)
@@ -249,11 +248,11 @@ def _store(program: _Program, running: _Running) -> None:
     triton.store(refs.sums.at[at], running.sums, mask=every)
 
 
-def _wide(x: Array) -> Array:
+def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 
 
-def _product(a: Array, b: Array) -> Array:
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     """On a tensor core where the dtype is a half one, in float32 without TF32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return triton.dot(a, b, precision=precision)

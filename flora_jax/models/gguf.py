@@ -17,10 +17,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require
+from flora_jax.models.attention import inverse_frequencies
 from flora_jax.models.config import LlamaConfig, RopeScaling
 from flora_jax.models.hf import check_hf_tensors, hf_shapes
-from flora_jax.models.rope import inverse_frequencies
 
 # Keys, behind "llama.", that are read here …
 _READ = frozenset(
@@ -107,10 +107,10 @@ class GgufFile:
             ) from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
-        if self._reader.byte_order != "I":
-            raise UserError(
-                f"{self.path}: the file has another byte order than this machine; convert it first"
-            )
+        require(
+            self._reader.byte_order == "I",
+            f"{self.path}: the file has another byte order than this machine; convert it first",
+        )
         self._stored = {tensor.name: tensor for tensor in self._reader.tensors}
         self._refuse_unsupported()
         try:
@@ -131,16 +131,15 @@ class GgufFile:
     def require(self, key: str) -> Any:
         """The metadata value `key`; UserError if the file has none."""
         value = self.get(key)
-        if value is None:
-            raise UserError(f"{self.path}: metadata field {key!r} is missing")
+        require(value is not None, f"{self.path}: metadata field {key!r} is missing")
         return value
 
     def _refuse_unsupported(self) -> None:
         architecture = self.require("general.architecture")
-        if architecture != "llama":
-            raise UserError(
-                f"{self.path}: architecture {architecture!r} is not supported; only 'llama' is"
-            )
+        require(
+            architecture == "llama",
+            f"{self.path}: architecture {architecture!r} is not supported; only 'llama' is",
+        )
         if experts := self.get("llama.expert_count", 0):
             raise UserError(
                 f"{self.path}: llama.expert_count={experts} is not supported; only dense Llamas are"
@@ -149,11 +148,11 @@ class GgufFile:
         known = ["none", "linear"]  # linear by a factor of one is none
         if "rope_freqs.weight" in self._stored:
             known.append("llama3")
-        if scaling not in known:
-            raise UserError(
-                f"{self.path}: llama.rope.scaling.type={scaling!r} is not supported; "
-                "'none' and Llama 3's rope_freqs are"
-            )
+        require(
+            scaling in known,
+            f"{self.path}: llama.rope.scaling.type={scaling!r} is not supported; "
+            "'none' and Llama 3's rope_freqs are",
+        )
         for tensor in {t.tensor_type: t for t in self._stored.values()}.values():
             self._check_readable(tensor)
 
@@ -172,8 +171,10 @@ class GgufFile:
         width = self.require("llama.embedding_length")
         heads = self.require("llama.attention.head_count")
         kv_heads = self.get("llama.attention.head_count_kv", heads)
-        if isinstance(heads, list) or isinstance(kv_heads, list):
-            raise UserError(f"{self.path}: head counts that differ by layer are not supported")
+        require(
+            not (isinstance(heads, list) or isinstance(kv_heads, list)),
+            f"{self.path}: head counts that differ by layer are not supported",
+        )
         head_dim = self._read_head_dim(width, heads)
         vocab_size = self._read_vocab_size()
         # Chat models end a turn with a token of its own, beside the one that ends a document.
@@ -207,31 +208,35 @@ class GgufFile:
             ("llama.embedding_length", width),
             ("llama.attention.head_count", heads),
         ):
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{self.path}: {key}={value!r} must be a positive integer")
+            require(
+                isinstance(value, int) and value >= 1,
+                f"{self.path}: {key}={value!r} must be a positive integer",
+            )
         head_dim = self.get("llama.attention.key_length") or width // heads
         for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
-            if self.get(key, head_dim) != head_dim:
-                raise UserError(
-                    f"{self.path}: {key}={self.get(key)} is not the head width {head_dim}; "
-                    "not supported"
-                )
+            require(
+                self.get(key, head_dim) == head_dim,
+                f"{self.path}: {key}={self.get(key)} is not the head width {head_dim}; "
+                "not supported",
+            )
         return head_dim
 
     def _read_vocab_size(self) -> int:
         """V, the rows of the embedding. Raises UserError where the metadata count others."""
-        if "token_embd.weight" not in self._stored:
-            raise UserError(f"{self.path}: tensor 'token_embd.weight' is missing")
+        require(
+            "token_embd.weight" in self._stored,
+            f"{self.path}: tensor 'token_embd.weight' is missing",
+        )
         rows = int(self._stored["token_embd.weight"].shape[-1])
         counted = {"llama.vocab_size": self.get("llama.vocab_size", rows)}
         tokens = self._reader.get_field("tokenizer.ggml.tokens")
         if tokens is not None:
             counted["tokenizer.ggml.tokens"] = len(tokens.data)
         for key, found in counted.items():
-            if found != rows:
-                raise UserError(
-                    f"{self.path}: {key} counts {found} tokens, token_embd.weight has {rows} rows"
-                )
+            require(
+                found == rows,
+                f"{self.path}: {key} counts {found} tokens, token_embd.weight has {rows} rows",
+            )
         return rows
 
     def _refuse_unread_keys(self) -> None:
@@ -268,8 +273,7 @@ class GgufFile:
         window = self.get("llama.attention.sliding_window", 0)
         if isinstance(window, int) and window >= config.max_position_embeddings:  # it hides nothing
             neutral["attention.sliding_window"] = (window,)
-        scaling = self.get("llama.rope.scaling.type")
-        if scaling == "llama3" and config.rope_scaling is not None:
+        if self.get("llama.rope.scaling.type") == "llama3" and config.rope_scaling is not None:
             neutral["rope.scaling.factor"] = (0, 1, config.rope_scaling.factor)
         return neutral
 
@@ -289,11 +293,11 @@ class GgufFile:
         )
         scaled = dataclasses.replace(config, rope_scaling=scaling)
         expected = inverse_frequencies(config) / inverse_frequencies(scaled)
-        if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
-            raise UserError(
-                f"{self.path}: tensor 'rope_freqs.weight' is not a Llama 3 scaling with low and "
-                f"high frequency factors 1 and 4 over {original} positions; not supported"
-            )
+        require(
+            divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-4),
+            f"{self.path}: tensor 'rope_freqs.weight' is not a Llama 3 scaling with low and "
+            f"high frequency factors 1 and 4 over {original} positions; not supported",
+        )
         return scaled
 
     def _name_tensors(self) -> dict[str, GgufTensor]:
@@ -305,8 +309,7 @@ class GgufFile:
         tensors = {}
         for hf_name in hf_shapes(config):
             name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
-            if name not in stored:
-                raise UserError(f"{self.path}: tensor {name!r} is missing")
+            require(name in stored, f"{self.path}: tensor {name!r} is missing")
             order = next((order for part, order in orders.items() if part in hf_name), None)
             tensors[hf_name] = GgufTensor(stored.pop(name), order)
         # What is left goes in under its own name, for the check to name.

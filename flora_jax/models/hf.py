@@ -15,10 +15,9 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
-from flora_jax.adapters import base_leaves, check_tree, shapes_of
-from flora_jax.errors import UserError, near_misses
+from flora_jax.adapters import base_leaves, check_tree, paths, shapes_of, tree
+from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
 
 
@@ -207,7 +206,7 @@ def from_hf_tensors(
             leaves[path] = jax.device_put(read((slice(None),) * len(shape)))
         else:
             leaves[path] = jax.make_array_from_callback(shape, sharding, read)
-    return traverse_util.unflatten_dict(leaves, sep="/")
+    return tree(leaves)
 
 
 def hf_names(config: LlamaConfig) -> dict[str, list[str]]:
@@ -222,7 +221,7 @@ def to_hf_tensors(
     leaf; bit-equal to what `from_hf_tensors` read if it read the same dtype. only: which leaves, by
     path. Raises UserError if `params` is not the tree of `config`."""
     check_tree(shapes_of(params), leaf_shapes(config), _says_leaf)
-    leaves = traverse_util.flatten_dict(dict(params), sep="/")
+    leaves = paths(dict(params))
     for path, row in _rows(config).items():
         if not only(path):
             continue
@@ -248,9 +247,8 @@ def _float_dtype(dtype: Any) -> np.dtype:
     except TypeError:
         raise UserError(f"dtype={dtype!r} is unknown; {near_misses(str(dtype), known)}") from None
     if found.name not in known:
-        raise UserError(
-            f"dtype={found.name!r} is not for parameters; {near_misses(found.name, known)}"
-        )
+        near = near_misses(found.name, known)
+        raise UserError(f"dtype={found.name!r} is not for parameters; {near}")
     return found
 
 
@@ -259,7 +257,7 @@ def _sharding_lookup(
 ) -> Callable[[str], jax.sharding.Sharding | None]:
     if shardings is None or callable(shardings):
         return shardings or (lambda path: None)
-    flat = traverse_util.flatten_dict(shardings, sep="/")
+    flat = paths(shardings)
     for path in shapes.keys() ^ flat.keys():
         raise UserError(
             f"shardings: {path!r} is {'missing' if path in shapes else 'no leaf of this model'}"
@@ -315,11 +313,11 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 def _refuse_values(found: np.ndarray, dtype: np.dtype, file: str, name: str) -> NoReturn:
-    if not np.isfinite(found.astype(np.float64)).all():
-        raise UserError(
-            f"{file}: tensor {name!r} holds a value that is not finite (NaN or infinity); download "
-            "the checkpoint again, or take an earlier one of its training"
-        )
+    require(
+        np.isfinite(found.astype(np.float64)).all(),
+        f"{file}: tensor {name!r} holds a value that is not finite (NaN or infinity); download "
+        "the checkpoint again, or take an earlier one of its training",
+    )
     largest = np.abs(found.astype(np.float64)).max()
     raise UserError(
         f"{file}: tensor {name!r} holds {largest:.4g}, which {dtype.name} cannot hold"

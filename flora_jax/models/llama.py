@@ -31,6 +31,7 @@ from flora_jax.adapters import (
     AdapterConfig,
     FusedDense,
     Layout,
+    Tree,
     base_leaves,
     has_adapter,
     init_adapter,
@@ -39,13 +40,18 @@ from flora_jax.adapters import (
     repeat_and_add,
 )
 from flora_jax.models import checks
-from flora_jax.models.attention import Seen, attend, attend_grouped, kernel_runs
+from flora_jax.models.attention import (
+    Seen,
+    attend,
+    attend_grouped,
+    kernel_runs,
+    rotary_tables,
+    rotate,
+)
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.rope import rotary_tables, rotate
 
-Array = jax.Array
-Tree = dict[str, Any]
-Past = tuple[Array, Array, Array]  # keys and values of a layer, and the slot that follows
+# Keys and values of a layer, and the slot that follows.
+Past = tuple[jax.Array, jax.Array, jax.Array]
 
 REMAT_POLICIES = {
     "none": None,
@@ -65,10 +71,10 @@ class KVCache:
     not).
     """
 
-    k: tuple[Array, ...]
-    v: tuple[Array, ...]
-    valid: Array
-    index: Array
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    valid: jax.Array
+    index: jax.Array
 
     @classmethod
     def empty(
@@ -82,10 +88,6 @@ class KVCache:
         v = tuple(jnp.zeros((BK, length, H), dtype) for _ in layers)
         return cls(k, v, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
 
-    def of_layer(self, i: int) -> Past:
-        """What layer i reads and adds to."""
-        return self.k[i], self.v[i], self.index
-
 
 class RMSNorm(nn.Module):
     """`x / rms(x) · scale` in float32, returned in x's dtype. x `[..., D]`, or with further
@@ -96,7 +98,7 @@ class RMSNorm(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], self.param_dtype)
         scale = scale.astype(x.dtype)
         passing = None
@@ -154,14 +156,14 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Array,
-        z: Array | None,
-        rotary: tuple[Array, Array],
+        x: jax.Array,
+        z: jax.Array | None,
+        rotary: tuple[jax.Array, jax.Array],
         seen: Seen,
         past: Past | None,
-        select: Array | None,
+        select: jax.Array | None,
         deterministic: bool,
-    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
+    ) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, jax.Array] | None]:
         how = {"select": select, "deterministic": deterministic}
         (q, k, v), z = self.parts.product("qkv", "attention")(x, z, **how)
         one_token = past is not None and x.shape[1] == 1 and seen.mask is not None
@@ -174,14 +176,14 @@ class Attention(nn.Module):
 
     def _in_one_kernel(
         self,
-        q: Array,
-        k: Array,
-        v: Array,
-        z: Array | None,
-        rotary: tuple[Array, Array],
-        mask: Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        z: jax.Array | None,
+        rotary: tuple[jax.Array, jax.Array],
+        mask: jax.Array,
         past: Past,
-    ) -> tuple[Array, Array | None, tuple[Array, Array]]:
+    ) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, jax.Array]]:
         """One token's attention, rotary embeddings and writing into the cache included."""
         # It imports what only a GPU needs.
         from flora_jax.models.decode_attention import decode_attention
@@ -198,13 +200,13 @@ class Attention(nn.Module):
 
     def _attend(
         self,
-        q: Array,
-        k: Array,
-        v: Array,
-        rotary: tuple[Array, Array],
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
         seen: Seen,
         past: Past | None,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         B, T = q.shape[:2]
         by_head = (B, T, -1, self.parts.config.head_dim)
         q = rotate(q.reshape(by_head), *rotary)
@@ -218,7 +220,7 @@ class Attention(nn.Module):
         return out.reshape(B, T, -1), present
 
 
-def _remember(past: Past, k: Array, v: Array) -> tuple[Array, Array]:
+def _remember(past: Past, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of a layer with those of T more tokens, `[B, T, K, H]` each, in the cache's
     form."""
     past_k, past_v, index = past
@@ -238,8 +240,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, z: Array | None, select: Array | None, deterministic: bool
-    ) -> tuple[Array, Array | None]:
+        self, x: jax.Array, z: jax.Array | None, select: jax.Array | None, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
         how = {"select": select, "deterministic": deterministic}
         (gate, up), z = self.parts.product("gate_up", "mlp")(x, z, **how)
         (out,), z = self.parts.product("down", "mlp")(nn.silu(gate) * up, z, **how)
@@ -255,14 +257,14 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Array,
-        z: Array | None,
-        rotary: tuple[Array, Array],
+        x: jax.Array,
+        z: jax.Array | None,
+        rotary: tuple[jax.Array, jax.Array],
         seen: Seen,
         past: Past | None = None,
-        select: Array | None = None,
+        select: jax.Array | None = None,
         deterministic: bool = True,
-    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
+    ) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, jax.Array] | None]:
         with jax.named_scope("attention"):
             read = self.parts.norm("attention_norm")(x)
             attention = Attention(self.parts, name="attention")
@@ -343,7 +345,7 @@ class Llama(nn.Module):
         """Whether the residual stream has channels of the adapter."""
         return has_adapter(self.adapter) and self.adapter.row.writes == "stream"
 
-    def _init_layers(self, rng: Array) -> Tree:
+    def _init_layers(self, rng: jax.Array) -> Tree:
         """Stacked leaves, each layer from a key of its own; one layer after another, so that no
         more than one layer's random bits are in memory."""
         parts = Parts(config=self.config, adapter=None, param_dtype=self.param_dtype)
@@ -356,14 +358,16 @@ class Llama(nn.Module):
     def _init_adapter(self) -> Tree:
         return init_adapter(self.make_rng("params"), self.config, self.adapter)["layers"]
 
-    def __call__(self, tokens: Array, **arguments: Any) -> Array | tuple[Array, KVCache]:
+    def __call__(
+        self, tokens: jax.Array, **arguments: Any
+    ) -> jax.Array | tuple[jax.Array, KVCache]:
         """Logits `[B, T, V]`, float32; with a cache, `(logits, cache)`. Arguments as in
         `hidden`."""
         hidden, cache = self.hidden(tokens, **arguments)
         logits = self.logits(hidden)
         return logits if cache is None else (logits, cache)
 
-    def logits(self, hidden: Array) -> Array:
+    def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits `[…, V]`, float32, of final normed states `[…, D]`."""
         unembedding = self.unembedding().astype(hidden.dtype)
         with jax.named_scope("logits"):
@@ -378,22 +382,22 @@ class Llama(nn.Module):
                 return product(jnp.stack([hidden, hidden]), unembedding)[0]
             return product(hidden, unembedding)
 
-    def unembedding(self) -> Array:
+    def unembedding(self) -> jax.Array:
         """The matrix `[V, D]` that hidden states are scored with."""
         tied = self.config.tie_word_embeddings
         return self.embed_tokens.embedding if tied else self.lm_head().T
 
     def hidden(
         self,
-        tokens: Array,
+        tokens: jax.Array,
         *,
-        positions: Array | None = None,
-        segment_ids: Array | None = None,
-        mask: Array | None = None,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        mask: jax.Array | None = None,
         cache: KVCache | None = None,
-        select: Array | None = None,
+        select: jax.Array | None = None,
         deterministic: bool = True,
-    ) -> tuple[Array, KVCache | None]:
+    ) -> tuple[jax.Array, KVCache | None]:
         """Final normed states `[B, T, D]` of tokens `[B, T]` int32, and the cache with them in it.
 
         positions: `[B, T]` int32 for the rotary embeddings; by default the token's place in its row
@@ -431,7 +435,7 @@ class Llama(nn.Module):
             cache = KVCache(*present, valid, cache.index + tokens.shape[1])
         return self.final_norm(x), cache
 
-    def _enter(self, x: Array) -> tuple[Array, Array | None]:
+    def _enter(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """The stream that layers read, from embeddings `[B, T, D]`: for zflora, with its channels
         at zero."""
         if not self._stream:
@@ -441,7 +445,7 @@ class Llama(nn.Module):
         width = self.layout.stream(self.config.hidden_size, self.adapter)
         return jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[-1]))), None
 
-    def _leave(self, x: Array, z: Array | None) -> Array:
+    def _leave(self, x: jax.Array, z: jax.Array | None) -> jax.Array:
         """States `[B, T, D]` from the stream that layers gave: for zflora, with z repeated and
         added."""
         if not self._stream:
@@ -456,14 +460,14 @@ class Llama(nn.Module):
 
     def _layers(
         self,
-        x: Array,
-        z: Array | None,
-        rotary: tuple[Array, Array],
+        x: jax.Array,
+        z: jax.Array | None,
+        rotary: tuple[jax.Array, jax.Array],
         seen: Seen,
         cache: KVCache | None,
-        select: Array | None,
+        select: jax.Array | None,
         deterministic: bool,
-    ) -> tuple[Array, Array | None, tuple[tuple[Array, ...], tuple[Array, ...]]]:
+    ) -> tuple[jax.Array, jax.Array | None, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]:
         """All layers: a scan over stacked leaves, or, over a set each or with a cache, unrolled."""
         variables = {"params": self.get_variable("params", "layers")}
         if has_adapter(self.adapter) and not self._unrolled:
@@ -485,13 +489,12 @@ class Llama(nn.Module):
         layers = range(self.config.num_hidden_layers)
         if not self._unrolled and cache is None:
             if self.remat != "none":
-                policy = REMAT_POLICIES[self.remat]
-                body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+                body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             (x, z), _ = jax.lax.scan(body, (x, z), (variables, jnp.arange(len(layers))))
             return x, z, ((), ())
         present = []
         for i in layers:
-            past = None if cache is None else cache.of_layer(i)
+            past = None if cache is None else (cache.k[i], cache.v[i], cache.index)
             x, z, kv = layer(x, z, self._of_layer(variables, i), i, past)
             present.append(kv)
         return x, z, ((), ()) if cache is None else tuple(zip(*present, strict=True))
@@ -502,7 +505,7 @@ class Llama(nn.Module):
         return jax.tree.map(lambda leaf: leaf[i], variables)
 
 
-def _positions(real: Array, cache: KVCache | None, counted: bool) -> Array:
+def _positions(real: jax.Array, cache: KVCache | None, counted: bool) -> jax.Array:
     """Places `[B, T]` int32 of tokens in their rows; those of real ones alone are counted where
     some are not."""
     if cache is None and not counted:
@@ -512,8 +515,8 @@ def _positions(real: Array, cache: KVCache | None, counted: bool) -> Array:
 
 
 def _visible(
-    real: Array, segment_ids: Array | None, mask: Array | None, cache: KVCache | None
-) -> tuple[Seen, Array | None]:
+    real: jax.Array, segment_ids: jax.Array | None, mask: jax.Array | None, cache: KVCache | None
+) -> tuple[Seen, jax.Array | None]:
     """What attention sees, and the cache's new `valid`."""
     T = real.shape[1]
     by_query = mask is not None and mask.ndim == 3
@@ -534,7 +537,7 @@ def _visible(
     return Seen(mask=(seen | (slots[None, :] == queries[:, None])[None])[:, None]), valid
 
 
-def _segments(segment_ids: Array | None, mask: Array | None) -> Array | None:
+def _segments(segment_ids: jax.Array | None, mask: jax.Array | None) -> jax.Array | None:
     """Segments `[B, T]`, padding one of its own, so that no row of the softmax is empty."""
     if mask is None:
         return segment_ids
@@ -542,7 +545,7 @@ def _segments(segment_ids: Array | None, mask: Array | None) -> Array | None:
     return jnp.where(mask, segments, jnp.iinfo(jnp.int32).min)
 
 
-def _mask_by_query(T: int, segment_ids: Array | None, mask: Array) -> Array:
+def _mask_by_query(T: int, segment_ids: jax.Array | None, mask: jax.Array) -> jax.Array:
     """`[B, 1, T, T]` from `mask` `[B, T, T]`, causality and segments on top of it."""
     seen = jnp.tril(jnp.ones((T, T), bool))[None] & mask
     if segment_ids is not None:
@@ -558,7 +561,7 @@ class LMHead(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self) -> Array:
+    def __call__(self) -> jax.Array:
         leaf = base_leaves(self.config)["lm_head/kernel"]
         return self.param("kernel", leaf.init, leaf.shape, self.param_dtype)
 
@@ -567,19 +570,18 @@ def abstract_base(config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:
     """Shapes and dtypes of the base's parameters, as `jax.ShapeDtypeStruct`s; nothing is
     allocated."""
     model = Llama(config, None, param_dtype=dtype)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def init_base(
-    rng: Array, config: LlamaConfig, dtype: Any = jnp.float32, shardings: Any = None
+    rng: jax.Array, config: LlamaConfig, dtype: Any = jnp.float32, shardings: Any = None
 ) -> Tree:
     """Random base parameters (HF's initialisation, std 0.02), made straight in their shards where
     given."""
     model = Llama(config, None, param_dtype=dtype)
 
     @functools.partial(jax.jit, out_shardings=shardings)
-    def init(key: Array) -> Tree:
+    def init(key: jax.Array) -> Tree:
         return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
     return init(rng)

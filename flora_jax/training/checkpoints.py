@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from flora_jax.adapters import AdapterConfig
-from flora_jax.errors import UserError, disk_fault, writing
+from flora_jax.errors import UserError, disk_fault, require, writing
 from flora_jax.files import plain_path
 from flora_jax.training.step import TrainState
 
@@ -215,29 +215,29 @@ def check_meta(
 
     data: sha256 by name of what is trained and validated on.
     """
-    if meta["format_version"] != FORMAT_VERSION:
-        raise UserError(
-            f"{where}: format_version={meta['format_version']} cannot be read; {FORMAT_VERSION} can"
-        )
+    require(
+        meta["format_version"] == FORMAT_VERSION,
+        f"{where}: format_version={meta['format_version']} cannot be read; {FORMAT_VERSION} can",
+    )
     # the first checkpoints had no such field
     written = {"zero_init": adapter.row.zero, **meta["adapter"]}
     for field, value in adapter_meta(adapter).items():
-        if written.get(field) != value:
-            raise UserError(
-                f"{where}: it was written with adapter.{field}={written.get(field)!r}, "
-                f"not {value!r}; use the same adapter, or another --workdir"
-            )
-    if meta["base_fingerprint"] != base:
-        raise UserError(
-            f"{where}: it was trained on a base with fingerprint {meta['base_fingerprint']}, but "
-            f"config.model.weights has {base}; use the same weights, or another --workdir"
+        require(
+            written.get(field) == value,
+            f"{where}: it was written with adapter.{field}={written.get(field)!r}, "
+            f"not {value!r}; use the same adapter, or another --workdir",
         )
+    require(
+        meta["base_fingerprint"] == base,
+        f"{where}: it was trained on a base with fingerprint {meta['base_fingerprint']}, but "
+        f"config.model.weights has {base}; use the same weights, or another --workdir",
+    )
     for name, digest in data.items():
-        if meta["data"].get(name) != digest:
-            raise UserError(
-                f"{where}: the records of {name} have changed since (sha256 "
-                f"{meta['data'].get(name)}, now {digest}); use the same data, or another --workdir"
-            )
+        require(
+            meta["data"].get(name) == digest,
+            f"{where}: the records of {name} have changed since (sha256 "
+            f"{meta['data'].get(name)}, now {digest}); use the same data, or another --workdir",
+        )
 
 
 def adapter_meta(adapter: AdapterConfig) -> dict[str, Any]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import ml_collections
 import numpy as np
 
-from flora_jax.config import names, scored_tasks, task_weights, trained_tasks
+import flora_jax
+from flora_jax.config import scored_tasks, task_weights, trained_tasks
 from flora_jax.data import (
     CONTAMINATED,
     Encoded,
@@ -29,14 +34,10 @@ from flora_jax.data import (
     load_examples,
     prompt_digests,
 )
-from flora_jax.data.kept import code_digest, keep, read_kept
 from flora_jax.data.sources import SPLITS
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require, split_names, told_of
 from flora_jax.files import cache_root
-from flora_jax.tokens import tokenizer_digest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from flora_jax.tokens import Tokenizer, tokenizer_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Inputs:
     parts: list[tuple[int, float]] | None = None
 
 
-def load_inputs(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast) -> Inputs:
+def load_inputs(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Inputs:
     """The tasks of `config.data`, read, de-duplicated and encoded.
 
     What was once is kept under the cache folder, and found there by the next start with the same
@@ -92,12 +93,15 @@ _Tests = dict[str, list[Example]]  # the test sets by their tasks' names
 _Encode = Callable[[Sequence[Example]], tuple[list[Encoded], EncodeReport]]
 
 
-def _prepare(config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast) -> Inputs:
+def _prepare(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Inputs:
     """Reads, de-duplicates and encodes the tasks. Raises UserError."""
     data = config.data
     weights = task_weights(config)
-    read = _read(config)
-    tests = _read_tests(config, [part.task for part in read])
+    tasks = trained_tasks(config)
+    # Of what validates, each task gives an equal share.
+    share = max(1, data.validation_size // len(tasks))
+    read = [_read_part(task, share, data) for task in tasks]
+    tests = _read_tests(config, tasks)
     overlaps = _refuse_contaminated(config, tests, read)
     clean = _drop_overlaps(config, tests, read)
     encode = functools.partial(
@@ -133,13 +137,6 @@ def _all(parts: Iterable[_Part], which: Literal["records", "train", "validation"
     return list(itertools.chain(*(getattr(part, which) for part in parts)))
 
 
-def _read(config: ml_collections.ConfigDict) -> list[_Part]:
-    """Each task that is trained on, with its equal share of what validates."""
-    tasks = trained_tasks(config)
-    share = max(1, config.data.validation_size // len(tasks))
-    return [_read_part(task, share, config.data) for task in tasks]
-
-
 def _read_part(task: Task, share: int, data: ml_collections.ConfigDict) -> _Part:
     """One task; without a validation split, a fixed sample of its training records validates."""
     records = load_examples(task, "train", data.dir, data.cache_dir)
@@ -157,11 +154,11 @@ def _read_part(task: Task, share: int, data: ml_collections.ConfigDict) -> _Part
 
 def _held_out(task: Task, records: int, share: int) -> set[int]:
     """Which of a task's training records validate: at most a tenth of them."""
-    if records < 2:
-        raise UserError(
-            f"task {task.name!r}: one record is too few, since it has no validation split and some "
-            "records are held out; give more, or a folder with a validation file"
-        )
+    require(
+        records >= 2,
+        f"task {task.name!r}: one record is too few, since it has no validation split and some "
+        "records are held out; give more, or a folder with a validation file",
+    )
     order = np.random.default_rng(0).permutation(records)
     return set(order[: min(share, max(1, records // 10))].tolist())
 
@@ -174,7 +171,7 @@ def _read_tests(config: ml_collections.ConfigDict, trained: Sequence[Task]) -> _
     data = config.data
     beside = [task for task in trained if not _is_file(task) and has_split(task, "test", data.dir)]
     tasks = {task.name: task for task in beside}
-    tasks |= zip(names(config.eval.tasks), scored_tasks(config), strict=True)
+    tasks |= zip(split_names(config.eval.tasks), scored_tasks(config), strict=True)
     return {
         name: load_examples(task, "test", data.dir, data.cache_dir) for name, task in tasks.items()
     }
@@ -189,16 +186,16 @@ def _refuse_contaminated(
     unless `config.data.allow_contaminated`.
     """
     records = _all(parts, "records")
-    scored = names(config.eval.tasks)
+    scored = split_names(config.eval.tasks)
     overlaps = {}
     for name in [name for name in tests if name in scored]:
         share = overlaps[name] = dedupe(tests[name], records)[1] / len(tests[name])
-        if share > CONTAMINATED and not config.data.allow_contaminated:
-            raise UserError(
-                f"config.data.tasks={config.data.tasks}: {100 * share:.1f} % of the test questions "
-                f"of {name!r} are in the training data; leave that test or that data out, or set "
-                "config.data.allow_contaminated"
-            )
+        require(
+            share <= CONTAMINATED or config.data.allow_contaminated,
+            f"config.data.tasks={config.data.tasks}: {100 * share:.1f} % of the test questions "
+            f"of {name!r} are in the training data; leave that test or that data out, or set "
+            "config.data.allow_contaminated",
+        )
     return overlaps
 
 
@@ -214,10 +211,10 @@ def _drop_overlaps(
     kept = [
         dataclasses.replace(part, validation=dedupe(part.validation, tested)[0]) for part in parts
     ]
-    if not _all(kept, "validation"):
-        raise UserError(
-            f"config.data.tasks={config.data.tasks}: each validation record is also in a test set"
-        )
+    require(
+        _all(kept, "validation"),
+        f"config.data.tasks={config.data.tasks}: each validation record is also in a test set",
+    )
     asked = tested + _all([part for part in kept if part.task.source != "jsonl"], "validation")
     answered = _all([part for part in parts if part.task.source == "jsonl"], "validation")
     for i, part in enumerate(kept):
@@ -257,10 +254,8 @@ def _encode_train(
         return [encoded], [report]
     found = []
     for part in parts:
-        try:
+        with told_of(f"task {part.task.name!r}, which has a weight"):
             found.append(encode(part.train))
-        except UserError as error:
-            raise UserError(f"task {part.task.name!r}, which has a weight: {error}") from None
     return [encoded for encoded, _ in found], [report for _, report in found]
 
 
@@ -281,9 +276,7 @@ def _tokens_hash(encoded: list[Encoded]) -> str:
 # -------------------------------------------------------------------------------------------- kept
 
 
-def _kept_path(
-    config: ml_collections.ConfigDict, tokenizer: PreTrainedTokenizerFast
-) -> Path | None:
+def _kept_path(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Path | None:
     """The file whose name says all that the inputs depend on.
 
     That is data, tokenizer, settings and the code that makes them. None where the tokenizer's
@@ -295,22 +288,23 @@ def _kept_path(
     data = config.data.to_dict()
     folder = data.pop("dir")
     cache = data.pop("cache_dir")
+    trained = itertools.product(trained_tasks(config), SPLITS)
     asked = [
-        (task, split)
-        for task in trained_tasks(config)
-        for split in SPLITS
-        if split == "train" or not _is_file(task)
+        *((task, split) for task, split in trained if split == "train" or not _is_file(task)),
+        *((task, "test") for task in scored_tasks(config)),
     ]
-    asked += [(task, "test") for task in scored_tasks(config)]
-    found = [(task.name, split, _hash_if_there(task, split, folder)) for task, split in asked]
+    found = [
+        (
+            task.name,
+            split,
+            data_hash(task, split, folder) if has_split(task, split, folder) else None,
+        )
+        for task, split in asked
+    ]
     code = code_digest("data", "tokens.py", "training/inputs.py")
     about = json.dumps([known, code, data, config.eval.tasks, found], sort_keys=True, default=list)
     name = hashlib.sha256(about.encode()).hexdigest()[:32]
     return cache_root(cache) / "encoded" / f"{name}.arrays"
-
-
-def _hash_if_there(task: Task, split: str, folder: str | None) -> str | None:
-    return data_hash(task, split, folder) if has_split(task, split, folder) else None
 
 
 def _is_file(task: Task) -> bool:
@@ -349,3 +343,43 @@ def _read_inputs(path: Path) -> Inputs | None:
         prompts={digest.decode() for digest in stored["prompts"].tolist()},
         parts=about["parts"] and [(size, weight) for size, weight in about["parts"]],
     )
+
+
+_SUM = 32  # bytes of the check sum that a file begins with
+
+
+def code_digest(*names: str) -> str:
+    """sha256 of the package's Python files `names` (a folder: all in it).
+
+    What other code makes is made anew.
+    """
+    digest = hashlib.sha256()
+    root = Path(flora_jax.__file__).parent
+    for name in names:
+        for path in sorted((root / name).glob("*.py")) if (root / name).is_dir() else [root / name]:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def read_kept(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays by name; None where they are not kept, or the file is damaged."""
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return None
+    if hashlib.sha256(stored[_SUM:]).digest() != stored[:_SUM]:
+        return None
+    with np.load(io.BytesIO(stored[_SUM:]), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def keep(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Keeps the arrays if the folder can be written; else the next start prepares them again."""
+    stored = io.BytesIO()
+    np.savez(stored, **arrays)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="preparing-") as scratch:
+            new = Path(scratch) / path.name
+            new.write_bytes(hashlib.sha256(stored.getbuffer()).digest() + stored.getbuffer())
+            os.replace(new, path)

@@ -16,8 +16,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
-
 # the logits of 256 positions and as many entries are 2 MB, which stay in a core's cache
 _BLOCK = 2048
 
@@ -35,8 +33,13 @@ def vocabulary_block(vocabulary: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def chunked_cross_entropy(
-    hidden: Array, unembedding: Array, targets: Array, weights: Array, chunk: int, block: int
-) -> Array:
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk: int,
+    block: int,
+) -> jax.Array:
     """Sum over positions of `weights · (logsumexp(h Uᵀ) − (h Uᵀ)[target])`, float32 scalar.
 
     hidden `[B, T, D]`, unembedding U `[V, D]`, targets `[B, T]` int32, weights `[B, T]` float32 (0:
@@ -47,7 +50,7 @@ def chunked_cross_entropy(
     return _forward(hidden, unembedding, targets, weights, chunk, block)[0]
 
 
-def _chunks(x: Array, order: Array, chunk: int) -> Array:
+def _chunks(x: jax.Array, order: jax.Array, chunk: int) -> jax.Array:
     """`[B, T, …]` in the order of `order [B, T]`, cut along T into `[T / chunk, B, chunk, …]`.
 
     Zeros fill the last chunk.
@@ -58,7 +61,7 @@ def _chunks(x: Array, order: Array, chunk: int) -> Array:
     return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
 
 
-def _uncut(chunks: Array, order: Array) -> Array:
+def _uncut(chunks: jax.Array, order: jax.Array) -> jax.Array:
     """What `_chunks` has cut, in its old place: `[T / chunk, B, chunk, …]` to `[B, T, …]`."""
     x = jnp.moveaxis(chunks, 0, 1)
     x = x.reshape(x.shape[0], -1, *x.shape[3:])
@@ -67,22 +70,22 @@ def _uncut(chunks: Array, order: Array) -> Array:
     )
 
 
-def _logits(h: Array, entries: Array) -> Array:
+def _logits(h: jax.Array, entries: jax.Array) -> jax.Array:
     """`[B, C, D]` and `[W, D]` to `[B, C, W]`, float32."""
     return jnp.einsum("BCD,WD->BCW", h, entries, preferred_element_type=jnp.float32)
 
 
-def _blocks(U: Array, block: int) -> Array:
+def _blocks(U: jax.Array, block: int) -> jax.Array:
     """`[V, D]` to `[V / W, W, D]`."""
     return U.reshape(-1, block, U.shape[1])
 
 
-def _expected_entry(h: Array, U: Array, block: int) -> tuple[Array, Array]:
+def _expected_entry(h: jax.Array, U: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """logsumexp of the logits `[B, C]` and `softmax(h Uᵀ) U` `[B, C, D]`, float32."""
 
     def add(
-        carry: tuple[Array, Array, Array], entries: Array
-    ) -> tuple[tuple[Array, Array, Array], None]:
+        carry: tuple[jax.Array, jax.Array, jax.Array], entries: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
         highest, total, weighted = carry
         logits = _logits(h, entries)
         risen = jnp.maximum(highest, logits.max(-1))

@@ -10,8 +10,8 @@ import jax
 import ml_collections
 import optax
 
-from flora_jax.config import learning_rate, names, warmup_steps
-from flora_jax.errors import UserError
+from flora_jax.config import learning_rate, warmup_steps
+from flora_jax.errors import require, split_names
 from flora_jax.training.rules import decide, paths, tree
 
 # Whether AdamW's decay applies. Every model has norms, so no rule is ever idle.
@@ -24,12 +24,12 @@ def trains(config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> d
     The adapter does (all of the base for fft), and the base leaves that `config.train.trainable`
     names.
     """
-    rules = [(pattern, True) for pattern in names(config.train.trainable)]
+    rules = [(pattern, True) for pattern in split_names(config.train.trainable)]
     if config.adapter.method == "fft":
-        if rules:
-            raise UserError(
-                f"config.train.trainable={config.train.trainable!r}: fft trains every leaf already"
-            )
+        require(
+            not rules,
+            f"config.train.trainable={config.train.trainable!r}: fft trains every leaf already",
+        )
         rules = [(r"params/.*", True)]
     adapter = {path: True for path in paths(variables) if path.startswith("adapter/")}
     base = [path for path in paths(variables) if path not in adapter]
@@ -73,7 +73,7 @@ def make_optimizer(
         optax.add_decayed_weights(optim.weight_decay, mask=decays),
     ]
     if optim.rate_rules:
-        rules = [_rate_rule(rule) for rule in names(optim.rate_rules)]
+        rules = [_rate_rule(rule) for rule in split_names(optim.rate_rules)]
         factors = tree(decide(rules, leaves, "config.optim.rate_rules", default=1.0))
         chain.append(
             optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
@@ -87,8 +87,8 @@ def _rate_rule(rule: str) -> tuple[str, float]:
         value = float(factor)
     except ValueError:
         value = -1.0
-    if not pattern or not 0 <= value < math.inf:
-        raise UserError(
-            f"config.optim.rate_rules: {rule!r} is not PATH_RULE=FACTOR with a factor of at least 0"
-        )
+    require(
+        pattern and 0 <= value < math.inf,
+        f"config.optim.rate_rules: {rule!r} is not PATH_RULE=FACTOR with a factor of at least 0",
+    )
     return pattern, value

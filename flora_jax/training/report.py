@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from flora_jax.adapters import paths
 from flora_jax.config import learning_rate
 from flora_jax.errors import silence
-from flora_jax.training.rules import paths
 from flora_jax.training.run import Run
 
 
@@ -60,13 +60,15 @@ def parameter_table(run: Run) -> str:
             rows.append(("trained base", *_count(tree)))
     trainable = _count(run.state.trainable)
     total = rows[0][1] + trainable[0]
-    moments = _count(run.state.optimizer)
-    rows += [("all that trains", *trainable), ("optimizer state", *moments)]
-    lines = [f"{'':24}{'parameters':>14}{'MB':>11}{'MB/device':>11}"]
-    lines += [
-        f"{name:24}{n:>14,}{size / 1e6:>11.1f}{held / 1e6:>11.1f}" for name, n, size, held in rows
+    rows += [("all that trains", *trainable), ("optimizer state", *_count(run.state.optimizer))]
+    lines = [
+        f"{'':24}{'parameters':>14}{'MB':>11}{'MB/device':>11}",
+        *(
+            f"{name:24}{n:>14,}{size / 1e6:>11.1f}{held / 1e6:>11.1f}"
+            for name, n, size, held in rows
+        ),
+        f"trainable: {trainable[0]:,} of {total:,} ({100 * trainable[0] / total:.3f} %)",
     ]
-    lines.append(f"trainable: {trainable[0]:,} of {total:,} ({100 * trainable[0] / total:.3f} %)")
     return "\n".join(lines)
 
 

@@ -12,22 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from flax.traverse_util import flatten_dict, unflatten_dict
-
-from flora_jax.errors import UserError, near_misses
+from flora_jax.adapters import Tree, paths, tree
+from flora_jax.errors import UserError, near_misses, require
 
 T = TypeVar("T")
-Tree = dict[str, Any]
-
-
-def paths(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a variable tree by path."""
-    return flatten_dict(variables, sep="/")
-
-
-def tree(leaves: Mapping[str, Any]) -> Tree:
-    """The inverse of `paths`."""
-    return unflatten_dict(leaves, sep="/")
 
 
 def decide(
@@ -51,8 +39,7 @@ def decide(
                 used.add(i)
                 break
         else:
-            if default is None:
-                raise UserError(f"{what}: no rule covers {name!r}")
+            require(default is not None, f"{what}: no rule covers {name!r}")
             decided[name] = default
     for i, (pattern, _) in enumerate(rules):
         if i not in used:

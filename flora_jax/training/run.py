@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grain
 import jax
@@ -15,17 +15,18 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flora_jax.adapters import AdapterConfig, abstract_adapter, init_adapter
+from flora_jax.adapters import AdapterConfig, Tree, abstract_adapter, init_adapter
 from flora_jax.config import adapter_config as make_adapter_config
 from flora_jax.config import check_config, weights_source
 from flora_jax.data import train_iterator
 from flora_jax.device import check_jax
-from flora_jax.errors import UserError, expand_path
+from flora_jax.errors import expand_path, require
+from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import Llama, abstract_base, init_base
 from flora_jax.models.loading import check_weights, load_config, load_pretrained
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
+from flora_jax.tokens import Tokenizer
 from flora_jax.training.cluster import together
 from flora_jax.training.inputs import Inputs, load_inputs
 from flora_jax.training.optimizer import make_optimizer, trains
@@ -33,11 +34,6 @@ from flora_jax.training.rules import partition, paths
 from flora_jax.training.sharding import make_mesh, optimizer_shardings, shardings
 from flora_jax.training.step import TrainState, make_eval_step, make_train_step
 from flora_jax.training.workdir import check_workdir
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-Tree = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,11 +100,11 @@ def check_run(config: ml_collections.ConfigDict, workdir: str | Path) -> Setup:
         "adapter": abstract_adapter(model_config, adapter),
     }
     # which no checkpoint can hold
-    if any(leaf.size == 0 for leaf in jax.tree.leaves(shapes["adapter"])):
-        raise UserError(
-            f"config.adapter.method={adapter.method!r} reads q, k and v from the second layer on, "
-            "and the model has num_hidden_layers=1; use another method"
-        )
+    require(
+        not any(leaf.size == 0 for leaf in jax.tree.leaves(shapes["adapter"])),
+        f"config.adapter.method={adapter.method!r} reads q, k and v from the second layer on, "
+        "and the model has num_hidden_layers=1; use another method",
+    )
     trained = trains(config, shapes)
     return Setup(
         model_config=model_config,
@@ -167,12 +163,12 @@ def _check_all(config: ml_collections.ConfigDict, workdir: str | Path) -> tuple[
     inputs = load_inputs(config, setup.tokenizer)
     positions = setup.model_config.max_position_embeddings
     longest = max(len(example.tokens) - 1 for example in (*inputs.train, *inputs.validation))
-    if longest > positions:
-        raise UserError(
-            f"config.data.max_length={config.data.max_length} lets in an example of {longest} "
-            f"positions, but the model has max_position_embeddings={positions}; lower it (rows "
-            "longer than that may be packed of shorter examples)"
-        )
+    require(
+        longest <= positions,
+        f"config.data.max_length={config.data.max_length} lets in an example of {longest} "
+        f"positions, but the model has max_position_embeddings={positions}; lower it (rows "
+        "longer than that may be packed of shorter examples)",
+    )
     return setup, inputs
 
 
@@ -235,7 +231,7 @@ def model_config(config: ml_collections.ConfigDict) -> LlamaConfig:
     return load_config(source)
 
 
-def check_base(config: ml_collections.ConfigDict) -> tuple[LlamaConfig, PreTrainedTokenizerFast]:
+def check_base(config: ml_collections.ConfigDict) -> tuple[LlamaConfig, Tokenizer]:
     """A run's architecture and tokenizer.
 
     Raises UserError if they do not fit each other, or weights that are at hand are not whole.

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flora_jax.adapters import AdapterConfig
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require
 from flora_jax.models.config import LlamaConfig
 from flora_jax.training.rules import decide, paths, tree
 
@@ -33,32 +33,31 @@ def make_mesh(config: ml_collections.ConfigDict, devices: list[Any] | None = Non
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.mesh[axis] for axis in AXES]
-    if sizes.count(-1) > 1:
-        raise UserError(
-            "config.mesh: only one axis may be -1, but "
-            f"data,fsdp,tensor={','.join(map(str, sizes))}"
-        )
+    require(
+        sizes.count(-1) <= 1,
+        f"config.mesh: only one axis may be -1, but data,fsdp,tensor={','.join(map(str, sizes))}",
+    )
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed
-    if math.prod(sizes) != len(devices):
-        raise UserError(
-            f"config.mesh data,fsdp,tensor={','.join(map(str, sizes))} does not fit "
-            f"{len(devices)} device(s): the axes must multiply to that number"
-        )
-    if sizes[0] * sizes[1] % jax.process_count():
-        raise UserError(
-            f"config.mesh data x fsdp = {sizes[0] * sizes[1]} must be a multiple of "
-            f"{jax.process_count()} processes, since each feeds rows of its own; keep the tensor "
-            "axis within one process"
-        )
+    require(
+        math.prod(sizes) == len(devices),
+        f"config.mesh data,fsdp,tensor={','.join(map(str, sizes))} does not fit "
+        f"{len(devices)} device(s): the axes must multiply to that number",
+    )
+    require(
+        sizes[0] * sizes[1] % jax.process_count() == 0,
+        f"config.mesh data x fsdp = {sizes[0] * sizes[1]} must be a multiple of "
+        f"{jax.process_count()} processes, since each feeds rows of its own; keep the tensor "
+        "axis within one process",
+    )
     rows = config.train.batch_size // config.train.accumulation
-    if rows % (sizes[0] * sizes[1]):
-        raise UserError(
-            f"config.train.batch_size={config.train.batch_size} in {config.train.accumulation} "
-            f"micro-batch(es) of {rows} rows does not split over data x fsdp = "
-            f"{sizes[0] * sizes[1]} devices"
-        )
+    require(
+        rows % (sizes[0] * sizes[1]) == 0,
+        f"config.train.batch_size={config.train.batch_size} in {config.train.accumulation} "
+        f"micro-batch(es) of {rows} rows does not split over data x fsdp = "
+        f"{sizes[0] * sizes[1]} devices",
+    )
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 

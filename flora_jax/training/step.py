@@ -9,7 +9,6 @@ closed over.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
@@ -18,10 +17,7 @@ import optax
 
 from flora_jax.models.llama import Llama
 from flora_jax.training.loss import chunked_cross_entropy, vocabulary_block
-from flora_jax.training.rules import combine
-
-Array = jax.Array
-Tree = dict[str, Any]
+from flora_jax.training.rules import Tree, combine
 
 
 @flax.struct.dataclass
@@ -31,19 +27,19 @@ class TrainState:
     key is the run's; each step and micro-batch folds its number into it.
     """
 
-    step: Array
+    step: jax.Array
     trainable: Tree
     optimizer: optax.OptState
-    key: Array
+    key: jax.Array
 
 
 def token_losses(
     model: Llama,
     variables: Tree,
-    batch: dict[str, Array],
+    batch: dict[str, jax.Array],
     chunk_tokens: int,
-    key: Array | None = None,
-) -> tuple[Array, Array]:
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """`(sum of weighted losses, sum of weights)` of a batch.
 
     Its arrays are `[B, T]`: tokens, targets, loss_weights, segment_ids, positions. With a key,
@@ -73,7 +69,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
     chunk_tokens: int = 256,
-) -> Callable[[TrainState, Tree, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, Tree, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, frozen, batch) -> (state, metrics)`.
 
     The batch's leaves are `[B, T]`, cut into `accumulation` micro-batches.
@@ -81,9 +77,11 @@ def make_train_step(
     """
 
     def train_step(
-        state: TrainState, frozen: Tree, batch: dict[str, Array]
-    ) -> tuple[TrainState, dict[str, Array]]:
-        def micro_loss(trainable: Tree, micro: dict[str, Array], key: Array) -> tuple[Array, Array]:
+        state: TrainState, frozen: Tree, batch: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        def micro_loss(
+            trainable: Tree, micro: dict[str, jax.Array], key: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
             return token_losses(model, combine(trainable, frozen), micro, chunk_tokens, key)
 
         gradient = jax.value_and_grad(micro_loss, has_aux=True)
@@ -119,10 +117,12 @@ def make_train_step(
 
 def make_eval_step(
     model: Llama, chunk_tokens: int = 256
-) -> Callable[[Tree, Tree, dict[str, Array]], tuple[Array, Array]]:
+) -> Callable[[Tree, Tree, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
     """`step(trainable, frozen, batch) -> (sum of losses, sum of weights)`, without dropout."""
 
-    def eval_step(trainable: Tree, frozen: Tree, batch: dict[str, Array]) -> tuple[Array, Array]:
+    def eval_step(
+        trainable: Tree, frozen: Tree, batch: dict[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         return token_losses(model, combine(trainable, frozen), batch, chunk_tokens)
 
     return eval_step

@@ -1,27 +1,96 @@
-"""What a run trained, read back with its base to be exported."""
+"""What a run trained, read back from its directory, and exported with its base."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flora_jax.adapters import AdapterConfig
+import ml_collections
+
+from flora_jax.adapters import AdapterConfig, Tree, abstract_adapter
 from flora_jax.config import adapter_config as make_adapter_config
-from flora_jax.config import weights_source
-from flora_jax.errors import UserError
+from flora_jax.config import fields, get_config, weights_source
+from flora_jax.errors import UserError, near_misses, require
 from flora_jax.files import read_json
 from flora_jax.interop.adapter_files import check_fingerprint, load_adapter
-from flora_jax.interop.exports import check_format
+from flora_jax.interop.exports import check_format, hand_over, trained_over
 from flora_jax.interop.formats import Trained
-from flora_jax.interop.handover import hand_over, trained_over
 from flora_jax.interop.model_card import describe_run
 from flora_jax.models.config import LlamaConfig
+from flora_jax.models.llama import abstract_base
 from flora_jax.models.tokenizer import load_tokenizer
-from flora_jax.training.readback import load_trained, read_run
+from flora_jax.training.checkpoints import Checkpoints, check_meta, readable
+from flora_jax.training.optimizer import trains
+from flora_jax.training.rules import partition
 from flora_jax.training.run import load_base, model_config
 
-Tree = dict[str, Any]
+
+def read_run(workdir: Path) -> ml_collections.ConfigDict:
+    """The configuration of the run in `workdir`. Raises UserError if it holds none."""
+    require(workdir.is_dir(), f"--workdir={workdir}: there is no such directory")
+    path = workdir / "config.json"
+    stored = read_json(path, "; a run of flora_jax.train has one").get("config")
+    config = get_config()  # a field that is newer than the run has its default
+    known = fields(config)
+    require(
+        isinstance(stored, dict), f"{path}: field 'config' is missing; a run's configuration has it"
+    )
+    for name, value in fields(stored).items():
+        if name not in known:
+            raise UserError(
+                f"{path}: config.{name} is no field of a run; {near_misses(name, known)}"
+            )
+        *sections, field = name.split(".")
+        part = functools.reduce(lambda part, section: part[section], sections, config)
+        try:
+            part[field] = value
+        except (TypeError, ValueError):
+            raise UserError(f"{path}: config.{name}={value!r} is of the wrong type") from None
+    return config
+
+
+def load_trained(
+    workdir: Path, config: ml_collections.ConfigDict, adapter: AdapterConfig, step: int
+) -> tuple[dict[str, Tree], str]:
+    """What had trained at the checkpoint of `step`, and the fingerprint of its base.
+
+    That is `{"adapter": tree, "params": base leaves that trained}`, float32. Raises UserError if it
+    was not kept, is damaged, or is of another adapter.
+    """
+    directory = workdir / "checkpoints"
+    # opening makes one
+    require(
+        directory.is_dir(), f"--step {step}: there is no such checkpoint; none is in {directory}"
+    )
+    with contextlib.closing(Checkpoints(directory, config.train.keep)) as checkpoints:
+        remedy = _other_steps(directory, checkpoints.steps, step)
+        architecture = model_config(config)
+        shapes = {
+            "params": abstract_base(architecture),
+            "adapter": abstract_adapter(architecture, adapter),
+        }
+        wanted, _ = partition(shapes, trains(config, shapes))
+        where = f"checkpoint {step} of --workdir={workdir}"
+        with readable(where, remedy):
+            meta = checkpoints.meta(step)
+            check_meta(meta, adapter, meta["base_fingerprint"], {}, where)
+            trained = checkpoints.trained(step, wanted)
+    return {"adapter": {}, "params": {}, **trained}, meta["base_fingerprint"]
+
+
+def _other_steps(directory: Path, steps: Sequence[int], step: int) -> str:
+    """What would do where a damaged checkpoint is that of `step`. Raises UserError for no step."""
+    if step not in steps:
+        there = f"those of steps {', '.join(map(str, steps))} are" if steps else "none is"
+        raise UserError(f"--step {step}: there is no such checkpoint in {directory}; {there} there")
+    others = " or ".join(str(other) for other in steps if other != step)
+    if not others:
+        return "leave --step out, or train anew"
+    return f"take another with --step {others}"
 
 
 def load_run(
@@ -34,11 +103,11 @@ def load_run(
     adapter_config = make_adapter_config(config)
     architecture = model_config(config)
     source = weights_source(config)
-    if step is None and not (workdir / "adapter").is_dir():
-        raise UserError(
-            f"--workdir={workdir}: the run has not ended (no adapter/); let it end, or name a kept "
-            "--step"
-        )
+    require(
+        step is not None or (workdir / "adapter").is_dir(),
+        f"--workdir={workdir}: the run has not ended (no adapter/); let it end, or name a kept "
+        "--step",
+    )
     summary = read_json(workdir / "eval.json") if (workdir / "eval.json").exists() else {}
     describe_run(summary)  # what is wrong with it is said before weights are loaded
     if step is None:
@@ -52,10 +121,11 @@ def load_run(
     made = trained_over(source, load_base(config), trained, **parts)
     if step is None:
         check_fingerprint(workdir / "adapter", made.fingerprint)
-    elif made.fingerprint != fingerprint:
-        raise UserError(
+    else:
+        require(
+            made.fingerprint == fingerprint,
             f"checkpoint {step} of --workdir={workdir} was trained on a base with fingerprint "
-            f"{fingerprint}, but {source!r} now has {made.fingerprint}"
+            f"{fingerprint}, but {source!r} now has {made.fingerprint}",
         )
     return made, summary
 
@@ -63,10 +133,10 @@ def load_run(
 def _read_best(directory: Path, config: LlamaConfig, adapter_config: AdapterConfig) -> Tree:
     """The adapter that a run left. Raises UserError if it is not of the run's configuration."""
     found, trained = load_adapter(directory, config)
-    if dataclasses.replace(found, zero_init=adapter_config.zero_init) != adapter_config:
-        raise UserError(
-            f"{directory} is of {found}, but config.json beside it is of {adapter_config}"
-        )
+    require(
+        dataclasses.replace(found, zero_init=adapter_config.zero_init) == adapter_config,
+        f"{directory} is of {found}, but config.json beside it is of {adapter_config}",
+    )
     return trained
 
 

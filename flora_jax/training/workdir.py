@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from flora_jax.config import fields, get_config
-from flora_jax.errors import UserError, check_text
+from flora_jax.errors import UserError, check_text, require
 from flora_jax.files import check_plain, plain_path, write_json
 
 SCHEMA_VERSION = 1
@@ -49,18 +49,21 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     check_plain(workdir, "--workdir")
     # os.path, since Path.exists raises below a directory that may not be read.
     parent = next(p for p in (workdir, *workdir.absolute().parents) if os.path.exists(p))
-    if not os.path.isdir(parent):
-        raise UserError(f"--workdir={workdir} cannot be made: {parent} is not a directory")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"--workdir={workdir} cannot be written: no permission in {parent}")
+    require(
+        os.path.isdir(parent), f"--workdir={workdir} cannot be made: {parent} is not a directory"
+    )
+    require(
+        os.access(parent, os.W_OK | os.X_OK),
+        f"--workdir={workdir} cannot be written: no permission in {parent}",
+    )
     path = workdir / "config.json"
     if not path.exists():
         # What a kill before config.json was written leaves is no other's.
         left = ("config.json.tmp", LOCK)
-        if workdir.exists() and any(entry.name not in left for entry in workdir.iterdir()):
-            raise UserError(
-                f"--workdir={workdir} is not empty and holds no run (no config.json); name another"
-            )
+        require(
+            not (workdir.exists() and any(entry.name not in left for entry in workdir.iterdir())),
+            f"--workdir={workdir} is not empty and holds no run (no config.json); name another",
+        )
         return
     try:
         there = fields(json.loads(path.read_text(encoding="utf-8"))["config"])
@@ -71,12 +74,12 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     here = fields(json.loads(json.dumps(config.to_dict())))
     there = {**fields(get_config()), **there}  # a field that is newer than the run has its default
     for field in sorted(there.keys() | here.keys()):
-        if there.get(field) != here.get(field) and not field.startswith(FREE_FIELDS):
-            raise UserError(
-                f"--workdir={workdir} holds a run with config.{field}={there.get(field)!r}, "
-                f"not {here.get(field)!r}; resume with the same configuration, or name another "
-                "--workdir"
-            )
+        require(
+            there.get(field) == here.get(field) or field.startswith(FREE_FIELDS),
+            f"--workdir={workdir} holds a run with config.{field}={there.get(field)!r}, "
+            f"not {here.get(field)!r}; resume with the same configuration, or name another "
+            "--workdir",
+        )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from experiments.bank import decode_gathered, stack_lora
 from flora_jax.adapters import AdapterConfig
 from flora_jax.analysis import comparison, timing
 from flora_jax.analysis.comparison import REFERENCE, Measurement, Size
-from flora_jax.analysis.latency_report import markdown
+from flora_jax.analysis.latency_run import markdown
 from flora_jax.analysis.peer import Peer
 from flora_jax.analysis.timing import Setting
 from flora_jax.analysis.unmerged import UnmergedDense

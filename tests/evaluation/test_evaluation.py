@@ -34,9 +34,8 @@ from flora_jax.evaluation.task_data import (
 )
 from flora_jax.inference.generator import Generation, Generator
 from flora_jax.interop.adapter_files import load_adapted, save_adapter
-from flora_jax.models.adapted import Adapted
+from flora_jax.models.adapted import Adapted, base_fingerprint
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import init_base
 from flora_jax.models.tokenizer import byte_tokenizer, load_tokenizer

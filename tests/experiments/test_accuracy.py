@@ -16,7 +16,7 @@ from experiments import sweep as engine
 from experiments.report import beside, differences
 from flora_jax import finetune
 from flora_jax.adapters import METHODS, AdapterConfig
-from flora_jax.analysis.provenance import about_process, about_runs
+from flora_jax.analysis.results import about_process, about_runs
 from flora_jax.analysis.variants import rank_for, trained_parameters
 from flora_jax.config import check_config, get_config
 from flora_jax.errors import UserError

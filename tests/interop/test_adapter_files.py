@@ -15,8 +15,8 @@ from flora_jax.adapters import AdapterConfig, init_adapter
 from flora_jax.errors import UserError
 from flora_jax.interop import peft_lora
 from flora_jax.interop.adapter_files import load_adapter, save_adapter
+from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import Llama, init_base
 

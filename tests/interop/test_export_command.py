@@ -24,13 +24,13 @@ from flora_jax.export import main
 from flora_jax.interop import formats
 from flora_jax.interop.adapter_files import load_adapter, save_adapter
 from flora_jax.interop.exports import MARKER
+from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.llama import Llama
 from flora_jax.models.loading import find_licence, load_pretrained
 from flora_jax.train import run
 from flora_jax.training.loop import train
-from flora_jax.training.readback import read_run
+from flora_jax.training.trained import read_run
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -25,8 +25,8 @@ from flora_jax.interop import exports, formats, shards
 from flora_jax.interop.adapter_files import load_adapter
 from flora_jax.interop.exports import MARKER, export
 from flora_jax.interop.formats import FORMATS, Trained
+from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import LlamaConfig, RopeScaling
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.hf import hf_shapes, to_hf_tensors
 from flora_jax.models.llama import Llama, init_base
 from flora_jax.models.loading import load_pretrained

@@ -19,8 +19,8 @@ from flora_jax.interop.adapter_files import load_adapter, save_adapter
 from flora_jax.interop.exports import MARKER, export
 from flora_jax.interop.formats import FORMATS, Trained, remote_config
 from flora_jax.interop.vllm_adapter import MAX_LORA_RANKS, max_lora_rank
+from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import Llama, init_base
 from flora_jax.models.tokenizer import load_tokenizer

@@ -14,11 +14,11 @@ from support import numbers
 from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
+from flora_jax.commands import noted_signals
 from flora_jax.config import fields
 from flora_jax.errors import Stopped, UserError
 from flora_jax.train import run
 from flora_jax.training import loop
-from flora_jax.training.signals import noted_signals
 from flora_jax.training.workdir import Metrics, check_workdir, held
 
 STEPS = 24

@@ -32,11 +32,10 @@ from safetensors.numpy import save_file
 
 from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter
 from flora_jax.inference.generator import Generator
-from flora_jax.interop.exports import export
+from flora_jax.interop.exports import export, export_pair
 from flora_jax.interop.formats import Trained
-from flora_jax.interop.handover import export_pair
+from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.fingerprint import base_fingerprint
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import Llama, abstract_base
 from flora_jax.models.tokenizer import load_tokenizer

@@ -1,4 +1,5 @@
-"""Where and with what a measurement was taken: the command, the machine, the versions, the date."""
+"""What files of results are written with: where and with what a measurement was taken (the command,
+the machine, the versions, the date), and tables."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,37 @@ def _processor() -> str:
     lines = table.read_text().splitlines() if table.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+NONE = "–"  # of a cell that has no value
+
+
+def line(cells: Iterable[str], blank: str = "  ") -> str:
+    """A line of a Markdown table; `blank`: what stands between the bars of an empty cell."""
+    return "|" + "|".join(f" {cell} " if cell else blank for cell in cells) + "|"
+
+
+def table(heads: Sequence[str], rows: Iterable[Iterable[str]] = (), blank: str = "  ") -> list[str]:
+    """The lines of a Markdown table; `blank` as in `line`, of its heads alone."""
+    return [line(heads, blank), "|---" * len(heads) + "|", *map(line, rows)]
+
+
+def cell(value: float | None, form: str) -> str:
+    """A number as the format `form` has it; None has none."""
+    return NONE if value is None else f"{value:{form}}"
+
+
+def interval(middle: float, low: float, high: float, form: str) -> str:
+    """`middle [low, high]`, each number as the format `form` has it."""
+    return f"{middle:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def spread(value: Mapping[str, Any], form: str = ".3f", scale: float = 1) -> str:
+    """Median [quartiles] of a `timing.summary`, times `scale`."""
+    low, high = value["quartiles"]
+    return interval(scale * value["median"], scale * low, scale * high, form)
+
+
+def percent(value: float | None) -> str:
+    """A share in whole percent; None is a cell without a value."""
+    return NONE if value is None else f"{100 * value:.0f} %"
