@@ -5,7 +5,7 @@
 
 The second runs where vLLM and the plugin are (docs/serve.md), and needs no JAX. All engines live in
 one process and step in turn, a token each, so that whatever else the machine does meets all of
-them; ratios are taken within a turn. The order turns around from turn to turn.
+them; ratios are taken within a turn. The order is drawn anew for each turn.
 
     base                    vLLM's Llama
     merged                  the same, a LoRA in its weights
@@ -126,8 +126,7 @@ def measure(
         for server in servers:
             server.add(prompts, args.new_tokens, f"{batch_size}/{i}")
         for turn in range(args.new_tokens):
-            order = servers if turn % 2 else servers[::-1]
-            for server in order:
+            for server in draw.sample(servers, len(servers)):
                 seconds = server.step()
                 if i and turn == 0:  # the first round warms up
                     times[server.name]["first"].append(seconds)
