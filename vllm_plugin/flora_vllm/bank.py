@@ -3,7 +3,8 @@
 vLLM's LoRA manager loads adapters, gives each a place (slot) and says which token has which. Where
 it would put its own LoRA layers, it puts BankLinear, which writes an adapter's columns and rows
 into the product that runs anyway. vLLM 0.32 has no registry for such layers and no check of an
-adapter that a model can make: `install` adds both, and nothing else here touches its inside.
+adapter that a model can make: `install` adds both. Beside these two, `select` reads which token has
+which place off a private buffer; nothing else here touches vLLM's inside.
 """
 
 from __future__ import annotations
@@ -140,11 +141,16 @@ def check_adapter(directory: Path, plan: Plan, config: Any) -> None:
     """Raises ValueError, in one line, for an adapter that has no place in a bank of `plan` over a
     base of `config`: of another method, rank or base, or with a part missing."""
     stored = read_adapter_config(directory)
-    own = Plan.of(stored["flora"])
+    own = Plan.of(stored["flora"], directory)
     if not own.fits(plan):
         raise ValueError(
             f"{directory}: an adapter of {stored['method']!r} is not laid out as this bank's are; "
             "serve it from a bank of its own"
+        )
+    if stored["fingerprint"] != plan.fingerprint:
+        raise ValueError(
+            f"{directory}: trained on another base, of fingerprint {stored['fingerprint']}; this "
+            f"bank's adapters have {plan.fingerprint}"
         )
     check_rank(own, plan.rank, directory)
     expected = _shapes(own, config)

@@ -22,6 +22,7 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models import llama
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
@@ -301,12 +302,7 @@ class FloraLlamaForCausalLM(llama.LlamaForCausalLM):
                 raise ValueError(
                     f"{name!r} of the checkpoint has no place in {type(self).__name__}"
                 )
-            load = getattr(params[name], "weight_loader", llama_default_loader)
+            load = getattr(params[name], "weight_loader", default_weight_loader)
             load(params[name], whole, *how)
             loaded.add(name)
         return loaded
-
-
-def llama_default_loader(param: nn.Parameter, whole: torch.Tensor) -> None:
-    """Of what is the same on all ranks, the norms."""
-    param.data.copy_(whole)

@@ -44,7 +44,8 @@ class Plan:
 
     rank: width of a piece; activation: of transformers' ACT2FN, or identity; stream: channels that
     the residual stream carries behind its own (zflora); riders: by product; places: adapters side
-    by side; bank: whether each token has its own of them, written at run time.
+    by side; bank: whether each token has its own of them, written at run time; fingerprint: of the
+    base that a bank's adapters were trained on.
     """
 
     rank: int
@@ -53,20 +54,25 @@ class Plan:
     riders: Mapping[str, Rider]
     places: int = 1
     bank: bool = False
+    fingerprint: str = ""
 
     @classmethod
-    def of(cls, flora: Mapping[str, Any]) -> Plan:
-        """From the fields that `flora_jax.export` writes."""
-        riders = {
-            product: Rider(
-                tuple(about["forward"]),
-                tuple(about["matrix"]),
-                tuple(about["repeat"]),
-                about["backward"],
-            )
-            for product, about in flora["products"].items()
-        }
-        return cls(flora["rank"], flora["activation"], flora["stream"], riders)
+    def of(cls, flora: Mapping[str, Any], where: Any = "config.json") -> Plan:
+        """From the fields that `flora_jax.export` writes; where they stand, for a refusal. Raises
+        ValueError where one is missing."""
+        try:
+            riders = {
+                product: Rider(
+                    tuple(flora["products"][product]["forward"]),
+                    tuple(flora["products"][product]["matrix"]),
+                    tuple(flora["products"][product]["repeat"]),
+                    flora["products"][product]["backward"],
+                )
+                for product in PRODUCTS
+            }
+            return cls(flora["rank"], flora["activation"], flora["stream"], riders)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{where}: flora does not say what rides where ({error})") from None
 
     @property
     def repeats(self) -> bool:
@@ -111,7 +117,8 @@ def plan_of(config: Any, lora_config: Any) -> Plan:
         raise ValueError("flora names an adapter, so --enable-lora is needed")
     if lora_config.fully_sharded_loras:
         raise ValueError("--fully-sharded-loras: a bank shards the rows of its adapters by itself")
-    plan = Plan.of(read_adapter_config(Path(flora))["flora"])
+    stored = read_adapter_config(Path(flora))
+    plan = Plan.of(stored["flora"], flora)
     rank = lora_config.max_lora_rank
     check_rank(plan, rank, flora)
     riders = {
@@ -119,7 +126,12 @@ def plan_of(config: Any, lora_config: Any) -> Plan:
         for product, rider in plan.riders.items()
     }
     return dataclasses.replace(
-        plan, rank=rank, riders=riders, places=lora_config.max_loras, bank=True
+        plan,
+        rank=rank,
+        riders=riders,
+        places=lora_config.max_loras,
+        bank=True,
+        fingerprint=stored["fingerprint"],
     )
 
 
@@ -154,4 +166,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: format_version={stored.get('format_version')!r}, {FORMAT_VERSION} is read"
         )
+    for field in ("flora", "fingerprint", "method"):
+        if field not in stored:
+            raise ValueError(f"{path}: field {field!r} is missing")
     return stored

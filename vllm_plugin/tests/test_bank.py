@@ -127,6 +127,11 @@ B = "base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight"
 DAMAGES = {
     "a LoRA": (lambda d: change_config(d, peft_type="LORA"), "peft_type='LORA'"),
     "a later format": (lambda d: change_config(d, format_version=2), "format_version=2"),
+    "equal shapes, another base": (
+        lambda d: change_config(d, fingerprint="0" * 32),
+        "trained on another base, of fingerprint 0000",
+    ),
+    "no flora": (lambda d: change_config(d, flora={}), "does not say what rides where"),
     "no JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "no JSON"),
     "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "no complete"),
     "half a file": (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x"), "no complete"),

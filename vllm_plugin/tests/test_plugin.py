@@ -104,3 +104,19 @@ def test_tensor_parallel(exports, name):
     found = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
     assert found, done.stderr[-3000:]
     check(json.loads(found[0].removeprefix("ANSWERS ")), answers)
+
+
+@pytest.mark.parametrize("start, stop, rank", [(0, 12, 4), (6, 12, 4), (3, 9, 8)])
+def test_repeat_and_add_of_a_share(start, stop, rank):
+    """Of any range of a projection's outputs, as of the whole, where a rank's share cuts a tile."""
+    import torch
+
+    from flora_vllm.linear import repeat_and_add
+
+    y = torch.randn(2, stop - start)
+    z = torch.randn(2, rank)
+    whole = z.repeat(1, stop)[:, start:stop]
+    plain = start % rank == 0 and (stop - start) % rank == 0
+    owed = y + whole
+    repeat_and_add(y, z, None if plain else torch.arange(start, stop) % rank)
+    assert torch.equal(y, owed)
