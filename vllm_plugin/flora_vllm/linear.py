@@ -10,7 +10,7 @@ product anyway sums them up. There is no other collective.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -101,8 +101,10 @@ class FusedLinear(SlicedLinear):
     holds, the outputs of a column-parallel product; rows: the range of the d_in inputs, of a
     row-parallel one, whose parts are summed over the ranks (`reduce`).
 
-    forward(x `[T, in]`, z `[T, N R_b]` or None, select `[T, N]` or None) gives the list of ys and
-    z_out `[T, N R_f]`, None where nothing rides as outputs. select is true for a token's own place.
+    forward(x `[T, in]`, z `[T, N R_b]` or None, masks or None) gives the list of ys and z_out
+    `[T, N R_f]`, None where nothing rides as outputs. masks: of a bank, by product, `[T, N R_f]`,
+    true for the channels that are not a token's own. A step is many small calls, so that what does
+    not change is computed here.
     """
 
     def __init__(
@@ -135,12 +137,14 @@ class FusedLinear(SlicedLinear):
             inputs += [(at + own_z[0], at + own_z[1]) for at in starts]
         super().__init__(outputs, inputs, bias=bias, prefix=prefix, writable=plan.bank)
         self.plan = plan
+        self.product = product
         self.rider = rider
         self.own_z = own_z
         self.names = list(widths)
         self.own = own
         self.reduce = reduce and self.tp_size > 1
         self.sizes = [stop - start for start, stop in own.values()]
+        self.parts = [*self.sizes, self.output_size - sum(self.sizes)]
         self.act = None if plan.activation == "identity" else ACT2FN[plan.activation]
         self.B = nn.ModuleDict(
             {
@@ -149,6 +153,16 @@ class FusedLinear(SlicedLinear):
             }
         )
         self.tiles = {name: self._tile(*own[name]) for name in rider.repeat}
+        self.pieces = [plan.rank] * len(rider.forward)
+        # of each piece: the projection that it is added to, and through which matrix
+        self.adds = [
+            (i, self.names.index(name), self.B[name] if name in rider.matrix else None)
+            for i, name in enumerate(rider.forward)
+            if name in rider.matrix or name in rider.repeat
+        ]
+        # the projections that the sum of the pieces that came in is added to, by one rank
+        summed = [name for name in rider.repeat if name not in rider.forward]
+        self.summed = [] if self.reduce and self.tp_rank else [*map(self.names.index, summed)]
 
     def _tile(self, start: int, stop: int) -> torch.Tensor | None:
         """Which channel of z each output of this rank is added; None where it is a plain tiling."""
@@ -185,24 +199,25 @@ class FusedLinear(SlicedLinear):
         return slice(start, start + self.sizes[at])
 
     def forward(
-        self, x: torch.Tensor, z: torch.Tensor | None = None, select: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        z: torch.Tensor | None = None,
+        masks: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """See the class."""
         if self.rider.backward:
             x = torch.cat([x, self._sliced(z)], -1)
-        y = super().forward(x)
-        *ys, out = y.split([*self.sizes, y.shape[-1] - sum(self.sizes)], -1)
-        own = {}
+        y = self.quant_method.apply(self, x, self.bias)
+        *ys, out = y.split_with_sizes(self.parts, -1)
         if self.rider.forward:
             out = out if self.act is None else self.act(out)
-            out = out if select is None else self._masked(out, select)
-            own = self._pieces(out)
-        for i, name in enumerate(self.names):
-            if name in self.B:
-                ys[i] = ys[i] + self.B[name](own[name])
-            # a piece of its own, or the sum of those that came in, which one rank adds
-            if name in self.tiles and (name in own or not self.reduce or self.tp_rank == 0):
-                repeat_and_add(ys[i], own[name] if name in own else self._sum(z), self.tiles[name])
+            if masks is not None:
+                out.masked_fill_(masks[self.product], 0)
+            self._add(ys, out)
+        if self.summed:
+            pieces = z.unflatten(-1, (-1, self.plan.rank)).sum(-2)
+            for at in self.summed:
+                repeat_and_add(ys[at], pieces, self.tiles[self.names[at]])
         if self.reduce:
             ys = [tensor_model_parallel_all_reduce(y) for y in ys]
         return ys, out if self.rider.forward else None
@@ -214,31 +229,25 @@ class FusedLinear(SlicedLinear):
             return z
         return z.unflatten(-1, (self.plan.places, -1))[..., start:stop].flatten(-2)
 
-    def _masked(self, out: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
-        """z with zeros in the channels that are not a token's own."""
-        if self.plan.places == 1:
-            return torch.where(select, out, 0)
-        places = out.unflatten(-1, (self.plan.places, -1))
-        return torch.where(select.unsqueeze(-1), places, 0).flatten(-2)
-
-    def _pieces(self, out: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The pieces of z that something of this product is added from, by projection."""
-        if not self.rider.matrix and not self.rider.repeat:
-            return {}
+    def _add(self, ys: list[torch.Tensor], out: torch.Tensor) -> None:
+        """Adds pieces of z to projections, in place."""
+        if not self.adds:
+            return
         if self.plan.places > 1:  # all but one of them are zeros
             out = out.unflatten(-1, (self.plan.places, -1)).sum(-2)
-        return dict(zip(self.rider.forward, out.split(self.plan.rank, -1), strict=True))
-
-    def _sum(self, z: torch.Tensor) -> torch.Tensor:
-        """The sum of all incoming pieces."""
-        return z.unflatten(-1, (-1, self.plan.rank)).sum(-2)
+        pieces = out.split_with_sizes(self.pieces, -1)
+        for i, at, matrix in self.adds:
+            if matrix is not None:
+                ys[at].add_(matrix(pieces[i]))
+            else:
+                repeat_and_add(ys[at], pieces[i], self.tiles[self.names[at]])
 
 
 def repeat_and_add(y: torch.Tensor, z: torch.Tensor, tile: torch.Tensor | None) -> None:
-    """Adds z, tiled along the last axis to y's width, to y in place; tile: which channel of z each
-    of y's is added, where it is not the plain tiling."""
+    """Adds z `[T, r]`, tiled along the last axis to y's width, to y in place; tile: which channel
+    of z each of y's is added, where it is not the plain tiling."""
     if tile is None:
-        y.unflatten(-1, (-1, z.shape[-1])).add_(z.unsqueeze(-2))
+        y.view(y.shape[0], -1, z.shape[-1]).add_(z.unsqueeze(1))
     else:
         y.add_(z[..., tile])
 

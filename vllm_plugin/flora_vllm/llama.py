@@ -5,7 +5,7 @@ T tokens   D hidden_size   S channels of the stream behind it (zflora)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -137,12 +137,12 @@ class FloraAttention(llama.LlamaAttention):
         self.o_proj = _rows(plan, "o", Q, q, D, bias, f"{prefix}.o_proj")
 
     def forward(
-        self, positions: torch.Tensor, x: torch.Tensor, select: torch.Tensor | None
+        self, positions: torch.Tensor, x: torch.Tensor, masks: Mapping[str, torch.Tensor] | None
     ) -> torch.Tensor:
         """`[T, D + S]`."""
-        (q, k, v), z = self.qkv_proj(x, None, select)
+        (q, k, v), z = self.qkv_proj(x, None, masks)
         q, k = self.rotary_emb(positions, q, k)
-        (out,), _ = self.o_proj(self.attn(q, k, v), z, select)
+        (out,), _ = self.o_proj(self.attn(q, k, v), z, masks)
         return out
 
 
@@ -162,10 +162,10 @@ class FloraMLP(nn.Module):
         self.down_proj = _rows(plan, "down", F, own, D, bias, f"{prefix}.down_proj")
         self.act = ACT2FN[config.hidden_act]
 
-    def forward(self, x: torch.Tensor, select: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, masks: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
         """`[T, D + S]`."""
-        (gate, up), z = self.gate_up_proj(x, None, select)
-        (out,), _ = self.down_proj(self.act(gate) * up, z, select)
+        (gate, up), z = self.gate_up_proj(x, None, masks)
+        (out,), _ = self.down_proj(self.act(gate) * up, z, masks)
         return out
 
 
@@ -184,7 +184,7 @@ class FloraDecoderLayer(nn.Module):
         positions: torch.Tensor,
         x: torch.Tensor,
         residual: torch.Tensor | None,
-        select: torch.Tensor | None,
+        masks: Mapping[str, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What is to be added to the residual, and the residual."""
         if residual is None:
@@ -192,9 +192,9 @@ class FloraDecoderLayer(nn.Module):
             x = self.input_layernorm(x)
         else:
             x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(positions, x, select)
+        x = self.self_attn(positions, x, masks)
         x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x, select), residual
+        return self.mlp(x, masks), residual
 
 
 @support_torch_compile(
@@ -247,12 +247,12 @@ class FloraLlamaModel(nn.Module):
         else:
             x = intermediate_tensors["hidden_states"]
             residual = intermediate_tensors["residual"]
-        select = None
+        masks = None
         if self.plan.bank:
             first = self.layers[self.start_layer]
-            select = bank.select(first.self_attn.qkv_proj, x)
+            masks = bank.masks(first.self_attn.qkv_proj, x)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
-            x, residual = layer(positions, x, residual, select)
+            x, residual = layer(positions, x, residual, masks)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": x, "residual": residual})
         return self.norm(x, residual)

@@ -7,13 +7,13 @@ JAX and vLLM live in different environments, so that the tests read files:
     exports/base/          the base, a plain Llama
     exports/<method>/      the base with an adapter, `--format transformers`, float32
     exports/bank/<name>/   an adapter alone, `--format vllm`
-    exports/expected.json  {name: {"prompts": [[id, …], …], "tokens": …, "logprobs": …}}
+    exports/expected.json  {name: {"prompts": [[id, …], …], "tokens": …, "logprobs": …, "leads": …}}
     exports/bank/expected.json
     exports/peft/          a LoRA as PEFT itself writes one, over exports/base
     exports/from_peft/     the same, `--format transformers`
 
-tokens: what Generator continues each prompt with, greedily; logprobs: of these tokens. The same
-seed gives the same files.
+tokens: what Generator continues each prompt with, greedily; logprobs: of these tokens; leads: by
+how much each is better than the next best. The same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ NEW_TOKENS = 16
 MARGIN = 5e-4
 
 
-def random_tree(shapes: Tree, seed: int, std: float) -> Tree:
+def random_tree(shapes: Tree, seed: int, std: float = 0.05) -> Tree:
     """Every leaf random, so that no part of it is silent; scales of norms around one."""
     rng = np.random.default_rng(seed)
     leaves = {
@@ -92,50 +93,73 @@ def prompts() -> list[list[int]]:
     return [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in LENGTHS]
 
 
-def expected(base: Tree, adapter: Tree | None, adapter_config: AdapterConfig | None) -> Tree | None:
-    """An entry of expected.json; None where two tokens are nearly as good somewhere."""
+def expected(
+    config: LlamaConfig,
+    base: Tree,
+    adapter: Tree | None,
+    adapter_config: AdapterConfig | None,
+    asked: Sequence[Sequence[int]],
+) -> Tree:
+    """An entry of expected.json."""
+    config = dataclasses.replace(config, eos_token_id=())  # every row as long as the others
     adapters = None if adapter is None else {"adapter": adapter}
-    generator = Generator(CONFIG, base, adapters, adapter_config, max_length=64, batch_size=3)
-    tokens = [row.tokens for row in generator.generate(prompts(), NEW_TOKENS)]
-    rows = [[*prompt, *own] for prompt, own in zip(prompts(), tokens, strict=True)]
+    generator = Generator(config, base, adapters, adapter_config, max_length=64, batch_size=3)
+    tokens = [row.tokens for row in generator.generate(asked, NEW_TOKENS)]
+    rows = [[*prompt, *own] for prompt, own in zip(asked, tokens, strict=True)]
     padded = jnp.asarray([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
     variables = {"params": base, **({} if adapter is None else {"adapter": adapter})}
-    logits = jax.jit(Llama(CONFIG, adapter_config).apply)(variables, padded)
-    logprobs = []
-    for row, n, own in zip(jax.nn.log_softmax(logits), LENGTHS, tokens, strict=True):
-        own_row = np.asarray(row)[n - 1 : n - 1 + NEW_TOKENS]
+    logits = jax.jit(Llama(config, adapter_config).apply)(variables, padded)
+    entry: Tree = {"prompts": asked, "tokens": tokens, "logprobs": [], "leads": []}
+    for row, prompt, own in zip(jax.nn.log_softmax(logits), asked, tokens, strict=True):
+        start = len(prompt) - 1
+        own_row = np.asarray(row)[start : start + NEW_TOKENS]
         assert own_row.argmax(-1).tolist() == own
         best = np.sort(own_row, axis=-1)
-        if (best[:, -1] - best[:, -2]).min() < MARGIN:
-            return None
-        logprobs.append(best[:, -1].tolist())
-    return {"prompts": prompts(), "tokens": tokens, "logprobs": logprobs}
+        entry["logprobs"].append(best[:, -1].tolist())
+        entry["leads"].append((best[:, -1] - best[:, -2]).tolist())
+    return entry
 
 
-def write_base(trained: Trained, directory: Path) -> None:
+def write_base(trained: Trained, directory: Path, dtype: str = "float32") -> None:
     """The base as an HF directory."""
     directory.mkdir()
-    tensors = dict(to_hf_tensors(CONFIG, trained.base))
+    base = jax.tree.map(lambda leaf: leaf.astype(dtype), trained.base)
+    tensors = dict(to_hf_tensors(trained.config, base))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config = {**CONFIG.to_hf(), "dtype": "float32", "torch_dtype": "float32"}
+    config = {**trained.config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
     (directory / "config.json").write_text(json.dumps(config))
     trained.tokenizer.save_pretrained(directory)
 
 
 def write_all(
-    trained: Trained, adapters: dict[str, AdapterConfig], out: Path, form: str, seed: int
-) -> dict[str, Tree]:
-    """An export of each adapter, and its entry of expected.json."""
-    answers: dict[str, Tree] = {}
+    trained: Trained,
+    adapters: dict[str, AdapterConfig],
+    out: Path,
+    form: str,
+    seed: int,
+    asked: Sequence[Sequence[int]],
+    draw: Callable[[Tree, int], Tree] = random_tree,
+    dtype: str = "float32",
+) -> None:
+    """The base's entry of expected.json, and an export of each adapter with its own. draw: an
+    adapter from its shapes and a seed."""
+    out.mkdir(exist_ok=True)
+    answers = {"base": expected(trained.config, trained.base, None, None, asked)}
     for name, adapter_config in adapters.items():
-        while name not in answers:
+        shapes = abstract_adapter(trained.config, adapter_config)
+        lead = 0.0
+        while lead < MARGIN:
             seed += 1
-            adapter = random_tree(abstract_adapter(CONFIG, adapter_config), seed, std=0.05)
-            answer = expected(trained.base, adapter, adapter_config)
-            answers |= {name: answer} if answer else {}
+            adapter = draw(shapes, seed)
+            answer = expected(trained.config, trained.base, adapter, adapter_config, asked)
+            lead = np.min(answer["leads"])
         own = dataclasses.replace(trained, adapter_config=adapter_config, adapter=adapter)
-        export(own, out / name, form)
-    return answers
+        export(own, out / name, form, dtype=dtype)
+        answers[name] = answer
+        pairs = zip(answer["tokens"], answers["base"]["tokens"], strict=True)
+        assert any(own != bare for own, bare in pairs), f"{name} answers as the base does"
+    assert np.min(answers["base"]["leads"]) >= MARGIN
+    (out / "expected.json").write_text(json.dumps(answers))
 
 
 def write_peft(out: Path) -> None:
@@ -169,17 +193,8 @@ def main(out: Path) -> None:
         fingerprint=base_fingerprint(base),
     )
     write_base(trained, out / "base")
-    bare = {"base": expected(base, None, None)}
-    for where, adapters, form, seed in (
-        (out, ADAPTERS, "transformers", 1),
-        (out / "bank", BANK, "vllm", 100),
-    ):
-        where.mkdir(exist_ok=True)
-        answers = bare | write_all(trained, adapters, where, form, seed)
-        for name in adapters:
-            pairs = zip(answers[name]["tokens"], bare["base"]["tokens"], strict=True)
-            assert all(tokens != own for tokens, own in pairs), f"{name} answers as the base does"
-        (where / "expected.json").write_text(json.dumps(answers))
+    write_all(trained, ADAPTERS, out, "transformers", 1, prompts())
+    write_all(trained, BANK, out / "bank", "vllm", 100, prompts())
     write_peft(out)
 
 

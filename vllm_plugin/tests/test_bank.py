@@ -5,7 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from conftest import bank_settings, check, expected, generate, rows
+from conftest import bank_settings, check, generate, mixed
 from safetensors.torch import load_file, save_file
 
 from flora_vllm.bank import check_adapter
@@ -19,20 +19,11 @@ KINDS = {
 }
 
 
-def mixed(exports, names):
-    """A batch of every prompt with every adapter, and what is owed for it."""
-    owed = expected(exports / "bank")
-    paths = {name: str(exports / "bank" / name) for name in names if name != "base"}
-    pairs = [(prompt, name) for prompt in range(3) for name in names]
-    asked = [[owed[name]["prompts"][i], paths.get(name)] for i, name in pairs]
-    return asked, [rows(owed[name])[i] for i, name in pairs]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixed_batch(exports, kind):
     import vllm
 
-    asked, owed = mixed(exports, KINDS[kind])
+    asked, owed = mixed(exports / "bank", KINDS[kind])
     llm = vllm.LLM(**bank_settings(exports, KINDS[kind][0], 4))
     check(generate(llm, asked), owed)
 
@@ -45,7 +36,7 @@ def test_more_adapters_than_places(exports, places):
     names = KINDS["ffba"]
     llm = vllm.LLM(**bank_settings(exports, "ffba_3", places))
     for order in (names, names[::-1]):
-        asked, owed = mixed(exports, order)
+        asked, owed = mixed(exports / "bank", order)
         check(generate(llm, asked), owed)
 
 
@@ -63,7 +54,7 @@ def test_places_that_nothing_was_written_to(exports, monkeypatch):
     monkeypatch.setattr(UnquantizedLinearMethod, "create_weights", poisoned)
     llm = vllm.LLM(**bank_settings(exports, "ffba_0", 2))
     for names in (["base"], ["base", "ffba_2"]):
-        asked, owed = mixed(exports, names)
+        asked, owed = mixed(exports / "bank", names)
         check(generate(llm, asked), owed)
 
 

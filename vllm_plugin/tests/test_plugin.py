@@ -6,22 +6,19 @@ in an environment with vLLM and this plugin; make_exports.py writes the director
 flora_jax.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from conftest import SCRIPT, bank_settings, check, expected, generate, rows, settings
-
-METHODS = ["lora", "pf_lora", "ffa", "fpa", "fpa_gelu", "parallel"]
-METHODS += ["ffba", "ffba_qg_add", "ffba_qd_add", "zflora"]
-ON_TWO = {"ffba": "ffba", "zflora": "zflora", "bank": "ffba_0"}
-
-
-def wanted(entry: dict, adapter: Path | None = None) -> list:
-    return [[prompt, adapter and str(adapter)] for prompt in entry["prompts"]]
+from conftest import (
+    METHODS,
+    bank_settings,
+    check,
+    expected,
+    generate,
+    mixed,
+    on_ranks,
+    rows,
+    settings,
+    wanted,
+)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -43,7 +40,7 @@ def test_a_lora_of_peft(exports):
     own = generate(
         vllm.LLM(**settings(exports / "base", **lora)), wanted(prompts, exports / "peft")
     )
-    check(fused, own)
+    check(fused, [(*answer, [1.0] * len(answer[0])) for answer in own])
     assert [tokens for tokens, _ in own] != prompts["tokens"]
 
 
@@ -78,32 +75,15 @@ def test_a_compiled_bank(exports, monkeypatch):
     check(generate(llm, wanted(owed["base"])), rows(owed["base"]))
 
 
-@pytest.mark.parametrize("name", ON_TWO)
-def test_tensor_parallel(exports, name):
+def test_tensor_parallel(exports):
     """Two ranks: slots, slices of z, and in a bank of two places four adapters with the base."""
-    if name == "bank":
-        names = ["ffba_0", "base", "ffba_1", "ffba_2", "ffba_3"]
-        owed = expected(exports / "bank")
-        given = bank_settings(exports, ON_TWO[name], 2)
-        paths = {own: exports / "bank" / own for own in names if own != "base"}
-        asked = [row for own in names for row in wanted(owed[own], paths.get(own))]
-        answers = [row for own in names for row in rows(owed[own])]
-    else:
-        owed = expected(exports)[name]
-        given = settings(exports / name)
-        asked = wanted(owed)
-        answers = rows(owed)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps([{**given, "tensor_parallel_size": 2}, asked])],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    found = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
-    assert found, done.stderr[-3000:]
-    check(json.loads(found[0].removeprefix("ANSWERS ")), answers)
+    owed = expected(exports)
+    asked, answers = mixed(exports / "bank", ["ffba_0", "base", "ffba_1", "ffba_2", "ffba_3"])
+    cases = [[settings(exports / name), wanted(owed[name])] for name in ("ffba", "zflora")]
+    cases.append([bank_settings(exports, "ffba_0", 2), asked])
+    found = on_ranks(cases, tensor_parallel_size=2)
+    for own, right in zip(found, [rows(owed["ffba"]), rows(owed["zflora"]), answers], strict=True):
+        check(own, right)
 
 
 @pytest.mark.parametrize("start, stop, rank", [(0, 12, 4), (6, 12, 4), (3, 9, 8)])

@@ -13,7 +13,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -26,8 +25,10 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
-from conftest import NEW_TOKENS, expected
+from conftest import NEW_TOKENS, expected, free_port
 from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.xdist_group("server")  # one for all
 
 NAMES = ["ffba_0", "ffba_1", "ffba_2", "ffba_3"]
 START_S = 600
@@ -93,12 +94,6 @@ class Server:
         """Bytes that the processes of the server hold."""
         root = psutil.Process(self.process.pid)
         return sum(own.memory_info().rss for own in (root, *root.children(recursive=True)))
-
-
-def free_port() -> int:
-    with socket.socket() as own:
-        own.bind(("127.0.0.1", 0))
-        return own.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ runs anyway. All else is transformers' own Llama. `config.flora` says what rides
 in the weights.
 """
 
+import sys
+
 import torch
 import transformers
 from torch import nn
@@ -19,8 +21,9 @@ class FusedLinear(nn.Module):
     """The projections of one input and the adapter's channels in one product:
     `[x | z] · W -> [ys | z_out]`.
 
-    forward(x, z) gives the list of ys, one for each of `widths`, and z_out, None where nothing
-    rides as outputs. It is no nn.Linear: vLLM puts a layer of its own in the place of those.
+    forward(x, z) gives the list of ys, one for each of `widths`, and z_out, without channels where
+    nothing rides as outputs. It is no nn.Linear: vLLM puts a layer of its own in the place of
+    those. There `quant_method` has it pack the weight on a CPU and leave a function `cpu_linear`.
     """
 
     def __init__(self, config, product, d_in, widths, bias):
@@ -28,38 +31,44 @@ class FusedLinear(nn.Module):
         rider = flora["products"][product]
         riding = flora["rank"] * len(rider["forward"])
         super().__init__()
-        outputs = sum(widths.values()) + riding
-        self.weight = nn.Parameter(torch.empty(outputs, d_in + rider["backward"]))
-        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.in_features = d_in + rider["backward"]
+        self.out_features = sum(widths.values()) + riding
+        self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features))
+        self.bias = nn.Parameter(torch.empty(self.out_features)) if bias else None
         self.rider = rider
         self.rank = flora["rank"]
-        self.names = list(widths)
         self.sizes = [*widths.values(), riding]
-        self.act = (
-            nn.Identity() if flora["activation"] == "identity" else ACT2FN[flora["activation"]]
-        )
+        self.pieces = [self.rank] * len(rider["forward"])
+        self.act = None if flora["activation"] == "identity" else ACT2FN[flora["activation"]]
         self.B = nn.ModuleDict(
             {name: nn.Linear(self.rank, widths[name], bias=False) for name in rider["matrix"]}
         )
+        # What is added to projections: to which, which piece (None: the sum of those that came in),
+        # and through which matrix (None: it is repeated).
+        place = {name: i for i, name in enumerate(widths)}
+        piece = {name: i for i, name in enumerate(rider["forward"])}
+        self.adds = [(place[name], piece[name], name) for name in rider["matrix"]]
+        self.adds += [(place[name], piece.get(name), None) for name in rider["repeat"]]
+        layers = sys.modules.get("vllm.model_executor.layers.linear")
+        if layers is not None:
+            self.quant_method = layers.UnquantizedLinearMethod()
 
     def extra_repr(self):
-        outputs, inputs = self.weight.shape
-        return f"in_features={inputs}, out_features={outputs}, bias={self.bias is not None}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}"
 
     def forward(self, x, z=None):
         x = torch.cat([x, z], -1) if self.rider["backward"] else x
-        y = nn.functional.linear(x, self.weight, self.bias)
-        if not self.rider["forward"] and not self.rider["repeat"]:
-            return list(y.split(self.sizes[:-1], -1)), None
-        *ys, out = y.split(self.sizes, -1)
-        out = self.act(out)
-        own = dict(zip(self.rider["forward"], out.split(self.rank, -1), strict=False))
-        for i, name in enumerate(self.names):
-            if name in self.B:
-                ys[i] = ys[i] + self.B[name](own[name])
-            if name in self.rider["repeat"]:  # a piece of its own, or the sum of those that came in
-                piece = own[name] if name in own else z.unflatten(-1, (-1, self.rank)).sum(-2)
-                ys[i] = repeat_and_add(ys[i], piece)
+        linear = getattr(self, "cpu_linear", nn.functional.linear)
+        *ys, out = linear(x, self.weight, self.bias).split_with_sizes(self.sizes, -1)
+        out = out if self.act is None else self.act(out)
+        pieces = out.split_with_sizes(self.pieces, -1) if self.adds and self.pieces else ()
+        for at, i, name in self.adds:
+            piece = z.unflatten(-1, (-1, self.rank)).sum(-2) if i is None else pieces[i]
+            if name is None:
+                ys[at] = repeat_and_add(ys[at], piece)
+            else:
+                ys[at] = ys[at] + self.B[name](piece)
         return ys, out
 
 

@@ -1,0 +1,97 @@
+"""What the slow tests in vLLM need beside the output of make_exports.py.
+
+    python vllm_plugin/tests/make_slow_exports.py --out exports/slow
+
+    exports/slow/float32/   SmolLM2-135M: base/, <method>/, bank/ and expected.json as
+                            make_exports.py writes them
+    exports/slow/bfloat16/  the same, base and adapters rounded to bfloat16
+    exports/slow/heads/     the tiny model with one head of keys and values, fewer than two ranks
+
+What is expected of bfloat16 our model computed in float32, from the rounded weights, so that all
+that vLLM rounds is seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from make_exports import BANK, CONFIG, SIZES, Tree, prompts, random_tree, write_all, write_base
+
+from flora_jax.adapters import AdapterConfig
+from flora_jax.interop.formats import Trained
+from flora_jax.models.adapted import base_fingerprint
+from flora_jax.models.llama import abstract_base
+from flora_jax.models.loading import load_pretrained
+from flora_jax.models.tokenizer import load_tokenizer
+
+SMOLLM2 = "smollm2-135m-instruct"
+TEXTS = (
+    "The capital of France is",
+    "Ann has 17 apples and gives 5 of them away. How many are left?",
+    "Water boils at a lower temperature on a high mountain, because the pressure of the air is",
+)
+# fft and parallel (fpa by another name) bring nothing new; of bfloat16 one of each layout.
+METHODS = {
+    "float32": ("lora", "pf_lora", "ffa", "fpa", "ffba", "ffba_qg_add", "ffba_qd_add", "zflora"),
+    "bfloat16": ("pf_lora", "ffba", "zflora"),
+    "heads": ("ffba", "ffba_qd_add", "zflora"),
+}
+SMOLLM2_BANK = {name: BANK[name] for name in ("ffba_0", "ffba_1", "ffba_2")}
+
+
+def rounded(tree: Tree, dtype: str) -> Tree:
+    """The same with every leaf rounded, in float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype).astype("float32"), tree)
+
+
+def write(
+    trained: Trained,
+    names: Sequence[str],
+    out: Path,
+    asked: Sequence[Sequence[int]],
+    std: float,
+    dtype: str = "float32",
+) -> None:
+    """A base, exports of methods over it, and a bank."""
+
+    def draw(shapes: Tree, seed: int) -> Tree:
+        return rounded(random_tree(shapes, seed, std), dtype)
+
+    base = rounded(trained.base, dtype)
+    trained = dataclasses.replace(trained, base=base, fingerprint=base_fingerprint(base))
+    out.mkdir(parents=True)
+    write_base(trained, out / "base", dtype)
+    adapters = {name: AdapterConfig(name, **SIZES) for name in names}
+    write_all(trained, adapters, out, "transformers", 1, asked, draw, dtype)
+    write_all(trained, SMOLLM2_BANK, out / "bank", "vllm", 100, asked, draw, dtype)
+
+
+def main(out: Path) -> None:
+    """The command."""
+    config, base = load_pretrained(SMOLLM2)
+    parts = {"tokenizer": load_tokenizer(SMOLLM2), "base_model": SMOLLM2, "fingerprint": ""}
+    trained = Trained(config=config, base=base, **parts)
+    asked = [trained.tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
+    for dtype in ("float32", "bfloat16"):
+        # Larger ones turn the model's answers into noise.
+        write(trained, METHODS[dtype], out / dtype, asked, std=0.02, dtype=dtype)
+    tiny = dataclasses.replace(CONFIG, num_key_value_heads=1)
+    base = random_tree(abstract_base(tiny), seed=1, std=0.16)
+    parts = {"tokenizer": load_tokenizer("tiny"), "base_model": "base", "fingerprint": ""}
+    write(
+        Trained(config=tiny, base=base, **parts),
+        METHODS["heads"],
+        out / "heads",
+        prompts(),
+        std=0.05,
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="a directory that is not there yet")
+    main(parser.parse_args().out)
