@@ -19,7 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from make_exports import BANK, CONFIG, SIZES, Tree, prompts, random_tree, write_all, write_base
+from make_exports import (
+    BANK,
+    CONFIG,
+    SIZES,
+    Tree,
+    expected,
+    prompts,
+    random_tree,
+    write_all,
+    write_base,
+)
 
 from flora_jax.adapters import AdapterConfig
 from flora_jax.interop.formats import Trained
@@ -34,13 +44,13 @@ TEXTS = (
     "Ann has 17 apples and gives 5 of them away. How many are left?",
     "Water boils at a lower temperature on a high mountain, because the pressure of the air is",
 )
-# fft and parallel (fpa by another name) bring nothing new; of bfloat16 one of each layout.
+# One of each layout.
 METHODS = {
-    "float32": ("lora", "pf_lora", "ffa", "fpa", "ffba", "ffba_qg_add", "ffba_qd_add", "zflora"),
+    "float32": ("pf_lora", "fpa", "ffba", "ffba_qd_add", "zflora"),
     "bfloat16": ("pf_lora", "ffba", "zflora"),
     "heads": ("ffba", "ffba_qd_add", "zflora"),
 }
-SMOLLM2_BANK = {name: BANK[name] for name in ("ffba_0", "ffba_1", "ffba_2")}
+IN_BANK = ("ffba_0", "ffba_1", "ffba_2")
 
 
 def rounded(tree: Tree, dtype: str) -> Tree:
@@ -66,19 +76,22 @@ def write(
     out.mkdir(parents=True)
     write_base(trained, out / "base", dtype)
     adapters = {name: AdapterConfig(name, **SIZES) for name in names}
-    write_all(trained, adapters, out, "transformers", 1, asked, draw, dtype)
-    write_all(trained, SMOLLM2_BANK, out / "bank", "vllm", 100, asked, draw, dtype)
+    bare = expected(trained.config, base, None, None, asked)
+    write_all(trained, adapters, out, "transformers", 1, bare, draw, dtype)
+    bank = {name: BANK[name] for name in IN_BANK}
+    write_all(trained, bank, out / "bank", "vllm", 100, bare, draw, dtype)
 
 
 def main(out: Path) -> None:
     """The command."""
+    jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compiling
     config, base = load_pretrained(SMOLLM2)
     parts = {"tokenizer": load_tokenizer(SMOLLM2), "base_model": SMOLLM2, "fingerprint": ""}
     trained = Trained(config=config, base=base, **parts)
     asked = [trained.tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
     for dtype in ("float32", "bfloat16"):
         # Larger ones turn the model's answers into noise.
-        write(trained, METHODS[dtype], out / dtype, asked, std=0.02, dtype=dtype)
+        write(trained, METHODS[dtype], out / dtype, asked, std=0.03, dtype=dtype)
     tiny = dataclasses.replace(CONFIG, num_key_value_heads=1)
     base = random_tree(abstract_base(tiny), seed=1, std=0.16)
     parts = {"tokenizer": load_tokenizer("tiny"), "base_model": "base", "fingerprint": ""}
