@@ -77,7 +77,7 @@ NEW_TOKENS = 16
 MARGIN = 5e-4
 
 
-def random_tree(shapes: Tree, seed: int, std: float = 0.05) -> Tree:
+def random_tree(shapes: Tree, seed: int, std: float) -> Tree:
     """Every leaf random, so that no part of it is silent; scales of norms around one."""
     rng = np.random.default_rng(seed)
     leaves = {
@@ -85,6 +85,11 @@ def random_tree(shapes: Tree, seed: int, std: float = 0.05) -> Tree:
         for path, x in flatten_dict(shapes, sep="/").items()
     }
     return unflatten_dict(leaves, sep="/")
+
+
+def random_adapter(name: str, shapes: Tree, seed: int) -> Tree:
+    """An adapter, whatever it is called."""
+    return random_tree(shapes, seed, std=0.05)
 
 
 def prompts() -> list[list[int]]:
@@ -138,11 +143,11 @@ def write_all(
     form: str,
     seed: int,
     bare: Tree,
-    draw: Callable[[Tree, int], Tree] = random_tree,
+    draw: Callable[[str, Tree, int], Tree] = random_adapter,
     dtype: str = "float32",
 ) -> None:
     """An export of each adapter, and expected.json. bare: the base's entry there; draw: an adapter
-    from its shapes and a seed."""
+    by its name, from its shapes and a seed."""
     out.mkdir(exist_ok=True)
     answers = {"base": bare}
     for name, adapter_config in adapters.items():
@@ -150,7 +155,7 @@ def write_all(
         lead = 0.0
         while lead < MARGIN:
             seed += 1
-            adapter = draw(shapes, seed)
+            adapter = draw(name, shapes, seed)
             answer = expected(
                 trained.config, trained.base, adapter, adapter_config, bare["prompts"]
             )

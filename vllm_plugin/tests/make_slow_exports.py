@@ -68,8 +68,10 @@ def write(
 ) -> None:
     """A base, exports of methods over it, and a bank."""
 
-    def draw(shapes: Tree, seed: int) -> Tree:
-        return rounded(random_tree(shapes, seed, std), dtype)
+    def draw(name: str, shapes: Tree, seed: int) -> Tree:
+        # what rides in the stream grows from layer to layer
+        own = std / 10 if name == "zflora" else std
+        return rounded(random_tree(shapes, seed, own), dtype)
 
     base = rounded(trained.base, dtype)
     trained = dataclasses.replace(trained, base=base, fingerprint=base_fingerprint(base))
