@@ -23,6 +23,7 @@ RUNTIME = [
     "orbax-checkpoint>=0.12",
     # what the card of a model on the hub is written in; its errors are ours to catch
     "pyyaml>=6.0",
+    "qwix>=0.1.8",
     "rouge-score>=0.1.2",
     "safetensors>=0.6",
     "tensorboardX>=2.6",

@@ -16,7 +16,7 @@ from flora_jax.errors import (
     path_flag,
     require,
 )
-from flora_jax.models.config import DTYPES
+from flora_jax.models.config import DTYPES, QUANTIZATIONS
 
 Flags = Mapping[str, Mapping[str, Any]]
 
@@ -26,6 +26,11 @@ MODEL = {
     "adapter": dict(type=path_flag, help="adapter directory"),
 }
 DTYPE = {"dtype": dict(choices=DTYPES, default="float32")}
+QUANTIZATION = {
+    "quantization": dict(
+        choices=QUANTIZATIONS, default="none", help="what the base's kernels are kept in"
+    )
+}
 RESULT = {"out": dict(type=path_flag, help="result file, JSON")}
 
 

@@ -26,7 +26,7 @@ from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.data import Task, expand, get_task
 from flora_jax.data.encode import STYLES
 from flora_jax.errors import UserError, near_misses, require, require_known, split_names
-from flora_jax.models.config import DTYPES, PRESETS, LlamaConfig
+from flora_jax.models.config import DTYPES, PRESETS, QUANTIZATIONS, LlamaConfig
 from flora_jax.models.llama import REMAT_POLICIES
 
 # What a model preset changes in the base configuration: the Llamas are for GPUs, where bfloat16 is
@@ -40,6 +40,7 @@ PRESET_SETTINGS: dict[str, dict[str, Any]] = {
 CHOICES: dict[str, Collection[str]] = {
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
+    "model.quantization": QUANTIZATIONS,
     "model.remat": tuple(REMAT_POLICIES),
     "data.prompt_style": STYLES,
     "data.loss_on": ("answer", "all"),
@@ -135,6 +136,8 @@ def _model(preset: str) -> dict[str, Any]:
         # dtype the frozen base is stored in; what trains is always float32
         "param_dtype": "float32",
         "dtype": "float32",  # dtype of compute; norms, softmax, logits and loss stay float32
+        # what the kernels of the frozen base are kept in: none (floats), int8, fp8 or nf4
+        "quantization": "none",
         # What a layer keeps for the backward pass: products (what its four products give; to
         # compute the rest again is faster than to store it, on a CPU), full (nothing), none (all).
         "remat": "products",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flora_jax.commands import DTYPE, MODEL, RESULT, read_flags
+from flora_jax.commands import DTYPE, MODEL, QUANTIZATION, RESULT, read_flags
 from flora_jax.errors import run_command
 
 FLAGS = {
@@ -35,6 +35,7 @@ FLAGS = {
         "and for a JSONL file at least its longest answer's",
     ),
     **DTYPE,
+    **QUANTIZATION,
     "seed": dict(type=int, default=0, help="draws the few-shot examples"),
     "allow_contaminated": dict(
         action="store_true",
@@ -58,11 +59,12 @@ def main(argv: list[str]) -> None:
     trained_on = read_trained_on(args.adapter) if args.adapter else None
     seen = check_seen(request.tasks, trained_on, args.allow_contaminated)
     keep_programs()
-    model = load_adapted(args.model, args.adapter, args.dtype)
+    model = load_adapted(args.model, args.adapter, args.dtype, args.quantization)
     about = {
         "model": args.model,
         "adapter": args.adapter,
         "base_fingerprint": model.fingerprint,
+        "quantization": args.quantization,
         "seed": args.seed,
         "limit": args.limit,
         "generator": request.generator,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from flora_jax.adapters import quantization_of
 from flora_jax.config import (
     check_config,
     generator_settings,
@@ -131,6 +132,7 @@ def _write_adapter(result: Result, config: ml_collections.ConfigDict, directory:
             base_model=base_name(weights_source(config)),
             fingerprint=result.run.fingerprint,
             trained_on=trained_on,
+            quantization=quantization_of(result.run.frozen.get("params", {})),
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from flora_jax.commands import DTYPE, MODEL, check_positive, read_flags
+from flora_jax.commands import DTYPE, MODEL, QUANTIZATION, check_positive, read_flags
 from flora_jax.errors import check_text, require, run_command
 from flora_jax.files import keep_programs
 
@@ -23,6 +23,7 @@ FLAGS = {
     "seed": dict(type=int, default=0),
     "stream": dict(action="store_true", help="print the text as it comes"),
     **DTYPE,
+    **QUANTIZATION,
 }
 
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     _check(args)
     keep_programs()
-    model = load_adapted(args.model, args.adapter, args.dtype)
+    model = load_adapted(args.model, args.adapter, args.dtype, args.quantization)
     style = "chat" if args.chat else "plain"
     prompt = encode_prompt([Message("user", args.prompt)], model.tokenizer, style)
     generator = Generator.of(model, args.max_length, batch_size=1)

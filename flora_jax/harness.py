@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from flora_jax.commands import DTYPE, MODEL, RESULT, check_result, read_flags
+from flora_jax.commands import DTYPE, MODEL, QUANTIZATION, RESULT, check_result, read_flags
 from flora_jax.errors import path_flag, require, run_command, split_names
 
 FLAGS = {
@@ -24,6 +24,7 @@ FLAGS = {
     "batch_size": dict(type=int, default=16),
     "max_length": dict(type=int, help="tokens read at once; default the model's positions"),
     **DTYPE,
+    **QUANTIZATION,
     **RESULT,
 }
 
@@ -49,14 +50,19 @@ def main(argv: list[str]) -> None:
 
     tasks = load_harness_tasks(split_names(args.tasks), args.include_path)
     keep_programs()
-    model = load_adapted(args.model, args.adapter, args.dtype)
+    model = load_adapted(args.model, args.adapter, args.dtype, args.quantization)
     result = evaluate_harness(
         HarnessLM(model, batch_size=args.batch_size, max_length=args.max_length),
         tasks,
         num_fewshot=args.num_fewshot,
         limit=args.limit,
         apply_chat_template=args.apply_chat_template,
-        about={"model": args.model, "adapter": args.adapter, "base_fingerprint": model.fingerprint},
+        about={
+            "model": args.model,
+            "adapter": args.adapter,
+            "base_fingerprint": model.fingerprint,
+            "quantization": args.quantization,
+        },
     )
     if args.out:
         write_result(Path(args.out), result, f"--out {args.out}")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flora_jax.adapters.config import AdapterConfig
 from flora_jax.adapters.leaves import Tree, check_adapter, check_base
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, Method
+from flora_jax.adapters.quantized import dequantize_base
 from flora_jax.errors import UserError, require
 
 
@@ -103,8 +104,8 @@ def merge(base: Tree, adapter: Tree, config: Any, adapter_config: AdapterConfig)
     base, adapter: the `params` and `adapter` trees, leaves stacked `[L, …]`. lora and pf_lora:
     `W + s A B`; ffa: `W + s rep(A)`; a piece of A `[L, d_in, r]`, B `[L, r, d_out]`. Sums are taken
     in float32 and cast once to the kernel's dtype; leaves without an adapter are passed on as they
-    are. Raises UserError (a ValueError) for a method that is no change of W, and for an adapter of
-    another configuration.
+    are, those of a quantised base as what its codes stand for. Raises UserError (a ValueError) for
+    a method that is no change of W, and for an adapter of another configuration.
     """
     row = adapter_config.row
     if not row.mergeable:
@@ -115,6 +116,7 @@ def merge(base: Tree, adapter: Tree, config: Any, adapter_config: AdapterConfig)
         )
     check_base(base, config)
     check_adapter(adapter, config, adapter_config)
+    base = dequantize_base(base)
     layers = dict(base["layers"])
     for block, products in BLOCKS.items():
         layers[block] = dict(layers[block])

@@ -26,6 +26,7 @@ from flora_jax.adapters.forms import folded
 from flora_jax.adapters.layouts import FUSED, Layout
 from flora_jax.adapters.leaves import Tree, check_adapter, check_base, check_fused, pad_first_layer
 from flora_jax.adapters.methods import BLOCKS, PRODUCTS
+from flora_jax.adapters.quantized import Quantized, Scaled, join
 from flora_jax.errors import UserError, require
 
 
@@ -109,11 +110,13 @@ def fuse(
 
     base, adapter: trees in the split layout; of a sequence of N adapters, all of `adapter_config`,
     a bank is made (then `apply` needs `select`). `{}` or None, with `adapter_config` None or fft:
-    the bare base with merged projections. Arrays are in the base's dtype. layout: a fused one, such
-    as `device_layout()`; changes: fields of it by name, `row_multiple=128`, `fold_adds=True` or
-    `transposed=True`. The tree says itself how it lies (`Layout.of`); `split` does not take one
-    whose adds are folded. Raises UserError for trees that do not fit, a tensor-parallel base, and
-    fold_adds of a method without adds beside a path around the block.
+    the bare base with merged projections. Arrays are in the base's dtype; of a quantised base
+    (int8, fp8; nf4 as int8) they are codes, the adapter's columns and rows among them. layout: a
+    fused one, such as `device_layout()`; changes: fields of it by name, `row_multiple=128`,
+    `fold_adds=True` or `transposed=True`. The tree says itself how it lies (`Layout.of`); `split`
+    does not take one that is quantised or whose adds are folded. Raises UserError for trees that do
+    not fit, a tensor-parallel base, and fold_adds of a quantised base or of a method without adds
+    beside a path around the block.
     """
     layout = dataclasses.replace(layout, **changes)
     layers = dict(fused_layers(base, adapter, config, adapter_config, layout))
@@ -151,7 +154,15 @@ def fused_layers(
     _check_given(adapters, adapter_config)
     for one in adapters:
         check_adapter(one, config, adapter_config)
+    kernel = base["layers"]["attention"]["qkv"]["q_kernel"]
+    if dtype is None:
+        floats = base["embed_tokens"]["embedding"] if isinstance(kernel, Quantized) else kernel
+        dtype = floats.dtype
     if layout.fold_adds:
+        require(
+            not isinstance(kernel, Quantized),
+            "fold_adds changes the base, and this one is quantised; serve it without",
+        )
         require(
             len(adapters) == 1,
             f"fold_adds takes one adapter, {len(adapters)} were given: it changes the base",
@@ -188,9 +199,10 @@ def _joined(
 ) -> Tree:
     """One layer's product as one array of `shape`, from the base's leaves and the parts of all
     adapters."""
-    first = next(iter(leaves.values()))
-    dtype = first.dtype if dtype is None else dtype
+    first = leaves[f"{PRODUCTS[product][0]}_kernel"]
     xp = np if isinstance(first, np.ndarray) else jnp
+    if isinstance(first, Quantized):
+        return _joined_quantized(leaves, parts, product, shape, dtype)
     leaves = {name: leaf.astype(dtype, copy=False) for name, leaf in leaves.items()}
     by_name = {
         name: [xp.asarray(part[name], dtype) for part in parts]
@@ -206,10 +218,34 @@ def _joined(
     return out
 
 
-def _pad_to(array: jax.Array, shape: Sequence[int]) -> jax.Array:
+def _joined_quantized(
+    leaves: Tree, parts: list[Tree], product: str, shape: tuple[int, int], dtype: Any
+) -> Tree:
+    """The same of a quantised base: the adapter's columns and rows become codes, a B of its own
+    stays float, and so does a bias."""
+    kernel = join([leaves[f"{p}_kernel"] for p in PRODUCTS[product]])
+    d_in, d_out = kernel.shape
+    out = {"kernel": kernel.padded(*shape)}
+    for name in parts[0] if parts else ():
+        values = [part[name] for part in parts]
+        if name == "columns":
+            out["kernel"] = out["kernel"].with_columns(jnp.concatenate(values, axis=1), d_out)
+        elif name == "rows":
+            out["kernel"] = out["kernel"].with_rows(jnp.concatenate(values), d_in)
+        else:
+            out[name] = jnp.concatenate(values).astype(dtype)
+    if f"{PRODUCTS[product][0]}_bias" in leaves:
+        biases = [leaves[f"{p}_bias"] for p in PRODUCTS[product]]
+        out["bias"] = jnp.concatenate(biases).astype(dtype)
+    return out
+
+
+def _pad_to(array: jax.Array | Scaled, shape: Sequence[int]) -> jax.Array | Scaled:
     """`array` with zeros behind it up to `shape`."""
     if array.shape == tuple(shape):
         return array
+    if isinstance(array, Scaled):
+        return array.padded(*shape)
     xp = np if isinstance(array, np.ndarray) else jnp
     return xp.pad(array, [(0, to - n) for n, to in zip(array.shape, shape, strict=True)])
 
@@ -245,15 +281,16 @@ def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: i
     bare = dataclasses.replace(layout, adapters=0, rank=0)
     roomy = dataclasses.replace(layout, adapters=places, rank=adapter_config.rank)
     stream = roomy.stream(config.hidden_size, adapter_config)
+    dtype = fused["embed_tokens"]["embedding"].dtype
 
     def product(name: str, leaves: Tree) -> Tree:
         leaves = layout.turned(leaves)
         d_in, d_out = bare.fused_shape(config.widths, None, name)
-        kernel = leaves["kernel"][:d_in, :d_out]
+        kernel = _base_part(leaves["kernel"], d_in, d_out)
         out = {"kernel": _pad_to(kernel, roomy.fused_shape(config.widths, adapter_config, name))}
         for p in adapter_config.slots[name].matrix:
             shape = (places * adapter_config.rank, config.widths[p][1])
-            out[f"{p}_B"] = jnp.zeros(shape, kernel.dtype)
+            out[f"{p}_B"] = jnp.zeros(shape, dtype)
         if "bias" in leaves:
             out["bias"] = leaves["bias"]
         return layout.turned(out)
@@ -273,6 +310,13 @@ def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: i
     return roomy.mark({**fused, "layers": {i: layer(one) for i, one in fused["layers"].items()}})
 
 
+def _base_part(kernel: jax.Array | Scaled, rows: int, columns: int) -> jax.Array | Scaled:
+    """What of a fused array is the base's."""
+    if isinstance(kernel, Scaled):
+        return kernel.corner(rows, columns).replace(factor=None)
+    return kernel[:rows, :columns]
+
+
 def split(
     fused: Tree, config: Any, adapter_config: AdapterConfig | None, place: int = 0
 ) -> tuple[Tree, Tree]:
@@ -288,6 +332,11 @@ def split(
         "out again",
     )
     layout = check_fused(fused, config, adapter_config)
+    kernel = fused["layers"]["0"]["attention"]["qkv"][layout.matrix]
+    require(
+        not isinstance(kernel, Scaled),
+        "split takes no quantised tree, in which the adapter has been rounded; keep the split one",
+    )
     require(
         0 <= place < max(1, layout.adapters),
         f"place={place} must be from 0 to {layout.adapters - 1}: the tree has "
@@ -392,6 +441,13 @@ def _write_part(
     if path == "rows":
         name = layout.matrix
         start = (d_in + place * value.shape[0], 0)
+    if isinstance(leaves[name], Scaled):
+        row, column = start
+        if path == "columns":
+            leaves[name] = leaves[name].with_columns(value, column)
+        else:
+            leaves[name] = leaves[name].with_rows(value, row)
+        return
     value = value.astype(leaves[name].dtype)
     if layout.transposed:
         value, start = value.T, start[::-1]

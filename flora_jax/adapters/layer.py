@@ -44,6 +44,7 @@ from flora_jax.adapters.products import (
     multiply_transposed,
     repeat_and_add,
 )
+from flora_jax.adapters.quantized import Quantized, Scaled, multiply_quantized
 from flora_jax.errors import require
 
 # The name under which jax.checkpoint knows what a FusedDense gives, adapter and all.
@@ -88,6 +89,13 @@ def adapt(
             y = repeat_and_add(y, own.get(name, incoming).sum(-2))
         out.append(y)
     return out
+
+
+def _times_base(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
+    """`x W` in x's dtype."""
+    if isinstance(kernel, Quantized):
+        return multiply_quantized(x, kernel)
+    return x @ kernel.astype(x.dtype)
 
 
 class FusedDense(nn.Module):
@@ -144,13 +152,11 @@ class FusedDense(nn.Module):
     ) -> tuple[list[jax.Array], jax.Array | None]:
         """The product over base kernels and adapter leaves apart."""
         declared = product_leaves(self.widths, self.product, self.use_bias)
-        base = {
-            name: self.param(name, leaf.init, leaf.shape, self.param_dtype).astype(x.dtype)
-            for name, leaf in declared.items()
-        }
-        ys = [x @ base[f"{name}_kernel"] for name in self.names]
+        base = {name: self._base_leaf(name, leaf) for name, leaf in declared.items()}
+        ys = [_times_base(x, base[f"{name}_kernel"]) for name in self.names]
         if self.use_bias:
-            ys = [y + base[f"{name}_bias"] for name, y in zip(self.names, ys, strict=True)]
+            biases = [base[f"{name}_bias"].astype(x.dtype) for name in self.names]
+            ys = [y + bias for y, bias in zip(ys, biases, strict=True)]
         if self.adapter is None:
             return ys, None
         adapter = self.adapter
@@ -165,6 +171,13 @@ class FusedDense(nn.Module):
             z_out = checkpoint_name(adapter.scale * ACTIVATIONS[adapter.activation](read), SAVED)
             own = own_pieces(z_out, slot.forward, adapter.rank)
         return adapt(ys, self.names, slot, leaves, own, self.incoming(z), expand), z_out
+
+    def _base_leaf(self, name: str, leaf: Leaf) -> jax.Array | Quantized:
+        value = self.get_variable("params", name)
+        # which `param` would take for a leaf of another shape
+        if isinstance(value, Quantized):
+            return value
+        return self.param(name, leaf.init, leaf.shape, self.param_dtype)
 
     def _leaf(self, name: str, leaf: Leaf) -> jax.Array:
         def init() -> jax.Array:
@@ -223,9 +236,9 @@ class FusedDense(nn.Module):
         filled, columns = kernel.shape[::-1] if self.layout.transposed else kernel.shape
         if filled > rows:
             if not self.layout.transposed and is_sum(x, rows * columns):
-                kernel = kernel[
-                    :rows
-                ]  # GEMMs want rows in blocks; a sum over more rows might be written out
+                # GEMMs want rows in blocks; a sum over more rows might be written out
+                quantised = isinstance(kernel, Scaled)
+                kernel = kernel.corner(rows, columns) if quantised else kernel[:rows]
             else:
                 inputs.append(jnp.zeros((*x.shape[:-1], filled - rows), x.dtype))
         return self.times(jnp.concatenate(inputs, axis=-1) if len(inputs) > 1 else x, kernel)

@@ -6,10 +6,13 @@ B, T as everywhere; r channels a piece; d_in, d_out a product's input and output
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from flora_jax.adapters.quantized import Scaled
 
 _COPIES = 64  # operands of one concatenation
 # Weights that one token's product has at the most where XLA for a GPU makes a sum of it.
@@ -77,7 +80,7 @@ def is_sum(x: jax.Array, weights: int) -> bool:
     return x.size == x.shape[-1] and weights <= _SUMMED
 
 
-def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def multiply(x: jax.Array, kernel: jax.Array | Scaled) -> jax.Array:
     """`x W` in x's dtype, x `[..., d_in]`, kernel `[d_in, d_out]`; where XLA for a GPU makes a sum
     of it, in float32.
 
@@ -85,11 +88,23 @@ def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
     all out before it adds them up: a tenth of the bytes that a Llama-3.2-1B moves at batch 1
     (experiments/results/launches_tried.md).
     """
+    if isinstance(kernel, Scaled):
+        return _multiply_scaled(multiply, x, kernel)
     dtype = jnp.float32 if is_sum(x, kernel.size) else None
     return jnp.matmul(x, kernel, preferred_element_type=dtype).astype(x.dtype)
 
 
-def multiply_transposed(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
+def _multiply_scaled(
+    times: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: Scaled
+) -> jax.Array:
+    """`((x · factor) codes) · scale` in x's dtype, the product by `times`."""
+    if kernel.factor is not None:
+        x = x * kernel.factor.astype(x.dtype)
+    y = times(x, kernel.codes.astype(x.dtype))
+    return (y * kernel.scale).astype(x.dtype)
+
+
+def multiply_transposed(x: jax.Array, weight: jax.Array | Scaled, dtype: Any = None) -> jax.Array:
     """`x Wᵀ` in `dtype` (default x's), x `[..., d_in]`, weight `[d_out, d_in]`; for few rows
     computed as `(W xᵀ)ᵀ`.
 
@@ -98,6 +113,8 @@ def multiply_transposed(x: jax.Array, weight: jax.Array, dtype: Any = None) -> j
     keeps XLA from turning the product round. With the hundreds of rows of a prefill it is not
     reading that takes the time, and the transposing only costs.
     """
+    if isinstance(weight, Scaled):
+        return _multiply_scaled(multiply_transposed, x, weight)
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > _FEW_ROWS:
         return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)

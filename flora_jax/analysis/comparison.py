@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import AdapterConfig, Tree, device_layout
+from flora_jax.adapters import AdapterConfig, Tree, device_layout, quantization_format
 from flora_jax.analysis.timing import (
     Contestant,
     Programs,
@@ -123,7 +123,8 @@ def build(
         if adapter_config is None
         else random_adapter(jax.random.key(1), config, adapter_config)
     )
-    model, params = serve(name, base, config, adapter_config, adapter, device_layout())
+    layout = device_layout(quantization_format(base) != "none")
+    model, params = serve(name, base, config, adapter_config, adapter, layout)
     return model, jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), params
     )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from flora_jax.adapters import AdapterConfig
+from flora_jax.adapters import AdapterConfig, quantize_base
 from flora_jax.analysis import comparison, timing
 from flora_jax.analysis.comparison import Measurement, Size
 from flora_jax.analysis.results import NONE, cell, provenance, spread, table, versions
@@ -62,7 +62,8 @@ def run(args: Namespace, argv: list[str]) -> str:
         check_peer()
         packages = PACKAGES
     keep_programs()
-    sizes = comparison.sizes(asked.config, abstract_base(asked.config, args.dtype), asked.adapters)
+    base = abstract_base(asked.config, args.dtype, args.quantization)
+    sizes = comparison.sizes(asked.config, base, asked.adapters)
     result: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "provenance": provenance("flora_jax.latency", argv, packages),
@@ -110,6 +111,11 @@ def _check_numbers(args: Namespace) -> None:
         args.prefill_rounds is None or 1 <= args.prefill_rounds <= args.rounds,
         f"--prefill_rounds {args.prefill_rounds} must be from 1 to --rounds {args.rounds}",
     )
+    require(
+        not args.peer or args.quantization == "none",
+        f"--quantization {args.quantization} does not go with --peer {args.peer}, whose base is "
+        "floats; leave one out",
+    )
     if args.turn_tokens is None:
         return
     require(
@@ -134,9 +140,9 @@ def _check_out(out: Path, arguments: dict[str, Any]) -> None:
         f"--out {out} is not empty and has no {RESULT}; name a new or empty directory",
     )
     before = read_json(out / RESULT).get("arguments") or {}
-    # results older than that flag have no such argument
+    # results older than these flags have no such arguments
     require(
-        {"turn_tokens": None} | before == arguments,
+        {"turn_tokens": None, "quantization": "none"} | before == arguments,
         f"--out {out} holds the result of another command; name a new or empty directory",
     )
 
@@ -178,8 +184,8 @@ def _check_settings(args: Namespace, config: LlamaConfig, settings: list[Setting
         f"--prompt_lengths {longest} with --new_tokens {args.new_tokens} are more than the "
         f"model's max_position_embeddings={config.max_position_embeddings}; lower one",
     )
-    numbers = sum(leaf.size for leaf in jax.tree.leaves(abstract_base(config)))
-    weights = numbers * jnp.dtype(args.dtype).itemsize
+    leaves = jax.tree.leaves(abstract_base(config, args.dtype, args.quantization))
+    weights = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
     for setting in settings:
         slots = bucket(setting.prompt_length) + args.new_tokens
         check_fits(config, setting.batch_size, slots, weights, args.dtype)
@@ -235,8 +241,9 @@ def _measure(args: Namespace, asked: Asked, sizes: Sizes, result: dict[str, Any]
 def _weights(args: Namespace, config: LlamaConfig) -> dict[str, Any]:
     """The base in the split layout."""
     if args.model == "random":
-        return init_base(jax.random.key(0), config, args.dtype)
-    return load_pretrained(args.model, args.dtype)[1]
+        base = init_base(jax.random.key(0), config, args.dtype)
+        return quantize_base(base, args.quantization)
+    return load_pretrained(args.model, args.dtype, quantization=args.quantization)[1]
 
 
 def _peer(
@@ -300,13 +307,16 @@ def markdown(result: dict[str, Any]) -> str:
 def _how(arguments: dict[str, Any], memory: dict[str, Any]) -> str:
     """How the times were taken, and what the columns mean."""
     weights = " at random" if arguments["model"] == "random" else ""
+    quantization = arguments.get("quantization", "none")
+    codes = "" if quantization == "none" else f", kernels in {quantization}"
     ranks = "all at the rank of"
     if arguments["equal_parameters"]:
         ranks = "each method at the rank nearest to"
     turn = f", {arguments['turn_tokens']} at a turn" if arguments.get("turn_tokens") else ""
     readers = f"{memory['threads']} threads" if memory["threads"] else "the device"
     return (
-        f"{arguments['preset'] or arguments['model']}{weights}, {arguments['dtype']}; {ranks} ffba "
+        f"{arguments['preset'] or arguments['model']}{weights}, {arguments['dtype']}{codes}; "
+        f"{ranks} ffba "
         f"at rank {arguments['rank']}; {arguments['rounds']} rounds, "
         f"{arguments['new_tokens']} new tokens{turn}. Medians [quartiles]; ratios are to the base "
         "with four merged products a layer, run in the same round (the row `base` is that base "

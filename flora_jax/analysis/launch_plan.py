@@ -402,10 +402,11 @@ def read_plan(compiled: Any, texts: Mapping[str, str], threshold: int) -> Plan:
     )
 
 
-def smallest_kernel(config: LlamaConfig, dtype: Any) -> int:
-    """Bytes of the base's smallest projection, as it is published: from here on a copy is as large
-    as a weight."""
-    return min(d_in * d_out for d_in, d_out in config.widths.values()) * jnp.dtype(dtype).itemsize
+def smallest_kernel(config: LlamaConfig, dtype: Any, quantization: str = "none") -> int:
+    """Bytes of the base's smallest projection, as it is published or quantised: from here on a copy
+    is as large as a weight."""
+    each = 1 if quantization != "none" else jnp.dtype(dtype).itemsize
+    return min(d_in * d_out for d_in, d_out in config.widths.values()) * each
 
 
 def check_bank(name: str, adapters: int) -> None:
@@ -426,6 +427,7 @@ def plan_step(
     mode: str,
     batch: int,
     dtype: Any = jnp.bfloat16,
+    quantization: str = "none",
     cache_length: int = 1024,
     row_multiple: int = 128,
     adapters: int = 1,
@@ -439,7 +441,7 @@ def plan_step(
     one."""
     check_bank(name, adapters)
     variant = get_variant(name)
-    base = abstract_base(config, dtype)
+    base = abstract_base(config, dtype, quantization)
     adapter = None if variant.method is None else abstract_adapter(config, adapter_config)
     lies = Layout(kind="fused", row_multiple=row_multiple)
     model = None
@@ -469,7 +471,7 @@ def plan_step(
     compiled, texts = compile_for(
         target, step, params, tokens, cache, select, options=options, donate=(2,)
     )
-    return read_plan(compiled, texts, smallest_kernel(config, dtype))
+    return read_plan(compiled, texts, smallest_kernel(config, dtype, quantization))
 
 
 _PLANNED = (2, 4)  # layers; enough for one layer's share, whatever the first and the last cost

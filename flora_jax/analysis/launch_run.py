@@ -74,7 +74,7 @@ def run(args: Namespace, argv: list[str]) -> str:
         "schema_version": 1,
         "provenance": about,
         "settings": settings | {"num_hidden_layers": config.num_hidden_layers},
-        "smallest_kernel": smallest_kernel(config, args.dtype),
+        "smallest_kernel": smallest_kernel(config, args.dtype, args.quantization),
         "rows": rows,
     }
     text = markdown(result)
@@ -142,6 +142,7 @@ def _row(cell: Cell, config: LlamaConfig, args: Namespace) -> Row:
         adapters=cell.adapters,
         dot_merger=method.dot_merger,
         dtype=args.dtype,
+        quantization=args.quantization,
         cache_length=args.cache_length,
         row_multiple=args.row_multiple,
         attention=args.attention,
@@ -198,7 +199,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{about['command']}`  ",
         f"{versions(about)}; {about['date']}\n",
         "Compiled for the device, not run on it: no autotuning (triton and cublas bracket it). "
-        f"Attention: {ATTENTION[settings['attention']]}. {settings['dtype']}, rank "
+        f"Attention: {ATTENTION[settings['attention']]}. {settings['dtype']}, quantization "
+        f"{settings.get('quantization', 'none')}, rank "
         f"{settings['rank']}, {settings['cache_length']} cache slots, rows filled up to multiples "
         f"of {settings['row_multiple']}. One layer's share is (4 layers − 2 layers) / 2; a step of "
         f"all {settings['num_hidden_layers']} layers is extrapolated from it.\n",

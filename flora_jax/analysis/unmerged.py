@@ -28,6 +28,7 @@ from flora_jax.adapters import (
     check_base,
     each_layer,
     has_adapter,
+    join,
     own_pieces,
     parts_of,
 )
@@ -104,7 +105,7 @@ def unmerge(
         leaves = {path: leaf[i] for path, leaf in base["layers"][block][name].items()}
         out = _base_leaves(leaves, PRODUCTS[name], seven)
         for path, leaf in parts.get(block, {}).get(name, {}).items():
-            dtype = leaves[f"{PRODUCTS[name][0]}_kernel"].dtype
+            dtype = base["embed_tokens"]["embedding"].dtype
             out |= _apart(path, leaf[i].astype(dtype), adapter_config.slots[name])
         if not transposed:
             return out
@@ -116,9 +117,9 @@ def unmerge(
 
 def _base_leaves(leaves: Tree, names: tuple[str, ...], seven: bool) -> Tree:
     """A product of the base, whole or by projection."""
-    out = {f"{name}_kernel": leaves[f"{name}_kernel"] for name in names}
+    out = {f"{name}_kernel": join([leaves[f"{name}_kernel"]]) for name in names}
     if not seven:
-        out = {"kernel": jnp.concatenate(list(out.values()), axis=-1)}
+        out = {"kernel": join([leaves[f"{name}_kernel"] for name in names])}
     if f"{names[0]}_bias" in leaves:
         out["bias"] = jnp.concatenate([leaves[f"{name}_bias"] for name in names])
     return out

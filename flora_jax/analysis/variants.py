@@ -15,7 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.adapters import METHODS, AdapterConfig, Layout, Tree, abstract_adapter, fuse, merge
+from flora_jax.adapters import (
+    METHODS,
+    AdapterConfig,
+    Layout,
+    Tree,
+    abstract_adapter,
+    fuse,
+    merge,
+    quantization_format,
+    quantize_base,
+)
 from flora_jax.analysis.unmerged import SevenDense, UnmergedDense, unmerge
 from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
@@ -142,7 +152,8 @@ def serve(
         dense = SevenDense if variant.seven else UnmergedDense
         return Llama(config, adapter_config, decode_kernel=decode_kernel, dense=dense), tree
     if variant.kind == "merged":
-        base = merge(base, adapter, config, adapter_config)
+        quantization = quantization_format(base)
+        base = quantize_base(merge(base, adapter, config, adapter_config), quantization)
         adapter = adapter_config = None
     tree = fuse(base, adapter, config, adapter_config, layout, fold_adds=variant.fold_adds)
     return Llama(config, adapter_config, decode_kernel=decode_kernel), tree

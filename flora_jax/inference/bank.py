@@ -25,6 +25,7 @@ from flora_jax.adapters import (
     make_room,
     parts_of,
     paths,
+    quantization_format,
     widen,
     write_adapter,
 )
@@ -61,7 +62,8 @@ class Bank:
             name: _shared_parts(name, adapter, configs[name], self.adapter_config, config)
             for name, adapter in adapters.items()
         }
-        self.params = fuse(base, None, config, None, device_layout())
+        quantized = quantization_format(base) != "none"
+        self.params = fuse(base, None, config, None, device_layout(quantized))
         self.places: list[str | None] = [None]
         self.side_by_side = False
         if self.adapter_config is not None:

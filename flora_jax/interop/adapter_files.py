@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flora_jax.adapters import (
+    NOT_QUANTIZED,
+    QUANTIZATIONS,
     AdapterConfig,
+    Quantized,
     Tree,
     abstract_adapter,
     check_tree,
     paths,
+    quantization_of,
+    quantize_layers,
     shapes_of,
     tree,
 )
@@ -68,15 +74,16 @@ def save_adapter(
     base_model: str,
     fingerprint: str,
     trained_on: Mapping[str, Any] | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `trained` = {"adapter": tree, "params": base leaves that trained, {} if none} to
     `directory`.
 
     base_model: the source that the base was loaded from; fingerprint: its `base_fingerprint`;
     trained_on: `tasks` and `prompts` (digests of the training records'), by which `read_trained_on`
-    knows a test again. The directory appears complete or not at all, and replaces only one that
-    this function wrote. Raises UserError for anything else there and for leaves that do not fit the
-    configurations.
+    knows a test again; quantization: the base's `quantization_of`. The directory appears complete
+    or not at all, and replaces only one that this function wrote. Raises UserError for anything
+    else there and for leaves that do not fit the configurations.
     """
     directory = Path(directory)
     require(
@@ -85,7 +92,8 @@ def save_adapter(
     )
     _check_leaves(trained, config, adapter_config, str(directory))
     with new_directory(directory) as new:
-        write_adapter_files(new, trained, config, adapter_config, base_model, fingerprint)
+        about = (base_model, fingerprint, np.float32, quantization)
+        write_adapter_files(new, trained, config, adapter_config, *about)
         if trained_on is not None:
             write_json(new / TRAINED_ON, trained_on)
 
@@ -115,6 +123,7 @@ def write_adapter_files(
     base_model: str,
     fingerprint: str,
     dtype: Any = np.float32,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """The files of `save_adapter`, in a directory that is there; dtype: of the tensors."""
     adapter = trained.get("adapter", {})
@@ -124,6 +133,8 @@ def write_adapter_files(
         "method": adapter_config.method,
         "fingerprint": fingerprint,
     }
+    if quantization and quantization["format"] != "none":
+        about["quantization"] = dict(quantization)
     if adapter_config.method in ("lora", "pf_lora") and not params:
         files = {CONFIG: peft_config(adapter_config, base_model), EXTRAS: about}
         tensors = to_peft(adapter, config, adapter_config)
@@ -227,26 +238,63 @@ def check_fingerprint(directory: Path, fingerprint: str) -> None:
     )
 
 
+def quantization_under(directory: Path) -> dict[str, Any]:
+    """The `quantization_of` the base that an adapter was trained over. Raises UserError for a
+    damaged field."""
+    stored = read_json(directory / CONFIG, _HAS)
+    found = {**_read_extras(directory), **stored}.get("quantization", NOT_QUANTIZED)
+    require(
+        isinstance(found, dict)
+        and found.get("format") in QUANTIZATIONS
+        and isinstance(found.get("error"), float),
+        f"{directory / CONFIG}: quantization={found!r} must have a format, one of "
+        f"{', '.join(QUANTIZATIONS)}, and the error of it",
+    )
+    return found
+
+
+def _warn_of_quantization(directory: Path, base: Tree) -> None:
+    """Says so where the base is quantised in another way than the adapter's was."""
+    theirs = quantization_under(directory)
+    ours = quantization_of(base)
+    if theirs["format"] != ours["format"]:
+        before, now = (
+            "the float base"
+            if one["format"] == "none"
+            else f"{one['format']} ({one['error']:.2%} from the floats)"
+            for one in (theirs, ours)
+        )
+        print(f"warning: {directory} was trained over {before}, this is {now}", file=sys.stderr)
+
+
 def load_adapted(
-    source: str, directory: str | os.PathLike | None, dtype: Any = np.float32
+    source: str,
+    directory: str | os.PathLike | None,
+    dtype: Any = np.float32,
+    quantization: str = "none",
 ) -> Adapted:
     """Base and tokenizer of `source` (as `load_pretrained`), and the adapter of `directory`, which
-    may be None; base leaves that trained with the adapter replace the base's. Raises UserError
-    where they do not belong together."""
+    may be None; base leaves that trained with the adapter replace the base's. A base that is
+    quantised in another way than the adapter's was is said on stderr. Raises UserError where they
+    do not belong together."""
     check_jax()
     if directory is not None:
         _check_there(Path(directory))  # before a model is loaded
     tokenizer = load_tokenizer(source)
-    config, base = load_pretrained(source, dtype)
+    config, base = load_pretrained(source, dtype, quantization=quantization)
     check_tokenizer(tokenizer, config)
     fingerprint = base_fingerprint(base)
     bare = Adapted(config=config, base=base, tokenizer=tokenizer, fingerprint=fingerprint)
     if directory is None:
         return bare
     adapter_config, trained = load_adapter(directory, config, fingerprint)
+    _warn_of_quantization(Path(directory), base)
     leaves = paths(base)
     for path, value in paths(trained["params"]).items():
-        leaves[path] = jnp.asarray(value, leaves[path].dtype)
+        if isinstance(leaves[path], Quantized):
+            leaves[path] = quantize_layers(jnp.asarray(value), quantization)
+        else:
+            leaves[path] = jnp.asarray(value, leaves[path].dtype)
     return dataclasses.replace(
         bare,
         base=tree(leaves),

@@ -19,14 +19,24 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 
-from flora_jax.adapters import AdapterConfig, Tree
+from flora_jax.adapters import (
+    AdapterConfig,
+    Tree,
+    dequantize_base,
+    quantization_of,
+    quantize_base,
+)
 from flora_jax.device import check_jax, versions
 from flora_jax.errors import UserError, disk_fault, require, require_known
 from flora_jax.files import new_directory, read_json, write_json
-from flora_jax.interop.adapter_files import check_fingerprint, load_adapter
+from flora_jax.interop.adapter_files import (
+    check_fingerprint,
+    load_adapter,
+    quantization_under,
+)
 from flora_jax.interop.formats import FORMATS, Trained
 from flora_jax.interop.licences import METAS, base_licence
-from flora_jax.interop.model_card import model_card
+from flora_jax.interop.model_card import describe_quantization, model_card
 from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import DTYPES, LlamaConfig
 from flora_jax.models.llama import KVCache, Llama
@@ -157,6 +167,8 @@ def export(
             "bound": float(LOGIT_BOUNDS[dtype] * np.abs(wanted).max()),
         }
         _check_logits(form, dtype, report["logits"])
+        if trained.quantization["format"] != "none":
+            report["quantization"] = _of_quantization(trained, form, new, wanted, tokens)
         # An adapter alone holds no weights of the base, but Meta's licences are about what is
         # trained from it, too.
         if FORMATS[form].holds_base or trained.licence.meta:
@@ -168,6 +180,26 @@ def export(
         # again: writing takes minutes, and somebody may have come first
         check_directory(directory, overwrite)
     return report
+
+
+def _of_quantization(
+    trained: Trained, form: str, directory: Path, wanted: np.ndarray, tokens: np.ndarray
+) -> dict[str, Any]:
+    """How the base was quantised, and how far the logits move from what was trained: `requantized`,
+    where the merged weights are quantised again; `over_floats`, where the adapter goes over the
+    base that was not."""
+    if form == "merged":
+        adapter_config, variables = FORMATS[form].read(trained, directory)
+        params = jax.tree.map(jnp.asarray, variables["params"])
+        what = "requantized"
+        variables = {"params": quantize_base(params, trained.quantization["format"])}
+    else:
+        what = "over_floats"
+        adapter_config = trained.adapter_config
+        base = dataclasses.replace(trained, base=trained.floats()).full_base
+        variables = {"params": base, "adapter": trained.adapter}
+    change = np.abs(_logits(trained.config, adapter_config, variables, tokens) - wanted)
+    return {**trained.quantization, what: float(change.max())}
 
 
 def _check_logits(form: str, dtype: str, logits: Mapping[str, float]) -> None:
@@ -225,15 +257,19 @@ def trained_over(
     config: LlamaConfig,
     adapter_config: AdapterConfig,
     tokenizer: Any,
+    floats: Callable[[], Tree] | None = None,
 ) -> Trained:
     """What is exported, from the base of `source` and `trained` = {"adapter": tree, "params": base
-    leaves that trained}, with all that is known of where the base comes from."""
+    leaves that trained}, with all that is known of where the base comes from. floats: of a
+    quantised base, gives the one that is not."""
     path = None if source == "random" else resolve_source(source, weights=False)
     return Trained(
         config=config,
-        base=base,
+        base=dequantize_base(base),
         tokenizer=tokenizer,
         fingerprint=base_fingerprint(base),
+        quantization=quantization_of(base),
+        floats=floats,
         adapter_config=adapter_config,
         adapter=trained["adapter"],
         params=trained["params"],
@@ -254,11 +290,16 @@ def load_pair(source: str, directory: Path, form: str, dtype: str | None) -> Tra
     adapter_config, trained = load_adapter(directory, config)
     check_format(form, dtype or DTYPES[0], adapter_config, trained["params"])
     # In float32 whatever is written: it is rounded once, when all sums are taken.
-    _, base = load_pretrained(source)
+    _, base = load_pretrained(source, quantization=quantization_under(directory)["format"])
     parts = {"config": config, "adapter_config": adapter_config, "tokenizer": tokenizer}
-    made = trained_over(source, base, trained, **parts)
+    floats = functools.partial(_load_floats, source)
+    made = trained_over(source, base, trained, **parts, floats=floats)
     check_fingerprint(directory, made.fingerprint)
     return made
+
+
+def _load_floats(source: str) -> Tree:
+    return load_pretrained(source)[1]
 
 
 def export_pair(
@@ -323,6 +364,8 @@ def describe_report(report: Mapping[str, Any], out: Path) -> str:
         f"{logits['mean_change']:.3g} on average (bound {logits['bound']:.3g}, on "
         f"{logits['sample_tokens']} tokens)"
     )
+    if "quantization" in report:
+        lines.append(describe_quantization(report["quantization"]))
     if report["licence_missing"]:
         title = METAS[report["licence"]].title
         lines.append(

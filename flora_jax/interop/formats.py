@@ -28,6 +28,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flora_jax.adapters import (
     BLOCKS,
+    NOT_QUANTIZED,
     PRODUCTS,
     AdapterConfig,
     Layout,
@@ -74,6 +75,8 @@ class Trained(Adapted):
     params: base leaves that trained, `{}` if none; base_model: the name that readers know the base
     by; base_files: the HF directory that the base came from, None where it came from none; licence:
     the base's; quantised: what the base's weights were before they were floats, "" if nothing else.
+    quantization: of the base while it trained, whose `base` holds what the codes stand for; floats:
+    gives the base as it is without.
     """
 
     params: Tree = dataclasses.field(default_factory=dict)
@@ -81,6 +84,8 @@ class Trained(Adapted):
     base_files: Path | None = None
     licence: Licence = NO_LICENCE
     quantised: str = ""
+    quantization: Mapping[str, Any] = dataclasses.field(default_factory=lambda: NOT_QUANTIZED)
+    floats: Callable[[], Tree] | None = None
 
     @property
     def full_base(self) -> Tree:
@@ -281,7 +286,7 @@ def _refuse_peft(adapter_config: AdapterConfig, params: Tree) -> str | None:
 def _write_peft(trained: Trained, directory: Path, dtype: Any) -> dict[str, Any]:
     adapter, lora = as_lora(trained.adapter, trained.config, trained.adapter_config)
     about = (trained.config, lora, trained.base_model, trained.fingerprint)
-    write_adapter_files(directory, {"adapter": adapter}, *about, dtype)
+    write_adapter_files(directory, {"adapter": adapter}, *about, dtype, trained.quantization)
     return {}
 
 

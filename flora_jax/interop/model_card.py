@@ -68,6 +68,8 @@ def model_card(
         tags=["flora_jax", method],
     )
     rows = [*_of_model(trained), *_of_making(report, command, versions, summary)]
+    if "quantization" in report:
+        rows.append(("quantization", describe_quantization(report["quantization"])))
     table = "\n".join(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows)
     built = f"**{licence.meta.built}**\n\n" if licence.meta and licence.meta.built else ""
     at_hand = _is_published(trained) and not trained.quantised
@@ -94,6 +96,17 @@ On a sample of {logits["sample_tokens"]} tokens, training moved the base's logit
 what was trained.
 
 {describe_run(summary)}"""
+
+
+def describe_quantization(about: Mapping[str, Any]) -> str:
+    """A sentence on the base that an adapter was trained over, and what another one changes."""
+    made = (
+        f"trained over an {about['format']} base, whose weights are {about['error']:.2%} from the "
+        "floats"
+    )
+    if "requantized" in about:
+        return f"{made}; quantised again, these move the logits by up to {about['requantized']:.3g}"
+    return f"{made}; over the floats the logits move by up to {about['over_floats']:.3g}"
 
 
 def _is_published(trained: Trained) -> bool:

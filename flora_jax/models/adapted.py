@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import AdapterConfig, Tree, paths
+from flora_jax.adapters import AdapterConfig, Quantized, Tree, paths, sums_of
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
 from flora_jax.tokens import Tokenizer
@@ -55,20 +55,13 @@ class Adapted:
 _AT_ONCE = 2**24  # values: XLA's CPU compiler writes the mixed bits out before it sums them
 
 
-@jax.jit
-def _sums(values: jax.Array, start: jax.Array) -> jax.Array:
-    """Two position-dependent sums of the bits in bfloat16, uint32 `[2]`; start: the first place."""
-    bits = jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    place = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(values.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, values.shape, axis)
-    mixed = (bits ^ ((place + start) * jnp.uint32(2654435761))) * jnp.uint32(2246822519)
-    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(3266489917)
-    return jnp.stack([mixed.sum(dtype=jnp.uint32), (mixed ^ (mixed >> 13)).sum(dtype=jnp.uint32)])
+_sums = jax.jit(sums_of)
 
 
-def _digest(leaf: jax.Array) -> list[int]:
-    """The sums of a whole leaf: exact, so the same on every mesh and however it is cut."""
+def _digest(leaf: jax.Array | Quantized) -> list[int]:
+    """The sums of a whole leaf, the same on every mesh; of a quantised one, those of its floats."""
+    if isinstance(leaf, Quantized):
+        return np.asarray(leaf.sums).sum(0, dtype=np.uint32).tolist()
     row = math.prod(leaf.shape[1:])
     rows = max(1, _AT_ONCE // row) if len(leaf.sharding.device_set) == 1 else leaf.shape[0]
     total = np.zeros(2, np.uint32)
@@ -80,8 +73,8 @@ def _digest(leaf: jax.Array) -> list[int]:
 def base_fingerprint(params: Mapping[str, Any]) -> str:
     """A hex digest of every base parameter's path, shape and value, however they are sharded.
 
-    Values are rounded to bfloat16 first, so that one checkpoint loaded in float32 or in bfloat16 is
-    one base.
+    Values are rounded to bfloat16 first, so that one checkpoint loaded in float32, in bfloat16 or
+    quantised is one base.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(paths(params).items()):

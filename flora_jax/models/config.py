@@ -15,6 +15,8 @@ from typing import Any
 from flora_jax.errors import UserError, require, require_known
 
 DTYPES = ("float32", "bfloat16")  # of parameters and of compute
+# of the base's kernels; as in adapters/quantized.py, which takes a second to import
+QUANTIZATIONS = ("none", "int8", "fp8", "nf4")
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -15,8 +15,20 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from flora_jax.adapters import base_leaves, check_tree, paths, shapes_of, tree
+from flora_jax.adapters import (
+    Quantized,
+    base_leaves,
+    check_quantization,
+    check_tree,
+    is_quantized,
+    paths,
+    quantize,
+    shapes_of,
+    tree,
+)
 from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
 
@@ -170,6 +182,7 @@ def from_hf_tensors(
     *,
     shardings: Any = None,
     source: str = "checkpoint",
+    quantization: str = "none",
 ) -> dict[str, Any]:
     """The base parameter tree (flax `params`) from HF tensors, e.g. `{name: np.ndarray}`.
 
@@ -182,12 +195,15 @@ def from_hf_tensors(
         (path as `layers/attention/qkv/q_kernel`); None puts everything, uncommitted, on the default
         device.
       source: the name that errors give to the checkpoint.
+      quantization: a name of QUANTIZATIONS; the kernels of the layers are quantised as they are
+        read, one tensor after another.
 
     Returns: the nested dict of jax arrays. Raises UserError before it allocates anything, but for a
     value that is not finite, or not in `dtype`, which is met where it is read.
     """
     check_hf_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, source)
     dtype = _float_dtype(dtype)
+    check_quantization(quantization, config)
     shapes = leaf_shapes(config)
     rows = _rows(config)
     sharding_of = _sharding_lookup(shardings, shapes)
@@ -202,7 +218,11 @@ def from_hf_tensors(
             return _read(names, tensors, row, part, dtype, source)
 
         sharding = sharding_of(path)
-        if sharding is None:
+        if quantization != "none" and is_quantized(path):
+            names = _hf_names(rows[path], config)
+            kernels = _read_quantized(names, tensors, rows[path], shape, quantization, source)
+            leaves[path] = _place_parts(kernels, sharding)
+        elif sharding is None:
             leaves[path] = jax.device_put(read((slice(None),) * len(shape)))
         else:
             leaves[path] = jax.make_array_from_callback(shape, sharding, read)
@@ -284,6 +304,51 @@ def _read(
             out = out.T  # a view in HF orientation
         _read_tensor(out, tensors[names[layer]], axes, names[layer], source)
     return buffer
+
+
+def _read_quantized(
+    names: list[str],
+    tensors: Mapping[str, Tensor],
+    row: Row,
+    shape: tuple[int, ...],
+    quantization: str,
+    source: str,
+) -> Quantized:
+    """A leaf `[L, d_in, d_out]` in codes, on the host: the floats of one tensor are there at a
+    time. On a CPU whatever the device is, so that the codes are the same everywhere."""
+    each = []
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        for i in range(shape[0]):
+            index = (range(i, i + 1), *map(range, shape[1:]))
+            kernel = _read(names, tensors, row, index, np.dtype(np.float32), source)[0]
+            start = np.uint32(i * kernel.size % 2**32)
+            each.append(jax.device_get(_quantize(kernel, quantization, start)))
+    return jax.tree.map(lambda *layers: np.stack(layers), *each)
+
+
+_quantize = jax.jit(quantize, static_argnames="quantization")
+
+
+def _place_parts(kernels: Quantized, sharding: jax.sharding.Sharding | None) -> Quantized:
+    """The parts of a quantised leaf as the leaf itself is to lie, along the axes that they have."""
+    if sharding is None:
+        return jax.device_put(kernels)
+
+    def place(part: np.ndarray) -> jax.Array:
+        where = _of_part(sharding, part.shape)
+        return jax.make_array_from_callback(part.shape, where, lambda index: part[index])
+
+    return jax.tree.map(place, kernels)
+
+
+def _of_part(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    axes = zip(shape, sharding.spec, strict=False) if len(shape) == 3 else ()
+    mesh = sharding.mesh
+    return NamedSharding(
+        mesh, P(*(n if n and size % mesh.shape[n] == 0 else None for size, n in axes))
+    )
 
 
 def _read_tensor(

@@ -33,10 +33,12 @@ from flora_jax.adapters import (
     Layout,
     Tree,
     base_leaves,
+    check_quantization,
     has_adapter,
     init_adapter,
     multiply_transposed,
     pad_first_layer,
+    quantize_base,
     repeat_and_add,
 )
 from flora_jax.models import checks
@@ -566,11 +568,19 @@ class LMHead(nn.Module):
         return self.param("kernel", leaf.init, leaf.shape, self.param_dtype)
 
 
-def abstract_base(config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:
+def abstract_base(
+    config: LlamaConfig, dtype: Any = jnp.float32, quantization: str = "none"
+) -> Tree:
     """Shapes and dtypes of the base's parameters, as `jax.ShapeDtypeStruct`s; nothing is
-    allocated."""
+    allocated. Raises UserError for a quantization that does not fit."""
+    check_quantization(quantization, config)
     model = Llama(config, None, param_dtype=dtype)
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+    def make(key: jax.Array) -> Tree:
+        base = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return quantize_base(base, quantization)
+
+    return jax.eval_shape(make, jax.random.key(0))
 
 
 def init_base(

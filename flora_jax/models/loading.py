@@ -71,7 +71,11 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load_pretrained(
-    source: str, dtype: Any = jnp.float32, *, shardings: Any = None
+    source: str,
+    dtype: Any = jnp.float32,
+    *,
+    shardings: Any = None,
+    quantization: str = "none",
 ) -> tuple[LlamaConfig, dict]:
     """The configuration and base parameters (flax `params`) of a pretrained Llama.
 
@@ -86,6 +90,8 @@ def load_pretrained(
       shardings: a tree of `jax.sharding.Sharding` like the parameters, or a function path ->
         Sharding (path as `layers/attention/qkv/q_kernel`); each device then reads just its part.
         None: the default device.
+      quantization: none, int8, fp8 or nf4: what the kernels of the layers are kept in
+        (adapters/quantized.py); the others are in `dtype`.
 
     Raises UserError (one line) for whatever is wrong with the source, before anything is allocated;
     for a value that is not finite, or not in `dtype`, with its tensor as it is read.
@@ -94,7 +100,14 @@ def load_pretrained(
     path = resolve_source(source)
     with contextlib.ExitStack() as stack:
         config, tensors = _open_source(path, stack)
-        params = from_hf_tensors(config, tensors, dtype, shardings=shardings, source=str(path))
+        params = from_hf_tensors(
+            config,
+            tensors,
+            dtype,
+            shardings=shardings,
+            source=str(path),
+            quantization=quantization,
+        )
     return config, params
 
 

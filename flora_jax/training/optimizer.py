@@ -10,6 +10,7 @@ import jax
 import ml_collections
 import optax
 
+from flora_jax.adapters import Quantized
 from flora_jax.config import learning_rate, warmup_steps
 from flora_jax.errors import require, split_names
 from flora_jax.training.rules import decide, paths, tree
@@ -31,9 +32,17 @@ def trains(config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> d
             f"config.train.trainable={config.train.trainable!r}: fft trains every leaf already",
         )
         rules = [(r"params/.*", True)]
-    adapter = {path: True for path in paths(variables) if path.startswith("adapter/")}
-    base = [path for path in paths(variables) if path not in adapter]
-    return decide(rules, base, "config.train.trainable", default=False) | adapter
+    leaves = paths(variables)
+    adapter = {path: True for path in leaves if path.startswith("adapter/")}
+    base = [path for path in leaves if path not in adapter]
+    trained = decide(rules, base, "config.train.trainable", default=False)
+    for path, does in trained.items():
+        require(
+            not (does and isinstance(leaves[path], Quantized)),
+            f"config.model.quantization={config.model.quantization!r}: {path} would train, and "
+            "codes have no gradient; use none, or leave it out of what trains (fft trains it all)",
+        )
+    return trained | adapter
 
 
 def make_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:

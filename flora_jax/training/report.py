@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from flora_jax.adapters import paths
+from flora_jax.adapters import Quantized, paths
 from flora_jax.config import learning_rate
 from flora_jax.errors import silence
 from flora_jax.training.run import Run
@@ -34,12 +35,13 @@ def say(message: str) -> None:
 
 def _count(tree: Any) -> tuple[int, int, int]:
     """Parameters, bytes, and bytes on this process's first device."""
+    whole = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
     leaves = jax.tree.leaves(tree)
     device = jax.local_devices()[0]
     held = sum(
         s.data.nbytes for leaf in leaves for s in leaf.addressable_shards if s.device == device
     )
-    return sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves), held
+    return sum(math.prod(leaf.shape) for leaf in whole), sum(leaf.nbytes for leaf in leaves), held
 
 
 def parameter_table(run: Run) -> str:

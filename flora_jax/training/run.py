@@ -15,12 +15,18 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flora_jax.adapters import AdapterConfig, Tree, abstract_adapter, init_adapter
+from flora_jax.adapters import (
+    AdapterConfig,
+    Tree,
+    abstract_adapter,
+    init_adapter,
+    quantize_base,
+)
 from flora_jax.config import adapter_config as make_adapter_config
 from flora_jax.config import check_config, weights_source
 from flora_jax.data import train_iterator
 from flora_jax.device import check_jax
-from flora_jax.errors import expand_path, require
+from flora_jax.errors import expand_path, require, told_of
 from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama, abstract_base, init_base
@@ -96,7 +102,7 @@ def check_run(config: ml_collections.ConfigDict, workdir: str | Path) -> Setup:
     adapter = make_adapter_config(config)
     mesh = make_mesh(config)
     shapes = {
-        "params": abstract_base(model_config, jnp.dtype(config.model.param_dtype)),
+        "params": _abstract_base(config, model_config),
         "adapter": abstract_adapter(model_config, adapter),
     }
     # which no checkpoint can hold
@@ -116,6 +122,13 @@ def check_run(config: ml_collections.ConfigDict, workdir: str | Path) -> Setup:
         optimizer=make_optimizer(config, shapes, trained),
         placed=shardings(shapes, mesh, model_config, adapter),
     )
+
+
+def _abstract_base(config: ml_collections.ConfigDict, model_config: LlamaConfig) -> Tree:
+    with told_of("config.model"):
+        return abstract_base(
+            model_config, jnp.dtype(config.model.param_dtype), config.model.quantization
+        )
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
@@ -251,9 +264,11 @@ def load_base(config: ml_collections.ConfigDict, shardings: Tree | None = None) 
     source = weights_source(config)
     dtype = jnp.dtype(config.model.param_dtype)
     if source == "random":
-        return init_base(run_keys(config)[0], model_config(config), dtype, shardings)
+        base = init_base(run_keys(config)[0], model_config(config), dtype, shardings)
+        return quantize_base(base, config.model.quantization)
     placed = None if shardings is None else paths(shardings).__getitem__
-    return load_pretrained(source, dtype, shardings=placed)[1]
+    quantization = config.model.quantization
+    return load_pretrained(source, dtype, shardings=placed, quantization=quantization)[1]
 
 
 def run_keys(config: ml_collections.ConfigDict) -> jax.Array:

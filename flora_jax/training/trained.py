@@ -70,7 +70,7 @@ def load_trained(
         remedy = _other_steps(directory, checkpoints.steps, step)
         architecture = model_config(config)
         shapes = {
-            "params": abstract_base(architecture),
+            "params": abstract_base(architecture, quantization=config.model.quantization),
             "adapter": abstract_adapter(architecture, adapter),
         }
         wanted, _ = partition(shapes, trains(config, shapes))
@@ -118,7 +118,8 @@ def load_run(
     check_format(form, dtype or config.model.param_dtype, adapter_config, trained["params"])
     tokenizer = load_tokenizer(source)
     parts = {"config": architecture, "adapter_config": adapter_config, "tokenizer": tokenizer}
-    made = trained_over(source, load_base(config), trained, **parts)
+    floats = functools.partial(_load_floats, config)
+    made = trained_over(source, load_base(config), trained, **parts, floats=floats)
     if step is None:
         check_fingerprint(workdir / "adapter", made.fingerprint)
     else:
@@ -128,6 +129,13 @@ def load_run(
             f"{fingerprint}, but {source!r} now has {made.fingerprint}",
         )
     return made, summary
+
+
+def _load_floats(config: ml_collections.ConfigDict) -> Tree:
+    """The run's base, not quantised."""
+    config = config.copy_and_resolve_references()
+    config.model.quantization = "none"
+    return load_base(config)
 
 
 def _read_best(directory: Path, config: LlamaConfig, adapter_config: AdapterConfig) -> Tree:
