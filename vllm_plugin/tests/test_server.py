@@ -28,8 +28,6 @@ import pytest
 from conftest import NEW_TOKENS, expected, free_port
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.xdist_group("server")  # one for all
-
 NAMES = ["ffba_0", "ffba_1", "ffba_2", "ffba_3"]
 START_S = 600
 
