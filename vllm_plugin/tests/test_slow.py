@@ -1,5 +1,5 @@
 """What takes minutes: SmolLM2 in float32 and bfloat16; every method compiled and on two ranks;
-fewer heads of keys than ranks; a pipeline.
+fewer heads of keys than ranks.
 
     FLORA_VLLM_EXPORTS=exports python -m pytest vllm_plugin/tests -m slow
 
@@ -82,10 +82,9 @@ def test_fewer_heads_of_keys_than_ranks(slow_exports):
         check(own, right)
 
 
-@pytest.mark.parametrize("way", ["tensor", "pipeline"])
-def test_processes_of_vllm(exports, way):
-    """Two ranks as its server starts them; a rank of a pipeline has half of the layers."""
+def test_processes_of_vllm(exports):
+    """Two ranks as its server starts them."""
     engines, owed = cases(exports, ["ffba", "zflora"])
-    sizes = {f"{way}_parallel_size": 2}
-    for own, right in zip(on_ranks(engines, launched=False, **sizes), owed, strict=True):
+    found = on_ranks(engines, launched=False, tensor_parallel_size=2)
+    for own, right in zip(found, owed, strict=True):
         check(own, right)
