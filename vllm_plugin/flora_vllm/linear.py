@@ -218,8 +218,8 @@ class FusedLinear(SlicedLinear):
             pieces = z.unflatten(-1, (-1, self.plan.rank)).sum(-2)
             for at in self.summed:
                 repeat_and_add(ys[at], pieces, self.tiles[self.names[at]])
-        if self.reduce:
-            ys = [tensor_model_parallel_all_reduce(y) for y in ys]
+        if self.reduce:  # which takes no strides on a CPU
+            ys = [tensor_model_parallel_all_reduce(y.contiguous()) for y in ys]
         return ys, out if self.rider.forward else None
 
     def _sliced(self, z: torch.Tensor) -> torch.Tensor:
@@ -230,7 +230,7 @@ class FusedLinear(SlicedLinear):
         return z.unflatten(-1, (self.plan.places, -1))[..., start:stop].flatten(-2)
 
     def _add(self, ys: list[torch.Tensor], out: torch.Tensor) -> None:
-        """Adds pieces of z to projections, in place."""
+        """Adds pieces of z to projections."""
         if not self.adds:
             return
         if self.plan.places > 1:  # all but one of them are zeros
@@ -238,7 +238,7 @@ class FusedLinear(SlicedLinear):
         pieces = out.split_with_sizes(self.pieces, -1)
         for i, at, matrix in self.adds:
             if matrix is not None:
-                ys[at].add_(matrix(pieces[i]))
+                ys[at] = ys[at] + matrix(pieces[i])
             else:
                 repeat_and_add(ys[at], pieces[i], self.tiles[self.names[at]])
 
