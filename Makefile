@@ -17,7 +17,9 @@ HAVE ?=
 .venv-latest/bin/python:
 	$(LATEST_PYTHON) -m venv .venv-latest
 
-# Nothing is compiled to bytecode ahead: that takes a minute and a half, and most of it is never run.
+# Not all that is installed is compiled to bytecode, which takes a minute and a half: each module is
+# when it is first imported, and kept.
+unexport PYTHONDONTWRITEBYTECODE
 # One marker a set of extras, so that each is installed once and again when setup.py changes.
 .venv/.%: setup.py | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[$*]'
