@@ -26,6 +26,7 @@ from flora_jax.interop.adapter_files import load_adapter
 from flora_jax.interop.exports import MARKER, export
 from flora_jax.interop.formats import FORMATS, Trained
 from flora_jax.models.adapted import base_fingerprint
+from flora_jax.models.architectures import PRODUCTS
 from flora_jax.models.config import LlamaConfig, RopeScaling
 from flora_jax.models.hf import hf_shapes, to_hf_tensors
 from flora_jax.models.llama import Llama, init_base
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = LlamaConfig.preset("tiny")
 # What the preset has not: an untied head, biases, llama3 scaling, another grouping.
 OTHER = dataclasses.replace(
-    TINY, tie_word_embeddings=False, attention_bias=True, mlp_bias=True, num_key_value_heads=3, rope_theta=5e5,
+    TINY, tie_word_embeddings=False, biases=PRODUCTS, num_key_value_heads=3, rope_theta=5e5,
     rope_scaling=RopeScaling(factor=8.0, original_max_position_embeddings=64), num_hidden_layers=3)  # fmt: skip
 ADAPTERS = {
     "lora": AdapterConfig("lora", 4, alpha=6.0),

@@ -14,15 +14,14 @@ import pytest
 from support import ROOT
 
 from flora_jax.errors import UserError
+from flora_jax.models.architectures import PRODUCTS
 from flora_jax.models.config import LlamaConfig, RopeScaling
 from flora_jax.models.gguf import GgufFile
 from flora_jax.models.hf import hf_shapes, to_hf_tensors
 from flora_jax.models.loading import load_pretrained, resolve_source
 
 TINY = LlamaConfig.preset("tiny")
-SMALL = dataclasses.replace(
-    TINY, rope_theta=500000.0, tie_word_embeddings=False, attention_bias=True, mlp_bias=True
-)
+SMALL = dataclasses.replace(TINY, rope_theta=500000.0, tie_word_embeddings=False, biases=PRODUCTS)
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
@@ -190,7 +189,10 @@ def without(name):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(architecture="qwen2"), "architecture 'qwen2' is not supported"),
+        (
+            dict(architecture="gemma"),
+            "architecture 'gemma' is not supported; llama, qwen2, qwen3 are",
+        ),
         (dict(fields={"expert_count": 8}), "llama.expert_count=8"),
         (dict(fields={"rope.scaling.type": "yarn"}), "llama.rope.scaling.type='yarn'"),
         (
