@@ -18,6 +18,16 @@ from flora_jax.models import presets
 from flora_jax.models.architectures import ARCHITECTURES, PRODUCTS, read_config, write_config
 
 DTYPES = ("float32", "bfloat16")  # of parameters and of compute
+# Fields of LlamaConfig that a model may have beside a Llama's sizes.
+DIFFERENCES = (
+    "biases",
+    "qk_norm",
+    "no_rope_layers",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_divisor",
+)
 # of the base's kernels; as in adapters/quantized.py, which takes a second to import
 QUANTIZATIONS = ("none", "int8", "fp8", "nf4")
 
@@ -174,6 +184,17 @@ class LlamaConfig:
             "F": self.intermediate_size,
             "H": self.head_dim,
         }
+
+    @property
+    def differences(self) -> dict[str, Any]:
+        """What may set it apart from a Llama without biases, by field."""
+        return {name: getattr(self, name) for name in DIFFERENCES}
+
+    @property
+    def plain(self) -> LlamaConfig:
+        """The Llama of the same sizes without any of them."""
+        own = {one.name: one.default for one in dataclasses.fields(self) if one.name in DIFFERENCES}
+        return dataclasses.replace(self, model_type="llama", **own)
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
