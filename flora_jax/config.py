@@ -175,6 +175,8 @@ def _data() -> dict[str, Any]:
         # plain: prompt, a space, answer; chat: the tokenizer's chat template; llm_adapters: that
         # project's frame.
         "prompt_style": "plain",
+        # NAME=VALUE,… that the chat template is given, such as enable_thinking=false (Qwen3)
+        "template_arguments": "",
         "loss_on": "answer",  # answer: only what the model should say; all: every token
         "packing": True,  # several examples a row, segments kept apart
         "limit": placeholder(int),  # use only N training examples, always the same
@@ -520,6 +522,12 @@ def _check_scoring(config: ConfigDict) -> None:
         "eval.tasks",
         processes == 1 or not config.eval.tasks,
         f"needs one process, not {processes}; score the adapter with flora_jax.evaluate instead",
+    )
+    _check(
+        config,
+        "data.template_arguments",
+        config.data.prompt_style == "chat" or not config.data.template_arguments,
+        "are of a chat template, and have no effect without data.prompt_style='chat'",
     )
     theirs = (config.eval.protocol, config.data.prompt_style) == ("llm_adapters", "llm_adapters")
     _check(

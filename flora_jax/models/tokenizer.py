@@ -21,7 +21,7 @@ from flora_jax.files import read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
 from flora_jax.models.loading import resolve_source
-from flora_jax.tokens import Tokenizer, encode_batch
+from flora_jax.tokens import Tokenizer, encode_batch, set_template_arguments
 
 BYTE_SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>")  # ids 256 to 260
 
@@ -49,12 +49,19 @@ _CONTROL, _USER_DEFINED = 3, 4
 _RIGHT = "5.24.0"
 
 
-def load_tokenizer(source: str) -> Tokenizer:
+def load_tokenizer(source: str, template_arguments: str = "") -> Tokenizer:
     """The tokenizer of `source`. Raises UserError where there is none.
 
     source: whatever `load_pretrained` takes (HF directory, `.gguf` file, preset, hub id), or
-    `random` / `tiny` for the byte tokenizer.
+    `random` / `tiny` for the byte tokenizer. template_arguments: `NAME=VALUE,…`, what its chat
+    template is given wherever it is used.
     """
+    tokenizer = _load(source)
+    set_template_arguments(tokenizer, template_arguments)
+    return tokenizer
+
+
+def _load(source: str) -> Tokenizer:
     if source in ("random", "tiny"):
         return byte_tokenizer()
     path = resolve_source(source, weights=False)

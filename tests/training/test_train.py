@@ -330,7 +330,7 @@ COMPUTED = {
     "optim.rate_rules": "adapter/.*_B=16",
 }  # fmt: skip
 REFUSED = {  # on one device, for a linear method
-    "model.preset": "tinny", "model.weights": "nowhere", "adapter.activation": "relu", "data.dir": "nowhere",
+    "model.preset": "tinny", "model.weights": "nowhere", "adapter.activation": "relu", "data.dir": "nowhere", "data.template_arguments": "thinking=false",
     "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "distributed.processes": 2, "distributed.process_id": 1,
     "distributed.coordinator": "localhost:1", "distributed.auto": True, "eval.tasks": "no_task",
 }  # fmt: skip
