@@ -149,7 +149,8 @@ def _train(scale: Scale, method: str, torch: bool = False) -> Cell:
 
 
 def _others(scale: Scale, results: Path) -> list[Cell]:
-    """Of the first architecture: the plan, the bank of adapters, the switch between two."""
+    """Of the first architecture: the plan, the bank of adapters, the switch between two, the base
+    quantised."""
     first = scale.presets[0]
     sizes = _flags(dtype=scale.dtype, rank=scale.rank)
     plan = ("experiments.gpu_cells", "plan", *_flags(preset=first), *sizes)
@@ -157,10 +158,12 @@ def _others(scale: Scale, results: Path) -> list[Cell]:
     adapters, batch = scale.banks
     few = _flags(prompt_length=scale.prompt_length, new_tokens=scale.new_tokens)
     bank = ("experiments.bank", *plain, *few, *_flags(adapters=adapters, batch_size=batch))
+    quantised = ("experiments.quantized_latency", *plain, *few, *_flags(batch_sizes=1))
     return [
         Cell(f"plan-{first}", (*plan, *_flags(results=results)), 240),
         Cell(f"bank-{first}", bank, 300),
         Cell(f"switching-{first}", ("experiments.switching", *plain), 180),
+        Cell(f"quantized-{first}", quantised, 240),
     ]
 
 
@@ -418,6 +421,7 @@ _SAID = {
     "plan": _of_plan,
     "bank": _of_table,
     "switching": _of_table,
+    "quantized": _of_table,
 }
 
 

@@ -55,7 +55,9 @@ class Quantized:
     def shape(self) -> tuple[int, ...]:
         """Of the kernel."""
         *front, rows, columns = self.codes.shape
-        return (*front, rows * (2 if self.format == "nf4" else 1), columns)
+        if self.format == "nf4":
+            rows *= 2
+        return (*front, rows, columns)
 
     @property
     def ndim(self) -> int:
@@ -267,29 +269,48 @@ class Scaled:
         """The same, stored the other way."""
         return self.replace(codes=self.codes.T, transposed=not self.transposed)
 
+    @property
+    def plain(self) -> Scaled:
+        """The same, not transposed."""
+        if self.transposed:
+            return self.T
+        return self
+
+    def _as_stored(self, plain: Scaled) -> Scaled:
+        """What is not transposed as this one is stored."""
+        if self.transposed:
+            return plain.T
+        return plain
+
     def astype(self, dtype: Any) -> Scaled:
         """Itself: codes are cast where they are used."""
         return self
 
     def corner(self, rows: int, columns: int) -> Scaled:
         """The first rows and columns."""
-        codes = self.codes[:columns, :rows] if self.transposed else self.codes[:rows, :columns]
-        factor = None if self.factor is None else self.factor[:rows]
-        return self.replace(codes=codes, scale=self.scale[:columns], factor=factor)
+        plain = self.plain
+        factor = plain.factor
+        if factor is not None:
+            factor = factor[:rows]
+        codes = plain.codes[:rows, :columns]
+        return self._as_stored(
+            plain.replace(codes=codes, scale=plain.scale[:columns], factor=factor)
+        )
 
     def padded(self, rows: int, columns: int) -> Scaled:
         """With zeros behind it, up to so many rows and columns."""
-        there = self.codes.shape[::-1] if self.transposed else self.codes.shape
+        plain = self.plain
+        there = plain.codes.shape
         below = (0, rows - there[0])
         right = (0, columns - there[1])
-        factor = self.factor
-        if below != (0, 0):
-            factor = jnp.ones(there[0], jnp.float32) if factor is None else factor
+        factor = plain.factor
+        if factor is None and rows > there[0]:
+            factor = jnp.ones(there[0], jnp.float32)
+        if factor is not None:
             factor = jnp.pad(factor, below, constant_values=1)
-        return self.replace(
-            codes=jnp.pad(self.codes, (right, below) if self.transposed else (below, right)),
-            scale=jnp.pad(self.scale, right),
-            factor=factor,
+        codes = jnp.pad(plain.codes, (below, right))
+        return self._as_stored(
+            plain.replace(codes=codes, scale=jnp.pad(plain.scale, right), factor=factor)
         )
 
     def with_columns(self, values: jax.Array, start: Any) -> Scaled:
@@ -315,7 +336,7 @@ class Scaled:
     @property
     def format(self) -> str:
         """The name of the codes' format."""
-        return "int8" if self.codes.dtype == jnp.int8 else "fp8"
+        return next(name for name, kind in _TYPES.items() if kind == self.codes.dtype)
 
     def _with(self, values: jax.Array, start: tuple[Any, Any]) -> Scaled:
         """With codes of values that are scaled already, from that row and column on."""

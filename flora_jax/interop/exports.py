@@ -23,8 +23,11 @@ from flora_jax.adapters import (
     AdapterConfig,
     Tree,
     dequantize_base,
+    is_quantized,
+    paths,
     quantization_of,
     quantize_base,
+    tree,
 )
 from flora_jax.device import check_jax, versions
 from flora_jax.errors import UserError, disk_fault, require, require_known
@@ -190,9 +193,13 @@ def _of_quantization(
     base that was not."""
     if form == "merged":
         adapter_config, variables = FORMATS[form].read(trained, directory)
-        params = jax.tree.map(jnp.asarray, variables["params"])
+        params = paths(variables["params"])
+        layers = range(trained.config.num_hidden_layers)
+        # the layers of a mapped leaf one after another
+        for path in filter(is_quantized, params):
+            params[path] = np.stack([params[path][i] for i in layers])
         what = "requantized"
-        variables = {"params": quantize_base(params, trained.quantization["format"])}
+        variables = {"params": quantize_base(tree(params), trained.quantization["format"])}
     else:
         what = "over_floats"
         adapter_config = trained.adapter_config

@@ -168,7 +168,7 @@ def test_every_cell_is_a_command(scale, tmp_path):
     first = scale.presets[0]
     order = ["device", "tests", f"latency-{first}-base-b1-p{scale.prompt_length}", f"profile-{first}-ffba",
              f"torch_latency-{first}-peft-b1-p{scale.prompt_length}", f"train-{first}-lora",
-             f"plan-{first}", f"bank-{first}", f"switching-{first}"]  # fmt: skip
+             f"plan-{first}", f"bank-{first}", f"switching-{first}", f"quantized-{first}"]  # fmt: skip
     assert [name for name in names if name in order] == order
 
 

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flora_jax.adapters import AdapterConfig
+from flora_jax.adapters import AdapterConfig, is_quantized
 from flora_jax.models.attention import attend
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import abstract_base
@@ -77,6 +77,27 @@ def loaded(folder: Path) -> None:
     (folder / "loaded.json").write_text(json.dumps(result))
 
 
+def quantised(folder: Path) -> None:
+    """The same of kernels that are quantised as they are read: by part of each leaf."""
+    model = LlamaConfig.preset("tiny")
+    mesh = make_mesh(config_of(folder / "fft.json", (1, 4, 2)))
+    placed = shardings({"params": abstract_base(model)}, mesh, model, AdapterConfig("lora", 1))
+    _, sharded = load_pretrained(
+        str(folder / "model"), shardings=placed["params"], quantization="int8"
+    )
+    _, whole = load_pretrained(str(folder / "model"), quantization="int8")
+    result = {}
+    for path, leaf in paths(sharded).items():
+        if is_quantized(path):
+            for part in ("codes", "scale", "sums", "error"):
+                here, there = getattr(leaf, part), getattr(paths(whole)[path], part)
+                result[f"{path} {part}"] = [
+                    bool((np.asarray(here) == np.asarray(there)).all()),
+                    here.addressable_shards[0].data.size / here.size,
+                ]
+    (folder / "quantised.json").write_text(json.dumps(result))
+
+
 def attention(folder: Path) -> None:
     """The all-gathers in the compiled gradient of attention, rows over data and fsdp, heads over tensor."""
     mesh = make_mesh(config_of(folder / "fft.json", (2, 2, 2)))
@@ -103,3 +124,4 @@ if __name__ == "__main__":
         attention(where)
         resumed(where)
         loaded(where)
+        quantised(where)

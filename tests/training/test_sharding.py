@@ -157,6 +157,16 @@ def test_weights_are_read_straight_into_shards(others):
         assert devices == 8 and here == (whole if path.endswith("norm/scale") else whole / 8), path
 
 
+def test_quantised_kernels_lie_as_the_kernels_would(others):
+    """Codes over fsdp and tensor, scales along the columns that they are of."""
+    result = json.loads((others / "quantised.json").read_text())
+    assert len(result) == 4 * len(PROJECTIONS)
+    for name, (same, share) in result.items():
+        path, part = name.split()
+        whole = {"codes": 1 / 8, "scale": 1 / 4 if "/o/" in path or "/down/" in path else 1 / 2}
+        assert same and share == whole.get(part, 1), name
+
+
 def test_attention_gathers_nothing(others):
     """Rows over data and fsdp and heads over tensor: each device computes its own."""
     assert json.loads((others / "attention.json").read_text()) == 0
