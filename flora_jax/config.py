@@ -29,13 +29,21 @@ from flora_jax.errors import UserError, near_misses, require, require_known, spl
 from flora_jax.models.config import DTYPES, PRESETS, QUANTIZATIONS, LlamaConfig
 from flora_jax.models.llama import REMAT_POLICIES
 
-# What a model preset changes in the base configuration: the Llamas are for GPUs, where bfloat16 is
-# native.
+# What a model preset changes in the base configuration: the larger ones are for GPUs, where
+# bfloat16 is native.
 _GPU = {"model.param_dtype": "bfloat16", "model.dtype": "bfloat16"}
 PRESET_SETTINGS: dict[str, dict[str, Any]] = {
     "llama3.2-1b": _GPU,
     "llama3.2-3b": _GPU,
     "llama3.1-8b": _GPU,
+    "qwen2.5-1.5b": _GPU,
+    "qwen2.5-7b": _GPU,
+    "qwen3-1.7b": _GPU,
+    "qwen3-4b": _GPU,
+    "qwen3-8b": _GPU,
+    "mistral-7b": _GPU,
+    "smollm3-3b": _GPU,
+    "granite-3-2b": _GPU,
 }
 CHOICES: dict[str, Collection[str]] = {
     "model.dtype": DTYPES,
