@@ -20,7 +20,7 @@ _SUMMED = 10**7
 # Outputs below which XLA writes such a sum's products out, in float32, before it adds them up; and
 # weights from which on that counts.
 _NARROW = 2048
-_COUNTING = 10**6
+_COUNTING = 2 * 10**5
 _FEW_ROWS = 128  # up to which `(W xᵀ)ᵀ` is not slower than `x Wᵀ` on a CPU
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import jax
@@ -454,3 +455,80 @@ def test_values_that_are_not_finite_are_refused_with_their_tensor(tmp_path):
         with pytest.raises(UserError, match=f"tensor '{name}' .*{words}") as error:
             load_pretrained(str(path), dtype)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ a real Qwen2
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """The path of a local GGUF of Qwen2.5 0.5B, which FLORA_QWEN_GGUF names."""
+    pytest.importorskip("torch")
+    path = os.environ.get("FLORA_QWEN_GGUF")
+    if not path:
+        pytest.skip("FLORA_QWEN_GGUF is unset")
+    return Path(path)
+
+
+@pytest.mark.slow
+def test_a_real_qwen2_is_what_transformers_reads(qwen):
+    """Logits within 1e-3 of the largest, and the same greedy 64 tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from flora_jax.inference.generator import Generator
+    from flora_jax.models.llama import Llama
+    from flora_jax.models.tokenizer import load_tokenizer
+
+    config, base = load_pretrained(str(qwen))
+    preset = LlamaConfig.preset("qwen2.5-0.5b")
+    assert {**config.sizes, **config.differences} == {**preset.sizes, **preset.differences}
+    model = AutoModelForCausalLM.from_pretrained(
+        qwen.parent, gguf_file=qwen.name, dtype=torch.float32
+    ).eval()
+    tokenizer = load_tokenizer(str(qwen))
+    texts = ["Write a Python function that reverses a string.", "The capital of France is", "def fibonacci(n):\n",
+             "Q: Ann has 17 apples and gives 5 away. How many are left?\nA:", "Once upon a time in a small village"]  # fmt: skip
+    prompts = [tokenizer(text).input_ids for text in texts]
+    forward = jax.jit(Llama(config).apply)
+    for prompt in prompts:
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt])).logits.numpy()
+        found = forward({"params": base}, jnp.asarray([prompt]))
+        assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
+    generator = Generator(config, base, tokenizer=tokenizer, max_length=128, batch_size=5)
+    for prompt, ours in zip(prompts, generator.generate(prompts, 64), strict=True):
+        with torch.no_grad():
+            out = model.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)
+        theirs = out[0, len(prompt) :].tolist()
+        assert theirs[: len(ours.tokens)] == list(ours.tokens)
+        assert len(ours.tokens) == 64 or theirs[len(ours.tokens)] in config.eos_token_id
+
+
+@pytest.mark.slow
+def test_a_real_qwen2_is_trained_and_exported(qwen, small, tmp_path):
+    """30 steps lower the loss, and transformers loads what they gave, with its code."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from flora_jax.interop.exports import hand_over
+    from flora_jax.training.loop import run
+    from flora_jax.training.trained import load_run
+
+    fields = {
+        "model.weights": str(qwen), "train.steps": 30, "train.batch_size": 2, "data.max_length": 48,
+        "data.packing": False, "train.eval_every": 30, "train.save_every": 30, "optim.learning_rate": 3e-4,
+    }  # fmt: skip
+    run(small("ffba_qg_add", **fields), tmp_path / "w")
+    lines = [json.loads(line) for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    trained, _ = load_run(tmp_path / "w", None, "transformers", None)
+    report = hand_over(trained, "transformers", tmp_path / "out")
+    assert report["logits"]["max_change"] <= report["logits"]["bound"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    tokens = np.asarray([trained.tokenizer("12 + 30 = ").input_ids])
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    ours = trained.model.apply(trained.variables, jnp.asarray(tokens))
+    assert np.abs(theirs - ours).max() <= 1e-3 * np.abs(theirs).max()

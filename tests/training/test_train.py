@@ -318,6 +318,7 @@ COMPUTED = {
     "adapter.method": "ffba", "adapter.rank": 4, "adapter.alpha": 3.0, "adapter.rslora": True,
     "adapter.targets": "q,k,v,o", "adapter.add_to": "q", "adapter.dropout": 0.1,
     "model.param_dtype": "bfloat16", "model.dtype": "bfloat16", "model.remat": "full",
+    "model.quantization": "int8",
     "data.tasks": "basic_arithmetic", "data.max_length": 192, "data.prompt_style": "chat", "data.loss_on": "all",
     "data.packing": False, "data.limit": 20, "data.validation_size": 4,
     "data.generator.train": 50, "data.generator.validation": 6, "data.generator.seed": 1,
