@@ -511,8 +511,8 @@ def test_a_real_qwen2_is_trained_and_exported(qwen, small, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
+    from flora_jax.finetune import run
     from flora_jax.interop.exports import hand_over
-    from flora_jax.training.loop import run
     from flora_jax.training.trained import load_run
 
     fields = {
