@@ -27,7 +27,7 @@ NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
@@ -90,9 +90,9 @@ def write_gguf(path, config=TINY, tensors=None, quantise=None, fields=None, extr
                 float: writer.add_float32,
                 list: writer.add_array,
             }
-            kinds.get(type(value), writer.add_uint32)(f"llama.{key}", value)
-    writer.add_float32("llama.rope.freq_base", config.rope_theta)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+            kinds.get(type(value), writer.add_uint32)(f"{architecture}.{key}", value)
+    writer.add_float32(f"{architecture}.rope.freq_base", config.rope_theta)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
     if tokenizer is None:
         writer.add_uint32("tokenizer.ggml.bos_token_id", config.bos_token_id)
         writer.add_uint32("tokenizer.ggml.eos_token_id", config.eos_token_id[0])
@@ -102,7 +102,8 @@ def write_gguf(path, config=TINY, tensors=None, quantise=None, fields=None, extr
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, value in (random_tensors(config) if tensors is None else tensors).items():
         for projection, n in heads.items():
-            value = interleave(value, n) if projection in name else value
+            if projection in name and architecture == "llama":
+                value = interleave(value, n)
         if quantise and value.ndim == 2:
             writer.add_tensor(gguf_name(name), gguf.quantize(value, quantise), raw_dtype=quantise)
         else:
@@ -155,6 +156,39 @@ def test_transformers_reads_the_same_model(tmp_path):
         tmp_path, gguf_file="m.gguf", dtype=torch.float32
     ).eval()
     config, base = load_pretrained(str(tmp_path / "m.gguf"))
+    state = model.state_dict()
+    exported = dict(to_hf_tensors(config, base))
+    assert exported.keys() == state.keys()
+    for name, value in exported.items():
+        np.testing.assert_array_equal(value, state[name].numpy(), err_msg=name)
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 40))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens)).logits.numpy()
+    logits = Llama(config, None).apply({"params": base}, jnp.asarray(tokens, jnp.int32))
+    assert np.abs(logits - expected).max() <= 2e-4
+
+
+@pytest.mark.parametrize("changes", [
+    # its heads, whose width transformers does not read there, are as wide as in every published one
+    {"model_type": "qwen3", "qk_norm": True, "head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
+    pytest.param({"model_type": "qwen2", "biases": ("qkv",)}, marks=pytest.mark.slow),
+], ids=lambda changes: changes["model_type"])  # fmt: skip
+def test_files_of_qwen_are_read_as_transformers_does(changes, tmp_path):
+    """Rows of q and k lie there as in HF's files; the norms and biases of each come along."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    from flora_jax.models.llama import Llama
+
+    config = dataclasses.replace(TINY, tie_word_embeddings=False, **changes)
+    tensors = {name: value / 8 + ("norm" in name) for name, value in random_tensors(config).items()}
+    write_gguf(tmp_path / "m.gguf", config, tensors, quantise=gguf.GGMLQuantizationType.Q8_0,
+               architecture=config.model_type)  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    ).eval()
+    found, base = load_pretrained(str(tmp_path / "m.gguf"))
+    assert found == config
     state = model.state_dict()
     exported = dict(to_hf_tensors(config, base))
     assert exported.keys() == state.keys()
