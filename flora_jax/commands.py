@@ -24,6 +24,9 @@ Flags = Mapping[str, Mapping[str, Any]]
 MODEL = {
     "model": dict(required=True, help="HF directory, hub id, .gguf file or preset name"),
     "adapter": dict(type=path_flag, help="adapter directory"),
+    "template_arguments": dict(
+        default="", help="of the chat template, NAME=VALUE,… such as enable_thinking=false"
+    ),
 }
 DTYPE = {"dtype": dict(choices=DTYPES, default="float32")}
 QUANTIZATION = {
@@ -47,6 +50,14 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name} {value} must be a positive integer")
+
+
+def check_template(args: argparse.Namespace, chats: bool, flag: str) -> None:
+    """Raises UserError for arguments of a chat template that is not used; flag: has it used."""
+    require(
+        chats or not args.template_arguments,
+        f"--template_arguments {args.template_arguments} has no effect without {flag}",
+    )
 
 
 def check_result(path: str | None) -> None:

@@ -29,13 +29,21 @@ from flora_jax.errors import UserError, near_misses, require, require_known, spl
 from flora_jax.models.config import DTYPES, PRESETS, QUANTIZATIONS, LlamaConfig
 from flora_jax.models.llama import REMAT_POLICIES
 
-# What a model preset changes in the base configuration: the Llamas are for GPUs, where bfloat16 is
-# native.
+# What a model preset changes in the base configuration: the larger ones are for GPUs, where
+# bfloat16 is native.
 _GPU = {"model.param_dtype": "bfloat16", "model.dtype": "bfloat16"}
 PRESET_SETTINGS: dict[str, dict[str, Any]] = {
     "llama3.2-1b": _GPU,
     "llama3.2-3b": _GPU,
     "llama3.1-8b": _GPU,
+    "qwen2.5-1.5b": _GPU,
+    "qwen2.5-7b": _GPU,
+    "qwen3-1.7b": _GPU,
+    "qwen3-4b": _GPU,
+    "qwen3-8b": _GPU,
+    "mistral-7b": _GPU,
+    "smollm3-3b": _GPU,
+    "granite-3-2b": _GPU,
 }
 CHOICES: dict[str, Collection[str]] = {
     "model.dtype": DTYPES,
@@ -175,6 +183,8 @@ def _data() -> dict[str, Any]:
         # plain: prompt, a space, answer; chat: the tokenizer's chat template; llm_adapters: that
         # project's frame.
         "prompt_style": "plain",
+        # NAME=VALUE,… that the chat template is given, such as enable_thinking=false (Qwen3)
+        "template_arguments": "",
         "loss_on": "answer",  # answer: only what the model should say; all: every token
         "packing": True,  # several examples a row, segments kept apart
         "limit": placeholder(int),  # use only N training examples, always the same
@@ -520,6 +530,12 @@ def _check_scoring(config: ConfigDict) -> None:
         "eval.tasks",
         processes == 1 or not config.eval.tasks,
         f"needs one process, not {processes}; score the adapter with flora_jax.evaluate instead",
+    )
+    _check(
+        config,
+        "data.template_arguments",
+        config.data.prompt_style == "chat" or not config.data.template_arguments,
+        "are of a chat template, and have no effect without data.prompt_style='chat'",
     )
     theirs = (config.eval.protocol, config.data.prompt_style) == ("llm_adapters", "llm_adapters")
     _check(

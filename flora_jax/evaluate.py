@@ -59,12 +59,15 @@ def main(argv: list[str]) -> None:
     trained_on = read_trained_on(args.adapter) if args.adapter else None
     seen = check_seen(request.tasks, trained_on, args.allow_contaminated)
     keep_programs()
-    model = load_adapted(args.model, args.adapter, args.dtype, args.quantization)
+    model = load_adapted(
+        args.model, args.adapter, args.dtype, args.quantization, args.template_arguments
+    )
     about = {
         "model": args.model,
         "adapter": args.adapter,
         "base_fingerprint": model.fingerprint,
         "quantization": args.quantization,
+        "template_arguments": args.template_arguments,
         "seed": args.seed,
         "limit": args.limit,
         "generator": request.generator,

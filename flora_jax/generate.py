@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import argparse
 
-from flora_jax.commands import DTYPE, MODEL, QUANTIZATION, check_positive, read_flags
+from flora_jax.commands import (
+    DTYPE,
+    MODEL,
+    QUANTIZATION,
+    check_positive,
+    check_template,
+    read_flags,
+)
 from flora_jax.errors import check_text, require, run_command
 from flora_jax.files import keep_programs
 
@@ -40,7 +47,9 @@ def main(argv: list[str]) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     _check(args)
     keep_programs()
-    model = load_adapted(args.model, args.adapter, args.dtype, args.quantization)
+    model = load_adapted(
+        args.model, args.adapter, args.dtype, args.quantization, args.template_arguments
+    )
     style = "chat" if args.chat else "plain"
     prompt = encode_prompt([Message("user", args.prompt)], model.tokenizer, style)
     generator = Generator.of(model, args.max_length, batch_size=1)
@@ -57,6 +66,7 @@ def _check(args: argparse.Namespace) -> None:
     check_positive(args, "max_new_tokens")
     require(args.prompt, "--prompt is empty; it needs some text")
     check_text(args.prompt, "--prompt")
+    check_template(args, args.chat, "--chat")
     require(
         args.temperature != 0 or (args.top_k, args.top_p) == (0, 1.0),
         "--top_k and --top_p need a --temperature above 0, which samples at all",

@@ -9,7 +9,15 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from flora_jax.commands import DTYPE, MODEL, QUANTIZATION, RESULT, check_result, read_flags
+from flora_jax.commands import (
+    DTYPE,
+    MODEL,
+    QUANTIZATION,
+    RESULT,
+    check_result,
+    check_template,
+    read_flags,
+)
 from flora_jax.errors import path_flag, require, run_command, split_names
 
 FLAGS = {
@@ -39,6 +47,7 @@ def main(argv: list[str]) -> None:
             f"--{name} {value} must be an integer, at least {least}",
         )
     check_result(args.out)
+    check_template(args, args.apply_chat_template, "--apply_chat_template")
     require(
         importlib.util.find_spec("lm_eval") is not None,
         "the harness is not installed; pip install -e '.[lm-eval]'",
@@ -50,7 +59,9 @@ def main(argv: list[str]) -> None:
 
     tasks = load_harness_tasks(split_names(args.tasks), args.include_path)
     keep_programs()
-    model = load_adapted(args.model, args.adapter, args.dtype, args.quantization)
+    model = load_adapted(
+        args.model, args.adapter, args.dtype, args.quantization, args.template_arguments
+    )
     result = evaluate_harness(
         HarnessLM(model, batch_size=args.batch_size, max_length=args.max_length),
         tasks,
@@ -62,6 +73,7 @@ def main(argv: list[str]) -> None:
             "adapter": args.adapter,
             "base_fingerprint": model.fingerprint,
             "quantization": args.quantization,
+            "template_arguments": args.template_arguments,
         },
     )
     if args.out:

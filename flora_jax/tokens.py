@@ -6,10 +6,12 @@ import bisect
 import contextlib
 import hashlib
 import itertools
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -183,6 +185,50 @@ def render(tokenizer: Tokenizer, conversation: Sequence[Mapping[str, Any]], **ho
         raise UserError(
             f"the tokenizer's chat template refuses a conversation of roles {roles}: {error}"
         ) from None
+
+
+def set_template_arguments(tokenizer: Tokenizer, text: str) -> None:
+    """Has the tokenizer's chat template see `NAME=VALUE,…` wherever it is used, saved or exported,
+    such as `enable_thinking=false`, which Qwen3's asks for.
+
+    A value is JSON, or else a text. The template itself then begins by setting them, so that the
+    tokenizer says by itself how it was used. Raises UserError for what is no such list, without a
+    template, and for a name that the template does not read.
+    """
+    arguments = _read_template_arguments(text)
+    if not arguments:
+        return
+    template = tokenizer.chat_template
+    require(
+        isinstance(template, str),
+        f"template_arguments={text!r}: the tokenizer has no chat template that reads them",
+    )
+    for name in arguments:
+        require(
+            re.search(rf"\b{name}\b", template) is not None,
+            f"template_arguments={text!r}: the tokenizer's chat template reads no {name!r}",
+        )
+    # A template knows JSON's words but for null.
+    given = (
+        f"{{%- set {name} = {'none' if value is None else json.dumps(value)} -%}}"
+        for name, value in arguments.items()
+    )
+    tokenizer.chat_template = "".join([*given, template])
+
+
+def _read_template_arguments(text: str) -> dict[str, Any]:
+    arguments = {}
+    for pair in filter(None, text.split(",")):
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        require(
+            name.isidentifier() and equals,
+            f"template_arguments={text!r}: {pair!r} is not NAME=VALUE",
+        )
+        try:
+            arguments[name] = json.loads(value)
+        except json.JSONDecodeError:
+            arguments[name] = value
+    return arguments
 
 
 _ANSWER = "0123456789"

@@ -3,6 +3,7 @@
 from flora_jax.adapters.config import AdapterConfig, Slot, has_adapter
 from flora_jax.adapters.forms import as_lora, merge, merged_kernel, widen
 from flora_jax.adapters.fusing import (
+    STREAM_NORMS,
     adapter_of,
     each_layer,
     fuse,
@@ -56,6 +57,7 @@ __all__ = [
     "QUANTIZATIONS",
     "SAVED",
     "SPLIT",
+    "STREAM_NORMS",
     "AdapterConfig",
     "FusedDense",
     "Layout",

@@ -29,6 +29,9 @@ from flora_jax.adapters.methods import BLOCKS, PRODUCTS
 from flora_jax.adapters.quantized import Quantized, Scaled, join
 from flora_jax.errors import UserError, require
 
+# The norms of a layer that act on the stream.
+STREAM_NORMS = tuple(f"{block}_norm" for block in BLOCKS)
+
 
 def _scaled(leaf: jax.Array, side: str, adapter_config: AdapterConfig) -> jax.Array:
     """The scale is in the side that by the method's own row starts at zero: in A for ffa, ffba* and
@@ -254,10 +257,10 @@ def each_layer(
     base: Tree, config: Any, product: Callable[[int, str, str], Tree], stream: int
 ) -> Iterator[tuple[str, Tree]]:
     """Leaves of every layer by its number: `product(i, block, name)` of the four products, norms
-    cut from the stack and filled up to the width of the stream that they act on."""
+    cut from the stack, those of the stream filled up to its width."""
     for i in range(config.num_hidden_layers):
         norms = {
-            name: {"scale": _pad_to(leaf["scale"][i], (stream,))}
+            name: {"scale": _norm(name, leaf["scale"][i], config, stream)}
             for name, leaf in base["layers"].items()
             if name not in BLOCKS
         }
@@ -266,6 +269,14 @@ def each_layer(
             for block, products in BLOCKS.items()
         }
         yield str(i), {**norms, **blocks}
+
+
+def _norm(name: str, scale: jax.Array, config: Any, stream: int) -> jax.Array:
+    """A norm's scale out of a layer of any layout, for a stream of that width; one of a head's
+    channels is not on the stream."""
+    if name not in STREAM_NORMS:
+        return scale
+    return _pad_to(scale[: config.hidden_size], (stream,))
 
 
 def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: int) -> Tree:
@@ -297,7 +308,7 @@ def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: i
 
     def layer(leaves: Tree) -> Tree:
         norms = {
-            name: {"scale": _pad_to(leaf["scale"][: config.hidden_size], (stream,))}
+            name: {"scale": _norm(name, leaf["scale"], config, stream)}
             for name, leaf in leaves.items()
             if name not in BLOCKS
         }
@@ -343,8 +354,9 @@ def split(
         f"{layout.adapters} adapters",
     )
     layers = [fused["layers"][str(i)] for i in range(config.num_hidden_layers)]
+    D = config.hidden_size
     stacked: Tree = {
-        name: {"scale": jnp.stack([layer[name]["scale"][: config.hidden_size] for layer in layers])}
+        name: {"scale": jnp.stack([_norm(name, one[name]["scale"], config, D) for one in layers])}
         for name in layers[0]
         if name not in BLOCKS
     }

@@ -235,7 +235,7 @@ class FusedDense(nn.Module):
         rows = sum(part.shape[-1] for part in inputs)
         filled, columns = kernel.shape[::-1] if self.layout.transposed else kernel.shape
         if filled > rows:
-            if not self.layout.transposed and is_sum(x, rows * columns):
+            if not self.layout.transposed and is_sum(x, rows, columns):
                 # GEMMs want rows in blocks; a sum over more rows might be written out
                 quantised = isinstance(kernel, Scaled)
                 kernel = kernel.corner(rows, columns) if quantised else kernel[:rows]

@@ -2,7 +2,7 @@
 trees.
 
 Axis letters: L layers, V vocabulary, D model, Q query heads x head width, K key/value heads x head
-width, F inner width of the MLP, R adapter channels.
+width, H head width, F inner width of the MLP, R adapter channels.
 """
 
 from __future__ import annotations
@@ -105,10 +105,13 @@ def base_leaves(config: Any) -> dict[str, Leaf]:
     leaves = {"embed_tokens/embedding": leaf("V D", normal(_STDDEV))}
     if not config.tie_word_embeddings:
         leaves["lm_head/kernel"] = leaf("D V", normal(_STDDEV))
+    for name in ("q_norm", "k_norm") if config.qk_norm else ():
+        leaves[f"layers/{name}/scale"] = leaf("L H", _ones)
     for block, products in BLOCKS.items():
         leaves[f"layers/{block}_norm/scale"] = leaf("L D", _ones)
         for product in products:
-            for name, one in product_leaves(config.widths, product, config.biases[block]).items():
+            has_bias = product in config.biases
+            for name, one in product_leaves(config.widths, product, has_bias).items():
                 path = f"layers/{block}/{product}/{name}"
                 leaves[path] = Leaf(("L", *one.axes), (sizes["L"], *one.shape), one.init)
     leaves["final_norm/scale"] = leaf("D", _ones)
@@ -268,7 +271,7 @@ def check_fused(
         for block, products in BLOCKS.items():
             for product in products:
                 shapes = layout.fused_shapes(
-                    config.widths, adapter_config, product, config.biases[block]
+                    config.widths, adapter_config, product, product in config.biases
                 )
                 path = f"layers/{i}/{block}/{product}"
                 expected |= {f"{path}/{name}": shape for name, shape in shapes.items()}

@@ -17,6 +17,10 @@ from flora_jax.adapters.quantized import Scaled
 _COPIES = 64  # operands of one concatenation
 # Weights that one token's product has at the most where XLA for a GPU makes a sum of it.
 _SUMMED = 10**7
+# Outputs below which XLA writes such a sum's products out, in float32, before it adds them up; and
+# weights from which on that counts.
+_NARROW = 2048
+_COUNTING = 2 * 10**5
 _FEW_ROWS = 128  # up to which `(W xᵀ)ᵀ` is not slower than `x Wᵀ` on a CPU
 
 
@@ -74,10 +78,20 @@ def keep_own(y: jax.Array, start: int, width: int, select: jax.Array) -> jax.Arr
     return jnp.where(jnp.concatenate(chosen, axis=-1)[:, None, :], y, 0)
 
 
-def is_sum(x: jax.Array, weights: int) -> bool:
-    """Whether XLA for a GPU turns a product of x with so many weights into a sum of the rows'
-    products."""
-    return x.size == x.shape[-1] and weights <= _SUMMED
+def is_sum(x: jax.Array, rows: int, columns: int) -> bool:
+    """Whether a product of x with so many weights becomes a sum of the rows' products on a GPU."""
+    return _is_one_row(x) and rows * columns <= _SUMMED and not _doubled(x, rows, columns)
+
+
+def _is_one_row(x: jax.Array) -> bool:
+    return x.size == x.shape[-1]
+
+
+def _doubled(x: jax.Array, rows: int, columns: int) -> bool:
+    """Whether `multiply` gives one row as two, so that XLA for a GPU makes no sum of it: of few
+    columns it would write every product out, four bytes for each weight of two."""
+    counts = rows * columns > _COUNTING and columns < _NARROW
+    return _is_one_row(x) and counts and x.dtype != jnp.float32
 
 
 def multiply(x: jax.Array, kernel: jax.Array | Scaled) -> jax.Array:
@@ -90,7 +104,10 @@ def multiply(x: jax.Array, kernel: jax.Array | Scaled) -> jax.Array:
     """
     if isinstance(kernel, Scaled):
         return _multiply_scaled(multiply, x, kernel)
-    dtype = jnp.float32 if is_sum(x, kernel.size) else None
+    if _doubled(x, *kernel.shape):
+        rows = jnp.broadcast_to(x.reshape(1, -1), (2, x.size))
+        return jnp.matmul(rows, kernel)[0].reshape(*x.shape[:-1], -1)
+    dtype = jnp.float32 if is_sum(x, *kernel.shape) else None
     return jnp.matmul(x, kernel, preferred_element_type=dtype).astype(x.dtype)
 
 

@@ -131,8 +131,9 @@ def torch_llama(config: LlamaConfig, base: Mapping[str, Any]) -> Any:
     import transformers
 
     dtype = getattr(torch, str(base["embed_tokens"]["embedding"].dtype))
-    fields = {k: v for k, v in config.to_hf().items() if k not in ("model_type", "architectures")}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).to(dtype)
+    fields = {k: v for k, v in config.to_hf().items() if k != "architectures"}
+    about = transformers.AutoConfig.for_model(**fields)
+    model = transformers.AutoModelForCausalLM.from_config(about).to(dtype)
     with torch.no_grad():
         # one at a time: there is never a second copy of them
         for name, value in to_hf_tensors(config, base):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from flora_jax.commands import check_positive, check_result
+from flora_jax.commands import check_positive, check_result, check_template
 from flora_jax.data.tasks import get_task
 from flora_jax.errors import require, split_names
 from flora_jax.evaluation.task_data import Settings, TaskData, is_generated, load_task_data
@@ -25,6 +25,7 @@ def read_request(args: argparse.Namespace) -> Request:
     effect included."""
     check_positive(args, "batch_size", "max_new_tokens")
     check_result(args.out)
+    check_template(args, args.prompt_style == "chat", "--prompt_style chat")
     generator = _read_generator(args.generator)
     names = split_names(args.tasks)
     require(

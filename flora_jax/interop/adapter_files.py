@@ -272,15 +272,16 @@ def load_adapted(
     directory: str | os.PathLike | None,
     dtype: Any = np.float32,
     quantization: str = "none",
+    template_arguments: str = "",
 ) -> Adapted:
-    """Base and tokenizer of `source` (as `load_pretrained`), and the adapter of `directory`, which
-    may be None; base leaves that trained with the adapter replace the base's. A base that is
-    quantised in another way than the adapter's was is said on stderr. Raises UserError where they
-    do not belong together."""
+    """Base and tokenizer of `source` (as `load_pretrained` and `load_tokenizer`), and the adapter
+    of `directory`, which may be None; base leaves that trained with the adapter replace the base's.
+    A base that is quantised in another way than the adapter's was is said on stderr. Raises
+    UserError where they do not belong together."""
     check_jax()
     if directory is not None:
         _check_there(Path(directory))  # before a model is loaded
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, template_arguments)
     config, base = load_pretrained(source, dtype, quantization=quantization)
     check_tokenizer(tokenizer, config)
     fingerprint = base_fingerprint(base)

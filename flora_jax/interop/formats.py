@@ -1,7 +1,7 @@
 """The four formats of an export: what each can hold, how it is written, how our own model reads it
 back.
 
-    merged        a plain LlamaForCausalLM, the adapter in its weights   any reader of Llamas
+    merged        transformers' own class, the adapter in its weights    any reader of the base
     peft          a LoRA over the base                                   PEFT, transformers, vLLM
     transformers  the fused projections in PyTorch, with their code      trust_remote_code=True
     vllm          an adapter around the blocks, over the base            vLLM with `vllm_plugin/`
@@ -30,6 +30,7 @@ from flora_jax.adapters import (
     BLOCKS,
     NOT_QUANTIZED,
     PRODUCTS,
+    STREAM_NORMS,
     AdapterConfig,
     Layout,
     as_lora,
@@ -111,14 +112,15 @@ def _module(layer: int | str, product: str) -> str:
     return f"model.layers.{layer}.{MODULES[product]}"
 
 
-def _write_model_files(trained: Trained, directory: Path, dtype: Any, **fields: Any) -> None:
-    """config.json with `fields` in it, generation_config.json (the base's own, where it came with
+def _write_model_files(
+    trained: Trained, directory: Path, dtype: Any, config: Mapping[str, Any]
+) -> None:
+    """config.json, generation_config.json (the base's own, where it came with
     one, with all tokens that end an answer), the tokenizer's files."""
-    config = trained.config.to_hf()
     # transformers 5 reads `dtype`, those before `torch_dtype`.
     write_json(
         directory / "config.json",
-        {**config, "dtype": dtype.name, "torch_dtype": dtype.name, **fields},
+        {**config, "dtype": dtype.name, "torch_dtype": dtype.name},
     )
     own = trained.base_files and trained.base_files / "generation_config.json"
     if own and own.is_file():
@@ -243,7 +245,7 @@ def _write_merged(trained: Trained, directory: Path, dtype: Any) -> dict[str, An
             yield name, value
 
     write_shards(directory, hf_shapes(trained.config), dtype, tensors())
-    _write_model_files(trained, directory, dtype)
+    _write_model_files(trained, directory, dtype, trained.config.to_hf())
     # Tensor by tensor against the base: what was to change may have, all else must be the base's
     # own.
     names = hf_names(trained.config)
@@ -300,7 +302,7 @@ def _read_peft(trained: Trained, directory: Path) -> tuple[AdapterConfig, Tree]:
 
 def _refuse_transformers(adapter_config: AdapterConfig, params: Tree) -> str | None:
     if adapter_config.row.reads is None:
-        return f"{adapter_config.method} has no adapter: what it gives is a plain Llama"
+        return f"{adapter_config.method} has no adapter: what it gives is a model like its base"
     return None
 
 
@@ -349,8 +351,19 @@ def _write_transformers(trained: Trained, directory: Path, dtype: Any) -> dict[s
     write_shards(directory, shapes, dtype, tensors())
     for file in sorted(_REMOTE_CODE.glob("*.py")):
         shutil.copyfile(file, directory / file.name)
-    _write_model_files(trained, directory, dtype, **remote_config(adapter_config))
+    about = {**base_config(config), **remote_config(adapter_config)}
+    _write_model_files(trained, directory, dtype, about)
     return {}
+
+
+def base_config(config: LlamaConfig) -> dict[str, Any]:
+    """The fields of a Llama's config.json, and `differences`, what remote_code computes beside."""
+    differences = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in config.differences.items()
+    }
+    differences["attention_multiplier"] = config.attention_scale
+    return {**config.plain.to_hf(), "differences": differences}
 
 
 def remote_config(adapter_config: AdapterConfig) -> dict[str, Any]:
@@ -397,8 +410,8 @@ def _read_transformers(trained: Trained, directory: Path) -> tuple[AdapterConfig
         if not path.startswith("layers/"):
             leaves[path] = _read_leaf(path, names, tensors)
         elif _outside(path):
+            room = (0, stream - config.hidden_size) if path.split("/")[1] in STREAM_NORMS else 0
             for i, name in enumerate(names):
-                room = (0, stream - config.hidden_size)
                 leaves[path.replace("layers", f"layers/{i}", 1)] = np.pad(tensors[name], room)
     for i in range(config.num_hidden_layers):
         for block, products in BLOCKS.items():

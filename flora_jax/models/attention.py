@@ -96,18 +96,27 @@ def attend(
     v: jax.Array,
     mask: jax.Array | None = None,
     segments: jax.Array | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Attention of q `[B, T, N, H]` over k, v `[B, T, K, H]`, with mask or segments as in `Seen`;
-    plain causal without. Nothing of `[T, T]` outlives its block, in the backward pass neither."""
+    plain causal without. scale: of the scores, None for 1/sqrt(H). Nothing of `[T, T]` outlives its
+    block, in the backward pass neither."""
     if mask is None and segments is None and cudnn_runs(q):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, implementation="cudnn", scale=scale
+        )
     if mask is None and segments is not None and pallas_runs(q):
-        return attend_segments(q, k, v, segments)
-    return attend_blocks(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), Seen(segments, mask))
+        return attend_segments(q, k, v, segments, scale)
+    return attend_blocks(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), Seen(segments, mask), scale)
 
 
 def attend_segments(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    scale: float | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Causal attention within segments `[B, T]` by Pallas's kernel; shapes as in `attend`.
     interpret: runs it anywhere, slowly."""
@@ -127,14 +136,17 @@ def attend_segments(
         block_q_dq=_BACKWARD_TILE,
         block_kv_dq=_BACKWARD_TILE,
     )
-    scale = q.shape[-1] ** -0.5
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     out = pallas.mha(
         q, k, v, segments, sm_scale=scale, causal=True, block_sizes=sizes, interpret=interpret
     )
     return out[:, :T]
 
 
-def attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen) -> jax.Array:
+def attend_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, scale: float | None = None
+) -> jax.Array:
     """Attention of q `[B, T, N, H]` over k `[B, K, H, T]` and v `[B, K, T, H]` that shows no query
     a later key: queries in four parts, each over the keys up to its end, so that three eighths of
     the work, all masked, is not done. Parts of long rows are cut further, one block after another,
@@ -142,10 +154,18 @@ def attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen) -> jax.A
     T = q.shape[1]
     size = T if T < _LONG else -(-T // 4)
     parts = [(start, min(start + size, T)) for start in range(0, T, size)]
-    return jnp.concatenate([_part(q, k, v, seen, *part) for part in parts], axis=1)
+    return jnp.concatenate([_part(q, k, v, seen, scale, *part) for part in parts], axis=1)
 
 
-def _part(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, start: int, end: int) -> jax.Array:
+def _part(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: Seen,
+    scale: float | None,
+    start: int,
+    end: int,
+) -> jax.Array:
     """Attention of the queries from `start` to `end` over the keys up to `end`."""
 
     def block(rows: _Rows) -> jax.Array:
@@ -155,7 +175,7 @@ def _part(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, start: int, end:
         elif rows.segments is not None:
             mask = mask & (rows.segments[:, :, None] == seen.segments[:, None, :end])
         mask = jnp.broadcast_to(mask, (len(q), *mask.shape[-2:]))
-        return attend_grouped(rows.q, k[..., :end], v[..., :end, :], mask[:, None])
+        return attend_grouped(rows.q, k[..., :end], v[..., :end, :], mask[:, None], scale)
 
     block = jax.checkpoint(block, prevent_cse=False)
     rows = _Rows(
@@ -187,7 +207,9 @@ def _cut(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, axis, 0)
 
 
-def attend_grouped(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attend_grouped(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float | None = None
+) -> jax.Array:
     """Attention of q `[B, T, N, H]` over k `[B, K, H, S]` and v `[B, K, S, H]`.
 
     k and v may have B and K in one axis, as in the cache. mask: `[B, 1, T, S]` bool. The heads of a
@@ -200,7 +222,9 @@ def attend_grouped(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) ->
     *leading, _, S = k.shape
     K = math.prod(leading) // B
     rows = q.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(*leading, -1, H)
-    scores = jnp.einsum("...RH,...HS->...RS", rows, k, preferred_element_type=jnp.float32) * H**-0.5
+    if scale is None:
+        scale = H**-0.5
+    scores = jnp.einsum("...RH,...HS->...RS", rows, k, preferred_element_type=jnp.float32) * scale
     seen = jnp.broadcast_to(mask[:, :, None], (B, K, 1, T, S)).reshape(*leading, 1, T, S)
     scores = jnp.where(seen, scores.reshape(*leading, -1, T, S), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*leading, -1, S)
@@ -230,6 +254,20 @@ def rotary_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array,
     """cos and sin `[B, T, 1, H/2]`, float32, for positions `[B, T]`."""
     angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotary_of_layer(
+    config: LlamaConfig, rotary: tuple[jax.Array, jax.Array], i: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of layer i: of one without rotary embeddings 1 and 0, which turn nothing, so that
+    all layers are one program."""
+    if not config.no_rope_layers:
+        return rotary
+    cos, sin = rotary
+    turned = np.ones(config.num_hidden_layers, bool)
+    turned[list(config.no_rope_layers)] = False
+    turned = jnp.asarray(turned)[i]
+    return jnp.where(turned, cos, 1), jnp.where(turned, sin, 0)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a Llama is made of: sizes, rotary settings, presets. Nothing here touches an array.
+"""What a Llama is made of: sizes, rotary settings, differences. Nothing here touches an array.
 
 Axis letters used in all model code: B batch, T query length, S key length, D model width, N heads,
 K key/value heads, G heads per key/value head (N / K), H head width, F ffn width, R rank, V
@@ -10,11 +10,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
-from flora_jax.errors import UserError, require, require_known
+from flora_jax.errors import require, require_known
+from flora_jax.models import presets
+from flora_jax.models.architectures import ARCHITECTURES, PRODUCTS, read_config, write_config
 
 DTYPES = ("float32", "bfloat16")  # of parameters and of compute
+# Fields of LlamaConfig that a model may have beside a Llama's sizes.
+DIFFERENCES = (
+    "biases",
+    "qk_norm",
+    "no_rope_layers",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_divisor",
+)
 # of the base's kernels; as in adapters/quantized.py, which takes a second to import
 QUANTIZATIONS = ("none", "int8", "fp8", "nf4")
 
@@ -50,7 +63,14 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Architecture of one Llama. Field names are those of HF's `config.json`."""
+    """Architecture of one Llama. Field names are those of HF's `config.json` where it has them.
+
+    Beside a Llama's sizes: biases, the products (of qkv, o, gate_up, down) that have one; qk_norm,
+    whether each head's q and k pass an RMSNorm before they are turned; no_rope_layers, the layers
+    whose q and k are not turned; embedding_multiplier, of the embeddings; residual_multiplier, of
+    what each block adds to the stream; attention_multiplier, of the scores, None for 1/sqrt(H);
+    logits_divisor. model_type: the row of ARCHITECTURES that config.json is written by.
+    """
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -63,15 +83,22 @@ class LlamaConfig:
     rope_theta: float = 500000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
+    no_rope_layers: tuple[int, ...] = ()
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logits_divisor: float = 1.0
     max_position_embeddings: int = 8192
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    model_type: str = "llama"
 
     def __post_init__(self):
         self._check_sizes()
+        self._check_differences()
         for name in ("rms_norm_eps", "rope_theta"):
             _check_number(f"LlamaConfig.{name}", getattr(self, name))
         require(
@@ -98,6 +125,23 @@ class LlamaConfig:
             f"LlamaConfig.num_key_value_heads={self.num_key_value_heads} must divide "
             f"num_attention_heads={self.num_attention_heads}",
         )
+
+    def _check_differences(self) -> None:
+        require_known(self.model_type, ARCHITECTURES, f"LlamaConfig.model_type={self.model_type!r}")
+        require(
+            self.biases == tuple(one for one in PRODUCTS if one in self.biases),
+            f"LlamaConfig.biases={self.biases!r} must be a tuple of {', '.join(PRODUCTS)}, in this "
+            "order",
+        )
+        layers = range(self.num_hidden_layers)
+        require(
+            self.no_rope_layers == tuple(i for i in layers if i in self.no_rope_layers),
+            f"LlamaConfig.no_rope_layers={self.no_rope_layers!r} must be a tuple of layers from 0 "
+            f"to {layers[-1]}, in this order",
+        )
+        for name in ("embedding_multiplier", "residual_multiplier", "logits_divisor"):
+            _check_number(f"LlamaConfig.{name}", getattr(self, name))
+        _check_number("LlamaConfig.attention_multiplier", self.attention_scale)
 
     def _check_tokens(self) -> None:
         eos = self.eos_token_id
@@ -138,7 +182,19 @@ class LlamaConfig:
             "Q": self.q_width,
             "K": self.kv_width,
             "F": self.intermediate_size,
+            "H": self.head_dim,
         }
+
+    @property
+    def differences(self) -> dict[str, Any]:
+        """What may set it apart from a Llama without biases, by field."""
+        return {name: getattr(self, name) for name in DIFFERENCES}
+
+    @property
+    def plain(self) -> LlamaConfig:
+        """The Llama of the same sizes without any of them."""
+        own = {one.name: one.default for one in dataclasses.fields(self) if one.name in DIFFERENCES}
+        return dataclasses.replace(self, model_type="llama", **own)
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
@@ -150,9 +206,11 @@ class LlamaConfig:
         return {name: (sizes[d_in], sizes[d_out]) for name, (d_in, d_out) in AXES.items()}
 
     @property
-    def biases(self) -> dict[str, bool]:
-        """Whether the projections of each block have a bias."""
-        return {"attention": self.attention_bias, "mlp": self.mlp_bias}
+    def attention_scale(self) -> float:
+        """What the products of q and k are multiplied by."""
+        if self.attention_multiplier is None:
+            return self.head_dim**-0.5
+        return self.attention_multiplier
 
     @classmethod
     def preset(cls, name: str) -> LlamaConfig:
@@ -163,207 +221,34 @@ class LlamaConfig:
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> LlamaConfig:
         """Reads an HF `config.json` dict, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
-        (`rope_parameters`).
+        (`rope_parameters`), of a `model_type` in ARCHITECTURES.
 
-        Raises UserError for another architecture or an unsupported rotary type.
+        Raises UserError for another one, an unsupported rotary type, a sliding window in use, and
+        any other field that would change the numbers and is not read.
         """
-        _check_llama(hf, source)
-        # Where both forms stand there the older fields count, as transformers reads them.
-        scaled = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-        rope = {"rope_theta": hf.get("rope_theta"), **scaled}
-        scaling = _read_scaling(rope, source)
-        turned = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-        require(
-            turned in (None, 1),
-            f"{source}: partial_rotary_factor={turned!r} is not supported; Llama turns whole heads",
-        )
-        flags = {name: hf.get(name, False) for name in _FLAGS}
-        for name, value in flags.items():
-            require(isinstance(value, bool), f"{source}: {name}={value!r} must be true or false")
-        heads = hf["num_attention_heads"]
-        return cls(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_hidden_layers=hf["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or 10000.0),
-            rope_scaling=scaling,
-            max_position_embeddings=hf.get("max_position_embeddings", 2048),
-            bos_token_id=hf.get("bos_token_id"),
-            eos_token_id=_token_ids(hf.get("eos_token_id")),
-            pad_token_id=hf.get("pad_token_id"),
-            **flags,
-        )
+        return cls.of(read_config(hf, source))
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> LlamaConfig:
+        """The configuration of these fields, whose rope_scaling may be fields, too."""
+        scaling = fields.get("rope_scaling")
+        return cls(**{**fields, "rope_scaling": scaling and RopeScaling(**scaling)})
 
     def to_hf(self) -> dict[str, Any]:
         """The HF `config.json` dict, with `rope_parameters` (transformers 5) and `rope_theta` /
-        `rope_scaling` (older readers) alike."""
-        scaling = self.rope_scaling and {
-            "rope_type": "llama3",
-            **dataclasses.asdict(self.rope_scaling),
-        }
-        eos = list(self.eos_token_id)
-        return {
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
-            "hidden_act": "silu",
-            "rope_scaling": scaling,
-            "rope_parameters": {
-                "rope_type": "default",
-                **(scaling or {}),
-                "rope_theta": self.rope_theta,
-            },
-            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        }
+        `rope_scaling` (older readers) alike. Raises UserError for a field that a model of this
+        `model_type` cannot have."""
+        hf = write_config(dataclasses.asdict(self))
+        again = LlamaConfig.from_hf(hf, "config.json")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            read = getattr(again, field.name)
+            require(
+                read == value,
+                f"LlamaConfig.{field.name}={value!r} cannot be stated in the config.json of a "
+                f"{self.model_type}, which has {read!r}",
+            )
+        return hf
 
 
-_NEEDED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-
-
-def _check_llama(hf: dict[str, Any], source: str) -> None:
-    """Raises UserError unless an HF `config.json` describes a Llama, with all its sizes."""
-    require(
-        hf.get("model_type") == "llama",
-        f"{source}: model_type={hf.get('model_type')!r} is not supported; only 'llama' is",
-    )
-    require(
-        hf.get("hidden_act", "silu") == "silu",
-        f"{source}: hidden_act={hf.get('hidden_act')!r} is not supported; only 'silu' is",
-    )
-    for name in _NEEDED:
-        require(name in hf, f"{source}: field {name!r} is missing")
-
-
-def _read_scaling(rope: dict[str, Any], source: str) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    require(
-        kind == "llama3",
-        f"{source}: rope_type={kind!r} is not supported; 'default' and 'llama3' are",
-    )
-    try:
-        return RopeScaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-        )
-    except KeyError as error:
-        raise UserError(f"{source}: rope scaling field {error.args[0]!r} is missing") from None
-
-
-def _token_ids(given: Any) -> tuple[Any, ...]:
-    """No token, one, or several, as HF writes them."""
-    if given is None:
-        return ()
-    return tuple(given) if isinstance(given, list | tuple) else (given,)
-
-
-def _llama3(**sizes: Any) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        bos_token_id=128000,
-        eos_token_id=(128001, 128008, 128009),
-        **sizes,
-    )
-
-
-def _smollm2(**sizes: Any) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=49152,
-        head_dim=64,
-        tie_word_embeddings=True,
-        max_position_embeddings=8192,
-        bos_token_id=1,
-        eos_token_id=(2,),
-        pad_token_id=2,
-        **sizes,
-    )
-
-
-PRESETS: dict[str, LlamaConfig] = {
-    "llama3.2-1b": _llama3(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        rope_scaling=RopeScaling(factor=32.0),
-        tie_word_embeddings=True,
-    ),
-    "llama3.2-3b": _llama3(
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        rope_scaling=RopeScaling(factor=32.0),
-        tie_word_embeddings=True,
-    ),
-    "llama3.1-8b": _llama3(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        rope_scaling=RopeScaling(factor=8.0),
-    ),
-    "smollm2-135m": _smollm2(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        rope_theta=100000.0,
-    ),
-    "smollm2-360m": _smollm2(
-        hidden_size=960,
-        intermediate_size=2560,
-        num_hidden_layers=32,
-        num_attention_heads=15,
-        num_key_value_heads=5,
-        rope_theta=100000.0,
-    ),
-    "smollm2-1.7b": _smollm2(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=24,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        rope_theta=130000.0,
-    ),
-    # Small enough for seconds on a CPU, with everything a real one has: GQA 3, its own head_dim,
-    # and the built-in byte tokenizer's vocabulary.
-    "tiny": LlamaConfig(
-        vocab_size=320,
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-        rope_theta=10000.0,
-        tie_word_embeddings=True,
-        max_position_embeddings=2048,
-        bos_token_id=256,
-        eos_token_id=(257,),
-        pad_token_id=258,
-    ),
-}
+PRESETS = {name: LlamaConfig.of(fields) for name, fields in presets.PRESETS.items()}

@@ -1,10 +1,11 @@
 """A decode step's attention on a GPU, in one Pallas kernel.
 
-The kernel turns q and k by their rotary embeddings, fills the cache's new slot and attends. Written
-out for XLA this is five to eight launches a layer. The kernel is one, and the sum over its parts a
-second, which takes in what o reads beside attention. Axis letters as in llama.py; P parts that the
-slots are cut into, each read by a program of its own (flash decoding: one query has too few heads
-to keep a GPU busy); G heads of a group, filled up to R rows of a product.
+The kernel norms q and k where they have norms, turns them by their rotary embeddings, fills the
+cache's new slot and attends. Written out for XLA this is five to eight launches a layer. The kernel
+is one, and the sum over its parts a second, which takes in what o reads beside attention. Axis
+letters as in llama.py; P parts that the slots are cut into, each read by a program of its own
+(flash decoding: one query has too few heads to keep a GPU busy); G heads of a group, filled up to R
+rows of a product.
 
 The kernel is written for Pallas's Triton backend, which jax deprecates since 0.11.0 and will
 remove. jax names two replacements: Pallas's Mosaic GPU backend
@@ -36,6 +37,8 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 # N heads, K key/value heads, H channels of each, S slots, and how many slots a part has.
 _Sizes = namedtuple("_Sizes", "N, K, H, S, part")
+# Of the scores, and what the norms of q and k add to a mean square, None without norms.
+_Numbers = namedtuple("_Numbers", "scale, eps")
 
 
 def decode_attention(
@@ -44,6 +47,9 @@ def decode_attention(
     seen: jax.Array,
     past: tuple[jax.Array, jax.Array, jax.Array],
     heads: int,
+    norms: tuple[jax.Array, jax.Array] | None = None,
+    eps: float = 0.0,
+    scale: float | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attention of one new token a row, `[B, N·H]`, and the cache's `(k, v)` with it in its slot.
@@ -53,8 +59,10 @@ def decode_attention(
     rotary: cos and sin `[B, 1, 1, H/2]`. seen `[B, S]` bool: the slots up to `index` that a row
     sees, that one too.
     past: k `[B·K, H, S]`, v `[B·K, S, H]` and the scalar `index` of the token's slot; k and v are
-    consumed. heads: N. Products in qkv's dtype with float32 sums, softmax in float32. H is a power
-    of two, at least 32 on a GPU, which is where it runs; `interpret` runs it anywhere, slowly.
+    consumed. heads: N. norms: the scales `[H]` of RMS norms of q's and k's heads, before they are
+    turned; eps: theirs. scale: of the scores, None for 1/sqrt(H). Products in qkv's dtype with
+    float32 sums, norms and softmax in float32. H is a power of two, at least 32 on a GPU, which is
+    where it runs; `interpret` runs it anywhere, slowly.
     """
     k, v, index = past
     B = len(qkv)
@@ -63,8 +71,10 @@ def decode_attention(
     part = pl.cdiv(pl.cdiv(S, P), _SLOTS) * _SLOTS
     sizes = _Sizes(N=heads, K=BK // B, H=H, S=S, part=part)
     cos, sin = (table.reshape(B, H // 2) for table in rotary)
+    scaling = H**-0.5 if scale is None else scale
+    numbers = _Numbers(scale=scaling, eps=None if norms is None else eps)
     sums, peaks, totals, k, v = pl.pallas_call(
-        functools.partial(_kernel, sizes=sizes),
+        functools.partial(_kernel, sizes=sizes, numbers=numbers),
         grid=(B, sizes.K, P),
         out_shape=[
             jax.ShapeDtypeStruct((P, B, heads, H), jnp.float32),
@@ -77,7 +87,7 @@ def decode_attention(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="decode_attention",
-    )(index.reshape(1), qkv, cos, sin, seen, k, v)
+    )(index.reshape(1), qkv, cos, sin, seen, k, v, *(norms or ()))
     # Part by part rather than as reductions over P, so that XLA makes one kernel of it.
     peak = functools.reduce(jnp.maximum, peaks)
     shares = [jnp.exp(peaks[i] - peak)[..., None] for i in range(P)]
@@ -86,8 +96,11 @@ def decode_attention(
     return out.astype(qkv.dtype).reshape(B, heads * H), (k, v)
 
 
-# The arrays that a program reads, and behind them those that it writes.
-_Refs = namedtuple("_Refs", "index, qkv, cos, sin, seen, k, v, sums, peaks, totals, new_k, new_v")
+# The arrays that a program reads, and those that it writes; between them, where there are norms,
+# their scales.
+_READ = "index, qkv, cos, sin, seen, k, v"
+_WRITTEN = "sums, peaks, totals, new_k, new_v"
+_Refs = namedtuple("_Refs", f"{_READ}, q_norm, k_norm, {_WRITTEN}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +109,7 @@ class _Program:
 
     refs: _Refs
     sizes: _Sizes
+    numbers: _Numbers
     row: jax.Array
     group: jax.Array
     part: jax.Array
@@ -119,13 +133,15 @@ _Token = namedtuple("_Token", "q, k, v")
 _Running = namedtuple("_Running", "peaks, totals, sums")
 
 
-def _kernel(*refs: Any, sizes: _Sizes) -> None:
+def _kernel(*refs: Any, sizes: _Sizes, numbers: _Numbers) -> None:
     """The heads of one group of one row over one part of the slots.
 
     The first part writes the new token's slot and counts the token itself, which no program reads
     back from the cache: nothing waits for that write.
     """
-    program = _locate(_Refs(*refs), sizes)
+    if numbers.eps is None:
+        refs = (*refs[:7], None, None, *refs[7:])
+    program = _locate(_Refs(*refs), sizes, numbers)
     token = _load_token(program)
 
     @pl.when(program.part == 0)
@@ -139,7 +155,7 @@ def _kernel(*refs: Any, sizes: _Sizes) -> None:
     _store(program, jax.lax.fori_loop(0, pl.cdiv(written, _SLOTS), look, begun))
 
 
-def _locate(refs: _Refs, sizes: _Sizes) -> _Program:
+def _locate(refs: _Refs, sizes: _Sizes, numbers: _Numbers) -> _Program:
     """The program of this place in the grid."""
     row, group, part = (pl.program_id(axis) for axis in range(3))
     G = sizes.N // sizes.K
@@ -147,6 +163,7 @@ def _locate(refs: _Refs, sizes: _Sizes) -> _Program:
     return _Program(
         refs=refs,
         sizes=sizes,
+        numbers=numbers,
         row=row,
         group=group,
         part=part,
@@ -166,9 +183,11 @@ def _load_token(program: _Program) -> _Token:
     cos = refs.cos[program.row, program.lower]
     sin = refs.sin[program.row, program.lower]
 
-    def rotated(load: Callable[[jax.Array], jax.Array]) -> Halves:
+    def rotated(load: Callable[[jax.Array], jax.Array], norm: Any) -> Halves:
         first = _wide(load(program.lower))
         second = _wide(load(sizes.H // 2 + program.lower))
+        if program.numbers.eps is not None:
+            first, second = _normed(program, (first, second), norm)
         turned = first * cos - second * sin
         return turned.astype(program.dtype), (second * cos + first * sin).astype(program.dtype)
 
@@ -178,11 +197,26 @@ def _load_token(program: _Program) -> _Token:
         return triton.load(refs.qkv.at[program.row, columns], mask=mask, other=0.0)
 
     at = (sizes.N + program.group) * sizes.H
-    q = rotated(load_q)
-    first, second = rotated(lambda channels: refs.qkv[program.row, at + channels])
+    q = rotated(load_q, refs.q_norm)
+    first, second = rotated(lambda channels: refs.qkv[program.row, at + channels], refs.k_norm)
     k = (first.astype(refs.k.dtype), second.astype(refs.k.dtype))
     v = refs.qkv[program.row, at + sizes.K * sizes.H + program.lanes].astype(refs.v.dtype)
     return _Token(q, k, v)
+
+
+def _normed(program: _Program, halves: Halves, norm: Any) -> Halves:
+    """Heads over the root of their mean square, times the norm's scale, rounded where the models
+    are: before the scale and behind it."""
+    dtype = program.dtype
+    squares = sum(jnp.sum(half * half, axis=-1, keepdims=True) for half in halves)
+    factor = jax.lax.rsqrt(squares / program.sizes.H + program.numbers.eps)
+    starts = (0, program.sizes.H // 2)
+    scales = [norm[start + program.lower].astype(dtype) for start in starts]
+    first, second = (
+        _wide((half * factor).astype(dtype) * scale)
+        for half, scale in zip(halves, scales, strict=True)
+    )
+    return first, second
 
 
 def _write_slot(program: _Program, token: _Token) -> None:
@@ -201,7 +235,7 @@ def _begin(program: _Program, token: _Token) -> _Running:
         (_wide(q) * _wide(k.astype(program.dtype))[None, :]).sum(axis=1)
         for q, k in zip(token.q, token.k, strict=True)
     )
-    scores = sum(products) * program.sizes.H**-0.5
+    scores = sum(products) * program.numbers.scale
     peaks = jnp.where(first, scores, _LOWEST)
     totals = jnp.where(first, jnp.ones_like(scores), 0.0)
     value = _wide(token.v.astype(program.dtype))
@@ -226,7 +260,8 @@ def _look(program: _Program, q: Halves, i: jax.Array, running: _Running) -> _Run
         load(refs.k, (program.cached, (start + program.lower)[:, None], slots[None, :]), across)
         for start in (0, sizes.H // 2)
     ]
-    scores = sum(_product(a, x) for a, x in zip(q, keys, strict=True)) * sizes.H**-0.5
+    scores = sum(_product(a, x) for a, x in zip(q, keys, strict=True))
+    scores = scores * program.numbers.scale
     scores = jnp.where(seen[None, :], scores, _LOWEST)
     peaks = jnp.maximum(running.peaks, scores.max(axis=1))
     weights = jnp.where(seen[None, :], jnp.exp(scores - peaks[:, None]), 0.0)

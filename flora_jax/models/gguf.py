@@ -1,9 +1,10 @@
-"""Llama checkpoints in one GGUF file (llama.cpp's format), without torch.
+"""Checkpoints in one GGUF file (llama.cpp's format), without torch.
 
 A file holds configuration, weights and tokenizer. Tensors are offered under their HF names and in
-HF's order and orientation, dequantised to float32 a slice at a time. llama.cpp rotates neighbouring
-pairs of a head where HF rotates its two halves, so its files hold the rows of q and k interleaved:
-a head's rows `[a0 b0 a1 b1 …]` are HF's `[a0 a1 … b0 b1 …]`. They are put back here.
+HF's order and orientation, dequantised to float32 a slice at a time. Of a Llama, llama.cpp rotates
+neighbouring pairs of a head where HF rotates its two halves, so its files hold the rows of q and k
+interleaved: a head's rows `[a0 b0 a1 b1 …]` are HF's `[a0 a1 … b0 b1 …]`. They are put back here.
+Which architectures are read, and which of them lie so, their rows say (architectures.py).
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import gguf
 import numpy as np
 
 from flora_jax.errors import UserError, require
+from flora_jax.models.architectures import ARCHITECTURES, Architecture
 from flora_jax.models.attention import inverse_frequencies
 from flora_jax.models.config import LlamaConfig, RopeScaling
 from flora_jax.models.hf import check_hf_tensors, hf_shapes
 
-# Keys, behind "llama.", that are read here …
+# Keys, behind the architecture's name, that are read here …
 _READ = frozenset(
     {
         "vocab_size",
@@ -70,6 +72,8 @@ _NEUTRAL = {
     "final_logit_softcapping": (0,),
     "hidden_activation": (0,),
 }
+# By product, the tensor that a bias of its is known by.
+_BIASES = {"qkv": "attn_q", "o": "attn_output", "gate_up": "ffn_gate", "down": "ffn_down"}
 
 
 class GgufTensor:
@@ -92,7 +96,8 @@ class GgufTensor:
 class GgufFile:
     """An opened file: `config`, and `tensors` (HF name -> GgufTensor).
 
-    Raises UserError for a file that is truncated, not GGUF, not a Llama, or inconsistent. Weights
+    Raises UserError for a file that is truncated, not GGUF, of an architecture that is not read, or
+    inconsistent. Weights
     stay on disk until they are indexed.
     """
 
@@ -112,6 +117,7 @@ class GgufFile:
             f"{self.path}: the file has another byte order than this machine; convert it first",
         )
         self._stored = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._architecture = self._read_architecture()
         self._refuse_unsupported()
         try:
             self.config = self._read_config()
@@ -134,23 +140,36 @@ class GgufFile:
         require(value is not None, f"{self.path}: metadata field {key!r} is missing")
         return value
 
-    def _refuse_unsupported(self) -> None:
+    @property
+    def _row(self) -> Architecture:
+        return ARCHITECTURES[self._architecture]
+
+    def _read_architecture(self) -> str:
+        """The `model_type`, under which GGUF files have their metadata, too."""
         architecture = self.require("general.architecture")
+        able = [name for name, row in ARCHITECTURES.items() if row.gguf is not None]
         require(
-            architecture == "llama",
-            f"{self.path}: architecture {architecture!r} is not supported; only 'llama' is",
+            architecture in able,
+            f"{self.path}: architecture {architecture!r} is not supported; {', '.join(able)} are",
         )
-        if experts := self.get("llama.expert_count", 0):
+        return architecture
+
+    def _key(self, name: str) -> str:
+        return f"{self._architecture}.{name}"
+
+    def _refuse_unsupported(self) -> None:
+        if experts := self.get(self._key("expert_count"), 0):
             raise UserError(
-                f"{self.path}: llama.expert_count={experts} is not supported; only dense Llamas are"
+                f"{self.path}: {self._key('expert_count')}={experts} is not supported; only dense "
+                "models are"
             )
-        scaling = self.get("llama.rope.scaling.type", "none")
+        scaling = self.get(self._key("rope.scaling.type"), "none")
         known = ["none", "linear"]  # linear by a factor of one is none
         if "rope_freqs.weight" in self._stored:
             known.append("llama3")
         require(
             scaling in known,
-            f"{self.path}: llama.rope.scaling.type={scaling!r} is not supported; "
+            f"{self.path}: {self._key('rope.scaling.type')}={scaling!r} is not supported; "
             "'none' and Llama 3's rope_freqs are",
         )
         for tensor in {t.tensor_type: t for t in self._stored.values()}.values():
@@ -168,9 +187,10 @@ class GgufFile:
             ) from None
 
     def _read_config(self) -> LlamaConfig:
-        width = self.require("llama.embedding_length")
-        heads = self.require("llama.attention.head_count")
-        kv_heads = self.get("llama.attention.head_count_kv", heads)
+        key = self._key
+        width = self.require(key("embedding_length"))
+        heads = self.require(key("attention.head_count"))
+        kv_heads = self.get(key("attention.head_count_kv"), heads)
         require(
             not (isinstance(heads, list) or isinstance(kv_heads, list)),
             f"{self.path}: head counts that differ by layer are not supported",
@@ -181,39 +201,40 @@ class GgufFile:
         ends = [self.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
         # Stored as float32: the shortest decimal that gives the same float32 is the number that was
         # meant.
-        eps = float(str(np.float32(self.require("llama.attention.layer_norm_rms_epsilon"))))
+        eps = float(str(np.float32(self.require(key("attention.layer_norm_rms_epsilon")))))
+        biases = tuple(p for p, name in _BIASES.items() if f"blk.0.{name}.bias" in self._stored)
         config = LlamaConfig(
+            model_type=self._architecture,
             vocab_size=vocab_size,
             hidden_size=width,
-            intermediate_size=self.require("llama.feed_forward_length"),
-            num_hidden_layers=self.require("llama.block_count"),
+            intermediate_size=self.require(key("feed_forward_length")),
+            num_hidden_layers=self.require(key("block_count")),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=eps,
-            rope_theta=float(self.get("llama.rope.freq_base", 10000.0)),
+            rope_theta=float(self.get(key("rope.freq_base"), 10000.0)),
             tie_word_embeddings="output.weight" not in self._stored,
-            attention_bias="blk.0.attn_q.bias" in self._stored,
-            mlp_bias="blk.0.ffn_gate.bias" in self._stored,
-            max_position_embeddings=self.get("llama.context_length", 2048),
+            max_position_embeddings=self.get(key("context_length"), 2048),
             bos_token_id=self.get("tokenizer.ggml.bos_token_id"),
             eos_token_id=tuple(dict.fromkeys(end for end in ends if end is not None)),
             pad_token_id=self.get("tokenizer.ggml.padding_token_id"),
+            **{"biases": biases, **self._row.fixed},
         )
         return self._with_rope_scaling(config)
 
     def _read_head_dim(self, width: Any, heads: Any) -> int:
         """H, which is the same for queries, keys and values. Raises UserError where it is not."""
         for key, value in (
-            ("llama.embedding_length", width),
-            ("llama.attention.head_count", heads),
+            (self._key("embedding_length"), width),
+            (self._key("attention.head_count"), heads),
         ):
             require(
                 isinstance(value, int) and value >= 1,
                 f"{self.path}: {key}={value!r} must be a positive integer",
             )
-        head_dim = self.get("llama.attention.key_length") or width // heads
-        for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        head_dim = self.get(self._key("attention.key_length")) or width // heads
+        for key in map(self._key, ("rope.dimension_count", "attention.value_length")):
             require(
                 self.get(key, head_dim) == head_dim,
                 f"{self.path}: {key}={self.get(key)} is not the head width {head_dim}; "
@@ -228,7 +249,8 @@ class GgufFile:
             f"{self.path}: tensor 'token_embd.weight' is missing",
         )
         rows = int(self._stored["token_embd.weight"].shape[-1])
-        counted = {"llama.vocab_size": self.get("llama.vocab_size", rows)}
+        stated = self._key("vocab_size")
+        counted = {stated: self.get(stated, rows)}
         tokens = self._reader.get_field("tokenizer.ggml.tokens")
         if tokens is not None:
             counted["tokenizer.ggml.tokens"] = len(tokens.data)
@@ -243,10 +265,10 @@ class GgufFile:
         """Raises UserError for the first key that may change what the model computes, unread."""
         neutral = self._neutral_values()
         idle = _READ | _IDLE
-        if self.get("llama.rope.scaling.type") == "none":  # llama.cpp then ignores a factor
+        if self.get(self._key("rope.scaling.type")) == "none":  # llama.cpp then ignores a factor
             idle = idle | {"rope.scaling.factor", "rope.scale_linear"}
         for key in self._reader.fields:
-            name = key.removeprefix("llama.")
+            name = key.removeprefix(self._key(""))
             telling = name.startswith(("rope.", "attention.")) or name in neutral
             if name == key or name in idle or not telling:
                 continue
@@ -258,7 +280,8 @@ class GgufFile:
                 )
 
     def _neutral_values(self) -> dict[str, tuple[float, ...]]:
-        """By key, behind "llama.", the values that change nothing in a model of this config."""
+        """By key, behind the architecture's name, the values that change nothing in a model of this
+        config."""
         config = self.config
         width = (0, config.head_dim)
         neutral = {
@@ -270,10 +293,11 @@ class GgufFile:
             "rope.dimension_count_swa": width,
             "rope.freq_base_swa": (0, config.rope_theta),
         }
-        window = self.get("llama.attention.sliding_window", 0)
+        window = self.get(self._key("attention.sliding_window"), 0)
         if isinstance(window, int) and window >= config.max_position_embeddings:  # it hides nothing
             neutral["attention.sliding_window"] = (window,)
-        if self.get("llama.rope.scaling.type") == "llama3" and config.rope_scaling is not None:
+        kind = self.get(self._key("rope.scaling.type"))
+        if kind == "llama3" and config.rope_scaling is not None:
             neutral["rope.scaling.factor"] = (0, 1, config.rope_scaling.factor)
         return neutral
 
@@ -287,7 +311,7 @@ class GgufFile:
         divisors = GgufTensor(self._stored["rope_freqs.weight"])[(slice(None),)]
         if np.all(divisors == 1):
             return config
-        original = self.get("llama.rope.scaling.original_context_length", 8192)
+        original = self.get(self._key("rope.scaling.original_context_length"), 8192)
         scaling = RopeScaling(
             factor=float(divisors.max()), original_max_position_embeddings=original
         )
@@ -302,9 +326,12 @@ class GgufFile:
 
     def _name_tensors(self) -> dict[str, GgufTensor]:
         config = self.config
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        orders = {name: _hf_row_order(count, config.head_dim) for name, count in heads.items()}
+        architecture = gguf.MODEL_ARCH[self._architecture.upper()]
+        names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+        orders = {}
+        if self._row.gguf == "interleaved":
+            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+            orders = {name: _hf_row_order(count, config.head_dim) for name, count in heads.items()}
         stored = {name: one for name, one in self._stored.items() if name != "rope_freqs.weight"}
         tensors = {}
         for hf_name in hf_shapes(config):

@@ -62,6 +62,8 @@ HF_TABLE = tuple(Row(*row) for row in (
     ("layers/attention/qkv/k_kernel",   "model.layers.{}.self_attn.k_proj.weight"),
     ("layers/attention/qkv/v_kernel",   "model.layers.{}.self_attn.v_proj.weight"),
     ("layers/attention/o/o_kernel",     "model.layers.{}.self_attn.o_proj.weight"),
+    ("layers/q_norm/scale",             "model.layers.{}.self_attn.q_norm.weight"),
+    ("layers/k_norm/scale",             "model.layers.{}.self_attn.k_norm.weight"),
     ("layers/attention/qkv/q_bias",     "model.layers.{}.self_attn.q_proj.bias"),
     ("layers/attention/qkv/k_bias",     "model.layers.{}.self_attn.k_proj.bias"),
     ("layers/attention/qkv/v_bias",     "model.layers.{}.self_attn.v_proj.bias"),

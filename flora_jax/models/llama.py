@@ -5,6 +5,7 @@ side by side, V vocabulary, L layers.
 
     params/embed_tokens/embedding [V, D]
     params/layers/<block>_norm/scale [L, D]
+    params/layers/{q,k}_norm/scale [L, H]                          where q and k have norms
     params/layers/<block>/<product>/<projection>_kernel [L, d_in, d_out]
     params/final_norm/scale [D]
     params/lm_head/kernel [D, V]                                   untied only
@@ -47,6 +48,7 @@ from flora_jax.models.attention import (
     attend,
     attend_grouped,
     kernel_runs,
+    rotary_of_layer,
     rotary_tables,
     rotate,
 )
@@ -54,6 +56,8 @@ from flora_jax.models.config import LlamaConfig
 
 # Keys and values of a layer, and the slot that follows.
 Past = tuple[jax.Array, jax.Array, jax.Array]
+# Scales `[H]` of the norms of q and k.
+HeadNorms = tuple[jax.Array, jax.Array]
 
 REMAT_POLICIES = {
     "none": None,
@@ -109,11 +113,27 @@ class RMSNorm(nn.Module):
             own = jnp.arange(x.shape[-1]) < self.width
             passing = jnp.where(own, 0, x)
             x = jnp.where(own, x, 0)
-        y = x.astype(jnp.float32)
-        factor = jax.lax.rsqrt(jnp.square(y).sum(axis=-1, keepdims=True) / self.width + self.eps)
-        # Rounded before the scale, as the published models were trained.
-        y = (y * factor).astype(x.dtype) * scale
+        y = _normed(x, scale, self.width, self.eps)
         return y if passing is None else y + passing
+
+
+def _normed(x: jax.Array, scale: jax.Array, width: int, eps: float) -> jax.Array:
+    """`x / rms(x) · scale` over the last axis, whose channels behind `width` are zero."""
+    y = x.astype(jnp.float32)
+    factor = jax.lax.rsqrt(jnp.square(y).sum(axis=-1, keepdims=True) / width + eps)
+    # Rounded before the scale, as the published models were trained.
+    return (y * factor).astype(x.dtype) * scale
+
+
+class HeadNorm(nn.Module):
+    """The scale `[H]` of a norm over each head's channels."""
+
+    width: int
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("scale", nn.initializers.ones_init(), (self.width,), self.param_dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,13 +151,13 @@ class Parts:
     dense: type[nn.Module] = FusedDense
     decode_kernel: bool = False
 
-    def product(self, name: str, block: str) -> nn.Module:
+    def product(self, name: str) -> nn.Module:
         """One of PRODUCTS, in the module that calls."""
         return self.dense(
             name,
             self.config.widths,
             self.adapter,
-            self.config.biases[block],
+            name in self.config.biases,
             self.param_dtype,
             self.layout,
             name=name,
@@ -148,10 +168,26 @@ class Parts:
         config = self.config
         return RMSNorm(config.hidden_size, config.rms_norm_eps, self.param_dtype, name=name)
 
+    def head_norms(self) -> HeadNorms | None:
+        """The scales of the norms of q and k, in the module that calls; None without."""
+        if not self.config.qk_norm:
+            return None
+        q, k = (
+            HeadNorm(self.config.head_dim, self.param_dtype, name=name)()
+            for name in ("q_norm", "k_norm")
+        )
+        return q, k
+
+    def scaled(self, delta: jax.Array) -> jax.Array:
+        """What a block adds to the stream."""
+        factor = self.config.residual_multiplier
+        return delta if factor == 1 else delta * factor
+
 
 class Attention(nn.Module):
-    """qkv, rotary embeddings, attention, o. Returns `(output, z written by o, (k, v))`, k and v in
-    the cache's form."""
+    """qkv, norms of q and k, rotary embeddings, attention, o. Returns `(output, z written by o,
+    (k, v))`, k and v in the cache's form. The norms are of what the product and its adapter give
+    (our choice: repeat-and-add comes before them)."""
 
     parts: Parts
 
@@ -165,15 +201,16 @@ class Attention(nn.Module):
         past: Past | None,
         select: jax.Array | None,
         deterministic: bool,
+        norms: HeadNorms | None,
     ) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, jax.Array] | None]:
         how = {"select": select, "deterministic": deterministic}
-        (q, k, v), z = self.parts.product("qkv", "attention")(x, z, **how)
+        (q, k, v), z = self.parts.product("qkv")(x, z, **how)
         one_token = past is not None and x.shape[1] == 1 and seen.mask is not None
         if self.parts.decode_kernel and one_token:
-            out, z, present = self._in_one_kernel(q, k, v, z, rotary, seen.mask, past)
+            out, z, present = self._in_one_kernel(q, k, v, z, rotary, seen.mask, past, norms)
         else:
-            out, present = self._attend(q, k, v, rotary, seen, past)
-        (out,), z = self.parts.product("o", "attention")(out, z, **how)
+            out, present = self._attend(q, k, v, rotary, seen, past, norms)
+        (out,), z = self.parts.product("o")(out, z, **how)
         return out, z, present
 
     def _in_one_kernel(
@@ -185,8 +222,9 @@ class Attention(nn.Module):
         rotary: tuple[jax.Array, jax.Array],
         mask: jax.Array,
         past: Past,
+        norms: HeadNorms | None,
     ) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, jax.Array]]:
-        """One token's attention, rotary embeddings and writing into the cache included."""
+        """One token's attention; norms, rotary embeddings and writing into the cache included."""
         # It imports what only a GPU needs.
         from flora_jax.models.decode_attention import decode_attention
 
@@ -196,8 +234,10 @@ class Attention(nn.Module):
         qkv = jax.lax.optimization_barrier(qkv)
         if z is not None:
             z = qkv[..., -z.shape[-1] :]
-        heads = self.parts.config.num_attention_heads
-        out, present = decode_attention(qkv[:, 0], rotary, mask[:, 0, 0], past, heads)
+        config = self.parts.config
+        how = {"norms": norms, "eps": config.rms_norm_eps, "scale": config.attention_scale}
+        heads = config.num_attention_heads
+        out, present = decode_attention(qkv[:, 0], rotary, mask[:, 0, 0], past, heads, **how)
         return out[:, None], z, present
 
     def _attend(
@@ -208,17 +248,25 @@ class Attention(nn.Module):
         rotary: tuple[jax.Array, jax.Array],
         seen: Seen,
         past: Past | None,
+        norms: HeadNorms | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         B, T = q.shape[:2]
-        by_head = (B, T, -1, self.parts.config.head_dim)
-        q = rotate(q.reshape(by_head), *rotary)
-        k = rotate(k.reshape(by_head), *rotary)
-        v = v.reshape(by_head)
+        config = self.parts.config
+        H = config.head_dim
+        q, k, v = (x.reshape(B, T, -1, H) for x in (q, k, v))
+        if norms is not None:
+            q, k = (
+                _normed(x, scale.astype(x.dtype), H, config.rms_norm_eps)
+                for x, scale in zip((q, k), norms, strict=True)
+            )
+        q = rotate(q, *rotary)
+        k = rotate(k, *rotary)
+        scale = config.attention_scale
         present = None if past is None else _remember(past, k, v)
         if present is None or present[0].shape[-1] == T:  # a cache that holds these tokens alone
-            out = attend(q, k, v, seen.mask, seen.segments)
+            out = attend(q, k, v, seen.mask, seen.segments, scale)
         else:
-            out = attend_grouped(q, *(x.astype(q.dtype) for x in present), seen.mask)
+            out = attend_grouped(q, *(x.astype(q.dtype) for x in present), seen.mask, scale)
         return out.reshape(B, T, -1), present
 
 
@@ -245,8 +293,8 @@ class MLP(nn.Module):
         self, x: jax.Array, z: jax.Array | None, select: jax.Array | None, deterministic: bool
     ) -> tuple[jax.Array, jax.Array | None]:
         how = {"select": select, "deterministic": deterministic}
-        (gate, up), z = self.parts.product("gate_up", "mlp")(x, z, **how)
-        (out,), z = self.parts.product("down", "mlp")(nn.silu(gate) * up, z, **how)
+        (gate, up), z = self.parts.product("gate_up")(x, z, **how)
+        (out,), z = self.parts.product("down")(nn.silu(gate) * up, z, **how)
         return out, z
 
 
@@ -270,14 +318,17 @@ class Layer(nn.Module):
         with jax.named_scope("attention"):
             read = self.parts.norm("attention_norm")(x)
             attention = Attention(self.parts, name="attention")
-            delta, z_delta, present = attention(read, z, rotary, seen, past, select, deterministic)
-            x = x + delta
-            z = None if z is None else z + z_delta
+            norms = self.parts.head_norms()
+            delta, z_delta, present = attention(
+                read, z, rotary, seen, past, select, deterministic, norms
+            )
+            x = x + self.parts.scaled(delta)
+            z = None if z is None else z + self.parts.scaled(z_delta)
         with jax.named_scope("mlp"):
             read = self.parts.norm("mlp_norm")(x)
             delta, z_delta = MLP(self.parts, name="mlp")(read, z, select, deterministic)
-            x = x + delta
-            z = None if z is None else z + z_delta
+            x = x + self.parts.scaled(delta)
+            z = None if z is None else z + self.parts.scaled(z_delta)
         return x, z, present
 
 
@@ -400,7 +451,8 @@ class Llama(nn.Module):
         select: jax.Array | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Final normed states `[B, T, D]` of tokens `[B, T]` int32, and the cache with them in it.
+        """Final normed states `[B, T, D]` of tokens `[B, T]` int32, over the configuration's
+        logits_divisor, and the cache with them in it.
 
         positions: `[B, T]` int32 for the rotary embeddings; by default the token's place in its row
             (with a cache: the number of real tokens before it).
@@ -430,12 +482,19 @@ class Llama(nn.Module):
 
         embedding = self.embed_tokens.embedding
         dtype = embedding.dtype if self.dtype is None else self.dtype
-        x, z = self._enter(jnp.take(embedding, tokens, axis=0).astype(dtype))
+        x = jnp.take(embedding, tokens, axis=0).astype(dtype)
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
+        x, z = self._enter(x)
         x, z, present = self._layers(x, z, rotary, seen, cache, select, deterministic)
         x = self._leave(x, z)
         if cache is not None:
             cache = KVCache(*present, valid, cache.index + tokens.shape[1])
-        return self.final_norm(x), cache
+        x = self.final_norm(x)
+        if self.config.logits_divisor != 1:
+            # here, so that whatever scores states with the unembedding gives the model's logits
+            x = x / self.config.logits_divisor
+        return x, cache
 
     def _enter(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """The stream that layers read, from embeddings `[B, T, D]`: for zflora, with its channels
@@ -480,8 +539,9 @@ class Llama(nn.Module):
 
         def layer(x, z, variables, i, past):
             rngs = {"dropout": jax.random.fold_in(key, i)} if drops else None
+            turning = rotary_of_layer(self.config, rotary, i)
             return self.layer.apply(
-                variables, x, z, rotary, seen, past, select, not drops, rngs=rngs
+                variables, x, z, turning, seen, past, select, not drops, rngs=rngs
             )
 
         def body(carry, xs):

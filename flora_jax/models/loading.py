@@ -43,6 +43,16 @@ PUBLISHED = {
     "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
     "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
     **_SMOLLM2,
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
+    "granite-3-2b": "ibm-granite/granite-3.3-2b-instruct",
 }
 
 _UNPUBLISHED = {

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import decoders, normalizers, pre_tokenizers
 
 from flora_jax.errors import UserError, near_misses, require
 from flora_jax.files import read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
 from flora_jax.models.loading import resolve_source
-from flora_jax.tokens import Tokenizer, encode_batch
+from flora_jax.tokens import Tokenizer, encode_batch, set_template_arguments
 
 BYTE_SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>")  # ids 256 to 260
 
@@ -32,9 +32,10 @@ _CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Llama 3's split: contractions, words, numbers up to three digits, punctuation, line ends, spaces.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+# Llama 3's and Qwen's split: contractions, words, numbers of so many digits, punctuation, line
+# ends, spaces.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
@@ -48,12 +49,19 @@ _CONTROL, _USER_DEFINED = 3, 4
 _RIGHT = "5.24.0"
 
 
-def load_tokenizer(source: str) -> Tokenizer:
+def load_tokenizer(source: str, template_arguments: str = "") -> Tokenizer:
     """The tokenizer of `source`. Raises UserError where there is none.
 
     source: whatever `load_pretrained` takes (HF directory, `.gguf` file, preset, hub id), or
-    `random` / `tiny` for the byte tokenizer.
+    `random` / `tiny` for the byte tokenizer. template_arguments: `NAME=VALUE,…`, what its chat
+    template is given wherever it is used.
     """
+    tokenizer = _load(source)
+    set_template_arguments(tokenizer, template_arguments)
+    return tokenizer
+
+
+def _load(source: str) -> Tokenizer:
     if source in ("random", "tiny"):
         return byte_tokenizer()
     path = resolve_source(source, weights=False)
@@ -244,6 +252,8 @@ def _gguf_core(file: GgufFile, tokens: list[str], pre: str) -> tokenizers.Tokeni
     )
     bpe = tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3_NAMES)
     core = tokenizers.Tokenizer(bpe)
+    if pre in _NORMALIZERS:
+        core.normalizer = _NORMALIZERS[pre]()
     core.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     core.decoder = decoders.ByteLevel()
     # Found in a text as they stand, before it is split; control tokens are left out when decoding.
@@ -271,11 +281,26 @@ def _smollm() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
 
 
-def _llama3() -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), behavior="isolated")
+def _split(digits: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(tokenizers.Regex(_SPLIT % digits), behavior="isolated")
     return pre_tokenizers.Sequence([split, _byte_level(use_regex=False)])
+
+
+def _llama3() -> pre_tokenizers.PreTokenizer:
+    return _split("{1,3}")
+
+
+def _qwen2() -> pre_tokenizers.PreTokenizer:
+    return _split("")
 
 
 # How a text is cut before BPE, by llama.cpp's name for it.
 _LLAMA3_NAMES = ("llama-bpe", "llama-v3", "llama3")
-_PRE_TOKENIZERS = {"smollm": _smollm, "gpt-2": _byte_level, **dict.fromkeys(_LLAMA3_NAMES, _llama3)}
+_PRE_TOKENIZERS = {
+    "smollm": _smollm,
+    "gpt-2": _byte_level,
+    "qwen2": _qwen2,
+    **dict.fromkeys(_LLAMA3_NAMES, _llama3),
+}
+# What is done to a text before that, where it is not nothing: Qwen's composes characters.
+_NORMALIZERS = {"qwen2": normalizers.NFC}

@@ -251,7 +251,7 @@ def check_base(config: ml_collections.ConfigDict) -> tuple[LlamaConfig, Tokenize
     """
     source = weights_source(config)
     architecture = model_config(config)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, config.data.template_arguments)
     check_tokenizer(tokenizer, architecture)
     if source != "random":
         check_weights(source)

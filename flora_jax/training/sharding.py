@@ -69,7 +69,7 @@ def sharding_rules(config: LlamaConfig, adapter: AdapterConfig) -> list[tuple[st
         (r"params/layers/.*/(q|k|v|gate|up)_kernel", P(None, "fsdp", "tensor")),
         (r"params/layers/.*/(o|down)_kernel", P(None, "tensor", "fsdp")),
     ]
-    if config.attention_bias or config.mlp_bias:
+    if config.biases:
         rules.append((r"params/layers/.*_bias", P()))
     if not config.tie_word_embeddings:
         rules.append((r"params/lm_head/kernel", P("fsdp", "tensor")))

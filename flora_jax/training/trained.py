@@ -116,7 +116,7 @@ def load_run(
         trained, fingerprint = load_trained(workdir, config, adapter_config, step)
         summary = _about_step(summary, step)
     check_format(form, dtype or config.model.param_dtype, adapter_config, trained["params"])
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, config.data.template_arguments)
     parts = {"config": architecture, "adapter_config": adapter_config, "tokenizer": tokenizer}
     floats = functools.partial(_load_floats, config)
     made = trained_over(source, load_base(config), trained, **parts, floats=floats)

@@ -737,3 +737,22 @@ def test_a_product_that_is_a_sum_is_taken_in_float32(tokens, most, monkeypatch):
     for other in (W[:4], jnp.pad(W, ((0, 3), (0, 0)))):
         with pytest.raises(TypeError):
             products_module.multiply(x, other)
+
+
+@pytest.mark.parametrize("dtype, tokens, narrow, rows", [
+    ("bfloat16", 1, 8, 2), ("bfloat16", 1, 7, 1), ("bfloat16", 3, 8, 3), ("float32", 1, 8, 1),
+])  # fmt: skip
+def test_one_token_with_few_outputs_is_given_twice(dtype, tokens, narrow, rows, monkeypatch):
+    """In half precision, where a GPU's compiler would make a sum that it writes out first."""
+    monkeypatch.setattr(products_module, "_COUNTING", 5 * 7 - 1)
+    monkeypatch.setattr(products_module, "_NARROW", narrow)
+    rng = np.random.default_rng(0)
+    x, W = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((1, tokens, 5), (5, 7)))
+    (product,) = (eqn for eqn in jax.make_jaxpr(lambda *arrays: products_module.multiply(*arrays))(x, W).eqns
+                  if eqn.primitive.name == "dot_general")  # fmt: skip
+    assert np.prod(product.outvars[0].aval.shape) == rows * 7
+    assert products_module.is_sum(x, 5, 7) == (rows == tokens == 1)
+    found = products_module.multiply(x, W)
+    x64, W64 = (np.asarray(array, np.float64) for array in (x, W))
+    np.testing.assert_allclose(np.asarray(found, np.float64), x64 @ W64, atol=0.1)
+    assert found.shape == (1, tokens, 7) and found.dtype == x.dtype

@@ -29,6 +29,7 @@ from flora_jax.adapters import (
 from flora_jax.adapters import products as products_module
 from flora_jax.analysis.unmerged import SevenDense, UnmergedDense, unmerge
 from flora_jax.errors import UserError
+from flora_jax.models.architectures import PRODUCTS
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama, abstract_base, init_base
 
@@ -38,7 +39,7 @@ TINY = LlamaConfig.preset("tiny")
 # Two heads of 24 to one key/value head, a width of the heads' own, untied, biases everywhere.
 ODD = dataclasses.replace(
     TINY, hidden_size=64, intermediate_size=120, num_attention_heads=2, num_key_value_heads=1, head_dim=24,
-    tie_word_embeddings=False, attention_bias=True, mlp_bias=True,
+    tie_word_embeddings=False, biases=PRODUCTS,
 )  # fmt: skip
 ADAPTED = [m for m in METHODS if m != "fft"]
 TOKENS = jax.random.randint(jax.random.key(3), (2, 12), 0, TINY.vocab_size)

@@ -36,8 +36,7 @@ def test_biases_and_a_head_of_its_own():
     config = dataclasses.replace(
         LlamaConfig.preset("llama3.2-1b"),
         tie_word_embeddings=False,
-        attention_bias=True,
-        mlp_bias=True,
+        biases=("qkv", "o", "gate_up", "down"),
     )
     assert declared(config).items() - PUBLISHED.items() == {
         ("lm_head/kernel", ("D V", (2048, 128256))),

@@ -47,7 +47,7 @@ ADAPTED = [method for method in METHODS if method != "fft"]
 # Blocks of 64 divide its widths; biases, so that these are seen to stay floats.
 CONFIG = dataclasses.replace(
     LlamaConfig.preset("tiny"), hidden_size=128, intermediate_size=192, num_attention_heads=2, num_key_value_heads=1,
-    head_dim=64, attention_bias=True, mlp_bias=True, eos_token_id=(),
+    head_dim=64, biases=("qkv", "o", "gate_up", "down"), eos_token_id=(),
 )  # fmt: skip
 TOKENS = jax.random.randint(jax.random.key(3), (2, 12), 0, CONFIG.vocab_size)
 REFERENCE = Path(__file__).parent / "reference/nf4.npz"

@@ -22,7 +22,7 @@ from flora_jax.data.tasks import Example, Message, Turn
 from flora_jax.errors import UserError
 from flora_jax.models import tokenizer as ours
 from flora_jax.models.tokenizer import byte_tokenizer, load_tokenizer
-from flora_jax.tokens import DATE, ends
+from flora_jax.tokens import DATE, ends, set_template_arguments
 
 CHATML = byte_tokenizer().chat_template
 LLAMA3 = (
@@ -669,3 +669,56 @@ def test_what_else_stands_behind_an_answer_ends_none(template, names):
     """`\n` is an added token of some vocabularies, and the opening of the next answer is one of nearly all."""
     tokenizer = sentencepiece("bpe", "first", template, marks=[*MARKS, "\n", "\n\n"], special=False)
     assert ends(tokenizer) == [2, *map(tokenizer.convert_tokens_to_ids, names)]
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+
+# The switch at the end of Qwen3's own.
+SWITCHED = QWEN3.removesuffix("{%- endif %}") + (
+    "{%- if enable_thinking is defined and enable_thinking is false %}"
+    "{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "text, given, ending",
+    [
+        ("", {}, "assistant\n"),
+        ("enable_thinking=false", {"enable_thinking": False}, "</think>\n\n"),
+        ("enable_thinking=true", {"enable_thinking": True}, "assistant\n"),
+        (" enable_thinking = null ", {"enable_thinking": None}, "assistant\n"),
+        ('said="x"', {"said": "x"}, "assistant\n"),
+    ],
+)
+def test_template_arguments_are_transformers_keywords(text, given, ending, tmp_path):
+    """In prompts, in training, and in the tokenizer as it is saved."""
+    tokenizer = with_template(byte_tokenizer(), SWITCHED)
+    asked = [{"role": "user", "content": "hello"}]
+    expected = tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, tokenize=False, **given
+    )
+    set_template_arguments(tokenizer, text)
+    tokenizer.save_pretrained(tmp_path)
+    for one in (tokenizer, load_tokenizer(str(tmp_path))):
+        prompt = encode_prompt([Message("user", "hello")], one, "chat")
+        assert one.decode(prompt) == expected
+        assert expected.endswith(ending)
+    example = Example((Message("user", "hello"), Message("assistant", "there")))
+    found = encode(example, tokenizer, style="chat", loss_on="answer", max_length=512)
+    answer = tokenizer.decode(found.tokens[found.loss])
+    thought = "" if ending.startswith("</think>") else "<think>\n\n</think>\n\n"
+    assert answer == f"{thought}there<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "template, text, words",
+    [
+        (SWITCHED, "enable_thinkin=false", "the tokenizer's chat template reads no 'enable_thinkin'"),
+        (SWITCHED, "enable_thinking", "'enable_thinking' is not NAME=VALUE"),
+        (SWITCHED, "enable thinking=1", "'enable thinking=1' is not NAME=VALUE"),
+        (None, "enable_thinking=1", "the tokenizer has no chat template"),
+    ],
+)  # fmt: skip
+def test_template_arguments_without_effect_are_refused(template, text, words):
+    with pytest.raises(UserError, match=words):
+        set_template_arguments(with_template(byte_tokenizer(), template), text)

@@ -26,6 +26,7 @@ from flora_jax.interop.adapter_files import load_adapter
 from flora_jax.interop.exports import MARKER, export
 from flora_jax.interop.formats import FORMATS, Trained
 from flora_jax.models.adapted import base_fingerprint
+from flora_jax.models.architectures import ARCHITECTURES, PRODUCTS
 from flora_jax.models.config import LlamaConfig, RopeScaling
 from flora_jax.models.hf import hf_shapes, to_hf_tensors
 from flora_jax.models.llama import Llama, init_base
@@ -37,8 +38,25 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = LlamaConfig.preset("tiny")
 # What the preset has not: an untied head, biases, llama3 scaling, another grouping.
 OTHER = dataclasses.replace(
-    TINY, tie_word_embeddings=False, attention_bias=True, mlp_bias=True, num_key_value_heads=3, rope_theta=5e5,
+    TINY, tie_word_embeddings=False, biases=PRODUCTS, num_key_value_heads=3, rope_theta=5e5,
     rope_scaling=RopeScaling(factor=8.0, original_max_position_embeddings=64), num_hidden_layers=3)  # fmt: skip
+# One of each architecture, with what sets it apart.
+ROWS = {
+    config.model_type: config
+    for config in (
+        dataclasses.replace(TINY, model_type="qwen3", qk_norm=True),
+        dataclasses.replace(TINY, model_type="qwen2", biases=("qkv",)),
+        dataclasses.replace(TINY, model_type="mistral", tie_word_embeddings=False),
+        dataclasses.replace(TINY, model_type="smollm3", no_rope_layers=(1,)),
+        dataclasses.replace(
+            TINY, model_type="granite", embedding_multiplier=2.0, residual_multiplier=0.5,
+            attention_multiplier=0.1, logits_divisor=4.0),
+    )
+}  # fmt: skip
+assert {"llama", *ROWS} == {*ARCHITECTURES}
+EACH = [
+    pytest.param(name, marks=[] if name == "qwen3" else pytest.mark.slow) for name in ROWS
+]  # fmt: skip
 ADAPTERS = {
     "lora": AdapterConfig("lora", 4, alpha=6.0),
     "pf_lora": AdapterConfig("pf_lora", 4, targets="q,v,down", rslora=True),
@@ -63,7 +81,7 @@ def bases():
             params,
         )
 
-    return {config: base(config) for config in (TINY, OTHER)}
+    return {config: base(config) for config in (TINY, OTHER, *ROWS.values())}
 
 
 def make(base, config, adapter_config, params=None, seed=1):
@@ -114,9 +132,15 @@ MERGEABLE = [name for name in ADAPTERS if METHODS[name].mergeable]
     [
         *((TINY, method) for method in ADAPTERS),
         *((OTHER, method) for method in ("lora", "ffba_qd_add", "zflora")),
+        (ROWS["qwen3"], "ffba"),
+        *(
+            pytest.param(config, method, marks=pytest.mark.slow)
+            for config in ROWS.values()
+            for method in ADAPTERS
+        ),
     ],
     ids=lambda value: (
-        value if isinstance(value, str) else ("tied" if value.tie_word_embeddings else "biased")
+        value if isinstance(value, str) else value.model_type + "-biased" * bool(value.biases)
     ),
 )
 def test_transformers_export_gives_our_logits(tmp_path, bases, config, method):
@@ -146,11 +170,13 @@ def assert_four_products(model):
     linears = [name for name, part in parts.items() if isinstance(part, torch.nn.Linear)]
     assert all(".B." in name for name in linears)
     assert bool(linears) == (model.config.flora["method"] in ("lora", "pf_lora"))
-    norms = {type(part) for part in model.modules() if isinstance(part, LlamaRMSNorm)}
-    if model.config.flora["stream"]:
-        assert {norm.__name__ for norm in norms} == {"RMSNormOfStream", "RMSNormAfterStream"}
-    else:
-        assert norms == {LlamaRMSNorm}
+    norms = {type(part).__name__ for part in model.modules() if isinstance(part, LlamaRMSNorm)}
+    expected = {"RMSNormOfStream"} if model.config.flora["stream"] else {"LlamaRMSNorm"}
+    if model.config.differences["qk_norm"]:
+        expected.add("LlamaRMSNorm")
+    if model.config.flora["stream"] or model.config.differences["logits_divisor"] != 1:
+        expected.add("RMSNormAfterStream")
+    assert norms == expected
 
 
 @pytest.mark.parametrize("config, method", [(TINY, "lora"), (OTHER, "zflora")])
@@ -270,6 +296,40 @@ def hf_base(bases, tmp_path_factory):
     (path / "config.json").write_text(json.dumps(TINY.to_hf()))
     load_tokenizer("tiny").save_pretrained(path)
     return path
+
+
+@pytest.mark.parametrize("model_type", EACH)
+def test_each_architecture_in_its_own_class(tmp_path, bases, model_type):
+    """Merged, and as PEFT's LoRA over the base; both are transformers' own class of it, and ours again; in the export
+    with code, padded rows and greedy text, too."""
+    pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    config = ROWS[model_type]
+    trained = make(bases[config], config, ADAPTERS["lora"])
+    ours = our_logits(trained, TOKENS)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(
+        dict(to_hf_tensors(config, trained.base)),
+        base / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (base / "config.json").write_text(json.dumps(config.to_hf()))
+    export(trained, tmp_path / "merged", "merged")
+    export(trained, tmp_path / "peft", "peft")
+    merged = torch_model(tmp_path / "merged")
+    assert type(merged).__name__ == ARCHITECTURES[model_type].hf_class
+    over = peft.PeftModel.from_pretrained(torch_model(base), str(tmp_path / "peft")).eval()
+    for model in (merged, over):
+        assert np.abs(torch_logits(model, TOKENS) - ours).max() <= 2e-4
+    again, params = load_pretrained(str(tmp_path / "merged"))
+    assert dataclasses.replace(again, eos_token_id=config.eos_token_id) == config
+    logits = Llama(again).apply({"params": params}, jnp.asarray(TOKENS))
+    assert np.abs(np.asarray(logits) - ours).max() <= 1e-4
+    fused = make(bases[config], config, ADAPTERS["ffba"])
+    export(fused, tmp_path / "fused", "transformers")
+    assert_padding_changes_nothing(torch_model(tmp_path / "fused"), fused)
+    assert_same_text(torch_model(tmp_path / "fused"), fused)
 
 
 @pytest.mark.parametrize("method", MERGEABLE)

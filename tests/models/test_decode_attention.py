@@ -22,7 +22,11 @@ from flora_jax.models.llama import KVCache, init_base
 
 TINY = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=())
 TOKENS = jnp.zeros((1, 2), jnp.int32)
-interpreted = jax.jit(functools.partial(module.decode_attention, interpret=True), static_argnums=4)
+interpreted = jax.jit(
+    functools.partial(module.decode_attention, interpret=True),
+    static_argnums=4,
+    static_argnames=("eps", "scale"),
+)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 

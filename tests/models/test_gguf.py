@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import jax
@@ -14,20 +15,19 @@ import pytest
 from support import ROOT
 
 from flora_jax.errors import UserError
+from flora_jax.models.architectures import PRODUCTS
 from flora_jax.models.config import LlamaConfig, RopeScaling
 from flora_jax.models.gguf import GgufFile
 from flora_jax.models.hf import hf_shapes, to_hf_tensors
 from flora_jax.models.loading import load_pretrained, resolve_source
 
 TINY = LlamaConfig.preset("tiny")
-SMALL = dataclasses.replace(
-    TINY, rope_theta=500000.0, tie_word_embeddings=False, attention_bias=True, mlp_bias=True
-)
+SMALL = dataclasses.replace(TINY, rope_theta=500000.0, tie_word_embeddings=False, biases=PRODUCTS)
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
@@ -90,9 +90,9 @@ def write_gguf(path, config=TINY, tensors=None, quantise=None, fields=None, extr
                 float: writer.add_float32,
                 list: writer.add_array,
             }
-            kinds.get(type(value), writer.add_uint32)(f"llama.{key}", value)
-    writer.add_float32("llama.rope.freq_base", config.rope_theta)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+            kinds.get(type(value), writer.add_uint32)(f"{architecture}.{key}", value)
+    writer.add_float32(f"{architecture}.rope.freq_base", config.rope_theta)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
     if tokenizer is None:
         writer.add_uint32("tokenizer.ggml.bos_token_id", config.bos_token_id)
         writer.add_uint32("tokenizer.ggml.eos_token_id", config.eos_token_id[0])
@@ -102,7 +102,8 @@ def write_gguf(path, config=TINY, tensors=None, quantise=None, fields=None, extr
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, value in (random_tensors(config) if tensors is None else tensors).items():
         for projection, n in heads.items():
-            value = interleave(value, n) if projection in name else value
+            if projection in name and architecture == "llama":
+                value = interleave(value, n)
         if quantise and value.ndim == 2:
             writer.add_tensor(gguf_name(name), gguf.quantize(value, quantise), raw_dtype=quantise)
         else:
@@ -167,6 +168,39 @@ def test_transformers_reads_the_same_model(tmp_path):
     assert np.abs(logits - expected).max() <= 2e-4
 
 
+@pytest.mark.parametrize("changes", [
+    # its heads, whose width transformers does not read there, are as wide as in every published one
+    {"model_type": "qwen3", "qk_norm": True, "head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
+    pytest.param({"model_type": "qwen2", "biases": ("qkv",)}, marks=pytest.mark.slow),
+], ids=lambda changes: changes["model_type"])  # fmt: skip
+def test_files_of_qwen_are_read_as_transformers_does(changes, tmp_path):
+    """Rows of q and k lie there as in HF's files; the norms and biases of each come along."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    from flora_jax.models.llama import Llama
+
+    config = dataclasses.replace(TINY, tie_word_embeddings=False, **changes)
+    tensors = {name: value / 8 + ("norm" in name) for name, value in random_tensors(config).items()}
+    write_gguf(tmp_path / "m.gguf", config, tensors, quantise=gguf.GGMLQuantizationType.Q8_0,
+               architecture=config.model_type)  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    ).eval()
+    found, base = load_pretrained(str(tmp_path / "m.gguf"))
+    assert found == config
+    state = model.state_dict()
+    exported = dict(to_hf_tensors(config, base))
+    assert exported.keys() == state.keys()
+    for name, value in exported.items():
+        np.testing.assert_array_equal(value, state[name].numpy(), err_msg=name)
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 40))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens)).logits.numpy()
+    logits = Llama(config, None).apply({"params": base}, jnp.asarray(tokens, jnp.int32))
+    assert np.abs(logits - expected).max() <= 2e-4
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_scaling_is_recovered(factor, tmp_path):
     extra = {"rope_freqs.weight": rope_divisors(SMALL, factor)}
@@ -190,7 +224,10 @@ def without(name):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(architecture="qwen2"), "architecture 'qwen2' is not supported"),
+        (
+            dict(architecture="gemma"),
+            "architecture 'gemma' is not supported; llama, qwen2, qwen3 are",
+        ),
         (dict(fields={"expert_count": 8}), "llama.expert_count=8"),
         (dict(fields={"rope.scaling.type": "yarn"}), "llama.rope.scaling.type='yarn'"),
         (
@@ -452,3 +489,80 @@ def test_values_that_are_not_finite_are_refused_with_their_tensor(tmp_path):
         with pytest.raises(UserError, match=f"tensor '{name}' .*{words}") as error:
             load_pretrained(str(path), dtype)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ a real Qwen2
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """The path of a local GGUF of Qwen2.5 0.5B, which FLORA_QWEN_GGUF names."""
+    pytest.importorskip("torch")
+    path = os.environ.get("FLORA_QWEN_GGUF")
+    if not path:
+        pytest.skip("FLORA_QWEN_GGUF is unset")
+    return Path(path)
+
+
+@pytest.mark.slow
+def test_a_real_qwen2_is_what_transformers_reads(qwen):
+    """Logits within 1e-3 of the largest, and the same greedy 64 tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from flora_jax.inference.generator import Generator
+    from flora_jax.models.llama import Llama
+    from flora_jax.models.tokenizer import load_tokenizer
+
+    config, base = load_pretrained(str(qwen))
+    preset = LlamaConfig.preset("qwen2.5-0.5b")
+    assert {**config.sizes, **config.differences} == {**preset.sizes, **preset.differences}
+    model = AutoModelForCausalLM.from_pretrained(
+        qwen.parent, gguf_file=qwen.name, dtype=torch.float32
+    ).eval()
+    tokenizer = load_tokenizer(str(qwen))
+    texts = ["Write a Python function that reverses a string.", "The capital of France is", "def fibonacci(n):\n",
+             "Q: Ann has 17 apples and gives 5 away. How many are left?\nA:", "Once upon a time in a small village"]  # fmt: skip
+    prompts = [tokenizer(text).input_ids for text in texts]
+    forward = jax.jit(Llama(config).apply)
+    for prompt in prompts:
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt])).logits.numpy()
+        found = forward({"params": base}, jnp.asarray([prompt]))
+        assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
+    generator = Generator(config, base, tokenizer=tokenizer, max_length=128, batch_size=5)
+    for prompt, ours in zip(prompts, generator.generate(prompts, 64), strict=True):
+        with torch.no_grad():
+            out = model.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)
+        theirs = out[0, len(prompt) :].tolist()
+        assert theirs[: len(ours.tokens)] == list(ours.tokens)
+        assert len(ours.tokens) == 64 or theirs[len(ours.tokens)] in config.eos_token_id
+
+
+@pytest.mark.slow
+def test_a_real_qwen2_is_trained_and_exported(qwen, small, tmp_path):
+    """30 steps lower the loss, and transformers loads what they gave, with its code."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from flora_jax.finetune import run
+    from flora_jax.interop.exports import hand_over
+    from flora_jax.training.trained import load_run
+
+    fields = {
+        "model.weights": str(qwen), "train.steps": 30, "train.batch_size": 2, "data.max_length": 48,
+        "data.packing": False, "train.eval_every": 30, "train.save_every": 30, "optim.learning_rate": 3e-4,
+    }  # fmt: skip
+    run(small("ffba_qg_add", **fields), tmp_path / "w")
+    lines = [json.loads(line) for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    trained, _ = load_run(tmp_path / "w", None, "transformers", None)
+    report = hand_over(trained, "transformers", tmp_path / "out")
+    assert report["logits"]["max_change"] <= report["logits"]["bound"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    tokens = np.asarray([trained.tokenizer("12 + 30 = ").input_ids])
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    ours = trained.model.apply(trained.variables, jnp.asarray(tokens))
+    assert np.abs(theirs - ours).max() <= 1e-3 * np.abs(theirs).max()

@@ -17,6 +17,7 @@ from support import FAST_COMPILE, random_adapter
 from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter, fuse
 from flora_jax.errors import UserError
 from flora_jax.models import attention
+from flora_jax.models.architectures import PRODUCTS
 from flora_jax.models.attention import attend
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import leaf_shapes
@@ -25,7 +26,7 @@ from flora_jax.models.llama import KVCache, Llama, abstract_base, init_base
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TINY = LlamaConfig.preset("tiny")
-UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
+UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False, biases=PRODUCTS)
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, TINY.vocab_size, (2, 10)).astype(np.int32)
 FFBA = AdapterConfig("ffba", 8, alpha=4.0)

@@ -23,12 +23,13 @@ from safetensors.numpy import load_file, save_file
 
 from flora_jax.errors import UserError
 from flora_jax.models import loading
+from flora_jax.models.architectures import PRODUCTS
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import all_finite, from_hf_tensors, hf_shapes, leaf_shapes, to_hf_tensors
 from flora_jax.models.loading import load_config, load_pretrained
 
 TINY = LlamaConfig.preset("tiny")
-UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
+UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False, biases=PRODUCTS)
 ROPE_LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 256}  # fmt: skip
 
@@ -225,7 +226,10 @@ def break_format(name):
             break_config(hidden_size="wide", head_dim="absent"),
             "config.json: a field has a value of the wrong kind",
         ),
-        (break_config(model_type="mistral"), "model_type='mistral'"),
+        (
+            break_config(model_type="gemma2"),
+            "model_type='gemma2' is not supported; llama, qwen2, qwen3",
+        ),
         (
             break_config(quantization_config={"quant_method": "gptq"}),
             r"quantization_config \(gptq\)",

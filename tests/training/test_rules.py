@@ -1,5 +1,7 @@
 """Path rules and what they decide: what trains, what decays, at which rate, on which mesh axes."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -233,11 +235,10 @@ def test_schedule(fields, rates):
 @pytest.mark.parametrize("tied", [False, True])
 def test_sharding_rules_cover_every_leaf(tied, biased):
     """For every method; `decide` itself refuses an uncovered leaf and an idle rule."""
-    sizes = {**TINY.__dict__, "tie_word_embeddings": tied, "attention_bias": biased}
-    for config in (
-        LlamaConfig(**sizes),
-        LlamaConfig(**{**sizes, "attention_bias": False, "mlp_bias": biased}),
-    ):
+    for biases in (("qkv",), ("gate_up", "down")):
+        config = dataclasses.replace(
+            TINY, tie_word_embeddings=tied, biases=biases if biased else (), qk_norm=biased
+        )
         base = abstract_base(config)
         for method in METHODS:
             adapter = AdapterConfig(method, 8)

@@ -318,6 +318,7 @@ COMPUTED = {
     "adapter.method": "ffba", "adapter.rank": 4, "adapter.alpha": 3.0, "adapter.rslora": True,
     "adapter.targets": "q,k,v,o", "adapter.add_to": "q", "adapter.dropout": 0.1,
     "model.param_dtype": "bfloat16", "model.dtype": "bfloat16", "model.remat": "full",
+    "model.quantization": "int8",
     "data.tasks": "basic_arithmetic", "data.max_length": 192, "data.prompt_style": "chat", "data.loss_on": "all",
     "data.packing": False, "data.limit": 20, "data.validation_size": 4,
     "data.generator.train": 50, "data.generator.validation": 6, "data.generator.seed": 1,
@@ -330,7 +331,7 @@ COMPUTED = {
     "optim.rate_rules": "adapter/.*_B=16",
 }  # fmt: skip
 REFUSED = {  # on one device, for a linear method
-    "model.preset": "tinny", "model.weights": "nowhere", "adapter.activation": "relu", "data.dir": "nowhere",
+    "model.preset": "tinny", "model.weights": "nowhere", "adapter.activation": "relu", "data.dir": "nowhere", "data.template_arguments": "thinking=false",
     "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "distributed.processes": 2, "distributed.process_id": 1,
     "distributed.coordinator": "localhost:1", "distributed.auto": True, "eval.tasks": "no_task",
 }  # fmt: skip

@@ -34,7 +34,7 @@ from vllm.sequence import IntermediateTensors
 
 from flora_vllm import bank
 from flora_vllm.linear import FusedLinear, Range, repeat_and_add, share
-from flora_vllm.plan import Plan, plan_of
+from flora_vllm.plan import Plan, check_base, has_bias, plan_of
 
 # Where a base's projection lies: its product and its name there.
 _PROJECTIONS = {
@@ -132,9 +132,9 @@ class FloraAttention(llama.LlamaAttention):
         kv = (first, first + self.kv_size)
         own = {"q": q, "k": kv, "v": kv}
         widths = {"q": Q, "k": K, "v": K}
-        bias = getattr(config, "attention_bias", False)
+        bias = has_bias(config, "qkv")
         self.qkv_proj = _columns(plan, "qkv", D, widths, own, bias, f"{prefix}.qkv_proj")
-        self.o_proj = _rows(plan, "o", Q, q, D, bias, f"{prefix}.o_proj")
+        self.o_proj = _rows(plan, "o", Q, q, D, has_bias(config, "o"), f"{prefix}.o_proj")
 
     def forward(
         self, positions: torch.Tensor, x: torch.Tensor, masks: Mapping[str, torch.Tensor] | None
@@ -154,11 +154,12 @@ class FloraMLP(nn.Module):
         D = config.hidden_size + plan.stream
         F = config.intermediate_size
         own = share(F, *_ranks())
-        bias = getattr(config, "mlp_bias", False)
+        bias = has_bias(config, "gate_up")
         both = {"gate": F, "up": F}
         self.gate_up_proj = _columns(
             plan, "gate_up", D, both, dict.fromkeys(both, own), bias, f"{prefix}.gate_up_proj"
         )
+        bias = has_bias(config, "down")
         self.down_proj = _rows(plan, "down", F, own, D, bias, f"{prefix}.down_proj")
         self.act = ACT2FN[config.hidden_act]
 
@@ -211,6 +212,7 @@ class FloraLlamaModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.model_config.hf_config
+        check_base(config)
         self.plan = plan_of(config, vllm_config.lora_config)
         tied = config.tie_word_embeddings and get_pp_group().is_last_rank
         self.embed_tokens = PPMissingLayer()

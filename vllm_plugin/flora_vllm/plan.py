@@ -18,10 +18,12 @@ FORMAT_VERSION = 1
 
 
 class FloraLlamaConfig(LlamaConfig):
-    """LlamaConfig and `flora`, the fields of a Plan, as the `transformers` export has them."""
+    """LlamaConfig, `flora`, the fields of a Plan, and `differences` of the base from a Llama, as
+    the `transformers` export has them."""
 
     model_type = "flora_llama"
     flora: dict | None = None
+    differences: dict | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,42 @@ class Plan:
 
 def _pieces(rider: Rider, rank: int) -> tuple[Any, ...]:
     return rider.forward, rider.matrix, rider.repeat, rider.backward // rank
+
+
+def has_bias(config: Any, product: str) -> bool:
+    """Whether the base's projections of a product have a bias."""
+    differences = getattr(config, "differences", None)
+    if differences is not None:
+        return product in differences["biases"]
+    flag = "attention_bias" if product in ("qkv", "o") else "mlp_bias"
+    return getattr(config, flag, False)
+
+
+def check_base(config: Any) -> None:
+    """Raises ValueError for a base that computes what is not computed here: biases are all that may
+    set it apart from a Llama."""
+    if config.model_type not in ("llama", "mistral", FloraLlamaConfig.model_type):
+        raise ValueError(
+            f"model_type={config.model_type!r}: a bank is over a llama or a mistral here; "
+            "`flora_jax.export --format transformers` serves the others in transformers"
+        )
+    head_dim = getattr(config, "head_dim", None)
+    neutral = {
+        "qk_norm": False,
+        "no_rope_layers": [],
+        "embedding_multiplier": 1,
+        "residual_multiplier": 1,
+        "attention_multiplier": (head_dim or config.hidden_size // config.num_attention_heads)
+        ** -0.5,
+        "logits_divisor": 1,
+    }
+    differences = getattr(config, "differences", None) or {}
+    for name, value in neutral.items():
+        if differences.get(name, value) != value:
+            raise ValueError(
+                f"differences.{name}={differences[name]!r} is not computed here; transformers "
+                "serves this export (trust_remote_code=True)"
+            )
 
 
 def plan_of(config: Any, lora_config: Any) -> Plan:

@@ -4,7 +4,12 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 
 class FloraLlamaConfig(LlamaConfig):
-    """LlamaConfig and `flora`, what rides in each layer's four projections.
+    """LlamaConfig, `differences` of the base from a plain Llama, and `flora`, what rides in each
+    layer's four projections.
+
+    differences = {"biases": the projections of the four that have one, "qk_norm": whether q and k
+    pass norms, "no_rope_layers": layers without rotary embeddings, "embedding_multiplier",
+    "residual_multiplier", "attention_multiplier" and "logits_divisor"}.
 
     flora = {"method", "rank", "activation", "stream", "products"}. stream: channels that the
     residual stream carries behind its hidden_size own (zflora). products: for each of qkv, o,
@@ -16,3 +21,4 @@ class FloraLlamaConfig(LlamaConfig):
     model_type = "flora_llama"
     base_model_tp_plan = None  # the fused projections are not split over devices
     flora: dict | None = None
+    differences: dict | None = None

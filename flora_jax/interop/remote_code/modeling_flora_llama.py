@@ -1,8 +1,9 @@
-"""Llama with a fused adapter of the FLoRA family (arXiv 2511.00050; zflora: arXiv 2510.25784).
+"""Llama, or a model like it, with a fused adapter of the FLoRA family (arXiv 2511.00050; zflora:
+arXiv 2510.25784).
 
 Forward adapters are extra outputs, backward adapters extra inputs of the projections that Llama
-runs anyway. All else is transformers' own Llama. `config.flora` says what rides where; scales are
-in the weights.
+runs anyway. All else is transformers' own Llama, but for what `config.differences` states.
+`config.flora` says what rides where; scales are in the weights.
 """
 
 import sys
@@ -26,7 +27,7 @@ class FusedLinear(nn.Module):
     those. There `quant_method` has it pack the weight on a CPU and leave a function `cpu_linear`.
     """
 
-    def __init__(self, config, product, d_in, widths, bias):
+    def __init__(self, config, product, d_in, widths):
         flora = config.flora
         rider = flora["products"][product]
         riding = flora["rank"] * len(rider["forward"])
@@ -34,7 +35,8 @@ class FusedLinear(nn.Module):
         self.in_features = d_in + rider["backward"]
         self.out_features = sum(widths.values()) + riding
         self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features))
-        self.bias = nn.Parameter(torch.empty(self.out_features)) if bias else None
+        biased = product in config.differences["biases"]
+        self.bias = nn.Parameter(torch.empty(self.out_features)) if biased else None
         self.rider = rider
         self.rank = flora["rank"]
         self.sizes = [*widths.values(), riding]
@@ -77,6 +79,11 @@ def repeat_and_add(y, z):
     return (y.unflatten(-1, (-1, z.shape[-1])) + z.unsqueeze(-2)).flatten(-2)
 
 
+def scaled(x, factor):
+    """What a block adds to the stream, or what enters it."""
+    return x if factor == 1 else x * factor
+
+
 # vLLM puts its own norm in the place of one that is nothing but a norm, which these are not.
 # transformers sets a norm's weights to one by the name of its class, which must hold "RMSNorm".
 
@@ -91,12 +98,18 @@ class RMSNormOfStream(llama.LlamaRMSNorm):
 
 
 class RMSNormAfterStream(llama.LlamaRMSNorm):
-    """Norm of the stream's own channels with those behind them repeat-and-added."""
+    """Norm of the stream's own channels with those behind them repeat-and-added, if any; over the
+    divisor of the logits."""
+
+    def __init__(self, config):
+        super().__init__(config.hidden_size, eps=config.rms_norm_eps)
+        self.divisor = config.differences["logits_divisor"]
 
     def forward(self, hidden_states):
         width = self.weight.shape[0]
         x, z = hidden_states.split([width, hidden_states.shape[-1] - width], -1)
-        return super().forward(repeat_and_add(x, z))
+        x = repeat_and_add(x, z) if z.shape[-1] else x
+        return super().forward(x) / self.divisor
 
 
 class FloraLlamaAttention(llama.LlamaAttention):
@@ -108,9 +121,16 @@ class FloraLlamaAttention(llama.LlamaAttention):
         D = config.hidden_size + config.flora["stream"]
         Q = config.num_attention_heads * self.head_dim
         K = config.num_key_value_heads * self.head_dim
-        bias = config.attention_bias
-        self.qkv_proj = FusedLinear(config, "qkv", D, {"q": Q, "k": K, "v": K}, bias)
-        self.o_proj = FusedLinear(config, "o", Q, {"o": D}, bias)
+        self.qkv_proj = FusedLinear(config, "qkv", D, {"q": Q, "k": K, "v": K})
+        self.o_proj = FusedLinear(config, "o", Q, {"o": D})
+        differences = config.differences
+        self.qk_norm = differences["qk_norm"]
+        self.turned = layer_idx not in differences["no_rope_layers"]
+        self.scaling = differences["attention_multiplier"]
+        self.residual_multiplier = differences["residual_multiplier"]
+        if self.qk_norm:
+            self.q_norm = llama.LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = llama.LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def __setattr__(self, name, value):
         # vLLM hangs its own attention here, which has the heads of one device.
@@ -130,8 +150,12 @@ class FloraLlamaAttention(llama.LlamaAttention):
     ):
         shape = hidden_states.shape[:-1]
         ys, z = self.qkv_proj(hidden_states)
-        q, k, v = (y.view(*shape, -1, self.head_dim).transpose(1, 2) for y in ys)
-        q, k = llama.apply_rotary_pos_emb(q, k, *position_embeddings)
+        q, k, v = (y.view(*shape, -1, self.head_dim) for y in ys)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if self.turned:
+            q, k = llama.apply_rotary_pos_emb(q, k, *position_embeddings)
         cache = kwargs.pop("cache", past_key_values)  # its name since transformers 5.24
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
@@ -146,7 +170,7 @@ class FloraLlamaAttention(llama.LlamaAttention):
             self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         (out,), _ = self.o_proj(out.reshape(*shape, -1).contiguous(), z)
-        return out, weights
+        return scaled(out, self.residual_multiplier), weights
 
 
 class FloraLlamaMLP(nn.Module):
@@ -154,19 +178,16 @@ class FloraLlamaMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, F, bias = (
-            config.hidden_size + config.flora["stream"],
-            config.intermediate_size,
-            config.mlp_bias,
-        )
-        self.gate_up_proj = FusedLinear(config, "gate_up", D, {"gate": F, "up": F}, bias)
-        self.down_proj = FusedLinear(config, "down", F, {"down": D}, bias)
+        D, F = config.hidden_size + config.flora["stream"], config.intermediate_size
+        self.gate_up_proj = FusedLinear(config, "gate_up", D, {"gate": F, "up": F})
+        self.down_proj = FusedLinear(config, "down", F, {"down": D})
+        self.residual_multiplier = config.differences["residual_multiplier"]
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x):
         (gate, up), z = self.gate_up_proj(x)
         (out,), _ = self.down_proj(self.act_fn(gate) * up, z)
-        return out
+        return scaled(out, self.residual_multiplier)
 
 
 class FloraLlamaDecoderLayer(llama.LlamaDecoderLayer):
@@ -203,8 +224,8 @@ class FloraLlamaModel(FloraLlamaPreTrainedModel, llama.LlamaModel):
         self.layers = nn.ModuleList(
             FloraLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
-        if config.flora["stream"]:
-            self.norm = RMSNormAfterStream(config.hidden_size, eps=config.rms_norm_eps)
+        if config.flora["stream"] or config.differences["logits_divisor"] != 1:
+            self.norm = RMSNormAfterStream(config)
         self.post_init()
 
     def forward(
@@ -219,6 +240,7 @@ class FloraLlamaModel(FloraLlamaPreTrainedModel, llama.LlamaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = scaled(x, self.config.differences["embedding_multiplier"])
         x = nn.functional.pad(x, (0, self.config.flora["stream"]))
         cache = kwargs.pop("cache", past_key_values)  # its name since transformers 5.24
         return super().forward(None, attention_mask, position_ids, cache, x, **kwargs)
