@@ -855,7 +855,7 @@ def write_beside_the_weights(path, tokenizer, base_files=None):
         fingerprint="f",
         base_files=base_files,
     )
-    formats._write_model_files(trained, path, np.dtype("float32"))
+    formats._write_model_files(trained, path, np.dtype("float32"), TINY.to_hf())
     return path
 
 

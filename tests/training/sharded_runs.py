@@ -81,7 +81,7 @@ def quantised(folder: Path) -> None:
     """The same of kernels that are quantised as they are read: by part of each leaf."""
     model = LlamaConfig.preset("tiny")
     mesh = make_mesh(config_of(folder / "fft.json", (1, 4, 2)))
-    placed = shardings({"params": abstract_base(model)}, mesh, model, AdapterConfig("lora", 1))
+    placed = shardings({"params": abstract_base(model)}, mesh, model, AdapterConfig("fft", 1))
     _, sharded = load_pretrained(
         str(folder / "model"), shardings=placed["params"], quantization="int8"
     )
