@@ -72,6 +72,7 @@ def numbers(run):
     ], scores
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys):
     """Killed at ffba's first checkpoint and again between its two tests."""
     given, given_save, given_scores = engine.run, Checkpoints.save, finetune.evaluate_tasks

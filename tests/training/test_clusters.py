@@ -159,10 +159,11 @@ def open_mpi_4():
     return "(Open MPI) 4." in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "by",
-    ["slurm", pytest.param("mpirun", marks=[pytest.mark.slow, pytest.mark.skipif(
-        not open_mpi_4(), reason="there is no mpirun of Open MPI 4 (Debian 12: openmpi-bin)")])],
+    ["slurm", pytest.param("mpirun", marks=pytest.mark.skipif(
+        not open_mpi_4(), reason="there is no mpirun of Open MPI 4 (Debian 12: openmpi-bin)"))],
 )  # fmt: skip
 def test_a_cluster_stops_and_goes_on(by_hand, launch, tmp_path, by):
     """One of two processes told to stop, both save one step. The same commands end bit-equal to the
