@@ -3,29 +3,36 @@ int8, fp8 and nf4.
 
     python -m experiments.quantized_training --data_dir DIR --out OUT
 
-Seconds a step are of the run itself; runs come one after another, so only a quiet machine's tell
-anything. A run that OUT.json holds is not run again.
+A run that OUT.json holds is not run again. Speed is measured apart: one step of each in turn, in
+one process, over that of the method's float base in the same round.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import statistics
+import functools
+import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import optax
+
 from experiments.flags import Flags, parse
 from experiments.report import beside
+from experiments.stepping import make_batch, stepper
 from experiments.suites import SUITES
 from experiments.sweep import Arm, Result, check_names, outcomes, train
-from flora_jax.adapters import METHODS
-from flora_jax.analysis.results import about_runs, header, table
+from flora_jax.adapters import METHODS, AdapterConfig, init_adapter
+from flora_jax.analysis.results import about_process, about_runs, header, spread, table
+from flora_jax.analysis.timing import interleave, paired_ratio
 from flora_jax.config import get_config
 from flora_jax.errors import UserError, check_writable, run_command
 from flora_jax.files import read_json, write_json
 from flora_jax.models.config import QUANTIZATIONS
+from flora_jax.models.llama import Llama
+from flora_jax.models.loading import load_pretrained
 
 # Equal budgets of about 5.5 M parameters.
 RANKS = {"lora": 18, "ffba": 32}
@@ -37,6 +44,7 @@ FLAGS: Flags = {
     "--methods": dict(default=",".join(RANKS)),
     "--quantizations": dict(default=",".join(QUANTIZATIONS)),
     "--steps": dict(type=int, default=40),
+    "--rounds": dict(type=int, default=8, help="of the speed; 0 leaves it as it was"),
     "--out": dict(type=Path, required=True, help="OUT.json and OUT.md are written"),
 }
 
@@ -84,14 +92,41 @@ class Run(Arm):
         config.train.eval_every = config.train.save_every = max(1, self.args.steps // 2)
         config.train.log_every = max(1, self.args.steps // 8)
         trained, _ = train(config, workdir)
-        lines = (json.loads(one) for one in (workdir / "metrics.jsonl").read_text().splitlines())
-        speeds = [one["tokens_per_second"] for one in lines if "tokens_per_second" in one]
-        # the first has compiling in it
-        speed = statistics.median(speeds[1:])
-        return {"settings": self.settings, "tokens_per_second": speed, **trained}
+        return {"settings": self.settings, **trained}
 
 
-def markdown(args: argparse.Namespace, found: dict[str, Result]) -> str:
+def measure_speed(runs: list[Run], rounds: int) -> dict[str, Any]:
+    """Seconds of a step over those of its method's float base, round by round, by run."""
+    suite = SUITES["dialogue"]
+    contestants = {}
+    for run in runs:
+        config, base = load_pretrained(run.args.model, quantization=run.quantization)
+        adapter_config = AdapterConfig(run.method, RANKS[run.method])
+        trainable = {"adapter": init_adapter(jax.random.key(0), config, adapter_config)}
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
+        remat = get_config("smollm2-135m", run.method).model.remat
+        model = Llama(config, adapter_config, remat=remat)
+        step = stepper(model, optimizer, trainable, {"params": base}, seed=1)
+        batch = make_batch(suite.batch_size, suite.max_length, config.vocab_size, answers=0.1)
+        step(batch), step(batch)
+        contestants[run.name] = functools.partial(_timed, step, batch)
+    times = list(interleave(contestants, rounds))
+    seconds = {name: [one[name] for one in times] for name in contestants}
+    floats = {run.name: f"{run.method}-none" for run in runs}
+    return {
+        name: paired_ratio(own, seconds[floats[name]])
+        for name, own in seconds.items()
+        if floats[name] in seconds
+    }
+
+
+def _timed(step: Any, batch: Any) -> float:
+    start = time.perf_counter()
+    step(batch)
+    return time.perf_counter() - start
+
+
+def markdown(args: argparse.Namespace, found: dict[str, Result], speed: dict[str, Any]) -> str:
     """The table, a line a run."""
     rows = []
     for name, one in found.items():
@@ -101,15 +136,16 @@ def markdown(args: argparse.Namespace, found: dict[str, Result]) -> str:
         if beside_floats is not None:
             change = f"{last - beside_floats['validation_losses'][str(args.steps)]:+.4f}"
         start = one["validation_losses"]["0"]
-        speed = f"{one['tokens_per_second']:.0f}"
-        rows.append([name, f"{start:.4f}", f"{last:.4f}", change, speed])
+        ratio = spread(speed["ratios"][name]) if name in speed.get("ratios", {}) else ""
+        rows.append([name, f"{start:.4f}", f"{last:.4f}", change, ratio])
     lines = [
         header(
             f"Replies over quantised bases, {args.steps} steps", about_runs([*found.values()], args)
         ),
         f"{args.model}, DailyDialog++, batch of 4 packed rows of 256 tokens, one seed, float32 "
-        "beside what is quantised; validation loss of 60 records.\n",
-        *table(["run", "loss before", "after", "beside floats", "tokens/s"], rows),
+        "beside what is quantised; validation loss of 60 records; a step's seconds over the float "
+        "base's in the same round, median [quartiles].\n",
+        *table(["run", "loss before", "after", "beside floats", "step over floats"], rows),
     ]
     return "\n".join(lines) + "\n"
 
@@ -121,7 +157,9 @@ def main(argv: list[str]) -> None:
     check_writable(path, "--out")
     methods = check_names("--methods", args.methods, RANKS)
     quantizations = check_names("--quantizations", args.quantizations, QUANTIZATIONS)
-    found: dict[str, Result] = read_json(path)["results"] if path.exists() else {}
+    before = read_json(path) if path.exists() else {}
+    found: dict[str, Result] = before.get("results", {})
+    speed: dict[str, Any] = before.get("speed", {})
     runs = [
         Run(
             name=f"{method}-{quantization}",
@@ -134,12 +172,20 @@ def main(argv: list[str]) -> None:
         for method in methods
         for quantization in quantizations
     ]
+
+    def write() -> str:
+        write_json(path, {"schema_version": 1, "results": found, "speed": speed})
+        text = markdown(args, found, speed)
+        beside(args.out, ".md").write_text(text)
+        return text
+
     for one, result in outcomes(runs):
         found[one.name] = result
-        write_json(path, {"schema_version": 1, "results": found})
-        text = markdown(args, found)
-        beside(args.out, ".md").write_text(text)
-    print(text)
+        write()
+    if args.rounds:
+        speed["ratios"] = measure_speed(runs, args.rounds)
+        speed["provenance"] = about_process("qwix")
+    print(write())
 
 
 if __name__ == "__main__":

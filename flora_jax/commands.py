@@ -16,7 +16,7 @@ from flora_jax.errors import (
     path_flag,
     require,
 )
-from flora_jax.models.config import DTYPES, QUANTIZATIONS
+from flora_jax.models.config import DTYPES, QUANTIZATIONS, SERVED
 
 Flags = Mapping[str, Mapping[str, Any]]
 
@@ -31,8 +31,13 @@ MODEL = {
 DTYPE = {"dtype": dict(choices=DTYPES, default="float32")}
 QUANTIZATION = {
     "quantization": dict(
-        choices=QUANTIZATIONS, default="none", help="what the base's kernels are kept in"
+        choices=QUANTIZATIONS,
+        default="none",
+        help="what the base's kernels are kept in; nf4 generates as int8",
     )
+}
+SERVED_QUANTIZATION = {
+    "quantization": dict(choices=SERVED, default="none", help="what the base is served in")
 }
 RESULT = {"out": dict(type=path_flag, help="result file, JSON")}
 

@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
     """The command."""
     args = read_flags("flora_jax.evaluate", __doc__, FLAGS, argv)
     # After the arguments are read: these imports take seconds.
+    from flora_jax.adapters import served_format
     from flora_jax.evaluation.request import read_request
     from flora_jax.evaluation.run import describe, evaluate_tasks
     from flora_jax.evaluation.task_data import check_seen
@@ -67,6 +68,7 @@ def main(argv: list[str]) -> None:
         "adapter": args.adapter,
         "base_fingerprint": model.fingerprint,
         "quantization": args.quantization,
+        "generated_in": served_format(args.quantization),
         "template_arguments": args.template_arguments,
         "seed": args.seed,
         "limit": args.limit,

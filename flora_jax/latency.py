@@ -15,7 +15,7 @@ import os
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
-from flora_jax.commands import QUANTIZATION, read_flags
+from flora_jax.commands import SERVED_QUANTIZATION, read_flags
 from flora_jax.errors import run_command
 from flora_jax.models.config import DTYPES
 
@@ -41,7 +41,7 @@ FLAGS = {
     ),
     "new_tokens": dict(type=int, default=33, help="the first belongs to TTFT, the others to TPOT"),
     "dtype": dict(default="float32", help=" or ".join(DTYPES)),
-    **QUANTIZATION,
+    **SERVED_QUANTIZATION,
     "rounds": dict(type=int, default=10),
     "prefill_rounds": dict(type=int, help="rounds that read the prompts anew; default all of them"),
     "turn_tokens": dict(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-from flora_jax.commands import QUANTIZATION, read_flags
+from flora_jax.commands import SERVED_QUANTIZATION, read_flags
 from flora_jax.errors import path_flag, run_command
 from flora_jax.models.config import DTYPES
 
@@ -28,10 +28,12 @@ FLAGS = {
     ),
     "rank": dict(type=int, default=32),
     "dtype": dict(choices=DTYPES, default="bfloat16"),
-    **QUANTIZATION,
+    **SERVED_QUANTIZATION,
     "cache_length": dict(type=int, default=1024, help="slots of the key/value cache"),
     "row_multiple": dict(
-        type=int, default=128, help="rows of products with B's are filled up to it"
+        type=int,
+        help="rows of products with B's are filled up to it; default what is served: 128, of a "
+        "quantised base 256",
     ),
     "launch_us": dict(
         type=float, default=2.0, help="of the time model: cost of a dependent launch"

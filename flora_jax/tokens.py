@@ -18,6 +18,18 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 else:
     Tokenizer = Any
 
+# What a chat template is given by transformers and by us.
+_GIVEN = {
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "additional_special_tokens",
+    "date_string",
+    "raise_exception",
+    "strftime_now",
+}
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 # What Llama 3's chat template names as today where it is given nothing: with any other date, the
 # same data and the same prompt would change every day.
 DATE = "26 Jul 2024"
@@ -203,10 +215,12 @@ def set_template_arguments(tokenizer: Tokenizer, text: str) -> None:
         isinstance(template, str),
         f"template_arguments={text!r}: the tokenizer has no chat template that reads them",
     )
+    read = _arguments_of(template)
     for name in arguments:
         require(
-            re.search(rf"\b{name}\b", template) is not None,
-            f"template_arguments={text!r}: the tokenizer's chat template reads no {name!r}",
+            name in read,
+            f"template_arguments={text!r}: the tokenizer's chat template takes no {name!r}; it "
+            f"takes {', '.join(sorted(read)) or 'nothing'}",
         )
     # A template knows JSON's words but for null.
     given = (
@@ -214,6 +228,21 @@ def set_template_arguments(tokenizer: Tokenizer, text: str) -> None:
         for name, value in arguments.items()
     )
     tokenizer.chat_template = "".join([*given, template])
+
+
+def _arguments_of(template: str) -> set[str]:
+    """The names that a template reads and a caller may set. Raises UserError for one that is no
+    Jinja."""
+    import jinja2.meta
+
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        # but for a statement of transformers' own
+        tree = environment.parse(_GENERATION.sub("", template))
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"the tokenizer's chat template cannot be read: {error}") from None
+    read = jinja2.meta.find_undeclared_variables(tree)
+    return {one for one in read - set(environment.globals) - _GIVEN if not one.endswith("_token")}
 
 
 def _read_template_arguments(text: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from flora_jax.adapters.fusing import (
     write_adapter,
 )
 from flora_jax.adapters.layer import SAVED, FusedDense, adapt, own_pieces
-from flora_jax.adapters.layouts import FUSED, SPLIT, Layout, device_layout
+from flora_jax.adapters.layouts import FUSED, SPLIT, Layout, device_layout, gpu_layout
 from flora_jax.adapters.leaves import (
     Tree,
     abstract_adapter,
@@ -44,6 +44,8 @@ from flora_jax.adapters.quantized import (
     quantize,
     quantize_base,
     quantize_layers,
+    served_bytes,
+    served_format,
     sums_of,
 )
 
@@ -80,6 +82,7 @@ __all__ = [
     "each_layer",
     "fuse",
     "fused_layers",
+    "gpu_layout",
     "has_adapter",
     "init_adapter",
     "is_quantized",
@@ -98,6 +101,8 @@ __all__ = [
     "quantize_base",
     "quantize_layers",
     "repeat_and_add",
+    "served_bytes",
+    "served_format",
     "shapes_of",
     "split",
     "sums_of",

@@ -146,7 +146,7 @@ def fused_layers(
 ) -> Iterator[tuple[str, Tree]]:
     """The layers of `fuse`'s tree by number, each made when it is asked for; arguments and errors
     as there. dtype: of the arrays, default the base's. Of numpy arrays numpy arrays are made, with
-    no copy but the joined ones."""
+    no copy but the joined ones; what a quantised base gives are jax arrays."""
     require(
         layout.kind == "fused",
         f"layout.kind={layout.kind!r}: fused arrays are made; pass FUSED or device_layout()",

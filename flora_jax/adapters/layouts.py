@@ -156,9 +156,11 @@ def device_layout(quantized: bool = False) -> Layout:
     """The fused layout that this device's compiler reads fastest and copies nothing of: rows in
     blocks on a GPU, larger ones of codes in 8 bits, and transposed arrays on a CPU."""
     backend = jax.default_backend()
-    block = 256 if quantized else 128
-    return Layout(
-        kind="fused",
-        row_multiple=block if backend == "gpu" else 1,
-        transposed=backend == "cpu",
-    )
+    if backend == "gpu":
+        return gpu_layout(quantized)
+    return Layout(kind="fused", transposed=backend == "cpu")
+
+
+def gpu_layout(quantized: bool = False) -> Layout:
+    """The same of a GPU, whatever this device is."""
+    return Layout(kind="fused", row_multiple=256 if quantized else 128)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.adapters.quantized import Scaled
+from flora_jax.adapters.quantized import Scaled, times_scale
 
 _COPIES = 64  # operands of one concatenation
 # Weights that one token's product has at the most where XLA for a GPU makes a sum of it.
@@ -118,7 +118,7 @@ def _multiply_scaled(
     if kernel.factor is not None:
         x = x * kernel.factor.astype(x.dtype)
     y = times(x, kernel.codes.astype(x.dtype))
-    return (y * kernel.scale).astype(x.dtype)
+    return times_scale(y, kernel.scale)
 
 
 def multiply_transposed(x: jax.Array, weight: jax.Array | Scaled, dtype: Any = None) -> jax.Array:

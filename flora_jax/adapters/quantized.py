@@ -14,6 +14,7 @@ nor for a factor a row; two classes of ours hold these: `Quantized` is a leaf of
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ _TYPES: Mapping[str, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "nf4": 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 QUANTIZATIONS = ("none", *_TYPES)
 NOT_QUANTIZED: Mapping[str, Any] = {"format": "none", "error": 0.0}
+_HALVINGS = 12  # factors of a row that are tried
 BLOCK = 64  # rows of nf4 that share a scale
 
 
@@ -59,21 +61,6 @@ class Quantized:
             rows *= 2
         return (*front, rows, columns)
 
-    @property
-    def ndim(self) -> int:
-        """Axes of the kernel."""
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """Of the codes."""
-        return self.codes.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """All that is stored."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-
     def __getitem__(self, layer: Any) -> Quantized:
         """One layer's, or those of a slice of them."""
         return jax.tree.map(lambda leaf: leaf[layer], self)
@@ -87,13 +74,20 @@ def is_quantized(path: str) -> bool:
 def check_quantization(quantization: str, config: Any) -> None:
     """Raises UserError for an unknown format, and for one that a base of this configuration cannot
     be had in."""
+    leaves = base_leaves(config).items()
+    _check_format(
+        quantization, {path: leaf.shape[-2] for path, leaf in leaves if is_quantized(path)}
+    )
+
+
+def _check_format(quantization: str, rows: Mapping[str, int]) -> None:
+    """rows: d_in of the kernels, by path."""
     require_known(quantization, QUANTIZATIONS, f"quantization={quantization!r}")
-    kernels = {path: leaf for path, leaf in base_leaves(config).items() if is_quantized(path)}
-    for path, leaf in kernels.items():
+    for path, n in rows.items():
         require(
-            quantization != "nf4" or leaf.shape[-2] % BLOCK == 0,
-            f"quantization={quantization!r} has a scale a block of {BLOCK} rows, and the "
-            f"{leaf.shape[-2]} rows of {path} are no multiple of it; use int8 or fp8",
+            quantization != "nf4" or n % BLOCK == 0,
+            f"quantization={quantization!r} has a scale a block of {BLOCK} rows, and the {n} rows "
+            f"of {path} are no multiple of it; use int8 or fp8",
         )
 
 
@@ -110,8 +104,9 @@ def sums_of(values: jax.Array, start: Any = 0) -> jax.Array:
 
 
 def quantize(kernel: jax.Array, quantization: str, start: Any = 0) -> Quantized:
-    """A kernel `[d_in, d_out]` in the format of that name. start: uint32, the place of its first
-    value among those of all layers."""
+    """A kernel `[d_in, d_out]` in the format of that name, computed in float32. start: uint32, the
+    place of its first value among those of all layers. What fits is for `check_quantization` to
+    say."""
     import qwix  # a second, which who quantises nothing need not wait
 
     kernel = kernel.astype(jnp.float32)
@@ -152,16 +147,21 @@ def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="quantization")
 def quantize_layers(kernels: jax.Array, quantization: str) -> Quantized:
-    """Kernels `[L, d_in, d_out]`, one after another."""
+    """Kernels `[L, d_in, d_out]`, one after another, as `quantize` does."""
     starts = jnp.arange(len(kernels), dtype=jnp.uint32) * jnp.uint32(kernels[0].size % 2**32)
     return jax.lax.map(lambda layer: quantize(layer[0], quantization, layer[1]), (kernels, starts))
 
 
 def quantize_base(base: Tree, quantization: str) -> Tree:
-    """A base in the split layout with its kernels in the format of that name."""
+    """A base in the split layout with its kernels in the format of that name. Raises UserError for
+    an unknown format, kernels that it cannot hold, and a base that is quantised already."""
+    leaves = paths(base)
+    rows = {path: leaf.shape[-2] for path, leaf in leaves.items() if is_quantized(path)}
+    _check_format(quantization, rows)
     if quantization == "none":
         return base
-    leaves = paths(base)
+    there = quantization_format(base)
+    require(there == "none", f"the base is in {there} already; quantise it from its floats")
     chosen = [path for path in leaves if is_quantized(path)]
     return tree(leaves | {path: quantize_layers(leaves[path], quantization) for path in chosen})
 
@@ -180,6 +180,19 @@ def quantization_format(base: Tree) -> str:
     return next(kernels, "none")
 
 
+def served_format(quantization: str) -> str:
+    """What fused arrays of a base in that format are in: nf4's scales are not a column's."""
+    return {"nf4": "int8"}.get(quantization, quantization)
+
+
+def served_bytes(base: Tree) -> int:
+    """Bytes that the base takes as it is served, bare: of a quantised kernel one for each value."""
+    return sum(
+        math.prod(leaf.shape) if isinstance(leaf, Quantized) else leaf.size * leaf.dtype.itemsize
+        for leaf in paths(base).values()
+    )
+
+
 def quantization_of(base: Tree) -> dict[str, Any]:
     """`format`, a name of QUANTIZATIONS, and `error`, the root mean square of what rounding changed
     of the kernels, over that of the kernels."""
@@ -189,14 +202,19 @@ def quantization_of(base: Tree) -> dict[str, Any]:
     return {"format": quantization_format(base), "error": error}
 
 
+def times_scale(y: jax.Array, scale: jax.Array) -> jax.Array:
+    """`y · scale` along the last axis in y's dtype, multiplied in float32."""
+    return (y * scale).astype(y.dtype)
+
+
 # ----------------------------------------------------------------------------------------- training
 
 
 @jax.custom_vjp
 def multiply_quantized(x: jax.Array, kernel: Quantized) -> jax.Array:
-    """`x W` in x's dtype, x `[…, d_in]`. The kernel is frozen: it has no gradient, and what it
-    stands for is computed again in the backward pass, so that no float copy of it outlives its
-    product."""
+    """`x W` in x's dtype, x `[…, d_in]`, scales in float32. The kernel is frozen: it has no
+    gradient, and what it stands for is computed again in the backward pass, so that no float copy
+    of it outlives its product."""
     return _multiply(x, kernel)
 
 
@@ -204,8 +222,8 @@ def _multiply(x: jax.Array, kernel: Quantized) -> jax.Array:
     if kernel.format == "nf4":
         return x @ dequantize(kernel, x.dtype)
     # Of a scale a column the product's output takes it: fewer multiplications, and codes are exact
-    # in bfloat16.
-    return x @ kernel.codes.astype(x.dtype) * kernel.scale.astype(x.dtype).squeeze(-2)
+    # in bfloat16, which scales are not.
+    return times_scale(x @ kernel.codes.astype(x.dtype), kernel.scale.squeeze(-2))
 
 
 def _multiply_forward(x: jax.Array, kernel: Quantized) -> tuple[jax.Array, Quantized]:
@@ -216,7 +234,7 @@ def _multiply_backward(kernel: Quantized, cotangent: jax.Array) -> tuple[jax.Arr
     if kernel.format == "nf4":
         back = cotangent @ dequantize(kernel, cotangent.dtype).T
     else:
-        scaled = cotangent * kernel.scale.astype(cotangent.dtype).squeeze(-2)
+        scaled = times_scale(cotangent, kernel.scale.squeeze(-2))
         back = scaled @ kernel.codes.astype(cotangent.dtype).T
     return back, jax.tree.map(_no_gradient, kernel)
 
@@ -253,16 +271,6 @@ class Scaled:
     def shape(self) -> tuple[int, ...]:
         """As it is stored."""
         return self.codes.shape
-
-    @property
-    def size(self) -> int:
-        """Codes."""
-        return self.codes.size
-
-    @property
-    def dtype(self) -> Any:
-        """Of the codes."""
-        return self.codes.dtype
 
     @property
     def T(self) -> Scaled:
@@ -323,13 +331,23 @@ class Scaled:
 
     def with_rows(self, values: jax.Array, start: Any) -> Scaled:
         """With these values `[n, columns]` as rows from `start` on, each brought to the range of
-        the columns by the power of two that leaves the most of its digits."""
+        the columns by a power of two: the one at which the squares of what rounding changes are
+        least. Where a column's scale is far below the others', that cuts its value off."""
         scale = self.scale[: values.shape[1]]
-        values = values / jnp.where(scale > 0, scale, 1)
-        largest = jnp.abs(values).max(1)
+        step = jnp.where(scale > 0, scale, 1)
+        largest = jnp.abs(values / step).max(1)
         room = _LARGEST[self.format] / jnp.where(largest > 0, largest, _LARGEST[self.format])
-        factor = jnp.exp2(-jnp.floor(jnp.log2(room)))
-        return self._with(values / factor[:, None], (start, 0)).replace(
+        whole = jnp.exp2(-jnp.floor(jnp.log2(room)))  # at which nothing is cut off
+
+        def lost(factor: jax.Array) -> jax.Array:
+            unit = factor[:, None] * step
+            kept = self._codes(values / unit).astype(jnp.float32) * unit
+            return jnp.square(kept - values).sum(1)
+
+        factors = whole * jnp.exp2(-jnp.arange(_HALVINGS, dtype=jnp.float32))[:, None]
+        best = jnp.argmin(jax.lax.map(lost, factors), axis=0)
+        factor = jnp.take_along_axis(factors, best[None], axis=0)[0]
+        return self._with(values / (factor[:, None] * step), (start, 0)).replace(
             factor=jax.lax.dynamic_update_slice(self.factor, factor, (start,))
         )
 
@@ -338,12 +356,16 @@ class Scaled:
         """The name of the codes' format."""
         return next(name for name, kind in _TYPES.items() if kind == self.codes.dtype)
 
-    def _with(self, values: jax.Array, start: tuple[Any, Any]) -> Scaled:
-        """With codes of values that are scaled already, from that row and column on."""
+    def _codes(self, values: jax.Array) -> jax.Array:
+        """Of values that are scaled already, the nearest codes."""
         if self.format == "int8":
             values = jnp.round(values)
         codes = jnp.clip(values, -_LARGEST[self.format], _LARGEST[self.format])
-        codes = codes.astype(self.codes.dtype)
+        return codes.astype(self.codes.dtype)
+
+    def _with(self, values: jax.Array, start: tuple[Any, Any]) -> Scaled:
+        """With codes of values that are scaled already, from that row and column on."""
+        codes = self._codes(values)
         if self.transposed:
             codes = codes.T
             start = start[::-1]
@@ -362,6 +384,7 @@ def join(kernels: list[jax.Array] | list[Quantized]) -> jax.Array | Scaled:
 
 
 def _in_columns(kernel: Quantized) -> Quantized:
-    if kernel.format != "nf4":
+    served = served_format(kernel.format)
+    if served == kernel.format:
         return kernel
-    return quantize(dequantize(kernel), "int8")
+    return quantize(dequantize(kernel), served)

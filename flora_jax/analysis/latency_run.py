@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from flora_jax.adapters import AdapterConfig, quantize_base
+from flora_jax.adapters import AdapterConfig, quantize_base, served_bytes
 from flora_jax.analysis import comparison, timing
 from flora_jax.analysis.comparison import Measurement, Size
 from flora_jax.analysis.results import NONE, cell, provenance, spread, table, versions
 from flora_jax.analysis.timing import Setting
+from flora_jax.analysis.variants import check_served
 from flora_jax.device import check_jax
 from flora_jax.errors import check_writable, positive_integers, require, require_known, split_names
 from flora_jax.files import keep_programs, read_json, write_result
@@ -90,6 +91,7 @@ def check(args: Namespace) -> Asked:
     require_known(args.dtype, DTYPES, f"--dtype {args.dtype!r}")
     methods = list(dict.fromkeys(split_names(args.methods)))
     require(methods, "--methods is empty; give names, comma-separated")
+    check_served(methods, args.quantization)
     settings = [
         Setting(length, batch, args.new_tokens)
         for batch in positive_integers("--batch_sizes", args.batch_sizes)
@@ -184,8 +186,7 @@ def _check_settings(args: Namespace, config: LlamaConfig, settings: list[Setting
         f"--prompt_lengths {longest} with --new_tokens {args.new_tokens} are more than the "
         f"model's max_position_embeddings={config.max_position_embeddings}; lower one",
     )
-    leaves = jax.tree.leaves(abstract_base(config, args.dtype, args.quantization))
-    weights = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+    weights = served_bytes(abstract_base(config, args.dtype, args.quantization))
     for setting in settings:
         slots = bucket(setting.prompt_length) + args.new_tokens
         check_fits(config, setting.batch_size, slots, weights, args.dtype)

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
-from flora_jax.adapters import AdapterConfig, Layout, abstract_adapter
+from flora_jax.adapters import AdapterConfig, abstract_adapter, gpu_layout
 from flora_jax.analysis.variants import NO_DOT_MERGER, get_variant, serve, variants
 from flora_jax.errors import require
 from flora_jax.inference.decoding import last_logits
@@ -429,21 +429,23 @@ def plan_step(
     dtype: Any = jnp.bfloat16,
     quantization: str = "none",
     cache_length: int = 1024,
-    row_multiple: int = 128,
+    row_multiple: int | None = None,
     adapters: int = 1,
     dot_merger: bool = True,
     attention: str = "kernel",
 ) -> Plan:
     """The plan of one decode step of a variant: one new token a row over a cache of `cache_length`
-    slots, which it updates in place, and the next token chosen greedily. adapters: how many lie in
-    the bank, with the mask that selects among them; attention: "kernel"
-    (models/decode_attention.py) or "xla". Raises UserError for a bank of a variant that cannot be
-    one."""
+    slots, which it updates in place, and the next token chosen greedily. row_multiple: None for
+    what is served; adapters: how many lie in the bank, with the mask that selects among them;
+    attention: "kernel" (models/decode_attention.py) or "xla". Raises UserError for a bank of a
+    variant that cannot be one."""
     check_bank(name, adapters)
     variant = get_variant(name)
     base = abstract_base(config, dtype, quantization)
     adapter = None if variant.method is None else abstract_adapter(config, adapter_config)
-    lies = Layout(kind="fused", row_multiple=row_multiple)
+    lies = gpu_layout(quantization != "none")
+    if row_multiple is not None:
+        lies = dataclasses.replace(lies, row_multiple=row_multiple)
     model = None
 
     def layout(base: Any, adapter: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flora_jax.adapters import AdapterConfig
+from flora_jax.adapters import AdapterConfig, gpu_layout
 from flora_jax.analysis import compilers
 from flora_jax.analysis.launch_plan import (
     MODES,
@@ -23,7 +23,7 @@ from flora_jax.analysis.launch_plan import (
     smallest_kernel,
 )
 from flora_jax.analysis.results import NONE, provenance, table, versions
-from flora_jax.analysis.variants import get_variant
+from flora_jax.analysis.variants import check_served, get_variant
 from flora_jax.device import check_jax
 from flora_jax.errors import check_writable, positive_integers, require, require_known
 from flora_jax.files import write_result
@@ -90,6 +90,8 @@ def check(args: Namespace, config: LlamaConfig) -> Iterator[Cell]:
     modes = _names("--modes", args.modes, MODES)
     batches = positive_integers("--batch_sizes", args.batch_sizes)
     banks = positive_integers("--adapters", args.adapters)
+    if args.row_multiple is None:
+        args.row_multiple = gpu_layout(args.quantization != "none").row_multiple
     for flag in ("cache_length", "row_multiple"):
         positive_integers(f"--{flag}", str(getattr(args, flag)))
     require(args.launch_us >= 0, f"--launch_us {args.launch_us} must be zero or more microseconds")
@@ -116,7 +118,9 @@ def _names(flag: str, text: str, known: Mapping[str, Any]) -> list[str]:
 def _methods(args: Namespace, config: LlamaConfig, banks: list[int]) -> list[Method]:
     """LoRA's products apart are planned with XLA's dot merger and without."""
     methods = []
-    for name in dict.fromkeys(item.strip() for item in args.methods.split(",")):
+    names = list(dict.fromkeys(item.strip() for item in args.methods.split(",")))
+    check_served(names, args.quantization)
+    for name in names:
         variant = get_variant(name)
         adapter_config = None
         if variant.method is not None:

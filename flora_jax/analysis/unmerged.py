@@ -117,9 +117,11 @@ def unmerge(
 
 def _base_leaves(leaves: Tree, names: tuple[str, ...], seven: bool) -> Tree:
     """A product of the base, whole or by projection."""
-    out = {f"{name}_kernel": join([leaves[f"{name}_kernel"]]) for name in names}
-    if not seven:
-        out = {"kernel": join([leaves[f"{name}_kernel"] for name in names])}
+    kernels = {f"{name}_kernel": leaves[f"{name}_kernel"] for name in names}
+    if seven:
+        out = {path: join([kernel]) for path, kernel in kernels.items()}
+    else:
+        out = {"kernel": join(list(kernels.values()))}
     if f"{names[0]}_bias" in leaves:
         out["bias"] = jnp.concatenate([leaves[f"{name}_bias"] for name in names])
     return out

@@ -9,7 +9,7 @@ base's arrays.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -83,6 +83,16 @@ def get_variant(name: str) -> Variant:
     if name not in known:
         raise UserError(f"method {name!r} is unknown here; {near_misses(name, known)}")
     return known[name]
+
+
+def check_served(names: Iterable[str], quantization: str) -> None:
+    """Raises UserError for a variant that changes the base's weights where they are codes."""
+    for name in names:
+        require(
+            quantization == "none" or not get_variant(name).fold_adds,
+            f"--methods {name} folds its adds into the base, which --quantization {quantization} "
+            "keeps in codes; leave one of the two out",
+        )
 
 
 def trained_parameters(config: LlamaConfig, adapter_config: AdapterConfig) -> int:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from flora_jax.adapters import AdapterConfig, Tree, has_adapter
+from flora_jax.adapters import AdapterConfig, Tree, has_adapter, served_bytes
 from flora_jax.device import check_jax
 from flora_jax.errors import NOT_FINITE, UserError, check_text, require
 from flora_jax.inference.bank import Bank
@@ -121,7 +121,7 @@ def check_sizes(config: LlamaConfig, base: Tree, max_length: int, batch_size: in
         _is_integer(batch_size) and batch_size >= 1,
         f"batch_size={batch_size!r} must be a positive integer",
     )
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    weights = served_bytes(base)
     check_fits(config, batch_size, max_length, weights, base["embed_tokens"]["embedding"].dtype)
 
 

@@ -25,6 +25,7 @@ from flora_jax.adapters import (
     dequantize_base,
     is_quantized,
     paths,
+    quantization_format,
     quantization_of,
     quantize_base,
     tree,
@@ -268,7 +269,11 @@ def trained_over(
 ) -> Trained:
     """What is exported, from the base of `source` and `trained` = {"adapter": tree, "params": base
     leaves that trained}, with all that is known of where the base comes from. floats: of a
-    quantised base, gives the one that is not."""
+    quantised base, gives the one that is not. Raises UserError for a quantised base without it."""
+    require(
+        floats is not None or quantization_format(base) == "none",
+        "the base is quantised: pass floats, a function that gives the one that is not",
+    )
     path = None if source == "random" else resolve_source(source, weights=False)
     return Trained(
         config=config,

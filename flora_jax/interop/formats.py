@@ -460,7 +460,8 @@ def _refuse_vllm(adapter_config: AdapterConfig, params: Tree) -> str | None:
 def _write_vllm(trained: Trained, directory: Path, dtype: Any) -> dict[str, Any]:
     config, adapter_config = trained.config, trained.adapter_config
     flora = remote_config(adapter_config)["flora"]
-    about = vllm_config(flora, config, trained.base_model, trained.fingerprint)
+    differences = base_config(config)["differences"]
+    about = vllm_config(flora, differences, config, trained.base_model, trained.fingerprint)
     write_json(directory / CONFIG, about)
     write_tensors(directory, to_vllm(trained.adapter, config, adapter_config), dtype)
     return {}

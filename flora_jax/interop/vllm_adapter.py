@@ -25,7 +25,7 @@ from flora_jax.models.config import LlamaConfig
 Tree = dict[str, Any]
 
 KIND = "FLORA_FUSED"  # the peft_type
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Fused product -> its module in a layer, as vLLM and our own code for transformers name it.
 MODULES = {
     product: f"{'self_attn' if block == 'attention' else 'mlp'}.{product}_proj"
@@ -51,10 +51,15 @@ def max_lora_rank(adapter_config: AdapterConfig) -> int | None:
 
 
 def vllm_config(
-    flora: Mapping[str, Any], config: LlamaConfig, base_model: str, fingerprint: str
+    flora: Mapping[str, Any],
+    differences: Mapping[str, Any],
+    config: LlamaConfig,
+    base_model: str,
+    fingerprint: str,
 ) -> dict[str, Any]:
-    """The configuration file; flora: what each product carries, as `remote_config` has it. vLLM
-    multiplies by lora_alpha / r: by 1, since the scale is in the weights."""
+    """The configuration file; flora: what each product carries, as `remote_config` has it;
+    differences of the base from a Llama, as `base_config` has them. vLLM multiplies by lora_alpha /
+    r: by 1, since the scale is in the weights."""
     products = flora["products"].items()
     return {
         "peft_type": KIND,
@@ -68,6 +73,8 @@ def vllm_config(
         "base_model_name_or_path": base_model,
         "fingerprint": fingerprint,
         "method": flora["method"],
+        "model_type": config.model_type,
+        "differences": dict(differences),
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "flora": dict(flora),

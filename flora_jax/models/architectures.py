@@ -51,7 +51,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         hf_class="Qwen2ForCausalLM",
         fixed={"biases": ("qkv",)},
         window="flagged",
-        defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
+        defaults={
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
         gguf="halves",
     ),
     "qwen3": Architecture(
@@ -59,7 +64,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         fixed={"qk_norm": True},
         biases=_ATTENTION_BIAS,
         window="flagged",
-        defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+        defaults={
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 32768,
+            "head_dim": 128,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
         gguf="halves",
     ),
     "mistral": Architecture(
@@ -200,23 +211,42 @@ def _check_neutral(hf: Mapping[str, Any], row: Architecture, source: str) -> Non
 def _check_window(hf: Mapping[str, Any], row: Architecture, source: str) -> None:
     """Raises UserError for a sliding window that hides a key from some query."""
     window = hf.get("sliding_window")
-    if row.window is None or window is None:
+    if row.window is None or window is None or not _slides(hf, row, source):
         return
-    if row.window == "flagged":
-        kinds = hf.get("layer_types")
-        slides = bool(hf.get("use_sliding_window", False))
-        if kinds is not None:
-            slides = slides and any(kind != "full_attention" for kind in kinds)
-        elif not row.no_rope:
-            slides = slides and hf.get("max_window_layers", 0) < hf["num_hidden_layers"]
-        if not slides:
-            return
     positions = hf["max_position_embeddings"]
+    for name in ("sliding_window", "max_position_embeddings"):
+        _check_count(name, hf[name], source)
     require(
         window >= positions,
         f"{source}: sliding_window={window} is in use and shorter than "
         f"max_position_embeddings={positions}, which is not supported; a model that is used on no "
         "more tokens than its window holds can say so in max_position_embeddings",
+    )
+
+
+def _slides(hf: Mapping[str, Any], row: Architecture, source: str) -> bool:
+    """Whether a window that is stated is in use, in some layer, as transformers reads it."""
+    kinds = hf.get("layer_types")
+    if kinds is not None:
+        require(
+            isinstance(kinds, list), f"{source}: layer_types={kinds!r} must have a kind a layer"
+        )
+        return any(kind != "full_attention" for kind in kinds)
+    if row.window == "always":
+        return True
+    if not hf.get("use_sliding_window", False):
+        return False
+    if row.no_rope:
+        return True
+    for name in ("max_window_layers", "num_hidden_layers"):
+        _check_count(name, hf[name], source)
+    return hf["max_window_layers"] < hf["num_hidden_layers"]
+
+
+def _check_count(name: str, value: Any, source: str) -> None:
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+        f"{source}: {name}={value!r} must be a positive integer",
     )
 
 
@@ -234,10 +264,12 @@ def _read_no_rope(hf: Mapping[str, Any], row: Architecture, source: str) -> tupl
     each without; where there is no such list, every fourth layer is without."""
     if not row.no_rope:
         return ()
+    _check_count("num_hidden_layers", hf["num_hidden_layers"], source)
     layers = range(hf["num_hidden_layers"])
     turned = hf.get("no_rope_layers")
     if turned is None:
         interval = hf.get("no_rope_layer_interval", 4)
+        _check_count("no_rope_layer_interval", interval, source)
         turned = [(i + 1) % interval for i in layers]
     require(
         isinstance(turned, list) and len(turned) >= len(layers),

@@ -30,6 +30,7 @@ DIFFERENCES = (
 )
 # of the base's kernels; as in adapters/quantized.py, which takes a second to import
 QUANTIZATIONS = ("none", "int8", "fp8", "nf4")
+SERVED = ("none", "int8", "fp8")  # of these, those that fused arrays come in
 
 
 def _check_number(name: str, value: Any) -> None:

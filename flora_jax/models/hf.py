@@ -9,6 +9,7 @@ reordered.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -25,6 +26,7 @@ from flora_jax.adapters import (
     check_tree,
     is_quantized,
     paths,
+    quantization_format,
     quantize,
     shapes_of,
     tree,
@@ -206,6 +208,8 @@ def from_hf_tensors(
     check_hf_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, source)
     dtype = _float_dtype(dtype)
     check_quantization(quantization, config)
+    if quantization != "none":
+        _host()
     shapes = leaf_shapes(config)
     rows = _rows(config)
     sharding_of = _sharding_lookup(shardings, shapes)
@@ -244,6 +248,8 @@ def to_hf_tensors(
     path. Raises UserError if `params` is not the tree of `config`."""
     check_tree(shapes_of(params), leaf_shapes(config), _says_leaf)
     leaves = paths(dict(params))
+    there = quantization_format(params)
+    require(there == "none", f"the base is in {there}; HF tensors are those of `dequantize_base`")
     for path, row in _rows(config).items():
         if not only(path):
             continue
@@ -319,13 +325,24 @@ def _read_quantized(
     """A leaf `[L, d_in, d_out]` in codes, on the host: the floats of one tensor are there at a
     time. On a CPU whatever the device is, so that the codes are the same everywhere."""
     each = []
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(_host()):
         for i in range(shape[0]):
             index = (range(i, i + 1), *map(range, shape[1:]))
             kernel = _read(names, tensors, row, index, np.dtype(np.float32), source)[0]
             start = np.uint32(i * kernel.size % 2**32)
             each.append(jax.device_get(_quantize(kernel, quantization, start)))
     return jax.tree.map(lambda *layers: np.stack(layers), *each)
+
+
+def _host() -> jax.Device:
+    """The CPU as JAX sees it. Raises UserError where JAX was told to see none."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise UserError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms}: weights are quantised on the CPU; add cpu "
+            "at its end, as in cuda,cpu"
+        ) from None
 
 
 _quantize = jax.jit(quantize, static_argnames="quantization")
@@ -348,8 +365,13 @@ def _of_part(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sha
         return sharding
     axes = zip(shape, sharding.spec, strict=False) if len(shape) == 3 else ()
     mesh = sharding.mesh
+
+    def devices(names: str | tuple[str, ...]) -> int:
+        names = (names,) if isinstance(names, str) else names
+        return math.prod(mesh.shape[name] for name in names)
+
     return NamedSharding(
-        mesh, P(*(n if n and size % mesh.shape[n] == 0 else None for size, n in axes))
+        mesh, P(*(n if n and size % devices(n) == 0 else None for size, n in axes))
     )
 
 

@@ -24,14 +24,17 @@ from flora_jax.adapters import (
     dequantize_base,
     fuse,
     is_quantized,
+    join,
     merge,
     paths,
     quantization_of,
     quantize,
     quantize_base,
+    served_bytes,
     split,
 )
 from flora_jax.adapters.quantized import Scaled, dequantize, multiply_quantized
+from flora_jax.analysis.variants import serve
 from flora_jax.errors import UserError
 from flora_jax.inference.generator import Generator
 from flora_jax.models import config as models_config
@@ -123,7 +126,11 @@ def test_kernels_alone_are_quantised_and_take_fewer_bytes(base, bases, name, sha
         if not is_quantized(path):
             np.testing.assert_array_equal(leaf, plain[path])
     kernels = [path for path in found if is_quantized(path)]
-    assert sum(found[p].nbytes for p in kernels) <= share * sum(plain[p].nbytes for p in kernels)
+    parts = jax.tree.leaves([found[path] for path in kernels])
+    assert sum(part.nbytes for part in parts) <= share * sum(plain[p].nbytes for p in kernels)
+    values = sum(leaf.size for leaf in plain.values())
+    kept = sum(leaf.size for path, leaf in plain.items() if not is_quantized(path))
+    assert served_bytes(bases[name]) == values - kept + 4 * kept
     assert base_fingerprint(bases[name]) == base_fingerprint(base)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), bases[name])
     assert shapes == jax.tree.map(
@@ -144,6 +151,21 @@ def test_a_base_quantised_as_it_is_read_is_the_same(base, bases, name):
                 np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=1e-5
             )
     assert quantization_of(read)["format"] == name
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_a_product_in_bfloat16_scales_in_float32(name):
+    """So that no column is off by what bfloat16 would round its scale by, up to 4e-3."""
+    kernel = quantize(kernel_of(3, 128, 40), name)
+    x = jax.random.normal(jax.random.key(0), (2000, 128)).astype(jnp.bfloat16)
+    found = np.asarray(multiply_quantized(x, kernel), np.float64)[:, 1:]
+    owed = (np.asarray(x, np.float64) @ np.asarray(dequantize(kernel), np.float64))[:, 1:]
+    gain = (found * owed).sum(0) / np.square(owed).sum(0)
+    assert np.abs(gain - 1).max() < 5e-4
+    cotangent = jnp.zeros((1, 40), jnp.bfloat16).at[0, 5].set(1)
+    back = jax.vjp(multiply_quantized, x[:1], kernel)[1](cotangent)[0]
+    column = np.asarray(dequantize(kernel))[:, 5]
+    np.testing.assert_allclose(np.asarray(back[0], np.float32), column, rtol=2.0**-7)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -245,6 +267,38 @@ def test_switching_and_banks(bases, prompts, name, method):
     assert len({tuple(one[1].tokens) for one in alone.values()}) == 4
 
 
+@pytest.mark.parametrize("narrow", [1, 1e-2, 1e-4])
+def test_a_narrow_column_does_not_cost_the_others(narrow):
+    """Rows share their columns' scales: where one is far below the rest, at most its value is lost."""
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((64, 32)).astype(np.float32)
+    kernel[:, 7] *= narrow
+    rows = 0.1 * rng.standard_normal((8, 32)).astype(np.float32)
+    rows[3] = 0
+    array = join([quantize(kernel, "int8")]).padded(72, 32).with_rows(jnp.asarray(rows), 64)
+    found = array.factor[64:, None] * array.codes[64:].astype(jnp.float32) * array.scale
+    error = np.linalg.norm(found - rows, axis=1)
+    cut = np.abs(rows[:, 7]) if narrow < 1 else 0
+    assert (error <= 0.01 * np.linalg.norm(rows, axis=1) + cut).all()
+    assert (np.abs(found) <= np.abs(rows) + array.factor[64:, None] * array.scale).all()
+    assert not found[3].any()
+
+
+def test_the_baselines_over_codes(bases):
+    """LoRA's products apart, beside four or seven products of the base in codes; and merged, in codes again."""
+    adapter_config = AdapterConfig("lora", 8)
+    adapter = random_adapter(CONFIG, adapter_config, 1)
+    variables = {"params": bases["int8"], "adapter": adapter}
+    unfused = Llama(CONFIG, adapter_config).apply(variables, TOKENS)
+    layout = Layout(kind="fused", transposed=True)
+    merged = quantize_base(merge(bases["int8"], adapter, CONFIG, adapter_config), "int8")
+    requantized = Llama(CONFIG).apply({"params": merged}, TOKENS)
+    for variant, owed in (("lora", unfused), ("lora_7", unfused), ("lora_merged", requantized)):
+        model, params = serve(variant, bases["int8"], CONFIG, adapter_config, adapter, layout)
+        found = model.apply({"params": params}, TOKENS)
+        np.testing.assert_allclose(found, owed, atol=1e-5 * float(jnp.abs(owed).max()))
+
+
 def test_merging_gives_floats(bases):
     adapter_config = AdapterConfig("lora", 8)
     adapter = random_adapter(CONFIG, adapter_config, 1)
@@ -262,6 +316,16 @@ def test_what_is_refused(bases):
     with pytest.raises(UserError, match=r"nf4.*blocks? of 64 rows.*96 rows.*use int8 or fp8"):
         check_quantization("nf4", narrow)
     check_quantization("int8", narrow)
+    floats = init_base(jax.random.key(0), narrow)
+    for name, base, words in (
+        ("int4", floats, "quantization='int4'"),
+        ("nf4", floats, "96 rows"),
+        ("int8", bases["nf4"], "the base is in nf4 already"),
+    ):
+        with pytest.raises(UserError, match=words):
+            quantize_base(base, name)
+    with pytest.raises(UserError, match="the base is in int8; HF tensors are those of"):
+        next(to_hf_tensors(CONFIG, bases["int8"]))
     adapter_config = AdapterConfig("ffba", 8)
     adapter = random_adapter(CONFIG, adapter_config, 1)
     with pytest.raises(UserError, match="fold_adds changes the base, and this one is quantised"):

@@ -5,6 +5,8 @@ import json
 import pytest
 from support import ROOT
 
+from flora_jax.models.config import LlamaConfig
+
 LORA = {"lora", "lora, dot merger off"}
 FUSED = {"ffba", "ffba_qg_add", "ffba_qg_add_folded", "fpa", "zflora"}
 
@@ -19,6 +21,32 @@ def stored(model):
 # What an adapter of rank 32 adds to the bytes: its own and the rows filled up; zflora's are of the whole stream.
 LARGE = {"zflora": 1.05, "ffba": 1.015}
 SMALL = {"zflora": 1.12, "ffba": 1.03}
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+@pytest.mark.parametrize("model, whole", [("1b", 0.61), ("8b", 0.55)])
+def test_stored_plans_over_codes_keep_the_promises(quantization, model, whole):
+    """In Triton's products no weight is written out in floats, and an adapter is a launch a step at most."""
+    result = stored(f"{quantization}_{model}")
+    assert result["settings"]["quantization"] == quantization
+    assert result["settings"]["row_multiple"] == 256
+    base = {row["batch"]: row for row in result["rows"] if row["label"] == "base"}
+    assert base.keys() == {1, 8, 32}
+    for row in result["rows"]:
+        assert row["mode"] == "triton" and row["step"]["weight_copies"] == 0 and not row["copies"]
+        assert row["step"]["launches"] <= base[row["batch"]]["step"]["launches"] + 1
+    assert {row["label"] for row in result["rows"]} == {
+        "base",
+        "ffba",
+        "ffba_qg_add",
+        "fpa",
+        "zflora",
+    }
+    # of a step's weights in bfloat16; the cache and the states are in what it moves
+    config = LlamaConfig.preset("llama3.2-1b" if model == "1b" else "llama3.1-8b")
+    kernels = sum(d_in * d_out for d_in, d_out in config.widths.values())
+    weights = 2 * (kernels * config.num_hidden_layers + config.vocab_size * config.hidden_size)
+    assert base[1]["step"]["moved"] <= whole * weights + 1e8
 
 
 @pytest.mark.parametrize("model, planned, sizes, left_out, bounds", [

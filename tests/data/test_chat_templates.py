@@ -687,7 +687,7 @@ SWITCHED = QWEN3.removesuffix("{%- endif %}") + (
         ("enable_thinking=false", {"enable_thinking": False}, "</think>\n\n"),
         ("enable_thinking=true", {"enable_thinking": True}, "assistant\n"),
         (" enable_thinking = null ", {"enable_thinking": None}, "assistant\n"),
-        ('said="x"', {"said": "x"}, "assistant\n"),
+        ('enable_thinking="x"', {"enable_thinking": "x"}, "assistant\n"),
     ],
 )
 def test_template_arguments_are_transformers_keywords(text, given, ending, tmp_path):
@@ -713,7 +713,13 @@ def test_template_arguments_are_transformers_keywords(text, given, ending, tmp_p
 @pytest.mark.parametrize(
     "template, text, words",
     [
-        (SWITCHED, "enable_thinkin=false", "the tokenizer's chat template reads no 'enable_thinkin'"),
+        (SWITCHED, "enable_thinkin=false", "takes no 'enable_thinkin'; it takes enable_thinking"),
+        (SWITCHED, "if=1", "takes no 'if'"),
+        (SWITCHED, "role=null", "takes no 'role'"),
+        (SWITCHED, "add_generation_prompt=false", "takes no 'add_generation_prompt'"),
+        (SWITCHED, "messages=x", "takes no 'messages'"),
+        ("{{ messages", "a=1", "chat template cannot be read: unexpected end of template"),
+        ("{{ messages }}", "a=1", "takes no 'a'; it takes nothing"),
         (SWITCHED, "enable_thinking", "'enable_thinking' is not NAME=VALUE"),
         (SWITCHED, "enable thinking=1", "'enable thinking=1' is not NAME=VALUE"),
         (None, "enable_thinking=1", "the tokenizer has no chat template"),

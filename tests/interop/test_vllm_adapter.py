@@ -142,7 +142,7 @@ def test_the_configuration(tmp_path, base, adapter_config, scale, shapes):
     # vLLM multiplies by lora_alpha / r.
     assert json.loads((tmp_path / "out/adapter_config.json").read_text()) == {
         "peft_type": "FLORA_FUSED",
-        "format_version": 1,
+        "format_version": 2,
         "r": rank,
         "lora_alpha": rank,
         "target_modules": [name.split(".")[1] for name in shapes],
@@ -150,6 +150,16 @@ def test_the_configuration(tmp_path, base, adapter_config, scale, shapes):
         "base_model_name_or_path": "some/base",
         "fingerprint": trained.fingerprint,
         "method": adapter_config.method,
+        "model_type": "llama",
+        "differences": {
+            "biases": [],
+            "qk_norm": False,
+            "no_rope_layers": [],
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": trained.config.head_dim**-0.5,
+            "logits_divisor": 1.0,
+        },
         "hidden_size": 96,
         "num_hidden_layers": 2,
         "flora": remote_config(adapter_config)["flora"],

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from support import random_adapter
 
 from flora_jax.adapters import METHODS, AdapterConfig, fuse, repeat_and_add, split
@@ -327,6 +328,27 @@ def config_of(model_type, **changes):
             config_of("smollm3", use_sliding_window=True, sliding_window=64),
             "sliding_window=64 is in use",
         ),
+        (
+            config_of("qwen2", use_sliding_window=True, max_window_layers=1, max_position_embeddings=8192),
+            "sliding_window=4096 is in use",
+        ),
+        (
+            config_of("qwen3", use_sliding_window=True, sliding_window=64, layer_types=["sliding_attention"] * 3),
+            "sliding_window=64 is in use",
+        ),
+        (
+            config_of("mistral", sliding_window=64, max_position_embeddings=None),
+            "max_position_embeddings=None must be a positive integer",
+        ),
+        (config_of("mistral", sliding_window="64"), "sliding_window='64' must be a positive integer"),
+        (
+            config_of("qwen3", use_sliding_window=True, layer_types="full_attention"),
+            "layer_types='full_attention' must have a kind a layer",
+        ),
+        (
+            {**config_of("smollm3"), "no_rope_layers": None, "no_rope_layer_interval": 0},
+            "no_rope_layer_interval=0 must be a positive integer",
+        ),
         (config_of("llama", final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),
         (config_of("llama", attn_logit_softcapping=50.0), "attn_logit_softcapping=50.0"),
         (config_of("llama", logits_scaling=8.0), "logits_scaling=8.0 is not supported"),
@@ -363,6 +385,18 @@ def test_what_is_not_understood_is_refused(hf, words):
 )  # fmt: skip
 def test_what_changes_nothing_passes(hf):
     assert LlamaConfig.from_hf(hf).model_type == hf["model_type"]
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_fields_left_out_are_filled_in_as_transformers_does(model_type):
+    sizes = {name: 4 for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    stated = {**sizes, "num_hidden_layers": 40, "num_attention_heads": 32, "hidden_size": 256}
+    stated |= {"sliding_window": None} if model_type == "mistral" else {}
+    theirs = transformers.AutoConfig.for_model(model_type, **stated).to_dict()
+    # a config.json without these has none
+    theirs |= {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    found = LlamaConfig.from_hf({"model_type": model_type, **stated})
+    assert found == LlamaConfig.from_hf(theirs)
 
 
 @pytest.mark.parametrize(

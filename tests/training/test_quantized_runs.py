@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from flora_jax import evaluate, generate, latency, launches
 from flora_jax.adapters import dequantize_base, paths, quantize_base
 from flora_jax.errors import UserError
+from flora_jax.inference.generator import Generator
+from flora_jax.interop import exports
 from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import to_hf_tensors
@@ -112,7 +115,22 @@ def test_an_adapter_says_what_it_was_trained_over(over_int8, models, capsys, tmp
 def test_exports_hold_floats_and_say_what_that_changes(over_int8, models, tmp_path, form, change):
     report = export_run(over_int8, form, tmp_path / "out")
     about = report["quantization"]
-    assert about["format"] == "int8" and 0 < about[change] < 0.1 * report["logits"]["largest"]
+    assert about["format"] == "int8"
+    sample = load_tokenizer("tiny")(exports._SAMPLE, add_special_tokens=False).input_ids
+    tokens = np.asarray([sample[: exports._SAMPLE_TOKENS]])
+    model = load_adapted(str(models / "none"), over_int8 / "adapter", quantization="int8")
+
+    def logits(base, bare=False):
+        one = dataclasses.replace(model, base=base, adapter=None if bare else model.adapter)
+        return one.model.apply(one.variables, tokens)
+
+    if form == "merged":
+        weights = load_pretrained(str(tmp_path / "out"), quantization="int8")[1]
+        moved = logits(weights, bare=True)
+    else:
+        moved = logits(load_pretrained(str(models / "none"))[1])
+    owed = np.abs(moved - logits(model.base)).max()
+    assert about[change] == pytest.approx(float(owed), rel=0.02)
     assert "trained over an int8 base" in (tmp_path / "out/README.md").read_text()
     if form == "merged":
         _, merged = load_pretrained(str(tmp_path / "out"))
@@ -126,6 +144,45 @@ def test_exports_hold_floats_and_say_what_that_changes(over_int8, models, tmp_pa
         assert np.abs(b @ a).max() > 1e-3
         same = "embed_tokens/embedding"
         np.testing.assert_array_equal(merged[same], base[same])
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_generating_and_scoring_over_codes(over_int8, models, capsys, tmp_path, name):
+    source = str(models / "none")
+    flags = ["--model", source, "--adapter", str(over_int8 / "adapter"), "--quantization", name]
+    generate.main(["generate", *flags, "--prompt", "1 + 2 =", "--max_new_tokens", "8"])
+    model = load_adapted(source, over_int8 / "adapter", quantization=name)
+    [answer] = Generator.of(model, 128, 1).generate(["1 + 2 ="], 8)
+    assert capsys.readouterr().out == answer.text + "\n"
+    out = tmp_path / "scores.json"
+    evaluate.main(["evaluate", *flags, "--tasks", "chain_sum", "--limit", "2", "--out", str(out),
+                   "--protocol", "llm_adapters", "--allow_contaminated"])  # fmt: skip
+    said = json.loads(out.read_text())
+    assert (said["quantization"], said["generated_in"]) == (name, "int8")
+
+
+def test_latency_over_codes(models, tmp_path):
+    flags = ["--model", str(models / "none"), "--prompt_lengths", "4", "--batch_sizes", "1", "--rounds", "1",
+             "--new_tokens", "3", "--rank", "8", "--quantization", "int8"]  # fmt: skip
+    methods = ["--methods", "base,lora,ffba,lora_merged"]
+    latency.main(["latency", *flags, *methods, "--out", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out/latency.json").read_text())["rows"]
+    bytes_of = {row["method"]: row["read_bytes"] for row in rows}
+    values = sum(d_in * d_out for d_in, d_out in WIDE.widths.values()) * WIDE.num_hidden_layers
+    embedding = 4 * WIDE.vocab_size * WIDE.hidden_size
+    assert values + embedding < bytes_of["base"] < 1.2 * values + 1.1 * embedding
+    assert bytes_of["base"] == bytes_of["lora_merged"] < bytes_of["ffba"] < bytes_of["lora"]
+    assert "kernels in int8" in (tmp_path / "out/latency.md").read_text()
+
+
+@pytest.mark.parametrize("command", [latency, launches])
+def test_what_folds_into_the_base_is_refused_at_once(command, models, tmp_path):
+    words = "--methods ffba_folded folds its adds into the base, which --quantization int8 keeps"
+    own = ["--model", str(models / "none"), "--out", str(tmp_path / "o")]
+    if command is launches:
+        own = []
+    with pytest.raises(UserError, match=words):
+        command.main(["x", *own, "--methods", "base,ffba_folded", "--quantization", "int8"])
 
 
 @pytest.mark.parametrize("method, fields, words", [

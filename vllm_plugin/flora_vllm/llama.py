@@ -1,6 +1,7 @@
-"""vLLM's Llama with a fused adapter, or a bank of them, in its four products.
+"""vLLM's Llama with a fused adapter, or a bank of them, in its four products, and with what sets
+the base apart from a plain Llama (`plan.Base`).
 
-T tokens   D hidden_size   S channels of the stream behind it (zflora)
+T tokens   D hidden_size   S channels of the stream behind it (zflora)   H width of a head
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models import llama
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
+    extract_layer_index,
     is_pp_missing_parameter,
     make_empty_intermediate_tensors_factory,
     make_layers,
@@ -34,7 +38,7 @@ from vllm.sequence import IntermediateTensors
 
 from flora_vllm import bank
 from flora_vllm.linear import FusedLinear, Range, repeat_and_add, share
-from flora_vllm.plan import Plan, check_base, has_bias, plan_of
+from flora_vllm.plan import Plan, plan_of
 
 # Where a base's projection lies: its product and its name there.
 _PROJECTIONS = {
@@ -59,26 +63,29 @@ def _columns(
     d_in: int,
     widths: dict[str, int],
     own: dict[str, Range],
-    bias: bool,
     prefix: str,
 ) -> FusedLinear:
     """A product whose outputs are shared out."""
     rows = (0, d_in)
+    bias = product in plan.base.biases
     return FusedLinear(
         plan, product, widths, own, rows, d_in, reduce=False, bias=bias, prefix=prefix, tp=_ranks()
     )
 
 
-def _rows(
-    plan: Plan, product: str, d_in: int, rows: Range, d_out: int, bias: bool, prefix: str
-) -> FusedLinear:
+def _rows(plan: Plan, product: str, d_in: int, rows: Range, d_out: int, prefix: str) -> FusedLinear:
     """A product whose inputs are shared out."""
+    bias = product in plan.base.biases
     name = "o" if product == "o" else "down"
     widths = {name: d_out}
     own = {name: (0, d_out)}
     return FusedLinear(
         plan, product, widths, own, rows, d_in, reduce=True, bias=bias, prefix=prefix, tp=_ranks()
     )
+
+
+def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x if factor == 1 else x * factor
 
 
 class StreamNorm(RMSNorm):
@@ -109,41 +116,70 @@ class FinalNorm(RMSNorm):
         return super().forward(own)
 
 
-class FloraAttention(llama.LlamaAttention):
-    """Attention with q, k and v in one product."""
+class FloraAttention(nn.Module):
+    """Attention with q, k and v in one product. Norms of q and k are of what the product and its
+    adapter give."""
 
     def __init__(self, config: Any, plan: Plan, cache_config: Any, prefix: str):
-        super().__init__(
-            config=config,
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            cache_config=cache_config,
-            prefix=prefix,
-        )
+        super().__init__()
         rank, ranks = _ranks()
+        heads = config.num_attention_heads
+        kv_heads = config.num_key_value_heads
+        if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
+            raise ValueError(
+                f"tensor_parallel_size={ranks}: {heads} heads and {kv_heads} of k and v cannot be "
+                "shared out so"
+            )
+        H = getattr(config, "head_dim", None) or config.hidden_size // heads
         D = config.hidden_size + plan.stream
-        Q = self.total_num_heads * self.head_dim
-        K = self.total_num_kv_heads * self.head_dim
+        Q = heads * H
+        K = kv_heads * H
         q = share(Q, rank, ranks)
         # with more ranks than heads of k and v, several ranks have the same
-        first = rank * self.total_num_kv_heads // ranks * self.head_dim
-        kv = (first, first + self.kv_size)
+        own_kv_heads = max(1, kv_heads // ranks)
+        first = rank * kv_heads // ranks * H
+        kv = (first, first + own_kv_heads * H)
         own = {"q": q, "k": kv, "v": kv}
         widths = {"q": Q, "k": K, "v": K}
-        bias = has_bias(config, "qkv")
-        self.qkv_proj = _columns(plan, "qkv", D, widths, own, bias, f"{prefix}.qkv_proj")
-        self.o_proj = _rows(plan, "o", Q, q, D, has_bias(config, "o"), f"{prefix}.o_proj")
+        self.qkv_proj = _columns(plan, "qkv", D, widths, own, f"{prefix}.qkv_proj")
+        self.o_proj = _rows(plan, "o", Q, q, D, f"{prefix}.o_proj")
+        self.head_dim = H
+        self.q_norm = None
+        if plan.base.qk_norm:
+            self.q_norm = RMSNorm(H, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(H, eps=config.rms_norm_eps)
+        self.rotary_emb = None
+        if extract_layer_index(prefix) not in plan.base.no_rope_layers:
+            self.rotary_emb = get_rope(
+                H,
+                max_position=config.max_position_embeddings,
+                rope_parameters=config.rope_parameters,
+            )
+        self.attn = Attention(
+            heads // ranks,
+            H,
+            plan.base.attention_multiplier,
+            num_kv_heads=own_kv_heads,
+            cache_config=cache_config,
+            prefix=f"{prefix}.attn",
+        )
 
     def forward(
         self, positions: torch.Tensor, x: torch.Tensor, masks: Mapping[str, torch.Tensor] | None
     ) -> torch.Tensor:
         """`[T, D + S]`."""
         (q, k, v), z = self.qkv_proj(x, None, masks)
-        q, k = self.rotary_emb(positions, q, k)
+        if self.q_norm is not None:
+            q = self._normed(q, self.q_norm)
+            k = self._normed(k, self.k_norm)
+        if self.rotary_emb is not None:
+            q, k = self.rotary_emb(positions, q, k)
         (out,), _ = self.o_proj(self.attn(q, k, v), z, masks)
         return out
+
+    def _normed(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """`[T, heads H]`, normed head by head."""
+        return norm(x.unflatten(-1, (-1, self.head_dim)).contiguous()).flatten(-2)
 
 
 class FloraMLP(nn.Module):
@@ -154,13 +190,11 @@ class FloraMLP(nn.Module):
         D = config.hidden_size + plan.stream
         F = config.intermediate_size
         own = share(F, *_ranks())
-        bias = has_bias(config, "gate_up")
         both = {"gate": F, "up": F}
         self.gate_up_proj = _columns(
-            plan, "gate_up", D, both, dict.fromkeys(both, own), bias, f"{prefix}.gate_up_proj"
+            plan, "gate_up", D, both, dict.fromkeys(both, own), f"{prefix}.gate_up_proj"
         )
-        bias = has_bias(config, "down")
-        self.down_proj = _rows(plan, "down", F, own, D, bias, f"{prefix}.down_proj")
+        self.down_proj = _rows(plan, "down", F, own, D, f"{prefix}.down_proj")
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor, masks: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
@@ -179,6 +213,7 @@ class FloraDecoderLayer(nn.Module):
         self.mlp = FloraMLP(config, plan, f"{prefix}.mlp")
         self.input_layernorm = StreamNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = StreamNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.multiplier = plan.base.residual_multiplier
 
     def forward(
         self,
@@ -193,9 +228,9 @@ class FloraDecoderLayer(nn.Module):
             x = self.input_layernorm(x)
         else:
             x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(positions, x, masks)
+        x = _scaled(self.self_attn(positions, x, masks), self.multiplier)
         x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x, masks), residual
+        return _scaled(self.mlp(x, masks), self.multiplier), residual
 
 
 @support_torch_compile(
@@ -212,7 +247,6 @@ class FloraLlamaModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.model_config.hf_config
-        check_base(config)
         self.plan = plan_of(config, vllm_config.lora_config)
         tied = config.tie_word_embeddings and get_pp_group().is_last_rank
         self.embed_tokens = PPMissingLayer()
@@ -232,7 +266,7 @@ class FloraLlamaModel(nn.Module):
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`[T]` to `[T, D]`."""
-        return self.embed_tokens(input_ids)
+        return _scaled(self.embed_tokens(input_ids), self.plan.base.embedding_multiplier)
 
     def forward(
         self,
@@ -272,6 +306,8 @@ class FloraLlamaForCausalLM(llama.LlamaForCausalLM):
             name = vllm_config.quant_config.get_name()
             raise ValueError(f"quantization={name!r}: fused adapters are floats here; leave it out")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if get_pp_group().is_last_rank:
+            self.logits_processor.scale = 1 / self.model.plan.base.logits_divisor
         if self.model.plan.bank:
             bank.install()
 

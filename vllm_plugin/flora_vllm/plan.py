@@ -14,16 +14,48 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 PRODUCTS = ("qkv", "o", "gate_up", "down")
 ADAPTER_CONFIG = "adapter_config.json"
 FUSED = "FLORA_FUSED"  # the peft_type of what `flora_jax.export --format vllm` writes
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class FloraLlamaConfig(LlamaConfig):
-    """LlamaConfig, `flora`, the fields of a Plan, and `differences` of the base from a Llama, as
-    the `transformers` export has them."""
+    """LlamaConfig, `flora`, the fields of a Plan, and `differences`, those of a Base, as the
+    `transformers` export has them."""
 
     model_type = "flora_llama"
     flora: dict | None = None
     differences: dict | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """How the base differs from a plain Llama.
+
+    biases: its products that have one; qk_norm: whether each head of q and k has a norm;
+    no_rope_layers: those without rotary embeddings; residual_multiplier: of what a block adds to
+    the stream; attention_multiplier: of the products of q and k.
+    """
+
+    biases: tuple[str, ...]
+    qk_norm: bool
+    no_rope_layers: tuple[int, ...]
+    embedding_multiplier: float
+    residual_multiplier: float
+    attention_multiplier: float
+    logits_divisor: float
+
+    @classmethod
+    def of(cls, differences: Mapping[str, Any] | None, where: Any = "config.json") -> Base:
+        """From the fields that `flora_jax.export` writes; where they stand, for a refusal. Raises
+        ValueError where one is missing, and for one that is not known here."""
+        try:
+            fields = {**differences}
+            for name in ("biases", "no_rope_layers"):
+                fields[name] = tuple(fields[name])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{where}: differences does not say what this base is ({error}); export it again"
+            ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +78,15 @@ class Plan:
 
     rank: width of a piece; activation: of transformers' ACT2FN, or identity; stream: channels that
     the residual stream carries behind its own (zflora); riders: by product; places: adapters side
-    by side; bank: whether each token has its own of them, written at run time; fingerprint: of the
-    base that a bank's adapters were trained on.
+    by side; bank: whether each token has its own of them, written at run time; base: what they ride
+    in; fingerprint: of the base that a bank's adapters were trained on.
     """
 
     rank: int
     activation: str
     stream: int
     riders: Mapping[str, Rider]
+    base: Base | None = None
     places: int = 1
     bank: bool = False
     fingerprint: str = ""
@@ -95,42 +128,6 @@ def _pieces(rider: Rider, rank: int) -> tuple[Any, ...]:
     return rider.forward, rider.matrix, rider.repeat, rider.backward // rank
 
 
-def has_bias(config: Any, product: str) -> bool:
-    """Whether the base's projections of a product have a bias."""
-    differences = getattr(config, "differences", None)
-    if differences is not None:
-        return product in differences["biases"]
-    flag = "attention_bias" if product in ("qkv", "o") else "mlp_bias"
-    return getattr(config, flag, False)
-
-
-def check_base(config: Any) -> None:
-    """Raises ValueError for a base that computes what is not computed here: biases are all that may
-    set it apart from a Llama."""
-    if config.model_type not in ("llama", "mistral", FloraLlamaConfig.model_type):
-        raise ValueError(
-            f"model_type={config.model_type!r}: a bank is over a llama or a mistral here; "
-            "`flora_jax.export --format transformers` serves the others in transformers"
-        )
-    head_dim = getattr(config, "head_dim", None)
-    neutral = {
-        "qk_norm": False,
-        "no_rope_layers": [],
-        "embedding_multiplier": 1,
-        "residual_multiplier": 1,
-        "attention_multiplier": (head_dim or config.hidden_size // config.num_attention_heads)
-        ** -0.5,
-        "logits_divisor": 1,
-    }
-    differences = getattr(config, "differences", None) or {}
-    for name, value in neutral.items():
-        if differences.get(name, value) != value:
-            raise ValueError(
-                f"differences.{name}={differences[name]!r} is not computed here; transformers "
-                "serves this export (trust_remote_code=True)"
-            )
-
-
 def plan_of(config: Any, lora_config: Any) -> Plan:
     """The Plan that a model is built by: of an export with its adapter in it, or, where
     `config.flora` names the directory of an adapter, of a bank of adapters like that one.
@@ -145,7 +142,8 @@ def plan_of(config: Any, lora_config: Any) -> Plan:
                 "--enable-lora: this export has its adapter in its weights; serve the base with "
                 "--hf-overrides to have a bank of adapters, or leave --enable-lora out"
             )
-        return Plan.of(flora)
+        base = Base.of(getattr(config, "differences", None))
+        return dataclasses.replace(Plan.of(flora), base=base)
     if not isinstance(flora, str):
         raise ValueError(
             f"flora={flora!r} must name the directory of an adapter "
@@ -157,6 +155,11 @@ def plan_of(config: Any, lora_config: Any) -> Plan:
         raise ValueError("--fully-sharded-loras: a bank shards the rows of its adapters by itself")
     stored = read_adapter_config(Path(flora))
     plan = Plan.of(stored["flora"], flora)
+    if stored["model_type"] != config.model_type:
+        raise ValueError(
+            f"{flora}: for a base of model_type={stored['model_type']!r}; this one's is "
+            f"{config.model_type!r}"
+        )
     rank = lora_config.max_lora_rank
     check_rank(plan, rank, flora)
     riders = {
@@ -167,6 +170,7 @@ def plan_of(config: Any, lora_config: Any) -> Plan:
         plan,
         rank=rank,
         riders=riders,
+        base=Base.of(stored["differences"], flora),
         places=lora_config.max_loras,
         bank=True,
         fingerprint=stored["fingerprint"],
@@ -202,9 +206,10 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         )
     if stored.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format_version={stored.get('format_version')!r}, {FORMAT_VERSION} is read"
+            f"{path}: format_version={stored.get('format_version')!r}, {FORMAT_VERSION} is read; "
+            "export it again"
         )
-    for field in ("flora", "fingerprint", "method"):
+    for field in ("flora", "fingerprint", "method", "model_type", "differences"):
         if field not in stored:
             raise ValueError(f"{path}: field {field!r} is missing")
     return stored

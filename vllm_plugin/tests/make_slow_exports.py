@@ -6,6 +6,7 @@
                             make_exports.py writes them
     exports/slow/bfloat16/  the same, base and adapters rounded to bfloat16
     exports/slow/heads/     the tiny model with one head of keys and values, fewer than two ranks
+    exports/slow/<model_type>/  the tiny model with what sets such a base apart from a Llama
 
 What is expected of bfloat16 our model computed in float32, from the rounded weights, so that all
 that vLLM rounds is seen.
@@ -17,6 +18,7 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from make_exports import (
@@ -49,6 +51,19 @@ METHODS = {
     "float32": ("pf_lora", "fpa", "ffba", "ffba_qd_add", "zflora"),
     "bfloat16": ("pf_lora", "ffba", "zflora"),
     "heads": ("ffba", "ffba_qd_add", "zflora"),
+    "architectures": ("ffba", "zflora"),
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen2": {"biases": ("qkv",)},
+    "qwen3": {"biases": ("qkv", "o"), "qk_norm": True},
+    "mistral": {},
+    "smollm3": {"no_rope_layers": (1,)},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.1,
+        "logits_divisor": 2.0,
+    },
 }
 # Larger ones turn SmolLM2's answers into noise; what rides in zflora's stream grows layer by layer.
 STDS = {"pf_lora": 0.03, "fpa": 0.03, "zflora": 0.003, "others": 0.01}
@@ -93,11 +108,19 @@ def main(out: Path) -> None:
     asked = [trained.tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
     for dtype in ("float32", "bfloat16"):
         write(trained, METHODS[dtype], out / dtype, asked, STDS, dtype)
-    tiny = dataclasses.replace(CONFIG, num_key_value_heads=1)
-    base = random_tree(abstract_base(tiny), seed=1, std=0.16)
+    write_tiny({"num_key_value_heads": 1}, METHODS["heads"], out / "heads")
+    for model_type, differences in ARCHITECTURES.items():
+        changes = {"model_type": model_type, **differences}
+        write_tiny(changes, METHODS["architectures"], out / model_type)
+
+
+def write_tiny(changes: Mapping[str, Any], names: Sequence[str], out: Path) -> None:
+    """`write` of the tiny model with other fields."""
+    config = dataclasses.replace(CONFIG, **changes)
+    base = random_tree(abstract_base(config), seed=1, std=0.16)
     parts = {"tokenizer": load_tokenizer("tiny"), "base_model": "base", "fingerprint": ""}
-    trained = Trained(config=tiny, base=base, **parts)
-    write(trained, METHODS["heads"], out / "heads", prompts(), {"others": 0.05})
+    trained = Trained(config=config, base=base, **parts)
+    write(trained, names, out, prompts(), {"others": 0.05})
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ A = "base_model.model.model.layers.1.self_attn.qkv_proj.lora_A.weight"
 B = "base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight"
 DAMAGES = {
     "a LoRA": (lambda d: change_config(d, peft_type="LORA"), "peft_type='LORA'"),
-    "a later format": (lambda d: change_config(d, format_version=2), "format_version=2"),
+    "a later format": (lambda d: change_config(d, format_version=3), "format_version=3"),
     "equal shapes, another base": (
         lambda d: change_config(d, fingerprint="0" * 32),
         "trained on another base, of fingerprint 0000",
@@ -143,6 +143,29 @@ def test_a_damaged_adapter(exports, bank, tmp_path, damage):
     change(own)
     with pytest.raises(ValueError, match=why) as error:
         check_adapter(own, *bank)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bank_over_another_architecture(exports, bank):
+    """Its adapters say what the base computes."""
+    config = SimpleNamespace(model_type="qwen3", flora=bank[1].flora)
+    lora = SimpleNamespace(max_lora_rank=8, max_loras=2, fully_sharded_loras=False)
+    with pytest.raises(ValueError, match="for a base of model_type='llama'; this one's is 'qwen3'"):
+        plan_of(config, lora)
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda differences: differences.pop("qk_norm"), "missing .* 'qk_norm'.*export it again"),
+        (lambda differences: differences.update(softcap=3.0), "unexpected .* 'softcap'"),
+    ],
+)
+def test_a_base_that_is_not_known(exports, change, why):
+    config = json.loads((exports / "ffba" / "config.json").read_text())
+    change(config["differences"])
+    with pytest.raises(ValueError, match=why) as error:
+        plan_of(SimpleNamespace(**config), None)
     assert "\n" not in str(error.value)
 
 

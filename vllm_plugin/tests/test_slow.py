@@ -1,5 +1,5 @@
-"""What takes minutes: SmolLM2 in float32 and bfloat16; every method compiled and on two ranks;
-fewer heads of keys than ranks.
+"""What takes minutes: SmolLM2 in float32 and bfloat16; bases that are no plain Llama; every method
+compiled and on two ranks; fewer heads of keys than ranks.
 
     FLORA_VLLM_EXPORTS=exports python -m pytest vllm_plugin/tests -m slow
 
@@ -29,6 +29,7 @@ SMOLLM2 = [
     *(("float32", name) for name in ("pf_lora", "fpa", "ffba", "ffba_qd_add", "zflora")),
     *(("bfloat16", name) for name in ("pf_lora", "ffba", "zflora")),
 ]
+ARCHITECTURES = ["qwen2", "qwen3", "mistral", "smollm3", "granite"]
 IN_BANK = ["ffba_0", "base", "ffba_1", "ffba_2"]
 
 
@@ -50,6 +51,39 @@ def test_a_bank_of_smollm2(slow_exports, dtype):
     llm = vllm.LLM(**bank_settings(slow_exports / dtype, "ffba_0", 2, dtype=dtype))
     asked, owed = mixed(slow_exports / dtype / "bank", IN_BANK)
     check(generate(llm, asked), owed, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("way", ["plugin", "backend"])
+@pytest.mark.parametrize("name", ["ffba", "zflora"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_each_architecture(slow_exports, model_type, name, way):
+    import vllm
+
+    llm = vllm.LLM(
+        **settings(slow_exports / model_type / name, **(BACKEND if way == "backend" else {}))
+    )
+    owed = expected(slow_exports / model_type)[name]
+    check(generate(llm, wanted(owed)), rows(owed))
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_bank_over_each_architecture(slow_exports, model_type):
+    """Over the base as transformers knows it, by its own model_type."""
+    import vllm
+
+    llm = vllm.LLM(**bank_settings(slow_exports / model_type, "ffba_0", 2))
+    asked, owed = mixed(slow_exports / model_type / "bank", IN_BANK)
+    check(generate(llm, asked), owed)
+
+
+def test_each_architecture_on_two_ranks(slow_exports):
+    engines, owed = [], []
+    for model_type in ARCHITECTURES:
+        own, answers = cases(slow_exports / model_type, ["zflora"])
+        engines += own
+        owed += answers
+    for own, right in zip(on_ranks(engines, tensor_parallel_size=2), owed, strict=True):
+        check(own, right)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("ffba", "zflora")])
