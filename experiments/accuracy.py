@@ -20,6 +20,9 @@ is not trained again: its adapter is scored.
 A method's rate is chosen once, by `--rate_steps N` in whichever suite comes first:
 OUT/rates/METHOD.json has the validation losses of the grid, and every later run of the method takes
 its best. Without that file: the method's own.
+
+`--replicas K` trains up to K runs of a method, seeds or rates, in one program over one base
+(flora_jax/training/replicas.py); its results are those of one after another, up to rounding.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ from experiments.sweep import (
     read_seeds,
     say_found,
     train,
+    train_together,
     workdir_of,
 )
 from flora_jax.adapters import METHODS, AdapterConfig
@@ -83,6 +87,7 @@ FLAGS: Flags = {
     "--rate_steps": dict(
         type=int, default=0, help="steps of each trial of a rate; 0: none is tried"
     ),
+    "--replicas": dict(type=int, default=1, help="runs of a method trained in one program"),
     "--validation_size": dict(type=int, default=60),
     "--limit": dict(type=int, default=200, help="test items a task"),
     "--allow_contaminated": dict(
@@ -138,12 +143,15 @@ def choose_rate(
     }
     grid = [float(f"{own * 10 ** (i / 2):.2g}") for i in range(-2, 3)]
     while args.rate_steps and not record.get("chosen"):
+        trials = {}
         for rate in (rate for rate in grid if rate not in losses):
             config = configuration(suite, method, rank, rate, 0, args)
             config.eval.limit = 1
             config.train.steps = config.train.eval_every = config.train.save_every = args.rate_steps
-            workdir = args.workdir / args.suite / f"rate-{method}-{rate:g}"
-            losses[rate] = last_loss(config, workdir)
+            trials[rate] = (config, args.workdir / args.suite / f"rate-{method}-{rate:g}")
+        diverged = train_together([*trials.values()], args.replicas)
+        for i, (rate, trial) in enumerate(trials.items()):
+            losses[rate] = math.inf if i in diverged else last_loss(*trial)
             record["validation_losses"] = _by_rate({r: losses[r] for r in sorted(losses)})
             write_json(path, record)
         best = min(losses, key=losses.__getitem__)
@@ -259,7 +267,8 @@ class Run(Arm):
 
 
 def runs(suite: Suite, arms: Sequence[str], seeds: Sequence[int], args: Any) -> Iterator[Run]:
-    """The runs in their order; a method's rate is chosen when its first run is due."""
+    """The runs in their order; a method's rate is chosen, and replicas are trained, when its first
+    run is due."""
     folder = args.out / args.suite
     for seed in seeds:
         for arm in arms:
@@ -272,7 +281,7 @@ def runs(suite: Suite, arms: Sequence[str], seeds: Sequence[int], args: Any) -> 
                 name, rank, rate, rates = arm, 0, 0.0, {}
             else:
                 continue
-            yield Run(
+            run = Run(
                 name=f"{args.suite}/{name}",
                 path=folder / f"{name}.json",
                 args=args,
@@ -284,6 +293,21 @@ def runs(suite: Suite, arms: Sequence[str], seeds: Sequence[int], args: Any) -> 
                 rate=rate,
                 rates=rates,
             )
+            if method not in (None, "fft") and seed == seeds[0]:
+                _train_seeds(run, seeds)
+            yield run
+
+
+def _train_seeds(first: Run, seeds: Sequence[int]) -> None:
+    """Trains those of an arm's seeds together that have no result yet."""
+    folder = first.args.workdir / first.args.suite
+    left = []
+    for seed in seeds:
+        run = dataclasses.replace(first, seed=seed)
+        if not first.path.with_name(f"{first.arm}-seed{seed}.json").exists():
+            left.append((run.setup(), folder / f"{first.arm}-seed{seed}"))
+    for error in train_together(left, first.args.replicas).values():
+        raise error
 
 
 def _rank(method: str, side: str, args: argparse.Namespace) -> int:
@@ -343,7 +367,7 @@ def check(args: argparse.Namespace) -> tuple[list[str], list[int]]:
     if args.suite not in SUITES:
         raise UserError(f"--suite {args.suite!r} is unknown; {near_misses(args.suite, SUITES)}")
     arms = check_names("--methods", args.methods, ARMS, "unknown here")
-    for flag in ("steps", "limit", "validation_size"):
+    for flag in ("steps", "limit", "validation_size", "replicas"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value} must be a positive integer")

@@ -27,6 +27,7 @@ from flora_jax.evaluation.loglik import choice_loglik, encode_pair
 from flora_jax.evaluation.task_data import TaskData
 from flora_jax.files import read_json, write_json
 from flora_jax.train import run
+from flora_jax.training.replicas import train_replicas
 
 SCHEMA_VERSION = 1
 
@@ -100,6 +101,22 @@ def train(setup: Any, workdir: Path) -> tuple[Result, Result | None]:
         "loss_curve": {str(line["step"]): line["loss"] for line in lines if "loss" in line},
         "config": placeless(setup),
     }, summary.get("evaluation")
+
+
+def train_together(
+    runs: Sequence[tuple[Any, Path]], replicas: int
+) -> dict[int, FloatingPointError]:
+    """Trains configurations in their workdirs, up to `replicas` in one program, as far as `run`
+    takes them; which of them ended at a loss that was no number. Trains nothing where there would
+    be one alone."""
+    diverged = {}
+    for start in range(0, len(runs), replicas):
+        group = runs[start : start + replicas]
+        if len(group) > 1:
+            found = train_replicas(*zip(*group, strict=True))
+            diverged |= {start + place: error for place, error in found.items()}
+            jax.clear_caches()
+    return diverged
 
 
 def placeless(setup: Any) -> dict[str, Any]:

@@ -62,10 +62,18 @@ def _is_first() -> bool:
 
 def _train(run: Run, workdir: Path) -> Result:
     """`train`, prepared and alone in its directory."""
+    with noted_signals(alone=jax.process_count() == 1) as signals:
+        validated = run_steps(run, workdir, signals)
+    return result(run, workdir, validated)
+
+
+def run_steps(run: Run, workdir: Path, signals: list[int], name: str = "") -> Losses:
+    """All steps that are left of a run, and what is due after each; its validation losses. name: of
+    one of several at once. Raises as `train` does; signals: filled while it runs, to stop it."""
     checkpoints = Checkpoints(workdir / "checkpoints", run.config.train.keep)
     validated = resume(run, checkpoints, workdir)
     start = int(run.state.step)
-    if _is_first():
+    if _is_first() and not name:
         report.print_start(run, start)
     metrics = None
     try:
@@ -79,15 +87,15 @@ def _train(run: Run, workdir: Path) -> Result:
                 run=run,
                 checkpoints=checkpoints,
                 metrics=metrics,
-                bar=report.Progress(start, run.config.train.steps),
+                bar=report.Progress(start, run.config.train.steps, name),
                 validated=validated,
             )
-            _steps(noted, start)
+            _steps(noted, start, signals)
     finally:
         checkpoints.close()
         if metrics:
             metrics.close()
-    return result(run, workdir, validated)
+    return validated
 
 
 class Due(NamedTuple):
@@ -161,14 +169,14 @@ class _Noted:
         self.bar.say(f"step {step}: validation loss {loss:.4f}")
 
 
-def _steps(noted: _Noted, start: int) -> None:
+def _steps(noted: _Noted, start: int, signals: list[int]) -> None:
     """All steps after `start`, and what is due after each. Raises as `train` does."""
     run = noted.run
     settings = run.config.train
     schedule = make_schedule(run.config)
     clock = Clock()
     before: Values = {}
-    with noted_signals(alone=jax.process_count() == 1) as signals, noted.bar:
+    with noted.bar:
         if start == 0 and settings.eval_every:
             noted.validate(0)
         for step in range(start + 1, settings.steps + 1):

@@ -40,7 +40,8 @@ def chunked_cross_entropy(
     chunk: int,
     block: int,
 ) -> jax.Array:
-    """Sum over positions of `weights · (logsumexp(h Uᵀ) − (h Uᵀ)[target])`, float32 scalar.
+    """Of each row, the sum over positions of `weights · (logsumexp(h Uᵀ) − (h Uᵀ)[target])`, `[B]`,
+    float32.
 
     hidden `[B, T, D]`, unembedding U `[V, D]`, targets `[B, T]` int32, weights `[B, T]` float32 (0:
     not counted); chunk: positions of a row scored at once, and block, a divisor of V: entries of
@@ -118,17 +119,21 @@ def _forward(hidden, unembedding, targets, weights, chunk, block):
             # logits.
             at_target = jnp.einsum("BCD,BCD->BC", h, U[y], preferred_element_type=jnp.float32)
             gradient = w[..., None] * (expected - U[y])
-            return jnp.sum(w * (logsumexp - at_target)), (gradient.astype(h.dtype), logsumexp)
+            return jnp.sum(w * (logsumexp - at_target), axis=1), (
+                gradient.astype(h.dtype),
+                logsumexp,
+            )
 
     def skip(h, y, w):
-        return jnp.zeros((), jnp.float32), (jnp.zeros_like(h), jnp.zeros_like(w))
+        return jnp.zeros(len(h), jnp.float32), (jnp.zeros_like(h), jnp.zeros_like(w))
 
     def body(total, xs):
         loss, parts = jax.lax.cond(jnp.any(xs[2] != 0), score, skip, *xs)
         return total + loss, parts
 
     cut = tuple(_chunks(x, order, chunk) for x in (hidden, targets, weights))
-    loss, (gradient, logsumexp) = jax.lax.scan(body, jnp.zeros((), jnp.float32), cut)
+    start = jnp.zeros(len(hidden), jnp.float32)
+    loss, (gradient, logsumexp) = jax.lax.scan(body, start, cut)
     return loss, (_uncut(gradient, order), logsumexp, order, hidden, unembedding, targets, weights)
 
 
@@ -152,11 +157,12 @@ def _backward(chunk, block, residuals, cotangent):
         return jax.lax.cond(jnp.any(xs[2] != 0), add, lambda total, *_: total, total, *xs), None
 
     # Dead code, and removed as such, wherever the unembedding is frozen.
+    weights = cotangent[:, None] * weights
     cut = (*(_chunks(x, order, chunk) for x in (hidden, targets, weights)), logsumexp)
     total, _ = jax.lax.scan(body, jnp.zeros(unembedding.shape, jnp.float32), cut)
     return (
-        cotangent.astype(gradient.dtype) * gradient,
-        (cotangent * total).astype(unembedding.dtype),
+        cotangent.astype(gradient.dtype)[:, None, None] * gradient,
+        total.astype(unembedding.dtype),
         None,
         None,
     )

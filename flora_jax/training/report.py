@@ -101,14 +101,16 @@ def print_start(run: Run, start: int) -> None:
 class Progress:
     """A tqdm bar on a terminal, plain log lines elsewhere, both with rate and time left.
 
-    In the first process alone.
+    In the first process alone. name: of one of several runs at once, which have lines alone and
+    begin them with it.
     """
 
-    def __init__(self, start: int, steps: int):
+    def __init__(self, start: int, steps: int, name: str = ""):
+        self._prefix = f"{name}: " if name else ""
         self._start = start
         self._steps = steps
         self._main = jax.process_index() == 0
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() and not name
         self._clock = time.perf_counter()
         self._bar = tqdm(
             initial=start,
@@ -129,7 +131,7 @@ class Progress:
     def say(self, message: str) -> None:
         """A line of its own."""
         if self._main:
-            say(message)
+            say(self._prefix + message)
 
     def log(self, step: int, line: dict[str, float]) -> None:
         """The logged values: beside the bar, or as a line."""

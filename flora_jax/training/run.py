@@ -71,6 +71,7 @@ class Run:
     inputs: Inputs
     iterator: grain.DatasetIterator
     mesh: Mesh
+    model: Llama
     frozen: Tree
     state: TrainState
     fingerprint: str
@@ -131,10 +132,12 @@ def _abstract_base(config: ml_collections.ConfigDict, model_config: LlamaConfig)
         )
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
+def prepare(
+    config: ml_collections.ConfigDict, workdir: str | Path, base: Tree | None = None
+) -> Run:
     """Checks all that can be checked without weights, then loads and places them.
 
-    Raises UserError.
+    base: the run's, if another has placed it. Raises UserError.
     """
     setup, inputs = together(lambda: _check_all(config, workdir))
     iterator = train_iterator(
@@ -148,11 +151,15 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
         shard_count=jax.process_count(),
     )
     # a value that is not finite is met as it is read
-    base = together(lambda: load_base(config, setup.placed["params"]))
+    if base is None:
+        base = together(lambda: load_base(config, setup.placed["params"]))
     fingerprint = base_fingerprint(base)
     trainable, frozen = partition(_variables(config, setup, base), setup.trained)
     state, placed = _start(config, setup, trainable)
-    train_step, eval_step = _steps(config, setup)
+    model = _model(config, setup)
+    chunk = config.train.chunk_tokens
+    train_step = make_train_step(model, setup.optimizer, config.train.accumulation, chunk)
+    eval_step = make_eval_step(model, chunk)
     everywhere = NamedSharding(setup.mesh, P())
     return Run(
         config=config,
@@ -162,6 +169,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
         inputs=inputs,
         iterator=iterator,
         mesh=setup.mesh,
+        model=model,
         frozen=frozen,
         state=state,
         fingerprint=fingerprint,
@@ -217,20 +225,14 @@ def _start(
     )
 
 
-def _steps(
-    config: ml_collections.ConfigDict, setup: Setup
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The training step and the validation loss, to be compiled."""
-    model = Llama(
+def _model(config: ml_collections.ConfigDict, setup: Setup) -> Llama:
+    return Llama(
         setup.model_config,
         setup.adapter_config,
         dtype=jnp.dtype(config.model.dtype),
         param_dtype=jnp.dtype(config.model.param_dtype),
         remat=config.model.remat,
     )
-    chunk = config.train.chunk_tokens
-    train_step = make_train_step(model, setup.optimizer, config.train.accumulation, chunk)
-    return train_step, make_eval_step(model, chunk)
 
 
 # -------------------------------------------------------------------------------------------- base

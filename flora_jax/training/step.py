@@ -8,6 +8,7 @@ closed over.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -46,6 +47,16 @@ def token_losses(
     dropout is on. At most `chunk_tokens` positions are scored at once, or one of each row if there
     are more rows.
     """
+    hidden = _hidden(model, variables, batch, key)
+    unembedding = model.apply(variables, method="unembedding")
+    losses = _row_losses(hidden, unembedding, batch, chunk_tokens)
+    return losses.sum(), batch["loss_weights"].sum()
+
+
+def _hidden(
+    model: Llama, variables: Tree, batch: dict[str, jax.Array], key: jax.Array | None
+) -> jax.Array:
+    """Final states `[B, T, D]` of a batch."""
     hidden, _ = model.apply(
         variables,
         batch["tokens"],
@@ -55,13 +66,18 @@ def token_losses(
         rngs=None if key is None else {"dropout": key},
         method="hidden",
     )
-    unembedding = model.apply(variables, method="unembedding")
+    return hidden
+
+
+def _row_losses(
+    hidden: jax.Array, unembedding: jax.Array, batch: dict[str, jax.Array], chunk_tokens: int
+) -> jax.Array:
+    """`[B]`, the sum of each row's weighted losses."""
     chunk = max(1, min(chunk_tokens // hidden.shape[0], hidden.shape[1]))
     block = vocabulary_block(len(unembedding))
-    loss = chunked_cross_entropy(
+    return chunked_cross_entropy(
         hidden, unembedding, batch["targets"], batch["loss_weights"], chunk, block
     )
-    return loss, batch["loss_weights"].sum()
 
 
 def make_train_step(
@@ -103,16 +119,71 @@ def make_train_step(
             zero = jnp.zeros((), jnp.float32)
             start = (zero, zero, jax.tree.map(jnp.zeros_like, state.trainable))
             (loss, count, grads), _ = jax.lax.scan(body, start, (micros, jnp.arange(accumulation)))
-        # A batch without a counted token has zero gradients; dividing by one keeps them so.
-        divisor = jnp.where(count > 0, count, 1.0)
-        grads = jax.tree.map(lambda g: g / divisor, grads)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
-            trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": loss / divisor, "tokens": count, "gradient_norm": optax.tree.norm(grads)}
-        return state.replace(step=state.step + 1, trainable=trainable, optimizer=opt_state), metrics
+        return _update(state, loss, count, grads, optimizer)
 
     return train_step
+
+
+def _update(
+    state: TrainState,
+    loss: jax.Array,
+    count: jax.Array,
+    grads: Tree,
+    optimizer: optax.GradientTransformation,
+    factor: jax.Array | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The next state and the step's metrics; loss and grads are sums over `count` tokens. factor:
+    of the optimizer's updates."""
+    # A batch without a counted token has zero gradients; dividing by one keeps them so.
+    divisor = jnp.where(count > 0, count, 1.0)
+    grads = jax.tree.map(lambda g: g / divisor, grads)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
+        if factor is not None:
+            updates = jax.tree.map(lambda update: factor * update, updates)
+        trainable = optax.apply_updates(state.trainable, updates)
+    metrics = {"loss": loss / divisor, "tokens": count, "gradient_norm": optax.tree.norm(grads)}
+    return state.replace(step=state.step + 1, trainable=trainable, optimizer=opt_state), metrics
+
+
+def make_replica_step(
+    model: Llama, optimizer: optax.GradientTransformation, chunk_tokens: int = 256
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(states, frozen, batches, factors) -> (states, metrics)`: k runs over one frozen base,
+    each the one that `make_train_step` makes.
+
+    The leaves of states, batches and metrics have an axis of k replicas in front. factors `[k]`: of
+    the optimizer's updates, so that with a peak rate of 1 they are the replicas' own. All that
+    trains is an adapter. The base's products are one each for all replicas, and so is the loss: a
+    chunk is left out where it counts in none.
+    """
+
+    def step(
+        states: TrainState, frozen: Tree, batches: dict[str, jax.Array], factors: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        keys = jax.vmap(jax.random.fold_in)(states.key, states.step)
+
+        def losses(trainable: Tree) -> tuple[jax.Array, jax.Array]:
+            def one(own: Tree, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+                return _hidden(model, combine(own, frozen), batch, key)
+
+            hidden = jax.vmap(one)(trainable, batches, keys)
+            first = jax.tree.map(lambda leaf: leaf[0], trainable)
+            unembedding = model.apply(combine(first, frozen), method="unembedding")
+            rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (hidden, batches))
+            found = _row_losses(rows[0], unembedding, rows[1], chunk_tokens * len(hidden))
+            found = found.reshape(len(hidden), -1).sum(1)
+            # No replica's loss depends on another's leaves.
+            return found.sum(), found
+
+        (_, loss), grads = jax.value_and_grad(losses, has_aux=True)(states.trainable)
+        count = batches["loss_weights"].sum((1, 2))
+        update = functools.partial(_update, optimizer=optimizer)
+        return jax.vmap(lambda *own: update(*own[:-1], factor=own[-1]))(
+            states, loss, count, grads, factors
+        )
+
+    return step
 
 
 def make_eval_step(

@@ -73,6 +73,28 @@ def numbers(run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rates", [[], ["--rate_steps", "1"]])
+def test_replicas_are_what_runs_are_alone(sweep, monkeypatch, rates):
+    together = []
+    given = engine.train_replicas
+
+    def train_replicas(configs, workdirs):
+        together.append([workdir.name for workdir in workdirs])
+        return given(configs, workdirs)
+
+    monkeypatch.setattr(engine, "train_replicas", train_replicas)
+    alone = sweep("ffba", "a", "--seeds", "0,1,2", *rates)
+    assert not together
+    found = sweep("ffba", "b", "--seeds", "0,1,2", "--replicas", "2", *rates)
+    assert together[-1] == ["ffba-seed0", "ffba-seed1"]
+    assert len(together) == (3 if rates else 1)  # of five rates two and two
+    assert found.keys() == alone.keys()
+    for name, run in found.items():
+        for part in ("validation_losses", "loss_curve", "rates_tried"):
+            assert run[part] == pytest.approx(alone[name][part], rel=1e-4), (name, part)
+
+
+@pytest.mark.slow
 def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys):
     """Killed at ffba's first checkpoint and again between its two tests."""
     given, given_save, given_scores = engine.run, Checkpoints.save, finetune.evaluate_tasks

@@ -1,0 +1,213 @@
+"""Several runs over one base in one program: seeds and rates of a method at a fraction of their
+memory, and of a GPU's time where one run does not fill it.
+
+Each run goes through the loop of its own, in a thread: with its own directory, data, validation,
+checkpoints and log, which are those of a lone run, and either may go on where the other stopped.
+Only the step is taken together: when all have given their state and batch, one of them runs the
+program of all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from flora_jax.adapters import Tree
+from flora_jax.commands import noted_signals
+from flora_jax.config import fields, learning_rate, weights_source
+from flora_jax.errors import Stopped, expand_path, require
+from flora_jax.training.loop import run_steps
+from flora_jax.training.optimizer import make_optimizer, trains
+from flora_jax.training.report import print_start, say
+from flora_jax.training.rules import combine
+from flora_jax.training.run import Run, prepare
+from flora_jax.training.step import TrainState, make_replica_step
+from flora_jax.training.workdir import begun
+
+# Fields in which replicas may differ.
+OWN_FIELDS = ("train.seed", "optim.learning_rate")
+
+Batch = dict[str, jax.Array]
+Program = Callable[..., tuple[tuple[TrainState, ...], tuple[dict[str, jax.Array], ...]]]
+
+
+def train_replicas(
+    configs: Sequence[ml_collections.ConfigDict], workdirs: Sequence[str | Path]
+) -> dict[int, FloatingPointError]:
+    """Trains (or goes on training) all runs together, up to their last step; `train` of the same
+    configuration and workdir then has nothing left to do but to read the best one.
+
+    Losses and adapters are a lone run's up to rounding. One whose loss is not finite leaves the
+    others: it is returned by its place in `configs`. Raises as `train` does otherwise, and
+    UserError for runs that differ in other fields than OWN_FIELDS, train what is no adapter, or
+    would be on more than one device.
+    """
+    _check(configs)
+    places = [Path(expand_path(workdir)) for workdir in workdirs]
+    first = prepare(configs[0], places[0])
+    require(
+        jax.device_count() == 1,
+        f"replicas are for one device, and there are {jax.device_count()}",
+    )
+    runs = [first]
+    for config, workdir in zip(configs[1:], places[1:], strict=True):
+        runs.append(prepare(config, workdir, first.frozen["params"]))
+    together = Together(replica_program(runs), len(runs))
+    for i, run in enumerate(runs):
+        run.compiled_step = functools.partial(together.step, i)
+        run.compiled_eval = first.compiled_eval
+    print_start(first, 0)
+    say(f"{len(runs)} replicas of what trains: " + ", ".join(map(_name, configs)))
+    with contextlib.ExitStack() as stack:
+        for config, workdir in zip(configs, places, strict=True):
+            stack.enter_context(begun(workdir, config))
+        return _run_all(runs, places, together)
+
+
+def _check(configs: Sequence[ml_collections.ConfigDict]) -> None:
+    """Raises UserError for what cannot be trained together."""
+    ours = fields(configs[0])
+    for config in configs[1:]:
+        for field, value in fields(config).items():
+            require(
+                value == ours[field] or field in OWN_FIELDS,
+                f"config.{field} is {ours[field]!r} in one replica and {value!r} in another; they "
+                f"may differ in {' and '.join(OWN_FIELDS)}",
+            )
+    seeds = {config.train.seed for config in configs}
+    require(
+        weights_source(configs[0]) != "random" or len(seeds) == 1,
+        "config.model.weights='random' draws a base of each seed's own, and replicas share one",
+    )
+    alone = {
+        "adapter.method": ours["adapter.method"] == "fft",
+        "train.trainable": bool(ours["train.trainable"]),
+        "train.accumulation": ours["train.accumulation"] > 1,
+    }
+    for field, refused in alone.items():
+        require(
+            not refused,
+            f"config.{field}={ours[field]!r}: replicas share all that is no adapter, and take "
+            "their batch at once",
+        )
+
+
+def _name(config: ml_collections.ConfigDict) -> str:
+    return f"seed {config.train.seed}, rate {learning_rate(config):g}"
+
+
+def replica_program(runs: Sequence[Run]) -> Program:
+    """`program(states, frozen, batches)`, a tuple of each run's own in and out, compiled when it is
+    called first."""
+    config = runs[0].config.copy_and_resolve_references()
+    config.optim.learning_rate = 1.0  # of which each has its share
+    variables = combine(runs[0].state.trainable, runs[0].frozen)
+    optimizer = make_optimizer(config, variables, trains(config, variables))
+    factors = jnp.asarray([learning_rate(run.config) for run in runs], jnp.float32)
+    step = make_replica_step(runs[0].model, optimizer, config.train.chunk_tokens)
+
+    def program(states: Any, frozen: Tree, batches: Any) -> Any:
+        stacked = (jax.tree.map(lambda *own: jnp.stack(own), *each) for each in (states, batches))
+        states, batches = stacked
+        out = step(states, frozen, batches, factors)
+        each = [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(len(runs))]
+        return tuple(zip(*each, strict=True))
+
+    return jax.jit(program, donate_argnums=0)
+
+
+class Together:
+    """Steps of several threads as one call of a program.
+
+    step(i, state, frozen, batch) waits until all that have not left have called it, and returns
+    what the program gave the i-th. Whoever has left is stood in for by a copy of another.
+    """
+
+    def __init__(self, program: Program, count: int):
+        self._program = program
+        self._changed = threading.Condition()
+        self._present = set(range(count))
+        self._count = count
+        self._given: dict[int, tuple[TrainState, Batch]] = {}
+        self._results: dict[int, Any] = {}
+        self._failure: BaseException | None = None
+
+    def step(
+        self, place: int, state: TrainState, frozen: Tree, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """See the class. Raises what the program raised, in all threads."""
+        with self._changed:
+            self._given[place] = (state, batch)
+            self._frozen = frozen
+            self._go_on()
+            self._changed.wait_for(lambda: place in self._results or self._failure)
+            if self._failure:
+                raise self._failure
+            return self._results.pop(place)
+
+    def leave(self, place: int) -> None:
+        """The run at this place takes no further step."""
+        with self._changed:
+            self._present.discard(place)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Runs the program if nobody is waited for."""
+        if not self._present or self._given.keys() != self._present:
+            return
+        other = min(self._present)
+        given = []
+        for place in range(self._count):
+            state, batch = self._given[other if place not in self._present else place]
+            given.append(
+                (state if place in self._present else jax.tree.map(jnp.copy, state), batch)
+            )
+        states, batches = zip(*given, strict=True)
+        self._given = {}
+        try:
+            states, metrics = self._program(states, self._frozen, batches)
+            self._results = {place: (states[place], metrics[place]) for place in self._present}
+        except BaseException as error:
+            self._failure = error
+        self._changed.notify_all()
+
+
+def _run_all(
+    runs: Sequence[Run], workdirs: Sequence[Path], together: Together
+) -> dict[int, FloatingPointError]:
+    """All loops, each in a thread; those that ended at a loss that is not finite."""
+    raised: dict[int, BaseException] = {}
+
+    def one(place: int, signals: list[int]) -> None:
+        run = runs[place]
+        try:
+            run_steps(run, workdirs[place], signals, _name(run.config))
+        except BaseException as error:
+            raised[place] = error
+            if not isinstance(error, FloatingPointError):
+                signals.append(0)  # the others save what they have, and stop
+        finally:
+            together.leave(place)
+
+    with noted_signals() as signals:
+        threads = [
+            threading.Thread(target=one, args=(place, signals), daemon=True)
+            for place, run in enumerate(runs)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    diverged = {at: one for at, one in raised.items() if isinstance(one, FloatingPointError)}
+    others = [one for at, one in raised.items() if at not in diverged]
+    for error in sorted(others, key=lambda one: isinstance(one, Stopped)):
+        raise error
+    return diverged

@@ -1,0 +1,166 @@
+"""Runs trained together: each is the run that it is alone, whatever becomes of the others."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from flora_jax.config import read_config
+from flora_jax.errors import Stopped, UserError
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.hf import to_hf_tensors
+from flora_jax.models.llama import init_base
+from flora_jax.models.tokenizer import load_tokenizer
+from flora_jax.train import run
+from flora_jax.training.replicas import Together, train_replicas
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+STEPS = 8
+KINDS = [(0, 3e-3), (1, 3e-3), (1, 1e-3)]  # seed, rate
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    config = LlamaConfig.preset("tiny")
+    base = init_base(jax.random.key(0), config)
+    save_file(dict(to_hf_tensors(config, base)), folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({**config.to_hf(), "dtype": "float32"}))
+    load_tokenizer("tiny").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def configs(weights):
+    """Packing, dropout and a warm-up on."""
+    out = []
+    for seed, rate in KINDS:
+        config = read_config("configs/tiny.py")
+        config.model.weights = weights
+        config.data.generator.update({"train": 60, "validation": 10, "test": 6})
+        config.data.validation_size = 8
+        config.data.max_length = 256
+        config.adapter.dropout = 0.1
+        config.train.update({"steps": STEPS, "batch_size": 4, "seed": seed, "log_every": 1})
+        config.train.update({"eval_every": 4, "save_every": 4})
+        config.optim.learning_rate = rate
+        config.eval.tasks = ""
+        out.append(config)
+    return out
+
+
+def figures(workdir):
+    """By step, all that metrics.jsonl says but for the speed; and the adapter."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    values = [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return values, load_file(workdir / "adapter/adapter_model.safetensors")
+
+
+def assert_alike(found, owed):
+    for ours, theirs in zip(found[0], owed[0], strict=True):
+        assert ours.keys() == theirs.keys()
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-5)
+    assert found[1].keys() == owed[1].keys()
+    for name, value in owed[1].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=0, atol=1e-5 * np.abs(value).max())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Figures of a configuration's lone run."""
+    kept = {}
+
+    def figures_of(config):
+        key = (config.train.seed, config.optim.learning_rate)
+        if key not in kept:
+            workdir = tmp_path_factory.mktemp("alone") / "w"
+            run(config, workdir)
+            kept[key] = figures(workdir)
+        return kept[key]
+
+    return figures_of
+
+
+def test_each_is_its_lone_run(configs, alone, tmp_path):
+    workdirs = [tmp_path / str(i) for i in range(len(configs))]
+    assert train_replicas(configs, workdirs) == {}
+    for config, workdir in zip(configs, workdirs, strict=True):
+        run(config, workdir)
+        assert_alike(figures(workdir), alone(config))
+    losses = [figures(workdir)[0][-1]["validation_loss"] for workdir in workdirs]
+    assert len(set(losses)) == len(losses)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_one_that_diverges_leaves_the_others(configs, alone, tmp_path):
+    configs[1].optim.learning_rate = 1e39  # infinite in float32
+    workdirs = [tmp_path / str(i) for i in range(len(configs))]
+    diverged = train_replicas(configs, workdirs)
+    assert diverged.keys() == {1} and "is nan at step" in str(diverged[1])
+    for i in (0, 2):
+        run(configs[i], workdirs[i])
+        assert_alike(figures(workdirs[i]), alone(configs[i]))
+
+
+def test_told_to_stop_all_save_and_go_on(configs, alone, tmp_path):
+    """Some together, the last one alone."""
+    workdirs = [tmp_path / str(i) for i in range(len(configs))]
+    step = Together.step
+
+    def interrupted(self, place, state, frozen, batch):
+        if place == 0 and int(state.step) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        return step(self, place, state, frozen, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Together, "step", interrupted)
+        with pytest.raises(Stopped, match=r"stopped by a signal after step [345]"):
+            train_replicas(configs, workdirs)
+    assert threading.active_count() < 20
+    train_replicas(configs[:2], workdirs[:2])
+    for config, workdir in zip(configs, workdirs, strict=True):
+        run(config, workdir)
+        assert_alike(figures(workdir), alone(config))
+
+
+def test_what_a_program_raises_ends_all(configs, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr("flora_jax.training.replicas.replica_program", lambda runs: refuse)
+    with pytest.raises(MemoryError):
+        train_replicas(configs, [tmp_path / str(i) for i in range(len(configs))])
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"adapter.rank": 4}, "config.adapter.rank is 8 in one replica and 4 in another; they may differ in train.seed and"),
+    ({"train.steps": 9}, "config.train.steps is 8 in one replica and 9"),
+])  # fmt: skip
+def test_what_differs_is_refused(configs, changes, words, tmp_path):
+    configs[0].adapter.rank = 8
+    for config in configs[1:]:
+        config.adapter.rank = 8
+    configs[1].update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=words):
+        train_replicas(configs, [tmp_path / str(i) for i in range(len(configs))])
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model.weights": "random"}, "draws a base of each seed's own"),
+    ({"train.accumulation": 2}, "config.train.accumulation=2"),
+    ({"train.trainable": ".*norm.*"}, "config.train.trainable='.*norm.*'"),
+])  # fmt: skip
+def test_what_shares_no_base_is_refused(configs, changes, words, tmp_path):
+    for config in configs:
+        config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=words):
+        train_replicas(configs, [tmp_path / str(i) for i in range(len(configs))])
