@@ -1,7 +1,7 @@
 """Memory of a training step over quantised bases, by XLA's own account of a step that is compiled
 for a GPU and not run.
 
-    python -m experiments.quantized_memory --out experiments/results/quantized_memory
+    python -m experiments.quantized_memory --out experiments/results/quantized/memory
 
 Needs the extra `gpu-plan` and no GPU. arguments: base, adapter, optimizer's state and batch;
 temporary: all that the step holds beside them at its fullest.

@@ -29,6 +29,7 @@ _DISK = (
     errno.ESTALE,
     errno.EACCES,
 )
+_LONGEST = 1500  # characters of a message
 _BROKEN_PIPE = 128 + 13  # how a shell writes an end by SIGPIPE
 
 # What may help where a score or a token would come of numbers that are not finite.
@@ -36,7 +37,15 @@ NOT_FINITE = "check the weights and the adapter, or compute in float32, whose ra
 
 
 class UserError(ValueError):
-    """Bad input: one line that says what is wrong, with which value, and what would do."""
+    """Bad input: one line that says what is wrong, with which value, and what would do.
+
+    Of a value as long as a file, or of several lines, the line has no more than it can hold."""
+
+    def __init__(self, message: str):
+        line = " ".join(message.splitlines())
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
+        super().__init__(line)
 
 
 def require(right: object, message: str) -> None:

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 from flora_jax.errors import UserError, WriteError, disk_fault, expand_path, require
 
+_LARGEST = 2**28  # bytes of a JSON file: Llama 3's tokenizer.json has 17 MB
 # Linux's second names for what a process holds open.
 _OPEN = "/proc/self/fd"
 
@@ -113,14 +115,26 @@ def keep_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """The JSON object in `path`; UserError if there is none, with `hint` for an absent file."""
+def check_file(path: Path, hint: str = "") -> None:
+    """Raises UserError unless `path` leads to a file that has an end, with `hint` for an absent
+    one: reading a device or a pipe may never come to one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        mode = os.stat(path).st_mode
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file{hint}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a directory, not a file") from None
+    except (OSError, ValueError) as error:  # links in a circle; a zero byte in its name
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    require(not stat.S_ISDIR(mode), f"{path}: is a directory, not a file")
+    require(stat.S_ISREG(mode), f"{path}: is a device or a pipe, not a file")
+
+
+def read_json(path: Path, hint: str = "") -> dict[str, Any]:
+    """The JSON object in `path`; UserError if there is none, with `hint` for an absent file."""
+    check_file(path, hint)
+    size = path.stat().st_size
+    require(size <= _LARGEST, f"{path}: {size:,} bytes are no JSON file of these programs")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise UserError(f"{path}: cannot be read (nested too deeply)") from None
     except ValueError as error:

@@ -11,6 +11,7 @@ from typing import Any
 from flora_jax.data.catalogue import compose_ending, hellaswag
 from flora_jax.data.tasks import ROLES
 from flora_jax.errors import UserError, check_text, require, require_known, told_of
+from flora_jax.files import check_file
 
 Record = dict[str, Any]
 
@@ -20,6 +21,7 @@ def raw_records(path: Path) -> Iterator[tuple[str, Any]]:
 
     place is `file:line` or names the index. Raises UserError for what is no UTF-8 or no JSON.
     """
+    check_file(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -44,7 +44,7 @@ from flora_jax.adapters import (
 )
 from flora_jax.device import check_jax
 from flora_jax.errors import UserError, require, told_of
-from flora_jax.files import new_directory, read_json, write_json
+from flora_jax.files import check_file, new_directory, read_json, write_json
 from flora_jax.interop.peft_lora import (
     CONFIG,
     EXTRAS,
@@ -375,6 +375,7 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
                 "; adapter_model.bin is a pickle and is not opened: convert it to safetensors first"
             )
         raise UserError(f"{path} is missing{hint}")
+    check_file(path)
     try:
         with safe_open(path, framework="np") as file:
             names = list(file.keys())

@@ -8,7 +8,6 @@ vocabulary, L layers.
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -33,12 +32,12 @@ QUANTIZATIONS = ("none", "int8", "fp8", "nf4")
 SERVED = ("none", "int8", "fp8")  # of these, those that fused arrays come in
 
 
+_LARGEST = 3e38  # of float32
+
+
 def _check_number(name: str, value: Any) -> None:
     require(
-        isinstance(value, numbers.Real)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value > 0,
+        isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value < _LARGEST,
         f"{name}={value!r} must be a positive number",
     )
 
@@ -102,6 +101,8 @@ class LlamaConfig:
         self._check_differences()
         for name in ("rms_norm_eps", "rope_theta"):
             _check_number(f"LlamaConfig.{name}", getattr(self, name))
+            # JAX takes no integer above 2**31
+            object.__setattr__(self, name, float(getattr(self, name)))
         require(
             isinstance(self.rope_scaling, RopeScaling | None),
             f"LlamaConfig.rope_scaling={self.rope_scaling!r} must be a RopeScaling or None; "

@@ -19,6 +19,7 @@ import gguf
 import numpy as np
 
 from flora_jax.errors import UserError, require
+from flora_jax.files import check_file
 from flora_jax.models.architectures import ARCHITECTURES, Architecture
 from flora_jax.models.attention import inverse_frequencies
 from flora_jax.models.config import LlamaConfig, RopeScaling
@@ -103,6 +104,7 @@ class GgufFile:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        check_file(self.path)
         try:
             self._reader = gguf.GGUFReader(self.path)
         # What the reader raises on bytes that are no GGUF: it trips over what it does not check.

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from flora_jax.device import check_device
 from flora_jax.errors import UserError, expand_path, near_misses, require
-from flora_jax.files import cache_root, filling_cache, read_json
+from flora_jax.files import cache_root, check_file, filling_cache, read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
 from flora_jax.models.hf import Tensor, check_hf_tensors, from_hf_tensors, settle_tying
@@ -327,6 +327,7 @@ def _shard_path(directory: Path, shard: str) -> Path:
 
 
 def _open_shard(path: Path, stack: contextlib.ExitStack) -> Any:
+    check_file(path)
     try:
         return stack.enter_context(safe_open(path, framework="np"))
     except SafetensorError as error:

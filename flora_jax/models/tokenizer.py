@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
 from flora_jax.errors import UserError, near_misses, require
-from flora_jax.files import read_json
+from flora_jax.files import check_file, read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
 from flora_jax.models.loading import resolve_source
@@ -69,6 +69,9 @@ def _load(source: str) -> Tokenizer:
         return gguf_tokenizer(GgufFile(path))
     there = [name for name in VOCABULARIES if (path / name).is_file()]
     require(there, f"{path}: no tokenizer.json, tokenizer.model or vocab.json in the directory")
+    for entry in path.iterdir():
+        if entry.exists() and not entry.is_dir():
+            check_file(entry)  # transformers looks for many, and reads what is there
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (path / name).is_file():
             read_json(path / name)
@@ -82,14 +85,16 @@ def _load(source: str) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
+        if "tokenizer.json" in there:
+            _check_ids(tokenizer, path)
+    except UserError:
+        raise
     # `tokenizers` raises no narrower class for a file that it cannot use
     except Exception as error:
         why = _missing_packages(path / there[0]) or " ".join(str(error).split())[:200]
         raise UserError(f"{path}: the tokenizer cannot be read ({why})") from error
     finally:
         logging.set_verbosity(verbosity)
-    if "tokenizer.json" in there:
-        _check_ids(tokenizer, path)
     return tokenizer
 
 

@@ -19,11 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 
 from flora_jax.adapters import Tree
 from flora_jax.commands import noted_signals
 from flora_jax.config import fields, learning_rate, weights_source
 from flora_jax.errors import Stopped, expand_path, require
+from flora_jax.models.llama import Llama
 from flora_jax.training.loop import run_steps
 from flora_jax.training.optimizer import make_optimizer, trains
 from flora_jax.training.report import print_start, say
@@ -60,7 +62,11 @@ def train_replicas(
     runs = [first]
     for config, workdir in zip(configs[1:], places[1:], strict=True):
         runs.append(prepare(config, workdir, first.frozen["params"]))
-    together = Together(replica_program(runs), len(runs))
+    rates = [learning_rate(config) for config in configs]
+    chunk = configs[0].train.chunk_tokens
+    together = Together(
+        replica_program(first.model, _unit_optimizer(first), rates, chunk), len(runs)
+    )
     for i, run in enumerate(runs):
         run.compiled_step = functools.partial(together.step, i)
         run.compiled_eval = first.compiled_eval
@@ -104,24 +110,36 @@ def _name(config: ml_collections.ConfigDict) -> str:
     return f"seed {config.train.seed}, rate {learning_rate(config):g}"
 
 
-def replica_program(runs: Sequence[Run]) -> Program:
-    """`program(states, frozen, batches)`, a tuple of each run's own in and out, compiled when it is
-    called first."""
-    config = runs[0].config.copy_and_resolve_references()
-    config.optim.learning_rate = 1.0  # of which each has its share
-    variables = combine(runs[0].state.trainable, runs[0].frozen)
-    optimizer = make_optimizer(config, variables, trains(config, variables))
-    factors = jnp.asarray([learning_rate(run.config) for run in runs], jnp.float32)
-    step = make_replica_step(runs[0].model, optimizer, config.train.chunk_tokens)
+def _unit_optimizer(run: Run) -> optax.GradientTransformation:
+    """The run's, with a peak rate of 1."""
+    config = run.config.copy_and_resolve_references()
+    config.optim.learning_rate = 1.0
+    variables = combine(run.state.trainable, run.frozen)
+    return make_optimizer(config, variables, trains(config, variables))
+
+
+def replica_program(
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    rates: Sequence[float],
+    chunk_tokens: int = 256,
+) -> Program:
+    """`program(states, frozen, batches)`, a tuple of each replica's own in and out, compiled when
+    it is called first. optimizer: with a peak rate of 1, of which `rates` are the replicas'
+    shares."""
+    step = make_replica_step(model, optimizer, chunk_tokens)
 
     def program(states: Any, frozen: Tree, batches: Any) -> Any:
-        stacked = (jax.tree.map(lambda *own: jnp.stack(own), *each) for each in (states, batches))
-        states, batches = stacked
-        out = step(states, frozen, batches, factors)
-        each = [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(len(runs))]
+        factors = jnp.asarray(rates, jnp.float32)
+        out = step(_stacked(states), frozen, _stacked(batches), factors)
+        each = [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(len(rates))]
         return tuple(zip(*each, strict=True))
 
     return jax.jit(program, donate_argnums=0)
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 class Together:

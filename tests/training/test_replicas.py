@@ -3,20 +3,14 @@
 import json
 import os
 import signal
-import threading
 import time
 
-import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from flora_jax.config import read_config
 from flora_jax.errors import Stopped, UserError
-from flora_jax.models.config import LlamaConfig
-from flora_jax.models.hf import to_hf_tensors
-from flora_jax.models.llama import init_base
-from flora_jax.models.tokenizer import load_tokenizer
 from flora_jax.train import run
 from flora_jax.training.replicas import Together, train_replicas
 
@@ -27,14 +21,8 @@ KINDS = [(0, 3e-3), (1, 3e-3), (1, 1e-3)]  # seed, rate
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    config = LlamaConfig.preset("tiny")
-    base = init_base(jax.random.key(0), config)
-    save_file(dict(to_hf_tensors(config, base)), folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
-    (folder / "config.json").write_text(json.dumps({**config.to_hf(), "dtype": "float32"}))
-    load_tokenizer("tiny").save_pretrained(folder)
-    return str(folder)
+def weights(tmp_path_factory, hf_directory):
+    return str(hf_directory(tmp_path_factory.mktemp("weights")))
 
 
 @pytest.fixture
@@ -124,7 +112,6 @@ def test_told_to_stop_all_save_and_go_on(configs, alone, tmp_path):
         patch.setattr(Together, "step", interrupted)
         with pytest.raises(Stopped, match=r"stopped by a signal after step [345]"):
             train_replicas(configs, workdirs)
-    assert threading.active_count() < 20
     train_replicas(configs[:2], workdirs[:2])
     for config, workdir in zip(configs, workdirs, strict=True):
         run(config, workdir)
@@ -135,7 +122,7 @@ def test_what_a_program_raises_ends_all(configs, tmp_path, monkeypatch):
     def refuse(*_):
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr("flora_jax.training.replicas.replica_program", lambda runs: refuse)
+    monkeypatch.setattr("flora_jax.training.replicas.replica_program", lambda *_: refuse)
     with pytest.raises(MemoryError):
         train_replicas(configs, [tmp_path / str(i) for i in range(len(configs))])
 

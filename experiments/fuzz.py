@@ -1,0 +1,259 @@
+"""Spoilt files for every reader, by the thousand: each is read right or refused in one line.
+
+    python -m experiments.fuzz --count 1000 --out experiments/results/fuzz
+
+A file is whole, then gets the faults that its seed draws (fuzz_faults.py), and is read in a process
+with limits. Accepted, what was read must be right; refused, it must be by a UserError of one line.
+Anything else is a failure, and so are a hang, a dead process, more memory than the reader may take,
+and a file that appears or changes anywhere but in its own folder and the cache. A failure is
+reported with its seed; `--reader NAME --first SEED --count 1` shows it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from experiments.flags import Flags, parse
+from flora_jax.errors import UserError, check_writable, require_known, run_command
+
+FLAGS: Flags = {
+    "--reader": dict(help="one of fuzz_readers.READERS; default all"),
+    "--first": dict(type=int, default=0, help="seed of the first"),
+    "--count": dict(type=int, default=300, help="spoilt inputs a reader"),
+    "--out": dict(type=Path, help="write OUT.json and OUT.md"),
+    "--folder": dict(type=Path, help=argparse.SUPPRESS),  # what a process of its own works in
+}
+SECONDS = 10.0  # for one input
+_DEAD = 30.0  # after which a process is killed
+MEGABYTES = 256  # for one input of at most 1 MB beside what reading a whole one took
+_ADDRESSES = 12 * 2**30  # so that what knows no bound does not take the machine with it
+_FACES = 8  # failures that are shown of a reader
+
+
+# ----------------------------------------------------------------------- one reader, in a process
+
+
+def read_all(args: Any) -> None:
+    """Reads the inputs of one reader, a line of JSON each on stdout: the seed before, then what
+    became of it."""
+    from experiments import fuzz_readers
+    from experiments.fuzz_faults import spoil
+
+    reader = fuzz_readers.READERS[args.reader]
+    whole = args.folder / "whole"
+    own = args.folder / "own"
+    outside = args.folder / "outside" / "file"
+    os.chdir(args.folder)
+    if not whole.exists():
+        reader.make(whole)
+    fuzz_readers.copy(whole, own)
+    if args.reader != "commands":
+        reader.read(own)  # compiled, imported, cached: what is not one input's
+    signal.signal(signal.SIGALRM, _alarm)
+    resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, _ADDRESSES))
+    for seed in range(args.first, args.first + args.count):
+        rng = random.Random(f"{args.reader} {seed}")
+        fuzz_readers.copy(whole, own)
+        paths = sorted({path for name in reader.spoiled for path in own.glob(name)})
+        path = rng.choice([path for path in paths if path.is_file()])
+        if args.reader == "commands":
+            what = fuzz_readers.spoil_command(path, rng)
+        else:
+            what = spoil(path, outside, rng)
+        _say({"seed": seed, "fault": f"{path.relative_to(own)}: {what}"})
+        before = _listing(args.folder)
+        _say(_outcome(reader, own) | _strays(args.folder, before))
+
+
+def _say(line: dict[str, Any]) -> None:
+    sys.__stdout__.write(json.dumps(line) + "\n")
+    sys.__stdout__.flush()
+
+
+def _alarm(*_: object) -> None:
+    raise TimeoutError(f"more than {SECONDS:.0f} seconds")
+
+
+def _outcome(reader: Any, own: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    peak = _peak()
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        reader.read(own)
+        found = {"became": "accepted"}
+    except UserError as error:
+        line = str(error)
+        plain = "\n" not in line and len(line) < 2000
+        found = {"became": "refused" if plain else "failed", "line": line[:3000]}
+    except SystemExit as error:
+        found = {"became": "refused" if error.code in (0, 2) else "failed", "line": str(error)}
+    except BaseException as error:
+        found = {"became": "failed", "line": f"{type(error).__name__}: {error}"[:3000]}
+        found["trace"] = traceback.format_exc()[-4000:]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    found |= {"seconds": time.perf_counter() - start, "megabytes": _peak() - peak}
+    if found["megabytes"] > MEGABYTES:
+        found |= {"became": "failed", "line": f"{found['megabytes']:.0f} MB: {found.get('line')}"}
+    return found
+
+
+def _peak() -> float:
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(peak) / 1e3
+
+
+def _listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file but those of the cache and the home folder."""
+    found = {}
+    for place, _, names in os.walk(folder):
+        if not place.startswith((f"{folder}/cache", f"{folder}/home")):
+            for name in names:
+                about = os.lstat(os.path.join(place, name))
+                found[os.path.join(place, name)] = (about.st_size, about.st_mtime_ns)
+    return found
+
+
+def _strays(folder: Path, before: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    after = _listing(folder)
+    changed = [name for name in {*before, *after} if before.get(name) != after.get(name)]
+    if not changed:
+        return {}
+    return {"became": "failed", "line": f"wrote {', '.join(sorted(changed))}"[:500]}
+
+
+# ---------------------------------------------------------------------------------- all of them
+
+
+def inputs(name: str, first: int, count: int) -> Iterator[dict[str, Any]]:
+    """What became of each input, from processes that are started anew where one dies."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "outside").mkdir()
+        (folder / "outside" / "file").write_text("{}")
+        (folder / "home").mkdir()
+        shutil.copytree("configs", folder / "configs")
+        places = {"HOME": str(folder / "home"), "FLORA_CACHE": str(folder / "cache")}
+        environment = {**os.environ, **places, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
+        seed = first
+        while seed < first + count:
+            command = [sys.executable, "-m", "experiments.fuzz", "--reader", name, "--folder"]
+            command += [str(folder), "--first", str(seed), "--count", str(first + count - seed)]
+            with open(folder / "home" / "stderr", "w+") as log:
+                process = subprocess.Popen(
+                    command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+                )
+                any_read = False
+                for one in _answers(process):
+                    any_read = True
+                    seed = one["seed"] + 1
+                    if one["became"] == "dead":
+                        one["trace"] = _end_of(log)
+                    yield one
+                if not any_read:
+                    raise RuntimeError(f"{name}: whole files are not read\n{_end_of(log)}")
+
+
+def _answers(process: subprocess.Popen) -> Iterator[dict[str, Any]]:
+    """Each input with what became of it, as far as a process gets."""
+    asked: dict[str, Any] = {}
+    while line := _line(process):
+        found = json.loads(line)
+        if "became" in found:
+            yield asked | found
+            asked = {}
+        else:
+            asked = found
+    process.kill()
+    process.wait()
+    if asked:
+        yield asked | {"became": "dead", "line": f"exit {process.returncode}", "seconds": _DEAD}
+
+
+def _end_of(log: TextIO) -> str:
+    log.seek(0)
+    return log.read()[-3000:]
+
+
+def _line(process: subprocess.Popen) -> str:
+    """The next line; an empty one at the end, or where there is none for too long."""
+    ready, _, _ = select.select([process.stdout], [], [], 10 * _DEAD)
+    return process.stdout.readline() if ready else ""
+
+
+def markdown(about: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str:
+    """The table, a line a reader."""
+    from flora_jax.analysis.results import header, table
+
+    rows = []
+    for name, all_of_them in found.items():
+        became = collections.Counter(one["became"] for one in all_of_them)
+        wrong = len(all_of_them) - became["accepted"] - became["refused"]
+        longest = max(one["seconds"] for one in all_of_them)
+        most = max(one.get("megabytes", 0) for one in all_of_them)
+        counts = (len(all_of_them), became["accepted"], became["refused"], wrong)
+        rows.append([name, *(f"{n:,}" for n in counts), f"{longest:.2f}", f"{most:.0f}"])
+    heads = ["reader", "inputs", "accepted", "refused", "failed", "longest s", "most MB"]
+    return "\n".join([header("Spoilt inputs", about), *table(heads, rows)]) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    args = parse(argv, "python -m experiments.fuzz", __doc__, FLAGS)
+    if args.folder:
+        read_all(args)
+        return
+    from experiments.fuzz_readers import READERS
+    from experiments.report import beside
+    from flora_jax.analysis.results import about_process
+    from flora_jax.files import write_json
+
+    if args.reader:
+        require_known(args.reader, READERS, f"--reader {args.reader!r}")
+    if args.out:
+        check_writable(beside(args.out, ".json"), "--out")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in [args.reader] if args.reader else READERS:
+        rows = inputs(name, args.first, args.count)
+        found[name] = list(tqdm(rows, name, args.count, disable=not sys.stderr.isatty()))
+        wrong = [one for one in found[name] if one["became"] not in ("accepted", "refused")]
+        for one in wrong[:_FACES]:
+            print(f"{name}, seed {one['seed']}: {one['fault']}\n  {one['line'][:400]}")
+            print("  " + one.get("trace", "")[-1500:].replace("\n", "\n  "))
+        print(f"{name}: {len(found[name])} inputs, {len(wrong)} failed", flush=True)
+    about = about_process("transformers", "tokenizers", "safetensors", "gguf")
+    text = markdown(about, found)
+    print(text)
+    if args.out:
+        write_json(beside(args.out, ".json"), {"provenance": about, "readers": _counts(found)})
+        beside(args.out, ".md").write_text(text)
+
+
+def _counts(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    return {
+        name: dict(collections.Counter(one["became"] for one in rows))
+        for name, rows in found.items()
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)
