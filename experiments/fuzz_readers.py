@@ -146,7 +146,7 @@ RECORDS = {
     "gsm8k/train.jsonl": [{"question": "1 + 1?", "answer": "It is 2.\n#### 2"}],
     "ARC-Easy/train.json": [
         {
-            "instruction": "Choose: Which?\n\nAnswer1: One. Answer2: Two.\n\nAnswer format: answer1/answer2",
+            "instruction": "Choose: A?\n\nAnswer1: B. Answer2: C\n\nAnswer format: answer1/answer2",
             "input": "",
             "output": "the correct answer is answer1",
             "answer": "answer1",

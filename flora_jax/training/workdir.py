@@ -17,7 +17,7 @@ from tensorboardX.summary import scalar
 
 from flora_jax.config import fields, get_config
 from flora_jax.errors import UserError, check_text, require
-from flora_jax.files import check_plain, plain_path, write_json
+from flora_jax.files import check_file, check_plain, plain_path, write_json
 
 SCHEMA_VERSION = 1
 LOCK = ".lock"
@@ -66,6 +66,7 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         )
         return
     try:
+        check_file(path)
         there = fields(json.loads(path.read_text(encoding="utf-8"))["config"])
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(

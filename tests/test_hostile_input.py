@@ -1,0 +1,115 @@
+"""Files that are no files, and faults found by experiments/fuzz.py, each as its smallest input."""
+
+import json
+import os
+import random
+
+import pytest
+
+from experiments.fuzz import inputs
+from experiments.fuzz_faults import spoil
+from flora_jax.data.records import raw_records
+from flora_jax.errors import UserError
+from flora_jax.files import read_json
+from flora_jax.interop.adapter_files import read_tensors
+from flora_jax.models.config import LlamaConfig
+from flora_jax.models.gguf import GgufFile
+from flora_jax.models.loading import load_pretrained
+from flora_jax.models.tokenizer import load_tokenizer
+from flora_jax.training.workdir import check_workdir
+
+
+def put(path, kind):
+    """What may stand in a file's place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"device": "/dev/zero", "circle": path, "nowhere": "nothing"}[kind])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "circle", "nowhere", "folder"])
+@pytest.mark.parametrize("read, name", [
+    (read_json, "x.json"),
+    (GgufFile, "x.gguf"),
+    (lambda path: list(raw_records(path)), "x.jsonl"),
+    (lambda path: read_tensors(path.parent), "adapter_model.safetensors"),
+    (lambda path: check_workdir(path.parent, {}), "config.json"),
+])  # fmt: skip
+def test_what_has_no_end_is_not_read(kind, read, name, tmp_path):
+    with pytest.raises(UserError) as error:
+        read(put(tmp_path / "x" / name, kind))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "circle", "folder"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_model_of_what_has_no_end(kind, name, hf_directory, tmp_path):
+    hf_directory(tmp_path / "model")
+    put(tmp_path / "model" / name, kind)
+    with pytest.raises(UserError):
+        load_pretrained(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_a_tokenizer_of_what_has_no_end(kind, name, hf_directory, tmp_path):
+    hf_directory(tmp_path / "model")
+    put(tmp_path / "model" / name, kind)
+    with pytest.raises(UserError):
+        load_tokenizer(str(tmp_path / "model"))
+
+
+def test_a_number_of_positions_that_is_none(hf_directory, tmp_path):
+    """transformers compares it when it first encodes."""
+    path = hf_directory(tmp_path / "model") / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": "many"}))
+    with pytest.raises(UserError, match=r"the tokenizer cannot be read .*'int' and 'str'"):
+        load_tokenizer(str(tmp_path / "model"))
+
+
+def test_a_message_is_one_line_that_ends():
+    error = UserError(f"field 'x'={'y' * 10_000}\nand z; use another")
+    assert "\n" not in str(error) and len(str(error)) < 1600
+    assert str(error).startswith("field 'x'=") and str(error).endswith("and z; use another")
+
+
+def test_numbers_that_jax_does_not_take():
+    hf = LlamaConfig.preset("tiny").to_hf()
+    assert isinstance(LlamaConfig.from_hf({**hf, "rms_norm_eps": 2**31}).rms_norm_eps, float)
+    with pytest.raises(UserError, match=r"rms_norm_eps=.* must be a positive number"):
+        LlamaConfig.from_hf({**hf, "rms_norm_eps": 10**400})
+
+
+def test_faults_are_drawn_from_their_seed(tmp_path):
+    whole = json.dumps({"a": {"b": [1, 2.5, "c"]}, "d": None})
+    outside = tmp_path / "outside"
+    found = []
+    for _ in range(2):
+        said = []
+        for seed in range(300):
+            path = tmp_path / "own.json"
+            path.unlink(missing_ok=True)
+            path.write_text(whole)
+            what = spoil(path, outside, random.Random(seed))
+            said.append((what, path.read_bytes() if path.is_file() else None))
+            if path.is_dir():
+                path.rmdir()
+        found.append(said)
+    assert found[0] == found[1]
+    assert len({data for _, data in found[0]}) > 150
+    assert not outside.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config", "adapter", "records", "commands"]
+)
+def test_spoilt_inputs(name):
+    """A slice that experiments/fuzz.py has not gone through."""
+    wrong = [one for one in inputs(name, 10**6, 50) if one["became"] not in ("accepted", "refused")]
+    assert not wrong
