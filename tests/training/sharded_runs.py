@@ -36,7 +36,8 @@ def meshes(folder: Path, names: list[str]) -> None:
         made = prepare(config, workdir)
         device = jax.devices()[-1]
         held[workdir] = {
-            kind: {path: [sum(s.data.nbytes for s in leaf.addressable_shards if s.device == device), leaf.nbytes]
+            kind: {path: [sum(s.data.nbytes for part in jax.tree.leaves(leaf) for s in part.addressable_shards
+                              if s.device == device), sum(part.nbytes for part in jax.tree.leaves(leaf))]
                    for path, leaf in paths(tree).items()}
             for kind, tree in (("frozen", made.frozen), ("trainable", made.state.trainable))
         }  # fmt: skip

@@ -27,6 +27,8 @@ from flora_jax.training.sharding import AXES, make_mesh, sharding_rules, shardin
 
 TINY = LlamaConfig.preset("tiny")
 METHODS = ("lora", "ffba", "fft")
+SETTINGS = {"train.batch_size": 8, "train.steps": 10, "train.eval_every": 0, "train.save_every": 5,
+            "optim.learning_rate": 3e-3}  # fmt: skip
 MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x1x2")  # data, fsdp, tensor
 # Each compiles for seconds, so not every method on every mesh by default.
 FAST = ("ffba-2x2x2", "lora-1x8x1", "lora-1x1x2", "fft-2x2x2")
@@ -79,10 +81,8 @@ def script(environment):
 def folder(tmp_path_factory, small, quick_compile):
     """Ten steps of each method on one device."""
     folder = tmp_path_factory.mktemp("meshes")
-    settings = {"train.batch_size": 8, "train.steps": 10, "train.eval_every": 0, "train.save_every": 5,
-                "optim.learning_rate": 3e-3}  # fmt: skip
     for method in METHODS:
-        config = small(method, **settings)
+        config = small(method, **SETTINGS)
         (folder / f"{method}.json").write_text(json.dumps(config.to_dict()))
         run(config, folder / method)
     return folder
@@ -132,6 +132,23 @@ def test_what_a_device_holds(ran, name):
     # AdamW's two moments lie as what they are of.
     trained = np.array(list(held["trainable"].values())).sum(0)
     assert held["moments"] == (2 * trained).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ffba", "lora"])
+def test_a_quantised_base_on_a_mesh(folder, script, small, method):
+    name = f"{method}_int8"
+    config = small(method, **SETTINGS, **{"model.quantization": "int8"})
+    (folder / f"{name}.json").write_text(json.dumps(config.to_dict()))
+    run(config, folder / name)
+    error = (process := script(8, "meshes", folder, f"{name}-2x2x2")).communicate(timeout=400)[1]
+    assert process.returncode == 0, error
+    alone = losses(folder / name)
+    assert alone[-1] < alone[0] and alone != losses(folder / method)
+    np.testing.assert_allclose(losses(folder / f"{name}-2x2x2"), alone, rtol=1e-4)
+    held = json.loads((folder / f"{name}-2x2x2/held.json").read_text())["frozen"]
+    here, whole = (sum(sizes) for sizes in zip(*held.values(), strict=True))
+    assert here < 0.3 * whole
 
 
 @pytest.fixture(scope="module")
