@@ -22,7 +22,8 @@ OUT/rates/METHOD.json has the validation losses of the grid, and every later run
 its best. Without that file: the method's own.
 
 `--replicas K` trains up to K runs of a method, seeds or rates, in one program over one base
-(flora_jax/training/replicas.py); its results are those of one after another, up to rounding.
+(flora_jax/training/replicas.py); its results are those of one after another, up to rounding, but
+for their minutes, which are then of the scoring alone.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def choose_rate(
             config.eval.limit = 1
             config.train.steps = config.train.eval_every = config.train.save_every = args.rate_steps
             trials[rate] = (config, args.workdir / args.suite / f"rate-{method}-{rate:g}")
-        diverged = train_together([*trials.values()], args.replicas)
+        replicas = 1 if method == "fft" else args.replicas
+        diverged = train_together([*trials.values()], replicas)
         for i, (rate, trial) in enumerate(trials.items()):
             losses[rate] = math.inf if i in diverged else last_loss(*trial)
             record["validation_losses"] = _by_rate({r: losses[r] for r in sorted(losses)})

@@ -43,7 +43,7 @@ FLAGS: Flags = {
     "--folder": dict(type=Path, help=argparse.SUPPRESS),  # what a process of its own works in
 }
 SECONDS = 10.0  # for one input
-_DEAD = 30.0  # after which a process is killed
+_DEAD = 300.0  # without a word, after which a process is killed: its first is to make whole files
 MEGABYTES = 256  # for one input of at most 1 MB beside what reading a whole one took
 _ADDRESSES = 12 * 2**30  # so that what knows no bound does not take the machine with it
 _FACES = 8  # failures that are shown of a reader
@@ -118,6 +118,7 @@ def _outcome(reader: Any, own: Path) -> dict[str, Any]:
 
 
 def _peak() -> float:
+    """The most memory that this process has held, MB; what takes less than that is not seen."""
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(peak) / 1e3
 
@@ -160,7 +161,7 @@ def inputs(name: str, first: int, count: int) -> Iterator[dict[str, Any]]:
             command += [str(folder), "--first", str(seed), "--count", str(first + count - seed)]
             with open(folder / "home" / "stderr", "w+") as log:
                 process = subprocess.Popen(
-                    command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+                    command, env=environment, stdout=subprocess.PIPE, stderr=log, bufsize=0
                 )
                 any_read = False
                 for one in _answers(process):
@@ -195,9 +196,16 @@ def _end_of(log: TextIO) -> str:
 
 
 def _line(process: subprocess.Popen) -> str:
-    """The next line; an empty one at the end, or where there is none for too long."""
-    ready, _, _ = select.select([process.stdout], [], [], 10 * _DEAD)
-    return process.stdout.readline() if ready else ""
+    """The next line; an empty one at the end, or where there is none for too long. A byte at a
+    time, so that none waits in a buffer that `select` does not see."""
+    line = b""
+    while not line.endswith(b"\n"):
+        ready, _, _ = select.select([process.stdout], [], [], _DEAD)
+        byte = os.read(process.stdout.fileno(), 1) if ready else b""
+        if not byte:
+            return ""
+        line += byte
+    return line.decode()
 
 
 def markdown(about: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str:

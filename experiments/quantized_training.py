@@ -183,7 +183,7 @@ def main(argv: list[str]) -> None:
         found[one.name] = result
         write()
     if args.rounds:
-        speed["ratios"] = measure_speed(runs, args.rounds)
+        speed["ratios"] = speed.get("ratios", {}) | measure_speed(runs, args.rounds)
         speed["provenance"] = about_process("qwix")
     print(write())
 

@@ -5,6 +5,9 @@
 Steps of one run and of all replicas together alternate in one process: speed is the tokens a second
 of all replicas over those of the one run in the same round. Peak memory is taken in a process of
 its own for each, whole (base, program and all), and set beside that of so many lone runs.
+
+All rows have equally many targets that count. Of rows that differ the longest decides how much of
+the vocabulary's product is done, and it is the longest of all replicas'.
 """
 
 from __future__ import annotations

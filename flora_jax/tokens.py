@@ -25,7 +25,6 @@ _GIVEN = {
     "documents",
     "add_generation_prompt",
     "additional_special_tokens",
-    "date_string",
     "raise_exception",
     "strftime_now",
 }
@@ -215,7 +214,7 @@ def set_template_arguments(tokenizer: Tokenizer, text: str) -> None:
         isinstance(template, str),
         f"template_arguments={text!r}: the tokenizer has no chat template that reads them",
     )
-    read = _arguments_of(template)
+    read = _arguments_of(template) - set(tokenizer.special_tokens_map)
     for name in arguments:
         require(
             name in read,
@@ -239,10 +238,10 @@ def _arguments_of(template: str) -> set[str]:
     try:
         # but for a statement of transformers' own
         tree = environment.parse(_GENERATION.sub("", template))
-    except jinja2.TemplateSyntaxError as error:
+        read = jinja2.meta.find_undeclared_variables(tree)
+    except jinja2.TemplateSyntaxError as error:  # a filter that is unknown, too
         raise UserError(f"the tokenizer's chat template cannot be read: {error}") from None
-    read = jinja2.meta.find_undeclared_variables(tree)
-    return {one for one in read - set(environment.globals) - _GIVEN if not one.endswith("_token")}
+    return read - set(environment.globals) - _GIVEN
 
 
 def _read_template_arguments(text: str) -> dict[str, Any]:

@@ -226,27 +226,27 @@ def _check_window(hf: Mapping[str, Any], row: Architecture, source: str) -> None
 
 def _slides(hf: Mapping[str, Any], row: Architecture, source: str) -> bool:
     """Whether a window that is stated is in use, in some layer, as transformers reads it."""
+    if row.window == "always":
+        return True
     kinds = hf.get("layer_types")
     if kinds is not None:
         require(
             isinstance(kinds, list), f"{source}: layer_types={kinds!r} must have a kind a layer"
         )
         return any(kind != "full_attention" for kind in kinds)
-    if row.window == "always":
-        return True
     if not hf.get("use_sliding_window", False):
         return False
     if row.no_rope:
         return True
-    for name in ("max_window_layers", "num_hidden_layers"):
-        _check_count(name, hf[name], source)
+    _check_count("max_window_layers", hf["max_window_layers"], source, least=0)
+    _check_count("num_hidden_layers", hf["num_hidden_layers"], source)
     return hf["max_window_layers"] < hf["num_hidden_layers"]
 
 
-def _check_count(name: str, value: Any, source: str) -> None:
+def _check_count(name: str, value: Any, source: str, least: int = 1) -> None:
     require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-        f"{source}: {name}={value!r} must be a positive integer",
+        isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        f"{source}: {name}={value!r} must be an integer of at least {least}",
     )
 
 

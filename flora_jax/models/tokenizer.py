@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,9 @@ def _load(source: str) -> Tokenizer:
     there = [name for name in VOCABULARIES if (path / name).is_file()]
     require(there, f"{path}: no tokenizer.json, tokenizer.model or vocab.json in the directory")
     for entry in path.iterdir():
-        if entry.exists() and not entry.is_dir():
-            check_file(entry)  # transformers looks for many, and reads what is there
+        # transformers looks for many of these, and reads what is there
+        if entry.suffix in _SUFFIXES and os.path.exists(entry) and not entry.is_dir():
+            check_file(entry)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (path / name).is_file():
             read_json(path / name)
@@ -127,6 +129,8 @@ def _installed(module: str) -> bool:
         return False
 
 
+# Of the files that a tokenizer is read from.
+_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 # Spaces of every kind, numbers, contractions, marks like special tokens', characters of many bytes.
 _PROBE = (
     "x  Two  spaces, don't: 3.14 + 12345 = 'a_b'?\n\tdef f(x):\n    return [ZQ] "

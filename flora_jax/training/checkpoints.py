@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from flora_jax.files import plain_path
 from flora_jax.training.step import TrainState
 
 FORMAT_VERSION = 1
+_ONE = threading.RLock()
 
 
 class _Best(checkpoint_managers.PreservationPolicy):
@@ -171,23 +173,24 @@ def _quiet() -> Iterator[None]:
 
     The other threads and tasks end later, some of them after the block, and each says so with a
     traceback: in absl's log, in asyncio's, or as an error that nobody can catch. After a failure
-    they are therefore not heard any more.
+    they are therefore not heard any more. One block at a time: what it changes is all threads'.
     """
-    verbosity, hook = absl.logging.get_verbosity(), sys.unraisablehook
+    with _ONE:
+        verbosity, hook = absl.logging.get_verbosity(), sys.unraisablehook
 
-    def but_late_ends(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
+        def but_late_ends(unraisable: Any) -> None:
+            if str(unraisable.exc_value) != "Event loop is closed":
+                hook(unraisable)
 
-    absl.logging.set_verbosity(absl.logging.FATAL)
-    sys.unraisablehook = but_late_ends
-    try:
-        yield
-    except Exception:
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        raise
-    absl.logging.set_verbosity(verbosity)
-    sys.unraisablehook = hook
+        absl.logging.set_verbosity(absl.logging.FATAL)
+        sys.unraisablehook = but_late_ends
+        try:
+            yield
+        except Exception:
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            raise
+        absl.logging.set_verbosity(verbosity)
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
-"""Several runs over one base in one program: seeds and rates of a method at a fraction of their
-memory, and of a GPU's time where one run does not fill it.
+"""Several runs over one base in one program: seeds and rates of a method, whose products with the
+base are one each.
 
 Each run goes through the loop of its own, in a thread: with its own directory, data, validation,
 checkpoints and log, which are those of a lone run, and either may go on where the other stopped.
@@ -181,21 +181,23 @@ class Together:
         """Runs the program if nobody is waited for."""
         if not self._present or self._given.keys() != self._present:
             return
-        other = min(self._present)
-        given = []
-        for place in range(self._count):
-            state, batch = self._given[other if place not in self._present else place]
-            given.append(
-                (state if place in self._present else jax.tree.map(jnp.copy, state), batch)
-            )
-        states, batches = zip(*given, strict=True)
-        self._given = {}
         try:
+            given = [self._given_for(place) for place in range(self._count)]
+            states, batches = zip(*given, strict=True)
             states, metrics = self._program(states, self._frozen, batches)
             self._results = {place: (states[place], metrics[place]) for place in self._present}
         except BaseException as error:
             self._failure = error
+        self._given = {}
         self._changed.notify_all()
+
+    def _given_for(self, place: int) -> tuple[TrainState, Batch]:
+        """What a place gave; a copy, since the program takes states over, of another's if it has
+        left."""
+        if place in self._present:
+            return self._given[place]
+        state, batch = self._given[min(self._present)]
+        return jax.tree.map(jnp.copy, state), batch
 
 
 def _run_all(
@@ -224,7 +226,12 @@ def _run_all(
             thread.start()
         for thread in threads:
             thread.join()
-    diverged = {at: one for at, one in raised.items() if isinstance(one, FloatingPointError)}
+    # without their frames, which hold all that was trained
+    diverged = {
+        at: FloatingPointError(str(one))
+        for at, one in raised.items()
+        if isinstance(one, FloatingPointError)
+    }
     others = [one for at, one in raised.items() if at not in diverged]
     for error in sorted(others, key=lambda one: isinstance(one, Stopped)):
         raise error

@@ -720,6 +720,8 @@ def test_template_arguments_are_transformers_keywords(text, given, ending, tmp_p
         (SWITCHED, "messages=x", "takes no 'messages'"),
         ("{{ messages", "a=1", "chat template cannot be read: unexpected end of template"),
         ("{{ messages }}", "a=1", "takes no 'a'; it takes nothing"),
+        ("{{ messages | nope }}", "a=1", "chat template cannot be read: No filter named 'nope'"),
+        ("{{ eos_token }}", "eos_token=x", "takes no 'eos_token'"),
         (SWITCHED, "enable_thinking", "'enable_thinking' is not NAME=VALUE"),
         (SWITCHED, "enable thinking=1", "'enable thinking=1' is not NAME=VALUE"),
         (None, "enable_thinking=1", "the tokenizer has no chat template"),

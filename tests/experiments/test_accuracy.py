@@ -295,7 +295,7 @@ def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch
             return {"validation_losses": {"5": np.log(config.optim.learning_rate / best) ** 2}}
 
         monkeypatch.setattr(engine, "run", run)
-        args = argparse.Namespace(rate_steps=5, validation_size=4, limit=2, workdir=tmp_path, out=tmp_path / f"{best}",
+        args = argparse.Namespace(rate_steps=5, replicas=1, validation_size=4, limit=2, workdir=tmp_path, out=tmp_path / f"{best}",
                                   **fields)  # fmt: skip
         choose = functools.partial(accuracy.choose_rate, accuracy.SUITES["dialogue"], "ffba", 32)
         rate, losses = choose(args)

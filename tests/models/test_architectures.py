@@ -338,16 +338,20 @@ def config_of(model_type, **changes):
         ),
         (
             config_of("mistral", sliding_window=64, max_position_embeddings=None),
-            "max_position_embeddings=None must be a positive integer",
+            "max_position_embeddings=None must be an integer of at least 1",
         ),
-        (config_of("mistral", sliding_window="64"), "sliding_window='64' must be a positive integer"),
+        (config_of("mistral", sliding_window="64"), "sliding_window='64' must be an integer of at least 1"),
+        (
+            config_of("mistral", sliding_window=64, layer_types=["full_attention"] * 3),
+            "sliding_window=64 is in use",
+        ),
         (
             config_of("qwen3", use_sliding_window=True, layer_types="full_attention"),
             "layer_types='full_attention' must have a kind a layer",
         ),
         (
             {**config_of("smollm3"), "no_rope_layers": None, "no_rope_layer_interval": 0},
-            "no_rope_layer_interval=0 must be a positive integer",
+            "no_rope_layer_interval=0 must be an integer of at least 1",
         ),
         (config_of("llama", final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),
         (config_of("llama", attn_logit_softcapping=50.0), "attn_logit_softcapping=50.0"),
@@ -379,6 +383,7 @@ def test_what_is_not_understood_is_refused(hf, words):
         config_of("mistral", sliding_window=4096),
         config_of("qwen2", use_sliding_window=False, sliding_window=64, max_window_layers=1),
         config_of("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=3),
+        config_of("qwen2", use_sliding_window=True, sliding_window=2048, max_window_layers=0),
         config_of("qwen3", use_sliding_window=True, sliding_window=64, layer_types=["full_attention"] * 3),
         config_of("llama", embedding_multiplier=1.0, num_experts=0, sliding_window=64),
     ],

@@ -161,6 +161,7 @@ def test_generating_and_scoring_over_codes(over_int8, models, capsys, tmp_path, 
     assert (said["quantization"], said["generated_in"]) == (name, "int8")
 
 
+@pytest.mark.slow
 def test_latency_over_codes(models, tmp_path):
     flags = ["--model", str(models / "none"), "--prompt_lengths", "4", "--batch_sizes", "1", "--rounds", "1",
              "--new_tokens", "3", "--rank", "8", "--quantization", "int8"]  # fmt: skip

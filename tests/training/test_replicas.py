@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -128,6 +129,30 @@ def test_what_a_program_raises_ends_all(configs, tmp_path, monkeypatch):
     monkeypatch.setattr("flora_jax.training.replicas.replica_program", lambda *_: refuse)
     with pytest.raises(MemoryError):
         train_replicas(configs, [tmp_path / str(i) for i in range(len(configs))])
+
+
+def test_a_stand_in_that_cannot_be_made_ends_all():
+    """Whoever waits is told."""
+    together = Together(lambda *_: None, 2)
+    state = {"weights": np.zeros(2)}
+    raised = []
+
+    def wait():
+        with pytest.raises(MemoryError) as error:
+            together.step(0, state, None, {})
+        raised.append(error)
+
+    thread = threading.Thread(target=wait)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(_):
+            raise MemoryError("no room for a copy")
+
+        patch.setattr("jax.numpy.copy", refuse)
+        thread.start()
+        together.leave(1)
+        thread.join(timeout=20)
+    assert raised and not thread.is_alive()
 
 
 @pytest.mark.parametrize("changes, words", [
