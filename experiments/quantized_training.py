@@ -184,7 +184,7 @@ def main(argv: list[str]) -> None:
         write()
     if args.rounds:
         speed["ratios"] = speed.get("ratios", {}) | measure_speed(runs, args.rounds)
-        speed["provenance"] = about_process("qwix")
+        speed["provenance"] = about_process("qwix", data_dir=args.data_dir)
     print(write())
 
 

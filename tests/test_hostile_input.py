@@ -39,6 +39,7 @@ def put(path, kind):
     (lambda path: list(raw_records(path)), "x.jsonl"),
     (lambda path: read_tensors(path.parent), "adapter_model.safetensors"),
     (lambda path: check_workdir(path.parent, {}), "config.json"),
+    (lambda path: load_pretrained(str(path.parent)), "config.json"),
 ])  # fmt: skip
 def test_what_has_no_end_is_not_read(kind, read, name, tmp_path):
     with pytest.raises(UserError) as error:
@@ -46,22 +47,19 @@ def test_what_has_no_end_is_not_read(kind, read, name, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["device", "pipe", "circle", "folder"])
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_model_of_what_has_no_end(kind, name, hf_directory, tmp_path):
-    hf_directory(tmp_path / "model")
-    put(tmp_path / "model" / name, kind)
-    with pytest.raises(UserError):
-        load_pretrained(str(tmp_path / "model"))
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 @pytest.mark.parametrize("kind", ["device", "pipe"])
-def test_a_tokenizer_of_what_has_no_end(kind, name, hf_directory, tmp_path):
+@pytest.mark.parametrize("load, name", [
+    (load_pretrained, "config.json"),
+    (load_pretrained, "model.safetensors"),
+    (load_tokenizer, "tokenizer.json"),
+    (load_tokenizer, "tokenizer_config.json"),
+    (load_tokenizer, "chat_template.jinja"),
+])  # fmt: skip
+def test_a_model_of_what_has_no_end(kind, load, name, hf_directory, tmp_path):
     hf_directory(tmp_path / "model")
     put(tmp_path / "model" / name, kind)
     with pytest.raises(UserError):
-        load_tokenizer(str(tmp_path / "model"))
+        load(str(tmp_path / "model"))
 
 
 def test_a_number_of_positions_that_is_none(hf_directory, tmp_path):

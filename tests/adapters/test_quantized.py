@@ -269,7 +269,7 @@ def test_switching_and_banks(bases, prompts, name, method):
 
 @pytest.mark.parametrize("narrow", [1, 1e-2, 1e-4])
 def test_a_narrow_column_does_not_cost_the_others(narrow):
-    """Rows share their columns' scales: where one is far below the rest, at most its value is lost."""
+    """Rows share their columns' scales: of one far below the rest at most its value is lost."""
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((64, 32)).astype(np.float32)
     kernel[:, 7] *= narrow
@@ -285,7 +285,7 @@ def test_a_narrow_column_does_not_cost_the_others(narrow):
 
 
 def test_the_baselines_over_codes(bases):
-    """LoRA's products apart, beside four or seven products of the base in codes; and merged, in codes again."""
+    """LoRA's products beside the base's four or seven in codes; and merged, in codes again."""
     adapter_config = AdapterConfig("lora", 8)
     adapter = random_adapter(CONFIG, adapter_config, 1)
     variables = {"params": bases["int8"], "adapter": adapter}

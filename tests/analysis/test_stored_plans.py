@@ -26,7 +26,7 @@ SMALL = {"zflora": 1.12, "ffba": 1.03}
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
 @pytest.mark.parametrize("model, whole", [("1b", 0.61), ("8b", 0.55)])
 def test_stored_plans_over_codes_keep_the_promises(quantization, model, whole):
-    """In Triton's products no weight is written out in floats, and an adapter is a launch a step at most."""
+    """In Triton's products no weight is written out, and an adapter is one launch a step at most."""
     result = stored(f"{quantization}_{model}")
     assert result["settings"]["quantization"] == quantization
     assert result["settings"]["row_multiple"] == 256

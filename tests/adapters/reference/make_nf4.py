@@ -1,4 +1,5 @@
-"""Writes nf4.npz, what bitsandbytes makes of random blocks; needs torch and bitsandbytes (0.50.2 made it).
+"""Writes nf4.npz, what bitsandbytes makes of random blocks; needs torch and bitsandbytes (made by
+0.50.2).
 
 python tests/adapters/reference/make_nf4.py
 """
