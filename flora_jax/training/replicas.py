@@ -55,10 +55,6 @@ def train_replicas(
     _check(configs)
     places = [Path(expand_path(workdir)) for workdir in workdirs]
     first = prepare(configs[0], places[0])
-    require(
-        jax.device_count() == 1,
-        f"replicas are for one device, and there are {jax.device_count()}",
-    )
     runs = [first]
     for config, workdir in zip(configs[1:], places[1:], strict=True):
         runs.append(prepare(config, workdir, first.frozen["params"]))
@@ -80,6 +76,10 @@ def train_replicas(
 
 def _check(configs: Sequence[ml_collections.ConfigDict]) -> None:
     """Raises UserError for what cannot be trained together."""
+    require(
+        jax.device_count() == 1,
+        f"replicas are for one device, and there are {jax.device_count()}",
+    )
     ours = fields(configs[0])
     for config in configs[1:]:
         for field, value in fields(config).items():
