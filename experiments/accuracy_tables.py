@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.report import paired_bootstrap, spread, with_error, write_csv
+from experiments.report import paired_bootstrap, spread, stored, with_error, write_csv
 from experiments.suites import ARMS
 from experiments.sweep import Result, best_loss
 from flora_jax.analysis.results import about_runs, header, interval, table
@@ -83,6 +83,11 @@ def _pairs_of(by_arm: ByArm, task: str, metric: str, column: str) -> list[Row]:
 def write_tables(args: argparse.Namespace) -> str:
     """OUT/SUITE.md and .csv from every run's JSON that is there; the Markdown."""
     runs = [read_json(path) for path in sorted((args.out / args.suite).glob("*.json"))]
+    with stored(args.out / args.suite):
+        return _write_tables(args, runs)
+
+
+def _write_tables(args: argparse.Namespace, runs: list[Result]) -> str:
     by_arm = {arm: own for arm in ARMS if (own := [run for run in runs if run["arm"] == arm])}
     means = rows(by_arm)
     differ = pairs(by_arm)

@@ -18,6 +18,22 @@ _NUMBERS = (0, -1, 1, 2**31, 2**63, 2**64, 10**30, -(10**30), 0.5, 1e308, 1e-320
 _TEXTS = ("", "\0", "\ud800", "../outside", "/etc/passwd", "~", "${HOME}", "é" * 300, "x" * 200_000)
 _VALUES = (None, True, False, [], {}, [None], {"": None}, float("nan"), float("inf"), -float("inf"))
 
+_STATEMENTS = (
+    b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    b"{% for i in range(99999) %}{{ messages }}{% endfor %}",
+    b"{{ 'x' * 10**11 }}",
+    b"{{ 9**(9**9) }}",
+    b"{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    b"{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    b"{{ cycler.__init__.__globals__.os.system('touch outside/x') }}",
+    b"{% include '/etc/passwd' %}",
+    b"{% set _ = messages.append(messages) %}",
+    b"{{ messages[99].content }}",
+    b"{{ unknown.field }}",
+    b"{% if %}",
+    b"{{ '\x00' }}\xff",
+)
+
 
 def spoil(path: Path, outside: Path, rng: random.Random) -> str:
     """Puts one to three faults into a file, or something else in its place; says which. outside: a
@@ -33,6 +49,8 @@ def spoil(path: Path, outside: Path, rng: random.Random) -> str:
             kinds += [_spoil_header, _spoil_header, _spoil_values]
         if path.suffix == ".gguf":
             kinds += [_spoil_word, _spoil_word]
+        if path.suffix == ".jinja":
+            kinds += [_spoil_template] * 2
         data, what = rng.choice(kinds)(path.read_bytes(), rng)
         path.write_bytes(data)
         done.append(what)
@@ -86,6 +104,13 @@ def _spoil_word(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     at = rng.randrange(min(len(data), 20_000) - size)
     value = rng.choice((0, 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)) % 2 ** (8 * size)
     return data[:at] + value.to_bytes(size, "little") + data[at + size :], f"{value} at {at}"
+
+
+def _spoil_template(data: bytes, rng: random.Random) -> tuple[bytes, str]:
+    """A statement that runs for long, prints much or asks for what it must not have."""
+    at = rng.choice((0, len(data)))
+    new = rng.choice(_STATEMENTS)
+    return data[:at] + new + data[at:], f"{new[:40]!r} at {at}"
 
 
 def _spoil_json(data: bytes, rng: random.Random) -> tuple[bytes, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import random
@@ -15,10 +16,14 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from experiments import gpu_report, quantized_training, real_text
 from flora_jax import evaluate, export, generate, harness, latency, launches, train
 from flora_jax.adapters import AdapterConfig, init_adapter, paths
+from flora_jax.analysis import latency_run
+from flora_jax.commands import read_flags
 from flora_jax.config import get_config
 from flora_jax.data import get_task, load_examples
+from flora_jax.files import write_json
 from flora_jax.interop.adapter_files import load_adapter, read_trained_on, save_adapter
 from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import LlamaConfig
@@ -229,6 +234,35 @@ def read_records(folder: Path) -> None:
     load_examples(get_task(str(folder / "own.jsonl")), "train", folder)
 
 
+def make_results(folder: Path) -> None:
+    """Results of experiments, stored and made up, and one that `flora_jax.latency` would go on."""
+    folder.mkdir(parents=True)
+    for cell, more in (("latency", {}), ("latency-again", {"rank": 8})):
+        times = {name: [1.0, 1.1, 0.9] for name in _TIMES}
+        place = {"preset": "tiny", "batch_size": 1, "prompt_length": 128, "method": "lora"}
+        one = {**place, "rank": None, "bytes": 1.0, "read_bytes": 1e6, **times, **more}
+        write_json(folder / "gpu" / f"{cell}-tiny.json", one)
+    write_json(folder / "gpu" / "train.json", {"tokens_per_second": 9.0, "peak_gb": None})
+    write_json(folder / "real_text.json", {"results": [{"method": "lora", "asked": {}}]})
+    results = {"results": {"lora-int8": {"asked": {}}}, "speed": {"ratios": {}}}
+    write_json(folder / "training.json", results)
+    arguments = latency_run.check(_latency_flags(folder)).arguments
+    write_json(folder / "latency" / latency_run.RESULT, {"arguments": arguments})
+
+
+def _latency_flags(folder: Path) -> argparse.Namespace:
+    words = ["latency", "--preset", "tiny", "--methods", "base", "--out", str(folder / "latency")]
+    return read_flags("flora_jax.latency", latency.__doc__, latency.FLAGS, words)
+
+
+def read_results(folder: Path) -> None:
+    """Those of them that a later call goes on with, or makes a table of."""
+    gpu_report.table(folder / "gpu", {})
+    real_text.read_before(folder / "real_text.json")
+    quantized_training.read_before(folder / "training.json")
+    latency_run.check(_latency_flags(folder))
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], Any], list[str]]] = {
     "train": (train.parse, ["--config", "configs/tiny.py", "--workdir", "w"]),
     "evaluate": (evaluate.main, ["--model", "nowhere", "--tasks", "gsm8k", "--limit", "2"]),
@@ -238,6 +272,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], Any], list[str]]] = {
     "latency": (latency.main, ["--model", "nowhere", "--methods", "base,lora", "--rank", "8"]),
     "launches": (launches.main, ["--preset", "nowhere", "--methods", "base", "--rank", "8"]),
 }
+_TIMES = ("tpot_ms", "base_tpot_ms", "ttft_ms", "base_ttft_ms")
 _WORDS = ("--", "-", "--unknown", "--rank", "-1", "nan", "1e400", "", "é", "\0", "a\nb", "../..")
 
 
@@ -286,6 +321,7 @@ READERS = {
     "peft adapter": Reader(make_adapter("lora"), (*_ADAPTER, "flora_config.json"), read_adapter),
     "checkpoint": Reader(make_run, ("run/checkpoints/**/*",), read_run),
     "workdir": Reader(make_run, ("run/config.json", "run/eval.json"), read_run),
+    "results": Reader(make_results, ("**/*.json",), read_results),
     "records": Reader(make_records, (*RECORDS, "own.jsonl"), read_records),
     "commands": Reader(make_command, ("argv.json",), read_command),
 }

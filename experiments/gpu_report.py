@@ -311,6 +311,13 @@ def table(results: Path, said: Mapping[str, str]) -> str:
     """The Markdown of what is there: times beside the merged base, both readings of the paper's
     claim, the other cells in a line each, and what was not measured."""
     found = {file.stem: read_json(file) for file in sorted(results.glob("*.json"))}
+    from experiments.report import stored
+
+    with stored(results):
+        return _table(results, found, said)
+
+
+def _table(results: Path, found: Mapping[str, Any], said: Mapping[str, str]) -> str:
     rates = found.get("device", {})
     lines = [f"# GPU report: {results.name}\n"]
     if rates:

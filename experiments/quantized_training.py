@@ -20,7 +20,7 @@ import jax
 import optax
 
 from experiments.flags import Flags, parse
-from experiments.report import beside
+from experiments.report import beside, stored
 from experiments.stepping import make_batch, stepper
 from experiments.suites import SUITES
 from experiments.sweep import Arm, Result, check_names, outcomes, train
@@ -150,6 +150,16 @@ def markdown(args: argparse.Namespace, found: dict[str, Result], speed: dict[str
     return "\n".join(lines) + "\n"
 
 
+def read_before(path: Path) -> tuple[dict[str, Result], dict[str, Any]]:
+    """What an earlier call left: results by name, and speeds."""
+    if not path.exists():
+        return {}, {}
+    before = read_json(path)
+    with stored(path):
+        results = {name: dict(one) for name, one in before["results"].items()}
+        return results, dict(before["speed"])
+
+
 def main(argv: list[str]) -> None:
     """The command."""
     args = parse(argv, "python -m experiments.quantized_training", __doc__, FLAGS)
@@ -157,9 +167,7 @@ def main(argv: list[str]) -> None:
     check_writable(path, "--out")
     methods = check_names("--methods", args.methods, RANKS)
     quantizations = check_names("--quantizations", args.quantizations, QUANTIZATIONS)
-    before = read_json(path) if path.exists() else {}
-    found: dict[str, Result] = before.get("results", {})
-    speed: dict[str, Any] = before.get("speed", {})
+    found, speed = read_before(path)
     runs = [
         Run(
             name=f"{method}-{quantization}",

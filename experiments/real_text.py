@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from experiments.flags import Flags, parse
-from experiments.report import beside, check_data
+from experiments.report import beside, check_data, stored
 from experiments.sweep import Arm, Result, best_loss, check_names, outcomes
 from flora_jax.adapters import METHODS
 from flora_jax.analysis.results import about_runs, header, line, table
@@ -162,6 +162,14 @@ def _cells(result: Result) -> list[str]:
     ]
 
 
+def read_before(path: Path) -> dict[str, Result]:
+    """What an earlier call left, by method."""
+    if not path.exists():
+        return {}
+    with stored(path):
+        return {result["method"]: dict(result) for result in read_json(path)["results"]}
+
+
 def main(argv: list[str]) -> None:
     """The command."""
     args = parse(argv, "python -m experiments.real_text", __doc__, FLAGS)
@@ -172,9 +180,7 @@ def main(argv: list[str]) -> None:
     path = beside(args.out, ".json")
     check_writable(path, "--out")
     asked = check_names("--methods", args.methods, RANKS)
-    found: dict[str, Result] = {}
-    if path.exists():
-        found = {result["method"]: result for result in read_json(path)["results"]}
+    found = read_before(path)
     base = label_accuracy(None, args.data_dir, args.limit)
     runs = (
         Run(name=method, path=None, args=args, found=found.get(method))

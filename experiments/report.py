@@ -4,10 +4,11 @@ configurations apart, and how tables state errors and differences."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,18 @@ def beside(out: Path, suffix: str) -> Path:
     if not out.name:
         raise UserError(f"--out {out} must end in a name")
     return out.with_name(out.name.removesuffix(".json") + suffix)
+
+
+@contextlib.contextmanager
+def stored(place: Path) -> Iterator[None]:
+    """Raises UserError where an earlier call's results, in `place`, lack what is read from them."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{place} holds results that are damaged or of another version "
+            f"({type(error).__name__}: {error}); move it away, or name another --out"
+        ) from error
 
 
 def write_result(args: argparse.Namespace, about: About, text: str, **fields: Any) -> None:

@@ -5,9 +5,11 @@
 
 The second runs where vLLM and the plugin are (docs/serve.md), and needs no JAX. All engines live in
 one process and step in turn, a token each, so that whatever else the machine does meets all of
-them; ratios are taken within a turn. The order is drawn anew for each turn.
+them; ratios are taken within a turn. The order is drawn anew for each turn. Engines of equal work
+differ by where their weights happen to lie (5 to 13 % on a CPU): `--engines K` has K of each
+variant, made in turn, and compares their means.
 
-    base                    vLLM's Llama
+    base                    vLLM's Llama; `base_again`: the same, beside itself
     merged                  the same, a LoRA in its weights
     vllm_lora               vLLM's own LoRA layers; `vllm_lora_idle`: enabled, but nobody asks
     <method>                the plugin's layers
@@ -25,7 +27,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -116,9 +118,29 @@ class Server:
 def measure(
     servers: list[Server], batch_size: int, args: argparse.Namespace
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds by server: `first` of each round's first step, `token` of each turn after it."""
+    """Seconds by variant: `first` of each round's first step, `token` of each turn after it.
+
+    A turn's time is the mean over the variant's engines; `engines` has each engine's mean token.
+    """
+    turns = list(_turns(servers, batch_size, args))
+    times = {}
+    for name in dict.fromkeys(server.name for server in servers):
+        own = [place for place, server in enumerate(servers) if server.name == name]
+        means = [(turn, statistics.mean(took[place] for place in own)) for turn, took in turns]
+        token = [took for turn, took in turns if turn]
+        times[name] = {
+            "first": [mean for turn, mean in means if not turn],
+            "token": [mean for turn, mean in means if turn],
+            "engines": [statistics.mean(took[place] for took in token) for place in own],
+        }
+    return times
+
+
+def _turns(
+    servers: list[Server], batch_size: int, args: argparse.Namespace
+) -> Iterator[tuple[int, dict[int, float]]]:
+    """Each turn that counts: its number in its round, and the seconds of each server's step."""
     draw = random.Random(batch_size)
-    times = {server.name: {"first": [], "token": []} for server in servers}
     for i in range(args.rounds + 1):
         prompts = [
             [draw.randrange(10, 1000) for _ in range(args.prompt_length)] for _ in range(batch_size)
@@ -126,15 +148,12 @@ def measure(
         for server in servers:
             server.add(prompts, args.new_tokens, f"{batch_size}/{i}")
         for turn in range(args.new_tokens):
-            for server in draw.sample(servers, len(servers)):
-                seconds = server.step()
-                if i and turn == 0:  # the first round warms up
-                    times[server.name]["first"].append(seconds)
-                elif i and turn >= _WARM:
-                    times[server.name]["token"].append(seconds)
+            order = draw.sample(range(len(servers)), len(servers))
+            took = {place: servers[place].step() for place in order}
+            if i and (turn == 0 or turn >= _WARM):  # the first round warms up
+                yield turn, took
         for server in servers:
             assert not server.engine.has_unfinished_requests(), server.name
-    return times
 
 
 def ratios(own: list[float], base: list[float]) -> dict[str, float]:
@@ -169,6 +188,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompt_length", type=int, default=128)
     parser.add_argument("--new_tokens", type=int, default=33)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--engines", type=int, default=1, help="of each variant")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--eager", action="store_true", help="nothing is compiled")
     parser.add_argument("--memory", type=float, help="of a GPU, the share of each engine")
@@ -209,7 +229,7 @@ def main(argv: list[str]) -> None:
     """The command."""
     args = parse(argv)
     about = json.loads((args.exports / "about.json").read_text())
-    names = ["base", *args.variants.split(",")]
+    names = ["base", *args.variants.split(",")] * args.engines
     servers = []
     for name in names:
         root = args.exports

@@ -229,6 +229,11 @@ def set_template_arguments(tokenizer: Tokenizer, text: str) -> None:
     tokenizer.chat_template = "".join([*given, template])
 
 
+def without_generation(template: str) -> str:
+    """The template without transformers' own statement, which jinja does not know."""
+    return _GENERATION.sub("", template)
+
+
 def _arguments_of(template: str) -> set[str]:
     """The names that a template reads and a caller may set. Raises UserError for one that is no
     Jinja."""
@@ -236,8 +241,7 @@ def _arguments_of(template: str) -> set[str]:
 
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        # but for a statement of transformers' own
-        tree = environment.parse(_GENERATION.sub("", template))
+        tree = environment.parse(without_generation(template))
         read = jinja2.meta.find_undeclared_variables(tree)
     except jinja2.TemplateSyntaxError as error:  # a filter that is unknown, too
         raise UserError(f"the tokenizer's chat template cannot be read: {error}") from None

@@ -141,10 +141,11 @@ def _check_out(out: Path, arguments: dict[str, Any]) -> None:
         (out / RESULT).exists(),
         f"--out {out} is not empty and has no {RESULT}; name a new or empty directory",
     )
-    before = read_json(out / RESULT).get("arguments") or {}
+    before = read_json(out / RESULT).get("arguments")
     # results older than these flags have no such arguments
     require(
-        {"turn_tokens": None, "quantization": "none"} | before == arguments,
+        isinstance(before, dict)
+        and {"turn_tokens": None, "quantization": "none"} | before == arguments,
         f"--out {out} holds the result of another command; name a new or empty directory",
     )
 

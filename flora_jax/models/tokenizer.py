@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from flora_jax.files import check_file, read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
 from flora_jax.models.loading import resolve_source
+from flora_jax.models.template_check import check_template
 from flora_jax.tokens import Tokenizer, encode_batch, set_template_arguments
 
 BYTE_SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>")  # ids 256 to 260
@@ -40,6 +42,7 @@ _SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+_BUILT_IN = ("random", "tiny")
 # of an HF directory, one of them at least
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -58,12 +61,21 @@ def load_tokenizer(source: str, template_arguments: str = "") -> Tokenizer:
     template is given wherever it is used.
     """
     tokenizer = _load(source)
+    if source not in _BUILT_IN:
+        for template in _templates(tokenizer):
+            check_template(template, source)
     set_template_arguments(tokenizer, template_arguments)
     return tokenizer
 
 
+def _templates(tokenizer: Tokenizer) -> Iterable[str]:
+    """Its chat templates: none, one, or several by name."""
+    found = tokenizer.chat_template or {}
+    return found.values() if isinstance(found, Mapping) else [found]
+
+
 def _load(source: str) -> Tokenizer:
-    if source in ("random", "tiny"):
+    if source in _BUILT_IN:
         return byte_tokenizer()
     path = resolve_source(source, weights=False)
     if path.is_file():

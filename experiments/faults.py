@@ -1,0 +1,315 @@
+"""Runs that are killed, starved and disturbed, and go on: each ends as the run that nothing met.
+
+    python -m experiments.faults --kills 200 --others 10 --out experiments/results/faults
+
+A run trains a tiny model for 12 steps, writes its adapter, is scored, and is exported. It is killed
+(SIGKILL, SIGTERM, SIGINT) at a moment drawn from a phase, started again, killed again, a dozen
+times, and then let end: its adapter, metrics, eval.json and export must be those of an undisturbed
+run, bit by bit. After each kill nothing half-written may stand where a whole thing belongs, and
+what SIGTERM or SIGINT stopped says so without a traceback. The other faults:
+
+    small file     from some moment on no file may grow beyond some bytes
+    full disk      the run lies on a disk (tmpfs) that is too small for it
+    read-only      that disk takes nothing, at first or after a kill
+    second run     another one wants the directory of a run that is on its way
+    cluster        of two processes of one run, one is killed
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.disturbed import (
+    Run,
+    Wrong,
+    check_code,
+    ended,
+    seconds_of_phases,
+    wait_for,
+)
+from experiments.flags import Flags, parse
+from experiments.report import beside
+from experiments.traced import PHASES
+from flora_jax.analysis.results import about_process, header, table
+from flora_jax.errors import check_writable, run_command
+from flora_jax.files import write_json
+
+FLAGS: Flags = {
+    "--kills": dict(type=int, default=200),
+    "--others": dict(type=int, default=10, help="of each other fault"),
+    "--seed": dict(type=int, default=0),
+    "--out": dict(type=Path, help="write OUT.json and OUT.md"),
+}
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
+_STOPPED = (0, 1, -9, -15)  # 0: it had all but ended
+_REFUSED = (0, 1, 2)
+_ROOM = "64m"
+_CLUSTER_SECONDS = 180.0  # in which the other process must end; JAX counts to 100
+
+
+class Place:
+    """A folder for runs, and the run that nothing met: what it leaves, and how long it takes."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._made = 0
+        first = self.run()
+        first.finish()  # compiles
+        self.owed = first.contents()
+        self.bytes = sum(file.stat().st_size for file in first.root.rglob("*") if file.is_file())
+        second = self.run()
+        self.seconds: dict[str, float] = {}
+        for command in ("train", "export"):
+            check_code(second.go(command), 0)
+            self.seconds |= seconds_of_phases(second.lines())
+        second.check_equal(self.owed)
+        self._cluster: dict[str, Any] | None = None
+
+    def run(self) -> Run:
+        """A run that has not begun."""
+        self._made += 1
+        return Run(self.folder / f"run{self._made}", self.folder / "cache")
+
+    def moment(self, phase: str, rng: random.Random) -> dict[str, Any]:
+        """A moment of a phase, now and then one shortly after it."""
+        entry = rng.randint(1, 3) if phase == "step" else 1
+        return {"phase": phase, "entry": entry, "after": rng.uniform(0, 1.1 * self.seconds[phase])}
+
+    def cluster(self) -> dict[str, Any]:
+        """What two processes leave that nothing met."""
+        if self._cluster is None:
+            run = self.run()
+            for process in start_cluster(run):
+                check_code(ended(process), 0)
+            self._cluster = run.contents()
+        return self._cluster
+
+
+# ------------------------------------------------------------------------------------- the faults
+
+
+def kills(place: Place, rng: random.Random) -> Iterator[dict[str, Any]]:
+    """A run that is killed a dozen times: each kill, and then whether all is as it should be."""
+    run = place.run()
+    middle = ["step", "validation", "checkpoint"] * 2
+    rng.shuffle(middle)
+    phases = ["loading", *middle, "adapter", "adapter", "evaluation", "export", "export"]
+    for phase in phases:
+        fault = {**place.moment(phase, rng), "signal": rng.choice(SIGNALS)}
+        check_code(run.go("export" if phase == "export" else "train", fault), *_STOPPED)
+        run.check_whole(place.owed)
+        if phase == "evaluation":
+            check_code(run.go("train"), 0)
+        if (struck := run.struck()) is not None:
+            yield {"signal": fault["signal"], "phase": struck}
+    run.finish()
+    run.check_equal(place.owed)
+
+
+def small_file(place: Place, rng: random.Random) -> None:
+    """From a moment on no file may grow beyond some bytes."""
+    run = place.run()
+    phase = rng.choice(("loading", "step", "validation", "checkpoint", "adapter", "evaluation"))
+    limit = rng.randrange(4096, 60_000)
+    check_code(run.go("train", {**place.moment(phase, rng), "limit": limit}), *_REFUSED)
+    run.check_whole(place.owed)
+    check_code(run.go("train"), 0)
+    check_code(run.go("export", {**place.moment("export", rng), "limit": limit}), *_REFUSED)
+    run.check_whole(place.owed)
+    run.finish()
+    run.check_equal(place.owed)
+
+
+@contextlib.contextmanager
+def disk(run: Run, size: str) -> Iterator[Callable[[str], None]]:
+    """Gives the run a disk of its own, and yields what changes its options."""
+
+    def mount(options: str) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(run.root)]
+        subprocess.run(command, check=True, capture_output=True)
+
+    mount(f"size={size}")
+    try:
+        yield lambda options: mount(f"remount,{options}")
+    finally:
+        subprocess.run(["umount", "--lazy", str(run.root)], check=True)
+
+
+def full_disk(place: Place, rng: random.Random) -> None:
+    """The disk is too small, until somebody makes room."""
+    run = place.run()
+    with disk(run, str(int(place.bytes * rng.uniform(0.05, 0.95)))) as change:
+        for command in ("train", "export") if rng.random() < 0.7 else ("train",):
+            check_code(run.go(command), *_REFUSED)
+            run.check_whole(place.owed)
+        change(f"size={_ROOM}")
+        run.finish()
+        run.check_equal(place.owed)
+
+
+def read_only(place: Place, rng: random.Random) -> None:
+    """The disk takes nothing, at first or after a kill, until somebody lets it."""
+    run = place.run()
+    with disk(run, _ROOM) as change:
+        if rng.random() < 0.7:
+            phase = rng.choice(("step", "validation", "checkpoint", "adapter", "evaluation"))
+            run.go("train", {**place.moment(phase, rng), "signal": "SIGKILL"})
+        before = run.contents()
+        change("ro")
+        for command in ("train", "export"):
+            check_code(run.go(command), 1, 2)
+        run.check_equal(before)
+        change("rw")
+        run.finish()
+        run.check_equal(place.owed)
+
+
+def second_run(place: Place, rng: random.Random) -> None:
+    """Another run wants the directory, and is refused; the first does not notice."""
+    run = place.run()
+    first = run.start("train")
+    wait_for(first, run, "step")
+    time.sleep(rng.uniform(0, 1))
+    other = ended(run.start("train", name=".other"))
+    there = first.poll() is None
+    check_code(ended(first), 0)
+    if there:
+        check_code(other, 2)
+    run.finish()
+    run.check_equal(place.owed)
+
+
+def start_cluster(run: Run, faults: tuple[dict[str, Any], ...] = ({}, {})) -> list[Any]:
+    """Two processes of one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fields = {
+        "distributed.coordinator": f"127.0.0.1:{port}",
+        "distributed.processes": 2,
+        "mesh.fsdp": 2,
+        "eval.tasks": "",
+    }
+    flags = [f"--config.{field}={value}" for field, value in fields.items()]
+    return [
+        run.start("train", fault, *flags, f"--config.distributed.process_id={i}", name=f".{i}" * i)
+        for i, fault in enumerate(faults)
+    ]
+
+
+def cluster(place: Place, rng: random.Random) -> None:
+    """One of two processes is killed; the other ends, and both go on when started again."""
+    run = place.run()
+    owed = place.cluster()
+    fault = {**place.moment(rng.choice(("step", "validation", "checkpoint")), rng)}
+    fault |= {"entry": rng.randint(1, 2), "signal": "SIGKILL"}
+    faults = [fault, {}]
+    rng.shuffle(faults)
+    for process in start_cluster(run, tuple(faults)):
+        if ended(process, _CLUSTER_SECONDS).code == 0:
+            raise Wrong("a process without its other ended as if nothing had happened")
+    for process in start_cluster(run):
+        check_code(ended(process), 0)
+    run.check_equal(owed)
+
+
+OTHERS = {
+    "small file": small_file,
+    "full disk": full_disk,
+    "read-only": read_only,
+    "second run": second_run,
+    "cluster": cluster,
+}
+
+
+# ---------------------------------------------------------------------------------- all of them
+
+
+def killed(place: Place, seed: int) -> Iterator[dict[str, Any]]:
+    """Kills without end. `wrong` is said of the last kill before it was found."""
+    for i in range(sys.maxsize):
+        rng = random.Random(f"kills {seed} {i}")
+        found: list[dict[str, Any]] = []
+        try:
+            for one in kills(place, rng):
+                found.append({"fault": "kill", "run": i, **one})
+        except Wrong as error:
+            found.append({"fault": "kill", "run": i, "phase": "none", "wrong": str(error)})
+        yield from found
+
+
+def disturbed(place: Place, name: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Another fault, without end."""
+    for i in range(sys.maxsize):
+        one: dict[str, Any] = {"fault": name, "run": i}
+        try:
+            OTHERS[name](place, random.Random(f"{name} {seed} {i}"))
+        except Wrong as error:
+            one["wrong"] = str(error)
+        yield one
+
+
+def markdown(about: dict[str, Any], found: list[dict[str, Any]]) -> str:
+    """The tables: kills by phase and signal, and the other faults."""
+    counts = collections.Counter((one["phase"], one.get("signal")) for one in _of("kill", found))
+    phases = [*PHASES, "none"]
+    rows = [[phase, *(str(counts[phase, name]) for name in SIGNALS)] for phase in phases]
+    lines = [
+        header("Faults", about),
+        f"{len(_of('kill', found))} kills, by the phase that they came in (none: between two):\n",
+        *table(["", *SIGNALS], rows),
+        "\nRuns that did not end as the undisturbed one, or did what they must not:\n",
+    ]
+    others = [[name, str(len(_of(name, found))), str(_wrong(name, found))] for name in OTHERS]
+    runs = len({one["run"] for one in _of("kill", found)})
+    lines += table(
+        ["fault", "runs", "wrong"], [["kills", str(runs), str(_wrong("kill", found))], *others]
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _of(name: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one for one in found if one["fault"] == name]
+
+
+def _wrong(name: str, found: list[dict[str, Any]]) -> int:
+    return sum("wrong" in one for one in _of(name, found))
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    args = parse(argv, "python -m experiments.faults", __doc__, FLAGS)
+    if args.out:
+        check_writable(beside(args.out, ".json"), "--out")
+    about = about_process("orbax-checkpoint", "grain")
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(Path(folder))
+        sources = {"kills": (killed(place, args.seed), args.kills)}
+        sources |= {name: (disturbed(place, name, args.seed), args.others) for name in OTHERS}
+        for name, (source, count) in sources.items():
+            bar = tqdm(range(count), name, disable=not sys.stderr.isatty())
+            for _, one in zip(bar, source, strict=False):
+                found.append(one)
+                if "wrong" in one:
+                    print(f"{name}, run {one['run']}: {one['wrong']}", flush=True)
+            if args.out:
+                write_json(beside(args.out, ".json"), {"provenance": about, "faults": found})
+                beside(args.out, ".md").write_text(markdown(about, found))
+    print(markdown(about, found))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,95 @@
+"""A chat template is a program that comes with weights: it is tried in a process with limits first.
+
+Jinja's sandbox, in which transformers runs it, keeps a template from files and from Python, but not
+from running for ever or filling the memory. What else goes wrong is no verdict here, since some
+templates refuse a conversation. Run as a program, this module is the process with limits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+import subprocess
+import sys
+
+from flora_jax.errors import UserError
+from flora_jax.tokens import DATE, without_generation
+
+_SECONDS = 2  # of a processor; a published template takes a hundredth of one
+_PATIENCE = 60  # seconds of a clock, on a busy machine
+_BYTES = 2**30
+_CHARACTERS = 200_000  # for a conversation of a few words
+_TOO_MUCH = 3  # exit code
+
+
+def check_template(template: str, where: str) -> None:
+    """Raises UserError for a template that does not end in time or takes too much. where: it is
+    from."""
+    if not _ends(template):
+        raise UserError(
+            f"{where}: the chat template takes more than {_SECONDS} seconds, {_BYTES // 2**20} MB "
+            f"or {_CHARACTERS:,} characters for a conversation of three words; mend or remove it"
+        )
+
+
+@functools.cache
+def _ends(template: str) -> bool:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=template.encode("utf-8", "surrogatepass"),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_PATIENCE,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def _render(template: str) -> None:
+    """Conversations as transformers has the template render them, to nowhere."""
+    import jinja2.sandbox
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **_: repr(value)
+    environment.globals["strftime_now"] = lambda _: DATE
+    tokens = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for start in ([], [{"role": "system", "content": "c"}]):
+        for opens in (False, True):
+            messages = [*start, *turns[: 2 - opens]]
+            given = {"messages": messages, "add_generation_prompt": opens, "date_string": DATE}
+            _count(environment.from_string(template).generate(**given, **tokens))
+
+
+def _count(pieces) -> None:
+    written = 0
+    for piece in pieces:
+        written += len(piece)
+        if written > _CHARACTERS:
+            raise MemoryError
+
+
+def _main() -> None:
+    for kind, most in ((resource.RLIMIT_CPU, _SECONDS), (resource.RLIMIT_AS, _BYTES)):
+        with contextlib.suppress(
+            ValueError, OSError
+        ):  # the system's limit is lower, or it has none
+            resource.setrlimit(kind, (most, most))
+    template = without_generation(sys.stdin.buffer.read().decode("utf-8", "surrogatepass"))
+    try:
+        _render(template)
+    except MemoryError:
+        sys.exit(_TOO_MUCH)
+    except Exception:  # refused
+        return
+
+
+if __name__ == "__main__":
+    _main()
