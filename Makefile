@@ -9,7 +9,7 @@ NEWEST = $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null)
 WHEELS_PYTHON ?= python3.12
 HAVE ?=
 
-.PHONY: demo test test-slow test-latest test-vllm test-vllm-slow vllm-exports wheels lint clean
+.PHONY: demo test test-slow test-latest test-vllm test-vllm-slow vllm-exports soak wheels lint clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -66,6 +66,11 @@ test-vllm:
 test-vllm-slow: vllm-exports .venv-vllm/.test
 	$(BIN)/python vllm_plugin/tests/make_slow_exports.py --out runs/vllm_exports/slow
 	$(TEST_VLLM) -m slow
+
+# Kills, hostile files and requests, for some minutes.
+MINUTES ?= 30
+soak: .venv/.test
+	$(BIN)/python -m experiments.soak --minutes $(MINUTES)
 
 # For a machine without a registry: wheels of what it lacks, compiled here where there is only source.
 wheels:

@@ -30,6 +30,12 @@ FIELDS = {
     "eval.limit": 4,
     "eval.max_new_tokens": 8,
 }
+# A process is to reach the fault soon: what is compiled is kept, and compiled without much care.
+_QUICK = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 _SECONDS = 300.0  # after which a process hangs
 _WHOLE = ("run/adapter", "exported")  # directories that are there whole or not at all
 
@@ -62,7 +68,8 @@ class Run:
         self.root = root
         self.trace = root.with_suffix(".trace")
         places = {"FLORA_CACHE": str(cache), "PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"}
-        self.environment = {**os.environ, **places}
+        self.environment = {**os.environ, **places, **_QUICK}
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile it anew
         root.mkdir()
 
     def start(
@@ -88,6 +95,7 @@ class Run:
 
     def go(self, command: str, fault: Mapping[str, Any] | None = None) -> Ended:
         """The process at its end; nothing is done where the export is there already."""
+        self.trace.unlink(missing_ok=True)
         if command == "export" and (self.root / "exported").exists():
             return Ended(0, "")
         return ended(self.start(command, fault))

@@ -53,7 +53,7 @@ FLAGS: Flags = {
     "--out": dict(type=Path, help="write OUT.json and OUT.md"),
 }
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
-_STOPPED = (0, 1, -9, -15)  # 0: it had all but ended
+_STOPPED = (0, 1, -2, -9, -15)  # 0, -2: it had all but ended
 _REFUSED = (0, 1, 2)
 _ROOM = "64m"
 _CLUSTER_SECONDS = 180.0  # in which the other process must end; JAX counts to 100
@@ -103,18 +103,19 @@ class Place:
 def kills(place: Place, rng: random.Random) -> Iterator[dict[str, Any]]:
     """A run that is killed a dozen times: each kill, and then whether all is as it should be."""
     run = place.run()
-    middle = ["step", "validation", "checkpoint"] * 2
-    rng.shuffle(middle)
-    phases = ["loading", *middle, "adapter", "adapter", "evaluation", "export", "export"]
-    for phase in phases:
-        fault = {**place.moment(phase, rng), "signal": rng.choice(SIGNALS)}
-        check_code(run.go("export" if phase == "export" else "train", fault), *_STOPPED)
-        run.check_whole(place.owed)
-        if phase == "evaluation":
-            check_code(run.go("train"), 0)
-        if (struck := run.struck()) is not None:
-            yield {"signal": fault["signal"], "phase": struck}
-    run.finish()
+    phases = ["loading", "step", "validation", "checkpoint"] * 2
+    rng.shuffle(phases)
+    phases += ["adapter", "adapter", "evaluation", "evaluation"]
+    for command, own in (("train", phases), ("export", ["export", "export"])):
+        for phase in own:
+            fault = {**place.moment(phase, rng), "signal": rng.choice(SIGNALS)}
+            end = run.go(command, fault)
+            struck = run.struck()
+            check_code(end, *_STOPPED)
+            run.check_whole(place.owed)
+            if struck is not None:
+                yield {"signal": fault["signal"], "phase": struck}
+        check_code(run.go(command), 0)
     run.check_equal(place.owed)
 
 

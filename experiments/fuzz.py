@@ -164,12 +164,16 @@ def inputs(name: str, first: int, count: int) -> Iterator[dict[str, Any]]:
                     command, env=environment, stdout=subprocess.PIPE, stderr=log, bufsize=0
                 )
                 any_read = False
-                for one in _answers(process):
-                    any_read = True
-                    seed = one["seed"] + 1
-                    if one["became"] == "dead":
-                        one["trace"] = _end_of(log)
-                    yield one
+                try:
+                    for one in _answers(process):
+                        any_read = True
+                        seed = one["seed"] + 1
+                        if one["became"] == "dead":
+                            one["trace"] = _end_of(log)
+                        yield one
+                finally:  # also where no more are asked for
+                    process.kill()
+                    process.wait()
                 if not any_read:
                     raise RuntimeError(f"{name}: whole files are not read\n{_end_of(log)}")
 

@@ -136,7 +136,7 @@ def calls(models: Models, seed: int) -> Iterator[list[dict[str, Any]]]:
         rng = random.Random(f"load {seed} {i}")
         generator = rng.choice(models.loaded)
         is_bank = generator is models.loaded[1]
-        if rng.random() < 0.3:
+        if rng.random() < 0.6:
             yield [_stream(models, generator, rng)]
             continue
         requests = draw(rng, rng.randint(1, 9))

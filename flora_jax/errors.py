@@ -9,11 +9,13 @@ anything else is a defect of ours and keeps its traceback (exit code 1).
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -226,6 +228,8 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
         except OSError as error:
             silence(stream)
             code = code or _fail(f"error: what is printed cannot be written ({error.strerror})", 1)
+    # Run first of all that is left to do: a Ctrl-C in what JAX then clears away is no traceback.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 
 

@@ -41,11 +41,13 @@ def main(argv: list[str]) -> None:
     _check(args)
     # After the arguments are read: these imports take seconds.
     from flora_jax.analysis.results import command_line
+    from flora_jax.files import keep_programs
     from flora_jax.interop.exports import check_directory, describe_report, export_pair
     from flora_jax.training.trained import export_run
 
     check_directory(args.out, args.overwrite)
     check_writable(args.out, "--out")
+    keep_programs()
     command = command_line("flora_jax.export", argv[1:])
     how = {"dtype": args.dtype, "overwrite": args.overwrite, "command": command}
     with stopped_by_signals("stopped by a signal; nothing was written"):

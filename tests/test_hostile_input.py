@@ -1,5 +1,6 @@
 """Files that are no files, and faults found by experiments/fuzz.py, each as its smallest input."""
 
+import itertools
 import json
 import os
 import random
@@ -8,6 +9,8 @@ import pytest
 
 from experiments.fuzz import inputs
 from experiments.fuzz_faults import spoil
+from experiments.load import Models, calls
+from experiments.soak import soak
 from flora_jax.data.records import raw_records
 from flora_jax.errors import UserError
 from flora_jax.files import read_json
@@ -15,6 +18,7 @@ from flora_jax.interop.adapter_files import read_tensors
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
 from flora_jax.models.loading import load_pretrained
+from flora_jax.models.template_check import check_template
 from flora_jax.models.tokenizer import load_tokenizer
 from flora_jax.training.workdir import check_workdir
 
@@ -70,6 +74,32 @@ def test_a_number_of_positions_that_is_none(hf_directory, tmp_path):
         load_tokenizer(str(tmp_path / "model"))
 
 
+TEMPLATES = {
+    "no end": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "memory": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "one word": "{{ 'x' * 10**11 }}",
+    "output": "{% for i in range(99999) %}{{ messages }}{% endfor %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_template_that_takes_too_much(kind, hf_directory, tmp_path):
+    """It is known before transformers has so much as compiled it."""
+    hf_directory(tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text(TEMPLATES[kind])
+    with pytest.raises(UserError, match=r"the chat template takes more than 2 seconds, 1024 MB or"):
+        load_tokenizer(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("text", [
+    "{{ raise_exception('no system turn') }}",
+    "{% generation %}{{ messages[-1].content }}{% endgeneration %}{{ eos_token }}",
+    "{{ messages[9].content.x }}", "{% for", "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+])  # fmt: skip
+def test_a_template_that_refuses_is_no_danger(text):
+    check_template(text, "here")
+
+
 def test_a_message_is_one_line_that_ends():
     error = UserError(f"field 'x'={'y' * 10_000}\nand z; use another")
     assert "\n" not in str(error) and len(str(error)) < 1600
@@ -111,3 +141,20 @@ def test_spoilt_inputs(name):
     """A slice that experiments/fuzz.py has not gone through."""
     wrong = [one for one in inputs(name, 10**6, 50) if one["became"] not in ("accepted", "refused")]
     assert not wrong
+
+
+@pytest.mark.slow
+def test_requests_of_every_kind_are_answered_as_alone(quick_compile):
+    """Batches and streams, switched adapters and a bank."""
+    asked = itertools.islice(calls(Models("ffba_qg_add"), seed=8), 4)
+    judged = [one for call in asked for one in call]
+    assert {one["kind"] for one in judged} == {"batch", "stream", "stream left"}
+    assert all(one["equal"] for one in judged), judged
+
+
+@pytest.mark.slow
+def test_two_minutes_of_everything(capsys):
+    """Kills, spoilt files, requests; tests/training/test_resume.py has single kills."""
+    found = soak(2.0, seed=10**6)
+    assert {"kill", "request"} < set(found) and len(found) > 3
+    assert not any(map(any, found.values())), capsys.readouterr().out

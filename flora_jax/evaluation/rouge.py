@@ -19,17 +19,10 @@ import re
 import tempfile
 import unicodedata
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-
-# nltk, which rouge_score imports, needs a folder for what it might download, even where there is
-# no home directory.
-if os.path.expanduser("~") == "~":
-    os.environ.setdefault("NLTK_DATA", tempfile.gettempdir())
-
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 POLICY = "F-measure with stemming; mean over the references of a text, _max: the best of them"
@@ -44,7 +37,17 @@ _UNSPACED = re.compile(
 )
 
 
-class UnicodeTokenizer(Tokenizer):
+def _package() -> ModuleType:
+    """rouge_score, imported where it is used: with nltk and scipy it takes seconds."""
+    # nltk needs a folder for what it might download, even where there is no home directory.
+    if os.path.expanduser("~") == "~":
+        os.environ.setdefault("NLTK_DATA", tempfile.gettempdir())
+    from rouge_score import rouge_scorer
+
+    return rouge_scorer
+
+
+class UnicodeTokenizer:
     """Words of letters, marks and digits of any script, in lower case; where a script has no spaces
     between words, each character (with its marks) is one. Words of a to z and 0 to 9 are stemmed as
     the package stems them."""
@@ -52,7 +55,7 @@ class UnicodeTokenizer(Tokenizer):
     name = "unicode: words of any script; characters where it has no spaces between words"
 
     def __init__(self):
-        self._ascii = DefaultTokenizer(use_stemmer=True)
+        self._ascii = _package().tokenizers.DefaultTokenizer(use_stemmer=True)
 
     def tokenize(self, text: str) -> list[str]:
         """The tokens of `text`."""
@@ -96,8 +99,8 @@ def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str
     """Means over the texts of each kind, `<kind>_max`, and `<kind>_stderr` (standard deviation over
     sqrt(n)); `items`: the rougeL of each text; `tokenizer`: what cut the texts."""
     tokenizer = choose_tokenizer(references)
-    scorer = RougeScorer(KINDS, use_stemmer=True, tokenizer=tokenizer)
-    unicode = RougeScorer(KINDS, tokenizer=UnicodeTokenizer())
+    scorer = _package().RougeScorer(KINDS, use_stemmer=True, tokenizer=tokenizer)
+    unicode = _package().RougeScorer(KINDS, tokenizer=UnicodeTokenizer())
     others = 0
     scores = []
     for text, own in zip(texts, references, strict=True):

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import ml_collections
 from filelock import FileLock, Timeout
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from flora_jax.config import fields, get_config
 from flora_jax.errors import UserError, check_text, require
@@ -127,6 +124,10 @@ class Metrics:
     """`metrics.jsonl` (an object a line) and TensorBoard events, cut back to where it resumes."""
 
     def __init__(self, workdir: Path, resume_step: int):
+        # Imported here: it imports torch where that is installed, which takes seconds.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
         path = workdir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         kept = []
@@ -154,6 +155,9 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line and flushes it, so that a kill loses nothing that was logged."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():

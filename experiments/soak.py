@@ -1,0 +1,108 @@
+"""Faults, hostile files and requests for some minutes, from a seed of their own each time.
+
+    python -m experiments.soak --minutes 30
+
+A third of the time each: runs that are killed and disturbed (experiments.faults), spoilt files for
+the readers in turn (experiments.fuzz), and requests (experiments.load). Prints a table, and what
+went wrong with the seed that shows it again; the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.faults import OTHERS, Place, disturbed, killed
+from experiments.flags import Flags, parse
+from experiments.fuzz import inputs
+from experiments.fuzz_readers import READERS
+from experiments.load import Models, calls
+from flora_jax.analysis.results import about_process, header, table
+from flora_jax.errors import UserError, run_command
+
+FLAGS: Flags = {
+    "--minutes": dict(type=float, default=30.0),
+    "--seed": dict(type=int, help="default: drawn"),
+}
+_LEAST = 15.0  # seconds for a reader, whose process takes some to start
+
+Row = tuple[str, str | None]  # what was tried, and what went wrong
+
+
+def _faults(seed: int) -> Iterator[Row]:
+    """Kills and the other faults, ten kills for one of each."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(Path(folder))
+        kinds = itertools.cycle(OTHERS)
+        others = {name: disturbed(place, name, seed) for name in OTHERS}
+        for i, one in enumerate(killed(place, seed), 1):
+            yield "kill", _said(one, seed)
+            if i % 10 == 0:
+                name = next(kinds)
+                yield name, _said(next(others[name]), seed)
+
+
+def _said(one: dict[str, Any], seed: int) -> str | None:
+    return f"{one['wrong']} (--seed {seed}, run {one['run']})" if "wrong" in one else None
+
+
+def _files(seed: int, seconds: float) -> Iterator[Row]:
+    """Spoilt inputs of the readers, in an order that is drawn."""
+    names = list(READERS)
+    random.Random(seed).shuffle(names)
+    for name in itertools.cycle(names):
+        until = time.monotonic() + max(_LEAST, seconds / len(names))
+        for one in inputs(name, seed, 10**9):
+            wrong = one["became"] not in ("accepted", "refused")
+            yield name, f"seed {one['seed']}: {one['fault']}: {one['line']}" if wrong else None
+            if time.monotonic() > until:
+                break
+
+
+def _requests(seed: int) -> Iterator[Row]:
+    for judged in calls(Models("ffba_qg_add"), seed):
+        for one in judged:
+            yield "request", None if one["equal"] else one["request"]
+
+
+def soak(minutes: float, seed: int) -> dict[str, list[str | None]]:
+    """What was tried, by name: None where it was right, else what went wrong."""
+    share = minutes * 60 / 3
+    found: dict[str, list[str | None]] = {}
+    for rows in (_faults(seed), _files(seed, share), _requests(seed)):
+        until = time.monotonic() + share
+        for name, wrong in rows:
+            found.setdefault(name, []).append(wrong)
+            if wrong:
+                print(f"{name}: {wrong}", flush=True)
+            if time.monotonic() > until:
+                break
+        rows.close()
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    args = parse(argv, "python -m experiments.soak", __doc__, FLAGS)
+    if args.minutes <= 0:
+        raise UserError(f"--minutes {args.minutes:g} must be positive")
+    seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
+    found = soak(args.minutes, seed)
+    rows = [
+        [name, f"{len(own):,}", str(sum(one is not None for one in own))]
+        for name, own in found.items()
+    ]
+    print(header(f"Soak, seed {seed}", about_process("orbax-checkpoint", "tokenizers")))
+    print("\n".join(table(["", "tried", "wrong"], rows)))
+    if any(map(any, found.values())):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)
