@@ -46,7 +46,9 @@ SECONDS = 10.0  # for one input
 _DEAD = 300.0  # without a word, after which a process is killed: its first is to make whole files
 MEGABYTES = 256  # for one input of at most 1 MB beside what reading a whole one took
 _ADDRESSES = 12 * 2**30  # so that what knows no bound does not take the machine with it
-_FACES = 8  # failures that are shown of a reader
+_FACES = 8  # failures that are shown of a reader, and of each
+_LINES = 15
+_COLUMNS = 200
 
 
 # ----------------------------------------------------------------------- one reader, in a process
@@ -249,8 +251,9 @@ def main(argv: list[str]) -> None:
         found[name] = list(tqdm(rows, name, args.count, disable=not sys.stderr.isatty()))
         wrong = [one for one in found[name] if one["became"] not in ("accepted", "refused")]
         for one in wrong[:_FACES]:
-            print(f"{name}, seed {one['seed']}: {one['fault']}\n  {one['line'][:400]}")
-            print("  " + one.get("trace", "")[-1500:].replace("\n", "\n  "))
+            print(f"{name}, seed {one['seed']}: {one['fault']}\n  {one['line'][:_COLUMNS]}")
+            for line in one.get("trace", "").splitlines()[-_LINES:]:
+                print("  " + line[:_COLUMNS])
         print(f"{name}: {len(found[name])} inputs, {len(wrong)} failed", flush=True)
     about = about_process("transformers", "tokenizers", "safetensors", "gguf")
     text = markdown(about, found)

@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -216,7 +217,8 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     prints is no longer read (`| head`), as of a program that SIGPIPE ends.
     """
     try:
-        code = _run(main, sys.argv if argv is None else argv)
+        with _interrupts_kept():
+            code = _run(main, sys.argv if argv is None else argv)
     except BrokenPipeError:
         code = _BROKEN_PIPE
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the shell
@@ -231,6 +233,27 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     # Run first of all that is left to do: a Ctrl-C in what JAX then clears away is no traceback.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Sends a Ctrl-C again that came where Python prints an exception and drops it: in a callback
+    of the garbage collector, which JAX has, or in a destructor."""
+    hook = sys.unraisablehook
+
+    def again(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            hook(unraisable)
+            return
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _run(main: Callable[[list[str]], None], argv: list[str]) -> int | str | None:

@@ -218,3 +218,30 @@ def test_a_reader_that_leaves(flags):
         and done.stderr.count("\n") == 1
         and "No space left on device" in done.stderr
     )
+
+
+_INTERRUPTED = """
+import gc, os, signal, time
+from flora_jax.errors import run_command
+
+def collected(phase, info):
+    if not done:
+        done.append(phase)
+        os.kill(os.getpid(), signal.SIGINT)
+
+def main(argv):
+    gc.collect()
+    time.sleep(30)
+
+done = []
+gc.callbacks.append(collected)
+run_command(main, [])
+"""
+
+
+def test_a_ctrl_c_in_the_garbage_collector_is_not_lost():
+    """Python prints what its callbacks raise, and goes on; JAX has one."""
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "interrupted\n")

@@ -106,6 +106,16 @@ def test_a_message_is_one_line_that_ends():
     assert str(error).startswith("field 'x'=") and str(error).endswith("and z; use another")
 
 
+def test_an_index_that_names_no_file(hf_directory, tmp_path):
+    """Its name is longer than a file system takes."""
+    hf_directory(tmp_path / "model")
+    (tmp_path / "model/model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "x" * 300}}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"cannot be read .*File name too long"):
+        load_pretrained(str(tmp_path / "model"))
+
+
 def test_numbers_that_jax_does_not_take():
     hf = LlamaConfig.preset("tiny").to_hf()
     assert isinstance(LlamaConfig.from_hf({**hf, "rms_norm_eps": 2**31}).rms_norm_eps, float)

@@ -1,26 +1,36 @@
-"""Draws each method's matrices to scale, and the picture of the README, as SVG for light and dark.
+"""Draws each method's matrices to scale, and the README's picture, plot and table of results.
 
-    python tools/drawings.py            writes docs/img
+    python tools/drawings.py        writes docs/img, SVG for light and dark, and into README.md
 
-What is drawn is read from the method table: grey are the base's kernels of one layer, their
-columns as wide and their rows as high as they are in Llama-3.2-1B; blue are the adapter's columns
-A, orange its rows or matrices B, and hatched the columns that repeat-and-add writes to. At rank 64
-a matrix A is 1/32 of the model's width.
+Plot and table are of the GPU's results that are stored. What is drawn of a method is read from the
+method table: grey are the base's kernels of one layer, their columns as wide and their rows as high
+as they are in Llama-3.2-1B; blue are the adapter's columns A, orange its rows or matrices B, and
+hatched the columns that repeat-and-add writes to. At rank 64 a matrix A is 1/32 of the model's
+width.
 """
 
 from __future__ import annotations
 
+import json
+import re
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from flora_jax.adapters import METHODS, PRODUCTS, AdapterConfig
 from flora_jax.adapters.leaves import adapter_leaves
+from flora_jax.analysis.results import spread, table
+from flora_jax.analysis.timing import claims, paired_ratio
 from flora_jax.models.config import LlamaConfig
 
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments/results/gpu/h100/nvidia_h100_80gb_hbm3"
+SHOWN = ("base", "lora", "ffba", "ffba_qg_add", "fpa", "zflora")
 PRESET = "llama3.2-1b"
 RANK = 64
-FOLDER = Path(__file__).parents[1] / "docs" / "img"
+FOLDER = ROOT / "docs/img"
 _SCALE = 24  # channels a pixel
 _GAP = 26
 _TOP = 26  # room for the products' names
@@ -154,9 +164,67 @@ def fused() -> str:
     return svg(748, 206, "LoRA and FLoRA", [tip, *lora, *flora])
 
 
+def measured() -> dict[str, dict[str, Any]]:
+    """Time per token of each method that is shown: what its file holds, and ratios."""
+    found = {}
+    for name in SHOWN:
+        path = RESULTS / f"latency-{PRESET}-{name}-b1-p128.json"
+        one = json.loads(path.read_text(encoding="utf-8"))
+        one["ratio"] = paired_ratio(one["tpot_ms"], one["base_tpot_ms"])
+        found[name] = one
+    return found
+
+
+def results() -> str:
+    """The README's table."""
+    found = measured()
+    lora = found["lora"]["ratio"]["median"]
+    rows = []
+    for name, one in found.items():
+        less = None
+        if name not in ("base", "lora"):
+            less = claims(one["ratio"]["median"], lora)["less_than_lora"]
+        rows.append(
+            [
+                f"`{name}`",
+                str(one["rank"] or "–"),
+                f"{one['bytes']:.3f}",
+                f"{statistics.median(one['tpot_ms']):.2f}",
+                spread(one["ratio"]),
+                "–" if less is None else f"{less:.0%}",
+            ]
+        )
+    heads = ["", "rank", "bytes over the base's", "ms a token", "over the base", "less than LoRA"]
+    return "\n".join(table(heads, rows))
+
+
+def plot() -> str:
+    """Milliseconds a token by method, as bars with their quartiles."""
+    parts = []
+    for i, (name, one) in enumerate(measured().items()):
+        low, middle, high = statistics.quantiles(one["tpot_ms"], n=4)
+        y = 8 + 26 * i
+        kind = {"base": "base", "lora": "B"}.get(name, "A")
+        parts += [
+            words(104, y + 14, name, anchor="end"),
+            box(112, y, 180 * middle, 18, kind),
+            f'<path d="M{112 + 180 * low:g} {y + 9} H{112 + 180 * high:g}" class="line"/>',
+            words(118 + 180 * high, y + 14, f"{middle:.2f} ms", "small", "start"),
+        ]
+    return svg(680, 8 + 26 * len(SHOWN), "Time per token at Llama-3.2-1B shapes on an H100", parts)
+
+
+def with_results(readme: str) -> str:
+    """The README with the table of results between its marks."""
+    marks = ("<!-- results: begin -->", "<!-- results: end -->")
+    between = re.compile(rf"{marks[0]}.*{marks[1]}", re.DOTALL)
+    return between.sub(f"{marks[0]}\n{results()}\n{marks[1]}", readme)
+
+
 def drawings() -> dict[str, str]:
     """All of them, by file name."""
-    return {"fused.svg": fused()} | {f"{name}.svg": method(name) for name in METHODS}
+    pictures = {"fused.svg": fused(), "tpot_h100.svg": plot()}
+    return pictures | {f"{name}.svg": method(name) for name in METHODS}
 
 
 def main() -> None:
@@ -164,6 +232,8 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, text in drawings().items():
         (FOLDER / name).write_text(text)
+    readme = ROOT / "README.md"
+    readme.write_text(with_results(readme.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"{len(drawings())} drawings in {FOLDER}", file=sys.stderr)
 
 

@@ -319,10 +319,7 @@ def _shard_path(directory: Path, shard: str) -> Path:
         not (os.path.isabs(shard) or os.path.normpath(shard).startswith(os.pardir)),
         f"{index}: shard {shard!r} lies outside the checkpoint's directory",
     )
-    require(
-        (directory / shard).is_file(),
-        f"{index}: shard {shard!r} is not in the directory; download it again",
-    )
+    check_file(directory / shard, f"; {INDEX} names it: download it again")
     return directory / shard
 
 

@@ -293,7 +293,7 @@ def break_format(name):
         ),
         (
             break_index({"model.norm.weight": "b.safetensors"}),
-            "shard 'b.safetensors' is not in the directory",
+            "b.safetensors: there is no such file; model.safetensors.index.json names it",
         ),
         (
             break_index({"model.nrom.weight": "a.safetensors"}),
