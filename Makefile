@@ -9,7 +9,7 @@ NEWEST = $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null)
 WHEELS_PYTHON ?= python3.12
 HAVE ?=
 
-.PHONY: demo test test-slow test-latest test-vllm test-vllm-slow vllm-exports soak wheels lint clean
+.PHONY: demo test test-slow test-latest test-vllm test-vllm-slow vllm-exports soak docs wheels lint clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -72,6 +72,10 @@ MINUTES ?= 30
 soak: .venv/.test
 	$(BIN)/python -m experiments.soak --minutes $(MINUTES)
 
+# Into site/; a warning is an error.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # For a machine without a registry: wheels of what it lacks, compiled here where there is only source.
 wheels:
 	test -x .venv-wheels/bin/python || $(WHEELS_PYTHON) -m venv .venv-wheels
@@ -82,4 +86,4 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .venv-latest .venv-vllm .venv-wheels wheels build *.egg-info
+	rm -rf .venv .venv-latest .venv-vllm .venv-wheels wheels build site *.egg-info

@@ -44,6 +44,7 @@ TEST_WITHOUT_PEERS = [
     *DEMO, *LM_EVAL, "hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10",
     "pytest>=8.0", "pytest-xdist>=3.6",
 ]  # fmt: skip
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 # From Python 3.12 on the tests bring no peers: torch is gigabytes of CUDA there.
 TEST = [
     *TEST_WITHOUT_PEERS,
@@ -65,6 +66,7 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10"],
         "cuda13": ["jax[cuda13]>=0.10"],
         "demo": DEMO,
+        "docs": DOCS,
         "lm-eval": LM_EVAL,
         "peers": PEERS,
         "test": TEST,

@@ -70,6 +70,7 @@ Row = dict[str, Any]
 Groups = dict[str, dict[str, list[Result]]]  # a group's runs, by name
 
 FLAGS: Flags = {
+    "--groups": dict(help="of configs/ablations.py, comma-separated, in this order; default all"),
     "--data_dir": dict(required=True),
     "--out": dict(type=Path, default=OUT),
     "--workdir": dict(
@@ -303,10 +304,10 @@ def recorded(known: Sequence[str], args: argparse.Namespace) -> list[tuple[str, 
 def main(argv: list[str]) -> None:
     """The command."""
     known = runpy.run_path(str(CONFIGS))["GROUPS"]
-    groups = dict(default=",".join(known), help="comma-separated, run in this order")
-    args = parse(argv, "python -m experiments.ablations", __doc__, {"--groups": groups, **FLAGS})
+    args = parse(argv, "python -m experiments.ablations", __doc__, FLAGS)
     args.workdir = args.workdir or workdir_of(args.out, OUT)
-    groups = check_names("--groups", args.groups, known)
+    asked = ",".join(known) if args.groups is None else args.groups
+    groups = check_names("--groups", asked, known)
     seeds = read_seeds(args.seeds)
     check_writable(beside(args.out, ".md"), "--out")
     check_writable(args.out / "add_qg-seed0.json", "--out")

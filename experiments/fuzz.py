@@ -46,6 +46,7 @@ SECONDS = 10.0  # for one input
 _DEAD = 300.0  # without a word, after which a process is killed: its first is to make whole files
 MEGABYTES = 256  # for one input of at most 1 MB beside what reading a whole one took
 _ADDRESSES = 12 * 2**30  # so that what knows no bound does not take the machine with it
+_said_to = 1  # a file descriptor
 _FACES = 8  # failures that are shown of a reader, and of each
 _LINES = 15
 _COLUMNS = 200
@@ -65,6 +66,7 @@ def read_all(args: Any) -> None:
     own = args.folder / "own"
     outside = args.folder / "outside" / "file"
     os.chdir(args.folder)
+    _keep_stdout()
     if not whole.exists():
         reader.make(whole)
     fuzz_readers.copy(whole, own)
@@ -86,9 +88,15 @@ def read_all(args: Any) -> None:
         _say(_outcome(reader, own) | _strays(args.folder, before))
 
 
+def _keep_stdout() -> None:
+    """Lets nobody but `_say` write to stdout: what others print goes to stderr."""
+    global _said_to
+    _said_to = os.dup(1)
+    os.dup2(2, 1)
+
+
 def _say(line: dict[str, Any]) -> None:
-    sys.__stdout__.write(json.dumps(line) + "\n")
-    sys.__stdout__.flush()
+    os.write(_said_to, (json.dumps(line) + "\n").encode())
 
 
 def _alarm(*_: object) -> None:

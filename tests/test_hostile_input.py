@@ -119,6 +119,9 @@ def test_an_index_that_names_no_file(hf_directory, tmp_path):
 def test_numbers_that_jax_does_not_take():
     hf = LlamaConfig.preset("tiny").to_hf()
     assert isinstance(LlamaConfig.from_hf({**hf, "rms_norm_eps": 2**31}).rms_norm_eps, float)
+    for model_type in ("llama", "smollm3"):
+        with pytest.raises(UserError, match=r"num_hidden_layers=2147483648 must be at most 10000"):
+            LlamaConfig.from_hf({**hf, "model_type": model_type, "num_hidden_layers": 2**31})
     with pytest.raises(UserError, match=r"rms_norm_eps=.* must be a positive number"):
         LlamaConfig.from_hf({**hf, "rms_norm_eps": 10**400})
 

@@ -1,5 +1,5 @@
-"""What mkdocs asks for each page: links to files of the repository, which are no pages, become links
-to where the repository is, or plain text while it is nowhere."""
+"""A hook of mkdocs: a page's links to files of the repository, which are no pages, lead to where it
+is, or are plain text while it is nowhere."""
 
 from __future__ import annotations
 

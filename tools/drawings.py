@@ -27,6 +27,7 @@ from flora_jax.models.config import LlamaConfig
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/results/gpu/h100/nvidia_h100_80gb_hbm3"
+APART = ("lora", "parallel")  # methods whose narrow products ride in no other
 SHOWN = ("base", "lora", "ffba", "ffba_qg_add", "fpa", "zflora")
 PRESET = "llama3.2-1b"
 RANK = 64
@@ -50,7 +51,8 @@ patternTransform="rotate(45)"><rect width="2" height="6" class="A"/></pattern></
 
 def svg(width: float, height: float, title: str, parts: list[str]) -> str:
     """The document."""
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img">'
+    frame = f"-4 0 {width + 8:g} {height + 4:g}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{frame}" role="img">'
     return "\n".join([head, f"<title>{title}</title>", _STYLE, *parts, "</svg>"]) + "\n"
 
 
@@ -92,13 +94,14 @@ def _product(
     base = "base" if adapter.row.reads else "A"  # full fine-tuning trains them
     yield x + width, _TOP + height, box(x, _TOP, width, height, base)
     below = _TOP + height
+    gap = 8 if adapter.method in APART else 0
     if slot.backward:
         rows = slot.backward_rank / _SCALE
-        yield x + width, below + rows, box(x, below, width, rows, "B")
+        yield x + width, below + gap + rows, box(x, below + gap, width, rows, "B")
         below += rows
     if "A" in leaves:
         columns = leaves["A"].shape[1] / _SCALE
-        yield x + width + columns, below, box(x + width, _TOP, columns, height, "A")
+        yield x + width + gap + columns, below, box(x + width + gap, _TOP, columns, height, "A")
     left = x
     for name in names:
         if name in slot.matrix:  # a product of its own

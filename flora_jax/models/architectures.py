@@ -243,6 +243,10 @@ def _slides(hf: Mapping[str, Any], row: Architecture, source: str) -> bool:
     return hf["max_window_layers"] < hf["num_hidden_layers"]
 
 
+# A file that claims millions would have each of them listed before any is missed.
+MOST_LAYERS = 10_000
+
+
 def _check_count(name: str, value: Any, source: str, least: int = 1) -> None:
     require(
         isinstance(value, int) and not isinstance(value, bool) and value >= least,
@@ -264,8 +268,9 @@ def _read_no_rope(hf: Mapping[str, Any], row: Architecture, source: str) -> tupl
     each without; where there is no such list, every fourth layer is without."""
     if not row.no_rope:
         return ()
-    _check_count("num_hidden_layers", hf["num_hidden_layers"], source)
-    layers = range(hf["num_hidden_layers"])
+    count = hf["num_hidden_layers"]
+    _check_count("num_hidden_layers", count, source)
+    layers = range(min(count, MOST_LAYERS))  # more are refused
     turned = hf.get("no_rope_layers")
     if turned is None:
         interval = hf.get("no_rope_layer_interval", 4)

@@ -14,7 +14,13 @@ from typing import Any
 
 from flora_jax.errors import require, require_known
 from flora_jax.models import presets
-from flora_jax.models.architectures import ARCHITECTURES, PRODUCTS, read_config, write_config
+from flora_jax.models.architectures import (
+    ARCHITECTURES,
+    MOST_LAYERS,
+    PRODUCTS,
+    read_config,
+    write_config,
+)
 
 DTYPES = ("float32", "bfloat16")  # of parameters and of compute
 # Fields of LlamaConfig that a model may have beside a Llama's sizes.
@@ -122,6 +128,10 @@ class LlamaConfig:
                 or (isinstance(value, int) and not isinstance(value, bool) and value >= 1),
                 f"LlamaConfig.{field.name}={value!r} must be a positive integer",
             )
+        require(
+            self.num_hidden_layers <= MOST_LAYERS,
+            f"LlamaConfig.num_hidden_layers={self.num_hidden_layers} must be at most {MOST_LAYERS}",
+        )
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"LlamaConfig.num_key_value_heads={self.num_key_value_heads} must divide "

@@ -1,0 +1,105 @@
+"""README and docs: their commands are commands, their code runs, their pictures and tables are those of the code and of
+the stored results, their links lead somewhere."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from support import ROOT
+
+from flora_jax import train
+from flora_jax.adapters import METHODS
+from flora_jax.commands import read_flags
+from flora_jax.errors import CommandParser
+from flora_jax.models.architectures import ARCHITECTURES
+from tools import drawings
+
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def commands():
+    """`(page, words)` of each `python -m flora_jax.…` or `experiments.…` that stands as a whole line or in backticks."""
+    for page, text in TEXTS.items():
+        joined = text.replace("\\\n", " ")
+        lines = re.findall(r"^ *(python -m (?:flora_jax|experiments)\..*)$", joined, re.MULTILINE)
+        inline = re.findall(r"`(python -m\s+(?:flora_jax|experiments)\.[^`]*)`", joined)
+        for found in [*lines, *inline]:
+            if "…" in found or "-m slow" in found:  # not a whole one
+                continue
+            yield page, shlex.split(found.partition(" #")[0].partition(" > ")[0])[2:]
+
+
+@pytest.mark.parametrize("page, words", [pytest.param(*one, id=f"{one[0]}: {' '.join(one[1])[:60]}") for one in commands()])  # fmt: skip
+def test_a_command_is_one(page, words):
+    """Its flags and their values are those of its parser; nothing is run."""
+    name, *flags = words
+    module = importlib.import_module(name)
+    if flags == [] or "--help" in flags:
+        return
+    if name == "flora_jax.train":
+        train.parse(["train", *flags])
+    elif name.startswith("flora_jax"):
+        read_flags(name, module.__doc__, module.FLAGS, [name, *flags])
+    elif hasattr(module, "FLAGS"):
+        parser = CommandParser(prog=name)
+        for flag, settings in module.FLAGS.items():
+            parser.add_argument(flag, **settings)
+        parser.parse_args(flags)
+
+
+@pytest.fixture
+def tables():
+    """Rows that are added go again."""
+    before = [(table, dict(table)) for table in (METHODS, ARCHITECTURES)]
+    yield
+    for table, rows in before:
+        table.clear()
+        table.update(rows)
+
+
+@pytest.mark.parametrize("page", ["docs/develop.md"])
+def test_its_code_runs(page, tables):
+    names = {}
+    for language, code in FENCE.findall(TEXTS[page]):
+        if language == "python":
+            assert code.count("\n") <= 12
+            exec(compile(code, page, "exec"), names)
+    example = names["row"].parse({"en": "cat", "fr": "chat"})
+    assert example.messages[-1].content == example.answer == "chat"
+
+
+def test_pictures_and_tables_are_of_today():
+    for name, drawn in drawings.drawings().items():
+        assert (drawings.FOLDER / name).read_text() == drawn, "python tools/drawings.py"
+    assert drawings.with_results(TEXTS["README.md"]) == TEXTS["README.md"]
+
+
+def test_the_readme_is_short():
+    assert TEXTS["README.md"].count("\n") <= 150
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_its_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        path, _, part = link.partition("#")
+        if path.startswith(("http://", "https://", "mailto:")):
+            continue
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if part:
+            heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert part in slugs, link
+
+
+@pytest.mark.slow
+def test_the_pages_are_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
