@@ -1,2 +1,2 @@
-"""Scripts that print the tables of the README and of experiments/results, each named beside its
+"""Scripts that print the tables of the docs and of experiments/results, each named beside its
 table."""

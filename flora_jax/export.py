@@ -23,7 +23,7 @@ FLAGS = {
     "format": dict(
         required=True,
         dest="form",
-        help="merged, peft, transformers or vllm: README, 'Hand it over'",
+        help="merged, peft, transformers or vllm: docs/export.md",
     ),
     "dtype": dict(
         choices=DTYPES,
