@@ -59,7 +59,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["flora_jax", "flora_jax.*"]),
+    # A wheel carries the configurations, for `--config ffba_1b`.
+    packages=[*find_packages(include=["flora_jax", "flora_jax.*"]), "flora_jax.configs"],
+    package_dir={"flora_jax.configs": "configs"},
     package_data={"flora_jax.interop": ["remote_code/*.py"]},
     install_requires=RUNTIME,
     extras_require={

@@ -66,6 +66,7 @@ class Run:
 
     def __init__(self, root: Path, cache: Path):
         self.root = root
+        self.kills: list[dict[str, str]] = []
         self.trace = root.with_suffix(".trace")
         places = {"FLORA_CACHE": str(cache), "PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"}
         self.environment = {**os.environ, **places, **_QUICK}
@@ -94,11 +95,15 @@ class Run:
         )
 
     def go(self, command: str, fault: Mapping[str, Any] | None = None) -> Ended:
-        """The process at its end; nothing is done where the export is there already."""
+        """The process at its end, its kill noted; nothing is done where the export is there
+        already."""
         self.trace.unlink(missing_ok=True)
         if command == "export" and (self.root / "exported").exists():
             return Ended(0, "")
-        return ended(self.start(command, fault))
+        end = ended(self.start(command, fault))
+        if fault and "signal" in fault and (phase := self.struck()) is not None:
+            self.kills.append({"signal": fault["signal"], "phase": phase})
+        return end
 
     def finish(self) -> None:
         """What is left of training, and the export. Raises Wrong where one does not end well."""

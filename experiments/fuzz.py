@@ -27,6 +27,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -99,8 +100,12 @@ def _say(line: dict[str, Any]) -> None:
     os.write(_said_to, (json.dumps(line) + "\n").encode())
 
 
+class TooLong(BaseException):
+    """No Exception, or a reader might take it for its own."""
+
+
 def _alarm(*_: object) -> None:
-    raise TimeoutError(f"more than {SECONDS:.0f} seconds")
+    raise TooLong(f"more than {SECONDS:.0f} seconds")
 
 
 def _outcome(reader: Any, own: Path) -> dict[str, Any]:
@@ -222,20 +227,34 @@ def _line(process: subprocess.Popen) -> str:
     return line.decode()
 
 
-def markdown(about: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str:
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What became of a reader's inputs."""
+    became = collections.Counter(one["became"] for one in rows)
+    return {
+        "inputs": len(rows),
+        "accepted": became["accepted"],
+        "refused": became["refused"],
+        "failed": len(rows) - became["accepted"] - became["refused"],
+        "longest s": round(max(one["seconds"] for one in rows), 2),
+        "most MB": round(max(one.get("megabytes", 0) for one in rows)),
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+    }
+
+
+def markdown(about: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     """The table, a line a reader."""
     from flora_jax.analysis.results import header, table
 
-    rows = []
-    for name, all_of_them in found.items():
-        became = collections.Counter(one["became"] for one in all_of_them)
-        wrong = len(all_of_them) - became["accepted"] - became["refused"]
-        longest = max(one["seconds"] for one in all_of_them)
-        most = max(one.get("megabytes", 0) for one in all_of_them)
-        counts = (len(all_of_them), became["accepted"], became["refused"], wrong)
-        rows.append([name, *(f"{n:,}" for n in counts), f"{longest:.2f}", f"{most:.0f}"])
-    heads = ["reader", "inputs", "accepted", "refused", "failed", "longest s", "most MB"]
-    return "\n".join([header("Spoilt inputs", about), *table(heads, rows)]) + "\n"
+    heads = list(next(iter(found.values())))
+    rows = [[name, *(str(one[head]) for head in heads)] for name, one in found.items()]
+    total = ["all"]
+    for head in heads:
+        most = max if head in ("longest s", "most MB", "date") else sum
+        total.append(str(most(one[head] for one in found.values())))
+    return (
+        "\n".join([header("Spoilt inputs", about), *table(["reader", *heads], [*rows, total])])
+        + "\n"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -247,35 +266,32 @@ def main(argv: list[str]) -> None:
     from experiments.fuzz_readers import READERS
     from experiments.report import beside
     from flora_jax.analysis.results import about_process
-    from flora_jax.files import write_json
+    from flora_jax.files import read_json, write_json
 
     if args.reader:
         require_known(args.reader, READERS, f"--reader {args.reader!r}")
     if args.out:
         check_writable(beside(args.out, ".json"), "--out")
-    found: dict[str, list[dict[str, Any]]] = {}
+    about = about_process("transformers", "tokenizers", "safetensors", "gguf")
+    found: dict[str, dict[str, Any]] = {}
+    if args.reader and args.out and beside(args.out, ".json").exists():
+        found = read_json(beside(args.out, ".json"))["readers"]  # its line is written anew
     for name in [args.reader] if args.reader else READERS:
-        rows = inputs(name, args.first, args.count)
-        found[name] = list(tqdm(rows, name, args.count, disable=not sys.stderr.isatty()))
-        wrong = [one for one in found[name] if one["became"] not in ("accepted", "refused")]
+        bar = tqdm(
+            inputs(name, args.first, args.count), name, args.count, disable=not sys.stderr.isatty()
+        )
+        rows = list(bar)
+        wrong = [one for one in rows if one["became"] not in ("accepted", "refused")]
         for one in wrong[:_FACES]:
             print(f"{name}, seed {one['seed']}: {one['fault']}\n  {one['line'][:_COLUMNS]}")
             for line in one.get("trace", "").splitlines()[-_LINES:]:
                 print("  " + line[:_COLUMNS])
-        print(f"{name}: {len(found[name])} inputs, {len(wrong)} failed", flush=True)
-    about = about_process("transformers", "tokenizers", "safetensors", "gguf")
-    text = markdown(about, found)
-    print(text)
-    if args.out:
-        write_json(beside(args.out, ".json"), {"provenance": about, "readers": _counts(found)})
-        beside(args.out, ".md").write_text(text)
-
-
-def _counts(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    return {
-        name: dict(collections.Counter(one["became"] for one in rows))
-        for name, rows in found.items()
-    }
+        print(f"{name}: {len(rows)} inputs, {len(wrong)} failed", flush=True)
+        found[name] = summary(rows)
+        if args.out:
+            write_json(beside(args.out, ".json"), {"provenance": about, "readers": found})
+            beside(args.out, ".md").write_text(markdown(about, found))
+    print(markdown(about, found))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from flora_jax.analysis import latency_run
 from flora_jax.commands import read_flags
 from flora_jax.config import get_config
 from flora_jax.data import get_task, load_examples
+from flora_jax.errors import run_command
 from flora_jax.files import write_json
 from flora_jax.interop.adapter_files import load_adapter, read_trained_on, save_adapter
 from flora_jax.models.adapted import base_fingerprint
@@ -279,7 +280,7 @@ _WORDS = ("--", "-", "--unknown", "--rank", "-1", "nan", "1e400", "", "é", "\0"
 def read_command(folder: Path) -> None:
     """The command line in `argv.json`, which no command can carry out: its model is nowhere."""
     argv = json.loads((folder / "argv.json").read_text())
-    COMMANDS[argv[0]][0](argv)
+    run_command(COMMANDS[argv[0]][0], argv)
 
 
 def spoil_command(path: Path, rng: random.Random) -> str:

@@ -99,6 +99,8 @@ def stored(place: Path) -> Iterator[None]:
     """Raises UserError where an earlier call's results, in `place`, lack what is read from them."""
     try:
         yield
+    except UserError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f"{place} holds results that are damaged or of another version "

@@ -4,7 +4,7 @@
 
 A third of the time each: runs that are killed and disturbed (experiments.faults), spoilt files for
 the readers in turn (experiments.fuzz), and requests (experiments.load). Prints a table, and what
-went wrong with the seed that shows it again; the exit code is then 1.
+went wrong, which the same --seed shows again; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from experiments.faults import OTHERS, Place, disturbed, killed
+from experiments.faults import Place, possible, runs
 from experiments.flags import Flags, parse
 from experiments.fuzz import inputs
 from experiments.fuzz_readers import READERS
@@ -36,20 +35,13 @@ Row = tuple[str, str | None]  # what was tried, and what went wrong
 
 
 def _faults(seed: int) -> Iterator[Row]:
-    """Kills and the other faults, ten kills for one of each."""
+    """A run that is killed a dozen times, and one of each other fault, in turn."""
     with tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder))
-        kinds = itertools.cycle(OTHERS)
-        others = {name: disturbed(place, name, seed) for name in OTHERS}
-        for i, one in enumerate(killed(place, seed), 1):
-            yield "kill", _said(one, seed)
-            if i % 10 == 0:
-                name = next(kinds)
-                yield name, _said(next(others[name]), seed)
-
-
-def _said(one: dict[str, Any], seed: int) -> str | None:
-    return f"{one['wrong']} (--seed {seed}, run {one['run']})" if "wrong" in one else None
+        sources = {name: runs(place, name, seed) for name in possible()}
+        for name in itertools.cycle(sources):
+            one = next(sources[name])
+            yield name, f"run {one['run']}: {one['wrong']}" if "wrong" in one else None
 
 
 def _files(seed: int, seconds: float) -> Iterator[Row]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -259,13 +260,19 @@ def _eval() -> dict[str, Any]:
 def read_config(path: str | Path) -> ConfigDict:
     """What a configuration file's `get_config()` returns, for `FILE:NAME` its `get_config(NAME)`.
 
-    Raises UserError for a file that cannot be read or run.
+    A bare name (`ffba_1b`) is one of those that come with the package. Raises UserError for a file
+    that cannot be read or run.
     """
     where = f"--config={path}"
     file, arguments = _file_and_name(os.path.expanduser(path))
+    if re.fullmatch(r"\w+", file) and not Path(file).exists():
+        own = own_configs()
+        require(file in own, f"{where}: {near_misses(file, own)}, or give a file")
+        file = str(own[file])
     require(
         Path(file).is_file(),
-        f"{where}: there is no such file; configs/ has one for each method and model",
+        f"{where}: there is no such file; configs/ has one for each method and model, and a bare "
+        "name such as ffba_1b is one of them",
     )
     try:
         made = _run_file(file, arguments)
@@ -282,6 +289,16 @@ def read_config(path: str | Path) -> ConfigDict:
         "changed",
     )
     return made.lock()
+
+
+def own_configs() -> dict[str, Path]:
+    """The files of configs/, by name: in a wheel they lie in the package, in a checkout beside
+    it."""
+    package = Path(__file__).parent
+    folder = package / "configs"
+    if not folder.is_dir():
+        folder = package.parent / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.py"))}
 
 
 def _file_and_name(path: str) -> tuple[str, list[str]]:

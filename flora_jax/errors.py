@@ -231,7 +231,8 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
             silence(stream)
             code = code or _fail(f"error: what is printed cannot be written ({error.strerror})", 1)
     # Run first of all that is left to do: a Ctrl-C in what JAX then clears away is no traceback.
-    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 
 

@@ -56,7 +56,9 @@ def main(argv: list[str]) -> None:
     from flora_jax.evaluation.harness import HarnessLM, evaluate_harness, load_harness_tasks, table
     from flora_jax.files import keep_programs, write_result
     from flora_jax.interop.adapter_files import load_adapted
+    from flora_jax.models.loading import load_config
 
+    load_config(args.model)  # before the harness reads its thousands of tasks
     tasks = load_harness_tasks(split_names(args.tasks), args.include_path)
     keep_programs()
     model = load_adapted(

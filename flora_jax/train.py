@@ -20,6 +20,8 @@ from flora_jax.errors import UserError, near_misses, require, run_command
 from flora_jax.files import keep_programs
 from flora_jax.finetune import run
 
+_LONGEST = 100  # characters of a flag
+
 
 def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     """The configuration and the workdir of a command line. Raises UserError for what is wrong."""
@@ -37,6 +39,7 @@ def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
         "help", False, "Show this text.", short_name="h", flag_values=known, allow_overwrite=False
     )
     config = None
+    _check_lengths(argv)
     try:
         for values in (first, known):
             # flags may stand after an argument that is none, which is then named below
@@ -57,6 +60,16 @@ def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     for flag in (path, workdir):
         require(flag.value is not None, f"--{flag.name} is missing")
     return config, workdir.value
+
+
+def _check_lengths(argv: list[str]) -> None:
+    """Raises UserError for a flag longer than any: absl would look for near misses, and recurse."""
+    for argument in argv[1:]:
+        name = argument.partition("=")[0]
+        require(
+            not name.startswith("-") or len(name) <= _LONGEST,
+            f"{name!r} is no flag; fields are listed in flora_jax/config.py",
+        )
 
 
 def _check_names(argv: list[str], known: list[str]) -> None:

@@ -28,11 +28,13 @@ if (
     jax.config.update("jax_platforms", "cpu")
 # XLA's older emitters compile in half the time what these tests run. Later jaxlibs have them no more.
 if jax.__version_info__ < (0, 11):
-    os.environ["XLA_FLAGS"] = " ".join([
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_cpu_parallel_codegen_split_count=1",
-    ])  # fmt: skip
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            os.environ.get("XLA_FLAGS", ""),
+            "--xla_cpu_use_fusion_emitters=false",
+            "--xla_cpu_parallel_codegen_split_count=1",
+        ]
+    )
 # Quick to compile, and kept: the runs of these tests are many and short, and most are one program.
 _COMPILE = {
     "jax_disable_most_optimizations": True,
@@ -74,12 +76,23 @@ def small(caches):
     def make(method="ffba_qg_add", **fields):
         config = get_config("tiny", method)
         values = {
-            "model.weights": "random", "adapter.rank": 8, "data.tasks": "chain_sum", "data.max_length": 128,
-            "data.generator.train": 60, "data.generator.validation": 10, "data.generator.test": 6,
-            "data.cache_dir": str(caches / "data"), "data.validation_size": 8, "train.steps": 4,
-            "train.batch_size": 4, "train.log_every": 1, "train.eval_every": 2, "train.save_every": 2,
-            "optim.learning_rate": 1e-2, **fields,
-        }  # fmt: skip
+            "model.weights": "random",
+            "adapter.rank": 8,
+            "data.tasks": "chain_sum",
+            "data.max_length": 128,
+            "data.generator.train": 60,
+            "data.generator.validation": 10,
+            "data.generator.test": 6,
+            "data.cache_dir": str(caches / "data"),
+            "data.validation_size": 8,
+            "train.steps": 4,
+            "train.batch_size": 4,
+            "train.log_every": 1,
+            "train.eval_every": 2,
+            "train.save_every": 2,
+            "optim.learning_rate": 1e-2,
+            **fields,
+        }
         for name, value in values.items():
             *section, field = name.split(".")
             part = config
@@ -115,8 +128,9 @@ def tree_hash():
     """`tree_hash(path)`: every file below with a digest of its contents."""
     return lambda path: {
         str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(path.rglob("*")) if file.is_file()
-    }  # fmt: skip
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -136,8 +150,13 @@ def folder_at():
 def environment(caches):
     """The environment of a subprocess that runs the command."""
     settings = {name.upper(): str(value) for name, value in _COMPILE.items()}
-    return {**os.environ, **settings, "JAX_COMPILATION_CACHE_DIR": str(caches / "programs"),
-            "FLORA_CACHE": str(caches / "data"), "JAX_PLATFORMS": "cpu"}  # fmt: skip
+    return {
+        **os.environ,
+        **settings,
+        "JAX_COMPILATION_CACHE_DIR": str(caches / "programs"),
+        "FLORA_CACHE": str(caches / "data"),
+        "JAX_PLATFORMS": "cpu",
+    }
 
 
 @pytest.fixture(scope="session")
@@ -146,8 +165,13 @@ def command(environment):
 
     def start(*flags, **variables):
         return subprocess.Popen(
-            [sys.executable, "-m", "flora_jax.train", *map(str, flags)], cwd=ROOT, env={**environment, **variables},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+            [sys.executable, "-m", "flora_jax.train", *map(str, flags)],
+            cwd=ROOT,
+            env={**environment, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def run(*flags, **variables):
         process = start(*flags, **variables)

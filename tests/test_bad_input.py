@@ -14,8 +14,14 @@ from flora_jax.training.run import prepare
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-TINY = ("--config", "configs/tiny.py", "--config.data.generator.train=60", "--config.data.generator.validation=10",
-        "--config.data.generator.test=6", "--config.data.validation_size=8")  # fmt: skip
+TINY = (
+    "--config",
+    "configs/tiny.py",
+    "--config.data.generator.train=60",
+    "--config.data.generator.validation=10",
+    "--config.data.generator.test=6",
+    "--config.data.validation_size=8",
+)
 
 
 @pytest.fixture
@@ -108,10 +114,19 @@ FIELDS = [
     (["optim.schedule='cosinus'", "'cosine'"], "--config.optim.schedule=cosinus"),
     (["optim.learning_rate=nan"], "--config.optim.learning_rate=nan"),
     (["optim.warmup_steps=60", "train.steps=50"], "--config.optim.warmup_steps=60"),
-    (["optim.rate_rules", "'adapter/.*_B'", "PATH_RULE=FACTOR"], "--config.optim.rate_rules=adapter/.*_B"),
+    (
+        ["optim.rate_rules", "'adapter/.*_B'", "PATH_RULE=FACTOR"],
+        "--config.optim.rate_rules=adapter/.*_B",
+    ),
     (["optim.rate_rules", "'adpter/.*_B'"], "--config.optim.rate_rules=adpter/.*_B=16"),
-    (["optim.rate_rules", "'adapter/(_B'", "regular expression"], "--config.optim.rate_rules=adapter/(_B=16"),
-    (["train.trainable", "'params/.*nrom/scale'", "norm/scale'"], "--config.train.trainable=params/.*nrom/scale"),
+    (
+        ["optim.rate_rules", "'adapter/(_B'", "regular expression"],
+        "--config.optim.rate_rules=adapter/(_B=16",
+    ),
+    (
+        ["train.trainable", "'params/.*nrom/scale'", "norm/scale'"],
+        "--config.train.trainable=params/.*nrom/scale",
+    ),
     (["train.batch_size=0", "at least 1"], "--config.train.batch_size=0"),
     (["train.accumulation=3", "train.batch_size=8"], "--config.train.accumulation=3"),
     (["train.seed=-1"], "--config.train.seed=-1"),
@@ -126,18 +141,30 @@ FIELDS = [
     (["eval.protocol='lm-eval'", "'lm_eval'"], "--config.eval.protocol=lm-eval"),
     (["'chain_sums'", "'chain_sum'"], "--config.eval.tasks=chain_sums"),
     (["distributed.coordinator"], "--config.distributed.processes=2"),
-    (["distributed.coordinator='localhost'", "host:port"],
-     "--config.distributed.processes=2 --config.distributed.coordinator=localhost"),
-    (["distributed.coordinator='localhost:abc'", "65535"],
-     "--config.distributed.processes=2 --config.distributed.coordinator=localhost:abc"),
-    (["distributed.coordinator=':70000'", "65535"],
-     "--config.distributed.processes=2 --config.distributed.coordinator=:70000"),
-    (["distributed.coordinator='a:1'", "beside distributed.auto"],
-     "--config.distributed.auto --config.distributed.coordinator=a:1"),
-    (["distributed.processes=2", "beside distributed.auto"],
-     "--config.distributed.auto --config.distributed.processes=2"),
-    (["distributed.process_id=1", "beside distributed.auto"],
-     "--config.distributed.auto --config.distributed.process_id=1"),
+    (
+        ["distributed.coordinator='localhost'", "host:port"],
+        "--config.distributed.processes=2 --config.distributed.coordinator=localhost",
+    ),
+    (
+        ["distributed.coordinator='localhost:abc'", "65535"],
+        "--config.distributed.processes=2 --config.distributed.coordinator=localhost:abc",
+    ),
+    (
+        ["distributed.coordinator=':70000'", "65535"],
+        "--config.distributed.processes=2 --config.distributed.coordinator=:70000",
+    ),
+    (
+        ["distributed.coordinator='a:1'", "beside distributed.auto"],
+        "--config.distributed.auto --config.distributed.coordinator=a:1",
+    ),
+    (
+        ["distributed.processes=2", "beside distributed.auto"],
+        "--config.distributed.auto --config.distributed.processes=2",
+    ),
+    (
+        ["distributed.process_id=1", "beside distributed.auto"],
+        "--config.distributed.auto --config.distributed.process_id=1",
+    ),
     (["train.trainable", "'adapter/.*'"], "--config.train.trainable=adapter/.*"),
     (["train.seed=99999999999999999999", "64 bits"], "--config.train.seed=99999999999999999999"),
     (["train.seed=4294967296", "2**32"], "--config.train.seed=4294967296"),
@@ -145,11 +172,15 @@ FIELDS = [
     (["optim.eps=1e-50", "float32"], "--config.optim.eps=1e-50"),
     (["eval.max_length=1", "at least 2"], "--config.eval.max_length=1"),
     (["eval.max_new_tokens=0", "at least 1"], "--config.eval.max_new_tokens=0"),
-    (["protocol lm_eval scores choices as plain text", "prompt_style='chat'"],
-     "--config.eval.tasks=boolq,chain_sum --config.eval.protocol=lm_eval --config.data.prompt_style=chat"),
-    (["leaves no room", "chain_sum"],
-     "--config.eval.max_length=40 --config.eval.tasks=chain_sum --config.eval.protocol=llm_adapters"),
-]  # fmt: skip
+    (
+        ["protocol lm_eval scores choices as plain text", "prompt_style='chat'"],
+        "--config.eval.tasks=boolq,chain_sum --config.eval.protocol=lm_eval --config.data.prompt_style=chat",
+    ),
+    (
+        ["leaves no room", "chain_sum"],
+        "--config.eval.max_length=40 --config.eval.tasks=chain_sum --config.eval.protocol=llm_adapters",
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -221,8 +252,12 @@ def test_examples_longer_than_the_model(refused, tmp_path):
         words, *TINY, refused.cache, f"--config.data.tasks={mine}", "--config.data.max_length=4096"
     )
     # One that is left out refuses nothing: what is short of data.max_length is all that counts.
-    mine.write_text("".join(json.dumps({"prompt": f"{i} " + "a" * n, "completion": "b"}) + "\n"
-                            for i, n in enumerate([5000, *[9] * 20])))  # fmt: skip
+    mine.write_text(
+        "".join(
+            json.dumps({"prompt": f"{i} " + "a" * n, "completion": "b"}) + "\n"
+            for i, n in enumerate([5000, *[9] * 20])
+        )
+    )
     config = get_config("tiny", "lora")
     config.model.weights = "random"
     config.data.update(tasks=str(mine), max_length=4096, validation_size=4)
@@ -239,8 +274,14 @@ def test_models(refused, tmp_path, hf_directory):
 
     def from_model(words, source=model):
         for tasks in ("", "chain_sum"):  # no data is prepared for it, either
-            refused(words, *TINY, f"--config.data.cache_dir={tmp_path / 'cache'}", f"--config.model.weights={source}",
-                    f"--config.eval.tasks={tasks}", "--config.eval.protocol=llm_adapters")  # fmt: skip
+            refused(
+                words,
+                *TINY,
+                f"--config.data.cache_dir={tmp_path / 'cache'}",
+                f"--config.model.weights={source}",
+                f"--config.eval.tasks={tasks}",
+                "--config.eval.protocol=llm_adapters",
+            )
 
     from_model(["nowhere", "no such directory"], tmp_path / "nowhere")
     weights.unlink()
@@ -261,8 +302,15 @@ def test_models(refused, tmp_path, hf_directory):
     from_model([str(model), "tokenizer.json"])
     gguf = tmp_path / "other.gguf"
     name, value = b"general.architecture", b"gemma"
-    gguf.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(name)) + name
-                     + struct.pack("<IQ", 8, len(value)) + value + b"\0" * 64)  # fmt: skip
+    gguf.write_bytes(
+        b"GGUF"
+        + struct.pack("<IQQ", 3, 0, 1)
+        + struct.pack("<Q", len(name))
+        + name
+        + struct.pack("<IQ", 8, len(value))
+        + value
+        + b"\0" * 64
+    )
     from_model([str(gguf), "gemma"], gguf)
     (tmp_path / "text.gguf").write_text("not a model")
     from_model(["text.gguf"], tmp_path / "text.gguf")
@@ -297,9 +345,12 @@ def test_cache_that_cannot_be_written(refused, tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(("--config.adapter.rank=5",), "adapter.rank=5"), (("--config.data.tasks=boolq",), "data.dir"),
-     (("--config.nothing=1",), "config.nothing")],
-)  # fmt: skip
+    [
+        (("--config.adapter.rank=5",), "adapter.rank=5"),
+        (("--config.data.tasks=boolq",), "data.dir"),
+        (("--config.nothing=1",), "config.nothing"),
+    ],
+)
 def test_as_a_process(command, tmp_path, flags, words):
     done = command(*TINY, f"--workdir={tmp_path / 'w'}", *flags)
     assert done.returncode == 2 and done.stdout == "", done.stderr

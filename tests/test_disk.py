@@ -63,8 +63,10 @@ def test_a_checkpoint_that_finds_no_room(small, whole, monkeypatch, tmp_path):
             run(small("lora", **{"train.save_every": 1}), workdir)
         finally:
             limit(None)
-    assert str(error.value) == ("the checkpoint of step 3 cannot be written (File too large); make room, and the same "
-                                "command goes on after step 2, which is saved")  # fmt: skip
+    assert str(error.value) == (
+        "the checkpoint of step 3 cannot be written (File too large); make room, and the same "
+        "command goes on after step 2, which is saved"
+    )
     run(small("lora", **{"train.save_every": 1}), workdir)
     assert numbers(workdir) == numbers(whole)
 
@@ -167,10 +169,10 @@ def test_a_cache_that_finds_no_room(tmp_path):
 def test_what_each_writer_says_of_a_disk():
     """The words of tensorstore, safetensors and array_record, and an error behind another."""
     for words in (
-        "RESOURCE_EXHAUSTED: Error writing \"/w/d/1\" [OS error 28: ENOSPC No space left on device]",
-        'Error while serializing: I/O error: No space left on device (os error 28)',
+        'RESOURCE_EXHAUSTED: Error writing "/w/d/1" [OS error 28: ENOSPC No space left on device]',
+        "Error while serializing: I/O error: No space left on device (os error 28)",
         "UNKNOWN: Disk quota exceeded; writing /cache/x.array_record",
-    ):  # fmt: skip
+    ):
         assert disk_fault(ValueError(words)) in words
     error = RuntimeError("the merge of a checkpoint")
     error.__cause__ = OSError(errno.EROFS, "Read-only file system")

@@ -1,6 +1,7 @@
 """README and docs: their commands are commands, their code runs, their pictures and tables are those of the code and of
 the stored results, their links lead somewhere."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -26,7 +27,13 @@ def commands():
     """`(page, words)` of each `python -m flora_jax.…` or `experiments.…` that stands as a whole line or in backticks."""
     for page, text in TEXTS.items():
         joined = text.replace("\\\n", " ")
-        lines = re.findall(r"^ *(python -m (?:flora_jax|experiments)\..*)$", joined, re.MULTILINE)
+        blocks = [code for _, code in FENCE.findall(joined)]
+        blocks += re.findall(r"^    .*$", joined, re.MULTILINE)
+        lines = re.findall(
+            r"^ *(python -m (?:flora_jax|experiments)\..*)$", "\n".join(blocks), re.MULTILINE
+        )
+        stray = re.findall(r"^python -m .*$", FENCE.sub("", joined), re.MULTILINE)
+        assert not stray, (page, stray)
         inline = re.findall(r"`(python -m\s+(?:flora_jax|experiments)\.[^`]*)`", joined)
         for found in [*lines, *inline]:
             if "…" in found or "-m slow" in found:  # not a whole one
@@ -34,7 +41,10 @@ def commands():
             yield page, shlex.split(found.partition(" #")[0].partition(" > ")[0])[2:]
 
 
-@pytest.mark.parametrize("page, words", [pytest.param(*one, id=f"{one[0]}: {' '.join(one[1])[:60]}") for one in commands()])  # fmt: skip
+@pytest.mark.parametrize(
+    "page, words",
+    [pytest.param(*one, id=f"{one[0]}: {' '.join(one[1])[:60]}") for one in commands()],
+)
 def test_a_command_is_one(page, words):
     """Its flags and their values are those of its parser; nothing is run."""
     name, *flags = words
@@ -73,6 +83,23 @@ def test_its_code_runs(page, tables):
     assert example.messages[-1].content == example.answer == "chat"
 
 
+@pytest.mark.parametrize("page", [page for page in TEXTS if "```python" in TEXTS[page]])
+def test_its_code_is_python_of_today(page):
+    """Where running it takes weights: it compiles, and what it imports is there."""
+    for language, code in FENCE.findall(TEXTS[page]):
+        if language == "python":
+            tree = ast.parse(code)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom):
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, name.name) for name in node.names), code
+
+
+def test_no_page_waits_for_a_table():
+    for page, text in TEXTS.items():
+        assert not re.search(r"^[A-Z]+_TABLE$", text, re.MULTILINE), page
+
+
 def test_pictures_and_tables_are_of_today():
     for name, drawn in drawings.drawings().items():
         assert (drawings.FOLDER / name).read_text() == drawn, "python tools/drawings.py"
@@ -90,7 +117,7 @@ def test_its_links_lead_somewhere(page):
         if path.startswith(("http://", "https://", "mailto:")):
             continue
         target = (ROOT / page).parent / path if path else ROOT / page
-        assert target.exists(), link
+        assert target.is_dir() or target.stat().st_size, link
         if part:
             heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}

@@ -248,9 +248,16 @@ def adapter_config(method):
 def exact_logits(method, tokens, trained, segments=None, params=None):
     """`[B, T, V]` in NumPy's float64."""
     return numpy_logits(
-        method, RANK, SCALE, trained, add_to=DEFAULT_ADDS.get(method, ()),
-        base=params or base(), config=CONFIG, tokens=np.asarray(tokens), segments=segments,
-    )  # fmt: skip
+        method,
+        RANK,
+        SCALE,
+        trained,
+        add_to=DEFAULT_ADDS.get(method, ()),
+        base=params or base(),
+        config=CONFIG,
+        tokens=np.asarray(tokens),
+        segments=segments,
+    )
 
 
 def draw_batch(rows, seed=0):
@@ -402,11 +409,16 @@ def test_texts_with_the_decode_kernel(kernels, monkeypatch):
     prompts = draw_prompts(3, 200, 70, 128)
     texts = [
         Generator(
-            CONFIG, base(), {"a": adapter("ffba")}, adapter_config("ffba"),
-            max_length=512, batch_size=4, decode_kernel=kernel,
+            CONFIG,
+            base(),
+            {"a": adapter("ffba")},
+            adapter_config("ffba"),
+            max_length=512,
+            batch_size=4,
+            decode_kernel=kernel,
         ).generate(prompts, 32)
         for kernel in (True, False)
-    ]  # fmt: skip
+    ]
 
     def logits_of(_, tokens):
         return exact_logits("ffba", [tokens], adapter("ffba"))[0, -1]
@@ -504,11 +516,15 @@ def test_a_stopped_run_goes_on_bit_equal(form, small, programs, monkeypatch, tmp
     records.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = small(
         **{
-            "model.weights": str(model), "model.dtype": "bfloat16", "model.param_dtype": "bfloat16",
-            "data.tasks": str(records), "adapter.dropout": 0.1, "train.steps": 6,
+            "model.weights": str(model),
+            "model.dtype": "bfloat16",
+            "model.param_dtype": "bfloat16",
+            "data.tasks": str(records),
+            "adapter.dropout": 0.1,
+            "train.steps": 6,
             "train.eval_every": 0,
         }
-    )  # fmt: skip
+    )
     run(config, tmp_path / "whole")
     write = Metrics.write
 

@@ -11,6 +11,7 @@ from experiments.fuzz import inputs
 from experiments.fuzz_faults import spoil
 from experiments.load import Models, calls
 from experiments.soak import soak
+from flora_jax import train
 from flora_jax.data.records import raw_records
 from flora_jax.errors import UserError
 from flora_jax.files import read_json
@@ -20,6 +21,7 @@ from flora_jax.models.gguf import GgufFile
 from flora_jax.models.loading import load_pretrained
 from flora_jax.models.template_check import check_template
 from flora_jax.models.tokenizer import load_tokenizer
+from flora_jax.training.checkpoints import Checkpoints
 from flora_jax.training.workdir import check_workdir
 
 
@@ -37,14 +39,17 @@ def put(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["device", "pipe", "circle", "nowhere", "folder"])
-@pytest.mark.parametrize("read, name", [
-    (read_json, "x.json"),
-    (GgufFile, "x.gguf"),
-    (lambda path: list(raw_records(path)), "x.jsonl"),
-    (lambda path: read_tensors(path.parent), "adapter_model.safetensors"),
-    (lambda path: check_workdir(path.parent, {}), "config.json"),
-    (lambda path: load_pretrained(str(path.parent)), "config.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "read, name",
+    [
+        (read_json, "x.json"),
+        (GgufFile, "x.gguf"),
+        (lambda path: list(raw_records(path)), "x.jsonl"),
+        (lambda path: read_tensors(path.parent), "adapter_model.safetensors"),
+        (lambda path: check_workdir(path.parent, {}), "config.json"),
+        (lambda path: load_pretrained(str(path.parent)), "config.json"),
+    ],
+)
 def test_what_has_no_end_is_not_read(kind, read, name, tmp_path):
     with pytest.raises(UserError) as error:
         read(put(tmp_path / "x" / name, kind))
@@ -52,13 +57,16 @@ def test_what_has_no_end_is_not_read(kind, read, name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["device", "pipe"])
-@pytest.mark.parametrize("load, name", [
-    (load_pretrained, "config.json"),
-    (load_pretrained, "model.safetensors"),
-    (load_tokenizer, "tokenizer.json"),
-    (load_tokenizer, "tokenizer_config.json"),
-    (load_tokenizer, "chat_template.jinja"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "load, name",
+    [
+        (load_pretrained, "config.json"),
+        (load_pretrained, "model.safetensors"),
+        (load_tokenizer, "tokenizer.json"),
+        (load_tokenizer, "tokenizer_config.json"),
+        (load_tokenizer, "chat_template.jinja"),
+    ],
+)
 def test_a_model_of_what_has_no_end(kind, load, name, hf_directory, tmp_path):
     hf_directory(tmp_path / "model")
     put(tmp_path / "model" / name, kind)
@@ -78,8 +86,10 @@ TEMPLATES = {
     "no end": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "memory": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "one word": "{{ 'x' * 10**11 }}",
+    "behind a refusal": "{% if not add_generation_prompt %}{{ raise_exception('x') }}{% endif %}{{ 'x' * 10**11 }}",
+    "where it is for real": "{% if raise_exception is defined and tools is none %}{{ 'x' * 10**11 }}{% endif %}",
     "output": "{% for i in range(99999) %}{{ messages }}{% endfor %}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -91,11 +101,16 @@ def test_a_template_that_takes_too_much(kind, hf_directory, tmp_path):
         load_tokenizer(str(tmp_path / "model"))
 
 
-@pytest.mark.parametrize("text", [
-    "{{ raise_exception('no system turn') }}",
-    "{% generation %}{{ messages[-1].content }}{% endgeneration %}{{ eos_token }}",
-    "{{ messages[9].content.x }}", "{% for", "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ raise_exception('no system turn') }}",
+        "{% generation %}{{ messages[-1].content }}{% endgeneration %}{{ eos_token }}",
+        "{{ messages[9].content.x }}",
+        "{% for",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    ],
+)
 def test_a_template_that_refuses_is_no_danger(text):
     check_template(text, "here")
 
@@ -104,6 +119,28 @@ def test_a_message_is_one_line_that_ends():
     error = UserError(f"field 'x'={'y' * 10_000}\nand z; use another")
     assert "\n" not in str(error) and len(str(error)) < 1600
     assert str(error).startswith("field 'x'=") and str(error).endswith("and z; use another")
+
+
+@pytest.mark.parametrize("template", [5, True, {"default": 5}, {"default": ["x"]}])
+def test_a_template_that_is_no_text(template, hf_directory, tmp_path):
+    path = hf_directory(tmp_path / "model") / "tokenizer_config.json"
+    path.with_name("chat_template.jinja").unlink()  # it comes first
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    with pytest.raises(UserError):
+        load_tokenizer(str(tmp_path / "model"))
+
+
+def test_a_flag_longer_than_any():
+    with pytest.raises(UserError, match="is no flag"):
+        train.parse(["train", "--config", "configs/tiny.py", "--workdir", "w", "--rank" * 1000])
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt"])
+def test_a_pipe_in_a_checkpoint(name, tmp_path):
+    """orbax waits for what it has to say, in a thread that no signal reaches."""
+    put(tmp_path / "checkpoints/1" / name, "pipe")
+    with pytest.raises(UserError, match="is a device or a pipe, not a file"):
+        Checkpoints(tmp_path / "checkpoints", keep=1)
 
 
 def test_an_index_that_names_no_file(hf_directory, tmp_path):
@@ -169,5 +206,5 @@ def test_requests_of_every_kind_are_answered_as_alone(quick_compile):
 def test_two_minutes_of_everything(capsys):
     """Kills, spoilt files, requests; tests/training/test_resume.py has single kills."""
     found = soak(2.0, seed=10**6)
-    assert {"kill", "request"} < set(found) and len(found) > 3
+    assert {"kills", "request"} < set(found) and len(found) > 3
     assert not any(map(any, found.values())), capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from flora_jax import evaluate, export, files, generate, train
-from flora_jax.config import get_config
+from flora_jax.config import get_config, read_config
 from flora_jax.errors import UserError, expand_path, run_command
 from flora_jax.training.workdir import Metrics, check_workdir
 
@@ -39,9 +39,13 @@ BOOLQ = {
     "answer": "true",
 }
 TRAIN = (
-    "--config=~/config.py", "--workdir=~/run", "--config.model.weights=~/base", "--config.data.dir=~/data",
-    "--config.data.tasks=~/mine.jsonl,jsonl", "--config.data.cache_dir=~/cache",
-)  # fmt: skip
+    "--config=~/config.py",
+    "--workdir=~/run",
+    "--config.model.weights=~/base",
+    "--config.data.dir=~/data",
+    "--config.data.tasks=~/mine.jsonl,jsonl",
+    "--config.data.cache_dir=~/cache",
+)
 
 
 def records(words):
@@ -161,3 +165,11 @@ def test_what_is_no_path_is_refused(tmp_path, monkeypatch, capsys, path, words):
         assert command(module, *given) == 2
         assert words in (err := capsys.readouterr().err) and err.count("\n") == 1, err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bare_name_is_a_configuration_of_the_package():
+    """In a checkout those of configs/; a wheel carries them."""
+    assert read_config("ffba_1b").to_dict() == read_config("configs/ffba_1b.py").to_dict()
+    assert read_config("ablations:add_q").adapter.add_to == "q"
+    with pytest.raises(UserError, match=r"--config=fba_1b: .*ffba_1b.*, or give a file"):
+        read_config("fba_1b")

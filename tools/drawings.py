@@ -221,7 +221,10 @@ def with_results(readme: str) -> str:
     """The README with the table of results between its marks."""
     marks = ("<!-- results: begin -->", "<!-- results: end -->")
     between = re.compile(rf"{marks[0]}.*{marks[1]}", re.DOTALL)
-    return between.sub(f"{marks[0]}\n{results()}\n{marks[1]}", readme)
+    text, count = between.subn(f"{marks[0]}\n{results()}\n{marks[1]}", readme)
+    if count != 1:
+        raise ValueError(f"README.md has no {marks[0]} … {marks[1]}")
+    return text
 
 
 def drawings() -> dict[str, str]:

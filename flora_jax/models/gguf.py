@@ -134,7 +134,12 @@ class GgufFile:
     def get(self, key: str, default: Any = None) -> Any:
         """The metadata value `key` (scalar, str or list), or `default`."""
         field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        if field is None:
+            return default
+        try:
+            return field.contents()
+        except (ValueError, LookupError) as error:  # text that is none, a part that is not there
+            raise UserError(f"{self.path}: {key} cannot be read ({error})") from None
 
     def require(self, key: str) -> Any:
         """The metadata value `key`; UserError if the file has none."""

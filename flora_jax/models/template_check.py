@@ -13,8 +13,10 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterable
+from typing import NoReturn
 
-from flora_jax.errors import UserError
+from flora_jax.errors import UserError, require
 from flora_jax.tokens import DATE, without_generation
 
 _SECONDS = 2  # of a processor; a published template takes a hundredth of one
@@ -25,8 +27,9 @@ _TOO_MUCH = 3  # exit code
 
 
 def check_template(template: str, where: str) -> None:
-    """Raises UserError for a template that does not end in time or takes too much. where: it is
-    from."""
+    """Raises UserError for a template that is no text, does not end in time or takes too much.
+    where: it is from."""
+    require(isinstance(template, str), f"{where}: the chat template is no text")
     if not _ends(template):
         raise UserError(
             f"{where}: the chat template takes more than {_SECONDS} seconds, {_BYTES // 2**20} MB "
@@ -38,7 +41,7 @@ def check_template(template: str, where: str) -> None:
 def _ends(template: str) -> bool:
     try:
         done = subprocess.run(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-P", "-m", __name__],  # -P: no Python of the directory that we are in
             input=template.encode("utf-8", "surrogatepass"),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stdout=subprocess.DEVNULL,
@@ -58,17 +61,26 @@ def _render(template: str) -> None:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = lambda value, **_: repr(value)
-    environment.globals["strftime_now"] = lambda _: DATE
+    environment.globals |= {"strftime_now": lambda _: DATE, "raise_exception": _refuse}
     tokens = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for start in ([], [{"role": "system", "content": "c"}]):
         for opens in (False, True):
-            messages = [*start, *turns[: 2 - opens]]
-            given = {"messages": messages, "add_generation_prompt": opens, "date_string": DATE}
-            _count(environment.from_string(template).generate(**given, **tokens))
+            given = {"add_generation_prompt": opens, "date_string": DATE, "tools": None}
+            given |= {"messages": [*start, *turns[: 2 - opens]], "documents": None, **tokens}
+            try:
+                _count(environment.from_string(template).generate(**given))
+            except MemoryError:
+                raise
+            except Exception:  # refused
+                continue
 
 
-def _count(pieces) -> None:
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _count(pieces: Iterable[str]) -> None:
     written = 0
     for piece in pieces:
         written += len(piece)
@@ -87,8 +99,6 @@ def _main() -> None:
         _render(template)
     except MemoryError:
         sys.exit(_TOO_MUCH)
-    except Exception:  # refused
-        return
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def load_tokenizer(source: str, template_arguments: str = "") -> Tokenizer:
 
 
 def _templates(tokenizer: Tokenizer) -> Iterable[str]:
-    """Its chat templates: none, one, or several by name."""
-    found = tokenizer.chat_template or {}
+    """Its chat templates: none, one, or several by name. They may be no text."""
+    found = {} if tokenizer.chat_template is None else tokenizer.chat_template
     return found.values() if isinstance(found, Mapping) else [found]
 
 

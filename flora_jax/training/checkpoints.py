@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from flora_jax.adapters import AdapterConfig
 from flora_jax.errors import UserError, disk_fault, require, writing
-from flora_jax.files import plain_path
+from flora_jax.files import check_file, plain_path
 from flora_jax.training.step import TrainState
 
 FORMAT_VERSION = 1
@@ -48,9 +49,14 @@ class _Best(checkpoint_managers.PreservationPolicy):
 
 
 class Checkpoints:
-    """The checkpoints of one run: the `keep` latest, and the best on validation."""
+    """The checkpoints of one run: the `keep` latest, and the best on validation. Raises UserError
+    where something else than files lies in the directory: orbax would wait for ever for what a pipe
+    has to say."""
 
     def __init__(self, directory: Path, keep: int):
+        for place, _, names in os.walk(directory):
+            for name in names:
+                check_file(Path(place, name))
         self._best = _Best()
         self._manager = ocp.CheckpointManager(
             plain_path(directory.parent, "--workdir") / directory.name,

@@ -49,9 +49,17 @@ def paper_count(method: str, r: int, config: LlamaConfig) -> int:
     L = config.num_hidden_layers
     lora, fpa, ffba = r * (7 * D + 2 * Q + 2 * K + 3 * F), 4 * r * D, 10 * r * D
     a_layer = {
-        "fft": 0, "lora": lora, "pf_lora": lora, "ffa": r * (5 * D + Q + F), "fpa": fpa, "parallel": fpa,
-        "ffba": ffba, "ffba_qg_add": ffba, "ffba_qd_add": ffba, "zflora": r * (2 * Q + 2 * K + 3 * F),
-    }  # fmt: skip
+        "fft": 0,
+        "lora": lora,
+        "pf_lora": lora,
+        "ffa": r * (5 * D + Q + F),
+        "fpa": fpa,
+        "parallel": fpa,
+        "ffba": ffba,
+        "ffba_qg_add": ffba,
+        "ffba_qd_add": ffba,
+        "zflora": r * (2 * Q + 2 * K + 3 * F),
+    }
     return L * a_layer[method] - (r * (Q + 2 * K) if method == "zflora" else 0)
 
 
@@ -63,46 +71,71 @@ def count(config: LlamaConfig, adapter: AdapterConfig) -> int:
 
 @settings(max_examples=12, deadline=None)
 @given(
-    r=st.integers(1, 9), d=st.integers(1, 5), f=st.integers(1, 7), heads=st.integers(1, 3), groups=st.integers(1, 3),
-    layers=st.integers(1, 4), half=st.integers(1, 3),
-)  # fmt: skip
+    r=st.integers(1, 9),
+    d=st.integers(1, 5),
+    f=st.integers(1, 7),
+    heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    layers=st.integers(1, 4),
+    half=st.integers(1, 3),
+)
 def test_parameter_counts_are_the_papers(r, d, f, heads, groups, layers, half):
     config = LlamaConfig(
-        vocab_size=11, hidden_size=r * d, intermediate_size=r * f, num_hidden_layers=layers,
-        num_attention_heads=heads * groups, num_key_value_heads=heads, head_dim=2 * r * half)  # fmt: skip
+        vocab_size=11,
+        hidden_size=r * d,
+        intermediate_size=r * f,
+        num_hidden_layers=layers,
+        num_attention_heads=heads * groups,
+        num_key_value_heads=heads,
+        head_dim=2 * r * half,
+    )
     for method in METHODS:
         assert count(config, AdapterConfig(method, r)) == paper_count(method, r, config), method
 
 
 def test_parameter_counts_of_a_1b():
     config = LlamaConfig.preset("llama3.2-1b")
-    millions = {(m, r): round(count(config, AdapterConfig(m, r)) / 1e6, 1)
-                for m, r in (("lora", 32), ("ffba", 32), ("ffba", 64))}  # fmt: skip
+    millions = {
+        (m, r): round(count(config, AdapterConfig(m, r)) / 1e6, 1)
+        for m, r in (("lora", 32), ("ffba", 32), ("ffba", 64))
+    }
     assert millions == {("lora", 32): 22.5, ("ffba", 32): 10.5, ("ffba", 64): 21.0}
 
 
 LORA_TREE = {
-    "attention/qkv/A": (2, 96, 24), "attention/qkv/q_B": (2, 8, 96),
-    "attention/qkv/k_B": (2, 8, 32), "attention/qkv/v_B": (2, 8, 32),
-    "attention/o/A": (2, 96, 8), "attention/o/o_B": (2, 8, 96),
-    "mlp/gate_up/A": (2, 96, 16), "mlp/gate_up/gate_B": (2, 8, 192), "mlp/gate_up/up_B": (2, 8, 192),
-    "mlp/down/A": (2, 192, 8), "mlp/down/down_B": (2, 8, 96),
-}  # fmt: skip
+    "attention/qkv/A": (2, 96, 24),
+    "attention/qkv/q_B": (2, 8, 96),
+    "attention/qkv/k_B": (2, 8, 32),
+    "attention/qkv/v_B": (2, 8, 32),
+    "attention/o/A": (2, 96, 8),
+    "attention/o/o_B": (2, 8, 96),
+    "mlp/gate_up/A": (2, 96, 16),
+    "mlp/gate_up/gate_B": (2, 8, 192),
+    "mlp/gate_up/up_B": (2, 8, 192),
+    "mlp/down/A": (2, 192, 8),
+    "mlp/down/down_B": (2, 8, 96),
+}
 FPA_TREE = {
-    "attention/qkv/A": (2, 96, 8), "attention/o/o_B": (2, 8, 96),
-    "mlp/gate_up/A": (2, 96, 8), "mlp/down/down_B": (2, 8, 96),
-}  # fmt: skip
+    "attention/qkv/A": (2, 96, 8),
+    "attention/o/o_B": (2, 8, 96),
+    "mlp/gate_up/A": (2, 96, 8),
+    "mlp/down/down_B": (2, 8, 96),
+}
 FFBA_TREE = {
-    "attention/qkv/A": (2, 96, 24), "attention/o/o_B": (2, 24, 96),
-    "mlp/gate_up/A": (2, 96, 16), "mlp/down/down_B": (2, 16, 96),
-}  # fmt: skip
+    "attention/qkv/A": (2, 96, 24),
+    "attention/o/o_B": (2, 24, 96),
+    "mlp/gate_up/A": (2, 96, 16),
+    "mlp/down/down_B": (2, 16, 96),
+}
 TREES = {
     "fft": {},
     "lora": LORA_TREE,
     "pf_lora": LORA_TREE,
     "ffa": {
-        "attention/qkv/A": (2, 96, 24), "attention/o/A": (2, 96, 8),
-        "mlp/gate_up/A": (2, 96, 16), "mlp/down/A": (2, 192, 8),
+        "attention/qkv/A": (2, 96, 24),
+        "attention/o/A": (2, 96, 8),
+        "mlp/gate_up/A": (2, 96, 16),
+        "mlp/down/A": (2, 192, 8),
     },
     "fpa": FPA_TREE,
     "parallel": FPA_TREE,
@@ -110,11 +143,15 @@ TREES = {
     "ffba_qg_add": FFBA_TREE,
     "ffba_qd_add": FFBA_TREE,
     "zflora": {
-        "attention/qkv/q_B": (1, 8, 96), "attention/qkv/k_B": (1, 8, 32), "attention/qkv/v_B": (1, 8, 32),
+        "attention/qkv/q_B": (1, 8, 96),
+        "attention/qkv/k_B": (1, 8, 32),
+        "attention/qkv/v_B": (1, 8, 32),
         "attention/o/A": (2, 96, 8),
-        "mlp/gate_up/gate_B": (2, 8, 192), "mlp/gate_up/up_B": (2, 8, 192), "mlp/down/A": (2, 192, 8),
+        "mlp/gate_up/gate_B": (2, 8, 192),
+        "mlp/gate_up/up_B": (2, 8, 192),
+        "mlp/down/A": (2, 192, 8),
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -130,8 +167,10 @@ def test_tree(method):
 def test_tree_of_some_targets():
     tree = by_path(abstract_adapter(TINY, AdapterConfig("lora", 8, targets="v,q")))
     assert {path: leaf.shape for path, leaf in tree.items()} == {
-        "layers/attention/qkv/A": (2, 96, 16), "layers/attention/qkv/q_B": (2, 8, 96),
-        "layers/attention/qkv/v_B": (2, 8, 32)}  # fmt: skip
+        "layers/attention/qkv/A": (2, 96, 16),
+        "layers/attention/qkv/q_B": (2, 8, 96),
+        "layers/attention/qkv/v_B": (2, 8, 32),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -274,16 +313,25 @@ fast_init = jax.jit(init_adapter, static_argnums=(1, 2), compiler_options=FAST_C
 
 @pytest.mark.parametrize(
     "method, full",
-    [("lora", "A"), ("fpa", "A"), ("ffa", None), ("ffba", "B"), ("ffba_qg_add", "B"), ("zflora", "B"),
-     ({"method": "lora", "zero_init": "A"}, "B"), ({"method": "fpa", "zero_init": "A"}, "B"),
-     ({"method": "ffba", "add_to": (), "zero_init": "B"}, "A")],
-)  # fmt: skip
+    [
+        ("lora", "A"),
+        ("fpa", "A"),
+        ("ffa", None),
+        ("ffba", "B"),
+        ("ffba_qg_add", "B"),
+        ("zflora", "B"),
+        ({"method": "lora", "zero_init": "A"}, "B"),
+        ({"method": "fpa", "zero_init": "A"}, "B"),
+        ({"method": "ffba", "add_to": (), "zero_init": "B"}, "A"),
+    ],
+)
 def test_initial_values(method, full):
     """One side zero; A uniform within 1/√d_in, B normal with std 1/√rows, layer by layer."""
     adapter = AdapterConfig(rank=16, **(method if isinstance(method, dict) else {"method": method}))
     leaves = by_path(jax.tree.map(np.asarray, fast_init(jax.random.key(3), WIDE, adapter)))
     assert {path: v.shape for path, v in leaves.items()} == {
-        path: v.shape for path, v in by_path(abstract_adapter(WIDE, adapter)).items()}  # fmt: skip
+        path: v.shape for path, v in by_path(abstract_adapter(WIDE, adapter)).items()
+    }
     for path, value in leaves.items():
         side = path[-1]
         if side != full:
@@ -359,9 +407,19 @@ def silu(x):
 
 
 def numpy_logits(
-    method, r, s, adapter, *, targets=PROJECTIONS, add_to=(), act=lambda z: z, base=None,
-    config=TINY, tokens=TOKENS, segments=None,
-):  # fmt: skip
+    method,
+    r,
+    s,
+    adapter,
+    *,
+    targets=PROJECTIONS,
+    add_to=(),
+    act=lambda z: z,
+    base=None,
+    config=TINY,
+    tokens=TOKENS,
+    segments=None,
+):
     """Logits `[B, T, V]` of tokens, float64; a token sees its segment alone."""
 
     def to64(tree):
@@ -437,11 +495,18 @@ def numpy_logits(
     x, z = base["embed_tokens"]["embedding"][tokens], np.zeros((B, T, r))
     for l in range(config.num_hidden_layers):
         (q, k, v), inner = project(
-            "attention", "qkv", ["q", "k", "v"], l, norm(x, kernels["attention_norm"]["scale"][l]), z)  # fmt: skip
+            "attention",
+            "qkv",
+            ["q", "k", "v"],
+            l,
+            norm(x, kernels["attention_norm"]["scale"][l]),
+            z,
+        )
         (y,), written = project("attention", "o", ["o"], l, attention(q, k, v), inner)
         x, z = x + y, z + written if stream else z
         (gate, up), inner = project(
-            "mlp", "gate_up", ["gate", "up"], l, norm(x, kernels["mlp_norm"]["scale"][l]), z)  # fmt: skip
+            "mlp", "gate_up", ["gate", "up"], l, norm(x, kernels["mlp_norm"]["scale"][l]), z
+        )
         (y,), written = project("mlp", "down", ["down"], l, silu(gate) * up, inner)
         x, z = x + y, z + written if stream else z
     if stream:
@@ -724,8 +789,11 @@ def test_a_product_that_is_a_sum_is_taken_in_float32(tokens, most, monkeypatch):
     rng = np.random.default_rng(0)
     x, W = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, tokens, 5), (5, 7)))
     # A function of its own, since a trace is kept by function.
-    (product,) = (eqn for eqn in jax.make_jaxpr(lambda *arrays: products_module.multiply(*arrays))(x, W).eqns
-                  if eqn.primitive.name == "dot_general")  # fmt: skip
+    (product,) = (
+        eqn
+        for eqn in jax.make_jaxpr(lambda *arrays: products_module.multiply(*arrays))(x, W).eqns
+        if eqn.primitive.name == "dot_general"
+    )
     assert product.outvars[0].aval.dtype == (jnp.float32 if summed else jnp.bfloat16)
     found, x64, W64 = (
         np.asarray(array, np.float64) for array in (products_module.multiply(x, W), x, W)
@@ -739,17 +807,26 @@ def test_a_product_that_is_a_sum_is_taken_in_float32(tokens, most, monkeypatch):
             products_module.multiply(x, other)
 
 
-@pytest.mark.parametrize("dtype, tokens, narrow, rows", [
-    ("bfloat16", 1, 8, 2), ("bfloat16", 1, 7, 1), ("bfloat16", 3, 8, 3), ("float32", 1, 8, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, tokens, narrow, rows",
+    [
+        ("bfloat16", 1, 8, 2),
+        ("bfloat16", 1, 7, 1),
+        ("bfloat16", 3, 8, 3),
+        ("float32", 1, 8, 1),
+    ],
+)
 def test_one_token_with_few_outputs_is_given_twice(dtype, tokens, narrow, rows, monkeypatch):
     """In half precision, where a GPU's compiler would make a sum that it writes out first."""
     monkeypatch.setattr(products_module, "_COUNTING", 5 * 7 - 1)
     monkeypatch.setattr(products_module, "_NARROW", narrow)
     rng = np.random.default_rng(0)
     x, W = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((1, tokens, 5), (5, 7)))
-    (product,) = (eqn for eqn in jax.make_jaxpr(lambda *arrays: products_module.multiply(*arrays))(x, W).eqns
-                  if eqn.primitive.name == "dot_general")  # fmt: skip
+    (product,) = (
+        eqn
+        for eqn in jax.make_jaxpr(lambda *arrays: products_module.multiply(*arrays))(x, W).eqns
+        if eqn.primitive.name == "dot_general"
+    )
     assert np.prod(product.outvars[0].aval.shape) == rows * 7
     assert products_module.is_sum(x, 5, 7) == (rows == tokens == 1)
     found = products_module.multiply(x, W)

@@ -38,9 +38,15 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = LlamaConfig.preset("tiny")
 # Two heads of 24 to one key/value head, a width of the heads' own, untied, biases everywhere.
 ODD = dataclasses.replace(
-    TINY, hidden_size=64, intermediate_size=120, num_attention_heads=2, num_key_value_heads=1, head_dim=24,
-    tie_word_embeddings=False, biases=PRODUCTS,
-)  # fmt: skip
+    TINY,
+    hidden_size=64,
+    intermediate_size=120,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=24,
+    tie_word_embeddings=False,
+    biases=PRODUCTS,
+)
 ADAPTED = [m for m in METHODS if m != "fft"]
 TOKENS = jax.random.randint(jax.random.key(3), (2, 12), 0, TINY.vocab_size)
 
@@ -167,10 +173,19 @@ def test_fused_equals_split_and_is_undone(config, method):
         assert_same_tree(found_adapter, adapter, ulp=2)
 
 
-@pytest.mark.parametrize("method, targets", [
-    ("ffba", "k,v"), ("ffba", "q,k,v,gate,up,down"), ("ffba_qg_add", "q,gate"), ("ffba_qd_add", "q,gate,up,down"),
-    ("lora", "v,down"), ("pf_lora", "k,up"), ("ffa", "o,gate"), ("fpa", "gate,up,down"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, targets",
+    [
+        ("ffba", "k,v"),
+        ("ffba", "q,k,v,gate,up,down"),
+        ("ffba_qg_add", "q,gate"),
+        ("ffba_qd_add", "q,gate,up,down"),
+        ("lora", "v,down"),
+        ("pf_lora", "k,up"),
+        ("ffa", "o,gate"),
+        ("fpa", "gate,up,down"),
+    ],
+)
 def test_some_targets_alone(method, targets):
     """Fused, unmerged, in a bank and back; an ffba need not write where its z is added beside it."""
     adapter_config = AdapterConfig(method, 8, alpha=12.0, targets=targets)
@@ -443,9 +458,14 @@ def test_marks_outlive_a_trip_through_paths():
         np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("preset, method, rows", [
-    ("llama3.2-1b", "ffba", 2176), ("llama3.2-3b", "ffba", 3200), ("llama3.2-3b", "zflora", 3200),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "preset, method, rows",
+    [
+        ("llama3.2-1b", "ffba", 2176),
+        ("llama3.2-3b", "ffba", 3200),
+        ("llama3.2-3b", "zflora", 3200),
+    ],
+)
 def test_rows_as_a_gpu_wants_them(preset, method, rows, monkeypatch):
     """The rows of o, or of zflora's stream, with 96 or 32 riding."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -485,8 +505,13 @@ def test_one_token_reads_no_rows_that_fill_up(tokens, most, read, monkeypatch):
     np.testing.assert_allclose(
         model.apply(filled, tokens), expected, atol=1e-5 * float(jnp.abs(expected).max())
     )
-    shapes = {eqn.invars[1].aval.shape for eqn in jax.make_jaxpr(lambda t: model.apply(filled, t))(tokens).eqns
-              if eqn.primitive.name == "dot_general"}  # fmt: skip
-    o = {name: tree["params"]["layers"]["0"]["attention"]["o"]["kernel"].shape
-         for name, tree in (("own", plain), ("all", filled))}  # fmt: skip
+    shapes = {
+        eqn.invars[1].aval.shape
+        for eqn in jax.make_jaxpr(lambda t: model.apply(filled, t))(tokens).eqns
+        if eqn.primitive.name == "dot_general"
+    }
+    o = {
+        name: tree["params"]["layers"]["0"]["attention"]["o"]["kernel"].shape
+        for name, tree in (("own", plain), ("all", filled))
+    }
     assert o["own"] != o["all"] and o[read] in shapes and not shapes & set(o.values()) - {o[read]}

@@ -49,9 +49,15 @@ FORMATS = [name for name in QUANTIZATIONS if name != "none"]
 ADAPTED = [method for method in METHODS if method != "fft"]
 # Blocks of 64 divide its widths; biases, so that these are seen to stay floats.
 CONFIG = dataclasses.replace(
-    LlamaConfig.preset("tiny"), hidden_size=128, intermediate_size=192, num_attention_heads=2, num_key_value_heads=1,
-    head_dim=64, biases=("qkv", "o", "gate_up", "down"), eos_token_id=(),
-)  # fmt: skip
+    LlamaConfig.preset("tiny"),
+    hidden_size=128,
+    intermediate_size=192,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=64,
+    biases=("qkv", "o", "gate_up", "down"),
+    eos_token_id=(),
+)
 TOKENS = jax.random.randint(jax.random.key(3), (2, 12), 0, CONFIG.vocab_size)
 REFERENCE = Path(__file__).parent / "reference/nf4.npz"
 
@@ -180,10 +186,17 @@ def test_a_product_and_its_gradient(bases, name):
     np.testing.assert_allclose(found, owed, atol=1e-5 * float(jnp.abs(owed).max()))
 
 
-@pytest.mark.parametrize("name, method", [
-    *(("int8", method) for method in ADAPTED),
-    *((name, method) for name in ("fp8", "nf4") for method in ("lora", "ffba_qg_add", "zflora")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        *(("int8", method) for method in ADAPTED),
+        *(
+            (name, method)
+            for name in ("fp8", "nf4")
+            for method in ("lora", "ffba_qg_add", "zflora")
+        ),
+    ],
+)
 def test_every_method_over_codes(bases, name, method):
     """Logits and gradients are those over the floats that the codes stand for; fused, the adapter is in codes, too."""
     adapter_config = AdapterConfig(method, 8, alpha=6.0)
@@ -245,9 +258,16 @@ def test_the_bare_base_is_served_as_it_is(bases, name):
     np.testing.assert_allclose(tokens, owed, atol=1e-5 * float(jnp.abs(owed).max()))
 
 
-@pytest.mark.parametrize("name, method", [
-    ("int8", "ffba_qg_add"), ("int8", "zflora"), ("int8", "pf_lora"), ("fp8", "fpa"), ("nf4", "ffba"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        ("int8", "ffba_qg_add"),
+        ("int8", "zflora"),
+        ("int8", "pf_lora"),
+        ("fp8", "fpa"),
+        ("nf4", "ffba"),
+    ],
+)
 def test_switching_and_banks(bases, prompts, name, method):
     """An adapter that was written over another answers as one that was fused alone, and so does each row of a bank."""
     adapter_config = AdapterConfig(method, 8, alpha=12.0)

@@ -31,8 +31,22 @@ from flora_jax.models.llama import Llama, init_base
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TINY = LlamaConfig.preset("tiny")
-FLAGS = ("--model", "random", "--preset", "tiny", "--rank", "8", "--new_tokens", "4", "--rounds", "2",
-         "--prompt_lengths", "5", "--batch_sizes", "2")  # fmt: skip
+FLAGS = (
+    "--model",
+    "random",
+    "--preset",
+    "tiny",
+    "--rank",
+    "8",
+    "--new_tokens",
+    "4",
+    "--rounds",
+    "2",
+    "--prompt_lengths",
+    "5",
+    "--batch_sizes",
+    "2",
+)
 
 
 @pytest.fixture
@@ -137,12 +151,14 @@ def test_what_is_timed_is_the_generator(base):
 
     started = time.perf_counter()
     ttft, tpot = timing.Programs(
-        setting, programs.prefill, programs.grow, programs.begin, watch, 0.0, False).run(params, prompts)  # fmt: skip
+        setting, programs.prefill, programs.grow, programs.begin, watch, 0.0, False
+    ).run(params, prompts)
     elapsed = time.perf_counter() - started
     assert counted == [6] and min(ttft, tpot) > 0 and ttft + 5 * tpot < elapsed
     adapter = random_adapter(jax.random.key(1), TINY, config)
     expected = Generator(TINY, base, {"a": adapter}, config, max_length=64, batch_size=2).generate(
-        prompts.tolist(), 6)  # fmt: skip
+        prompts.tolist(), 6
+    )
     for row, generation in zip(np.asarray(states[0].out), expected, strict=True):
         assert row[: len(generation.tokens)].tolist() == generation.tokens
     assert max(len(generation.tokens) for generation in expected) == 6
@@ -206,20 +222,39 @@ def test_arithmetic_in_closed_form():
     slow = [1.0, 2.0, 1.0, 4.0]
 
     def measurement(name, ttft, tpot):
-        return Measurement(name, setting, [
-            {REFERENCE: (0.1 * s, 0.02 * s), name: (ttft * s, tpot * s), "peft": (0.2 * s, 0.04 * s)} for s in slow
-        ], {name: (1.5, True)})  # fmt: skip
+        return Measurement(
+            name,
+            setting,
+            [
+                {
+                    REFERENCE: (0.1 * s, 0.02 * s),
+                    name: (ttft * s, tpot * s),
+                    "peft": (0.2 * s, 0.04 * s),
+                }
+                for s in slow
+            ],
+            {name: (1.5, True)},
+        )
 
     measurements = [measurement("lora", 0.15, 0.03), measurement("fpa", 0.11, 0.022)]
-    sizes = {REFERENCE: Size(None, 0, 1000), "lora": Size(4, 7, 1100), "fpa": Size(8, 6, 1050),
-             "peft": Size(4, 7, 1100)}  # fmt: skip
+    sizes = {
+        REFERENCE: Size(None, 0, 1000),
+        "lora": Size(4, 7, 1100),
+        "fpa": Size(8, 6, 1050),
+        "peft": Size(4, 7, 1100),
+    }
     rows = {row["method"]: row for row in comparison.table(measurements, sizes, gb_per_s=1e-4)}
     assert list(rows) == ["lora", "fpa", "peft"]
     fpa = rows["fpa"]
     assert fpa["tpot"]["median"] == pytest.approx(0.022 * 1.5)
     assert fpa["tpot"]["quartiles"] == pytest.approx([0.022, 0.022 * 2.5])
-    for value, expected in ((fpa["tpot_ratio"], 1.1), (fpa["ttft_ratio"], 1.1), (rows["lora"]["tpot_ratio"], 1.5),
-                            (fpa["tpot_over_peer"]["peft"], 0.55), (rows["peft"]["tpot_ratio"], 2)):  # fmt: skip
+    for value, expected in (
+        (fpa["tpot_ratio"], 1.1),
+        (fpa["ttft_ratio"], 1.1),
+        (rows["lora"]["tpot_ratio"], 1.5),
+        (fpa["tpot_over_peer"]["peft"], 0.55),
+        (rows["peft"]["tpot_ratio"], 2),
+    ):
         assert [value["median"], *value["quartiles"]] == pytest.approx([expected] * 3)
     assert fpa["beside"]["lora"]["tpot"] == pytest.approx(
         {"less_than_lora": 1 - 11 / 15, "overhead_removed": 0.8}
@@ -354,8 +389,16 @@ def test_bad_input(tmp_path, capsys):
 
 def test_another_architecture_than_the_presets(tmp_path, hf_directory, capsys):
     hf_directory(tmp_path / "model")
-    refused(capsys, ["--preset smollm2-135m", "another architecture"], "--model", tmp_path / "model", "--preset",
-            "smollm2-135m", "--out", tmp_path / "new")  # fmt: skip
+    refused(
+        capsys,
+        ["--preset smollm2-135m", "another architecture"],
+        "--model",
+        tmp_path / "model",
+        "--preset",
+        "smollm2-135m",
+        "--out",
+        tmp_path / "new",
+    )
 
 
 def test_absent_peer(tmp_path, capsys, monkeypatch):
@@ -404,9 +447,29 @@ def test_the_peer_beside_real_weights(tmp_path):
     """The whole table on SmolLM2, PEFT compiled and eager in the same rounds."""
     pytest.importorskip("torch")
     pytest.importorskip("peft")
-    main(["latency", "--model", "smollm2-135m-instruct", "--methods", "base,lora_7,ffba", "--prompt_lengths", "32",
-          "--batch_sizes", "1", "--rank", "16", "--new_tokens", "9", "--rounds", "3", "--peer", "peft",
-          "--out", str(tmp_path)])  # fmt: skip
+    main(
+        [
+            "latency",
+            "--model",
+            "smollm2-135m-instruct",
+            "--methods",
+            "base,lora_7,ffba",
+            "--prompt_lengths",
+            "32",
+            "--batch_sizes",
+            "1",
+            "--rank",
+            "16",
+            "--new_tokens",
+            "9",
+            "--rounds",
+            "3",
+            "--peer",
+            "peft",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     result = json.loads((tmp_path / "latency.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
     assert rows["ffba"]["bytes_ratio"] == pytest.approx(1 + 2_764_800 / 134_515_008)

@@ -112,9 +112,13 @@ def test_parse_hlo():
 def test_parse_launches_counts_leaves_alone():
     found = launch_plan.parse_launches(SEQUENCE, METADATA)
     assert found == [
-        ("kCustomKernel", "wide"), ("kCublasLtMatmul", "call"), ("kCustomKernel", "parts"), ("kCustomKernel", "less"),
-        ("kCopy", "again"), ("kCustomKernel", "grown"),
-    ]  # fmt: skip
+        ("kCustomKernel", "wide"),
+        ("kCublasLtMatmul", "call"),
+        ("kCustomKernel", "parts"),
+        ("kCustomKernel", "less"),
+        ("kCopy", "again"),
+        ("kCustomKernel", "grown"),
+    ]
 
 
 def test_longest_chain():
@@ -142,10 +146,13 @@ def test_moved_bytes():
     }
 
 
-@pytest.mark.parametrize("threshold, weights, cache", [
-    (128 * 128 * 2, ["pad bf16[128,128]{1,0}"], ["copy bf16[8,32,64]{2,1,0}"]),
-    (128 * 128 * 2 + 1, [], []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "threshold, weights, cache",
+    [
+        (128 * 128 * 2, ["pad bf16[128,128]{1,0}"], ["copy bf16[8,32,64]{2,1,0}"]),
+        (128 * 128 * 2 + 1, [], []),
+    ],
+)
 def test_large_copies(threshold, weights, cache):
     computations, entry = launch_plan.parse_hlo(HLO)
     launched = ["wide", "call", "parts", "again", "grown"]
@@ -173,19 +180,25 @@ def run(*flags):
     return end.value.code
 
 
-@pytest.mark.parametrize("flags, line", [
-    (["--targets", "h10"], "--targets 'h10' is unknown; did you mean 'h100'"),
-    (["--modes", "cudnn"], "--modes 'cudnn' is unknown"),
-    (["--methods", "base,lorra"], "method 'lorra' is unknown here; did you mean"),
-    (["--preset", "llama3.2-2b"], "preset 'llama3.2-2b' is unknown; did you mean"),
-    (["--batch_sizes", "1,0"], "--batch_sizes '0' must be a positive integer"),
-    (["--cache_length", "-5"], "--cache_length '-5' must be a positive integer"),
-    (["--methods", "ffba", "--rank", "7"], "rank"),
-    (["--methods", "lora", "--adapters", "1,4"], "lora cannot hold a bank of 4 adapters; pf_lora,"),
-    (["--launch_us", "nan"], "--launch_us nan must be zero or more"),
-    (["--dtype", "float8"], "--dtype"),
-    (["--attention", "cudnn"], "--attention"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (["--targets", "h10"], "--targets 'h10' is unknown; did you mean 'h100'"),
+        (["--modes", "cudnn"], "--modes 'cudnn' is unknown"),
+        (["--methods", "base,lorra"], "method 'lorra' is unknown here; did you mean"),
+        (["--preset", "llama3.2-2b"], "preset 'llama3.2-2b' is unknown; did you mean"),
+        (["--batch_sizes", "1,0"], "--batch_sizes '0' must be a positive integer"),
+        (["--cache_length", "-5"], "--cache_length '-5' must be a positive integer"),
+        (["--methods", "ffba", "--rank", "7"], "rank"),
+        (
+            ["--methods", "lora", "--adapters", "1,4"],
+            "lora cannot hold a bank of 4 adapters; pf_lora,",
+        ),
+        (["--launch_us", "nan"], "--launch_us nan must be zero or more"),
+        (["--dtype", "float8"], "--dtype"),
+        (["--attention", "cudnn"], "--attention"),
+    ],
+)
 def test_bad_input_is_one_line(flags, line, capsys, monkeypatch):
     monkeypatch.setattr(compilers, "require_compiler", lambda: None)
     assert run(*flags) == 2
@@ -214,8 +227,25 @@ def test_rows_and_table(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(launch_plan, "plan_step", plan_step)
     monkeypatch.setattr(compilers, "require_compiler", lambda: None)
-    launches.main(["launches", "--preset", "llama3.2-1b", "--methods", "base,lora", "--targets", "h100",
-                   "--modes", "cublas", "--batch_sizes", "8", "--launch_us", "1", "--out", str(tmp_path)])  # fmt: skip
+    launches.main(
+        [
+            "launches",
+            "--preset",
+            "llama3.2-1b",
+            "--methods",
+            "base,lora",
+            "--targets",
+            "h100",
+            "--modes",
+            "cublas",
+            "--batch_sizes",
+            "8",
+            "--launch_us",
+            "1",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     result = json.loads((tmp_path / "launches.json").read_text())
     about = result["provenance"]
     assert about["command"].startswith("python -m flora_jax.launches --preset") and str(
@@ -225,8 +255,16 @@ def test_rows_and_table(monkeypatch, tmp_path, capsys):
     assert result["schema_version"] == 1 and result["smallest_kernel"] == 2048 * 512 * 2
     assert [row["label"] for row in result["rows"]] == ["base", "lora", "lora, dot merger off"]
     row = result["rows"][0]
-    assert row["layer"] == {"launches": 4, "gemms": 2, "products": 0, "chain": 3, "moved": 1000, "weight_copies": 1,
-                            "cache_copies": 0, "activation_copies": 0}  # fmt: skip
+    assert row["layer"] == {
+        "launches": 4,
+        "gemms": 2,
+        "products": 0,
+        "chain": 3,
+        "moved": 1000,
+        "weight_copies": 1,
+        "cache_copies": 0,
+        "activation_copies": 0,
+    }
     assert row["step"]["launches"] == 10 + 4 * 16 and row["step"]["activation_copies"] == 1
     assert (
         row["copies"] == {"weights": {"pad": 4}, "activations": {"copy": 1}}
@@ -240,8 +278,23 @@ def test_rows_and_table(monkeypatch, tmp_path, capsys):
     )
     assert text in capsys.readouterr().out
     assert "rows filled up to multiples of 128." in text
-    launches.main(["launches", "--methods", "base,ffba,base", "--targets", "h100,h100", "--modes", "cublas",
-                   "--batch_sizes", "8", "--adapters", "4", "--out", str(tmp_path / "bank")])  # fmt: skip
+    launches.main(
+        [
+            "launches",
+            "--methods",
+            "base,ffba,base",
+            "--targets",
+            "h100,h100",
+            "--modes",
+            "cublas",
+            "--batch_sizes",
+            "8",
+            "--adapters",
+            "4",
+            "--out",
+            str(tmp_path / "bank"),
+        ]
+    )
     rows = json.loads((tmp_path / "bank/launches.json").read_text())["rows"]
     assert [(row["label"], row["adapters"]) for row in rows] == [
         ("base", 1),
@@ -285,8 +338,15 @@ def test_methods_keep_what_they_promise(mode, target, key_value_heads, saved):
     GEMMs, and nothing of a weight's size moved about; lora needs ten more. The attention kernel saves launches, most
     where query heads share keys, as they do in Llamas."""
     config = LlamaConfig(
-        vocab_size=512, hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=key_value_heads, head_dim=64, tie_word_embeddings=True)  # fmt: skip
+        vocab_size=512,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=key_value_heads,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
 
     def plan(name, method, **how):
         return launch_plan.plan_model(
@@ -344,8 +404,12 @@ plan = launch_plan.plan_step("base", LlamaConfig.preset("tiny"), None, target="h
                              batch=1, cache_length=16)
 print(plan.launches)
 """
-    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
     assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
     assert "Triton backend" not in done.stderr
 
@@ -354,9 +418,18 @@ print(plan.launches)
 def test_a_bank_is_planned_with_its_mask():
     config = LlamaConfig.preset("tiny")
     one, four = (
-        launch_plan.plan_step("ffba", config, AdapterConfig("ffba", 8), target="h100", mode="triton", batch=4,
-                              cache_length=16, adapters=n) for n in (1, 4)
-    )  # fmt: skip
+        launch_plan.plan_step(
+            "ffba",
+            config,
+            AdapterConfig("ffba", 8),
+            target="h100",
+            mode="triton",
+            batch=4,
+            cache_length=16,
+            adapters=n,
+        )
+        for n in (1, 4)
+    )
     assert four.moved > one.moved and four.gemms == one.gemms
     with pytest.raises(UserError, match="lora cannot hold a bank of 2"):
         launch_plan.check_bank("lora", 2)

@@ -49,11 +49,16 @@ def test_stored_plans_over_codes_keep_the_promises(quantization, model, whole):
     assert base[1]["step"]["moved"] <= whole * weights + 1e8
 
 
-@pytest.mark.parametrize("model, planned, sizes, left_out, bounds", [
-    ("1b", BOTH, {1, 8, 32}, set(), LARGE), ("3b", BOTH, {1, 8, 32}, set(), LARGE),
-    ("1b_cuda13", {"h100"}, {1, 8, 32}, {"ffba_qg_add_folded"}, LARGE),
-    ("qwen3_0.6b", {"h100"}, {1, 8}, set(), SMALL), ("qwen2.5_0.5b", {"h100"}, {1, 8}, set(), SMALL),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, planned, sizes, left_out, bounds",
+    [
+        ("1b", BOTH, {1, 8, 32}, set(), LARGE),
+        ("3b", BOTH, {1, 8, 32}, set(), LARGE),
+        ("1b_cuda13", {"h100"}, {1, 8, 32}, {"ffba_qg_add_folded"}, LARGE),
+        ("qwen3_0.6b", {"h100"}, {1, 8}, set(), SMALL),
+        ("qwen2.5_0.5b", {"h100"}, {1, 8}, set(), SMALL),
+    ],
+)
 def test_stored_plans_keep_the_promises(model, planned, sizes, left_out, bounds):
     result = stored(model)
     rows, layers = result["rows"], result["settings"]["num_hidden_layers"]

@@ -25,8 +25,12 @@ ASK = "Please choose the correct"
 def choice(ask, marked, answer, end="\n\n"):
     labels = re.findall(r"(\w+\d): ", marked)
     form = "/".join(label.lower() for label in labels)
-    return {"instruction": f"{ASK} {ask}\n\n{marked}{end}Answer format: {form}", "input": "", "output": "",
-            "answer": answer}  # fmt: skip
+    return {
+        "instruction": f"{ASK} {ask}\n\n{marked}{end}Answer format: {form}",
+        "input": "",
+        "output": "",
+        "answer": answer,
+    }
 
 
 def arc(texts, key, labels):
@@ -39,12 +43,30 @@ def arc(texts, key, labels):
 
 
 def swag(context, endings, label):
-    return {"context": context, "endings": endings, "activity_label": "Roof", "label": label, "split_type": "indomain",
-            "source_id": "wikihow~1"}  # fmt: skip
+    return {
+        "context": context,
+        "endings": endings,
+        "activity_label": "Roof",
+        "label": label,
+        "split_type": "indomain",
+        "source_id": "wikihow~1",
+    }
 
 
-OBQA = {"question": {"stem": "The sun is", "choice_A": "a", "choice_B": "b ", "choice_C": "c", "choice_D": "d"},
-        "fact1": "f", "humanScore": 1.0, "clarity": 2.0, "turkIdAnonymized": "t", "answerKey": "C"}  # fmt: skip
+OBQA = {
+    "question": {
+        "stem": "The sun is",
+        "choice_A": "a",
+        "choice_B": "b ",
+        "choice_C": "c",
+        "choice_D": "d",
+    },
+    "fact1": "f",
+    "humanScore": 1.0,
+    "clarity": 2.0,
+    "turkIdAnonymized": "t",
+    "answerKey": "C",
+}
 PIQA = {"id": "1", "goal": "How to wait?", "sol1": "Sit: down.", "sol2": "Run ", "label": 1}
 BLANK = {"sentence": "Café _ met Bob.", "option1": "Ann", "option2": "Eve"}
 SUM = {
@@ -62,33 +84,113 @@ NEWS = {
 
 # task, our split, its official split, an element as TFDS's builder would yield it, the same record as a file holds it
 CASES = [
-    ("ARC-Easy", "test", "test", arc(["x", "y z", "w"], "B", ["A", "B", "C"]),
-     choice("answer to the question: Why?", "Answer1: x Answer2: y z Answer3: w", "answer2")),
-    ("ARC-Challenge", "validation", "validation", arc(list("vwxyz"), "E", list("ABCDE")),
-     choice("answer to the question: Why?", "Answer1: v Answer2: w Answer3: x Answer4: y Answer5: z", "answer5")),
-    ("openbookqa", "train", "train", OBQA,
-     choice("answer to the question: The sun is", "Answer1: a Answer2: b  Answer3: c Answer4: d", "answer3")),
-    ("piqa", "test", "validation", PIQA,
-     choice("solution to the question: How to wait?", "Solution1: Sit: down.\n\nSolution2: Run ", "solution2")),
-    ("winogrande", "test", "validation", {**BLANK, "label": "2"},
-     choice("answer to fill in the blank to complete the given sentence: Café _ met Bob.",
-            "Option1: Ann Option2: Eve", "option2", end=" ")),
-    ("winogrande", "train", "train_xl", {**BLANK, "label": "1"},
-     choice("answer to fill in the blank to complete the given sentence: Café _ met Bob.",
-            "Option1: Ann Option2: Eve", "option1", end=" ")),
-    ("boolq", "test", "validation", {"question": "is it so", "passage": "p", "answer": np.bool_(False), "title": "t"},
-     {"instruction": "Please answer the following question with true or false, question: is it so?\n\n"
-                     "Answer format: true/false", "answer": "false"}),
-    ("hellaswag", "test", "validation",
-     swag("[header] How to sit [title] Find a seat. [step] Look. he", ["[step] sits.", "b [title] c", "d", "e"], 2),
-     {"activity_and_ctx": "Roof: How to sit. Find a seat. Look. he",
-      "label": 2, "endings": ["sits.", "b. c", "d", "e"]}),
+    (
+        "ARC-Easy",
+        "test",
+        "test",
+        arc(["x", "y z", "w"], "B", ["A", "B", "C"]),
+        choice("answer to the question: Why?", "Answer1: x Answer2: y z Answer3: w", "answer2"),
+    ),
+    (
+        "ARC-Challenge",
+        "validation",
+        "validation",
+        arc(list("vwxyz"), "E", list("ABCDE")),
+        choice(
+            "answer to the question: Why?",
+            "Answer1: v Answer2: w Answer3: x Answer4: y Answer5: z",
+            "answer5",
+        ),
+    ),
+    (
+        "openbookqa",
+        "train",
+        "train",
+        OBQA,
+        choice(
+            "answer to the question: The sun is",
+            "Answer1: a Answer2: b  Answer3: c Answer4: d",
+            "answer3",
+        ),
+    ),
+    (
+        "piqa",
+        "test",
+        "validation",
+        PIQA,
+        choice(
+            "solution to the question: How to wait?",
+            "Solution1: Sit: down.\n\nSolution2: Run ",
+            "solution2",
+        ),
+    ),
+    (
+        "winogrande",
+        "test",
+        "validation",
+        {**BLANK, "label": "2"},
+        choice(
+            "answer to fill in the blank to complete the given sentence: Café _ met Bob.",
+            "Option1: Ann Option2: Eve",
+            "option2",
+            end=" ",
+        ),
+    ),
+    (
+        "winogrande",
+        "train",
+        "train_xl",
+        {**BLANK, "label": "1"},
+        choice(
+            "answer to fill in the blank to complete the given sentence: Café _ met Bob.",
+            "Option1: Ann Option2: Eve",
+            "option1",
+            end=" ",
+        ),
+    ),
+    (
+        "boolq",
+        "test",
+        "validation",
+        {"question": "is it so", "passage": "p", "answer": np.bool_(False), "title": "t"},
+        {
+            "instruction": "Please answer the following question with true or false, question: is it so?\n\n"
+            "Answer format: true/false",
+            "answer": "false",
+        },
+    ),
+    (
+        "hellaswag",
+        "test",
+        "validation",
+        swag(
+            "[header] How to sit [title] Find a seat. [step] Look. he",
+            ["[step] sits.", "b [title] c", "d", "e"],
+            2,
+        ),
+        {
+            "activity_and_ctx": "Roof: How to sit. Find a seat. Look. he",
+            "label": 2,
+            "endings": ["sits.", "b. c", "d", "e"],
+        },
+    ),
     ("gsm8k", "test", "test", SUM, SUM),
-    ("samsum", "validation", "validation", {"dialogue": "A: hi\r\nB: ho", "summary": "They greet.", "id": "7"},
-     {"dialogue": "A: hi\r\nB: ho", "summary": "They greet."}),
-    ("xsum", "train", "train", {"document": "A text.", "summary": "A."}, {"document": "A text.", "summary": "A."}),
+    (
+        "samsum",
+        "validation",
+        "validation",
+        {"dialogue": "A: hi\r\nB: ho", "summary": "They greet.", "id": "7"},
+        {"dialogue": "A: hi\r\nB: ho", "summary": "They greet."},
+    ),
+    (
+        "xsum",
+        "train",
+        "train",
+        {"document": "A text.", "summary": "A."},
+        {"document": "A text.", "summary": "A."},
+    ),
     ("cnn_dailymail", "test", "test", NEWS, NEWS),
-]  # fmt: skip
+]
 
 
 def builder_class(name):
@@ -165,14 +267,29 @@ def test_every_row_of_the_catalogue_is_tried():
 
 # What a builder would yield of a parsed record of LLM-Adapters' own files.
 ELEMENTS = {
-    "ARC-Easy": lambda e: {"question": e.question, "answerKey": e.gold,
-                           "choices": [{"text": text, "label": i} for i, text in enumerate(e.choices)]},
-    "openbookqa": lambda e: {"question": {"stem": e.question, **dict(zip(OPENBOOK, e.choices, strict=True))},
-                             "answerKey": e.gold},
-    "piqa": lambda e: {"goal": e.question, "sol1": e.choices[0], "sol2": e.choices[1], "label": e.gold},
-    "winogrande": lambda e: {"sentence": e.question, "option1": e.choices[0], "option2": e.choices[1], "label": e.gold},
+    "ARC-Easy": lambda e: {
+        "question": e.question,
+        "answerKey": e.gold,
+        "choices": [{"text": text, "label": i} for i, text in enumerate(e.choices)],
+    },
+    "openbookqa": lambda e: {
+        "question": {"stem": e.question, **dict(zip(OPENBOOK, e.choices, strict=True))},
+        "answerKey": e.gold,
+    },
+    "piqa": lambda e: {
+        "goal": e.question,
+        "sol1": e.choices[0],
+        "sol2": e.choices[1],
+        "label": e.gold,
+    },
+    "winogrande": lambda e: {
+        "sentence": e.question,
+        "option1": e.choices[0],
+        "option2": e.choices[1],
+        "label": e.gold,
+    },
     "boolq": lambda e: {"question": e.question.removesuffix("?"), "answer": e.gold == 0},
-}  # fmt: skip
+}
 ELEMENTS["ARC-Challenge"] = ELEMENTS["ARC-Easy"]
 OPENBOOK = ("choice_A", "choice_B", "choice_C", "choice_D")
 
@@ -293,8 +410,12 @@ def test_what_the_catalogue_cannot_give(tmp_path, monkeypatch, capfd):
             f"task '{name}' is not in the TFDS catalogue, which has ARC-Easy", name, "test", here
         )
         assert all(task in words for task in ("hellaswag", "cnn_dailymail", "data.dir"))
-    refused("split 'validation' of task 'piqa' is not in the TFDS catalogue; TFDS piqa gives train, test", "piqa",
-            "validation", here)  # fmt: skip
+    refused(
+        "split 'validation' of task 'piqa' is not in the TFDS catalogue; TFDS piqa gives train, test",
+        "piqa",
+        "validation",
+        here,
+    )
     refused("piqa' is unknown .a sample is never a test set", "piqa", "sample", here)
     # Not prepared: one of TFDS's older builders, and one whose download fails.
     words = refused(
@@ -324,8 +445,12 @@ def test_what_the_catalogue_cannot_give(tmp_path, monkeypatch, capfd):
     )
     prepare(tmp_path, "winogrande", validation=[{**BLANK, "label": -1}])
     capfd.readouterr()
-    refused(r"TFDS winogrande, split validation: record 0 \(from 0\): field 'label' is -1; .* one of 2 options",
-            "winogrande", "test", here)  # fmt: skip
+    refused(
+        r"TFDS winogrande, split validation: record 0 \(from 0\): field 'label' is -1; .* one of 2 options",
+        "winogrande",
+        "test",
+        here,
+    )
     info = tmp_path / "piqa/1.0.0/dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     refused(
@@ -348,10 +473,21 @@ def test_absent_files_name_the_catalogue(tmp_path):
 def test_hellaswag_files_of_either_layout_are_one_record(tmp_path):
     """The published one (`activity_label`, `ctx`, WikiHow's marks) and the one with both joined and no marks."""
     endings = ["[title] Wash it [step] twice.", "Eat it.", "Paint it.", "Sell it."]
-    published = {"ind": 1, "activity_label": "Home", "ctx_a": "a", "ctx_b": "b", "label": 2, "endings": endings,
-                 "ctx": "[header] How to clean [title] Start"}  # fmt: skip
-    joined = {"ind": 1, "activity_and_ctx": "Home: How to clean. Start", "label": 2,
-              "endings": ["Wash it twice.", *endings[1:]]}  # fmt: skip
+    published = {
+        "ind": 1,
+        "activity_label": "Home",
+        "ctx_a": "a",
+        "ctx_b": "b",
+        "label": 2,
+        "endings": endings,
+        "ctx": "[header] How to clean [title] Start",
+    }
+    joined = {
+        "ind": 1,
+        "activity_and_ctx": "Home: How to clean. Start",
+        "label": 2,
+        "endings": ["Wash it twice.", *endings[1:]],
+    }
     found = []
     for name, record in (("published", published), ("joined", joined)):
         folder = tmp_path / name / "hellaswag"

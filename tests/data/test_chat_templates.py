@@ -73,8 +73,31 @@ QWEN3 = (
 
 # ------------------------------------------------------------------------------------------------ tokenizers
 
-MERGES = ["Ċ Ċ", "Ġ Ġ", "ĠĠ ĠĠ", "Ċ Ġ", "h e", "l l", "he ll", "hell o", "Ġ t", "Ġt he", "Ġ hello", "1 2", "12 3",
-          "' s", "| >", "< |", "|> Ċ", "Ġ <|", "a s", "as s", "Ċ hello", "! !", "!! Ċ"]  # fmt: skip
+MERGES = [
+    "Ċ Ċ",
+    "Ġ Ġ",
+    "ĠĠ ĠĠ",
+    "Ċ Ġ",
+    "h e",
+    "l l",
+    "he ll",
+    "hell o",
+    "Ġ t",
+    "Ġt he",
+    "Ġ hello",
+    "1 2",
+    "12 3",
+    "' s",
+    "| >",
+    "< |",
+    "|> Ċ",
+    "Ġ <|",
+    "a s",
+    "as s",
+    "Ċ hello",
+    "! !",
+    "!! Ċ",
+]
 
 
 def byte_level(cut, template):
@@ -88,13 +111,28 @@ def byte_level(cut, template):
         tokenizers.models.BPE(vocab=vocabulary, merges=[tuple(m.split()) for m in MERGES])
     )
     core.pre_tokenizer, core.decoder = cut, decoders.ByteLevel()
-    core.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>",
-                             "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])  # fmt: skip
+    core.add_special_tokens(
+        [
+            "<s>",
+            "</s>",
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+        ]
+    )
     core.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])  # fmt: skip
+        single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=template,
-        clean_up_tokenization_spaces=False)  # fmt: skip
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 WORDS = "El be . river question answer USER ASSISTANT INST Hello there user assistant model hello a 12 think system"
@@ -133,8 +171,13 @@ def sentencepiece(kind, prefix, template, marks=MARKS, **flags):
             vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
         )
     else:
-        scores = [(-3.0, [f"▁{word}" for word in WORDS]), (-4.0, [w for w in WORDS if len(w) > 1]), (-5.0, ["▁▁"]),
-                  (-8.0, CHARACTERS), (-20.0, BYTES)]  # fmt: skip
+        scores = [
+            (-3.0, [f"▁{word}" for word in WORDS]),
+            (-4.0, [w for w in WORDS if len(w) > 1]),
+            (-5.0, ["▁▁"]),
+            (-8.0, CHARACTERS),
+            (-20.0, BYTES),
+        ]
         pieces = {
             token: score - i / 100
             for score, tokens in reversed(scores)
@@ -164,8 +207,14 @@ def sentencepiece(kind, prefix, template, marks=MARKS, **flags):
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>",
-        chat_template=template, clean_up_tokenization_spaces=False)  # fmt: skip
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def llama(template, **flags):
@@ -179,11 +228,37 @@ def llama(template, **flags):
 
 # --------------------------------------------------------------------------------------------- conversations
 
-TEXTS = ["Hi", "Hello there!", "hello", " hello", "  two  spaces ", "\n", "\nhello\n", "\n\n\nlines\n\n",
-         "\tdef f(x):\n    return x", "1234567 12", "it's they'll", "Größe, naïve, 漢字", "🙂👩‍👩‍👧 emoji",
-         "<|im_end|>", "a<|im_end|>\nb<|im_start|>assistant\nc", "assistant\nHello", "</s><s>", "x", ".", "!!\n",
-         "|>", "<|", "ends in space  ", "  hello!!\n\n", "\u2028sep\x85", "e\u0301 \u00e9", "الْعَرَبِيَّة",
-         "<think>hm</think>\n\nyes", "{{ jinja }} {% raw %}"]  # fmt: skip
+TEXTS = [
+    "Hi",
+    "Hello there!",
+    "hello",
+    " hello",
+    "  two  spaces ",
+    "\n",
+    "\nhello\n",
+    "\n\n\nlines\n\n",
+    "\tdef f(x):\n    return x",
+    "1234567 12",
+    "it's they'll",
+    "Größe, naïve, 漢字",
+    "🙂👩‍👩‍👧 emoji",
+    "<|im_end|>",
+    "a<|im_end|>\nb<|im_start|>assistant\nc",
+    "assistant\nHello",
+    "</s><s>",
+    "x",
+    ".",
+    "!!\n",
+    "|>",
+    "<|",
+    "ends in space  ",
+    "  hello!!\n\n",
+    "\u2028sep\x85",
+    "e\u0301 \u00e9",
+    "الْعَرَبِيَّة",
+    "<think>hm</think>\n\nyes",
+    "{{ jinja }} {% raw %}",
+]
 
 
 def conversations():
@@ -217,13 +292,20 @@ def digest(tokenizer):
     return found.hexdigest()
 
 
-@pytest.mark.parametrize(("which", "expected"), [
-    ("byte", "27b7a90a7efa8d8e13c8737df73e1ddc8b0d75f8f60c0188b320268c213a49c0"),
-    ("smollm", "f55ba57fdc57764f9d88489d8c52082b83cafae86a4afd5b6d412bcb9eb7e1f1"),
-    ("llama3", "3cada4a8ec6bbe9f947bcc395c83d206fb4c42cdc574f6b65cd8a477347819b5"),
-    ("no pattern", "a0dacad7733d5bf7c0c14eee2f4a8c86f0cd9d5a893f51fce9ec4f819edce770"),
-    pytest.param("real", "d841a4aad600d40099aa6e98f21680a2019ce6abdaeba555b6fc6c1050a9cde4", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        ("byte", "27b7a90a7efa8d8e13c8737df73e1ddc8b0d75f8f60c0188b320268c213a49c0"),
+        ("smollm", "f55ba57fdc57764f9d88489d8c52082b83cafae86a4afd5b6d412bcb9eb7e1f1"),
+        ("llama3", "3cada4a8ec6bbe9f947bcc395c83d206fb4c42cdc574f6b65cd8a477347819b5"),
+        ("no pattern", "a0dacad7733d5bf7c0c14eee2f4a8c86f0cd9d5a893f51fce9ec4f819edce770"),
+        pytest.param(
+            "real",
+            "d841a4aad600d40099aa6e98f21680a2019ce6abdaeba555b6fc6c1050a9cde4",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_byte_level_ids_are_those_of_earlier_versions(which, expected):
     """So that a run goes on after an update. The digests were taken when prompt and answer were tokenised apart."""
     tokenizer = {
@@ -286,22 +368,43 @@ def check(tokenizer, example):
     assert encode_prompt(example, tokenizer, "chat") == prompt
 
 
-TEMPLATES = {"llama2": LLAMA2, "mistral": MISTRAL, "vicuna": VICUNA, "gemma": GEMMA, "zephyr": ZEPHYR, "phi3": PHI3,
-             "chatml": CHATML}  # fmt: skip
+TEMPLATES = {
+    "llama2": LLAMA2,
+    "mistral": MISTRAL,
+    "vicuna": VICUNA,
+    "gemma": GEMMA,
+    "zephyr": ZEPHYR,
+    "phi3": PHI3,
+    "chatml": CHATML,
+}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("make", [
-    lambda template: sentencepiece("bpe", "legacy", template),
-    lambda template: sentencepiece("bpe", "first", template),
-    lambda template: sentencepiece("bpe", "never", template),
-    lambda template: sentencepiece("unigram", "always", template),
-    lambda template: sentencepiece("bpe", "first", template, rstrip=True),  # as Phi-3's
-    lambda template: sentencepiece("unigram", "first", template, lstrip=True),
-    lambda template: llama(template, legacy=True),
-    lambda template: llama(template, legacy=False),
-    lambda template: llama(template, add_prefix_space=False),
-], ids=["legacy", "first", "never", "unigram", "rstrip", "lstrip", "llama-legacy", "llama", "llama-plain"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda template: sentencepiece("bpe", "legacy", template),
+        lambda template: sentencepiece("bpe", "first", template),
+        lambda template: sentencepiece("bpe", "never", template),
+        lambda template: sentencepiece("unigram", "always", template),
+        lambda template: sentencepiece("bpe", "first", template, rstrip=True),  # as Phi-3's
+        lambda template: sentencepiece("unigram", "first", template, lstrip=True),
+        lambda template: llama(template, legacy=True),
+        lambda template: llama(template, legacy=False),
+        lambda template: llama(template, add_prefix_space=False),
+    ],
+    ids=[
+        "legacy",
+        "first",
+        "never",
+        "unigram",
+        "rstrip",
+        "lstrip",
+        "llama-legacy",
+        "llama",
+        "llama-plain",
+    ],
+)
 def test_sentencepiece_has_the_ids_of_the_template(name, make):
     tokenizer = make(TEMPLATES[name])
     for example in talks(system=name in ("llama2", "zephyr", "phi3", "chatml")):
@@ -319,8 +422,13 @@ def test_a_tokenizer_without_offsets(monkeypatch):
 def test_issue_sample_written_out():
     """`▁El`, `▁be`, `.`: not `▁El be` from pieces that each begin with a space of their own."""
     tokenizer = sentencepiece("bpe", "first", CHATML)
-    encoded = encode(Example((Message("user", "Hello"), Message("assistant", "El be ."))), tokenizer, style="chat",
-                     loss_on="answer", max_length=99)  # fmt: skip
+    encoded = encode(
+        Example((Message("user", "Hello"), Message("assistant", "El be ."))),
+        tokenizer,
+        style="chat",
+        loss_on="answer",
+        max_length=99,
+    )
     said = tokenizer.convert_ids_to_tokens(encoded.tokens[encoded.loss])
     assert said == ["El", "▁be", "▁.", "<|im_end|>"]
 
@@ -330,8 +438,14 @@ def test_a_prompt_that_ends_in_a_space_is_cut_there(prefix):
     """The one case in which the template's ids would give the answer a token that begins in the prompt: generation is
     given that space, and writes no second one."""
     tokenizer = sentencepiece("bpe", prefix, VICUNA.replace("'ASSISTANT:' }}", "'ASSISTANT: ' }}"))
-    example = Example((Message("user", "question"), Message("assistant", "El be"),
-                       Message("user", "river"), Message("assistant", "answer")))  # fmt: skip
+    example = Example(
+        (
+            Message("user", "question"),
+            Message("assistant", "El be"),
+            Message("user", "river"),
+            Message("assistant", "answer"),
+        )
+    )
     [encoded], _ = encode_all([example], tokenizer, style="chat", loss_on="answer", max_length=999)
     tokens, (first, second) = encoded.tokens.tolist(), runs(encoded.loss)
     prompt = tokenizer.apply_chat_template(
@@ -348,9 +462,14 @@ def test_a_prompt_that_ends_in_a_space_is_cut_there(prefix):
 def test_turns_that_change_each_other_are_an_example_each():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = QWEN3
-    messages = [Message("user", "Two?"), Message("assistant", "<think>\n1 + 1\n</think>\n\n2"),
-                Message("user", "Three?"), Message("assistant", "3"), Message("user", "Four?"),
-                Message("assistant", "<think>hm</think>4 or so")]  # fmt: skip
+    messages = [
+        Message("user", "Two?"),
+        Message("assistant", "<think>\n1 + 1\n</think>\n\n2"),
+        Message("user", "Three?"),
+        Message("assistant", "3"),
+        Message("user", "Four?"),
+        Message("assistant", "<think>hm</think>4 or so"),
+    ]
     encoded, report = encode_all(
         [Example(tuple(messages))], tokenizer, style="chat", loss_on="answer", max_length=999
     )
@@ -381,11 +500,13 @@ def test_turns_that_change_each_other_are_an_example_each():
         encode(Example(tuple(messages)), tokenizer, style="chat", loss_on="answer", max_length=999)
 
 
-BYTE_LEVEL = {"byte": lambda template: with_template(byte_tokenizer(), template),
-              "smollm": lambda template: byte_level(ours._smollm(), template),
-              "llama3": lambda template: byte_level(ours._llama3(), template),
-              "gpt2": lambda template: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), template),
-              "no pattern": lambda template: byte_level(ours._byte_level(use_regex=False), template)}  # fmt: skip
+BYTE_LEVEL = {
+    "byte": lambda template: with_template(byte_tokenizer(), template),
+    "smollm": lambda template: byte_level(ours._smollm(), template),
+    "llama3": lambda template: byte_level(ours._llama3(), template),
+    "gpt2": lambda template: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), template),
+    "no pattern": lambda template: byte_level(ours._byte_level(use_regex=False), template),
+}
 
 
 def with_template(tokenizer, template):
@@ -418,8 +539,9 @@ def test_spaces_that_end_a_prompt_are_one_token_where_generation_has_one():
     encoded = encode(example, tokenizer, style="chat", loss_on="answer", max_length=99)
     tokens = tokenizer.convert_ids_to_tokens(encoded.tokens)
     assert tokens[-5:] == ["<|end_header_id|>", "ĊĊ", "hello", "Ġhello", "<|eot_id|>"]
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True,
-                                           date_string=DATE)["input_ids"]  # fmt: skip
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], add_generation_prompt=True, date_string=DATE
+    )["input_ids"]
     assert (
         encoded.tokens[: len(prompt)].tolist() == prompt and not encoded.loss[: len(prompt)].any()
     )
@@ -602,23 +724,55 @@ def test_turns_of_no_weight_are_context(read, name, no, yes):
                 ]
 
 
-@pytest.mark.parametrize(("record", "message"), [
-    (weighted({"weight": 0}), r"train\.jsonl:2: no turn of the assistant is trained on"),
-    (weighted({}, {"weight": 0.5}), r"messages\[3\]: field 'weight' is 0\.5; it must be 0 or 1"),
-    (weighted({"train": "false"}), r"messages\[1\]: field 'train' is 'false'; it must be 0 or 1, or false or true"),
-    (weighted({"weight": 1, "training": False}), r"messages\[1\]: 'weight' is 1, 'training' is False; they must say"),
-    (weighted({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}),
-     r"messages\[1\]: field 'train_detail' is not supported"),
-    (weighted({"training_detail": [{"begin_offset": 0}]}), r"messages\[1\]: field 'training_detail' is not supported"),
-    ({"prompt": "p", "completion": "c", "weight": 0}, r"jsonl:2: the record is not trained on \(it has weight 0"),
-    ({"prompt": "p", "completion": "c", "weight": 0.5}, r"train\.jsonl:2: field 'weight' is 0\.5; it must be 0 or 1"),
-    ({**weighted({}), "weight": 2}, r"train\.jsonl:2: field 'weight' is 2; it must be 0 or 1"),
-    ({"messages": ASKED, "tools": "weather"}, "field 'tools' is text that is no JSON"),
-    ({"messages": ASKED, "tools": {"name": "weather"}}, "field 'tools' must be a list of objects"),
-    ({"messages": [ASKED[0], {**ASKED[3], "tool_calls": ["weather"]}]}, "field 'tool_calls' must be a list of objects"),
-    ({"messages": [ASKED[2], *ASKED]}, "begins with a tool's turn"),
-    ({"messages": [ASKED[0], {"role": "assistant", "content": None}]}, "field 'content' is NoneType"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (weighted({"weight": 0}), r"train\.jsonl:2: no turn of the assistant is trained on"),
+        (
+            weighted({}, {"weight": 0.5}),
+            r"messages\[3\]: field 'weight' is 0\.5; it must be 0 or 1",
+        ),
+        (
+            weighted({"train": "false"}),
+            r"messages\[1\]: field 'train' is 'false'; it must be 0 or 1, or false or true",
+        ),
+        (
+            weighted({"weight": 1, "training": False}),
+            r"messages\[1\]: 'weight' is 1, 'training' is False; they must say",
+        ),
+        (
+            weighted({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}),
+            r"messages\[1\]: field 'train_detail' is not supported",
+        ),
+        (
+            weighted({"training_detail": [{"begin_offset": 0}]}),
+            r"messages\[1\]: field 'training_detail' is not supported",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "weight": 0},
+            r"jsonl:2: the record is not trained on \(it has weight 0",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "weight": 0.5},
+            r"train\.jsonl:2: field 'weight' is 0\.5; it must be 0 or 1",
+        ),
+        ({**weighted({}), "weight": 2}, r"train\.jsonl:2: field 'weight' is 2; it must be 0 or 1"),
+        ({"messages": ASKED, "tools": "weather"}, "field 'tools' is text that is no JSON"),
+        (
+            {"messages": ASKED, "tools": {"name": "weather"}},
+            "field 'tools' must be a list of objects",
+        ),
+        (
+            {"messages": [ASKED[0], {**ASKED[3], "tool_calls": ["weather"]}]},
+            "field 'tool_calls' must be a list of objects",
+        ),
+        ({"messages": [ASKED[2], *ASKED]}, "begins with a tool's turn"),
+        (
+            {"messages": [ASKED[0], {"role": "assistant", "content": None}]},
+            "field 'content' is NoneType",
+        ),
+    ],
+)
 def test_turns_that_cannot_be_read(read, record, message):
     with pytest.raises(UserError, match=message) as error:
         read({"prompt": "p", "completion": "c"}, record)
@@ -634,10 +788,18 @@ def test_a_record_may_say_that_it_counts(read):
 # --------------------------------------------------------------------------------------------- ends of turns
 
 
-@pytest.mark.parametrize("flags", [
-    {}, {"special": False}, {"special": False, "normalized": True}, {"special": False, "lstrip": True},
-    {"special": False, "rstrip": True}, {"special": False, "normalized": True, "lstrip": True, "rstrip": True},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"special": False},
+        {"special": False, "normalized": True},
+        {"special": False, "lstrip": True},
+        {"special": False, "rstrip": True},
+        {"special": False, "normalized": True, "lstrip": True, "rstrip": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("prefix", ["legacy", "always", "first"])
 @pytest.mark.parametrize("closing", ["{}", "\n{}\n", " {}", "{}\n\n", "</answer>{}\n"])
 def test_any_added_token_that_ends_a_turn_ends_an_answer(flags, prefix, closing):
@@ -653,18 +815,35 @@ def test_any_added_token_that_ends_a_turn_ends_an_answer(flags, prefix, closing)
         assert ends(tokenizer) == [2, end]
 
 
-@pytest.mark.parametrize(("template", "names"), [
-    ("{% for m in messages %}{{ m.content }}<|im_end|><|end|>{% endfor %}", ["<|im_end|>", "<|end|>"]),
-    ("{% for m in messages %}{{ m.content }}\n\nriver\n{% endfor %}", []),
-    ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + ' . ' }}{% endfor %}<|assistant|>\n", []),
-    ("{% for m in messages %}{{ m.content }}\n\n{% endfor %}", []),
-    ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}<|im_start|>",
-     ["<|im_end|>"]),
-    ("{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}", ["<|end|>"]),
-    ("{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
-     "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", ["<|im_end|>"]),
-    (LLAMA2, []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "names"),
+    [
+        (
+            "{% for m in messages %}{{ m.content }}<|im_end|><|end|>{% endfor %}",
+            ["<|im_end|>", "<|end|>"],
+        ),
+        ("{% for m in messages %}{{ m.content }}\n\nriver\n{% endfor %}", []),
+        (
+            "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + ' . ' }}{% endfor %}<|assistant|>\n",
+            [],
+        ),
+        ("{% for m in messages %}{{ m.content }}\n\n{% endfor %}", []),
+        (
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}<|im_start|>",
+            ["<|im_end|>"],
+        ),
+        (
+            "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}",
+            ["<|end|>"],
+        ),
+        (
+            "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+            "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+            ["<|im_end|>"],
+        ),
+        (LLAMA2, []),
+    ],
+)
 def test_what_else_stands_behind_an_answer_ends_none(template, names):
     """`\n` is an added token of some vocabularies, and the opening of the next answer is one of nearly all."""
     tokenizer = sentencepiece("bpe", "first", template, marks=[*MARKS, "\n", "\n\n"], special=False)
@@ -726,7 +905,7 @@ def test_template_arguments_are_transformers_keywords(text, given, ending, tmp_p
         (SWITCHED, "enable thinking=1", "'enable thinking=1' is not NAME=VALUE"),
         (None, "enable_thinking=1", "the tokenizer has no chat template"),
     ],
-)  # fmt: skip
+)
 def test_template_arguments_without_effect_are_refused(template, text, words):
     with pytest.raises(UserError, match=words):
         set_template_arguments(with_template(byte_tokenizer(), template), text)

@@ -43,8 +43,11 @@ def merging():
     )
     core.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"], show_progress=False)  # fmt: skip
+        vocab_size=400,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
     core.train_from_iterator(
         ["assistant\nHello there", "question? answer", "user\nHi"] * 50, trainer
     )
@@ -53,8 +56,12 @@ def merging():
     )
     return transformers.PreTrainedTokenizerFast(
         # pad = eos on purpose
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>",
-        chat_template=byte_tokenizer().chat_template)  # fmt: skip
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template=byte_tokenizer().chat_template,
+    )
 
 
 def test_plain_tokens_written_out(byte):
@@ -133,9 +140,15 @@ def test_prompt_is_exactly_the_training_prefix(style, which, request):
         last_answer = len(encoded.loss) - np.argmin(encoded.loss[::-1])
         assert encoded.tokens[:last_answer].tolist() == prompt
         assert encode_prompt(example.messages[:-1], tokenizer, style) == prompt
-        rendered = tokenizer.apply_chat_template(
-            [dataclasses.asdict(m) for m in example.messages[:-1]], tokenize=False, add_generation_prompt=True
-        ) if style == "chat" else example.messages[0].content  # fmt: skip
+        rendered = (
+            tokenizer.apply_chat_template(
+                [dataclasses.asdict(m) for m in example.messages[:-1]],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            if style == "chat"
+            else example.messages[0].content
+        )
         assert (
             tokenizer.decode(prompt)
             == ("<s>" if (style, which) == ("plain", "merging") else "") + rendered
@@ -183,15 +196,18 @@ ENDLESS = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor 
 STRICT = "{{ raise_exception('only users may speak') }}"
 
 
-@pytest.mark.parametrize(("template", "message"), [
-    (None, r"data\.prompt_style='chat' needs a chat template"),
-    (FORGETFUL, "changes earlier turns"),
-    (HEADLESS, "must be the content and then an end-of-turn token"),
-    (ENDLESS, "must be the content and then an end-of-turn token"),
-    (STRICT, "refuses a conversation of roles user: only users may speak"),
-    ("{{ 'a' + 1 }}", "refuses a conversation of roles user: .*str"),
-    ("{{ 1 // 0 }}", "refuses a conversation of roles user: .*zero"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, r"data\.prompt_style='chat' needs a chat template"),
+        (FORGETFUL, "changes earlier turns"),
+        (HEADLESS, "must be the content and then an end-of-turn token"),
+        (ENDLESS, "must be the content and then an end-of-turn token"),
+        (STRICT, "refuses a conversation of roles user: only users may speak"),
+        ("{{ 'a' + 1 }}", "refuses a conversation of roles user: .*str"),
+        ("{{ 1 // 0 }}", "refuses a conversation of roles user: .*zero"),
+    ],
+)
 def test_templates_that_cannot_be_masked(template, message):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
@@ -260,7 +276,8 @@ def test_no_eos_of_the_tokenizers_own_comes_between(style):
     tokenizer, example = byte_tokenizer(), talk("One?", "two")
     plain = encode(example, tokenizer, style=style, **ANSWER).tokens.tolist()
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 256), ("<|eos|>", EOS)])  # fmt: skip
+        single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 256), ("<|eos|>", EOS)]
+    )
     assert tokenizer("a").input_ids == [256, 97, EOS]
     encoded = encode(example, tokenizer, style=style, **ANSWER).tokens.tolist()
     assert encoded == [256, *plain] and encoded.count(EOS) == 1
@@ -282,21 +299,29 @@ def test_a_prompt_needs_no_eos(byte):
 def test_a_rendered_chat_gets_no_second_bos():
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|bos|> $A", special_tokens=[("<|bos|>", 256)])  # fmt: skip
+        single="<|bos|> $A", special_tokens=[("<|bos|>", 256)]
+    )
     assert encode_open(tokenizer, "a") == encode_open(tokenizer, "<|bos|>a") == [256, 97]
     assert encode_prompt([Message("user", "<|bos|>a")], tokenizer, "plain") == [256, 97]
 
 
 @pytest.mark.parametrize(
     ("template", "expected"),
-    [("{% for m in messages %}{{ m['content'] }}<|im_end|>\n{% endfor %}", [257, 260]),
-     ("{% for m in messages %}{{ m['content'] }} <|eos|>{% endfor %}", [257]),
-     ("{% for m in messages %}{{ m['content'] }}<|im_end|><|eos|>{% endfor %}", [257, 260]),
-     ("{% for m in messages %}{{ m['content'] }} END{% endfor %}", [257]),
-     ("{% for m in messages %}{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n", [257, 260]),
-     ("<|bos|><|im_start|>{{ messages[0]['content'] }}<|im_end|>", [257]), ("{{ 1 / 0 }}", [257]),
-     ("{{ raise_exception('no') }}", [257]), (None, [257])],
-)  # fmt: skip
+    [
+        ("{% for m in messages %}{{ m['content'] }}<|im_end|>\n{% endfor %}", [257, 260]),
+        ("{% for m in messages %}{{ m['content'] }} <|eos|>{% endfor %}", [257]),
+        ("{% for m in messages %}{{ m['content'] }}<|im_end|><|eos|>{% endfor %}", [257, 260]),
+        ("{% for m in messages %}{{ m['content'] }} END{% endfor %}", [257]),
+        (
+            "{% for m in messages %}{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n",
+            [257, 260],
+        ),
+        ("<|bos|><|im_start|>{{ messages[0]['content'] }}<|im_end|>", [257]),
+        ("{{ 1 / 0 }}", [257]),
+        ("{{ raise_exception('no') }}", [257]),
+        (None, [257]),
+    ],
+)
 def test_what_ends_an_answer(template, expected):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template

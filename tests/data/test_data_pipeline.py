@@ -14,8 +14,13 @@ from flora_jax.data.encode import Encoded
 from flora_jax.data.pipeline import eval_batches, train_iterator
 from flora_jax.errors import UserError
 
-KEYS = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32,
-        "positions": np.int32}  # fmt: skip
+KEYS = {
+    "tokens": np.int32,
+    "targets": np.int32,
+    "loss_weights": np.float32,
+    "segment_ids": np.int32,
+    "positions": np.int32,
+}
 T = 16
 
 
@@ -84,17 +89,22 @@ def test_shapes_types_and_padding(packing):
 
 
 def test_the_docstring_example():
-    examples = [Encoded(np.array([5, 6, 7]), np.array([False, False, True])),
-                Encoded(np.array([8, 9]), np.array([False, True]))]  # fmt: skip
+    examples = [
+        Encoded(np.array([5, 6, 7]), np.array([False, False, True])),
+        Encoded(np.array([8, 9]), np.array([False, True])),
+    ]
     batches = (
         next(train_iterator(examples, batch_size=1, max_length=4, seed=s, packing=True))
         for s in range(20)
     )
     batch = next(b for b in batches if b["tokens"][0, 0] == 5)  # in the order of the docstring
     assert {name: array[0].tolist() for name, array in batch.items()} == {
-        "tokens": [5, 6, 8, 0], "targets": [6, 7, 9, 0], "loss_weights": [0, 1, 1, 0],
-        "segment_ids": [1, 1, 2, 0], "positions": [0, 1, 0, 0],
-    }  # fmt: skip
+        "tokens": [5, 6, 8, 0],
+        "targets": [6, 7, 9, 0],
+        "loss_weights": [0, 1, 1, 0],
+        "segment_ids": [1, 1, 2, 0],
+        "positions": [0, 1, 0, 0],
+    }
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -115,8 +125,12 @@ def test_each_epoch_holds_each_example_once_in_a_new_order(packing, batch_size):
 def test_shards_are_disjoint_and_together_whole(packing):
     n, examples = 23, corpus([4] * 23)
     sizes = [len(range(i, n, 3)) for i in range(3)]
-    streams = [numbers(make(examples, packing=packing, shard_index=i, shard_count=3), examples, 2 * sizes[i])
-               for i in range(3)]  # fmt: skip
+    streams = [
+        numbers(
+            make(examples, packing=packing, shard_index=i, shard_count=3), examples, 2 * sizes[i]
+        )
+        for i in range(3)
+    ]
     first = [stream[:size] for stream, size in zip(streams, sizes, strict=True)]
     second = [stream[size:] for stream, size in zip(streams, sizes, strict=True)]
     for epoch in (first, second):
@@ -231,13 +245,16 @@ def test_eval_batches_hold_each_example_once_in_order():
     assert list(eval_batches([], batch_size=3, max_length=T)) == []
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"batch_size": 0}, r"train\.batch_size=0 must be at least 1"),
-    ({"seed": -1}, r"train\.seed=-1 must be at least 0"),
-    ({"shard_index": 2, "shard_count": 2}, r"shard_index=2 must be in 0 … shard_count-1=1"),
-    ({"shard_count": 9}, "3 examples cannot feed 9 processes"),
-    ({"max_length": 3}, r"data\.max_length=3 is shorter than an example of 4 positions"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, r"train\.batch_size=0 must be at least 1"),
+        ({"seed": -1}, r"train\.seed=-1 must be at least 0"),
+        ({"shard_index": 2, "shard_count": 2}, r"shard_index=2 must be in 0 … shard_count-1=1"),
+        ({"shard_count": 9}, "3 examples cannot feed 9 processes"),
+        ({"max_length": 3}, r"data\.max_length=3 is shorter than an example of 4 positions"),
+    ],
+)
 def test_arguments_that_give_no_batch(options, message):
     with pytest.raises(UserError, match=message):
         make(corpus([3, 4, 5]), **options)

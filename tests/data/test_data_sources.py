@@ -165,10 +165,12 @@ def test_raw_mawps_and_gsm8k_layouts_become_records(tmp_path, cache):
 
 def test_jsonl_of_ones_own_as_folder_and_as_file(tmp_path, cache):
     turns = [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Line\u2028separator\x85"},
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Line\u2028separator\x85"},
         {"role": "assistant", "content": "Bye"},
-    ]  # fmt: skip
+    ]
     lines = [{"prompt": "2+2=", "completion": "4"}, {"messages": turns}]
     # A byte order mark, as some editors write, and separators that are line ends to str.splitlines
     # but not to JSON.
@@ -198,32 +200,122 @@ def test_data_hash_is_that_of_the_file(tmp_path):
 CHOICE = "Please choose the correct answer to the question: Q?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2"
 GOOD_LINE = '{"prompt": "p", "completion": "c"}\n'
 HOSTILE = [  # task, file, content, what the one line must say
-    ("AddSub", "AddSub/test.json", '[\n{"instruction": "x",\n "answer" 5}]', r"test\.json:3: malformed JSON at column 11"),
+    (
+        "AddSub",
+        "AddSub/test.json",
+        '[\n{"instruction": "x",\n "answer" 5}]',
+        r"test\.json:3: malformed JSON at column 11",
+    ),
     ("AddSub", "AddSub/test.json", "", r"AddSub/test\.json holds no records"),
     ("AddSub", "AddSub/test.json", "[]", r"AddSub/test\.json holds no records"),
     ("AddSub", "AddSub/test.json", '{"a": 1}', r"must hold a JSON list of records, not dict"),
-    ("AddSub", "AddSub/test.json", "[1]", r"record 0 \(from 0\): a record must be a JSON object, not int"),
-    ("AddSub", "AddSub/test.json", [record(), {"instruction": "x"}], r"record 1 \(from 0\): field 'answer' is missing"),
-    ("AddSub", "AddSub/test.json", [record(instruction=7)], r"field 'instruction' is int 7; it must be a string"),
+    (
+        "AddSub",
+        "AddSub/test.json",
+        "[1]",
+        r"record 0 \(from 0\): a record must be a JSON object, not int",
+    ),
+    (
+        "AddSub",
+        "AddSub/test.json",
+        [record(), {"instruction": "x"}],
+        r"record 1 \(from 0\): field 'answer' is missing",
+    ),
+    (
+        "AddSub",
+        "AddSub/test.json",
+        [record(instruction=7)],
+        r"field 'instruction' is int 7; it must be a string",
+    ),
     ("AddSub", "AddSub/test.json", [record(instruction=" ")], r"field 'instruction' is empty"),
     ("AddSub", "AddSub/test.json", [record(answer=True)], r"field 'answer' is bool True"),
-    ("AddSub", "AddSub/test.json", [record(), record(answer="five")], r"record 1 .*'answer' is 'five'; it must be a number"),
-    ("piqa", "piqa/test.json", [record()], r"record 0 .*'instruction' has no line 'Answer format: …'"),
-    ("piqa", "piqa/test.json", [record(instruction=CHOICE, answer="answer3")], r"'answer3'.*allows answer1, answer2"),
-    ("piqa", "piqa/test.json", [record(instruction=CHOICE.replace("Answer2:", ""))], r"no choice 'Answer2:'"),
-    ("winogrande", "winogrande/test.json", [record(instruction=CHOICE, answer="answer1")], r"has no blank '_'"),
+    (
+        "AddSub",
+        "AddSub/test.json",
+        [record(), record(answer="five")],
+        r"record 1 .*'answer' is 'five'; it must be a number",
+    ),
+    (
+        "piqa",
+        "piqa/test.json",
+        [record()],
+        r"record 0 .*'instruction' has no line 'Answer format: …'",
+    ),
+    (
+        "piqa",
+        "piqa/test.json",
+        [record(instruction=CHOICE, answer="answer3")],
+        r"'answer3'.*allows answer1, answer2",
+    ),
+    (
+        "piqa",
+        "piqa/test.json",
+        [record(instruction=CHOICE.replace("Answer2:", ""))],
+        r"no choice 'Answer2:'",
+    ),
+    (
+        "winogrande",
+        "winogrande/test.json",
+        [record(instruction=CHOICE, answer="answer1")],
+        r"has no blank '_'",
+    ),
     ("AQuA", "AQuA/test.json", [record(answer="A")], r"record 0 .*'Answer Choices: \(A\)"),
-    ("gsm8k", "gsm8k/test.jsonl", '{"question": "q", "answer": "no mark"}', r"test\.jsonl:1: field 'answer' has no '####'"),
-    ("jsonl", "test.jsonl", GOOD_LINE + "\n" + '{"prompt": "p", ', r"test\.jsonl:3: malformed JSON"),
-    ("jsonl", "test.jsonl", GOOD_LINE + '{"prompt": "p"}', r"test\.jsonl:2: field 'completion' is missing"),
-    ("jsonl", "test.jsonl", '{"prompt": "p", "completion": null}', r"field 'completion' is NoneType"),
-    ("jsonl", "test.jsonl", '{"text": "p"}', r"needs 'messages', or 'prompt' and 'completion'; there are 'text'"),
+    (
+        "gsm8k",
+        "gsm8k/test.jsonl",
+        '{"question": "q", "answer": "no mark"}',
+        r"test\.jsonl:1: field 'answer' has no '####'",
+    ),
+    (
+        "jsonl",
+        "test.jsonl",
+        GOOD_LINE + "\n" + '{"prompt": "p", ',
+        r"test\.jsonl:3: malformed JSON",
+    ),
+    (
+        "jsonl",
+        "test.jsonl",
+        GOOD_LINE + '{"prompt": "p"}',
+        r"test\.jsonl:2: field 'completion' is missing",
+    ),
+    (
+        "jsonl",
+        "test.jsonl",
+        '{"prompt": "p", "completion": null}',
+        r"field 'completion' is NoneType",
+    ),
+    (
+        "jsonl",
+        "test.jsonl",
+        '{"text": "p"}',
+        r"needs 'messages', or 'prompt' and 'completion'; there are 'text'",
+    ),
     ("jsonl", "test.jsonl", '{"messages": "hi"}', r"'messages' must be a list"),
-    ("jsonl", "test.jsonl", '{"messages": ["hi"]}', r"test\.jsonl:1: messages\[0\] must be an object"),
-    ("jsonl", "test.jsonl", '{"messages": [{"role": "asistant", "content": "x"}]}', r"messages\[0\]: role 'asistant' is unknown; did you mean 'assistant'"),
-    ("jsonl", "test.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', r"ends with role 'user'; the last turn must be the assistant's"),
-    ("jsonl", "test.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}', r"no turn with role 'user'"),
-]  # fmt: skip
+    (
+        "jsonl",
+        "test.jsonl",
+        '{"messages": ["hi"]}',
+        r"test\.jsonl:1: messages\[0\] must be an object",
+    ),
+    (
+        "jsonl",
+        "test.jsonl",
+        '{"messages": [{"role": "asistant", "content": "x"}]}',
+        r"messages\[0\]: role 'asistant' is unknown; did you mean 'assistant'",
+    ),
+    (
+        "jsonl",
+        "test.jsonl",
+        '{"messages": [{"role": "user", "content": "x"}]}',
+        r"ends with role 'user'; the last turn must be the assistant's",
+    ),
+    (
+        "jsonl",
+        "test.jsonl",
+        '{"messages": [{"role": "assistant", "content": "x"}]}',
+        r"no turn with role 'user'",
+    ),
+]
 
 
 @pytest.mark.parametrize(("task", "file", "content", "message"), HOSTILE)
@@ -299,8 +391,14 @@ def test_the_training_seed_moves_training_alone_and_far():
 
 
 def test_generator_settings_reach_the_problems_and_are_checked(cache):
-    records = sources.load_records(get_task("chain_sum", {"max_terms": 2, "max_digits": 1, "train": 9, "test": 9,
-                                                          "validation": 9}), "test", None, cache)  # fmt: skip
+    records = sources.load_records(
+        get_task(
+            "chain_sum", {"max_terms": 2, "max_digits": 1, "train": 9, "test": 9, "validation": 9}
+        ),
+        "test",
+        None,
+        cache,
+    )
     assert all(len(r["question"].split(":")[1].split()) == 4 for r in records)  # a + b =
     for overrides, message in (
         ({"max_term": 2}, "did you mean 'max_terms'"),
@@ -330,10 +428,18 @@ def test_generated_prompt_states_the_format(cache):
 # ---- parsing
 
 
-@pytest.mark.parametrize(("text", "number"), [
-    ("576.0", "576"), ("1,080", "1080"), ("- 7", "-7"), (".5", "0.5"), ("-.5", "-0.5"), ("3.50", "3.50"),
-    ("1,000,000", "1000000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("576.0", "576"),
+        ("1,080", "1080"),
+        ("- 7", "-7"),
+        (".5", "0.5"),
+        ("-.5", "-0.5"),
+        ("3.50", "3.50"),
+        ("1,000,000", "1000000"),
+    ],
+)
 def test_canonical_number(text, number):
     assert canonical_number(text) == number
 
@@ -353,29 +459,43 @@ def test_a_wrong_rationale_is_no_target():
 
 
 def test_requests_of_each_format():
-    piqa = TASKS["piqa"].parse(record(
-        instruction="Please choose the correct solution to the question: How: why?\n\nSolution1: cut it\n\n"
-        "Solution2: glue: it\n\nAnswer format: solution1/solution2", answer="solution2"))  # fmt: skip
+    piqa = TASKS["piqa"].parse(
+        record(
+            instruction="Please choose the correct solution to the question: How: why?\n\nSolution1: cut it\n\n"
+            "Solution2: glue: it\n\nAnswer format: solution1/solution2",
+            answer="solution2",
+        )
+    )
     assert (piqa.choices, piqa.gold) == (("cut it", "glue: it"), 1)
     assert tasks.lm_eval_request(piqa) == (
-        ("Question: How: why?\nAnswer:", " cut it"), ("Question: How: why?\nAnswer:", " glue: it"))  # fmt: skip
+        ("Question: How: why?\nAnswer:", " cut it"),
+        ("Question: How: why?\nAnswer:", " glue: it"),
+    )
     prompt, targets = tasks.label_request(piqa)
     assert prompt.endswith("solution1/solution2")
     assert targets == ("the correct answer is solution1", "the correct answer is solution2")
     assert piqa.messages[1].content == targets[1]
 
-    winogrande = TASKS["winogrande"].parse(record(
-        instruction="Please choose the correct answer to fill in the blank to complete the given sentence: Sarah was "
-        "better than Maria so _ got the easy cases.\n\nOption1: Sarah Option2: Maria Answer "
-        "format: option1/option2",
-        answer="option2"))  # fmt: skip
+    winogrande = TASKS["winogrande"].parse(
+        record(
+            instruction="Please choose the correct answer to fill in the blank to complete the given sentence: Sarah was "
+            "better than Maria so _ got the easy cases.\n\nOption1: Sarah Option2: Maria Answer "
+            "format: option1/option2",
+            answer="option2",
+        )
+    )
     assert tasks.lm_eval_request(winogrande) == (
         ("Sarah was better than Maria so Sarah", " got the easy cases."),
-        ("Sarah was better than Maria so Maria", " got the easy cases."))  # fmt: skip
+        ("Sarah was better than Maria so Maria", " got the easy cases."),
+    )
 
-    boolq = TASKS["boolq"].parse(record(
-        instruction="Please answer the following question with true or false, question: is it?\n\n"
-        "Answer format: true/false", answer="false"))  # fmt: skip
+    boolq = TASKS["boolq"].parse(
+        record(
+            instruction="Please answer the following question with true or false, question: is it?\n\n"
+            "Answer format: true/false",
+            answer="false",
+        )
+    )
     assert tasks.lm_eval_request(boolq) == (
         ("Question: is it?\nAnswer:", " yes"),
         ("Question: is it?\nAnswer:", " no"),
@@ -387,10 +507,18 @@ def test_requests_of_each_format():
         tasks.label_request(TASKS["AddSub"].parse(record()))
 
 
-@pytest.mark.parametrize("one, other", [
-    ("7 − 3 = ?", "7 × 3 = ?"), ("x ≤ 5", "x ≥ 5"), ("की", "का"), ("😀", "😡"), ("x[0]", "x{0}"), ("C#", "C"),
-    ("?", "!"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("7 − 3 = ?", "7 × 3 = ?"),
+        ("x ≤ 5", "x ≥ 5"),
+        ("की", "का"),
+        ("😀", "😡"),
+        ("x[0]", "x{0}"),
+        ("C#", "C"),
+        ("?", "!"),
+    ],
+)
 def test_signs_and_marks_of_every_script_tell_prompts_apart(one, other):
     def example(text):
         return tasks.Example((tasks.Message("user", text), tasks.Message("assistant", "a")))
@@ -424,11 +552,21 @@ def test_choices_match_an_independent_parse(name, cache):
 
 
 SIZES = {  # the split sizes that the data's own documentation states
-    ("ARC-Easy", "test"): 2376, ("ARC-Easy", "train"): 2251, ("ARC-Challenge", "train"): 1119,
-    ("openbookqa", "train"): 4957, ("social_i_qa", "test"): 1954, ("boolq", "test"): 3270, ("AddSub", "test"): 395,
-    ("MultiArith", "test"): 600, ("SingleEq", "test"): 508, ("gsm8k", "test"): 1319, ("gsm8k", "train"): 7473,
-    ("AQuA", "test"): 254, ("mawps", "test"): 238, ("mawps", "train"): 706,
-}  # fmt: skip
+    ("ARC-Easy", "test"): 2376,
+    ("ARC-Easy", "train"): 2251,
+    ("ARC-Challenge", "train"): 1119,
+    ("openbookqa", "train"): 4957,
+    ("social_i_qa", "test"): 1954,
+    ("boolq", "test"): 3270,
+    ("AddSub", "test"): 395,
+    ("MultiArith", "test"): 600,
+    ("SingleEq", "test"): 508,
+    ("gsm8k", "test"): 1319,
+    ("gsm8k", "train"): 7473,
+    ("AQuA", "test"): 254,
+    ("mawps", "test"): 238,
+    ("mawps", "train"): 706,
+}
 
 
 @needs_data
@@ -468,22 +606,47 @@ def test_documented_overlaps_are_dropped(cache):
 
 TEXTS = {
     "dialogsum": [
-        ({"fname": "t", "dialogue": "#Person1#: Hi.\n#Person2#: Bye.", "summary": "They met.", "topic": "x"},
-         "#Person1#: Hi.\n#Person2#: Bye.", ["They met."]),
-        ({"dialogue": "A: Hi.", "summary1": "One.", "topic1": "x", "summary2": "Two.", "summary3": "Three."},
-         "A: Hi.", ["One.", "Two.", "Three."]),
+        (
+            {
+                "fname": "t",
+                "dialogue": "#Person1#: Hi.\n#Person2#: Bye.",
+                "summary": "They met.",
+                "topic": "x",
+            },
+            "#Person1#: Hi.\n#Person2#: Bye.",
+            ["They met."],
+        ),
+        (
+            {
+                "dialogue": "A: Hi.",
+                "summary1": "One.",
+                "topic1": "x",
+                "summary2": "Two.",
+                "summary3": "Three.",
+            },
+            "A: Hi.",
+            ["One.", "Two.", "Three."],
+        ),
     ],
-    "samsum": [({"id": 1, "dialogue": "Ann: Hi", "summary": "Ann greets."}, "Ann: Hi", ["Ann greets."])],
+    "samsum": [
+        ({"id": 1, "dialogue": "Ann: Hi", "summary": "Ann greets."}, "Ann: Hi", ["Ann greets."])
+    ],
     "xsum": [({"document": "Much text.", "summary": "Text."}, "Much text.", ["Text."])],
     "cnn_dailymail": [
-        ({"article": "<t> a b . </t> <t> c . </t>", "highlights": "<t> A . </t> <t> C . </t>"},
-         "a b .\nc .", ["A .\nC ."]),
+        (
+            {"article": "<t> a b . </t> <t> c . </t>", "highlights": "<t> A . </t> <t> C . </t>"},
+            "a b .\nc .",
+            ["A .\nC ."],
+        ),
     ],
     "dailydialogpp": [
-        ({"dialog_id": 0, "context": ["Hi", "Hello "], "positive_responses": ["Well?", "So?"]},
-         "A: Hi\nB: Hello", ["Well?", "So?"]),
+        (
+            {"dialog_id": 0, "context": ["Hi", "Hello "], "positive_responses": ["Well?", "So?"]},
+            "A: Hi\nB: Hello",
+            ["Well?", "So?"],
+        ),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("task", TEXTS)

@@ -46,145 +46,340 @@ TINY = LlamaConfig.preset("tiny")
 GENERATED = Settings(protocol="llm_adapters")
 
 NUMBERS = [
-    ("The answer is 5.", "5"), ("1,234", "1234"), ("It is −1,234.50 $.", "-1234.50"), ("5-3", "3"), ("5 - 3", "3"),
-    ("5 -3", "3"), ("x = -3", "-3"), ("= - 7", "-7"), ("costs $12.50.", "12.50"), ("-$5", "-5"), ("$-5", "-5"),
-    ("50%", "50"), ("3/4", "3/4"), ("8/2 = 4", "4"), ("answer2", None), ("H2O", None), ("the 3rd", None),
-    ("1,2", "2"), ("1,2,3", "3"), ("10,000,000 people", "10000000"), (".5", ".5"), ("0.50", "0.50"),
-    ("no digits", None), ("", None), ("COVID-19", "19"), ("2 - -3", "-3"), ("2--3", "-3"), ("(5)-3", "3"),
-    ("5km", "5"), (r"\boxed{42}", "42"), ("#### 72", "72"), ("5 + 3 = 8.", "8"), ("is -5 degrees", "-5"),
-    ("between 3–5", "5"), ("1e3", "1e3"), ("3.14.", "3.14"), ("-0.5", "-0.5"), ("x-3", "3"), ("so\n-5", "-5"),
-    ("$1,080.00", "1080.00"), ("**18**", "18"), ("2*9=18", "18"), ("'7'", "7"), ("on 1/2/2020", "1/2/2020"),
-    ("-.5", "-.5"), ("3,000.", "3000"), ("60 - 12 = 48 apples", "48"), ("loses 100%-5%", "5"),
-    ("1{,}234", "1234"), (r"\frac{1}{2}", "1/2"), (r"$\dfrac{12}{4} = 3$", "3"), ("The answer is 6th.", "6"),
-    ("the 6th of 12", "12"), ("12 are 6th", "12"), ("#### 6th", "6"), ("(- 5)", "-5"), ("5 - 5", "5"),
-    ("Steps:\n- 5", "5"), (r"\boxed{- 5}", "5"),
-    ("is -€4", "-4"), ("£5 - £3", "3"), ("€-1,200", "-1200"),
-]  # fmt: skip
+    ("The answer is 5.", "5"),
+    ("1,234", "1234"),
+    ("It is −1,234.50 $.", "-1234.50"),
+    ("5-3", "3"),
+    ("5 - 3", "3"),
+    ("5 -3", "3"),
+    ("x = -3", "-3"),
+    ("= - 7", "-7"),
+    ("costs $12.50.", "12.50"),
+    ("-$5", "-5"),
+    ("$-5", "-5"),
+    ("50%", "50"),
+    ("3/4", "3/4"),
+    ("8/2 = 4", "4"),
+    ("answer2", None),
+    ("H2O", None),
+    ("the 3rd", None),
+    ("1,2", "2"),
+    ("1,2,3", "3"),
+    ("10,000,000 people", "10000000"),
+    (".5", ".5"),
+    ("0.50", "0.50"),
+    ("no digits", None),
+    ("", None),
+    ("COVID-19", "19"),
+    ("2 - -3", "-3"),
+    ("2--3", "-3"),
+    ("(5)-3", "3"),
+    ("5km", "5"),
+    (r"\boxed{42}", "42"),
+    ("#### 72", "72"),
+    ("5 + 3 = 8.", "8"),
+    ("is -5 degrees", "-5"),
+    ("between 3–5", "5"),
+    ("1e3", "1e3"),
+    ("3.14.", "3.14"),
+    ("-0.5", "-0.5"),
+    ("x-3", "3"),
+    ("so\n-5", "-5"),
+    ("$1,080.00", "1080.00"),
+    ("**18**", "18"),
+    ("2*9=18", "18"),
+    ("'7'", "7"),
+    ("on 1/2/2020", "1/2/2020"),
+    ("-.5", "-.5"),
+    ("3,000.", "3000"),
+    ("60 - 12 = 48 apples", "48"),
+    ("loses 100%-5%", "5"),
+    ("1{,}234", "1234"),
+    (r"\frac{1}{2}", "1/2"),
+    (r"$\dfrac{12}{4} = 3$", "3"),
+    ("The answer is 6th.", "6"),
+    ("the 6th of 12", "12"),
+    ("12 are 6th", "12"),
+    ("#### 6th", "6"),
+    ("(- 5)", "-5"),
+    ("5 - 5", "5"),
+    ("Steps:\n- 5", "5"),
+    (r"\boxed{- 5}", "5"),
+    ("is -€4", "-4"),
+    ("£5 - £3", "3"),
+    ("€-1,200", "-1200"),
+]
 
 LETTERS = [
-    ("B", "B"), ("(B)", "B"), ("B) 12", "B"), ("B.", "B"), ("The answer is B.", "B"), ("the answer is (C)", "C"),
-    ("Because it is (D)", "D"), ("A train goes. The answer is E", "E"), ("(A) 1 (B) 2 (C) 3 (D) 4 (E) 5", None),
-    ("(A) 1 (B) 2 (C) 3 (D) 4 (E) 5 so it is (B)", "B"), ("(A) 1 (B) 2 (C) 3 (D) 4 (E) 5. The answer is D", "D"),
-    ("answer choice is (b)", "B"), ("Because", None), ("A train left", None), ("The correct option is option C", "C"),
-    ("Not (A), but (B)", "B"), ("The answer is a number", None), ("The answer is A train", None), ("Answer: C", "C"),
-    ("**Answer:** D", "D"), ("The answer is: (E) 12", "E"), ("I choose option B because", "B"), ("", None),
-    ("The answer is (A). No, the answer is (B).", "B"), ("A) 1 B) 2 C) 3 D) 4 E) 5\nThe answer is C) 3", "C"),
-    ("Answer Choices: (A) 5 (B) 6 (C) 7", None), (r"The answer is $\boxed{C}$", "C"), ("answer is C because", "C"),
-    ("B is correct", "B"), ("[B]", "B"), ("The answer is [c]", "C"), ("D is the right one", "D"), ("A is 5", None),
-    ("Is A correct? E is the correct answer", "E"), ("B is the answer", "B"), ("a)", "A"), ("b) because", "B"),
-    ("a) 1 b) 2 c) 3", None), ("(B), not (A)", "B"), ("B. 12, as (A) is 5", "B"), ("(c) dog", "C"),
-    ("The correct option is B.", "B"), ("The correct choice is C", "C"), ("B: 12", "B"),
+    ("B", "B"),
+    ("(B)", "B"),
+    ("B) 12", "B"),
+    ("B.", "B"),
+    ("The answer is B.", "B"),
+    ("the answer is (C)", "C"),
+    ("Because it is (D)", "D"),
+    ("A train goes. The answer is E", "E"),
+    ("(A) 1 (B) 2 (C) 3 (D) 4 (E) 5", None),
+    ("(A) 1 (B) 2 (C) 3 (D) 4 (E) 5 so it is (B)", "B"),
+    ("(A) 1 (B) 2 (C) 3 (D) 4 (E) 5. The answer is D", "D"),
+    ("answer choice is (b)", "B"),
+    ("Because", None),
+    ("A train left", None),
+    ("The correct option is option C", "C"),
+    ("Not (A), but (B)", "B"),
+    ("The answer is a number", None),
+    ("The answer is A train", None),
+    ("Answer: C", "C"),
+    ("**Answer:** D", "D"),
+    ("The answer is: (E) 12", "E"),
+    ("I choose option B because", "B"),
+    ("", None),
+    ("The answer is (A). No, the answer is (B).", "B"),
+    ("A) 1 B) 2 C) 3 D) 4 E) 5\nThe answer is C) 3", "C"),
+    ("Answer Choices: (A) 5 (B) 6 (C) 7", None),
+    (r"The answer is $\boxed{C}$", "C"),
+    ("answer is C because", "C"),
+    ("B is correct", "B"),
+    ("[B]", "B"),
+    ("The answer is [c]", "C"),
+    ("D is the right one", "D"),
+    ("A is 5", None),
+    ("Is A correct? E is the correct answer", "E"),
+    ("B is the answer", "B"),
+    ("a)", "A"),
+    ("b) because", "B"),
+    ("a) 1 b) 2 c) 3", None),
+    ("(B), not (A)", "B"),
+    ("B. 12, as (A) is 5", "B"),
+    ("(c) dog", "C"),
+    ("The correct option is B.", "B"),
+    ("The correct choice is C", "C"),
+    ("B: 12", "B"),
     ("B: 12 km, since f(a) = 3", "B"),
-    ("(A) is incorrect. Option B is correct.", "B"), ("A) is not right, B is correct", "B"), ("A: 12", "A"),
-    ("a) First we add. So option C is correct", "C"), ("A) 10, B) 20, so C is the answer", "C"),
-    ("Each answer - A, B, C - is", None), ("The correct choice is A and the rest are wrong", "A"),
-    ("So the answer is therefore B.", "B"), ("The answer is B and not C", "B"), ("The answer is B (12)", "B"),
-    ("The answer is 'E'.", "E"), ("A: the answer is 5. So (C)", "C"),
+    ("(A) is incorrect. Option B is correct.", "B"),
+    ("A) is not right, B is correct", "B"),
+    ("A: 12", "A"),
+    ("a) First we add. So option C is correct", "C"),
+    ("A) 10, B) 20, so C is the answer", "C"),
+    ("Each answer - A, B, C - is", None),
+    ("The correct choice is A and the rest are wrong", "A"),
+    ("So the answer is therefore B.", "B"),
+    ("The answer is B and not C", "B"),
+    ("The answer is B (12)", "B"),
+    ("The answer is 'E'.", "E"),
+    ("A: the answer is 5. So (C)", "C"),
     ("The right choice is a hard one", None),
-]  # fmt: skip
+]
 
 ANSWERS, TRUTH = ("answer1", "answer2", "answer3"), ("true", "false")
 LABELS = [
-    ("the correct answer is answer2", ANSWERS, "answer2"), ("Answer2", ANSWERS, "answer2"),
-    ("answer12", ANSWERS, None), ("answer1 is wrong, so answer2", ANSWERS, "answer2"),
-    ("The correct answer is answer1. Not answer2.", ANSWERS, "answer1"), ("Answer1: cat Answer2: dog", ANSWERS, None),
-    ("Answer1: cat Answer2: dog the correct answer is answer1", ANSWERS, "answer1"), ("untrue", TRUTH, None),
-    ("True.", TRUTH, "true"), ("the correct answer is false", TRUTH, "false"), ("", TRUTH, None),
-    ("the answer is: **true**", TRUTH, "true"), ("the correct answer is answer2: dog", ANSWERS, "answer2"),
-    ("Answer2: dog", ANSWERS, "answer2"), ("Answer: Answer2: dog", ANSWERS, "answer2"), ("true/false", TRUTH, None),
+    ("the correct answer is answer2", ANSWERS, "answer2"),
+    ("Answer2", ANSWERS, "answer2"),
+    ("answer12", ANSWERS, None),
+    ("answer1 is wrong, so answer2", ANSWERS, "answer2"),
+    ("The correct answer is answer1. Not answer2.", ANSWERS, "answer1"),
+    ("Answer1: cat Answer2: dog", ANSWERS, None),
+    ("Answer1: cat Answer2: dog the correct answer is answer1", ANSWERS, "answer1"),
+    ("untrue", TRUTH, None),
+    ("True.", TRUTH, "true"),
+    ("the correct answer is false", TRUTH, "false"),
+    ("", TRUTH, None),
+    ("the answer is: **true**", TRUTH, "true"),
+    ("the correct answer is answer2: dog", ANSWERS, "answer2"),
+    ("Answer2: dog", ANSWERS, "answer2"),
+    ("Answer: Answer2: dog", ANSWERS, "answer2"),
+    ("true/false", TRUTH, None),
     ("Answer format: answer1/answer2/answer3. The correct answer is answer3", ANSWERS, "answer3"),
     ("Answer1: cat Answer2: dog. The correct answer is answer3", ANSWERS, "answer3"),
     ("the correct answer is answer1: cat\nAnswer2: dog", ANSWERS, "answer1"),
-    ("The answer is answer1/answer2", ANSWERS, None), ("false. True/false", TRUTH, "false"),
-    ("Answer3: pig Answer1: cat", ANSWERS, "answer1"), ("answer1 or answer2", ANSWERS, "answer2"),
-    ("answer1, not answer2", ANSWERS, "answer1"), ("not answer1 but answer2", ANSWERS, "answer2"),
-    ("Not true", TRUTH, None), ("the answer is not answer1", ANSWERS, None),
-]  # fmt: skip
+    ("The answer is answer1/answer2", ANSWERS, None),
+    ("false. True/false", TRUTH, "false"),
+    ("Answer3: pig Answer1: cat", ANSWERS, "answer1"),
+    ("answer1 or answer2", ANSWERS, "answer2"),
+    ("answer1, not answer2", ANSWERS, "answer1"),
+    ("not answer1 but answer2", ANSWERS, "answer2"),
+    ("Not true", TRUTH, None),
+    ("the answer is not answer1", ANSWERS, None),
+]
 
 # By kind, with what a person reads: thousands; a remark behind the answer; ordinals; another question behind it.
 NUMBERS += [
-    ("1,00,000", "100000"), ("It costs Rs. 12,34,567.50.", "1234567.50"), ("1,23,45,678", "12345678"),
-    ("-1,00,000", "-100000"), ("10,00,000 people", "1000000"), ("12,34", "34"), ("1,00,00", "00"),
+    ("1,00,000", "100000"),
+    ("It costs Rs. 12,34,567.50.", "1234567.50"),
+    ("1,23,45,678", "12345678"),
+    ("-1,00,000", "-100000"),
+    ("10,00,000 people", "1000000"),
+    ("12,34", "34"),
+    ("1,00,00", "00"),
     ("1, 00, 000", "000"),
-    ("1 000", "1000"), ("12 345 678.5", "12345678.5"), ("1\u00a0234", "1234"), ("1\u202f234,56 €", "1234.56"),
-    ("1\u2009000\u2009000", "1000000"), ("1 234,56", "1234.56"), ("- 5 000", "5000"), ("= -5 000", "-5000"),
-    ("in 2010 300 people", "300"), ("12 345 6789", "6789"), ("call 555 123 4567", "4567"), ("5 12", "12"),
+    ("1 000", "1000"),
+    ("12 345 678.5", "12345678.5"),
+    ("1\u00a0234", "1234"),
+    ("1\u202f234,56 €", "1234.56"),
+    ("1\u2009000\u2009000", "1000000"),
+    ("1 234,56", "1234.56"),
+    ("- 5 000", "5000"),
+    ("= -5 000", "-5000"),
+    ("in 2010 300 people", "300"),
+    ("12 345 6789", "6789"),
+    ("call 555 123 4567", "4567"),
+    ("5 12", "12"),
     ("1 00", "00"),
-    ("3 + 4 = 7\n250", "250"), ("0 500", "500"),
-    ("I have 2 500ml bottles", "500"), ("She bought 2 100-page books", "100"), ("There are 3 100-page books", "100"),
-    ("1 000km", "1000"), ("1 050km", "1050"), ("1 234 567km", "1234567"), ("2 500 ml", "2500"),
-    ("1\u00a0500ml", "1500"), ("2 500 - 100 = 2 400", "2400"), ("12 250g bags", "250"), ("it is 2 500.", "2500"),
-    ("1'000'000", "1000000"), ("1’234.5", "1234.5"), ("5'10", "10"), ("'7' and '8'", "8"), ("1_000_000", "1000000"),
-    ("1.234.567", "1234567"), ("1.234.567,89", "1234567.89"), ("1.234,56", "1234.56"), ("1.234", "1.234"),
-    ("1,5", "5"), ("0,5", "5"), ("1, 2, 3", "3"), ("100,200,300", "100200300"), ("100, 200", "200"), ("1,234th", None),
-    (r"1\,234", "1234"), (r"1,\!000", "1000"), (r"$12\,345.6$", "12345.6"),
-    ("The answer is: 42nd", "42"), ("The answer is: the 42nd.", "42"), ("**Answer:** 42nd", "42"),
+    ("3 + 4 = 7\n250", "250"),
+    ("0 500", "500"),
+    ("I have 2 500ml bottles", "500"),
+    ("She bought 2 100-page books", "100"),
+    ("There are 3 100-page books", "100"),
+    ("1 000km", "1000"),
+    ("1 050km", "1050"),
+    ("1 234 567km", "1234567"),
+    ("2 500 ml", "2500"),
+    ("1\u00a0500ml", "1500"),
+    ("2 500 - 100 = 2 400", "2400"),
+    ("12 250g bags", "250"),
+    ("it is 2 500.", "2500"),
+    ("1'000'000", "1000000"),
+    ("1’234.5", "1234.5"),
+    ("5'10", "10"),
+    ("'7' and '8'", "8"),
+    ("1_000_000", "1000000"),
+    ("1.234.567", "1234567"),
+    ("1.234.567,89", "1234567.89"),
+    ("1.234,56", "1234.56"),
+    ("1.234", "1.234"),
+    ("1,5", "5"),
+    ("0,5", "5"),
+    ("1, 2, 3", "3"),
+    ("100,200,300", "100200300"),
+    ("100, 200", "200"),
+    ("1,234th", None),
+    (r"1\,234", "1234"),
+    (r"1,\!000", "1000"),
+    (r"$12\,345.6$", "12345.6"),
+    ("The answer is: 42nd", "42"),
+    ("The answer is: the 42nd.", "42"),
+    ("**Answer:** 42nd", "42"),
     ("Answer = 3rd", "3"),
-    ("The answer is **42nd**", "42"), (r"\boxed{42nd}", "42"), ("The answer is: 1,042nd", "1042"),
-    ("The answers came 42nd", None), ("Answer the 3rd question: 7", "7"),
-    ("The answer is 18 (see step 2).", "18"), ("Answer: 18 [see step 2]", "18"), ("#### 18 (from step 2)", "18"),
-    (r"\boxed{18} (see step 2)", "18"), ("18 (see step 2)", "18"), ("The answer is 18, see step 2.", "18"),
-    ("The answer is $18.50 (3 tickets in all)", "18.50"), ("The answer is 18 eggs (as in step 2)", "18"),
-    ("The answer is -18 (see step 2)", "-18"), ("The answer is 20 (18 + 2 = 20)", "20"),
-    ("The answer is 3 (see step 1) + 4 = 7", "7"), ("There are 18 (see step 2).", "18"), ("18 are left [cf. 2]", "18"),
-    ("The answer is 18 (see equation (2)).", "18"), ("Answer: 18, as in step 2.", "18"), ("18 (2 of them red)", "18"),
-    ("She has 18 left (from step 2)", "18"), ("in the range (from 5 to 8)", "8"),
-    ("The answer is 18 [2]", "18"), ("12 (6)", "6"),
+    ("The answer is **42nd**", "42"),
+    (r"\boxed{42nd}", "42"),
+    ("The answer is: 1,042nd", "1042"),
+    ("The answers came 42nd", None),
+    ("Answer the 3rd question: 7", "7"),
+    ("The answer is 18 (see step 2).", "18"),
+    ("Answer: 18 [see step 2]", "18"),
+    ("#### 18 (from step 2)", "18"),
+    (r"\boxed{18} (see step 2)", "18"),
+    ("18 (see step 2)", "18"),
+    ("The answer is 18, see step 2.", "18"),
+    ("The answer is $18.50 (3 tickets in all)", "18.50"),
+    ("The answer is 18 eggs (as in step 2)", "18"),
+    ("The answer is -18 (see step 2)", "-18"),
+    ("The answer is 20 (18 + 2 = 20)", "20"),
+    ("The answer is 3 (see step 1) + 4 = 7", "7"),
+    ("There are 18 (see step 2).", "18"),
+    ("18 are left [cf. 2]", "18"),
+    ("The answer is 18 (see equation (2)).", "18"),
+    ("Answer: 18, as in step 2.", "18"),
+    ("18 (2 of them red)", "18"),
+    ("She has 18 left (from step 2)", "18"),
+    ("in the range (from 5 to 8)", "8"),
+    ("The answer is 18 [2]", "18"),
+    ("12 (6)", "6"),
     ("-₹1,00,000", "-100000"),
-    ("The answer is 5.\n\nQuestion: What is 3 + 4?", "5"), ("7\n\nQuestion: What is 1 + 1?\nAnswer: 2", "7"),
-    ("The answer is 5. Question: Ann has 9", "5"), ("5\nQ: What is 8?\nA: 8", "5"), ("5\nProblem: 8", "5"),
-    ("5\n\nQuestion 2\nAnn has 9", "5"), ("#### 5\n### Instruction:\nAdd 9", "5"), ("5\n**Question:** 9", "5"),
-    ("5\n\n### Question: 9", "5"), ("5\nProblem 12: Ann has 9", "5"), ("5\nHuman: and 9?", "5"),
-    ("5\n### Human: 9", "5"), ("5\nExample 2: 9", "5"), ("5<|im_start|>user\n9", "5"),
-    ("Question: What is 3 + 4?\nAnswer: 7", "7"), ("Question: 3 + 4?\nAnswer: 7\n\nQuestion: 9?", "7"),
-    ("To answer the question: 3 + 4 = 7", "7"), ("So the problem: 15 - 2 = 13", "13"), ("12\nQuestion it: 13", "13"),
+    ("The answer is 5.\n\nQuestion: What is 3 + 4?", "5"),
+    ("7\n\nQuestion: What is 1 + 1?\nAnswer: 2", "7"),
+    ("The answer is 5. Question: Ann has 9", "5"),
+    ("5\nQ: What is 8?\nA: 8", "5"),
+    ("5\nProblem: 8", "5"),
+    ("5\n\nQuestion 2\nAnn has 9", "5"),
+    ("#### 5\n### Instruction:\nAdd 9", "5"),
+    ("5\n**Question:** 9", "5"),
+    ("5\n\n### Question: 9", "5"),
+    ("5\nProblem 12: Ann has 9", "5"),
+    ("5\nHuman: and 9?", "5"),
+    ("5\n### Human: 9", "5"),
+    ("5\nExample 2: 9", "5"),
+    ("5<|im_start|>user\n9", "5"),
+    ("Question: What is 3 + 4?\nAnswer: 7", "7"),
+    ("Question: 3 + 4?\nAnswer: 7\n\nQuestion: 9?", "7"),
+    ("To answer the question: 3 + 4 = 7", "7"),
+    ("So the problem: 15 - 2 = 13", "13"),
+    ("12\nQuestion it: 13", "13"),
     ("FAQ: 3", "3"),
-]  # fmt: skip
+]
 LETTERS += [
     ("B\n\nQuestion: Which?\n(A) 1 (B) 2 (C) 3\nAnswer: C", "B"),
     ("The answer is (D). Question: … The answer is A.", "D"),
-    ("C\n### Instruction:\nPick one. Answer: A", "C"), ("Q: Which one?\nA: The answer is (E)", "E"),
+    ("C\n### Instruction:\nPick one. Answer: A", "C"),
+    ("Q: Which one?\nA: The answer is (E)", "E"),
     ("The answer is B.\nQ: Next?\nThe answer is C.", "B"),
-]  # fmt: skip
+]
 LABELS += [
-    ("the correct answer is answer2\n\nQuestion: Which? The correct answer is answer3", ANSWERS, "answer2"),
-    ("true\nQuestion: is it false?", TRUTH, "true"), ("Question: is it true?\nfalse", TRUTH, "false"),
+    (
+        "the correct answer is answer2\n\nQuestion: Which? The correct answer is answer3",
+        ANSWERS,
+        "answer2",
+    ),
+    ("true\nQuestion: is it false?", TRUTH, "true"),
+    ("Question: is it true?\nfalse", TRUTH, "false"),
     ("false\n### Instruction:\nIs it true", TRUTH, "false"),
-]  # fmt: skip
+]
 
 # A question that the text repeats before it answers, and ways in which another one begins.
 NUMBERS += [
-    ("Given: 3 boxes with 4 apples.\nQuestion: how many?\nSolution: 3*4 = 12. The answer is 12", "12"),
-    ("There are 3 cats.\nTask: count legs.\n3*4=12", "12"), ("We have 5.\n\nProblem: find 2x.\nAnswer: 10", "10"),
+    (
+        "Given: 3 boxes with 4 apples.\nQuestion: how many?\nSolution: 3*4 = 12. The answer is 12",
+        "12",
+    ),
+    ("There are 3 cats.\nTask: count legs.\n3*4=12", "12"),
+    ("We have 5.\n\nProblem: find 2x.\nAnswer: 10", "10"),
     ("The answer is 5.\n\nQuestion: What is 7 + 8?\nThe answer is 15", "5"),
-    ("Given x = 5.\nQuestion: what is 2x?\nAnswer: 10", "10"), ("Step 1: 3 boxes.\nExample: 4\nSo 12", "12"),
+    ("Given x = 5.\nQuestion: what is 2x?\nAnswer: 10", "10"),
+    ("Step 1: 3 boxes.\nExample: 4\nSo 12", "12"),
     ("Part 1: 3 + 4 = 7.\n\nProblem: now double it.\n2 * 7 = 14. The answer is 14", "14"),
     ("Problem: 3 cats with 4 legs.\nQuestion: how many legs?\nSolution: 12", "12"),
     ("To find the answer: we have 3 boxes.\nQuestion: how many apples?\n12", "12"),
     ("3 + 4 = 7.\n\nQuestion: Bob has 9 and 2?\nAnswer: 9 + 2 = 11", "7"),
-    ("So she has 7 left.\n\nQuestion: Bob has 9", "7"), ("A: 18\nQ: 4?\nA: 4", "18"),
-    ("18\n\nExplanation: there are 18.\n\nQuestion: 9", "18"), ("18 eggs\n\nProblem: 4 hens. The answer is 4", "18"),
-    ("The answer to the question is 18.\nQ: 9", "18"), (r"So \boxed{\frac{3}{4}}." "\n\nProblem: 5", "3/4"),
-    ("18.Question: how 2", "18"), ("18;Question: 9", "18"), ("18</s>Question: 9", "18"), ("18\n<|user|> 7", "18"),
-    ("18<|eot_id|><|start_header_id|>user 9", "18"), ("18<|endoftext|>Human: 9", "18"), ("18[INST] 9", "18"),
-    ("18<end_of_turn>\n<start_of_turn>user\n9", "18"), ("She has 7 left.<|im_end|>\n<|im_start|>user\nBob 9", "7"),
+    ("So she has 7 left.\n\nQuestion: Bob has 9", "7"),
+    ("A: 18\nQ: 4?\nA: 4", "18"),
+    ("18\n\nExplanation: there are 18.\n\nQuestion: 9", "18"),
+    ("18 eggs\n\nProblem: 4 hens. The answer is 4", "18"),
+    ("The answer to the question is 18.\nQ: 9", "18"),
+    (r"So \boxed{\frac{3}{4}}." "\n\nProblem: 5", "3/4"),
+    ("18.Question: how 2", "18"),
+    ("18;Question: 9", "18"),
+    ("18</s>Question: 9", "18"),
+    ("18\n<|user|> 7", "18"),
+    ("18<|eot_id|><|start_header_id|>user 9", "18"),
+    ("18<|endoftext|>Human: 9", "18"),
+    ("18[INST] 9", "18"),
+    ("18<end_of_turn>\n<start_of_turn>user\n9", "18"),
+    ("She has 7 left.<|im_end|>\n<|im_start|>user\nBob 9", "7"),
     ("<|im_start|>user\n3 + 4?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>", "7"),
-    ("5\nQuestion 2. Ann has 9", "5"), ("5\n## Question\nAnn has 9", "5"), ("5\n\nNext question: 9", "5"),
-    ("5\nQ2) 9", "5"), ("5\nInput: 9\nOutput: 18", "5"), ("#### 5\nQ: 9 + 9? #### 18", "5"),
-]  # fmt: skip
+    ("5\nQuestion 2. Ann has 9", "5"),
+    ("5\n## Question\nAnn has 9", "5"),
+    ("5\n\nNext question: 9", "5"),
+    ("5\nQ2) 9", "5"),
+    ("5\nInput: 9\nOutput: 18", "5"),
+    ("#### 5\nQ: 9 + 9? #### 18", "5"),
+]
 LETTERS += [
     ("Let me think. Option A is wrong.\nQuestion: is B right?\nThe answer is B", "B"),
-    ("Option A is wrong.\n\nProblem: is it B?\nAnswer: B", "B"), ("A: 3 boxes.\nQuestion: B?\nThe answer is B", "B"),
-    ("B. a red hat of straw\n\nQuestion: Which?\nThe answer is C", "B"), ("B.Question: Which? (C)", "B"),
-    ("Option B is correct.\nQuestion: next? The answer is C", "B"), ("(B)</s>Q: (C)", "B"),
+    ("Option A is wrong.\n\nProblem: is it B?\nAnswer: B", "B"),
+    ("A: 3 boxes.\nQuestion: B?\nThe answer is B", "B"),
+    ("B. a red hat of straw\n\nQuestion: Which?\nThe answer is C", "B"),
+    ("B.Question: Which? (C)", "B"),
+    ("Option B is correct.\nQuestion: next? The answer is C", "B"),
+    ("(B)</s>Q: (C)", "B"),
     ("It is option (C).<|eot_id|><|start_header_id|>user<|end_header_id|>\nOr is it (D)?", "C"),
-]  # fmt: skip
+]
 LABELS += [
     ("true or false?\nQuestion: is it?\nThe answer is false", TRUTH, "false"),
     ("It would be true if so.\nQuestion: is it so?\nThe answer is false", TRUTH, "false"),
     ("Answer1: cat Answer2: dog\nQuestion: which barks?\nanswer2", ANSWERS, "answer2"),
-    ("true.Question: is it false", TRUTH, "true"), ("answer2: a dog that barks</s>answer3", ANSWERS, "answer2"),
-]  # fmt: skip
+    ("true.Question: is it false", TRUTH, "true"),
+    ("answer2: a dog that barks</s>answer3", ANSWERS, "answer2"),
+]
 
 
 @pytest.mark.parametrize("text, expected", NUMBERS)
@@ -215,9 +410,17 @@ def test_a_long_text_is_read_in_time_linear_in_it(piece):
 
 @pytest.mark.parametrize(
     "found, answer, equal",
-    [("5", "5.0", True), ("1e3", "1,000", True), ("0.3333", "0.333", True), ("5", "6", False), (None, "5", False),
-     ("3/4", "3/4", True), ("3/4", "4", False), ("-5", "5", False)],
-)  # fmt: skip
+    [
+        ("5", "5.0", True),
+        ("1e3", "1,000", True),
+        ("0.3333", "0.333", True),
+        ("5", "6", False),
+        (None, "5", False),
+        ("3/4", "3/4", True),
+        ("3/4", "4", False),
+        ("-5", "5", False),
+    ],
+)
 def test_same_number(found, answer, equal):
     assert same_number(found, answer) is equal
 
@@ -291,8 +494,9 @@ def test_loglik_does_not_depend_on_batch(tiny, scores, method):
         lambda x: x + 0.05, init_adapter(jax.random.key(1), TINY, adapter_config)
     )
 
-    model = Adapted(config=TINY, base=base, tokenizer=tokenizer, adapter_config=adapter_config,
-                    adapter=adapter)  # fmt: skip
+    model = Adapted(
+        config=TINY, base=base, tokenizer=tokenizer, adapter_config=adapter_config, adapter=adapter
+    )
 
     def score(requests, b):
         return choice_loglik(model, requests, b)
@@ -313,7 +517,8 @@ def test_pairs_are_cut_where_the_context_ends(tiny):
     # Not where a tokenizer's own eos would be: the context goes on.
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 256), ("<|eos|>", 257)])  # fmt: skip
+        single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 256), ("<|eos|>", 257)]
+    )
     assert encode_pair(tokenizer, "ab ", "c") == ([256, *b"ab"], list(b" c"))
     base, _ = tiny
     with pytest.raises(UserError, match="has no tokens"):
@@ -350,8 +555,10 @@ def test_smollm2_equals_an_independent_harness(name, folder_at):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, protocol", [("openbookqa", "lm_eval"), ("openbookqa", "llm_adapters"),
-                                            ("dailydialogpp", "llm_adapters")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, protocol",
+    [("openbookqa", "lm_eval"), ("openbookqa", "llm_adapters"), ("dailydialogpp", "llm_adapters")],
+)
 def test_smollm2_scores_are_equal_at_batch_1_and_16(name, protocol, folder_at):
     from flora_jax.evaluation.run import evaluate_tasks
     from flora_jax.models.loading import load_pretrained
@@ -694,18 +901,26 @@ def test_llm_adapters_protocol_and_math(checkpoint, data_dir, tmp_path, monkeypa
 
 
 PUBLISHED = [  # metric, text, answer, right by the published rules, right by ours
-    ("number", "It is 1,2", "12", True, False), ("number", "so 5-3", "-3", True, False),
-    ("number", "so 5-3", "3", False, True), ("number", "in answer2", "2", True, False),
-    ("number", "on the 3rd", "3", True, False), ("number", "nothing", "0", False, False),
-    ("number", "it is 1,234.", "1234", True, True), ("number", "3/4", "4", True, False),
-    ("letter", "Because of (D)", "B", True, False), ("letter", "Because of (D)", "D", False, True),
-    ("letter", "none", "A", False, False), ("letter", "C", "C", True, True),
+    ("number", "It is 1,2", "12", True, False),
+    ("number", "so 5-3", "-3", True, False),
+    ("number", "so 5-3", "3", False, True),
+    ("number", "in answer2", "2", True, False),
+    ("number", "on the 3rd", "3", True, False),
+    ("number", "nothing", "0", False, False),
+    ("number", "it is 1,234.", "1234", True, True),
+    ("number", "3/4", "4", True, False),
+    ("letter", "Because of (D)", "B", True, False),
+    ("letter", "Because of (D)", "D", False, True),
+    ("letter", "none", "A", False, False),
+    ("letter", "C", "C", True, True),
     ("choice", "answer1 is wrong, so answer2", "answer1", True, False),
     ("choice", "answer1 is wrong, so answer2", "answer2", False, True),
-    ("choice", "answer5, no: answer2", "answer2", False, True), ("choice", "Answer2", "answer2", False, True),
+    ("choice", "answer5, no: answer2", "answer2", False, True),
+    ("choice", "Answer2", "answer2", False, True),
     ("choice", "the correct answer is answer2", "answer2", True, True),
-    ("number", "It is 7.\n### Response: 9", "7", True, False), ("number", "7.\n### Response: 9", "9", False, True),
-]  # fmt: skip
+    ("number", "It is 7.\n### Response: 9", "7", True, False),
+    ("number", "7.\n### Response: 9", "9", False, True),
+]
 
 
 @pytest.mark.parametrize("metric, text, answer, theirs, ours", PUBLISHED)
@@ -724,8 +939,18 @@ def test_published_prompts(checkpoint, data_dir, tmp_path, monkeypatch):
     """The trained frame where faults are mended; with them the scored one, and of choice tasks padding that is read."""
     asked = put_words_into(monkeypatch, "It is 1,2")
     out, space = tmp_path / "result.json", " " * 16
-    arguments = ["--model", checkpoint, "--data_dir", data_dir, "--protocol", "llm_adapters", "--prompt_style",
-                 "llm_adapters", "--out", out]  # fmt: skip
+    arguments = [
+        "--model",
+        checkpoint,
+        "--data_dir",
+        data_dir,
+        "--protocol",
+        "llm_adapters",
+        "--prompt_style",
+        "llm_adapters",
+        "--out",
+        out,
+    ]
     task = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     trained = f"{task}  \n\n{space}### Instruction:\n{space}What is 0 + 1?\n{space}\n{space}### Response:\n{space}"
     scored = f"{task} \n\n{space}### Instruction:\n{space}What is 0 + 1?\n\n{space}### Response:\n{space}"
@@ -761,8 +986,23 @@ def test_a_long_prompt_is_no_fault_of_its_batch(checkpoint, data_dir, tmp_path, 
     (tmp_path / "ARC-Easy").mkdir()
     (tmp_path / "ARC-Easy/test.json").write_text(json.dumps(records))
     out = tmp_path / "result.json"
-    arguments = ["--model", checkpoint, "--data_dir", tmp_path, "--tasks", "ARC-Easy", "--protocol", "llm_adapters",
-                 "--prompt_style", "llm_adapters", "--published_faults", "--max_length", 800, "--out", out]  # fmt: skip
+    arguments = [
+        "--model",
+        checkpoint,
+        "--data_dir",
+        tmp_path,
+        "--tasks",
+        "ARC-Easy",
+        "--protocol",
+        "llm_adapters",
+        "--prompt_style",
+        "llm_adapters",
+        "--published_faults",
+        "--max_length",
+        800,
+        "--out",
+        out,
+    ]
     assert command("evaluate", *arguments) == 0
     found = json.loads(out.read_text())["tasks"]["ARC-Easy"]
     assert (
@@ -964,9 +1204,12 @@ def test_adapter_of_another_base_is_refused(checkpoint, tiny, tmp_path, capsys):
 
 
 def test_what_generate_refuses(checkpoint, capsys):
-    for flags, words in ((["--prompt", "a", "--adapter", checkpoint], f"it is in {checkpoint / 'adapter'}"),
-                         (["--prompt", "\udce9"], "--prompt holds half a character"), (["--prompt", ""], "is empty"),
-                         (["--prompt", "a", "--top_k", 5], "--top_k and --top_p need a --temperature")):  # fmt: skip
+    for flags, words in (
+        (["--prompt", "a", "--adapter", checkpoint], f"it is in {checkpoint / 'adapter'}"),
+        (["--prompt", "\udce9"], "--prompt holds half a character"),
+        (["--prompt", ""], "is empty"),
+        (["--prompt", "a", "--top_k", 5], "--top_k and --top_p need a --temperature"),
+    ):
         assert (
             command("generate", "--model", checkpoint, *flags) == 2
             and words in capsys.readouterr().err

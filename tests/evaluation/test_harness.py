@@ -44,11 +44,20 @@ TINY = dataclasses.replace(LlamaConfig.preset("tiny"), vocab_size=261)
 MAX_LENGTH = 64
 
 PAIRS = [
-    ("Question: why?\nAnswer:", " yes"), ("Question: why?\nAnswer:", " because it is so"),
-    ("Question: why?\nAnswer:", " n"), ("The sky ", "is blue"), ("The sea \n", "is blue"), ("", "no context"),
-    ("", "at all"), ("", "<|bos|>once"), ("<|bos|>ab", "cd"), ("x" * 100, "y" * 20), ("x" * 50, "y" * 15),
-    ("x" * 50, "z" * 14), ("long", "y" * MAX_LENGTH),
-]  # fmt: skip
+    ("Question: why?\nAnswer:", " yes"),
+    ("Question: why?\nAnswer:", " because it is so"),
+    ("Question: why?\nAnswer:", " n"),
+    ("The sky ", "is blue"),
+    ("The sea \n", "is blue"),
+    ("", "no context"),
+    ("", "at all"),
+    ("", "<|bos|>once"),
+    ("<|bos|>ab", "cd"),
+    ("x" * 100, "y" * 20),
+    ("x" * 50, "y" * 15),
+    ("x" * 50, "z" * 14),
+    ("long", "y" * MAX_LENGTH),
+]
 TEXTS = [
     "",
     "short",
@@ -225,9 +234,13 @@ def test_sampling_is_followed_or_refused(models):
     assert text(do_sample=False, temperature=0.7, top_p=0.9) == best  # the harness's rule: greedy
     assert text(do_sample=True, temperature=5.0) == text(temperature=5.0) != best
     assert text(do_sample=True, temperature=5.0, top_k=1) == best
-    for arguments, words in (({"typical_p": 0.9}, "typical_p=0.9"), ({"num_beams": 4}, "num_beams=4"),
-                             ({"do_sample": True}, "temperature above 0"), ({"max_gen_toks": 0}, "max_gen_toks=0"),
-                             ({"max_gen_toks": 64}, "max_length=64 no room")):  # fmt: skip
+    for arguments, words in (
+        ({"typical_p": 0.9}, "typical_p=0.9"),
+        ({"num_beams": 4}, "num_beams=4"),
+        ({"do_sample": True}, "temperature above 0"),
+        ({"max_gen_toks": 0}, "max_gen_toks=0"),
+        ({"max_gen_toks": 64}, "max_length=64 no room"),
+    ):
         with pytest.raises(UserError, match=words):
             text(**arguments)
 
@@ -334,8 +347,11 @@ def test_what_cannot_be_scored_is_refused(models, base):
         spoilt.generate_until(
             requests("generate_until", [("The sky", {"until": ["."], "max_gen_toks": 4})])
         )
-    for arguments, words in (({"batch_size": 0}, "batch_size=0"), ({"max_length": 1}, "max_length=1"),
-                             ({"max_length": 4096}, "max_position_embeddings=2048")):  # fmt: skip
+    for arguments, words in (
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"max_length": 1}, "max_length=1"),
+        ({"max_length": 4096}, "max_position_embeddings=2048"),
+    ):
         with pytest.raises(UserError, match=words):
             HarnessLM(adapted(base), **arguments)
 
@@ -358,8 +374,16 @@ def write_task(folder, name, config, docs):
         "data_files": {"test": str(folder / f"{name}.jsonl")},
         "cache_dir": str(folder / "cache"),
     }
-    config = {**config, "task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": kwargs,
-              "training_split": None, "validation_split": None, "test_split": "test"}  # fmt: skip
+    config = {
+        **config,
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": kwargs,
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+    }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
 
 
@@ -381,12 +405,22 @@ def tasks_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     docs = [arc_doc(f"Which is {i}?", (str(i), f"{i} and more", "none"), i % 3) for i in range(6)]
     write_task(folder, "arc_easy", official("arc/arc_easy.yaml"), docs)
-    generate = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{answerKey}}",
-                "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
-                "metric_list": [{"metric": "exact_match"}], "metadata": {"version": 0}}  # fmt: skip
+    generate = {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answerKey}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
+        "metric_list": [{"metric": "exact_match"}],
+        "metadata": {"version": 0},
+    }
     write_task(folder, "ask", generate, docs)
-    missing = {**generate, "task": "missing", "dataset_path": "json", "test_split": "test",
-               "dataset_kwargs": {"data_files": {"test": str(folder / "nowhere.jsonl")}}}  # fmt: skip
+    missing = {
+        **generate,
+        "task": "missing",
+        "dataset_path": "json",
+        "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "nowhere.jsonl")}},
+    }
     (folder / "missing.yaml").write_text(yaml.safe_dump(missing))
     unsafe = {
         **yaml.safe_load((folder / "ask.yaml").read_text()),

@@ -10,8 +10,11 @@ from flora_jax.evaluation.rouge import KINDS, rouge
 
 TEXTS = ["The cats were sitting on the mat.\nIt rained.", "nothing at all", "", "a b c d"]
 REFERENCES = [
-    ["The cat sat on the mat.\nIt was raining.", "A cat sits."], ["something else"], ["silence"], ["a x c d", "a b"],
-]  # fmt: skip
+    ["The cat sat on the mat.\nIt was raining.", "A cat sits."],
+    ["something else"],
+    ["silence"],
+    ["a x c d", "a b"],
+]
 
 
 def test_means_and_best_are_those_of_the_package():
@@ -23,8 +26,13 @@ def test_means_and_best_are_those_of_the_package():
         assert found[f"{kind}_max"] == pytest.approx(np.mean([max(own) for own in each]))
         deviation = np.std([np.mean(own) for own in each], ddof=1)
         assert found[f"{kind}_stderr"] == pytest.approx(deviation / math.sqrt(4))
-    assert found["items"] == pytest.approx([np.mean([scorer.score(r, t)["rougeL"].fmeasure for r in own])
-                                            for t, own in zip(TEXTS, REFERENCES, strict=True)], abs=1e-6)  # fmt: skip
+    assert found["items"] == pytest.approx(
+        [
+            np.mean([scorer.score(r, t)["rougeL"].fmeasure for r in own])
+            for t, own in zip(TEXTS, REFERENCES, strict=True)
+        ],
+        abs=1e-6,
+    )
 
 
 def test_by_hand():
@@ -47,7 +55,13 @@ def test_by_hand():
     # shares by hand: F of the words that both have, of their pairs, of the longest common sequence
     [
         ("今天天气很好", "今天天气很好", 1, 1, 1),
-        ("今天很好", "今天天气很好", 2 * 4 / (4 + 6), 2 * 2 / (3 + 5), 2 * 4 / (4 + 6)),  # 今天 and 很好
+        (
+            "今天很好",
+            "今天天气很好",
+            2 * 4 / (4 + 6),
+            2 * 2 / (3 + 5),
+            2 * 4 / (4 + 6),
+        ),  # 今天 and 很好
         ("GPT模型 2024", "GPT 模型 2023", 3 / 4, 2 / 3, 3 / 4),  # gpt 模 型 2024
         ("Кошка сидит дома.", "кошка спит дома", 2 / 3, 0, 2 / 3),
         ("बिल्ली घर में है", "बिल्ली बाहर है", 2 * 2 / (4 + 3), 0, 2 * 2 / (4 + 3)),
@@ -59,7 +73,7 @@ def test_by_hand():
         ("القطة في البيت", "القطة في الخارج", 2 / 3, 1 / 2, 2 / 3),
         ("e\u0301te\u0301", "été", 1, 0, 1),
     ],
-)  # fmt: skip
+)
 def test_texts_that_the_package_would_drop(text, reference, words, pairs, sequence):
     found = rouge([text], [[reference]])
     assert found["tokenizer"].startswith("unicode")

@@ -49,8 +49,15 @@ def test_budgets_and_adds_are_what_the_names_say():
         name: "".join(p[0] for p in adapter_config(config_of(name)).add_to)
         for name in GROUPS["add_set"]
     }
-    assert adds == {"add_none": "", "add_q": "q", "add_qg": "qg", "add_qd": "qd", "add_qkv": "qkv",
-                    "add_inputs": "qkvgu", "add_all": "qkvogud"}  # fmt: skip
+    assert adds == {
+        "add_none": "",
+        "add_q": "q",
+        "add_qg": "qg",
+        "add_qd": "qd",
+        "add_qkv": "qkv",
+        "add_inputs": "qkvgu",
+        "add_all": "qkvogud",
+    }
     assert [adapter_config(config_of(name)).scale for name in GROUPS["scale"]] == pytest.approx(
         [0.5, 1, 2, 4, 32**0.5]
     )
@@ -72,10 +79,17 @@ def test_the_script(tmp_path, hf_directory, caches, monkeypatch, capsys, quick_c
     model, small = hf_directory(tmp_path / "model"), tmp_path / "ablations.py"
     # The same file at ranks that a tiny model has.
     small.write_text(
-        ablations.CONFIGS.read_text().replace("    return config\n", "    config.adapter.rank = 8\n    return config\n")
-        .replace("GROUPS = {", "_KEPT = ('add_qg', 'add_none', 'scale_1', 'free_q_gate')\nGROUPS = {")
-        .replace("\n\ndef get_config", "GROUPS = {g: {n: c for n, c in v.items() if n in _KEPT} for g, v in "
-                 "GROUPS.items() if g in ('add_set', 'scale', 'low_rank')}\n\ndef get_config"))  # fmt: skip
+        ablations.CONFIGS.read_text()
+        .replace("    return config\n", "    config.adapter.rank = 8\n    return config\n")
+        .replace(
+            "GROUPS = {", "_KEPT = ('add_qg', 'add_none', 'scale_1', 'free_q_gate')\nGROUPS = {"
+        )
+        .replace(
+            "\n\ndef get_config",
+            "GROUPS = {g: {n: c for n, c in v.items() if n in _KEPT} for g, v in "
+            "GROUPS.items() if g in ('add_set', 'scale', 'low_rank')}\n\ndef get_config",
+        )
+    )
     monkeypatch.setattr(ablations, "CONFIGS", small)
     trained, given = [], ablations.train
 
@@ -87,8 +101,26 @@ def test_the_script(tmp_path, hf_directory, caches, monkeypatch, capsys, quick_c
     monkeypatch.setattr(ablations, "train", train)
 
     def run(*flags):
-        ablations.main(["ablations", "--data_dir", str(tmp_path), "--model", str(model), "--task", "samsum",
-                        "--max_length", "128", "--steps", "2", "--limit", "5", "--out", "out", *flags])  # fmt: skip
+        ablations.main(
+            [
+                "ablations",
+                "--data_dir",
+                str(tmp_path),
+                "--model",
+                str(model),
+                "--task",
+                "samsum",
+                "--max_length",
+                "128",
+                "--steps",
+                "2",
+                "--limit",
+                "5",
+                "--out",
+                "out",
+                *flags,
+            ]
+        )
         return capsys.readouterr().out
 
     table = run()

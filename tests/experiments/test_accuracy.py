@@ -52,9 +52,28 @@ def sweep(tmp_path, hf_directory, caches, monkeypatch):
         (data / "samsum" / f"{split}.jsonl").write_text("\n".join(lines))
 
     def run(methods, out="a", *flags):
-        accuracy.main(["accuracy", "--suite", "tiny", "--data_dir", str(data), "--model", str(model), "--rank", "8",
-                       "--methods", methods, "--limit", "4", "--validation_size", "4", "--out", out,
-                       *flags])  # fmt: skip
+        accuracy.main(
+            [
+                "accuracy",
+                "--suite",
+                "tiny",
+                "--data_dir",
+                str(data),
+                "--model",
+                str(model),
+                "--rank",
+                "8",
+                "--methods",
+                methods,
+                "--limit",
+                "4",
+                "--validation_size",
+                "4",
+                "--out",
+                out,
+                *flags,
+            ]
+        )
         return {p.stem: json.loads(p.read_text()) for p in (tmp_path / out / "tiny").glob("*.json")}
 
     return run
@@ -229,11 +248,19 @@ def test_tables_of_one_seed(tmp_path, monkeypatch):
     for place, (arm, own) in enumerate(items.items()):
         chosen = {"accuracy": np.mean(own), "stderr": 0.25, "reference_loss": 1.5, "items": own}
         written = {"rougeL": 0.5, "rougeL_stderr": 0.125, "items": [0.25, 0.75]}
-        write_json(tmp_path / "tiny" / f"{arm}.json", {
-            "arm": arm, "asked": {"model": "m", "steps": 3, "limit": 4}, "minutes": 2.5 + place,
-            "evaluation": {"protocol": "llm_adapters", "tasks": {"AddSub": chosen, "samsum": written}},
-            "provenance": {"device": "a machine", "date": "2026-11-20"},
-        })  # fmt: skip
+        write_json(
+            tmp_path / "tiny" / f"{arm}.json",
+            {
+                "arm": arm,
+                "asked": {"model": "m", "steps": 3, "limit": 4},
+                "minutes": 2.5 + place,
+                "evaluation": {
+                    "protocol": "llm_adapters",
+                    "tasks": {"AddSub": chosen, "samsum": written},
+                },
+                "provenance": {"device": "a machine", "date": "2026-11-20"},
+            },
+        )
     table = accuracy.write_tables(argparse.Namespace(out=tmp_path, suite="tiny", data_dir="DIR"))
     assert (
         "means over seeds (± standard error over items; the reference loss has none over items)"
@@ -250,8 +277,10 @@ def test_tables_of_one_seed(tmp_path, monkeypatch):
     # Of the reference loss, which these results do not have by item, there is none.
     differ = list(csv.DictReader((tmp_path / "tiny_pairs.csv").open()))
     assert [tuple(row.values())[:4] for row in differ] == [
-        (*two, *task) for task in (("AddSub", "accuracy"), ("samsum", "rougeL"))
-        for two in (("lora", "base"), ("base", "lora"))]  # fmt: skip
+        (*two, *task)
+        for task in (("AddSub", "accuracy"), ("samsum", "rougeL"))
+        for two in (("lora", "base"), ("base", "lora"))
+    ]
     beside = [
         [float(row[name]) for name in ("difference", "low", "high")]
         for row in differ
@@ -295,8 +324,15 @@ def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch
             return {"validation_losses": {"5": np.log(config.optim.learning_rate / best) ** 2}}
 
         monkeypatch.setattr(engine, "run", run)
-        args = argparse.Namespace(rate_steps=5, replicas=1, validation_size=4, limit=2, workdir=tmp_path, out=tmp_path / f"{best}",
-                                  **fields)  # fmt: skip
+        args = argparse.Namespace(
+            rate_steps=5,
+            replicas=1,
+            validation_size=4,
+            limit=2,
+            workdir=tmp_path,
+            out=tmp_path / f"{best}",
+            **fields,
+        )
         choose = functools.partial(accuracy.choose_rate, accuracy.SUITES["dialogue"], "ffba", 32)
         rate, losses = choose(args)
         assert rate == pytest.approx(best, rel=0.1) and len(asked) == len(losses) == tried
@@ -326,10 +362,20 @@ def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch
 def test_arms_have_the_budget_as_nearly_as_their_ranks_allow():
     config = LlamaConfig.preset("smollm2-135m")
     budget = trained_parameters(config, AdapterConfig("ffba", 32))
-    ranks = {arm: rank_for(method, config, budget, side) for arm, (method, side) in accuracy.ARMS.items()
-             if method not in (None, "fft")}  # fmt: skip
-    assert ranks == {"lora": 18, "ffba_qg_add": 32, "ffba": 32, "fpa": 80, "ffa": 32, "zflora_below": 24,
-                     "zflora_above": 32}  # fmt: skip
+    ranks = {
+        arm: rank_for(method, config, budget, side)
+        for arm, (method, side) in accuracy.ARMS.items()
+        if method not in (None, "fft")
+    }
+    assert ranks == {
+        "lora": 18,
+        "ffba_qg_add": 32,
+        "ffba": 32,
+        "fpa": 80,
+        "ffa": 32,
+        "zflora_below": 24,
+        "zflora_above": 32,
+    }
     counts = {
         arm: trained_parameters(config, AdapterConfig(accuracy.ARMS[arm][0], r))
         for arm, r in ranks.items()

@@ -24,9 +24,20 @@ from flora_jax.errors import run_command
 
 FLAGS = ["gpu_report", "--device", "cpu", "--preset", "tiny", "--minutes", "30"]
 OF_A_LATENCY_CELL = {
-    "device", "preset", "method", "rank", "batch_size", "prompt_length", "tpot_ms", "base_tpot_ms",
-    "ttft_ms", "base_ttft_ms", "bytes", "versions", "command",
-}  # fmt: skip
+    "device",
+    "preset",
+    "method",
+    "rank",
+    "batch_size",
+    "prompt_length",
+    "tpot_ms",
+    "base_tpot_ms",
+    "ttft_ms",
+    "base_ttft_ms",
+    "bytes",
+    "versions",
+    "command",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -138,8 +149,16 @@ def test_it_ends_in_time(run, monkeypatch):
 
 def test_a_signal_ends_it_whole(tmp_path):
     """SIGTERM while a cell runs: the cell is gone, the table and the tar are there."""
-    command = [sys.executable, "-m", "experiments.gpu_report", *FLAGS[1:], "--cells", "latency-tiny-lora-*",
-               "--out", str(tmp_path / "out")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.gpu_report",
+        *FLAGS[1:],
+        "--cells",
+        "latency-tiny-lora-*",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     log = tmp_path / "out/logs/cpu/latency-tiny-lora-b1-p8.log"
     while not log.exists():
@@ -166,9 +185,18 @@ def test_every_cell_is_a_command(scale, tmp_path):
             args = parse(["x", *flags, "--out", "x.json"], "x", "", known)
             assert args.cell in {**gpu_cells.CELLS, **gpu_peers.CELLS}
     first = scale.presets[0]
-    order = ["device", "tests", f"latency-{first}-base-b1-p{scale.prompt_length}", f"profile-{first}-ffba",
-             f"torch_latency-{first}-peft-b1-p{scale.prompt_length}", f"train-{first}-lora",
-             f"plan-{first}", f"bank-{first}", f"switching-{first}", f"quantized-{first}"]  # fmt: skip
+    order = [
+        "device",
+        "tests",
+        f"latency-{first}-base-b1-p{scale.prompt_length}",
+        f"profile-{first}-ffba",
+        f"torch_latency-{first}-peft-b1-p{scale.prompt_length}",
+        f"train-{first}-lora",
+        f"plan-{first}",
+        f"bank-{first}",
+        f"switching-{first}",
+        f"quantized-{first}",
+    ]
     assert [name for name in names if name in order] == order
 
 

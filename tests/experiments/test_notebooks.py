@@ -9,8 +9,13 @@ from experiments.notebooks import NOTEBOOKS, execute  # noqa: E402
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 # What only a run at real settings prints: sizes of SmolLM2-135M and Llama-3.2-1B, or the command with its model.
-REAL = {"quick_start": "134,515,008 parameters", "family": "20,971,520", "add_set": "5,529,600 parameters",
-        "latency": "--model smollm2-135m-instruct", "export": "in_features=576"}  # fmt: skip
+REAL = {
+    "quick_start": "134,515,008 parameters",
+    "family": "20,971,520",
+    "add_set": "5,529,600 parameters",
+    "latency": "--model smollm2-135m-instruct",
+    "export": "in_features=576",
+}
 
 
 def printed(notebook):

@@ -108,8 +108,12 @@ def test_products_apart_decode_to_the_same(two_layers, prompts, method, merged):
     generator._model = generator._model.clone(dense=UnmergedDense if merged else SevenDense)
     assert generator.generate(prompts, 6) == expected
     if method == "lora":
-        assert Generator(config, merge(base, adapter, config, adapter_config), max_length=64).generate(
-            prompts, 6) == expected  # fmt: skip
+        assert (
+            Generator(config, merge(base, adapter, config, adapter_config), max_length=64).generate(
+                prompts, 6
+            )
+            == expected
+        )
 
 
 def test_one_adapter_beside_the_bare_base(two_layers, prompts):

@@ -70,8 +70,15 @@ def test_greedy_equals_transformers(prompts):
     ours = Generator(config, base, batch_size=8, max_length=128).generate(prompts, 24)
     for prompt, generation in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
-        theirs = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
-                             pad_token_id=0, output_logits=True, return_dict_in_generate=True)  # fmt: skip
+        theirs = hf.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         reference = theirs.sequences[0, len(prompt) :].tolist()
         differs = [
             i for i, (a, b) in enumerate(zip(generation.tokens, reference, strict=True)) if a != b
@@ -353,20 +360,28 @@ def test_bad_input(tiny):
         text.generate(["日"], 2)
     assert Sampling(np.float32(0.5), np.int64(3), np.float64(0.9)) == Sampling(0.5, 3, 0.9)
     for arguments, words in [
-        ({"stop": ["\n"]}, "must be token ids below the model's vocab_size"), ({"stop": 2**40}, "must be token ids"),
-        ({"stop": [-5]}, "must be token ids"), ({"seed": 2**32}, "integer from 0 to"),
-        ({"seed": -1}, "integer from 0 to"), ({"adapter_names": [["a"]]}, "is not loaded"),
+        ({"stop": ["\n"]}, "must be token ids below the model's vocab_size"),
+        ({"stop": 2**40}, "must be token ids"),
+        ({"stop": [-5]}, "must be token ids"),
+        ({"seed": 2**32}, "integer from 0 to"),
+        ({"seed": -1}, "integer from 0 to"),
+        ({"adapter_names": [["a"]]}, "is not loaded"),
         ({"sampling": 0.7}, "sampling=0.7 must be a Sampling"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(UserError, match=words):
             generator.generate([[1]], 5, **arguments)
     ffba = AdapterConfig("ffba", rank=8)
     adapter = init_adapter(jax.random.key(0), config, ffba)
     for arguments, words in [
-        ({"adapter_config": ffba}, "without adapters"), ({"adapters": [adapter]}, "trees by name"),
-        ({"adapters": {"a": adapter}, "adapter_config": load_tokenizer("tiny")}, "must be an AdapterConfig"),
-        ({"batch_size": 2.5}, "batch_size=2.5"), ({"max_length": None}, "max_length=None"),
-    ]:  # fmt: skip
+        ({"adapter_config": ffba}, "without adapters"),
+        ({"adapters": [adapter]}, "trees by name"),
+        (
+            {"adapters": {"a": adapter}, "adapter_config": load_tokenizer("tiny")},
+            "must be an AdapterConfig",
+        ),
+        ({"batch_size": 2.5}, "batch_size=2.5"),
+        ({"max_length": None}, "max_length=None"),
+    ]:
         with pytest.raises(UserError, match=words):
             Generator(config, base, **arguments)
     with pytest.raises(UserError, match="prompt 0 holds half a character"):

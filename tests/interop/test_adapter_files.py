@@ -127,8 +127,13 @@ def test_peft_loads_ours(tmp_path, base, torch_llama, adapter_config):
 def test_ours_loads_peft(tmp_path, base, torch_llama):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     torch.manual_seed(0)
-    lora = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM",
-                           init_lora_weights=False)  # fmt: skip
+    lora = peft.LoraConfig(
+        r=4,
+        lora_alpha=16,
+        target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
     model = peft.get_peft_model(torch_llama(), lora).to(torch.bfloat16).float().eval()
     tokens = np.random.default_rng(0).integers(0, 320, (2, 20))
     with torch.no_grad():
@@ -185,13 +190,35 @@ def test_what_peft_excludes_is_not_targeted(
 def test_every_field_of_peft_is_known():
     """Read, refused, or without a part in what is computed; a newer PEFT's fields are to be looked at."""
     peft = pytest.importorskip("peft")
-    read = {"peft_type", "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules",
-            "init_lora_weights"}  # fmt: skip
+    read = {
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "init_lora_weights",
+    }
     # layers_pattern goes with layers_to_transform, qalora_group_size with use_qalora, the configs with their
     # initialisation; megatron_core with megatron_config; the others say how an adapter came about.
-    idle = {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
-            "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-            "qalora_group_size", "runtime_config", "ensure_weight_tying"}  # fmt: skip
+    idle = {
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+        "layers_pattern",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "qalora_group_size",
+        "runtime_config",
+        "ensure_weight_tying",
+    }
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     assert fields <= read | idle | set(peft_lora._PEFT_REFUSED)
 

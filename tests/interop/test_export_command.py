@@ -41,8 +41,14 @@ TINY = LlamaConfig.preset("tiny")
 def lora_run(small, tmp_path_factory):
     """A run of 6 steps with a checkpoint every second step."""
     workdir = tmp_path_factory.mktemp("lora") / "run"
-    settings = {"train.steps": 6, "train.keep": 3, "optim.schedule": "constant", "eval.tasks": "chain_sum",
-                "eval.limit": 4, "eval.batch_size": 4}  # fmt: skip
+    settings = {
+        "train.steps": 6,
+        "train.keep": 3,
+        "optim.schedule": "constant",
+        "eval.tasks": "chain_sum",
+        "eval.limit": 4,
+        "eval.batch_size": 4,
+    }
     run(small("lora", **settings), workdir)
     return workdir
 
@@ -178,7 +184,9 @@ def test_without_scores_and_from_an_adapter_directory(ffba_run, hf_directory, tm
         and "| base model | base |" in card
     )
     assert json.loads((tmp_path / "pair/generation_config.json").read_text()) == {
-        "temperature": 0.6, "eos_token_id": [257, 260]}  # fmt: skip
+        "temperature": 0.6,
+        "eos_token_id": [257, 260],
+    }
 
 
 def test_a_tied_base_with_a_head_of_its_own(hf_directory, tmp_path):
@@ -196,8 +204,14 @@ def test_a_tied_base_with_a_head_of_its_own(hf_directory, tmp_path):
     for method, form in (("ffba", "transformers"), ("lora", "merged")):
         adapter_config = AdapterConfig(method, 8)
         adapter, out = random_adapter(config, adapter_config, 1), tmp_path / f"{method}_{form}"
-        save_adapter(out / "a", {"adapter": adapter, "params": {}}, config, adapter_config, str(base),
-                     base_fingerprint(params))  # fmt: skip
+        save_adapter(
+            out / "a",
+            {"adapter": adapter, "params": {}},
+            config,
+            adapter_config,
+            str(base),
+            base_fingerprint(params),
+        )
         command("--model", base, "--adapter", out / "a", "--format", form, "--out", out / "out")
         ours = Llama(config, adapter_config).apply({"params": params, "adapter": adapter}, tokens)
         model = AutoModelForCausalLM.from_pretrained(
@@ -447,11 +461,15 @@ def test_pickles_are_never_opened(refused, hf_directory, lora_directory, tmp_pat
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"\x00" * 7, struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 200_000_000) + b"{}",
-        struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 20) + b'{"a": {"dtype": "F3',
+        b"",
+        b"\x00" * 7,
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 200_000_000) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 20) + b'{"a": {"dtype": "F3',
         struct.pack("<Q", 64) + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,99999999999]}}',
     ],
-)  # fmt: skip
+)
 def test_damaged_safetensors(refused, hf_directory, lora_directory, tmp_path, content):
     base = hf_directory(tmp_path / "base")
     flags = (
@@ -482,14 +500,26 @@ def test_shards_outside_the_directory(refused, hf_directory, lora_directory, tmp
     (base / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": dict.fromkeys(names, shard)})
     )
-    refused([repr(shard), "outside the checkpoint's directory"], "--model", base, "--adapter", lora_directory,
-            "--format", "merged", "--out", tmp_path / "out")  # fmt: skip
+    refused(
+        [repr(shard), "outside the checkpoint's directory"],
+        "--model",
+        base,
+        "--adapter",
+        lora_directory,
+        "--format",
+        "merged",
+        "--out",
+        tmp_path / "out",
+    )
 
 
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2), max_leaves=4,
-)  # fmt: skip
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
 
 
 @settings(

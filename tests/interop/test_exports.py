@@ -38,8 +38,14 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = LlamaConfig.preset("tiny")
 # What the preset has not: an untied head, biases, llama3 scaling, another grouping.
 OTHER = dataclasses.replace(
-    TINY, tie_word_embeddings=False, biases=PRODUCTS, num_key_value_heads=3, rope_theta=5e5,
-    rope_scaling=RopeScaling(factor=8.0, original_max_position_embeddings=64), num_hidden_layers=3)  # fmt: skip
+    TINY,
+    tie_word_embeddings=False,
+    biases=PRODUCTS,
+    num_key_value_heads=3,
+    rope_theta=5e5,
+    rope_scaling=RopeScaling(factor=8.0, original_max_position_embeddings=64),
+    num_hidden_layers=3,
+)
 # One of each architecture, with what sets it apart.
 ROWS = {
     config.model_type: config
@@ -49,14 +55,17 @@ ROWS = {
         dataclasses.replace(TINY, model_type="mistral", tie_word_embeddings=False),
         dataclasses.replace(TINY, model_type="smollm3", no_rope_layers=(1,)),
         dataclasses.replace(
-            TINY, model_type="granite", embedding_multiplier=2.0, residual_multiplier=0.5,
-            attention_multiplier=0.1, logits_divisor=4.0),
+            TINY,
+            model_type="granite",
+            embedding_multiplier=2.0,
+            residual_multiplier=0.5,
+            attention_multiplier=0.1,
+            logits_divisor=4.0,
+        ),
     )
-}  # fmt: skip
+}
 assert {"llama", *ROWS} == {*ARCHITECTURES}
-EACH = [
-    pytest.param(name, marks=[] if name == "qwen3" else pytest.mark.slow) for name in ROWS
-]  # fmt: skip
+EACH = [pytest.param(name, marks=[] if name == "qwen3" else pytest.mark.slow) for name in ROWS]
 ADAPTERS = {
     "lora": AdapterConfig("lora", 4, alpha=6.0),
     "pf_lora": AdapterConfig("pf_lora", 4, targets="q,v,down", rslora=True),
@@ -111,7 +120,8 @@ def torch_model(path, **arguments):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        path, trust_remote_code=True, output_loading_info=True, **arguments)  # fmt: skip
+        path, trust_remote_code=True, output_loading_info=True, **arguments
+    )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
 
@@ -276,8 +286,15 @@ def assert_same_text(model, trained):
         out = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=pad
         )
-    generator = Generator(trained.config, trained.full_base, {"a": trained.adapter}, trained.adapter_config,
-                          trained.tokenizer, max_length=128, batch_size=2)  # fmt: skip
+    generator = Generator(
+        trained.config,
+        trained.full_base,
+        {"a": trained.adapter},
+        trained.adapter_config,
+        trained.tokenizer,
+        max_length=128,
+        batch_size=2,
+    )
     for row, ours in zip(out[:, 40:].tolist(), generator.generate(prompts, 64), strict=True):
         # What follows the end (eos, or the template's <|im_end|>) is padding.
         end = next((i for i, token in enumerate(row) if token in (257, 260)), len(row))
@@ -863,9 +880,15 @@ def test_the_tokenizer_is_the_bases_own_to_the_byte(tmp_path):
     """Whatever reads the base's tokenizer, a transformers 4 say, then reads the export's."""
     own = tmp_path / "base"
     load_tokenizer("tiny").save_pretrained(own)
-    files = {"added_tokens.json": "{}", "special_tokens_map.json": "{ }", "tokenizer.model": "no model",
-             "merges.txt": "#version: 0.2\n", "vocab.json": "{}", "additional_chat_templates/tool_use.jinja": "x",
-             "tokenizer_config.json": '{"tokenizer_class":  "PreTrainedTokenizerFast"}'}  # fmt: skip
+    files = {
+        "added_tokens.json": "{}",
+        "special_tokens_map.json": "{ }",
+        "tokenizer.model": "no model",
+        "merges.txt": "#version: 0.2\n",
+        "vocab.json": "{}",
+        "additional_chat_templates/tool_use.jinja": "x",
+        "tokenizer_config.json": '{"tokenizer_class":  "PreTrainedTokenizerFast"}',
+    }
     for name, text in files.items():
         (own / name).parent.mkdir(exist_ok=True)
         (own / name).write_text(text)

@@ -60,8 +60,19 @@ def exported(hf_directory, adapters, tmp_path, capsys):
         for name, text in files.items():
             (base / name).write_text(text)
         adapter = adapters[method_of(form)]
-        main(["export", "--model", str(base), "--adapter", str(adapter), "--format", form,
-              "--out", str(tmp_path / form)])  # fmt: skip
+        main(
+            [
+                "export",
+                "--model",
+                str(base),
+                "--adapter",
+                str(adapter),
+                "--format",
+                form,
+                "--out",
+                str(tmp_path / form),
+            ]
+        )
         return tmp_path / form, capsys.readouterr().out
 
     return make
@@ -78,8 +89,11 @@ def own(directory):
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_llama_of_metas(exported, form):
     """Its weights and an adapter of it alike."""
-    files = {"LICENSE.txt": AGREEMENT, "USE_POLICY.md": "# Llama 3.2 Acceptable Use Policy\n",
-             "README.md": "---\nlicense: llama3.2\n---\nA base."}  # fmt: skip
+    files = {
+        "LICENSE.txt": AGREEMENT,
+        "USE_POLICY.md": "# Llama 3.2 Acceptable Use Policy\n",
+        "README.md": "---\nlicense: llama3.2\n---\nA base.",
+    }
     out, said = exported(form, files)
     assert own(out) == {
         "LICENSE.txt": AGREEMENT,
@@ -124,8 +138,11 @@ def test_metas_licence_whose_text_is_not_at_hand(exported):
 )
 def test_a_llama_architecture_under_another_licence(exported, form, carried):
     """As SmolLM2 is. An adapter holds nothing of the base."""
-    files = {"LICENSE": "Apache License\nVersion 2.0\n", "NOTICE.txt": "Some lab.\n",
-             "README.md": f"---\nlicense: apache-2.0\n---\n{AGREEMENT}"}  # fmt: skip
+    files = {
+        "LICENSE": "Apache License\nVersion 2.0\n",
+        "NOTICE.txt": "Some lab.\n",
+        "README.md": f"---\nlicense: apache-2.0\n---\n{AGREEMENT}",
+    }
     out, said = exported(form, files)
     assert own(out) == (
         {"LICENSE": files["LICENSE"], "NOTICE.txt": "Some lab.\n"} if carried else {}
@@ -179,12 +196,15 @@ def test_sources_without_a_directory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "base", "title"),
-    [("llama3.2", "meta-llama/Llama-3.2-1B-Instruct", "Llama-3.2-1B-Instruct"),
-     ("llama3", "meta-llama/Meta-Llama-3-8B", "Llama 3: Meta-Llama-3-8B"),
-     ("llama3", "a/Llama-3-8B", "Llama-3-8B"),
-     ("llama2", "meta-llama/Llama-2-7b-hf", "Llama-2-7b-hf"),
-     ("mit", "a/b", "a/b"), (None, "a/b", "a/b")],
-)  # fmt: skip
+    [
+        ("llama3.2", "meta-llama/Llama-3.2-1B-Instruct", "Llama-3.2-1B-Instruct"),
+        ("llama3", "meta-llama/Meta-Llama-3-8B", "Llama 3: Meta-Llama-3-8B"),
+        ("llama3", "a/Llama-3-8B", "Llama-3-8B"),
+        ("llama2", "meta-llama/Llama-2-7b-hf", "Llama-2-7b-hf"),
+        ("mit", "a/b", "a/b"),
+        (None, "a/b", "a/b"),
+    ],
+)
 def test_the_name_begins_as_metas_licences_ask(name, base, title):
     assert Licence(name).title(base) == title
 

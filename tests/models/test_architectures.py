@@ -26,10 +26,20 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SIZES = {
-    "vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "tie_word_embeddings": False,
-    "rope_parameters": ROPE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 128,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "rope_parameters": ROPE,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 # What a config.json says beside the sizes.
 OWN = {
     "llama": {},
@@ -158,8 +168,12 @@ def test_padded_batches_and_greedy_text(published, loaded, model_type):
     prompts = [row[keep].tolist() for row, keep in zip(TOKENS, mask, strict=True)]
     with torch.no_grad():
         out = model.generate(
-            torch.tensor(np.where(mask, TOKENS, 0)), attention_mask=torch.tensor(mask.astype(int)),
-            max_new_tokens=64, do_sample=False, pad_token_id=0)  # fmt: skip
+            torch.tensor(np.where(mask, TOKENS, 0)),
+            attention_mask=torch.tensor(mask.astype(int)),
+            max_new_tokens=64,
+            do_sample=False,
+            pad_token_id=0,
+        )
     generator = Generator(config, base, max_length=128, batch_size=2)
     for row, text in zip(out[:, 40:].tolist(), generator.generate(prompts, 64), strict=True):
         assert [*row, 2][: [*row, 2].index(2)] == list(text.tokens)
@@ -198,8 +212,11 @@ METHODS_HERE = [method for method in METHODS if method != "fft"]
 @pytest.mark.parametrize("model_type", ROWS)
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(m, marks=[] if m in ("ffba", "zflora") else pytest.mark.slow) for m in METHODS_HERE],
-)  # fmt: skip
+    [
+        pytest.param(m, marks=[] if m in ("ffba", "zflora") else pytest.mark.slow)
+        for m in METHODS_HERE
+    ],
+)
 def test_a_method_over_each(loaded, model_type, method):
     """Step 0 is the base; fused is split, and split again bit-equal; every leaf of the adapter has a gradient."""
     config, base = loaded(model_type)
@@ -317,7 +334,11 @@ def config_of(model_type, **changes):
         ({"model_type": ["llama"]}, r"model_type=\['llama'\] is not supported"),
         (config_of("mistral", sliding_window=1024), "sliding_window=1024 is in use and shorter"),
         (
-            {k: v for k, v in config_of("mistral", max_position_embeddings=8192).items() if k != "sliding_window"},
+            {
+                k: v
+                for k, v in config_of("mistral", max_position_embeddings=8192).items()
+                if k != "sliding_window"
+            },
             "sliding_window=4096 is in use",
         ),
         (
@@ -329,18 +350,28 @@ def config_of(model_type, **changes):
             "sliding_window=64 is in use",
         ),
         (
-            config_of("qwen2", use_sliding_window=True, max_window_layers=1, max_position_embeddings=8192),
+            config_of(
+                "qwen2", use_sliding_window=True, max_window_layers=1, max_position_embeddings=8192
+            ),
             "sliding_window=4096 is in use",
         ),
         (
-            config_of("qwen3", use_sliding_window=True, sliding_window=64, layer_types=["sliding_attention"] * 3),
+            config_of(
+                "qwen3",
+                use_sliding_window=True,
+                sliding_window=64,
+                layer_types=["sliding_attention"] * 3,
+            ),
             "sliding_window=64 is in use",
         ),
         (
             config_of("mistral", sliding_window=64, max_position_embeddings=None),
             "max_position_embeddings=None must be an integer of at least 1",
         ),
-        (config_of("mistral", sliding_window="64"), "sliding_window='64' must be an integer of at least 1"),
+        (
+            config_of("mistral", sliding_window="64"),
+            "sliding_window='64' must be an integer of at least 1",
+        ),
         (
             config_of("mistral", sliding_window=64, layer_types=["full_attention"] * 3),
             "sliding_window=64 is in use",
@@ -370,7 +401,7 @@ def config_of(model_type, **changes):
         (config_of("granite", residual_multiplier=-1), "residual_multiplier=-1.0 must be a pos"),
         (config_of("qwen3", attention_bias="yes"), "attention_bias='yes' must be true or false"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_understood_is_refused(hf, words):
     with pytest.raises(UserError, match=words) as error:
         LlamaConfig.from_hf(hf)
@@ -384,10 +415,12 @@ def test_what_is_not_understood_is_refused(hf, words):
         config_of("qwen2", use_sliding_window=False, sliding_window=64, max_window_layers=1),
         config_of("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=3),
         config_of("qwen2", use_sliding_window=True, sliding_window=2048, max_window_layers=0),
-        config_of("qwen3", use_sliding_window=True, sliding_window=64, layer_types=["full_attention"] * 3),
+        config_of(
+            "qwen3", use_sliding_window=True, sliding_window=64, layer_types=["full_attention"] * 3
+        ),
         config_of("llama", embedding_multiplier=1.0, num_experts=0, sliding_window=64),
     ],
-)  # fmt: skip
+)
 def test_what_changes_nothing_passes(hf):
     assert LlamaConfig.from_hf(hf).model_type == hf["model_type"]
 

@@ -73,19 +73,30 @@ def test_pallas_kernel_interpreted(rows, H):
     compare(kernel, spelt_out(segments), *arrays, atol=2e-5)
 
 
-@pytest.mark.parametrize("capability, dtype, head_dim, devices, cudnn, pallas, decode", [
-    ("9.0", jnp.bfloat16, 64, 1, True, True, True),
-    ("8.0", jnp.float16, 128, 1, True, True, True),
-    ("9.0", jnp.bfloat16, 64, 8, True, False, True),  # XLA cannot split a Pallas call over a mesh
-    ("7.5", jnp.bfloat16, 64, 1, False, False, False),  # a T4
-    ("7.5", jnp.float16, 64, 1, False, False, False),
-    ("9.0", jnp.float32, 64, 1, False, False, True),
-    ("9.0", jnp.bfloat16, 256, 1, False, False, True),
-    ("9.0", jnp.bfloat16, 80, 1, True, False, False),
-    ("9.0", jnp.bfloat16, 60, 1, False, False, False),
-    ("gfx90a", jnp.bfloat16, 64, 1, False, False, False),  # AMD names its devices otherwise
-    (None, jnp.bfloat16, 64, 1, False, False, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "capability, dtype, head_dim, devices, cudnn, pallas, decode",
+    [
+        ("9.0", jnp.bfloat16, 64, 1, True, True, True),
+        ("8.0", jnp.float16, 128, 1, True, True, True),
+        (
+            "9.0",
+            jnp.bfloat16,
+            64,
+            8,
+            True,
+            False,
+            True,
+        ),  # XLA cannot split a Pallas call over a mesh
+        ("7.5", jnp.bfloat16, 64, 1, False, False, False),  # a T4
+        ("7.5", jnp.float16, 64, 1, False, False, False),
+        ("9.0", jnp.float32, 64, 1, False, False, True),
+        ("9.0", jnp.bfloat16, 256, 1, False, False, True),
+        ("9.0", jnp.bfloat16, 80, 1, True, False, False),
+        ("9.0", jnp.bfloat16, 60, 1, False, False, False),
+        ("gfx90a", jnp.bfloat16, 64, 1, False, False, False),  # AMD names its devices otherwise
+        (None, jnp.bfloat16, 64, 1, False, False, False),
+    ],
+)
 def test_which_devices_run_what(
     capability, dtype, head_dim, devices, cudnn, pallas, decode, monkeypatch
 ):

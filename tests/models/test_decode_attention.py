@@ -70,9 +70,12 @@ def draw(B, K, G, H, S, index, extra, seed):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    shape=st.sampled_from([(1, 1, 1, 16, 20, 0), (2, 2, 3, 4, 300, 7), (1, 3, 17, 4, 600, 0), (2, 1, 4, 16, 1, 5)]),
-    place=st.floats(0, 1), seed=st.integers(0, 99),
-)  # fmt: skip
+    shape=st.sampled_from(
+        [(1, 1, 1, 16, 20, 0), (2, 2, 3, 4, 300, 7), (1, 3, 17, 4, 600, 0), (2, 1, 4, 16, 1, 5)]
+    ),
+    place=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
 def test_equals_attention_spelt_out(shape, place, seed):
     B, K, G, H, S, extra = shape
     index = round(place * (S - 1))  # anywhere: before, inside and behind every part
@@ -145,10 +148,17 @@ def test_a_bank_generates_the_same_text(on_this_machine):
     adapters = {name: random_adapter(config, adapter_config, i) for i, name in enumerate("ab")}
     prompts, names = [[1, 2, 3], [4, 5], [6, 7, 8, 9]], ["a", None, "b"]
     texts = [
-        Generator(config, base, adapters, adapter_config, max_length=40, batch_size=3, decode_kernel=kernel).generate(
-            prompts, 12, adapter_names=names)
+        Generator(
+            config,
+            base,
+            adapters,
+            adapter_config,
+            max_length=40,
+            batch_size=3,
+            decode_kernel=kernel,
+        ).generate(prompts, 12, adapter_names=names)
         for kernel in (False, True)
-    ]  # fmt: skip
+    ]
     assert [one.tokens for one in texts[0]] == [one.tokens for one in texts[1]]
 
 
@@ -164,10 +174,19 @@ def test_only_a_gpu_runs_it():
         Llama(odd, decode_kernel=True).apply({"params": base}, TOKENS)
 
 
-@pytest.mark.parametrize("capability, head_dim, runs", [
-    ("9.0", 64, True), ("8.0", 128, True), ("12.0", 32, True), ("7.5", 64, False), ("gfx90a", 64, False),
-    ("9.0", 80, False), ("9.0", 16, False), (None, 64, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "capability, head_dim, runs",
+    [
+        ("9.0", 64, True),
+        ("8.0", 128, True),
+        ("12.0", 32, True),
+        ("7.5", 64, False),
+        ("gfx90a", 64, False),
+        ("9.0", 80, False),
+        ("9.0", 16, False),
+        (None, 64, False),
+    ],
+)
 def test_which_devices_run_it(capability, head_dim, runs, monkeypatch):
     """XLA compiles Triton from compute capability 8.0 on; AMD's devices name theirs otherwise, a CPU has none."""
     device = types.SimpleNamespace(

@@ -24,12 +24,21 @@ from flora_jax.models.loading import load_pretrained, resolve_source
 TINY = LlamaConfig.preset("tiny")
 SMALL = dataclasses.replace(TINY, rope_theta=500000.0, tie_word_embeddings=False, biases=PRODUCTS)
 NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
-}  # fmt: skip
+}
 
 
 def random_tensors(config):
@@ -71,17 +80,31 @@ def rope_divisors(config, factor, original=8192):
     return np.array(divisors, np.float32)
 
 
-def write_gguf(path, config=TINY, tensors=None, quantise=None, fields=None, extra=None, architecture="llama",
-               tokenizer=None):  # fmt: skip
+def write_gguf(
+    path,
+    config=TINY,
+    tensors=None,
+    quantise=None,
+    fields=None,
+    extra=None,
+    architecture="llama",
+    tokenizer=None,
+):
     """Writes `tensors` (HF names) to `path`; `fields` override metadata, `tokenizer(writer)` adds its own."""
     writer = gguf.GGUFWriter(path, architecture)
     metadata = {
-        "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim, "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim, "vocab_size": config.vocab_size, **(fields or {}),
-    }  # fmt: skip
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+        **(fields or {}),
+    }
     for key, value in metadata.items():
         if value is not None:
             kinds = {
@@ -150,8 +173,12 @@ def test_transformers_reads_the_same_model(tmp_path):
     from flora_jax.models.llama import Llama
 
     config = dataclasses.replace(TINY, tie_word_embeddings=False)
-    write_gguf(tmp_path / "m.gguf", config, {k: v / 8 for k, v in random_tensors(config).items()},
-               quantise=gguf.GGMLQuantizationType.Q8_0)  # fmt: skip
+    write_gguf(
+        tmp_path / "m.gguf",
+        config,
+        {k: v / 8 for k, v in random_tensors(config).items()},
+        quantise=gguf.GGMLQuantizationType.Q8_0,
+    )
     model = LlamaForCausalLM.from_pretrained(
         tmp_path, gguf_file="m.gguf", dtype=torch.float32
     ).eval()
@@ -168,11 +195,21 @@ def test_transformers_reads_the_same_model(tmp_path):
     assert np.abs(logits - expected).max() <= 2e-4
 
 
-@pytest.mark.parametrize("changes", [
-    # its heads, whose width transformers does not read there, are as wide as in every published one
-    {"model_type": "qwen3", "qk_norm": True, "head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
-    pytest.param({"model_type": "qwen2", "biases": ("qkv",)}, marks=pytest.mark.slow),
-], ids=lambda changes: changes["model_type"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # its heads, whose width transformers does not read there, are as wide as in every published one
+        {
+            "model_type": "qwen3",
+            "qk_norm": True,
+            "head_dim": 128,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+        pytest.param({"model_type": "qwen2", "biases": ("qkv",)}, marks=pytest.mark.slow),
+    ],
+    ids=lambda changes: changes["model_type"],
+)
 def test_files_of_qwen_are_read_as_transformers_does(changes, tmp_path):
     """Rows of q and k lie there as in HF's files; the norms and biases of each come along."""
     torch = pytest.importorskip("torch")
@@ -182,8 +219,13 @@ def test_files_of_qwen_are_read_as_transformers_does(changes, tmp_path):
 
     config = dataclasses.replace(TINY, tie_word_embeddings=False, **changes)
     tensors = {name: value / 8 + ("norm" in name) for name, value in random_tensors(config).items()}
-    write_gguf(tmp_path / "m.gguf", config, tensors, quantise=gguf.GGMLQuantizationType.Q8_0,
-               architecture=config.model_type)  # fmt: skip
+    write_gguf(
+        tmp_path / "m.gguf",
+        config,
+        tensors,
+        quantise=gguf.GGMLQuantizationType.Q8_0,
+        architecture=config.model_type,
+    )
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="m.gguf", dtype=torch.float32
     ).eval()
@@ -276,8 +318,16 @@ def test_a_model_that_is_no_plain_llama_is_refused(change, words, tmp_path):
 def test_a_damaged_file_is_refused(tmp_path):
     path = write_gguf(tmp_path / "m.gguf")
     whole = path.read_bytes()
-    for data in (b"", b"GGUF", b"no gguf at all " * 99, whole[:200], whole[:2000], whole[: len(whole) // 2],
-                 whole[:-64], whole[:4] + b"\xff" * 400):  # fmt: skip
+    for data in (
+        b"",
+        b"GGUF",
+        b"no gguf at all " * 99,
+        whole[:200],
+        whole[:2000],
+        whole[: len(whole) // 2],
+        whole[:-64],
+        whole[:4] + b"\xff" * 400,
+    ):
         path.write_bytes(data)
         with pytest.raises(UserError, match="not a complete GGUF file") as error:
             load_pretrained(str(path))
@@ -331,8 +381,17 @@ try:
 except ModuleNotFoundError:
     print("and there was no torch")
 """
-    done = subprocess.run([sys.executable, "-c", code, *(str(ROOT / "tests" / room) for room in ("", "data", "models"))], capture_output=True, text=True,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu"})  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            *(str(ROOT / "tests" / room) for room in ("", "data", "models")),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
     assert done.returncode == 0 and "there was no torch" in done.stdout, done.stderr
 
 
@@ -380,13 +439,24 @@ def test_smollm2_speaks_as_in_transformers(smollm2):
     tokenizer = load_tokenizer("smollm2-135m-instruct")
     forward = jax.jit(lambda base, tokens: Llama(config, None).apply({"params": base}, tokens))
     worst = 0.0
-    for question in ("What is the capital of France?", "Write a haiku about the sea.", "Add 1234 and 5678.",
-                     "Why is the sky blue?", "Translate 'good morning' to Spanish."):  # fmt: skip
+    for question in (
+        "What is the capital of France?",
+        "Write a haiku about the sea.",
+        "Add 1234 and 5678.",
+        "Why is the sky blue?",
+        "Translate 'good morning' to Spanish.",
+    ):
         chat = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
         with torch.no_grad():
-            theirs = model.generate(torch.tensor([prompt]), max_new_tokens=64, min_new_tokens=64, do_sample=False,
-                                    pad_token_id=2, attention_mask=torch.ones(1, len(prompt)))[0].tolist()  # fmt: skip
+            theirs = model.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=64,
+                min_new_tokens=64,
+                do_sample=False,
+                pad_token_id=2,
+                attention_mask=torch.ones(1, len(prompt)),
+            )[0].tolist()
             expected = model(torch.tensor([theirs])).logits[0].numpy()
         padded = np.zeros((1, 128), np.int32)
         padded[0, : len(theirs)] = theirs
@@ -408,20 +478,41 @@ def test_smollm2_speaks_as_in_transformers(smollm2):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("rope.scaling.factor", 8.0), ("rope.scale_linear", 2.0), ("rope.scaling.attn_factor", 0.5),
-        ("rope.scaling.attn_factor", 0.0), ("rope.scaling.alpha", 1000.0), ("rope.scaling.yarn_ext_factor", 1.0),
-        ("rope.scaling.yarn_attn_factor", 0.1), ("rope.scaling.yarn_beta_fast", 16.0),
-        ("rope.scaling.yarn_log_multiplier", 0.1), ("rope.dimension_sections", [4, 4, 0, 0]),
-        ("rope.freq_base_swa", 10.0), ("rope.dimension_count_swa", 8), ("rope.something_new", 3),
-        ("attention.scale", 0.0156), ("attention.sliding_window", 512), ("attention.clamp_kqv", 8.0),
-        ("attention.max_alibi_bias", 8.0), ("attention.causal", False), ("attention.output_scale", 0.5),
-        ("attention.temperature_length", 8192), ("attention.temperature_scale", 0.1), ("attention.key_length_mla", 32),
-        ("attention.sliding_window_pattern", [True, False]), ("attention.q_lora_rank", 4), ("attention.kind", "new"),
-        ("logit_scale", 0.0625), ("residual_scale", 0.22), ("embedding_scale", 12.0),
-        ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0),
-        ("embedding_length_out", 48), ("attention.scale", float("nan")), ("hidden_activation", "gelu"),
+        ("rope.scaling.factor", 8.0),
+        ("rope.scale_linear", 2.0),
+        ("rope.scaling.attn_factor", 0.5),
+        ("rope.scaling.attn_factor", 0.0),
+        ("rope.scaling.alpha", 1000.0),
+        ("rope.scaling.yarn_ext_factor", 1.0),
+        ("rope.scaling.yarn_attn_factor", 0.1),
+        ("rope.scaling.yarn_beta_fast", 16.0),
+        ("rope.scaling.yarn_log_multiplier", 0.1),
+        ("rope.dimension_sections", [4, 4, 0, 0]),
+        ("rope.freq_base_swa", 10.0),
+        ("rope.dimension_count_swa", 8),
+        ("rope.something_new", 3),
+        ("attention.scale", 0.0156),
+        ("attention.sliding_window", 512),
+        ("attention.clamp_kqv", 8.0),
+        ("attention.max_alibi_bias", 8.0),
+        ("attention.causal", False),
+        ("attention.output_scale", 0.5),
+        ("attention.temperature_length", 8192),
+        ("attention.temperature_scale", 0.1),
+        ("attention.key_length_mla", 32),
+        ("attention.sliding_window_pattern", [True, False]),
+        ("attention.q_lora_rank", 4),
+        ("attention.kind", "new"),
+        ("logit_scale", 0.0625),
+        ("residual_scale", 0.22),
+        ("embedding_scale", 12.0),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("embedding_length_out", 48),
+        ("attention.scale", float("nan")),
+        ("hidden_activation", "gelu"),
     ],
-)  # fmt: skip
+)
 def test_a_key_that_may_change_the_numbers_is_refused_by_name(key, value, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", fields={key: value})
     with pytest.raises(UserError, match=f"llama.{key}=.* is not supported") as error:
@@ -432,22 +523,43 @@ def test_a_key_that_may_change_the_numbers_is_refused_by_name(key, value, tmp_pa
 def test_keys_that_change_nothing_pass(tmp_path):
     """Every key that the format lists for rotary embeddings and attention, at the value that a plain Llama has."""
     neutral = {
-        "rope.scaling.type": "linear", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0,
-        "rope.scaling.original_context_length": 2048, "rope.scaling.finetuned": True, "rope.scaling.attn_factor": 1.0,
-        "rope.scaling.yarn_ext_factor": -1.0, "rope.scaling.yarn_attn_factor": 1.0, "rope.scaling.yarn_beta_fast": 32.0,
-        "rope.scaling.yarn_beta_slow": 1.0, "rope.scaling.yarn_log_multiplier": 0.0,
-        "rope.dimension_sections": [0, 0, 0, 0], "attention.scale": 0.25, "attention.sliding_window": 2048,
-        "attention.clamp_kqv": 0.0, "attention.causal": True, "attention.layer_norm_epsilon": 1e-5,
-        "attention.key_length_swa": 16, "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 0.0,
-        "expert_count": 0, "expert_used_count": 0, "tensor_data_layout": "Meta AI original pth",
-        "use_parallel_residual": False, "embedding_length_out": 96,
-    }  # fmt: skip
+        "rope.scaling.type": "linear",
+        "rope.scaling.factor": 1.0,
+        "rope.scale_linear": 1.0,
+        "rope.scaling.original_context_length": 2048,
+        "rope.scaling.finetuned": True,
+        "rope.scaling.attn_factor": 1.0,
+        "rope.scaling.yarn_ext_factor": -1.0,
+        "rope.scaling.yarn_attn_factor": 1.0,
+        "rope.scaling.yarn_beta_fast": 32.0,
+        "rope.scaling.yarn_beta_slow": 1.0,
+        "rope.scaling.yarn_log_multiplier": 0.0,
+        "rope.dimension_sections": [0, 0, 0, 0],
+        "attention.scale": 0.25,
+        "attention.sliding_window": 2048,
+        "attention.clamp_kqv": 0.0,
+        "attention.causal": True,
+        "attention.layer_norm_epsilon": 1e-5,
+        "attention.key_length_swa": 16,
+        "logit_scale": 1.0,
+        "residual_scale": 1.0,
+        "embedding_scale": 0.0,
+        "expert_count": 0,
+        "expert_used_count": 0,
+        "tensor_data_layout": "Meta AI original pth",
+        "use_parallel_residual": False,
+        "embedding_length_out": 96,
+    }
     # What speaks of parts that a dense Llama has not, and a factor where the type says that there is no scaling.
     idle = {
-        "expert_used_count": 2, "expert_feed_forward_length": 128, "expert_weights_scale": 2.5,
-        "use_parallel_residual": True, "rope.scaling.type": "none", "rope.scaling.factor": 4.0,
+        "expert_used_count": 2,
+        "expert_feed_forward_length": 128,
+        "expert_weights_scale": 2.5,
+        "use_parallel_residual": True,
+        "rope.scaling.type": "none",
+        "rope.scaling.factor": 4.0,
         "rope.scale_linear": 4.0,
-    }  # fmt: skip
+    }
     assert GgufFile(write_gguf(tmp_path / "l.gguf", fields={**neutral, **idle})).config == TINY
     assert GgufFile(write_gguf(tmp_path / "m.gguf", fields=neutral)).config == TINY
     # Llama 3's own scaling may be named beside its tensor, and is a lie without it.
@@ -477,10 +589,11 @@ def test_values_that_are_not_finite_are_refused_with_their_tensor(tmp_path):
     """Stored as they are, as the scale of a quantised block, or too large for the dtype that is asked for."""
     name = "model.layers.0.mlp.up_proj.weight"
     for value, quantise, dtype, words in (
-        (np.nan, None, jnp.float32, "is not finite"), (np.inf, "F16", jnp.bfloat16, "is not finite"),
+        (np.nan, None, jnp.float32, "is not finite"),
+        (np.inf, "F16", jnp.bfloat16, "is not finite"),
         (1e6, "Q8_0", jnp.float32, "is not finite"),  # its scale is a float16
         (7e4, None, jnp.float16, "which float16 cannot hold"),
-    ):  # fmt: skip
+    ):
         tensors = random_tensors(TINY)
         tensors[name][7, 3] = value if quantise != "Q8_0" else 127 * value
         kind = quantise and gguf.GGMLQuantizationType[quantise]
@@ -521,8 +634,13 @@ def test_a_real_qwen2_is_what_transformers_reads(qwen):
         qwen.parent, gguf_file=qwen.name, dtype=torch.float32
     ).eval()
     tokenizer = load_tokenizer(str(qwen))
-    texts = ["Write a Python function that reverses a string.", "The capital of France is", "def fibonacci(n):\n",
-             "Q: Ann has 17 apples and gives 5 away. How many are left?\nA:", "Once upon a time in a small village"]  # fmt: skip
+    texts = [
+        "Write a Python function that reverses a string.",
+        "The capital of France is",
+        "def fibonacci(n):\n",
+        "Q: Ann has 17 apples and gives 5 away. How many are left?\nA:",
+        "Once upon a time in a small village",
+    ]
     prompts = [tokenizer(text).input_ids for text in texts]
     forward = jax.jit(Llama(config).apply)
     for prompt in prompts:
@@ -550,9 +668,15 @@ def test_a_real_qwen2_is_trained_and_exported(qwen, small, tmp_path):
     from flora_jax.training.trained import load_run
 
     fields = {
-        "model.weights": str(qwen), "train.steps": 30, "train.batch_size": 2, "data.max_length": 48,
-        "data.packing": False, "train.eval_every": 30, "train.save_every": 30, "optim.learning_rate": 3e-4,
-    }  # fmt: skip
+        "model.weights": str(qwen),
+        "train.steps": 30,
+        "train.batch_size": 2,
+        "data.max_length": 48,
+        "data.packing": False,
+        "train.eval_every": 30,
+        "train.save_every": 30,
+        "optim.learning_rate": 3e-4,
+    }
     run(small("ffba_qg_add", **fields), tmp_path / "w")
     lines = [json.loads(line) for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]

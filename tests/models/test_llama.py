@@ -43,10 +43,14 @@ def draw(config, adapter_config):
         value = rng.standard_normal(leaf.shape).astype(np.float32)
         scaled = path.endswith("_kernel")
         leaves[path] = (
-            1 + 0.2 * value if path.endswith("scale")
-            else value / math.sqrt(leaf.shape[-2]) if scaled
-            else 0.05 * value if path.startswith("adapter") else value
-        )  # fmt: skip
+            1 + 0.2 * value
+            if path.endswith("scale")
+            else value / math.sqrt(leaf.shape[-2])
+            if scaled
+            else 0.05 * value
+            if path.startswith("adapter")
+            else value
+        )
     return unflatten_dict(leaves, sep="/")
 
 
@@ -184,9 +188,14 @@ def decode(adapter_config, variables, tokens, prompt, mask=None):
 # with the cache what these do.
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(m if m != "fft" else None, marks=[] if m in ("fft", "ffba_qd_add", "zflora") else pytest.mark.slow)
-     for m in METHODS],
-)  # fmt: skip
+    [
+        pytest.param(
+            m if m != "fft" else None,
+            marks=[] if m in ("fft", "ffba_qd_add", "zflora") else pytest.mark.slow,
+        )
+        for m in METHODS
+    ],
+)
 def test_decoding_is_one_forward_pass(method):
     """Prefill and six single steps, over stacked leaves and over fused ones."""
     adapter_config = None if method is None else AdapterConfig(method, 8, alpha=4.0)
@@ -432,9 +441,12 @@ def test_what_would_be_ignored_or_clamped_is_refused():
     ]:
         with pytest.raises(UserError, match=words):
             Llama(TINY, adapter_config).apply({"params": params}, TOKENS, **arguments)
-    for tokens, words in [(np.full((1, 3), TINY.vocab_size), "tokens from 320 to 320 are not all"),
-                          (np.array([[-1]]), "vocab_size=320"), (np.zeros(3, int), "not int64 [3]"),
-                          (np.zeros((1, 3)), "must be integers [B, T], not float64 [1, 3]")]:  # fmt: skip
+    for tokens, words in [
+        (np.full((1, 3), TINY.vocab_size), "tokens from 320 to 320 are not all"),
+        (np.array([[-1]]), "vocab_size=320"),
+        (np.zeros(3, int), "not int64 [3]"),
+        (np.zeros((1, 3)), "must be integers [B, T], not float64 [1, 3]"),
+    ]:
         with pytest.raises(UserError, match=re.escape(words)):
             Llama(TINY).apply({"params": base}, tokens)
 

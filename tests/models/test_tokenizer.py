@@ -19,8 +19,20 @@ from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
 
 TINY = LlamaConfig.preset("tiny")
 MERGES = ["1 2", "12 3", "t h", "th e", "Ġ the", "l l"]
-VOCABULARY = ["<s>", "</s>", "<pad>", "<note>", *sorted(ByteLevel.alphabet()),
-              "12", "123", "th", "the", "Ġthe", "ll", "1234"]  # fmt: skip
+VOCABULARY = [
+    "<s>",
+    "</s>",
+    "<pad>",
+    "<note>",
+    *sorted(ByteLevel.alphabet()),
+    "12",
+    "123",
+    "th",
+    "the",
+    "Ġthe",
+    "ll",
+    "1234",
+]
 CHAT = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 
 
@@ -209,8 +221,12 @@ def test_a_broken_tokenizer_is_refused_in_one_line(tmp_path):
     load_tokenizer("tiny").save_pretrained(tmp_path)
     good = json.loads((tmp_path / "tokenizer.json").read_text())
     good["model"]["merges"] = ["x not-a-token"]
-    for content, words in (("garbage", "not valid JSON"), ("[]", "expected a JSON object"),
-                           ("{}", "cannot be read"), (json.dumps(good), "out of vocabulary")):  # fmt: skip
+    for content, words in (
+        ("garbage", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ("{}", "cannot be read"),
+        (json.dumps(good), "out of vocabulary"),
+    ):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(UserError, match=words) as error:
             load_tokenizer(str(tmp_path))
@@ -225,12 +241,27 @@ def test_smollm2_tokenizer():
     path = resolve_source("smollm2-135m-instruct")
     tokenizer = load_tokenizer("smollm2-135m-instruct")
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    for text in ("Hello, world! It's a test.\n\n\tdef f(x): return x", "Größe, 漢字 and emoji 🙂  spaces",
-                 "<|im_start|>user\nHi<|im_end|>"):  # fmt: skip
+    for text in (
+        "Hello, world! It's a test.\n\n\tdef f(x): return x",
+        "Größe, 漢字 and emoji 🙂  spaces",
+        "<|im_start|>user\nHi<|im_end|>",
+    ):
         assert tokenizer(text).input_ids == theirs(text).input_ids
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert pieces(tokenizer, "in 2024: 3.14") == [
-        "in", "Ġ", "2", "0", "2", "4", ":", "Ġ", "3", ".", "1", "4"]  # fmt: skip
+        "in",
+        "Ġ",
+        "2",
+        "0",
+        "2",
+        "4",
+        ":",
+        "Ġ",
+        "3",
+        ".",
+        "1",
+        "4",
+    ]
     chat = [{"role": "user", "content": "Hi"}]
     ours = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     np.testing.assert_array_equal(
@@ -274,17 +305,23 @@ def llama3():
     return byte_level(module._llama3(), LLAMA3)
 
 
-@pytest.mark.parametrize(("make", "tokenizer_class", "settings"), [
-    (llama3, "PreTrainedTokenizerFast", {}),
-    (llama3, "GPT2Tokenizer", {"add_prefix_space": True}),
-    (lambda: sentencepiece("bpe", "legacy", LLAMA2), "LlamaTokenizer", {"legacy": True}),
-    (lambda: sentencepiece("bpe", "legacy", LLAMA2), "LlamaTokenizerFast",
-     {"legacy": False, "add_prefix_space": False}),
-    (lambda: sentencepiece("bpe", "never", LLAMA2), "LlamaTokenizer", {}),
-    (lambda: sentencepiece("unigram", "always", LLAMA2), "PreTrainedTokenizerFast", {}),
-    (lambda: llama(LLAMA2), "LlamaTokenizer", {}),
-    (module.byte_tokenizer, "PreTrainedTokenizerFast", {"split_special_tokens": True}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "tokenizer_class", "settings"),
+    [
+        (llama3, "PreTrainedTokenizerFast", {}),
+        (llama3, "GPT2Tokenizer", {"add_prefix_space": True}),
+        (lambda: sentencepiece("bpe", "legacy", LLAMA2), "LlamaTokenizer", {"legacy": True}),
+        (
+            lambda: sentencepiece("bpe", "legacy", LLAMA2),
+            "LlamaTokenizerFast",
+            {"legacy": False, "add_prefix_space": False},
+        ),
+        (lambda: sentencepiece("bpe", "never", LLAMA2), "LlamaTokenizer", {}),
+        (lambda: sentencepiece("unigram", "always", LLAMA2), "PreTrainedTokenizerFast", {}),
+        (lambda: llama(LLAMA2), "LlamaTokenizer", {}),
+        (module.byte_tokenizer, "PreTrainedTokenizerFast", {"split_special_tokens": True}),
+    ],
+)
 def test_a_tokenizer_that_is_read_right_is_not_refused(tmp_path, make, tokenizer_class, settings):
     loaded = load_tokenizer(declared(tmp_path, make(), tokenizer_class, **settings))
     raw = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -323,11 +360,18 @@ def test_a_tokenizer_that_transformers_misreads_is_refused(tmp_path, monkeypatch
 PIECES = b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02"  # how a SentencePiece model begins
 
 
-@pytest.mark.parametrize(("content", "there", "line"), [
-    (PIECES, [], "SentencePiece.*: pip install sentencepiece protobuf, or add"),
-    (PIECES, ["google.protobuf"], "SentencePiece.*: pip install sentencepiece, or add"),
-    (b"IQ== 0\nIg== 1\n", ["sentencepiece", "google.protobuf"], "tiktoken.*: pip install tiktoken, or add the token"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "there", "line"),
+    [
+        (PIECES, [], "SentencePiece.*: pip install sentencepiece protobuf, or add"),
+        (PIECES, ["google.protobuf"], "SentencePiece.*: pip install sentencepiece, or add"),
+        (
+            b"IQ== 0\nIg== 1\n",
+            ["sentencepiece", "google.protobuf"],
+            "tiktoken.*: pip install tiktoken, or add the token",
+        ),
+    ],
+)
 def test_a_lone_model_file_says_what_it_needs(tmp_path, monkeypatch, content, there, line):
     (tmp_path / "tokenizer.model").write_bytes(content)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')

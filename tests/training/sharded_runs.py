@@ -36,11 +36,20 @@ def meshes(folder: Path, names: list[str]) -> None:
         made = prepare(config, workdir)
         device = jax.devices()[-1]
         held[workdir] = {
-            kind: {path: [sum(s.data.nbytes for part in jax.tree.leaves(leaf) for s in part.addressable_shards
-                              if s.device == device), sum(part.nbytes for part in jax.tree.leaves(leaf))]
-                   for path, leaf in paths(tree).items()}
+            kind: {
+                path: [
+                    sum(
+                        s.data.nbytes
+                        for part in jax.tree.leaves(leaf)
+                        for s in part.addressable_shards
+                        if s.device == device
+                    ),
+                    sum(part.nbytes for part in jax.tree.leaves(leaf)),
+                ]
+                for path, leaf in paths(tree).items()
+            }
             for kind, tree in (("frozen", made.frozen), ("trainable", made.state.trainable))
-        }  # fmt: skip
+        }
         moments = [leaf for leaf in jax.tree.leaves(made.state.optimizer) if leaf.ndim]
         here = sum(
             s.data.nbytes for leaf in moments for s in leaf.addressable_shards if s.device == device
@@ -71,10 +80,14 @@ def loaded(folder: Path) -> None:
     _, whole = load_pretrained(str(folder / "model"))
     whole = paths(whole)
     result = {
-        "differ": [path for path, leaf in paths(sharded).items() if not np.array_equal(leaf, whole[path])],
-        "devices": {path: [len(leaf.sharding.device_set), leaf.addressable_shards[0].data.size, leaf.size]
-                    for path, leaf in paths(sharded).items()},
-    }  # fmt: skip
+        "differ": [
+            path for path, leaf in paths(sharded).items() if not np.array_equal(leaf, whole[path])
+        ],
+        "devices": {
+            path: [len(leaf.sharding.device_set), leaf.addressable_shards[0].data.size, leaf.size]
+            for path, leaf in paths(sharded).items()
+        },
+    }
     (folder / "loaded.json").write_text(json.dumps(result))
 
 

@@ -52,13 +52,29 @@ def launch(environment, caches):
 
     def start(by, workdir, devices=1, last=(), **changed):
         fields = {
-            "adapter.rank": 8, "data.generator.train": 60, "data.generator.validation": 10,
-            "data.generator.test": 6, "data.cache_dir": caches / "data", "data.max_length": 128,
-            "data.validation_size": 8, "train.steps": STEPS, "train.batch_size": 8,
-            "train.log_every": 1, "train.eval_every": 40, "train.save_every": 40,
-            "optim.warmup_steps": 3, "mesh.fsdp": 2, **changed}  # fmt: skip
-        flags = ["--config", "configs/tiny.py", "--workdir", workdir,
-                 *(f"--config.{field}={value}" for field, value in fields.items())]  # fmt: skip
+            "adapter.rank": 8,
+            "data.generator.train": 60,
+            "data.generator.validation": 10,
+            "data.generator.test": 6,
+            "data.cache_dir": caches / "data",
+            "data.max_length": 128,
+            "data.validation_size": 8,
+            "train.steps": STEPS,
+            "train.batch_size": 8,
+            "train.log_every": 1,
+            "train.eval_every": 40,
+            "train.save_every": 40,
+            "optim.warmup_steps": 3,
+            "mesh.fsdp": 2,
+            **changed,
+        }
+        flags = [
+            "--config",
+            "configs/tiny.py",
+            "--workdir",
+            workdir,
+            *(f"--config.{field}={value}" for field, value in fields.items()),
+        ]
         train = [sys.executable, "-m", "flora_jax.train", *flags]
         # XLA's concurrent scheduler: see `devices` of test_sharding.
         options = (
@@ -79,10 +95,16 @@ def launch(environment, caches):
             ]
         train.append("--config.distributed.auto")
         if by == "slurm":
-            job = {"SLURM_JOB_ID": "4321", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
-                   "JAX_COORDINATOR_PORT": str(port)}  # fmt: skip
-            return [popen([*train, *own], SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **job, **xla)
-                    for i, own in enumerate([(), last])]  # fmt: skip
+            job = {
+                "SLURM_JOB_ID": "4321",
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": "2",
+                "JAX_COORDINATOR_PORT": str(port),
+            }
+            return [
+                popen([*train, *own], SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **job, **xla)
+                for i, own in enumerate([(), last])
+            ]
         root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         # Each notes its process id, since mpirun passes no SIGTERM on that leaves time to save.
         noted = [
@@ -162,9 +184,16 @@ def open_mpi_4():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "by",
-    ["slurm", pytest.param("mpirun", marks=pytest.mark.skipif(
-        not open_mpi_4(), reason="there is no mpirun of Open MPI 4 (Debian 12: openmpi-bin)"))],
-)  # fmt: skip
+    [
+        "slurm",
+        pytest.param(
+            "mpirun",
+            marks=pytest.mark.skipif(
+                not open_mpi_4(), reason="there is no mpirun of Open MPI 4 (Debian 12: openmpi-bin)"
+            ),
+        ),
+    ],
+)
 def test_a_cluster_stops_and_goes_on(by_hand, launch, tmp_path, by):
     """One of two processes told to stop, both save one step. The same commands end bit-equal to the
     run by hand."""
@@ -182,7 +211,11 @@ def test_a_cluster_stops_and_goes_on(by_hand, launch, tmp_path, by):
     step = int(said[0])
     assert step < STEPS and (workdir / f"checkpoints/{step}").is_dir()
     assert json.loads((workdir / "config.json").read_text())["config"]["distributed"] == {
-        "auto": True, "coordinator": None, "processes": 2, "process_id": 0}  # fmt: skip
+        "auto": True,
+        "coordinator": None,
+        "processes": 2,
+        "process_id": 0,
+    }
     codes, errors = end(launch(by, workdir))
     assert set(codes) == {0} and f"resuming after step {step}" in "".join(errors), errors
     assert lines(workdir) == lines(by_hand)
@@ -211,8 +244,13 @@ def test_no_cluster_is_refused_with_one_line(environment, tmp_path):
         str(tmp_path / "w"),
         "--config.distributed.auto",
     ]
-    done = subprocess.run([sys.executable, "-m", "flora_jax.train", *flags], cwd=ROOT, env=clean,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "flora_jax.train", *flags],
+        cwd=ROOT,
+        env=clean,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "config.distributed.auto=True: JAX finds no cluster to join" in done.stderr
     assert "srun, mpirun or as an indexed Kubernetes job" in done.stderr and not list(
@@ -222,10 +260,12 @@ def test_no_cluster_is_refused_with_one_line(environment, tmp_path):
 
 @pytest.mark.parametrize(
     ("fields", "words"),
-    [({"train.batch_size": 3}, r"batch_size=3 must be a multiple of distributed\.processes=2"),
-     ({"eval.tasks": "chain_sum"}, r"eval\.tasks='chain_sum' needs one process, not 2"),
-     ({"distributed.processes": 3}, r"distributed\.processes=3 is set beside distributed\.auto")],
-)  # fmt: skip
+    [
+        ({"train.batch_size": 3}, r"batch_size=3 must be a multiple of distributed\.processes=2"),
+        ({"eval.tasks": "chain_sum"}, r"eval\.tasks='chain_sum' needs one process, not 2"),
+        ({"distributed.processes": 3}, r"distributed\.processes=3 is set beside distributed\.auto"),
+    ],
+)
 def test_checks_count_the_processes_that_were_detected(small, monkeypatch, fields, words):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 2)

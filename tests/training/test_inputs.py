@@ -44,8 +44,10 @@ def write(tmp_path):
         for split, numbers in splits.items():
             # Test questions differ in case and spaces, as copies in other data sets do.
             text = "what is  {} +1 ?" if split == "test" else "What is {} + 1?"
-            records = [{"instruction": text.format(i), "output": f"It is {i + 1}.", "answer": str(i + 1)}
-                       for i in numbers]  # fmt: skip
+            records = [
+                {"instruction": text.format(i), "output": f"It is {i + 1}.", "answer": str(i + 1)}
+                for i in numbers
+            ]
             (tmp_path / task / f"{split}.json").write_text(json.dumps(records))
 
     return files
@@ -117,8 +119,15 @@ def test_mixtures_and_weights(inputs, write, small):
     assert sum(size for size, _ in limited.parts) == 10 == len(limited.train)
     with pytest.raises(UserError, match=r"task '(gsm8k|mawps)', which has a weight: "):
         inputs(**{"data.tasks": "gsm8k,mawps", "data.weights": "3,1", "data.limit": 1})
-    for tasks, weights in (("gsm8k,mawps", "1"), ("math", "1,1"), ("gsm8k", "0"), ("gsm8k", "one"), ("gsm8k", "nan"),
-                           ("gsm8k,mawps", "3,,1"), ("gsm8k,mawps", "1e-300,1")):  # fmt: skip
+    for tasks, weights in (
+        ("gsm8k,mawps", "1"),
+        ("math", "1,1"),
+        ("gsm8k", "0"),
+        ("gsm8k", "one"),
+        ("gsm8k", "nan"),
+        ("gsm8k,mawps", "3,,1"),
+        ("gsm8k,mawps", "1e-300,1"),
+    ):
         with pytest.raises(UserError, match=r"config\.data\.weights=.*positive number"):
             check_config(small(**{"data.tasks": tasks, "data.weights": weights}))
     with pytest.raises(UserError, match="names a task twice"):
@@ -132,8 +141,14 @@ def test_what_a_task_is_tested_on_does_not_validate_it(inputs):
     folder = inputs.folder / "hellaswag"
     folder.mkdir()
     for split, first in (("train", 0), ("validation", 50)):
-        lines = [{"activity_and_ctx": f"Sums: {i} and one is", "endings": ["a.", "b.", "c.", "d."], "label": 1}
-                 for i in range(first, first + 30)]  # fmt: skip
+        lines = [
+            {
+                "activity_and_ctx": f"Sums: {i} and one is",
+                "endings": ["a.", "b.", "c.", "d."],
+                "label": 1,
+            }
+            for i in range(first, first + 30)
+        ]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = inputs(**{"data.tasks": "hellaswag", "data.max_length": 512})
     assert len(found.validation) == 3 and len(found.train) == 27 and counts(found.account) == (0, 0)
@@ -310,9 +325,17 @@ def test_whatever_changes_the_inputs_is_prepared_anew(inputs, write, tmp_path):
     changed_template, changed_tokens = byte_tokenizer(), byte_tokenizer()
     changed_template.chat_template = changed_template.chat_template.replace("\n", "\n\n")
     changed_tokens.add_tokens(["What"])
-    runs = [(None, {}), (changed_template, {}), (changed_tokens, {}), (None, {"data.prompt_style": "plain"}),
-            (None, {"data.loss_on": "all"}), (None, {"data.max_length": 100}), (None, {"data.limit": 5}),
-            (None, {"data.validation_size": 1}), (None, {"eval.tasks": "AddSub"})]  # fmt: skip
+    runs = [
+        (None, {}),
+        (changed_template, {}),
+        (changed_tokens, {}),
+        (None, {"data.prompt_style": "plain"}),
+        (None, {"data.loss_on": "all"}),
+        (None, {"data.max_length": 100}),
+        (None, {"data.limit": 5}),
+        (None, {"data.validation_size": 1}),
+        (None, {"eval.tasks": "AddSub"}),
+    ]
     for number, (tokenizer, fields) in enumerate(runs, 1):
         inputs(tokenizer, **{**base, **fields})
         assert len(list(folder.iterdir())) == number

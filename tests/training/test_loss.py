@@ -45,9 +45,11 @@ def draw(seed, B, T, size=1.0, counted=0.5):
     rng = np.random.default_rng(seed)
     weights = rng.uniform(0.1, 3.0, (B, T)) * (rng.random((B, T)) < counted)
     return (
-        (size * rng.standard_normal((B, T, D))).astype(np.float32), rng.standard_normal((V, D)).astype(np.float32),
-        rng.integers(0, V, (B, T)).astype(np.int32), weights.astype(np.float32),
-    )  # fmt: skip
+        (size * rng.standard_normal((B, T, D))).astype(np.float32),
+        rng.standard_normal((V, D)).astype(np.float32),
+        rng.integers(0, V, (B, T)).astype(np.int32),
+        weights.astype(np.float32),
+    )
 
 
 def assert_same(found, expected, tolerance=2e-6):
@@ -60,10 +62,13 @@ def assert_same(found, expected, tolerance=2e-6):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    shape=st.sampled_from([(1, 1), (2, 7), (3, 12)]), chunk=st.sampled_from([1, 5, 40]),
-    block=st.sampled_from([1, 26, V]), counted=st.sampled_from([0.0, 0.2, 0.9]), seed=st.integers(0, 99),
+    shape=st.sampled_from([(1, 1), (2, 7), (3, 12)]),
+    chunk=st.sampled_from([1, 5, 40]),
+    block=st.sampled_from([1, 26, V]),
+    counted=st.sampled_from([0.0, 0.2, 0.9]),
+    seed=st.integers(0, 99),
     zero_row=st.booleans(),
-)  # fmt: skip
+)
 def test_value_and_gradients_are_optaxs(shape, chunk, block, counted, seed, zero_row):
     """Non-binary weights, rows and batches without a counted token, chunks that do not divide the row, the vocabulary
     whole and in blocks."""

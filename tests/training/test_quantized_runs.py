@@ -27,9 +27,13 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # Blocks of 64 divide its widths.
 WIDE = dataclasses.replace(
-    LlamaConfig.preset("tiny"), hidden_size=128, intermediate_size=192, num_attention_heads=2, num_key_value_heads=1,
+    LlamaConfig.preset("tiny"),
+    hidden_size=128,
+    intermediate_size=192,
+    num_attention_heads=2,
+    num_key_value_heads=1,
     head_dim=64,
-)  # fmt: skip
+)
 STEPS = {"train.steps": 4, "train.save_every": 2, "train.eval_every": 2, "train.keep": 2}
 
 
@@ -155,16 +159,43 @@ def test_generating_and_scoring_over_codes(over_int8, models, capsys, tmp_path, 
     [answer] = Generator.of(model, 128, 1).generate(["1 + 2 ="], 8)
     assert capsys.readouterr().out == answer.text + "\n"
     out = tmp_path / "scores.json"
-    evaluate.main(["evaluate", *flags, "--tasks", "chain_sum", "--limit", "2", "--out", str(out),
-                   "--protocol", "llm_adapters", "--allow_contaminated"])  # fmt: skip
+    evaluate.main(
+        [
+            "evaluate",
+            *flags,
+            "--tasks",
+            "chain_sum",
+            "--limit",
+            "2",
+            "--out",
+            str(out),
+            "--protocol",
+            "llm_adapters",
+            "--allow_contaminated",
+        ]
+    )
     said = json.loads(out.read_text())
     assert (said["quantization"], said["generated_in"]) == (name, "int8")
 
 
 @pytest.mark.slow
 def test_latency_over_codes(models, tmp_path):
-    flags = ["--model", str(models / "none"), "--prompt_lengths", "4", "--batch_sizes", "1", "--rounds", "1",
-             "--new_tokens", "3", "--rank", "8", "--quantization", "int8"]  # fmt: skip
+    flags = [
+        "--model",
+        str(models / "none"),
+        "--prompt_lengths",
+        "4",
+        "--batch_sizes",
+        "1",
+        "--rounds",
+        "1",
+        "--new_tokens",
+        "3",
+        "--rank",
+        "8",
+        "--quantization",
+        "int8",
+    ]
     methods = ["--methods", "base,lora,ffba,lora_merged"]
     latency.main(["latency", *flags, *methods, "--out", str(tmp_path / "out")])
     rows = json.loads((tmp_path / "out/latency.json").read_text())["rows"]
@@ -186,12 +217,27 @@ def test_what_folds_into_the_base_is_refused_at_once(command, models, tmp_path):
         command.main(["x", *own, "--methods", "base,ffba_folded", "--quantization", "int8"])
 
 
-@pytest.mark.parametrize("method, fields, words", [
-    ("fft", {"model.quantization": "int8"}, "model.quantization='int8': params/layers/attention/o/o_kernel would train"),
-    ("lora", {"model.quantization": "int8", "train.trainable": "params/.*down_kernel"}, "down_kernel would train"),
-    ("lora", {"model.quantization": "nf4"}, "config.model: quantization='nf4' has a scale a block of 64 rows"),
-    ("lora", {"model.quantization": "int4"}, "model.quantization='int4'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, fields, words",
+    [
+        (
+            "fft",
+            {"model.quantization": "int8"},
+            "model.quantization='int8': params/layers/attention/o/o_kernel would train",
+        ),
+        (
+            "lora",
+            {"model.quantization": "int8", "train.trainable": "params/.*down_kernel"},
+            "down_kernel would train",
+        ),
+        (
+            "lora",
+            {"model.quantization": "nf4"},
+            "config.model: quantization='nf4' has a scale a block of 64 rows",
+        ),
+        ("lora", {"model.quantization": "int4"}, "model.quantization='int4'"),
+    ],
+)
 def test_what_a_run_refuses(small, tmp_path, method, fields, words):
     with pytest.raises(UserError) as refused:
         run(small(method, **fields), tmp_path / "w")

@@ -155,10 +155,16 @@ def test_a_stand_in_that_cannot_be_made_ends_all():
     assert raised and not thread.is_alive()
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"adapter.rank": 4}, "config.adapter.rank is 8 in one replica and 4 in another; they may differ in train.seed and"),
-    ({"train.steps": 9}, "config.train.steps is 8 in one replica and 9"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"adapter.rank": 4},
+            "config.adapter.rank is 8 in one replica and 4 in another; they may differ in train.seed and",
+        ),
+        ({"train.steps": 9}, "config.train.steps is 8 in one replica and 9"),
+    ],
+)
 def test_what_differs_is_refused(configs, changes, words, tmp_path):
     configs[0].adapter.rank = 8
     for config in configs[1:]:
@@ -169,11 +175,14 @@ def test_what_differs_is_refused(configs, changes, words, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"model.weights": "random"}, "draws a base of each seed's own"),
-    ({"train.accumulation": 2}, "config.train.accumulation=2"),
-    ({"train.trainable": ".*norm.*"}, "config.train.trainable='.*norm.*'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model.weights": "random"}, "draws a base of each seed's own"),
+        ({"train.accumulation": 2}, "config.train.accumulation=2"),
+        ({"train.trainable": ".*norm.*"}, "config.train.trainable='.*norm.*'"),
+    ],
+)
 def test_what_shares_no_base_is_refused(configs, changes, words, tmp_path):
     for config in configs:
         config.update_from_flattened_dict(changes)

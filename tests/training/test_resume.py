@@ -28,12 +28,22 @@ STEPS = 24
 def flags(tmp_path_factory):
     """Packing, dropout and accumulation on; saved more seldom than logged, and validated at other steps."""
     return [
-        "--config", "configs/tiny.py", "--config.data.generator.train=60", "--config.data.generator.validation=10",
-        "--config.data.generator.test=6", "--config.data.validation_size=8", "--config.data.max_length=256",
-        "--config.train.batch_size=4", "--config.train.accumulation=2", "--config.adapter.dropout=0.1",
-        f"--config.train.steps={STEPS}", "--config.train.log_every=1", "--config.train.eval_every=4",
-        "--config.train.save_every=6", "--config.train.keep=1",
-    ]  # fmt: skip
+        "--config",
+        "configs/tiny.py",
+        "--config.data.generator.train=60",
+        "--config.data.generator.validation=10",
+        "--config.data.generator.test=6",
+        "--config.data.validation_size=8",
+        "--config.data.max_length=256",
+        "--config.train.batch_size=4",
+        "--config.train.accumulation=2",
+        "--config.adapter.dropout=0.1",
+        f"--config.train.steps={STEPS}",
+        "--config.train.log_every=1",
+        "--config.train.eval_every=4",
+        "--config.train.save_every=6",
+        "--config.train.keep=1",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -259,9 +269,17 @@ def test_a_best_checkpoint_that_is_gone_is_named(small, quick_compile, monkeypat
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("adapter.rank", 4), ("adapter.method", "ffba"), ("train.seed", 1), ("optim.learning_rate", 2e-2),
-     ("train.steps", 3), ("data.limit", 5), ("eval.tasks", "chain_sum"), ("model.weights", "random")],
-)  # fmt: skip
+    [
+        ("adapter.rank", 4),
+        ("adapter.method", "ffba"),
+        ("train.seed", 1),
+        ("optim.learning_rate", 2e-2),
+        ("train.steps", 3),
+        ("data.limit", 5),
+        ("eval.tasks", "chain_sum"),
+        ("model.weights", "random"),
+    ],
+)
 def test_another_configuration_is_refused(finished, small, tree_hash, field, value):
     folder, values = finished
     before, config = tree_hash(folder), small(**values)
@@ -308,9 +326,19 @@ def test_what_a_resumed_run_may_change(finished, small, tree_hash, tmp_path):
     """Where prepared data lies, how often it logs and saves: nothing that enters its numbers."""
     folder, values = finished
     before = tree_hash(folder / "w")
-    free = {"data.cache_dir": str(tmp_path), "train.log_every": 7, "train.save_every": 5, "train.keep": 9,
-            "eval.limit": 3, "eval.batch_size": 2, "eval.max_length": 99, "eval.protocol": "lm_eval",
-            "eval.max_new_tokens": 9, "mesh.data": 1, "model.remat": "none"}  # fmt: skip
+    free = {
+        "data.cache_dir": str(tmp_path),
+        "train.log_every": 7,
+        "train.save_every": 5,
+        "train.keep": 9,
+        "eval.limit": 3,
+        "eval.batch_size": 2,
+        "eval.max_length": 99,
+        "eval.protocol": "lm_eval",
+        "eval.max_new_tokens": 9,
+        "mesh.data": 1,
+        "model.remat": "none",
+    }
     run(small(**{**values, **free}), folder / "w")
     assert tree_hash(folder / "w") == before
 
@@ -330,8 +358,16 @@ def test_resumed_in_the_middle_with_other_free_fields(small, quick_compile, monk
         patched.setattr(Metrics, "write", stop)
         with pytest.raises(Stopped, match="after step 4"):
             run(small(**values), tmp_path / "w")
-    free = {"train.save_every": 3, "train.log_every": 2, "train.keep": 1, "eval.limit": 3, "eval.protocol": "lm_eval",
-            "eval.batch_size": 2, "eval.max_length": 99, "data.cache_dir": str(tmp_path / "cache")}  # fmt: skip
+    free = {
+        "train.save_every": 3,
+        "train.log_every": 2,
+        "train.keep": 1,
+        "eval.limit": 3,
+        "eval.protocol": "lm_eval",
+        "eval.batch_size": 2,
+        "eval.max_length": 99,
+        "data.cache_dir": str(tmp_path / "cache"),
+    }
     run(small(**values, **free), tmp_path / "w")
     (whole, *results), (parts, *again) = numbers(tmp_path / "whole"), numbers(tmp_path / "w")
     unlogged = [5, 7, 9]

@@ -97,8 +97,14 @@ def test_the_adapter_trains_or_all_of_the_base(method):
     }
 
 
-@pytest.mark.parametrize("rule, named", [("params/.*norm/scale", "scale"), ("params/.*embedding, params/.*scale", "s"),
-                                         ("params/.*", "")])  # fmt: skip
+@pytest.mark.parametrize(
+    "rule, named",
+    [
+        ("params/.*norm/scale", "scale"),
+        ("params/.*embedding, params/.*scale", "s"),
+        ("params/.*", ""),
+    ],
+)
 def test_base_leaves_train_by_rule(rule, named):
     decisions = trains(settings(train__trainable=rule), variables_of("ffba"))
     base = {path for path in decisions if path.startswith("params")}

@@ -27,8 +27,13 @@ from flora_jax.training.sharding import AXES, make_mesh, sharding_rules, shardin
 
 TINY = LlamaConfig.preset("tiny")
 METHODS = ("lora", "ffba", "fft")
-SETTINGS = {"train.batch_size": 8, "train.steps": 10, "train.eval_every": 0, "train.save_every": 5,
-            "optim.learning_rate": 3e-3}  # fmt: skip
+SETTINGS = {
+    "train.batch_size": 8,
+    "train.steps": 10,
+    "train.eval_every": 0,
+    "train.save_every": 5,
+    "optim.learning_rate": 3e-3,
+}
 MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x1x2")  # data, fsdp, tensor
 # Each compiles for seconds, so not every method on every mesh by default.
 FAST = ("ffba-2x2x2", "lora-1x8x1", "fft-2x2x2")
@@ -191,12 +196,18 @@ def test_attention_gathers_nothing(others):
 
 @pytest.mark.parametrize(
     ("count", "fields", "words"),
-    [(1, {"mesh.data": 2}, "does not fit 1 device"),
-     (8, {"mesh.fsdp": 3}, "data,fsdp,tensor=-1,3,1 does not fit 8 device"),
-     (8, {"mesh.data": -1, "mesh.fsdp": -1}, "only one axis may be -1"),
-     (8, {"train.batch_size": 4}, "train.batch_size=4 in 1 micro-batch(es) of 4 rows"),
-     (8, {"train.batch_size": 16, "train.accumulation": 4}, "train.batch_size=16 in 4 micro-batch(es) of 4 rows")],
-)  # fmt: skip
+    [
+        (1, {"mesh.data": 2}, "does not fit 1 device"),
+        (8, {"mesh.fsdp": 3}, "data,fsdp,tensor=-1,3,1 does not fit 8 device"),
+        (8, {"mesh.data": -1, "mesh.fsdp": -1}, "only one axis may be -1"),
+        (8, {"train.batch_size": 4}, "train.batch_size=4 in 1 micro-batch(es) of 4 rows"),
+        (
+            8,
+            {"train.batch_size": 16, "train.accumulation": 4},
+            "train.batch_size=16 in 4 micro-batch(es) of 4 rows",
+        ),
+    ],
+)
 def test_a_mesh_that_does_not_fit_is_refused(small, count, fields, words):
     with pytest.raises(UserError, match=re.escape(words)):
         make_mesh(small(**fields), [object()] * count)
@@ -233,15 +244,23 @@ def test_rules_fit_whatever_adapter_is_accepted():
                 adapter = AdapterConfig(method, 8, targets=targets, add_to=add_to)
             except UserError:
                 continue
-            names = [f"adapter/layers/{block}/{product}/{leaf}" for block, products in BLOCKS.items()
-                     for product in products for leaf in adapter_leaves(adapter, product, TINY.widths)]  # fmt: skip
+            names = [
+                f"adapter/layers/{block}/{product}/{leaf}"
+                for block, products in BLOCKS.items()
+                for product in products
+                for leaf in adapter_leaves(adapter, product, TINY.widths)
+            ]
             assert decide(sharding_rules(TINY, adapter), base + names, "sharding rules").keys() == {
                 *base,
                 *names,
             }
             accepted.add((method, targets, add_to))
-    assert {("lora", ("q",), None), ("ffba", ("q", "k", "v"), None), ("ffba", PROJECTIONS, ()),
-            ("ffba_qd_add", ("q", "o"), ())} <= accepted  # fmt: skip
+    assert {
+        ("lora", ("q",), None),
+        ("ffba", ("q", "k", "v"), None),
+        ("ffba", PROJECTIONS, ()),
+        ("ffba_qd_add", ("q", "o"), ()),
+    } <= accepted
     # The names are those of the tree.
     adapter = AdapterConfig("ffba", 8, targets="q,k,v")
     assert set(paths(abstract_adapter(TINY, adapter))) == {"layers/attention/qkv/A"}
@@ -262,16 +281,27 @@ def test_an_axis_that_does_not_divide_is_refused(axis):
 
 
 def test_the_command_refuses_a_mesh_with_one_line(command, tmp_path):
-    done = command("--config", "configs/tiny.py", "--workdir", tmp_path / "w", "--config.mesh.tensor=5",
-                   XLA_FLAGS=devices(5))  # fmt: skip
+    done = command(
+        "--config",
+        "configs/tiny.py",
+        "--workdir",
+        tmp_path / "w",
+        "--config.mesh.tensor=5",
+        XLA_FLAGS=devices(5),
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "config.mesh.tensor=5 does not divide" in done.stderr and not (tmp_path / "w").exists()
 
 
 def test_answers_that_a_tensor_axis_cannot_generate_are_refused_first(command, tmp_path):
     # Among choices, too, which a tensor axis can score.
-    fields = {"mesh.tensor": 2, "eval.tasks": "boolq,chain_sum", "eval.protocol": "lm_eval",
-              "data.prompt_style": "plain", "data.cache_dir": tmp_path / "data"}  # fmt: skip
+    fields = {
+        "mesh.tensor": 2,
+        "eval.tasks": "boolq,chain_sum",
+        "eval.protocol": "lm_eval",
+        "data.prompt_style": "plain",
+        "data.cache_dir": tmp_path / "data",
+    }
     flags = [f"--config.{k}={v}" for k, v in fields.items()]
     done = command(
         "--config", "configs/tiny.py", "--workdir", tmp_path / "w", *flags, XLA_FLAGS=devices(2)

@@ -39,8 +39,12 @@ def draw(method, config=TINY, rank=8, zero_side=True):
     rng = np.random.default_rng(0)
     zero = "A" if method.startswith(("ff", "zf")) else "B"
     leaves = {}
-    for path, leaf in paths({"params": abstract_base(config),
-                             "adapter": abstract_adapter(config, AdapterConfig(method, rank))}).items():  # fmt: skip
+    for path, leaf in paths(
+        {
+            "params": abstract_base(config),
+            "adapter": abstract_adapter(config, AdapterConfig(method, rank)),
+        }
+    ).items():
         value = rng.standard_normal(leaf.shape).astype(np.float32)
         if path.startswith("params"):
             value = 1 + 0.1 * value if path.endswith("scale") else value / math.sqrt(leaf.shape[-2])
@@ -58,9 +62,12 @@ def batch_of(rows=4, T=12, vocabulary=TINY.vocab_size, seed=1):
     place = np.broadcast_to(np.arange(T, dtype=np.int32), (rows, T))
     segment_ids = (place >= 5).astype(np.int32) + 1
     return {
-        "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": counted.astype(np.float32),
-        "segment_ids": segment_ids, "positions": np.where(place >= 5, place - 5, place).astype(np.int32),
-    }  # fmt: skip
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": counted.astype(np.float32),
+        "segment_ids": segment_ids,
+        "positions": np.where(place >= 5, place - 5, place).astype(np.int32),
+    }
 
 
 def start(variables, trained, optimizer):
@@ -230,8 +237,15 @@ def test_norms_beside_the_adapter_and_a_mask_for_each_step():
 # The compiled step. Sizes whose kernels share their shapes with nothing else: 32 positions, rank 16.
 
 MIDDLE = LlamaConfig(
-    vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8,
-    num_key_value_heads=4, head_dim=48, tie_word_embeddings=True)  # fmt: skip
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=48,
+    tie_word_embeddings=True,
+)
 KERNEL_SHAPES = {(256, 384), (256, 192), (384, 256), (256, 1024), (1024, 256)}
 
 
@@ -243,8 +257,12 @@ def compiled_step(method, base_too):
     trained = {path: base_too or path.startswith("adapter") for path in paths(variables)}
     trainable, frozen = partition(variables, trained)
     optimizer = optax.sgd(1e-3)
-    state = TrainState(jax.ShapeDtypeStruct((), np.int32), trainable, jax.eval_shape(optimizer.init, trainable),
-                       jax.eval_shape(jax.random.key, 0))  # fmt: skip
+    state = TrainState(
+        jax.ShapeDtypeStruct((), np.int32),
+        trainable,
+        jax.eval_shape(optimizer.init, trainable),
+        jax.eval_shape(jax.random.key, 0),
+    )
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_of(2, 16, 512))
     model = Llama(MIDDLE, adapter, remat=get_config("tiny", method).model.remat)
     step = jax.jit(make_train_step(model, optimizer))

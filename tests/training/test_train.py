@@ -62,8 +62,16 @@ def test_a_run_leaves_what_the_readme_names(tmp_path, small, monkeypatch):
     """Norms train too; the best step is not the last; the best and the latest checkpoint stay; a task is scored."""
     validation = {0: 5.0, 2: 4.0, 4: 3.0, 6: 3.5, 8: 3.2}
     monkeypatch.setattr(loop, "validation_loss", lambda run: validation[int(run.state.step)])
-    config = small(**{"train.steps": 8, "train.keep": 1, "train.trainable": "params/.*norm/scale",
-                      "eval.tasks": "chain_sum", "eval.limit": 4, "eval.batch_size": 4})  # fmt: skip
+    config = small(
+        **{
+            "train.steps": 8,
+            "train.keep": 1,
+            "train.trainable": "params/.*norm/scale",
+            "eval.tasks": "chain_sum",
+            "eval.limit": 4,
+            "eval.batch_size": 4,
+        }
+    )
     summary = run(config, tmp_path / "w")
     workdir = tmp_path / "w"
     found = {path.name for path in workdir.iterdir()}
@@ -134,7 +142,8 @@ def test_lora_is_saved_as_peft(tmp_path, small):
     stored = json.loads((tmp_path / "w/adapter/adapter_config.json").read_text())
     assert (stored["peft_type"], stored["r"], stored["lora_alpha"]) == ("LORA", 8, 8)
     assert "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight" in load_file(
-        tmp_path / "w/adapter/adapter_model.safetensors")  # fmt: skip
+        tmp_path / "w/adapter/adapter_model.safetensors"
+    )
     _, trained = load_adapter(tmp_path / "w/adapter", TINY)
     step = json.loads((tmp_path / "w/eval.json").read_text())["step"]
     for path, value in checkpoint(tmp_path / "w", step).items():
@@ -211,9 +220,21 @@ def test_peoples_own_jsonl(tmp_path, small):
     )
     turns = tmp_path / "folder/train.jsonl"
     turns.parent.mkdir()
-    turns.write_text("".join(json.dumps({"messages": [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": f"hello {i}"},
-        {"role": "assistant", "content": f"hi {i}"}]}) + "\n" for i in range(30)))  # fmt: skip
+    turns.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "messages": [
+                        {"role": "system", "content": "Be brief."},
+                        {"role": "user", "content": f"hello {i}"},
+                        {"role": "assistant", "content": f"hi {i}"},
+                    ]
+                }
+            )
+            + "\n"
+            for i in range(30)
+        )
+    )
     both = {
         "data.tasks": f"{pairs}, jsonl",
         "data.dir": str(turns.parent),
@@ -261,8 +282,9 @@ def test_zflora_needs_a_second_layer(small, hf_directory, tmp_path):
     save_file(
         {k: v for k, v in tensors.items() if ".layers.1." not in k}, model / "model.safetensors"
     )
-    (model / "config.json").write_text(json.dumps(json.loads((model / "config.json").read_text())
-                                                  | {"num_hidden_layers": 1}))  # fmt: skip
+    (model / "config.json").write_text(
+        json.dumps(json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 1})
+    )
     with pytest.raises(UserError, match=r"config\.adapter\.method='zflora' .*num_hidden_layers=1"):
         run(small("zflora", **{"model.weights": str(model)}), tmp_path / "w")
     assert not (tmp_path / "w").exists()
@@ -282,8 +304,10 @@ def test_every_configuration_file(subtests):
 
 
 def test_a_configuration_of_another_form(tmp_path):
-    for text, name, words in (("x = 1", ":n", r"get_config\(\) must return"),
-                              ("get_config = lambda: 1", ":n", "takes no name; leave ':n' out")):  # fmt: skip
+    for text, name, words in (
+        ("x = 1", ":n", r"get_config\(\) must return"),
+        ("get_config = lambda: 1", ":n", "takes no name; leave ':n' out"),
+    ):
         (tmp_path / "made.py").write_text(text)
         with pytest.raises(UserError, match=words):
             read_config(f"{tmp_path}/made.py{name}")
@@ -315,33 +339,80 @@ def test_a_run_from_before_a_field_was_there_goes_on(tmp_path, small):
 
 # What is computed from a field is in the program of the step, the state it starts from, or what it reads.
 COMPUTED = {
-    "adapter.method": "ffba", "adapter.rank": 4, "adapter.alpha": 3.0, "adapter.rslora": True,
-    "adapter.targets": "q,k,v,o", "adapter.add_to": "q", "adapter.dropout": 0.1,
-    "model.param_dtype": "bfloat16", "model.dtype": "bfloat16", "model.remat": "full",
+    "adapter.method": "ffba",
+    "adapter.rank": 4,
+    "adapter.alpha": 3.0,
+    "adapter.rslora": True,
+    "adapter.targets": "q,k,v,o",
+    "adapter.add_to": "q",
+    "adapter.dropout": 0.1,
+    "model.param_dtype": "bfloat16",
+    "model.dtype": "bfloat16",
+    "model.remat": "full",
     "model.quantization": "int8",
-    "data.tasks": "basic_arithmetic", "data.max_length": 192, "data.prompt_style": "chat", "data.loss_on": "all",
-    "data.packing": False, "data.limit": 20, "data.validation_size": 4,
-    "data.generator.train": 50, "data.generator.validation": 6, "data.generator.seed": 1,
-    "data.generator.min_terms": 3, "data.generator.max_terms": 4, "data.generator.min_digits": 2,
+    "data.tasks": "basic_arithmetic",
+    "data.max_length": 192,
+    "data.prompt_style": "chat",
+    "data.loss_on": "all",
+    "data.packing": False,
+    "data.limit": 20,
+    "data.validation_size": 4,
+    "data.generator.train": 50,
+    "data.generator.validation": 6,
+    "data.generator.seed": 1,
+    "data.generator.min_terms": 3,
+    "data.generator.max_terms": 4,
+    "data.generator.min_digits": 2,
     "data.generator.max_digits": 3,
-    "train.steps": 5, "train.batch_size": 6, "train.accumulation": 2, "train.seed": 1,
-    "train.trainable": "params/final_norm/scale", "train.chunk_tokens": 64,
-    "optim.learning_rate": 1e-3, "optim.schedule": "constant", "optim.warmup_steps": 2, "optim.final_fraction": 0.5,
-    "optim.weight_decay": 0.1, "optim.clip_norm": 0.5, "optim.b1": 0.8, "optim.b2": 0.9, "optim.eps": 1e-3,
+    "train.steps": 5,
+    "train.batch_size": 6,
+    "train.accumulation": 2,
+    "train.seed": 1,
+    "train.trainable": "params/final_norm/scale",
+    "train.chunk_tokens": 64,
+    "optim.learning_rate": 1e-3,
+    "optim.schedule": "constant",
+    "optim.warmup_steps": 2,
+    "optim.final_fraction": 0.5,
+    "optim.weight_decay": 0.1,
+    "optim.clip_norm": 0.5,
+    "optim.b1": 0.8,
+    "optim.b2": 0.9,
+    "optim.eps": 1e-3,
     "optim.rate_rules": "adapter/.*_B=16",
-}  # fmt: skip
+}
 REFUSED = {  # on one device, for a linear method
-    "model.preset": "tinny", "model.weights": "nowhere", "adapter.activation": "relu", "data.dir": "nowhere", "data.template_arguments": "thinking=false",
-    "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "distributed.processes": 2, "distributed.process_id": 1,
-    "distributed.coordinator": "localhost:1", "distributed.auto": True, "eval.tasks": "no_task",
-}  # fmt: skip
+    "model.preset": "tinny",
+    "model.weights": "nowhere",
+    "adapter.activation": "relu",
+    "data.dir": "nowhere",
+    "data.template_arguments": "thinking=false",
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+    "mesh.tensor": 2,
+    "distributed.processes": 2,
+    "distributed.process_id": 1,
+    "distributed.coordinator": "localhost:1",
+    "distributed.auto": True,
+    "eval.tasks": "no_task",
+}
 # computed, of two tasks without repeat-and-add
 WITH_ANOTHER = {"data.weights": "9,1", "adapter.zero_init": "B"}
 ELSEWHERE = {
-    "data.allow_contaminated", "data.generator.test", "data.cache_dir", "train.log_every", "train.eval_every",
-    "train.save_every", "train.keep", "eval.protocol", "eval.published_faults", "eval.limit", "eval.batch_size",
-    "eval.max_length", "eval.max_new_tokens",
-}  # fmt: skip
+    "data.allow_contaminated",
+    "data.generator.test",
+    "data.cache_dir",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep",
+    "eval.protocol",
+    "eval.published_faults",
+    "eval.limit",
+    "eval.batch_size",
+    "eval.max_length",
+    "eval.max_new_tokens",
+}
 
 
 def prepared(config, tmp_path):
@@ -397,11 +468,26 @@ def test_no_field_is_read_by_nothing(tmp_path, small, subtests, monkeypatch):
 def test_a_fully_fine_tuned_base_is_scored(tmp_path, small, hf_directory):
     """In the run itself, by generating, and as it is read back."""
     base = hf_directory(tmp_path / "base")
-    summary = run(small("fft", **{"model.weights": str(base), "train.steps": 2, "eval.tasks": "chain_sum",
-                                  "eval.limit": 2}), tmp_path / "w")  # fmt: skip
+    summary = run(
+        small(
+            "fft",
+            **{
+                "model.weights": str(base),
+                "train.steps": 2,
+                "eval.tasks": "chain_sum",
+                "eval.limit": 2,
+            },
+        ),
+        tmp_path / "w",
+    )
     texts = summary["evaluation"]["tasks"]["chain_sum"]["texts"]
-    [data] = load_task_data(["chain_sum"], None, limit=2, generator=dict(train=60, validation=10, test=6),
-                            cache_dir=str(tmp_path / "data"))  # fmt: skip
+    [data] = load_task_data(
+        ["chain_sum"],
+        None,
+        limit=2,
+        generator=dict(train=60, validation=10, test=6),
+        cache_dir=str(tmp_path / "data"),
+    )
     model = load_adapted(base, tmp_path / "w/adapter")
     result = evaluate_tasks([data], model, Settings(protocol="llm_adapters"))
     assert len(texts) == 2 and result["tasks"]["chain_sum"]["texts"] == texts
@@ -440,11 +526,19 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
 
     monkeypatch.setattr(finetune, "evaluate_tasks", scored)
     values = {
-        "train.steps": 6, "train.log_every": 4, "train.eval_every": 5, "train.save_every": 3, "train.keep": 3,
-        "eval.tasks": "chain_sum", "eval.protocol": "lm_eval", "eval.limit": 5, "eval.batch_size": 3,
-        "eval.max_length": 400, "eval.max_new_tokens": 24,
+        "train.steps": 6,
+        "train.log_every": 4,
+        "train.eval_every": 5,
+        "train.save_every": 3,
+        "train.keep": 3,
+        "eval.tasks": "chain_sum",
+        "eval.protocol": "lm_eval",
+        "eval.limit": 5,
+        "eval.batch_size": 3,
+        "eval.max_length": 400,
+        "eval.max_new_tokens": 24,
         "data.cache_dir": str(tmp_path / "cache"),
-    }  # fmt: skip
+    }
     run(small(**values), tmp_path / "w")
     records = lines(tmp_path / "w")
     assert [r["step"] for r in records if "loss" in r] == [4]
@@ -458,7 +552,12 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     )
     assert list((tmp_path / "cache").iterdir())
     assert asked["published_faults"] is False and asked["max_new_tokens"] == 24
-    changed = {"eval.limit": 50, "data.generator.test": 4, "eval.protocol": "llm_adapters",
-               "data.prompt_style": "llm_adapters", "data.max_length": 512}  # fmt: skip
+    changed = {
+        "eval.limit": 50,
+        "data.generator.test": 4,
+        "eval.protocol": "llm_adapters",
+        "data.prompt_style": "llm_adapters",
+        "data.max_length": 512,
+    }
     run(small(**{**values, **changed, "eval.published_faults": True}), tmp_path / "v")
     assert asked["n"] == 4 and asked["published_faults"] is True
