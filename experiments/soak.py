@@ -10,6 +10,7 @@ went wrong, which the same --seed shows again; the exit code is then 1.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import sys
 import tempfile
@@ -29,7 +30,7 @@ FLAGS: Flags = {
     "--minutes": dict(type=float, default=30.0),
     "--seed": dict(type=int, help="default: drawn"),
 }
-_LEAST = 15.0  # seconds for a reader, whose process takes some to start
+_LEAST = 5.0  # seconds for a reader, once its process has started
 
 Row = tuple[str, str | None]  # what was tried, and what went wrong
 
@@ -48,9 +49,10 @@ def _files(seed: int, seconds: float) -> Iterator[Row]:
     """Spoilt inputs of the readers, in an order that is drawn."""
     names = list(READERS)
     random.Random(seed).shuffle(names)
-    for name in itertools.cycle(names):
-        until = time.monotonic() + max(_LEAST, seconds / len(names))
-        for one in inputs(name, seed, 10**9):
+    for place, name in enumerate(itertools.cycle(names)):
+        until = math.inf
+        for one in inputs(name, seed + 10**6 * (place // len(names)), 10**6):
+            until = min(until, time.monotonic() + max(_LEAST, seconds / len(names)))
             wrong = one["became"] not in ("accepted", "refused")
             yield name, f"seed {one['seed']}: {one['fault']}: {one['line']}" if wrong else None
             if time.monotonic() > until:

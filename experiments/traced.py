@@ -86,6 +86,8 @@ class Trace:
 def main(argv: list[str]) -> None:
     """The command."""
     path, fault, command, *rest = argv[1:]
+    # A background job of a shell ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     trace = Trace(path, json.loads(fault))
     for phase, place in PHASES.items():
         module, _, names = place.partition(":")

@@ -236,6 +236,7 @@ def main(argv):
     time.sleep(30)
 
 done = []
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 gc.callbacks.append(collected)
 run_command(main, [])
 """

@@ -48,7 +48,10 @@ def commands():
 def test_a_command_is_one(page, words):
     """Its flags and their values are those of its parser; nothing is run."""
     name, *flags = words
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:  # torch, where there are no peers
+        pytest.skip(str(error))
     if flags == [] or "--help" in flags:
         return
     if name == "flora_jax.train":

@@ -206,5 +206,5 @@ def test_requests_of_every_kind_are_answered_as_alone(quick_compile):
 def test_two_minutes_of_everything(capsys):
     """Kills, spoilt files, requests; tests/training/test_resume.py has single kills."""
     found = soak(2.0, seed=10**6)
-    assert {"kills", "request"} < set(found) and len(found) > 3
+    assert {"kills", "request"} < set(found) and len(found) >= 3
     assert not any(map(any, found.values())), capsys.readouterr().out

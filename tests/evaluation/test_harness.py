@@ -527,12 +527,15 @@ def test_command(checkpoint, tasks_dir, few_tasks, base, tmp_path, capsys):
         (["--tasks", "arc_easy", "--batch_size", "0"], "--batch_size 0"),
         (["--tasks", "arc_easy", "--include_path", "./nowhere"], "there is no such folder"),
         (["--tasks", "arc_easy", "--out", "."], "--out . is a directory"),
-        (["--tasks", "arc_easy"], "nowhere"),
+        (["--tasks", "arc_easy", "--model", "./nowhere"], "nowhere"),
         ([], "--tasks"),
     ],
 )
-def test_bad_input_is_one_line(tasks_dir, few_tasks, capsys, arguments, words):
-    assert command("--model", "./nowhere", "--include_path", tasks_dir, *arguments) == 2
+def test_bad_input_is_one_line(
+    tasks_dir, few_tasks, capsys, hf_directory, tmp_path, arguments, words
+):
+    model = hf_directory(tmp_path / "model")
+    assert command("--model", model, "--include_path", tasks_dir, *arguments) == 2
     error = capsys.readouterr().err
     assert (
         words in error
