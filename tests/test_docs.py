@@ -1,5 +1,5 @@
-"""README and docs: their commands are commands, their code runs, their pictures and tables are those of the code and of
-the stored results, their links lead somewhere."""
+"""README and docs: their commands are commands, their code runs, their pictures and tables are those
+of the code and of the stored results, their links lead somewhere."""
 
 import ast
 import importlib
@@ -24,7 +24,8 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def commands():
-    """`(page, words)` of each `python -m flora_jax.…` or `experiments.…` that stands as a whole line or in backticks."""
+    """`(page, words)` of each `python -m flora_jax.…` or `experiments.…` that stands as a whole line
+    or in backticks."""
     for page, text in TEXTS.items():
         joined = text.replace("\\\n", " ")
         blocks = [code for _, code in FENCE.findall(joined)]

@@ -82,12 +82,17 @@ def test_a_number_of_positions_that_is_none(hf_directory, tmp_path):
         load_tokenizer(str(tmp_path / "model"))
 
 
+LONG = "{{ 'x' * 10**11 }}"
 TEMPLATES = {
     "no end": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "memory": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-    "one word": "{{ 'x' * 10**11 }}",
-    "behind a refusal": "{% if not add_generation_prompt %}{{ raise_exception('x') }}{% endif %}{{ 'x' * 10**11 }}",
-    "where it is for real": "{% if raise_exception is defined and tools is none %}{{ 'x' * 10**11 }}{% endif %}",
+    "memory": "{% set n = namespace(x='ab') %}"
+    "{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "one word": LONG,
+    "behind a refusal": "{% if not add_generation_prompt %}{{ raise_exception('x') }}{% endif %}"
+    + LONG,
+    "where it is for real": "{% if raise_exception is defined and tools is none %}"
+    + LONG
+    + "{% endif %}",
     "output": "{% for i in range(99999) %}{{ messages }}{% endfor %}",
 }
 

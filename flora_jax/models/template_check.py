@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from flora_jax.errors import UserError, require
 from flora_jax.tokens import DATE, without_generation
@@ -24,11 +23,12 @@ _PATIENCE = 60  # seconds of a clock, on a busy machine
 _BYTES = 2**30
 _CHARACTERS = 200_000  # for a conversation of a few words
 _TOO_MUCH = 3  # exit code
+_READY = b"ready"
 
 
 def check_template(template: str, where: str) -> None:
-    """Raises UserError for a template that is no text, does not end in time or takes too much.
-    where: it is from."""
+    """Raises UserError for a template that is no text, does not end in time or takes too much;
+    RuntimeError where no process can try it. where: it is from."""
     require(isinstance(template, str), f"{where}: the chat template is no text")
     if not _ends(template):
         raise UserError(
@@ -44,17 +44,18 @@ def _ends(template: str) -> bool:
             [sys.executable, "-P", "-m", __name__],  # -P: no Python of the directory that we are in
             input=template.encode("utf-8", "surrogatepass"),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            capture_output=True,
             timeout=_PATIENCE,
         )
     except subprocess.TimeoutExpired:
         return False
+    if done.stdout != _READY:  # it is not the template that failed
+        raise RuntimeError(f"a chat template cannot be tried: {done.stderr.decode()[-2000:]}")
     return done.returncode == 0
 
 
-def _render(template: str) -> None:
-    """Conversations as transformers has the template render them, to nowhere."""
+def _environment() -> Any:
+    """As transformers has it."""
     import jinja2.sandbox
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -62,6 +63,11 @@ def _render(template: str) -> None:
     )
     environment.filters["tojson"] = lambda value, **_: repr(value)
     environment.globals |= {"strftime_now": lambda _: DATE, "raise_exception": _refuse}
+    return environment
+
+
+def _render(environment: Any, template: str) -> None:
+    """Conversations as transformers has the template render them, to nowhere."""
     tokens = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for start in ([], [{"role": "system", "content": "c"}]):
@@ -89,14 +95,18 @@ def _count(pieces: Iterable[str]) -> None:
 
 
 def _main() -> None:
+    import resource  # which only this process needs, and not every system has
+
+    environment = _environment()
+    sys.stdout.buffer.write(_READY)
+    sys.stdout.flush()
     for kind, most in ((resource.RLIMIT_CPU, _SECONDS), (resource.RLIMIT_AS, _BYTES)):
-        with contextlib.suppress(
-            ValueError, OSError
-        ):  # the system's limit is lower, or it has none
+        # The system's own limit may be lower, or there is none of this kind.
+        with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(kind, (most, most))
     template = without_generation(sys.stdin.buffer.read().decode("utf-8", "surrogatepass"))
     try:
-        _render(template)
+        _render(environment, template)
     except MemoryError:
         sys.exit(_TOO_MUCH)
 
