@@ -55,7 +55,8 @@ from experiments.sweep import (
 )
 from flora_jax.analysis.results import about_runs, header, interval, table
 from flora_jax.analysis.variants import trained_parameters
-from flora_jax.config import adapter_config, learning_rate, read_config
+from flora_jax.config import adapter_config, learning_rate
+from flora_jax.config_files import read_config
 from flora_jax.errors import UserError, check_writable, run_command
 from flora_jax.evaluation.task_data import Settings, load_task_data
 from flora_jax.files import write_json

@@ -15,7 +15,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from flora_jax.config import check_config, fields, read_config
+from flora_jax.config import check_config, fields
+from flora_jax.config_files import read_config
 from flora_jax.errors import UserError, near_misses, require, run_command
 from flora_jax.files import keep_programs
 from flora_jax.finetune import run

@@ -169,7 +169,7 @@ FLOORS = [
     {"finetune"},
     {"training", "evaluation", "analysis"},
     {"interop", "inference"},
-    {"commands", "config"},
+    {"commands", "config", "config_files"},
     {"models", "data"},
     {"adapters"},
     {"tokens", "files", "device", "progress"},

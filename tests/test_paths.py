@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from flora_jax import evaluate, export, files, generate, train
-from flora_jax.config import get_config, read_config
+from flora_jax.config import get_config
+from flora_jax.config_files import read_config
 from flora_jax.errors import UserError, expand_path, run_command
 from flora_jax.training.workdir import Metrics, check_workdir
 

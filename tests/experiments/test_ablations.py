@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict
 from experiments import ablations
 from flora_jax.adapters import AdapterConfig
 from flora_jax.analysis.variants import trained_parameters
-from flora_jax.config import adapter_config, check_config, read_config
+from flora_jax.config import adapter_config, check_config
+from flora_jax.config_files import read_config
 from flora_jax.errors import UserError
 from flora_jax.files import write_json
 from flora_jax.models.config import LlamaConfig

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from support import ROOT
 
-from flora_jax.config import check_config, read_config
+from flora_jax.config import check_config
+from flora_jax.config_files import read_config
 from flora_jax.data import train_iterator
 from flora_jax.errors import UserError
 from flora_jax.files import write_json

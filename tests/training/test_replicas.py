@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from flora_jax.config import read_config
+from flora_jax.config_files import read_config
 from flora_jax.errors import Stopped, UserError
 from flora_jax.train import run
 from flora_jax.training.replicas import Together, train_replicas

@@ -19,7 +19,8 @@ from flora_jax import finetune
 from flora_jax import train as command
 from flora_jax.adapters import METHODS
 from flora_jax.config import adapter_config as make_adapter_config
-from flora_jax.config import check_config, fields, generator_settings, get_config, read_config
+from flora_jax.config import check_config, fields, generator_settings, get_config
+from flora_jax.config_files import read_config
 from flora_jax.data import get_task, load_examples, prompt_digests
 from flora_jax.errors import UserError, run_command
 from flora_jax.evaluation.run import evaluate_tasks
