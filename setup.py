@@ -37,12 +37,13 @@ RUNTIME = [
 DEMO = ["reasoning-gym>=0.1.20"]
 # Only `python -m flora_jax.harness` imports it, and it needs no torch.
 LM_EVAL = ["lm_eval>=0.4.13"]
+WANDB = ["wandb>=0.21"]
 # What our numbers are compared against. Nothing at run time imports them.
 # Tests that need them skip without.
 PEERS = ["peft>=0.18", "torch>=2.9"]
 TEST_WITHOUT_PEERS = [
-    *DEMO, *LM_EVAL, "hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10",
-    "pytest>=8.0", "pytest-xdist>=3.6",
+    *DEMO, *LM_EVAL, *WANDB, "hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10",
+    "nbformat>=5.10", "pytest>=8.0", "pytest-xdist>=3.6",
 ]  # fmt: skip
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 # From Python 3.12 on the tests bring no peers: torch is gigabytes of CUDA there.
@@ -72,6 +73,7 @@ setup(
         "lm-eval": LM_EVAL,
         "peers": PEERS,
         "test": TEST,
+        "wandb": WANDB,
         "test-without-peers": TEST_WITHOUT_PEERS,
         # Compile for H100 / A100 on a machine without a GPU or driver, with one CUDA or the other.
         "gpu-plan": [

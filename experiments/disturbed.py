@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flora_jax.training.measure import MEASURED
+
 CONFIG = Path("configs/tiny.py").absolute()
 FIELDS = {
     "data.generator.train": 60,
@@ -181,6 +183,7 @@ def _part(found: Mapping[str, bytes | str], name: str) -> dict[str, bytes | str]
 
 
 def _no_speed(text: str) -> str:
-    """JSON text without the lines, or in a log the fields, that say how long something took."""
-    text = re.sub(r',? *"tokens_per_second": [^,}]*', "", text)
+    """JSON text without the lines, or in a log the fields, that say how long something took, or
+    with how much memory."""
+    text = re.sub(rf',? *"({"|".join(MEASURED)})": [^,}}]*', "", text)
     return re.sub(r'\n *"seconds": [^\n]*', "", text)

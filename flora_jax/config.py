@@ -48,6 +48,7 @@ CHOICES: dict[str, Collection[str]] = {
     "model.remat": tuple(REMAT_POLICIES),
     "data.prompt_style": STYLES,
     "data.loss_on": ("answer", "all"),
+    "train.logger": ("tensorboard", "wandb", "none"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "eval.protocol": ("lm_eval", "llm_adapters"),
     "model.preset": PRESETS,
@@ -209,6 +210,8 @@ def _train() -> dict[str, Any]:
         "accumulation": 1,  # micro-batches a step
         "seed": 0,  # of initialisation, data order and dropout
         "log_every": 10,  # steps
+        # where log lines go beside metrics.jsonl: tensorboard, wandb (Weights & Biases) or none
+        "logger": "tensorboard",
         "eval_every": 100,  # steps between validation losses; 0: never
         "save_every": 100,  # steps between checkpoints
         "keep": 2,  # latest checkpoints kept, beside the best on validation

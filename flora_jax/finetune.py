@@ -29,8 +29,9 @@ from flora_jax.training.report import say
 from flora_jax.training.run import Result, Setup, check_run
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
-    """Trains, writes `adapter/` and `eval.json`, and returns the latter's contents.
+def run(config: ml_collections.ConfigDict, workdir: str | Path, profile: int = 0) -> dict[str, Any]:
+    """Trains, writes `adapter/` and `eval.json`, and returns the latter's contents. profile: as
+    `train` has it.
 
     Raises as `train` does.
     """
@@ -38,7 +39,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     check_config(config)
     config = join(config)
     tasks, settings = together(lambda: _check(config, workdir))
-    result = train(config, workdir)
+    result = train(config, workdir, profile)
     summary = dict(result.summary)
     if jax.process_index() != 0:
         return summary

@@ -2,8 +2,8 @@
 [--config.FIELD=VALUE]…`.
 
 The same command on the same workdir resumes. The workdir gets config.json, metrics.jsonl,
-tensorboard/, checkpoints/, adapter/ (the best step's) and eval.json. Exit codes: 0 done, 2 bad
-input, 1 anything else.
+tensorboard/, checkpoints/, adapter/ (the best step's) and eval.json; `--profile N` adds JAX's
+profile of N steps, profile/. Exit codes: 0 done, 2 bad input, 1 anything else.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from flora_jax.config_files import read_config
 from flora_jax.errors import UserError, near_misses, require, run_command
 from flora_jax.files import keep_programs
 from flora_jax.finetune import run
+from flora_jax.training.measure import Trace
 
 _LONGEST = 100  # characters of a flag
 
 
-def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
-    """The configuration and the workdir of a command line. Raises UserError for what is wrong."""
+def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str, int]:
+    """The configuration, the workdir and the steps to profile of a command line. Raises UserError
+    for what is wrong."""
     # Twice: what --config.FIELD may name is known once --config is read.
     first = flags.FlagValues()
     known = flags.FlagValues()
@@ -34,6 +36,13 @@ def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
         "workdir",
         None,
         "Directory of the run; made if absent, resumed if it holds this run.",
+        flag_values=known,
+    )
+    profile = flags.DEFINE_integer(
+        "profile",
+        0,
+        "Steps of which to write JAX's profile, after the first three.",
+        lower_bound=0,
         flag_values=known,
     )
     flags.DEFINE_bool(
@@ -60,7 +69,7 @@ def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
         raise UserError(f"unexpected argument {rest[1]!r}; fields are set as --config.FIELD=VALUE")
     for flag in (path, workdir):
         require(flag.value is not None, f"--{flag.name} is missing")
-    return config, workdir.value
+    return config, workdir.value, profile.value
 
 
 def _check_lengths(argv: list[str]) -> None:
@@ -80,12 +89,22 @@ def _check_names(argv: list[str], known: list[str]) -> None:
             raise UserError(f"config.{found[1]} is no field; {near_misses(found[1], known)}")
 
 
+def _check_profile(profiled: int, steps: int) -> None:
+    needed = profiled + Trace.WARM_UP
+    require(
+        not profiled or steps >= needed,
+        f"--profile={profiled} needs config.train.steps={steps} to be at least {needed}: the first "
+        f"{Trace.WARM_UP} steps are left out of it",
+    )
+
+
 def main(argv: list[str]) -> None:
     """The command."""
-    config, workdir = parse(argv)
+    config, workdir, profile = parse(argv)
     check_config(config)
+    _check_profile(profile, config.train.steps)
     keep_programs()
-    run(config, workdir)
+    run(config, workdir, profile)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from flora_jax.adapters import abstract_adapter
 from flora_jax.analysis.compilers import has_compiler
+from flora_jax.training.measure import MEASURED
 
 ROOT = Path(__file__).parents[1]
 PLANS = has_compiler()  # an extra gpu-plan is installed
@@ -52,11 +53,15 @@ def silent_pieces(variables, rank):
     return silent
 
 
-def numbers(workdir):
-    """What a run computed: the lines of metrics.jsonl without their speed, and the files of its adapter and result."""
+def computed_lines(workdir):
+    """The lines of metrics.jsonl without what differs from run to run."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("tokens_per_second", None)
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
+
+
+def numbers(workdir):
+    """What a run computed: the lines of metrics.jsonl, and the files of its adapter and result."""
+    lines = computed_lines(workdir)
     adapter = {file.name: file.read_bytes() for file in (workdir / "adapter").iterdir()}
     return lines, adapter, json.loads((workdir / "eval.json").read_text())
 

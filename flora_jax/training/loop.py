@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from flora_jax.errors import Stopped, expand_path, writing
 from flora_jax.training import report
 from flora_jax.training.checkpoints import Checkpoints, adapter_meta, check_meta, readable
 from flora_jax.training.cluster import together
+from flora_jax.training.measure import Clock, Flops, Trace, peak_flops, peak_memory
 from flora_jax.training.optimizer import make_schedule
 from flora_jax.training.rules import combine
 from flora_jax.training.run import Result, Run, prepare
@@ -40,8 +40,9 @@ Losses = dict[int, float]  # on validation, by step
 _MULTIPLE = 64  # of positions in validation: a program for every length would be compiled otherwise
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
-    """Trains (or goes on training) in `workdir` and returns the best step's adapter.
+def train(config: ml_collections.ConfigDict, workdir: str | Path, profile: int = 0) -> Result:
+    """Trains (or goes on training) in `workdir` and returns the best step's adapter. profile: of
+    how many steps JAX's profile is written to `workdir/profile`.
 
     Raises UserError for bad input, FloatingPointError with its step when the loss is not finite,
     Stopped after a SIGTERM, SIGINT or SIGHUP once a checkpoint is written, WriteError for a disk
@@ -53,21 +54,23 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
         # All have seen what the directory holds: `prepare` lets none through before.
         mine = begun(workdir, config) if _is_first() else contextlib.nullcontext()
         together(lambda: stack.enter_context(mine))
-        return _train(run, workdir)
+        return _train(run, workdir, profile)
 
 
 def _is_first() -> bool:
     return jax.process_index() == 0
 
 
-def _train(run: Run, workdir: Path) -> Result:
+def _train(run: Run, workdir: Path, profile: int) -> Result:
     """`train`, prepared and alone in its directory."""
     with noted_signals(alone=jax.process_count() == 1) as signals:
-        validated = run_steps(run, workdir, signals)
+        validated = run_steps(run, workdir, signals, profile=profile)
     return result(run, workdir, validated)
 
 
-def run_steps(run: Run, workdir: Path, signals: list[int], name: str = "") -> Losses:
+def run_steps(
+    run: Run, workdir: Path, signals: list[int], name: str = "", profile: int = 0
+) -> Losses:
     """All steps that are left of a run, and what is due after each; its validation losses. name: of
     one of several at once. Raises as `train` does; signals: filled while it runs, to stop it."""
     checkpoints = Checkpoints(workdir / "checkpoints", run.config.train.keep)
@@ -76,22 +79,25 @@ def run_steps(run: Run, workdir: Path, signals: list[int], name: str = "") -> Lo
     if _is_first() and not name:
         report.print_start(run, start)
     metrics = None
+    trace = Trace(workdir / "profile", start, profile)
     try:
         with writing(
             f"--workdir={workdir}",
             "make room, and the same command goes on after its latest checkpoint",
         ):
             if _is_first() and start < run.config.train.steps:
-                metrics = Metrics(workdir, start)
+                metrics = Metrics(workdir, run.config, start)
             noted = _Noted(
                 run=run,
                 checkpoints=checkpoints,
                 metrics=metrics,
                 bar=report.Progress(start, run.config.train.steps, name),
                 validated=validated,
+                trace=trace,
             )
             _steps(noted, start, signals)
     finally:
+        trace.close()
         checkpoints.close()
         if metrics:
             metrics.close()
@@ -119,31 +125,6 @@ def due(step: int, train: ml_collections.ConfigDict) -> Due:
     )
 
 
-class Clock:
-    """Tokens per second of the steps alone: it runs inside `with clock`, and pauses outside."""
-
-    def __init__(self):
-        self._tokens = 0
-        self._seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._begun = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds += time.perf_counter() - self._begun
-
-    def count(self, tokens: int) -> None:
-        """So many tokens more."""
-        self._tokens += tokens
-
-    def lap(self) -> float:
-        """Tokens per second since the last lap."""
-        rate = self._tokens / self._seconds
-        self._tokens = 0
-        self._seconds = 0.0
-        return rate
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Noted:
     """A run and all places where it is noted how it goes; metrics in the first process alone."""
@@ -153,12 +134,19 @@ class _Noted:
     metrics: Metrics | None
     bar: report.Progress
     validated: Losses
+    trace: Trace
 
     def log(self, step: int, line: dict[str, float]) -> None:
         """A line of values of the step."""
         if self.metrics:
             self.metrics.write(step, line)
         self.bar.log(step, line)
+
+    def advance(self, step: int) -> None:
+        """The step is done."""
+        self.bar.advance(step)
+        if self.trace.after(step, self.run.state):
+            self.bar.say(f"the profile of the last steps is in {self.trace.folder}")
 
     def validate(self, step: int) -> None:
         """The validation loss after the step. Raises FloatingPointError if it is not finite."""
@@ -174,15 +162,17 @@ def _steps(noted: _Noted, start: int, signals: list[int]) -> None:
     run = noted.run
     settings = run.config.train
     schedule = make_schedule(run.config)
-    clock = Clock()
+    flops = Flops.of(run.frozen, run.state.trainable, run.model_config)
+    clock = Clock(_peak(run))
     before: Values = {}
     with noted.bar:
         if start == 0 and settings.eval_every:
             noted.validate(0)
         for step in range(start + 1, settings.steps + 1):
             todo = due(step, settings)
-            with clock:
-                values = _step(run, clock)
+            noted.trace.before(step)
+            with clock, jax.profiler.StepTraceAnnotation("train", step_num=step):
+                values = _step(run, clock, flops)
                 # The step before is looked at while this one runs.
                 if before:
                     _check_finite(step - 1, before, step - 2)
@@ -196,10 +186,11 @@ def _steps(noted: _Noted, start: int, signals: list[int]) -> None:
                     "learning_rate": float(schedule(step - 1)),
                     "gradient_norm": float(values["gradient_norm"]),
                     "tokens_in_loss": float(values["tokens"]),
-                    "tokens_per_second": clock.lap(),
+                    **clock.lap(),
+                    "peak_memory_gb": peak_memory(),
                 }
                 noted.log(step, line)
-            noted.bar.advance(step)
+            noted.advance(step)
             if todo.evaluates:
                 noted.validate(step)
                 stop = stop or bool(signals)
@@ -219,10 +210,18 @@ def _told_to_stop(signals: list[int], checkpoints: Checkpoints, step: int) -> bo
     return bool(signals)
 
 
-def _step(run: Run, clock: Clock) -> Values:
+def _peak(run: Run) -> float | None:
+    """FLOP/s of all devices together, where they are known."""
+    each = peak_flops(jax.devices()[0], run.config.model.dtype)
+    return each and each * run.mesh.size
+
+
+def _step(run: Run, clock: Clock, flops: Flops) -> Values:
     """One step of the run, begun; its values, which are there once it has ended."""
     host_batch = next(run.iterator)
-    clock.count(int((host_batch["segment_ids"] > 0).sum()) * jax.process_count())
+    processes = jax.process_count()
+    tokens = int((host_batch["segment_ids"] > 0).sum())
+    clock.count(tokens * processes, flops.of_batch(host_batch) * processes)
     run.state, values = run.compiled_step(run.state, run.frozen, shard_batch(host_batch, run.mesh))
     return values
 

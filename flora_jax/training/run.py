@@ -35,6 +35,7 @@ from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
 from flora_jax.tokens import Tokenizer
 from flora_jax.training.cluster import together
 from flora_jax.training.inputs import Inputs, load_inputs
+from flora_jax.training.loggers import check_logger
 from flora_jax.training.optimizer import make_optimizer, trains
 from flora_jax.training.rules import partition, paths
 from flora_jax.training.sharding import make_mesh, optimizer_shardings, shardings
@@ -99,6 +100,7 @@ def check_run(config: ml_collections.ConfigDict, workdir: str | Path) -> Setup:
     check_jax()
     check_config(config)
     check_workdir(Path(expand_path(workdir)), config)
+    check_logger(config.train.logger)
     model_config, tokenizer = check_base(config)
     adapter = make_adapter_config(config)
     mesh = make_mesh(config)

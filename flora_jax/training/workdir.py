@@ -1,11 +1,10 @@
-"""A run's directory: config.json, metrics.jsonl, TensorBoard events; never two runs in one."""
+"""A run's directory: config.json, metrics.jsonl, a logger; never two runs in one."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from filelock import FileLock, Timeout
 
 from flora_jax.config import fields, get_config
 from flora_jax.errors import UserError, check_text, require
-from flora_jax.files import check_file, check_plain, plain_path, write_json
+from flora_jax.files import check_file, check_plain, write_json
+from flora_jax.training.loggers import LOGGERS
 
 SCHEMA_VERSION = 1
 LOCK = ".lock"
@@ -37,6 +37,7 @@ FREE_FIELDS = (
     "train.keep",
     "train.save_every",
     "train.log_every",
+    "train.logger",
 )
 
 
@@ -121,13 +122,9 @@ def begun(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[None]:
 
 
 class Metrics:
-    """`metrics.jsonl` (an object a line) and TensorBoard events, cut back to where it resumes."""
+    """`metrics.jsonl` (an object a line), cut back to where the run resumes, and its logger."""
 
-    def __init__(self, workdir: Path, resume_step: int):
-        # Imported here: it imports torch where that is installed, which takes seconds.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
+    def __init__(self, workdir: Path, config: ml_collections.ConfigDict, resume_step: int):
         path = workdir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         kept = []
@@ -144,30 +141,16 @@ class Metrics:
         temporary.write_text("".join(kept))
         temporary.replace(path)
         self._file = path.open("a")
-        folder = workdir / "tensorboard"
-        folder.mkdir(exist_ok=True)
-        # The bare writer: with tensorboardX's thread before it, a disk that is full stops the run
-        # without a word.
-        self._board = EventsWriter(str(plain_path(folder, "--workdir") / "events"))
-        self._board.write_event(
-            Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
-        )
+        self._logger = LOGGERS[config.train.logger](workdir, config.to_dict(), resume_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line and flushes it, so that a kill loses nothing that was logged."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.write_event(
-                Event(wall_time=time.time(), step=step, summary=scalar(name, value))
-            )
-        self._board.flush()
+        self._logger.write(step, values)
 
     def close(self) -> None:
-        """Closes both files. Each line of theirs was flushed, or has raised when it was written."""
-        for file in (self._file, self._board):
-            with contextlib.suppress(OSError):
-                file.close()
+        """Closes both. Each line of the file was flushed, or has raised when it was written."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._logger.close()

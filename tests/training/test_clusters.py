@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from support import ROOT
+from support import ROOT, computed_lines
 
 from flora_jax.config import check_config
 from flora_jax.config_files import read_config
@@ -129,11 +129,6 @@ def end(running):
     return [process.returncode for process in running], errors
 
 
-def lines(workdir):
-    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in found]
-
-
 @pytest.fixture(scope="module")
 def by_hand(launch, tmp_path_factory):
     """A whole run of two processes that were told of each other."""
@@ -159,7 +154,9 @@ def first_tokens(config, shards):
 
 
 def test_two_processes_read_rows_of_their_own(by_hand, small):
-    counts = [line["tokens_in_loss"] for line in lines(by_hand) if "tokens_in_loss" in line]
+    counts = [
+        line["tokens_in_loss"] for line in computed_lines(by_hand) if "tokens_in_loss" in line
+    ]
     config = small("ffba_qg_add", **{"train.batch_size": 8})
     assert len(counts) == STEPS and counts[0] == first_tokens(config, 2)
 
@@ -169,9 +166,9 @@ def test_two_processes_of_two_devices_compute_the_same(by_hand, launch, tmp_path
     fields = {"mesh.data": 2, "train.steps": 3, "train.eval_every": 0}
     codes, errors = end(launch("hand", tmp_path / "w", devices=2, **fields))
     assert codes == [0, 0], errors
-    wanted = [line["loss"] for line in lines(by_hand) if "loss" in line]
+    wanted = [line["loss"] for line in computed_lines(by_hand) if "loss" in line]
     np.testing.assert_allclose(
-        [line["loss"] for line in lines(tmp_path / "w")], wanted[:3], rtol=1e-4
+        [line["loss"] for line in computed_lines(tmp_path / "w")], wanted[:3], rtol=1e-4
     )
 
 
@@ -219,7 +216,7 @@ def test_a_cluster_stops_and_goes_on(by_hand, launch, tmp_path, by):
     }
     codes, errors = end(launch(by, workdir))
     assert set(codes) == {0} and f"resuming after step {step}" in "".join(errors), errors
-    assert lines(workdir) == lines(by_hand)
+    assert computed_lines(workdir) == computed_lines(by_hand)
     adapters = [
         (path / "adapter/adapter_model.safetensors").read_bytes() for path in (workdir, by_hand)
     ]
@@ -296,7 +293,7 @@ def test_the_batch_script_is_a_command_that_trains():
     [line] = [line for line in text.splitlines() if "flora_jax.train" in line]
     assert line.startswith("srun ")
     words = line.split("flora_jax.train", 1)[1].replace('"', "").split()
-    config, workdir = parse(["train", *words])
+    config, workdir, _ = parse(["train", *words])
     assert config.distributed.auto and workdir
     config.data.dir = None  # the reader's own
     check_config(config)

@@ -1,7 +1,6 @@
 """Runs trained together: each is the run that it is alone, whatever becomes of the others."""
 
 import copy
-import json
 import os
 import signal
 import threading
@@ -10,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support import computed_lines
 
 from flora_jax.config_files import read_config
 from flora_jax.errors import Stopped, UserError
@@ -47,10 +47,8 @@ def configs(weights):
 
 
 def figures(workdir):
-    """By step, all that metrics.jsonl says but for the speed; and the adapter."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    values = [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-    return values, load_file(workdir / "adapter/adapter_model.safetensors")
+    """By step, all that metrics.jsonl says of what was computed; and the adapter."""
+    return computed_lines(workdir), load_file(workdir / "adapter/adapter_model.safetensors")
 
 
 def assert_alike(found, owed):

@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
 from flora_jax.commands import noted_signals
-from flora_jax.config import fields
+from flora_jax.config import fields, get_config
 from flora_jax.errors import Stopped, UserError
 from flora_jax.train import run
 from flora_jax.training import loop
@@ -380,9 +380,9 @@ def test_resumed_in_the_middle_with_other_free_fields(small, quick_compile, monk
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(5)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 5, "lo')
-    Metrics(tmp_path, 3).close()
+    Metrics(tmp_path, get_config(), 3).close()
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:4])
-    metrics = Metrics(tmp_path, 0)
+    metrics = Metrics(tmp_path, get_config(), 0)
     metrics.write(0, {"loss": 2.0})
     metrics.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": 2.0}

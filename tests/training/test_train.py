@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(
     config = small(**{"optim.learning_rate": 1e38, "optim.warmup_steps": 0, "train.eval_every": 0})
     with pytest.raises(FloatingPointError, match=r"at step 2; lower config\.optim\.learning_rate"):
         run(config, tmp_path / "a")
-    monkeypatch.setattr(command, "parse", lambda argv: (config, str(tmp_path / "b")))
+    monkeypatch.setattr(command, "parse", lambda argv: (config, str(tmp_path / "b"), 0))
     with pytest.raises(SystemExit) as stopped:
         run_command(main, ["train"])
     error = capsys.readouterr().err.splitlines()[-1]
@@ -404,6 +404,7 @@ ELSEWHERE = {
     "data.generator.test",
     "data.cache_dir",
     "train.log_every",
+    "train.logger",
     "train.eval_every",
     "train.save_every",
     "train.keep",
@@ -505,19 +506,6 @@ def test_what_is_due_after_a_step(small):
     assert not any(loop.due(step, never).evaluates for step in range(1, 5))
 
 
-def test_the_clock_stands_still_between_steps(monkeypatch):
-    moments = iter([0.0, 2.0, 50.0, 52.0, 90.0, 91.0])
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(moments))
-    clock = loop.Clock()
-    for tokens in (10, 30):
-        with clock:
-            clock.count(tokens)
-    assert clock.lap() == 10.0
-    with clock:
-        clock.count(7)
-    assert clock.lap() == 7.0
-
-
 def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     """The fields of ELSEWHERE: when lines, validations and checkpoints are written, and what scoring is given."""
     asked = {}
@@ -529,6 +517,7 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     values = {
         "train.steps": 6,
         "train.log_every": 4,
+        "train.logger": "none",
         "train.eval_every": 5,
         "train.save_every": 3,
         "train.keep": 3,
@@ -543,6 +532,7 @@ def test_fields_of_the_loop(tmp_path, small, monkeypatch):
     run(small(**values), tmp_path / "w")
     records = lines(tmp_path / "w")
     assert [r["step"] for r in records if "loss" in r] == [4]
+    assert not (tmp_path / "w/tensorboard").exists()
     assert [r["step"] for r in records if "validation_loss" in r] == [0, 5, 6]
     assert {int(p.name) for p in (tmp_path / "w/checkpoints").iterdir()} == {3, 5, 6}
     assert (asked["protocol"], asked["n"], asked["batch_size"], asked["max_length"]) == (
