@@ -31,6 +31,8 @@ FLAGS = {
         "model.param_dtype, for peft, vllm and --model float32",
     ),
     "out": dict(required=True, type=Path, help="new directory"),
+    "push": dict(metavar="ORG/NAME", help="say what an upload to the Hugging Face hub would be …"),
+    "confirm": dict(action="store_true", help="… and do it, to a private repository if it is new"),
     "overwrite": dict(action="store_true", help="replace an earlier export"),
 }
 
@@ -43,8 +45,11 @@ def main(argv: list[str]) -> None:
     from flora_jax.analysis.results import command_line
     from flora_jax.files import keep_programs
     from flora_jax.interop.exports import check_directory, describe_report, export_pair
+    from flora_jax.interop.push import check_push, push
     from flora_jax.training.trained import export_run
 
+    if args.push:
+        check_push(args.push, args.confirm)
     check_directory(args.out, args.overwrite)
     check_writable(args.out, "--out")
     keep_programs()
@@ -56,6 +61,8 @@ def main(argv: list[str]) -> None:
         else:
             report = export_pair(args.model, args.adapter, args.form, args.out, **how)
     print(describe_report(report, args.out))
+    if args.push:
+        print(push(args.out, args.push, args.confirm))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -67,6 +74,7 @@ def _check(args: argparse.Namespace) -> None:
     )
     require(not args.model or args.adapter, "--model needs --adapter")
     require(not args.model or args.step is None, "--step goes with --workdir")
+    require(not args.confirm or args.push, "--confirm goes with --push")
 
 
 if __name__ == "__main__":
