@@ -164,19 +164,30 @@ def ratios(own: list[float], base: list[float]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A Markdown table of a result."""
+    """A Markdown table of a result; of several engines of a variant each one's mean, too."""
     sizes = result["times"]
-    head = ["", *(f"batch {size}: {what}" for size in sizes for what in ("TPOT", "TTFT"))]
+    several = any(len(one.get("engines", ())) > 1 for one in next(iter(sizes.values())).values())
+    shown = ("TPOT", "TTFT", "ms by engine") if several else ("TPOT", "TTFT")
+    head = ["", *(f"batch {size}: {what}" for size in sizes for what in shown)]
     lines = [head, ["---"] * len(head)]
     for name in next(iter(sizes.values())):
         cells = [name]
         for times in sizes.values():
-            for what in ("token", "first"):
-                one = ratios(times[name][what], times["base"][what])
-                spread = f" [{one['low']:.3f}, {one['high']:.3f}]" if what == "token" else ""
-                cells.append(f"{one['median']:.3f}{spread}")
+            own = times[name]
+            token = ratios(own["token"], times["base"]["token"])
+            first = ratios(own["first"], times["base"]["first"])
+            cells.append(f"{token['median']:.3f} [{token['low']:.3f}, {token['high']:.3f}]")
+            cells.append(f"{first['median']:.3f}")
+            if several:
+                cells.append(", ".join(f"{1e3 * one:.1f}" for one in own["engines"]))
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def report(result: dict[str, Any]) -> str:
+    """The Markdown file of a result."""
+    about = "\n".join(f"{key}: {value}  " for key, value in result["provenance"].items())
+    return f"{about}\n\n{table(result)}\n"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -244,8 +255,7 @@ def main(argv: list[str]) -> None:
             args.out.with_suffix(".json").write_text(json.dumps(result, indent=1))
     print(table(result))
     if args.out:
-        about = "\n".join(f"{key}: {value}  " for key, value in result["provenance"].items())
-        args.out.with_suffix(".md").write_text(f"{about}\n\n{table(result)}\n")
+        args.out.with_suffix(".md").write_text(report(result))
 
 
 if __name__ == "__main__":
