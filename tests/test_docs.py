@@ -3,6 +3,7 @@ of the code and of the stored results, their links lead somewhere."""
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from flora_jax.commands import read_flags
 from flora_jax.errors import CommandParser
 from flora_jax.models.architectures import ARCHITECTURES
 from tools import drawings
+from tools import tables as stored_tables
 
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
@@ -108,6 +110,92 @@ def test_pictures_and_tables_are_of_today():
     for name, drawn in drawings.drawings().items():
         assert (drawings.FOLDER / name).read_text() == drawn, "python tools/drawings.py"
     assert drawings.with_results(TEXTS["README.md"]) == TEXTS["README.md"]
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_its_tables_are_those_stored(page):
+    assert stored_tables.with_tables(TEXTS[page]) == TEXTS[page], "python tools/tables.py"
+
+
+def test_no_table_of_results_is_typed():
+    """Every table of the page of results stands behind a comment that names its files."""
+    text = TEXTS["docs/results.md"]
+    assert len(re.findall(r"^\|---", text, re.MULTILINE)) == text.count("<!-- table\n") > 30
+
+
+STORED = """
+# Of a file
+
+| method | loss | ms | ratio | s | ratio |
+|---|---|---|---|---|---|
+| b | 1.5 ± 0.2 | 7 | 2.0 [1, 3] | 8 | 3.0 [2, 4] |
+| a | 2.5 ± 0.1 | 6 | 1.0 [0, 2] | 9 | 4.0 [3, 5] |
+
+## Two of a name
+
+| place | method | AB accuracy | C accuracy |
+|---|---|---|---|
+| x | a | 0.5 | 0.7 |
+| x | b | 0.1 | 0.3 |
+| y | b | 0.2 | 0.4 |
+"""
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    (tmp_path / "one.md").write_text(STORED)
+    records = [{"kernel": "a", "us": 12.3456, "rank": None}, {"kernel": "c", "us": 7, "rank": 2}]
+    (tmp_path / "two.json").write_text(json.dumps({"kernels": records}))
+    monkeypatch.setattr(stored_tables, "RESULTS", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "asked, rows",
+    [
+        (
+            ["one.md | loss | s, ratio"],
+            ["method|loss|s, ratio", "b|1.5 ± 0.2|3.0 [2, 4]", "a|2.5 ± 0.1|4.0 [3, 5]"],
+        ),
+        (
+            ["rows | | a as A | b", "one.md | value of loss as L", "| value of s, ratio"],
+            ["|L|s, ratio", "A|2.5|4.0", "b|1.5|3.0"],
+        ),
+        (
+            ["one.md # Two | method is b | * accuracy | mean of * accuracy as mean"],
+            ["place|AB|C|mean", "x|0.1|0.3|0.200", "y|0.2|0.4|0.300"],
+        ),
+        (
+            ["rows | k | a | c", "one.md | ms", "two.json # kernels"],
+            ["k|ms|us|rank", "a|6|12.35|–", "c||7|2"],
+        ),
+    ],
+)
+def test_a_table_is_made_of_stored_ones(results, asked, rows):
+    made = stored_tables.asked("\n".join(asked)).splitlines()
+    assert ["|".join(stored_tables.cells(line)) for line in made if "---" not in line] == rows
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        ("one.md | lost", "no column 'lost', but loss, ms"),
+        ("one.md # Three", "one.md # Three: no such table"),
+        ("one.md # Two", "say which by NAME is CELL"),
+        ("rows | | c\none.md", "no row 'c', but b, a"),
+    ],
+)
+def test_a_table_that_is_not_stored_is_refused(results, asked, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        stored_tables.asked(asked)
+    with pytest.raises(ValueError, match="an empty line"):
+        stored_tables.with_tables("<!-- table\none.md\n-->\n| a |\n")
+
+
+def test_a_page_keeps_what_stands_around_its_tables(results):
+    page = "Before\n\n<!-- table\none.md | ms\n-->\n\n{}After | all\n"
+    made = stored_tables.with_tables(page.format(""))
+    table = "| method | ms |\n|---|---|\n| b | 7 |\n| a | 6 |\n\n"
+    assert made == page.format(table) == stored_tables.with_tables(made)
 
 
 def test_the_readme_is_short():
