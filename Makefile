@@ -9,7 +9,7 @@ NEWEST = $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null)
 WHEELS_PYTHON ?= python3.12
 HAVE ?=
 
-.PHONY: demo test test-slow test-latest test-vllm test-vllm-slow vllm-exports soak docs wheels lint clean
+.PHONY: demo test test-slow test-latest test-vllm test-vllm-slow vllm-exports soak docs wheels lock lint clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -20,9 +20,9 @@ HAVE ?=
 # Not all that is installed is compiled to bytecode, which takes a minute and a half: each module is
 # when it is first imported, and kept.
 unexport PYTHONDONTWRITEBYTECODE
-# One marker a set of extras, so that each is installed once and again when setup.py changes.
-.venv/.%: setup.py | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[$*]'
+# One marker a set of extras, so that each is installed once and again when what it is made of changes.
+.venv/.%: setup.py $(wildcard requirements/*.txt) | .venv/bin/python
+	$(BIN)/python tools/install.py $*
 	touch $@
 
 demo: .venv/.demo
@@ -82,8 +82,18 @@ wheels:
 	.venv-wheels/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --upgrade packaging pip
 	.venv-wheels/bin/python -m experiments.wheels --out wheels $(if $(HAVE),--have $(HAVE))
 
+# The newest that setup.py's ranges allow, for every Python and platform. Without torch and PEFT, the
+# peers: which build of torch is the right one differs by machine, and so do its files' hashes.
+LOCK = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--upgrade --no-annotate --custom-compile-command 'make lock' setup.py
+lock:
+	test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check --upgrade uv
+	$(LOCK) --extra test-without-peers --output-file requirements/test.txt
+	$(LOCK) --extra demo --constraints requirements/test.txt --output-file requirements/demo.txt
+
 lint: .venv/.dev
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .venv-latest .venv-vllm .venv-wheels wheels build site *.egg-info
+	rm -rf .venv .venv-latest .venv-vllm .venv-wheels .venv-lock wheels build site *.egg-info
