@@ -1,5 +1,8 @@
-"""A model as it is scored, served and exported: a base, and over it an adapter where there is one;
-and the name of a base, a digest of its parameters. No adapter is used on another base unnoticed."""
+"""A model as it is scored, served and exported: a base, and an adapter over it if there is one.
+
+A base is identified by a digest of its parameters, so that no adapter is used on another base
+unnoticed.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ from flora_jax.tokens import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapted:
-    """What belongs together whenever a model is used.
+    """The parts of a model, which travel together.
 
-    base: parameters as `Llama` takes them; arithmetic is in their dtype. tokenizer: None where
-    prompts are token ids and texts are not asked for. fingerprint: of the base as it was before
-    anything trained, None where nobody asks. adapter, adapter_config: None without an adapter;
-    full fine-tuning has an adapter without leaves, `{}`.
+    config: the architecture; base: parameters as `Llama` takes them, and arithmetic is in their
+    dtype; tokenizer: None where prompts are token ids and no text is needed; fingerprint: of the
+    base before anything trained, None where it is not needed; adapter, adapter_config: None without
+    an adapter. Full fine-tuning has an adapter without leaves, `{}`.
     """
 
     config: LlamaConfig
@@ -38,32 +41,40 @@ class Adapted:
 
     @property
     def model(self) -> Llama:
-        """The Llama that computes it."""
-        return Llama(self.config, self.adapter_config if self.adapter is not None else None)
+        """The Llama that computes with these parts."""
+        if self.adapter is None:
+            return Llama(self.config, None)
+        return Llama(self.config, self.adapter_config)
 
     @property
     def variables(self) -> dict[str, Tree]:
-        """What `model` is applied to; without an adapter's collection where it has no leaves."""
-        return {"params": self.base, **({"adapter": self.adapter} if self.adapter else {})}
+        """The variables of `model`; an adapter without leaves has no collection there."""
+        variables = {"params": self.base}
+        if self.adapter:
+            variables["adapter"] = self.adapter
+        return variables
 
     @property
     def dtype(self) -> str:
-        """The name of the dtype that it computes in."""
+        """The name of the dtype that the model computes in."""
         return str(self.base["embed_tokens"]["embedding"].dtype)
 
 
-_AT_ONCE = 2**24  # values: XLA's CPU compiler writes the mixed bits out before it sums them
+_AT_ONCE = 2**24  # values; XLA on a CPU writes their mixed bits to memory before it sums them
 
 
 _sums = jax.jit(sums_of)
 
 
 def _digest(leaf: jax.Array | Quantized) -> list[int]:
-    """The sums of a whole leaf, the same on every mesh; of a quantised one, those of its floats."""
+    """The sums of a whole leaf, the same on every mesh; for a quantised one the sums of its
+    floats."""
     if isinstance(leaf, Quantized):
         return np.asarray(leaf.sums).sum(0, dtype=np.uint32).tolist()
     row = math.prod(leaf.shape[1:])
-    rows = max(1, _AT_ONCE // row) if len(leaf.sharding.device_set) == 1 else leaf.shape[0]
+    rows = leaf.shape[0]
+    if len(leaf.sharding.device_set) == 1:
+        rows = max(1, _AT_ONCE // row)
     total = np.zeros(2, np.uint32)
     for i in range(0, leaf.shape[0], rows):
         total += np.asarray(_sums(leaf[i : i + rows], jnp.uint32(i * row % 2**32)))
@@ -73,8 +84,8 @@ def _digest(leaf: jax.Array | Quantized) -> list[int]:
 def base_fingerprint(params: Mapping[str, Any]) -> str:
     """A hex digest of every base parameter's path, shape and value, however they are sharded.
 
-    Values are rounded to bfloat16 first, so that one checkpoint loaded in float32, in bfloat16 or
-    quantised is one base.
+    Values are rounded to bfloat16 first, so that a checkpoint has one fingerprint whether it is
+    loaded in float32, in bfloat16 or quantised.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(paths(params).items()):

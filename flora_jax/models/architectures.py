@@ -1,15 +1,14 @@
-"""Which Llamas there are: a row for each `model_type` of HF's config.json, and config.json read and
-written by it.
+"""A row for each `model_type` of HF's config.json, by which such a file is read and written.
 
-Today's models are Llamas with one or two differences. What a difference is stands in a field of
-LlamaConfig, which the model reads; a row says which of them a `model_type` has, and where its
-config.json states them. No other code asks for a model's name.
+Today's models are Llamas with one or two differences. A difference is a field of LlamaConfig, which
+the model reads. A row says which differences a `model_type` has, and where its config.json states
+them. No other code asks for a model's name.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flora_jax.errors import UserError, require
@@ -23,16 +22,16 @@ _BIASES = {**_ATTENTION_BIAS, "mlp_bias": ("gate_up", "down")}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A `model_type`, by how it differs from a Llama.
+    """A `model_type`, by its differences from a Llama.
 
-    hf_class: transformers' causal model. fixed: fields of LlamaConfig that all models of it share.
-    biases: a flag of config.json, and the products that have a bias where it is true. numbers: a
-    field of LlamaConfig, and the one of config.json that states it. no_rope: whether config.json
-    lists layers without rotary embeddings. window: whether it may have a sliding window: "flagged"
-    where `use_sliding_window` turns it on, "always" where a number alone does. defaults: fields
-    that config.json may leave out, as transformers fills them in, where it is not as for Llama.
-    gguf: how the rows of a head's q and k lie in llama.cpp's files, "interleaved" or "halves"; None
-    where these are not read.
+    hf_class: transformers' causal model; fixed: fields of LlamaConfig that all its models share;
+    biases: a flag of config.json -> the products that have a bias where it is true; numbers: a
+    field of LlamaConfig -> the field of config.json that states it; no_rope: whether config.json
+    lists layers without rotary embeddings; window: None without a sliding window, "flagged" where
+    `use_sliding_window` turns it on, "always" where its size alone does; defaults: transformers'
+    values of fields that config.json may leave out, where they differ from Llama's; gguf: the order
+    of the rows of a head's q and k in llama.cpp's files, "interleaved" or "halves", None where
+    these are not read.
     """
 
     hf_class: str
@@ -138,8 +137,8 @@ _DEFAULTS = {
     "bos_token_id": None,
     "pad_token_id": None,
 }
-# Fields of config.json that change the numbers of other models, and the values at which they do
-# not.
+# Fields of config.json that change the numbers of other models, and the values at which they change
+# nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "partial_rotary_factor": (None, 1),
@@ -160,14 +159,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def read_config(hf: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The fields of LlamaConfig, by name, that an HF `config.json` states; rope_scaling as HF has
-    it, None where there is none. Raises UserError for what is not understood and would count."""
+    """The fields of LlamaConfig, by name, that an HF `config.json` states.
+
+    rope_scaling is in HF's form, None without one. Raises UserError, with `source`, for a field
+    that would change the numbers and is not understood.
+    """
     model_type = hf.get("model_type")
-    row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     require(
-        row is not None,
+        isinstance(model_type, str) and model_type in ARCHITECTURES,
         f"{source}: model_type={model_type!r} is not supported; {', '.join(ARCHITECTURES)} are",
     )
+    row = ARCHITECTURES[model_type]
     hf = {"hidden_act": "silu", **_DEFAULTS, **row.defaults, **hf}
     for name in _NEEDED:
         require(name in hf, f"{source}: field {name!r} is missing")
@@ -209,7 +211,7 @@ def _check_neutral(hf: Mapping[str, Any], row: Architecture, source: str) -> Non
 
 
 def _check_window(hf: Mapping[str, Any], row: Architecture, source: str) -> None:
-    """Raises UserError for a sliding window that hides a key from some query."""
+    """Raises UserError for a sliding window that hides a key from a query."""
     window = hf.get("sliding_window")
     if row.window is None or window is None or not _slides(hf, row, source):
         return
@@ -225,7 +227,7 @@ def _check_window(hf: Mapping[str, Any], row: Architecture, source: str) -> None
 
 
 def _slides(hf: Mapping[str, Any], row: Architecture, source: str) -> bool:
-    """Whether a window that is stated is in use, in some layer, as transformers reads it."""
+    """Whether a stated window is in use in any layer, as transformers reads it."""
     if row.window == "always":
         return True
     kinds = hf.get("layer_types")
@@ -243,7 +245,7 @@ def _slides(hf: Mapping[str, Any], row: Architecture, source: str) -> bool:
     return hf["max_window_layers"] < hf["num_hidden_layers"]
 
 
-# A file that claims millions would have each of them listed before any is missed.
+# A limit: a file that claims millions would have each layer listed before any is missed.
 MOST_LAYERS = 10_000
 
 
@@ -264,13 +266,16 @@ def _number(hf: Mapping[str, Any], name: str, source: str) -> float:
 
 
 def _read_no_rope(hf: Mapping[str, Any], row: Architecture, source: str) -> tuple[int, ...]:
-    """The layers without rotary embeddings. config.json has a 1 for each layer with them, a 0 for
-    each without; where there is no such list, every fourth layer is without."""
+    """The layers without rotary embeddings.
+
+    config.json has a 1 for each layer with them and a 0 for each without. Without such a list,
+    every fourth layer goes without.
+    """
     if not row.no_rope:
         return ()
     count = hf["num_hidden_layers"]
     _check_count("num_hidden_layers", count, source)
-    layers = range(min(count, MOST_LAYERS))  # more are refused
+    layers = range(min(count, MOST_LAYERS))  # LlamaConfig refuses more
     turned = hf.get("no_rope_layers")
     if turned is None:
         interval = hf.get("no_rope_layer_interval", 4)
@@ -284,8 +289,8 @@ def _read_no_rope(hf: Mapping[str, Any], row: Architecture, source: str) -> tupl
 
 
 def _read_rope(hf: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """rope_theta, and rope_scaling in HF's form, None where there is none."""
-    # Where both forms stand there the older fields count, as transformers reads them.
+    """rope_theta, and rope_scaling in HF's form, None without one."""
+    # With both forms the older fields count, as in transformers.
     scaled = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     for name, value in scaled.items():
         require(
@@ -318,19 +323,30 @@ def _read_rope(hf: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _token_ids(given: Any) -> tuple[Any, ...]:
-    """No token, one, or several, as HF writes them."""
+    """Token ids from a field of HF's: None, one id, or a list."""
     if given is None:
         return ()
-    return tuple(given) if isinstance(given, list | tuple) else (given,)
+    if isinstance(given, list | tuple):
+        return tuple(given)
+    return (given,)
+
+
+def write_token_ids(ids: Sequence[int]) -> int | list[int] | None:
+    """Token ids as a field of HF's: None for none, one id bare, several as a list."""
+    if len(ids) == 1:
+        return ids[0]
+    return list(ids) or None
 
 
 def write_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """An HF `config.json` that states these fields of a LlamaConfig, rope_scaling in HF's form or
-    None; `rope_parameters` (transformers 5) stand beside `rope_theta` and `rope_scaling` (older
-    readers)."""
+    """An HF `config.json` that states these fields of a LlamaConfig; rope_scaling: as a dict or
+    None.
+
+    It has `rope_parameters` for transformers 5, and `rope_theta` and `rope_scaling` for older
+    readers.
+    """
     row = ARCHITECTURES[fields["model_type"]]
     scaling = fields["rope_scaling"] and {"rope_type": "llama3", **fields["rope_scaling"]}
-    eos = list(fields["eos_token_id"])
     out = {name: fields[name] for name in _ALIKE}
     out |= {flag: set(its) <= set(fields["biases"]) for flag, its in row.biases.items()}
     out |= {theirs: fields[ours] for ours, theirs in row.numbers.items()}
@@ -353,5 +369,5 @@ def write_config(fields: Mapping[str, Any]) -> dict[str, Any]:
             **(scaling or {}),
             "rope_theta": fields["rope_theta"],
         },
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "eos_token_id": write_token_ids(fields["eos_token_id"]),
     }

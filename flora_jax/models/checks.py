@@ -1,5 +1,7 @@
-"""What a Llama refuses before it computes: variables of another configuration, which flax would
-ignore, and arguments that JAX would clamp, broadcast or read as NaN. Each raises UserError.
+"""The checks of a Llama before it computes; each raises UserError.
+
+They refuse variables of another configuration, which flax would ignore, and arguments that JAX
+would clamp, broadcast or read as NaN.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def check_model(
     policies: Collection[str],
     decode_kernel: bool | None,
 ) -> None:
-    """What the model is built from."""
+    """Refuses wrong fields of the model."""
     require(remat in policies, f"remat={remat!r} is unknown; known: {', '.join(policies)}")
     require(
         not (decode_kernel and config.head_dim & (config.head_dim - 1)),
@@ -43,7 +45,7 @@ def check_model(
 def check_variables(
     variables: Mapping[str, Any], config: LlamaConfig, adapter: AdapterConfig | None
 ) -> None:
-    """Trees of another configuration."""
+    """Refuses trees of another configuration."""
     params = variables["params"]
     require(
         has_adapter(adapter) or not variables.get("adapter"),
@@ -63,7 +65,7 @@ def check_variables(
 
 
 def check_dense(layout: Layout, fuses: bool) -> None:
-    """Products apart, where those of a fused or split tree were to be computed."""
+    """Refuses an unmerged tree where the layer computes a fused or split one (`fuses`)."""
     require(
         not fuses or layout.kind != "unmerged",
         "these variables have products apart; serve them with dense=UnmergedDense or "
@@ -72,12 +74,12 @@ def check_dense(layout: Layout, fuses: bool) -> None:
 
 
 def check_tokens(tokens: jax.Array, vocab_size: int) -> None:
-    """Tokens that are no ids `[B, T]`, or none of the vocabulary."""
+    """Refuses tokens that are not ids `[B, T]` of the vocabulary."""
     require(
         tokens.ndim == 2 and jnp.issubdtype(tokens.dtype, jnp.integer),
         f"tokens must be integers [B, T], not {tokens.dtype} {list(tokens.shape)}",
     )
-    if isinstance(tokens, jax.core.Tracer) or not tokens.size:  # under jit nothing can be checked
+    if isinstance(tokens, jax.core.Tracer) or not tokens.size:  # under jit there are no values
         return
     ids = np.asarray(tokens)
     least = ids.min()
@@ -90,13 +92,15 @@ def check_tokens(tokens: jax.Array, vocab_size: int) -> None:
 
 
 def check_select(select: jax.Array | None, layout: Layout) -> None:
-    """A select without a bank, a bank without one, or one of another size."""
+    """Refuses a select without a bank, a bank without one, and one of another size."""
     if select is None and layout.adapters <= 1:
         return
     require(
         layout.kind != "split", "select is for a bank of fused adapters; these variables are split"
     )
-    found = None if select is None else select.shape[-1]
+    found = None
+    if select is not None:
+        found = select.shape[-1]
     places = layout.adapters
     require(
         found == places,
@@ -105,7 +109,7 @@ def check_select(select: jax.Array | None, layout: Layout) -> None:
 
 
 def check_dropout(deterministic: bool, layout: Layout, adapter: AdapterConfig | None) -> None:
-    """Dropout where none is computed."""
+    """Refuses dropout where the tree computes none."""
     if layout.kind == "split" or deterministic or adapter is None or not adapter.dropout:
         return
     raise UserError(
@@ -116,10 +120,14 @@ def check_dropout(deterministic: bool, layout: Layout, adapter: AdapterConfig | 
 def check_room(
     tokens: jax.Array, index: jax.Array, slots: int, segment_ids: jax.Array | None
 ) -> None:
-    """Tokens that a cache of `slots`, of which `index` are taken, has no room for; segments beside
-    one."""
+    """Refuses tokens that do not fit into a cache, and segments beside one.
+
+    slots: the cache's; index: how many of them are taken.
+    """
     T = tokens.shape[1]
-    taken = 0 if isinstance(index, jax.core.Tracer) else int(index)
+    taken = 0
+    if not isinstance(index, jax.core.Tracer):
+        taken = int(index)
     require(
         taken + T <= slots,
         f"{T} tokens from slot {taken} on do not fit into a cache of {slots} slots; make a "

@@ -1,4 +1,4 @@
-"""What a Llama is made of: sizes, rotary settings, differences. Nothing here touches an array.
+"""The configuration of a Llama: sizes, rotary settings, differences. Nothing here touches an array.
 
 Axis letters used in all model code: B batch, T query length, S key length, D model width, N heads,
 K key/value heads, G heads per key/value head (N / K), H head width, F ffn width, R rank, V
@@ -23,7 +23,7 @@ from flora_jax.models.architectures import (
 )
 
 DTYPES = ("float32", "bfloat16")  # of parameters and of compute
-# Fields of LlamaConfig that a model may have beside a Llama's sizes.
+# Fields of LlamaConfig in which a model may differ from a Llama.
 DIFFERENCES = (
     "biases",
     "qk_norm",
@@ -33,9 +33,9 @@ DIFFERENCES = (
     "attention_multiplier",
     "logits_divisor",
 )
-# of the base's kernels; as in adapters/quantized.py, which takes a second to import
+# Of the base's kernels; as in adapters/quantized.py, which takes a second to import.
 QUANTIZATIONS = ("none", "int8", "fp8", "nf4")
-SERVED = ("none", "int8", "fp8")  # of these, those that fused arrays come in
+SERVED = ("none", "int8", "fp8")  # the quantisations of fused arrays
 
 
 _LARGEST = 3e38  # of float32
@@ -69,13 +69,14 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Architecture of one Llama. Field names are those of HF's `config.json` where it has them.
+    """The architecture of one Llama. Field names are those of HF's `config.json` where it has them.
 
-    Beside a Llama's sizes: biases, the products (of qkv, o, gate_up, down) that have one; qk_norm,
-    whether each head's q and k pass an RMSNorm before they are turned; no_rope_layers, the layers
-    whose q and k are not turned; embedding_multiplier, of the embeddings; residual_multiplier, of
-    what each block adds to the stream; attention_multiplier, of the scores, None for 1/sqrt(H);
-    logits_divisor. model_type: the row of ARCHITECTURES that config.json is written by.
+    biases: the products (of qkv, o, gate_up, down) that have one; qk_norm: whether each head's q
+    and k pass an RMSNorm before the rotary embeddings; no_rope_layers: the layers without rotary
+    embeddings; embedding_multiplier: of the embeddings; residual_multiplier: of each block's
+    addition to the stream; attention_multiplier: of the scores, None for 1/sqrt(H); logits_divisor:
+    of the logits; model_type: the row of ARCHITECTURES that config.json is written by. Raises
+    UserError for values that no model can have.
     """
 
     vocab_size: int  # V
@@ -107,7 +108,7 @@ class LlamaConfig:
         self._check_differences()
         for name in ("rms_norm_eps", "rope_theta"):
             _check_number(f"LlamaConfig.{name}", getattr(self, name))
-            # JAX takes no integer above 2**31
+            # JAX takes no integer above 2**31.
             object.__setattr__(self, name, float(getattr(self, name)))
         require(
             isinstance(self.rope_scaling, RopeScaling | None),
@@ -163,7 +164,7 @@ class LlamaConfig:
             f"LlamaConfig.eos_token_id={eos!r} must be a tuple of token ids",
         )
         for name in ("bos_token_id", "pad_token_id"):
-            token = getattr(self, name)  # -1 is published for a pad token that is none
+            token = getattr(self, name)  # some published models have -1 for no pad token
             require(
                 token is None
                 or (
@@ -186,7 +187,7 @@ class LlamaConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Lengths of the axes of the weights, by letter."""
+        """The lengths of the weights' axes, by letter."""
         return {
             "L": self.num_hidden_layers,
             "V": self.vocab_size,
@@ -199,19 +200,19 @@ class LlamaConfig:
 
     @property
     def differences(self) -> dict[str, Any]:
-        """What may set it apart from a Llama without biases, by field."""
+        """The fields in which it may differ from a Llama without biases."""
         return {name: getattr(self, name) for name in DIFFERENCES}
 
     @property
     def plain(self) -> LlamaConfig:
-        """The Llama of the same sizes without any of them."""
+        """The Llama of the same sizes without `differences`."""
         own = {one.name: one.default for one in dataclasses.fields(self) if one.name in DIFFERENCES}
         return dataclasses.replace(self, model_type="llama", **own)
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
         """`(d_in, d_out)` of each projection of a layer, by its name."""
-        # Here, so that who only wants the names of dtypes does without JAX.
+        # Imported here, so that reading the names of dtypes needs no JAX.
         from flora_jax.adapters.leaves import AXES
 
         sizes = self.sizes
@@ -219,37 +220,41 @@ class LlamaConfig:
 
     @property
     def attention_scale(self) -> float:
-        """What the products of q and k are multiplied by."""
+        """The factor of the products of q and k."""
         if self.attention_multiplier is None:
             return self.head_dim**-0.5
         return self.attention_multiplier
 
     @classmethod
     def preset(cls, name: str) -> LlamaConfig:
-        """The architecture of a named preset; a UserError with near misses if there is none."""
+        """The architecture of a preset. Raises UserError, with near misses, if there is none."""
         require_known(name, PRESETS, f"model preset {name!r}")
         return PRESETS[name]
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> LlamaConfig:
-        """Reads an HF `config.json` dict, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
-        (`rope_parameters`), of a `model_type` in ARCHITECTURES.
+        """Reads an HF `config.json` dict of transformers 4 (`rope_theta`, `rope_scaling`) or 5
+        (`rope_parameters`).
 
-        Raises UserError for another one, an unsupported rotary type, a sliding window in use, and
-        any other field that would change the numbers and is not read.
+        Raises UserError, with `source`, for a `model_type` that is not in ARCHITECTURES, an
+        unsupported rotary type, a sliding window in use, and any other field that would change the
+        numbers and is not read.
         """
         return cls.of(read_config(hf, source))
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> LlamaConfig:
-        """The configuration of these fields, whose rope_scaling may be fields, too."""
+        """The configuration of these fields; rope_scaling: a dict of RopeScaling's fields, or
+        None."""
         scaling = fields.get("rope_scaling")
         return cls(**{**fields, "rope_scaling": scaling and RopeScaling(**scaling)})
 
     def to_hf(self) -> dict[str, Any]:
-        """The HF `config.json` dict, with `rope_parameters` (transformers 5) and `rope_theta` /
-        `rope_scaling` (older readers) alike. Raises UserError for a field that a model of this
-        `model_type` cannot have."""
+        """The HF `config.json` dict, with `rope_parameters` for transformers 5, and `rope_theta`
+        and `rope_scaling` for older readers.
+
+        Raises UserError for a field that a model of this `model_type` cannot have.
+        """
         hf = write_config(dataclasses.asdict(self))
         again = LlamaConfig.from_hf(hf, "config.json")
         for field in dataclasses.fields(self):

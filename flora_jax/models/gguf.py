@@ -1,10 +1,10 @@
 """Checkpoints in one GGUF file (llama.cpp's format), without torch.
 
-A file holds configuration, weights and tokenizer. Tensors are offered under their HF names and in
-HF's order and orientation, dequantised to float32 a slice at a time. Of a Llama, llama.cpp rotates
+A file holds configuration, weights and tokenizer. Tensors have their HF names, order and
+orientation here, and are dequantised to float32 a slice at a time. For a Llama, llama.cpp rotates
 neighbouring pairs of a head where HF rotates its two halves, so its files hold the rows of q and k
-interleaved: a head's rows `[a0 b0 a1 b1 …]` are HF's `[a0 a1 … b0 b1 …]`. They are put back here.
-Which architectures are read, and which of them lie so, their rows say (architectures.py).
+interleaved: a head's rows `[a0 b0 a1 b1 …]` are HF's `[a0 a1 … b0 b1 …]`. Reading undoes that.
+The rows of architectures.py say which architectures are read, and which of them are interleaved.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flora_jax.models.attention import inverse_frequencies
 from flora_jax.models.config import LlamaConfig, RopeScaling
 from flora_jax.models.hf import check_hf_tensors, hf_shapes
 
-# Keys, behind the architecture's name, that are read here …
+# Keys, without the architecture's name before them, that are read here …
 _READ = frozenset(
     {
         "vocab_size",
@@ -52,9 +52,9 @@ _IDLE = frozenset(
         "rope.scaling.original_context_length",
     }
 )
-# What the others of these, and a few beside them, say where they change nothing. Keys with other
-# names are notes, or settings of what a dense Llama has not (experts, a parallel residual). Without
-# a type, a factor is linear scaling (llama.cpp); `rope.scale_linear` is its older name.
+# The values at which other such keys, and a few more, change nothing. Keys with other names are
+# notes, or settings of parts that a dense Llama lacks (experts, a parallel residual). A factor
+# without a type is linear scaling (llama.cpp); `rope.scale_linear` is its older name.
 _NEUTRAL = {
     "rope.scaling.factor": (0, 1),
     "rope.scale_linear": (0, 1),
@@ -73,12 +73,12 @@ _NEUTRAL = {
     "final_logit_softcapping": (0,),
     "hidden_activation": (0,),
 }
-# By product, the tensor that a bias of its is known by.
+# Product -> a tensor whose bias tells that the product has one.
 _BIASES = {"qkv": "attn_q", "o": "attn_output", "gate_up": "ffn_gate", "down": "ffn_down"}
 
 
 class GgufTensor:
-    """A tensor of the file in HF orientation; slices of it are read and dequantised, float32."""
+    """A tensor of the file in HF orientation; a slice is read and dequantised to float32."""
 
     def __init__(self, tensor: gguf.ReaderTensor, row_order: np.ndarray | None = None):
         self.shape = tuple(reversed(tensor.shape.tolist()))
@@ -88,18 +88,18 @@ class GgufTensor:
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         rows, *columns = index
-        selected = rows if self._row_order is None else self._row_order[rows]
+        if self._row_order is not None:
+            rows = self._row_order[rows]
         if len(self.shape) == 1:  # a vector's storage has no row axis
-            return gguf.dequantize(self._data, self._type)[selected]
-        return gguf.dequantize(self._data[selected], self._type)[:, *columns]
+            return gguf.dequantize(self._data, self._type)[rows]
+        return gguf.dequantize(self._data[rows], self._type)[:, *columns]
 
 
 class GgufFile:
     """An opened file: `config`, and `tensors` (HF name -> GgufTensor).
 
-    Raises UserError for a file that is truncated, not GGUF, of an architecture that is not read, or
-    inconsistent. Weights
-    stay on disk until they are indexed.
+    Weights stay on disk until they are indexed. Raises UserError for a file that is truncated, not
+    GGUF, of an architecture that is not read, or inconsistent.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -107,7 +107,7 @@ class GgufFile:
         check_file(self.path)
         try:
             self._reader = gguf.GGUFReader(self.path)
-        # What the reader raises on bytes that are no GGUF: it trips over what it does not check.
+        # The reader checks little, and raises these on bytes that are no GGUF.
         except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
             raise UserError(
                 f"{self.path}: not a complete GGUF file ({error}); download it again"
@@ -126,7 +126,7 @@ class GgufFile:
         except UserError as error:
             if str(self.path) in str(error):
                 raise
-            # the configuration knows of no file
+            # The configuration does not know the file.
             raise UserError(f"{self.path}: {error}") from None
         self._refuse_unread_keys()
         self.tensors = self._name_tensors()
@@ -138,11 +138,11 @@ class GgufFile:
             return default
         try:
             return field.contents()
-        except (ValueError, LookupError) as error:  # text that is none, a part that is not there
+        except (ValueError, LookupError) as error:  # bytes that are no text, a missing part
             raise UserError(f"{self.path}: {key} cannot be read ({error})") from None
 
     def require(self, key: str) -> Any:
-        """The metadata value `key`; UserError if the file has none."""
+        """The metadata value `key`. Raises UserError if the file has none."""
         value = self.get(key)
         require(value is not None, f"{self.path}: metadata field {key!r} is missing")
         return value
@@ -152,7 +152,7 @@ class GgufFile:
         return ARCHITECTURES[self._architecture]
 
     def _read_architecture(self) -> str:
-        """The `model_type`, under which GGUF files have their metadata, too."""
+        """The `model_type`, which also begins the keys of the file's metadata."""
         architecture = self.require("general.architecture")
         able = [name for name, row in ARCHITECTURES.items() if row.gguf is not None]
         require(
@@ -171,7 +171,7 @@ class GgufFile:
                 "models are"
             )
         scaling = self.get(self._key("rope.scaling.type"), "none")
-        known = ["none", "linear"]  # linear by a factor of one is none
+        known = ["none", "linear"]  # linear scaling by 1 changes nothing
         if "rope_freqs.weight" in self._stored:
             known.append("llama3")
         require(
@@ -184,7 +184,9 @@ class GgufFile:
 
     def _check_readable(self, tensor: gguf.ReaderTensor) -> None:
         """Raises UserError for a tensor of a type that gguf does not dequantise."""
-        data = tensor.data[:1] if len(tensor.shape) > 1 else tensor.data
+        data = tensor.data
+        if len(tensor.shape) > 1:
+            data = data[:1]
         try:
             gguf.dequantize(data, tensor.tensor_type)
         except NotImplementedError:
@@ -204,10 +206,9 @@ class GgufFile:
         )
         head_dim = self._read_head_dim(width, heads)
         vocab_size = self._read_vocab_size()
-        # Chat models end a turn with a token of its own, beside the one that ends a document.
+        # Chat models have a token that ends a turn, beside the one that ends a document.
         ends = [self.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
-        # Stored as float32: the shortest decimal that gives the same float32 is the number that was
-        # meant.
+        # Stored as float32: the number meant is the shortest decimal that gives the same float32.
         eps = float(str(np.float32(self.require(key("attention.layer_norm_rms_epsilon")))))
         biases = tuple(p for p, name in _BIASES.items() if f"blk.0.{name}.bias" in self._stored)
         config = LlamaConfig(
@@ -231,7 +232,7 @@ class GgufFile:
         return self._with_rope_scaling(config)
 
     def _read_head_dim(self, width: Any, heads: Any) -> int:
-        """H, which is the same for queries, keys and values. Raises UserError where it is not."""
+        """H. Raises UserError where queries, keys and values differ in it."""
         for key, value in (
             (self._key("embedding_length"), width),
             (self._key("attention.head_count"), heads),
@@ -250,7 +251,7 @@ class GgufFile:
         return head_dim
 
     def _read_vocab_size(self) -> int:
-        """V, the rows of the embedding. Raises UserError where the metadata count others."""
+        """V, the rows of the embedding. Raises UserError where the metadata count otherwise."""
         require(
             "token_embd.weight" in self._stored,
             f"{self.path}: tensor 'token_embd.weight' is missing",
@@ -269,7 +270,7 @@ class GgufFile:
         return rows
 
     def _refuse_unread_keys(self) -> None:
-        """Raises UserError for the first key that may change what the model computes, unread."""
+        """Raises UserError for the first unread key that may change what the model computes."""
         neutral = self._neutral_values()
         idle = _READ | _IDLE
         if self.get(self._key("rope.scaling.type")) == "none":  # llama.cpp then ignores a factor
@@ -287,7 +288,7 @@ class GgufFile:
                 )
 
     def _neutral_values(self) -> dict[str, tuple[float, ...]]:
-        """By key, behind the architecture's name, the values that change nothing in a model of this
+        """Key, without the architecture's name -> the values that change nothing with this
         config."""
         config = self.config
         width = (0, config.head_dim)
@@ -309,9 +310,9 @@ class GgufFile:
         return neutral
 
     def _with_rope_scaling(self, config: LlamaConfig) -> LlamaConfig:
-        """Adds Llama 3's scaling.
+        """The configuration with Llama 3's scaling, where the file has it.
 
-        Files carry it only as its result: a divisor for each of the H/2 frequencies.
+        A file states only the result: a divisor for each of the H/2 frequencies.
         """
         if "rope_freqs.weight" not in self._stored:
             return config
@@ -346,7 +347,7 @@ class GgufFile:
             require(name in stored, f"{self.path}: tensor {name!r} is missing")
             order = next((order for part, order in orders.items() if part in hf_name), None)
             tensors[hf_name] = GgufTensor(stored.pop(name), order)
-        # What is left goes in under its own name, for the check to name.
+        # Other tensors keep their own names, so that the check names them.
         left = {name: GgufTensor(tensor) for name, tensor in stored.items()}
         shapes = {name: tensor.shape for name, tensor in (tensors | left).items()}
         check_hf_tensors(config, shapes, str(self.path))
@@ -361,8 +362,6 @@ def _is_silent(value: Any, neutral: tuple[float, ...]) -> bool:
 
 
 def _hf_row_order(heads: int, head_dim: int) -> np.ndarray:
-    """For each HF row of q or k, `[heads * H]`, the row of the file that holds it.
-
-    A head's are `[0 2 4 … 1 3 5 …]`.
-    """
+    """For each HF row of q or k, `[heads * H]`, the row of the file that holds it: in a head
+    `[0 2 4 … 1 3 5 …]`."""
     return np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)

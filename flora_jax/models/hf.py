@@ -1,6 +1,6 @@
-"""Which HF tensor is which leaf of the base parameter tree: one table, read in both directions.
+"""HF tensors and the leaves of the base parameter tree: one table, read in both directions.
 
-HF stores a projection as `[out, in]`, one tensor a layer; our kernels are `[in, out]` and the
+HF stores a projection as `[out, in]`, one tensor a layer. Our kernels are `[in, out]`, and the
 leaves of the layers are stacked on axis 0. So `model.layers.0 … 29.mlp.up_proj.weight`, 30 tensors
 of `[1536, 576]`, are the one leaf `layers/mlp/gate_up/up_kernel [30, 576, 1536]`. Nothing else is
 reordered.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
@@ -50,12 +50,15 @@ class Row(NamedTuple):
         return self.path.endswith("kernel")
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of an HF tensor of a leaf of this shape."""
-        shape = shape[1:] if self.stacked else shape
-        return shape[::-1] if self.transposed else shape
+        """The shape of the HF tensors of a leaf of this shape."""
+        if self.stacked:
+            shape = shape[1:]
+        if self.transposed:
+            shape = shape[::-1]
+        return shape
 
 
-# lm_head stands early: what is read last adds to a nearly full memory.
+# lm_head is read early: the last tensors come when memory is nearly full.
 HF_TABLE = tuple(Row(*row) for row in (
     ("embed_tokens/embedding",          "model.embed_tokens.weight"),
     ("lm_head/kernel",                  "lm_head.weight"),
@@ -80,18 +83,18 @@ HF_TABLE = tuple(Row(*row) for row in (
     ("final_norm/scale",                "model.norm.weight"),
 ))  # fmt: skip
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
 
-# Two bytes of a float at a time: numpy has no fast way to ask bfloat16 whether it is finite.
+# Of floats of two bytes: numpy has no fast isfinite for them.
 _EXPONENT_BITS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
 
-# Rows of an HF tensor copied at a time: bounds what a load holds beside its result and keeps a
-# transpose in cache.
+# Rows of an HF tensor copied at a time: few, to save memory and to keep a transpose in cache.
 _BLOCK_ROWS = 64
 
 
 class Tensor(Protocol):
-    """An HF tensor, read slice by slice: an array, or one still lying in a file."""
+    """An HF tensor, read slice by slice: an array, or one in a file."""
 
     shape: tuple[int, ...]
 
@@ -99,7 +102,7 @@ class Tensor(Protocol):
 
 
 def _rows(config: LlamaConfig) -> dict[str, Row]:
-    """The rows that `config` has, by path."""
+    """The rows of the table that `config` has, by path."""
     leaves = base_leaves(config)
     return {row.path: row for row in HF_TABLE if row.path in leaves}
 
@@ -111,7 +114,7 @@ def _hf_names(row: Row, config: LlamaConfig) -> list[str]:
 
 
 def leaf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every leaf of the base tree, `layers/…` with L in front."""
+    """Path -> shape of every leaf of the base tree; those of `layers/…` begin with L."""
     leaves = base_leaves(config)
     return {path: leaves[path].shape for path in _rows(config)}
 
@@ -129,9 +132,11 @@ def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 def check_hf_tensors(
     config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
-    """Raises UserError unless the tensors of `source` (HF name -> shape) are exactly those that
-    `config` asks for. Stored rotary frequencies, and a stored lm_head of a tied model, are
-    redundant and pass."""
+    """Raises UserError unless the tensors (HF name -> shape) are exactly those of `config`.
+
+    Stored rotary frequencies, and a stored lm_head of a tied model, are redundant and pass. source:
+    the name of the checkpoint in errors.
+    """
     expected = hf_shapes(config)
     found = {name: tuple(shape) for name, shape in shapes.items()}
     for name in shapes:
@@ -157,10 +162,13 @@ def check_hf_tensors(
 def settle_tying(
     config: LlamaConfig, tensors: Mapping[str, Tensor]
 ) -> tuple[LlamaConfig, Mapping[str, Tensor]]:
-    """The configuration and tensors of a checkpoint, tied as transformers 5 ties them: a model that
-    says it is tied but is stored with an lm_head that is not its embedding is not. Where one of the
-    two is stored, it is both."""
-    head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
+    """The configuration and tensors of a checkpoint, tied as transformers 5 ties them.
+
+    A model that says it is tied is not, if it is stored with an lm_head other than its embedding.
+    If only the lm_head is stored, it is the embedding, too.
+    """
+    head = tensors.get(_HEAD)
+    embedding = tensors.get(_EMBEDDING)
     if not config.tie_word_embeddings or head is None:
         return config, tensors
     if embedding is None:
@@ -193,8 +201,8 @@ def from_hf_tensors(
     Args:
       config: the architecture; `tensors` must be exactly its tensors, in HF orientation.
       tensors: HF name -> Tensor; read leaf by leaf, block by block, and only the parts that local
-          devices hold.
-      dtype: dtype of every leaf: float32, bfloat16 or float16.
+        devices hold.
+      dtype: of every leaf: float32, bfloat16 or float16.
       shardings: a tree of `jax.sharding.Sharding` like the result, or a function path -> Sharding
         (path as `layers/attention/qkv/q_kernel`); None puts everything, uncommitted, on the default
         device.
@@ -202,8 +210,8 @@ def from_hf_tensors(
       quantization: a name of QUANTIZATIONS; the kernels of the layers are quantised as they are
         read, one tensor after another.
 
-    Returns: the nested dict of jax arrays. Raises UserError before it allocates anything, but for a
-    value that is not finite, or not in `dtype`, which is met where it is read.
+    Returns the nested dict of jax arrays. Raises UserError before it allocates anything, and while
+    it reads for a value that is not finite or that `dtype` cannot hold.
     """
     check_hf_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, source)
     dtype = _float_dtype(dtype)
@@ -244,8 +252,11 @@ def to_hf_tensors(
     config: LlamaConfig, params: Mapping[str, Any], only: Callable[[str], bool] = lambda path: True
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields `(HF name, array)` for every tensor, `[out, in]`, contiguous, in the dtype of its
-    leaf; bit-equal to what `from_hf_tensors` read if it read the same dtype. only: which leaves, by
-    path. Raises UserError if `params` is not the tree of `config`."""
+    leaf.
+
+    The values are bit-equal to those that `from_hf_tensors` read in the same dtype. only: selects
+    leaves, by path. Raises UserError if `params` is quantised or not the tree of `config`.
+    """
     check_tree(shapes_of(params), leaf_shapes(config), _says_leaf)
     leaves = paths(dict(params))
     there = quantization_format(params)
@@ -254,9 +265,12 @@ def to_hf_tensors(
         if not only(path):
             continue
         leaf = np.asarray(leaves[path])
-        each = leaf if row.stacked else [leaf]
-        for name, value in zip(_hf_names(row, config), each, strict=True):
-            yield name, np.ascontiguousarray(value.T if row.transposed else value)
+        if not row.stacked:
+            leaf = leaf[None]
+        for name, value in zip(_hf_names(row, config), leaf, strict=True):
+            if row.transposed:
+                value = value.T
+            yield name, np.ascontiguousarray(value)
 
 
 def _says_leaf(path: str, there: tuple[int, ...] | None, wanted: tuple[int, ...] | None) -> str:
@@ -286,10 +300,10 @@ def _sharding_lookup(
     if shardings is None or callable(shardings):
         return shardings or (lambda path: None)
     flat = paths(shardings)
-    for path in shapes.keys() ^ flat.keys():
-        raise UserError(
-            f"shardings: {path!r} is {'missing' if path in shapes else 'no leaf of this model'}"
-        )
+    for path in shapes.keys() - flat.keys():
+        raise UserError(f"shardings: {path!r} is missing")
+    for path in flat.keys() - shapes.keys():
+        raise UserError(f"shardings: {path!r} is no leaf of this model")
     return flat.__getitem__
 
 
@@ -302,12 +316,25 @@ def _read(
     source: str,
 ) -> np.ndarray:
     """The part `index` of one leaf, read from the HF tensors `names` into one buffer."""
+    if not row.stacked:
+        return _read_layers(names, tensors, row, (range(1), *index), dtype, source)[0]
+    return _read_layers(names, tensors, row, index, dtype, source)
+
+
+def _read_layers(
+    names: list[str],
+    tensors: Mapping[str, Tensor],
+    row: Row,
+    index: tuple[range, ...],
+    dtype: np.dtype,
+    source: str,
+) -> np.ndarray:
+    """`_read` of a stacked leaf; index: layers, then the axes of a layer."""
     buffer = _aligned_empty(tuple(map(len, index)), dtype)
-    layers = index[0] if row.stacked else range(1)
-    axes = index[1:] if row.stacked else index
+    layers, *axes = index
     if row.transposed:
-        axes = axes[::-1]
-    for out, layer in zip(buffer if row.stacked else [buffer], layers, strict=True):
+        axes.reverse()
+    for out, layer in zip(buffer, layers, strict=True):
         if row.transposed:
             out = out.T  # a view in HF orientation
         _read_tensor(out, tensors[names[layer]], axes, names[layer], source)
@@ -322,8 +349,11 @@ def _read_quantized(
     quantization: str,
     source: str,
 ) -> Quantized:
-    """A leaf `[L, d_in, d_out]` in codes, on the host: the floats of one tensor are there at a
-    time. On a CPU whatever the device is, so that the codes are the same everywhere."""
+    """A leaf `[L, d_in, d_out]` in codes, on the host.
+
+    Only one tensor's floats are in memory at a time. A CPU quantises whatever the device is, so
+    that the codes are the same everywhere.
+    """
     each = []
     with jax.default_device(_host()):
         for i in range(shape[0]):
@@ -335,7 +365,7 @@ def _read_quantized(
 
 
 def _host() -> jax.Device:
-    """The CPU as JAX sees it. Raises UserError where JAX was told to see none."""
+    """JAX's CPU device. Raises UserError where JAX is set to use none."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -349,7 +379,8 @@ _quantize = jax.jit(quantize, static_argnames="quantization")
 
 
 def _place_parts(kernels: Quantized, sharding: jax.sharding.Sharding | None) -> Quantized:
-    """The parts of a quantised leaf as the leaf itself is to lie, along the axes that they have."""
+    """Puts the parts of a quantised leaf on devices, sharded like the leaf along the axes that they
+    have."""
     if sharding is None:
         return jax.device_put(kernels)
 
@@ -361,31 +392,38 @@ def _place_parts(kernels: Quantized, sharding: jax.sharding.Sharding | None) -> 
 
 
 def _of_part(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """The sharding of a part of this shape, from its leaf's."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    axes = zip(shape, sharding.spec, strict=False) if len(shape) == 3 else ()
     mesh = sharding.mesh
+    if len(shape) != 3:
+        return NamedSharding(mesh, P())
 
-    def devices(names: str | tuple[str, ...]) -> int:
-        names = (names,) if isinstance(names, str) else names
-        return math.prod(mesh.shape[name] for name in names)
+    def kept(size: int, names: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        """The mesh axes of an axis, None where their devices do not divide it."""
+        each = names or ()
+        if isinstance(each, str):
+            each = (each,)
+        if size % math.prod(mesh.shape[name] for name in each):
+            return None
+        return names
 
-    return NamedSharding(
-        mesh, P(*(n if n and size % devices(n) == 0 else None for size, n in axes))
-    )
+    return NamedSharding(mesh, P(*map(kept, shape, sharding.spec)))
 
 
 def _read_tensor(
-    out: np.ndarray, tensor: Tensor, index: tuple[range, ...], name: str, source: str
+    out: np.ndarray, tensor: Tensor, index: Sequence[range], name: str, source: str
 ) -> None:
-    """Reads the part `index` of one HF tensor into `out`, block by block. Raises UserError for a
-    value that is not finite there."""
+    """Reads the part `index` of one HF tensor into `out`, block by block.
+
+    Raises UserError for a value that is not finite in `out`.
+    """
     rows, *columns = index
     columns = [slice(c.start, c.stop) for c in columns]
     for start in range(rows.start, rows.stop, _BLOCK_ROWS):
         stop = min(start + _BLOCK_ROWS, rows.stop)
         block = out[start - rows.start : stop - rows.start]
-        with np.errstate(over="ignore", invalid="ignore"):  # said below, with a name
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below, by name
             found = tensor[(slice(start, stop), *columns)]
             block[...] = found
         if not all_finite(block):
@@ -393,7 +431,7 @@ def _read_tensor(
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether no value of a float array is NaN or an infinity: those have all bits of the exponent
+    """Whether no value of a float array is NaN or an infinity, whose exponents have all bits
     set."""
     bits = _EXPONENT_BITS.get(values.dtype.name)
     if bits is None:
@@ -415,8 +453,10 @@ def _refuse_values(found: np.ndarray, dtype: np.dtype, file: str, name: str) -> 
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array whose memory starts on a 64-byte boundary: a CPU device then takes it
-    over as it is, where it would copy (and double) any other. Nothing writes to it once JAX has it.
+    """An uninitialised array whose memory starts on a 64-byte boundary.
+
+    A CPU device takes such an array over and would copy any other, which takes twice the memory.
+    Nothing writes to it once JAX has it.
     """
     size = int(np.prod(shape)) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)

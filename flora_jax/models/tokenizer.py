@@ -35,7 +35,7 @@ _CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Llama 3's and Qwen's split: contractions, words, numbers of so many digits, punctuation, line
+# Llama 3's and Qwen's split: contractions, words, numbers (%s: how many digits), punctuation, line
 # ends, spaces.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
@@ -43,22 +43,23 @@ _SPLIT = (
 )
 
 _BUILT_IN = ("random", "tiny")
-# of an HF directory, one of them at least
+# An HF directory has at least one of these.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
-# llama.cpp's token types
-_CONTROL, _USER_DEFINED = 3, 4
+# llama.cpp's token types.
+_CONTROL = 3
+_USER_DEFINED = 4
 
-# a release of transformers that reads byte-level Llamas right, which many before it do not
+# A release of transformers that reads byte-level Llamas right; many earlier ones do not.
 _RIGHT = "5.24.0"
 
 
 def load_tokenizer(source: str, template_arguments: str = "") -> Tokenizer:
     """The tokenizer of `source`. Raises UserError where there is none.
 
-    source: whatever `load_pretrained` takes (HF directory, `.gguf` file, preset, hub id), or
-    `random` / `tiny` for the byte tokenizer. template_arguments: `NAME=VALUE,…`, what its chat
-    template is given wherever it is used.
+    source: as `load_pretrained` takes it (HF directory, `.gguf` file, preset, hub id), or `random`
+    or `tiny` for the byte tokenizer; template_arguments: `NAME=VALUE,…`, for its chat template
+    wherever it is used.
     """
     tokenizer = _load(source)
     if source not in _BUILT_IN:
@@ -69,9 +70,13 @@ def load_tokenizer(source: str, template_arguments: str = "") -> Tokenizer:
 
 
 def _templates(tokenizer: Tokenizer) -> Iterable[str]:
-    """Its chat templates: none, one, or several by name. They may be no text."""
-    found = {} if tokenizer.chat_template is None else tokenizer.chat_template
-    return found.values() if isinstance(found, Mapping) else [found]
+    """The tokenizer's chat templates: none, one, or several by name. A broken one is no text."""
+    found = tokenizer.chat_template
+    if found is None:
+        return []
+    if isinstance(found, Mapping):
+        return found.values()
+    return [found]
 
 
 def _load(source: str) -> Tokenizer:
@@ -83,7 +88,7 @@ def _load(source: str) -> Tokenizer:
     there = [name for name in VOCABULARIES if (path / name).is_file()]
     require(there, f"{path}: no tokenizer.json, tokenizer.model or vocab.json in the directory")
     for entry in path.iterdir():
-        # transformers looks for many of these, and reads what is there
+        # transformers reads those it knows of whatever is there.
         if entry.suffix in _SUFFIXES and os.path.exists(entry) and not entry.is_dir():
             check_file(entry)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -92,7 +97,7 @@ def _load(source: str) -> Tokenizer:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    # What it warns of (ids beside the vocabulary, say) is checked by us and said in one line.
+    # transformers' warnings (of ids beside the vocabulary, say) are checks of ours, with one line.
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -103,7 +108,7 @@ def _load(source: str) -> Tokenizer:
             _check_ids(tokenizer, path)
     except UserError:
         raise
-    # `tokenizers` raises no narrower class for a file that it cannot use
+    # `tokenizers` has no narrower class for a file that it cannot use.
     except Exception as error:
         why = _missing_packages(path / there[0]) or " ".join(str(error).split())[:200]
         raise UserError(f"{path}: the tokenizer cannot be read ({why})") from error
@@ -113,18 +118,17 @@ def _load(source: str) -> Tokenizer:
 
 
 def _missing_packages(vocabulary: Path) -> str:
-    """What a tokenizer.model alone needs and is not installed; empty if that is not why."""
+    """A clause on packages that a tokenizer.model alone needs; empty if none is missing."""
     if vocabulary.name != "tokenizer.model":
         return ""
-    # A SentencePiece model is a protobuf message; Llama 3's own file holds a base64 token and its
-    # rank a line.
-    kind, needed = (
-        "SentencePiece",
-        {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"},
-    )
+    # A SentencePiece model is a protobuf message. A line of Llama 3's own file holds a base64 token
+    # and its rank.
+    kind = "SentencePiece"
+    needed = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
     with vocabulary.open("rb") as file:
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", file.read(200)):
-            kind, needed = "tiktoken", {"tiktoken": "tiktoken"}
+            kind = "tiktoken"
+            needed = {"tiktoken": "tiktoken"}
     missing = [package for module, package in needed.items() if not _installed(module)]
     if not missing:
         return ""
@@ -137,11 +141,11 @@ def _missing_packages(vocabulary: Path) -> str:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even what it lies in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
-# Of the files that a tokenizer is read from.
+# The files that a tokenizer is read from.
 _SUFFIXES = (".json", ".jinja", ".model", ".txt")
 # Spaces of every kind, numbers, contractions, marks like special tokens', characters of many bytes.
 _PROBE = (
@@ -153,9 +157,9 @@ _PROBE = (
 def _check_ids(tokenizer: Tokenizer, path: Path) -> None:
     """Raises UserError if transformers gives a text other ids than the directory's tokenizer.json.
 
-    Some of its releases build certain tokenizers anew, and lose the spaces. How a text begins
-    (`add_prefix_space`) is the settings' own to say, and is not compared; nor is how many unknown
-    characters are one unknown token.
+    Some releases of transformers build certain tokenizers anew, and lose the spaces. Not compared:
+    the beginning of a text, which a setting (`add_prefix_space`) decides, and how many unknown
+    characters make one unknown token.
     """
     raw = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     raw.no_truncation()
@@ -176,8 +180,9 @@ def _check_ids(tokenizer: Tokenizer, path: Path) -> None:
     import transformers
 
     declared = tokenizer.init_kwargs.get("tokenizer_class") or type(tokenizer).__name__
-    right = transformers.__version__ == _RIGHT
-    other = "" if right else f", or try another version (pip install transformers=={_RIGHT})"
+    other = ""
+    if transformers.__version__ != _RIGHT:
+        other = f", or try another version (pip install transformers=={_RIGHT})"
     raise UserError(
         f"{path}: transformers {transformers.__version__} reads the tokenizer, as a {declared}, "
         "otherwise than its tokenizer.json says, and gives a text other ids; write "
@@ -186,7 +191,7 @@ def _check_ids(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: LlamaConfig) -> None:
-    """Raises UserError if the tokenizer has ids that the model has no embedding for."""
+    """Raises UserError if the tokenizer has ids without an embedding in the model."""
     largest = max(tokenizer.get_vocab().values())
     require(
         largest < config.vocab_size,
@@ -199,9 +204,9 @@ def check_tokenizer(tokenizer: Tokenizer, config: LlamaConfig) -> None:
 def byte_tokenizer() -> Tokenizer:
     """A tokenizer without a file: id = byte for the 256 bytes, then `BYTE_SPECIALS`.
 
-    It has a ChatML template. Nothing is added to a text; any text decodes back to itself.
+    It has a ChatML template. It adds nothing to a text, and any text decodes back to itself.
     """
-    # Byte-level BPE writes a byte as a printable character: itself, or else the next after 255.
+    # Byte-level BPE writes a byte as a printable character: itself, or else one after 255 in order.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     itself = {ord(char): char for char in alphabet if ord(char) < 256}
     others = (char for char in alphabet if ord(char) >= 256)
@@ -217,8 +222,8 @@ def byte_tokenizer() -> Tokenizer:
 def gguf_tokenizer(file: GgufFile) -> Tokenizer:
     """The byte-level BPE tokenizer of an opened GGUF file.
 
-    It has the file's special tokens, its rule whether a text begins with bos, and its chat
-    template. Raises UserError for another kind of tokenizer.
+    It has the file's special tokens, its chat template, and its rule whether a text begins with
+    bos. Raises UserError for another kind of tokenizer.
     """
     kind = file.require("tokenizer.ggml.model")
     require(
@@ -258,11 +263,11 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
 
 
 def _gguf_core(file: GgufFile, tokens: list[str], pre: str) -> tokenizers.Tokenizer:
-    """Vocabulary, merges and added tokens of the file, split as `pre` names it."""
+    """The file's vocabulary, merges and added tokens; pre: llama.cpp's name of the split."""
     vocabulary = {token: id for id, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in file.require("tokenizer.ggml.merges")]
     for merge in merges:
-        # hundreds of thousands, so that the words are made for a wrong one alone
+        # There are hundreds of thousands, so the message is made for a wrong one alone.
         if len(merge) != 2 or not vocabulary.keys() >= {*merge, "".join(merge)}:
             raise UserError(
                 f"{file.path}: tokenizer.ggml.merges holds {' '.join(merge)!r}, "
@@ -277,7 +282,7 @@ def _gguf_core(file: GgufFile, tokens: list[str], pre: str) -> tokenizers.Tokeni
         core.normalizer = _NORMALIZERS[pre]()
     core.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     core.decoder = decoders.ByteLevel()
-    # Found in a text as they stand, before it is split; control tokens are left out when decoding.
+    # Added tokens are found in a text before it is split; decoding can leave control tokens out.
     add = {_CONTROL: core.add_special_tokens, _USER_DEFINED: core.add_tokens}
     for token, kind in zip(tokens, file.get("tokenizer.ggml.token_type", []), strict=False):
         if kind in add:
@@ -315,7 +320,7 @@ def _qwen2() -> pre_tokenizers.PreTokenizer:
     return _split("")
 
 
-# How a text is cut before BPE, by llama.cpp's name for it.
+# The split of a text before BPE, by llama.cpp's name.
 _LLAMA3_NAMES = ("llama-bpe", "llama-v3", "llama3")
 _PRE_TOKENIZERS = {
     "smollm": _smollm,
@@ -323,5 +328,5 @@ _PRE_TOKENIZERS = {
     "qwen2": _qwen2,
     **dict.fromkeys(_LLAMA3_NAMES, _llama3),
 }
-# What is done to a text before that, where it is not nothing: Qwen's composes characters.
+# The change of a text before the split, if there is one: Qwen's composes characters.
 _NORMALIZERS = {"qwen2": normalizers.NFC}
