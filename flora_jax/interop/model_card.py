@@ -34,7 +34,7 @@ vllm serve {where} --enable-lora --max-lora-rank {rank} \\
   --hf-overrides '{{"architectures": ["FloraLlamaForCausalLM"], "flora": "THIS_DIRECTORY"}}' \\
   --lora-modules NAME=THIS_DIRECTORY""",
 }
-# Those of the other formats are Python and transformers.
+# Of the formats that are not loaded with Python or with transformers.
 _LANGUAGE = {"vllm": "bash"}
 _LIBRARY = {"peft": "peft", "vllm": "vllm"}
 _SHOWN = ("accuracy", "accuracy_norm", "rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -54,14 +54,18 @@ def model_card(
     versions: Mapping[str, str],
     summary: Mapping[str, Any],
 ) -> str:
-    """Markdown with the hub's header. report: of the export; command: "" for an export from Python;
-    summary: of the run, as `eval.json` has it, {} if there is none."""
+    """The model card: Markdown with the hub's header.
+
+    report: the export's; command: the command line, "" for an export from Python; versions: of
+    packages, by name; summary: the run's `eval.json`, {} without one. Raises UserError for a
+    summary that no run wrote.
+    """
     logits = report["logits"]
     licence = trained.licence
     method = trained.adapter_config.method
     form = report["format"]
     header = ModelCardData(
-        base_model=trained.base_model if _is_published(trained) else None,
+        base_model=_hub_id(trained),
         license=licence.name,
         library_name=_LIBRARY.get(form, "transformers"),
         pipeline_tag="text-generation",
@@ -71,9 +75,12 @@ def model_card(
     if "quantization" in report:
         rows.append(("quantization", describe_quantization(report["quantization"])))
     table = "\n".join(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows)
-    built = f"**{licence.meta.built}**\n\n" if licence.meta and licence.meta.built else ""
-    at_hand = _is_published(trained) and not trained.quantised
-    where = trained.base_model if at_hand else "PATH_OF_THE_BASE"
+    built = ""
+    if licence.meta and licence.meta.built:
+        built = f"**{licence.meta.built}**\n\n"
+    where = "PATH_OF_THE_BASE"
+    if not trained.quantised:  # the hub has the base in floats, not in these 4 bits
+        where = _hub_id(trained) or where
     load = _LOAD[form].format(where=where, rank=max_lora_rank(trained.adapter_config))
     return f"""---
 {header.to_yaml()}
@@ -99,7 +106,8 @@ what was trained.
 
 
 def describe_quantization(about: Mapping[str, Any]) -> str:
-    """A sentence on the base that an adapter was trained over, and what another one changes."""
+    """A sentence on the quantised base that an adapter was trained over, and on what another base
+    changes."""
     made = (
         f"trained over an {about['format']} base, whose weights are {about['error']:.2%} from the "
         "floats"
@@ -109,29 +117,32 @@ def describe_quantization(about: Mapping[str, Any]) -> str:
     return f"{made}; over the floats the logits move by up to {about['over_floats']:.3g}"
 
 
-def _is_published(trained: Trained) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", trained.base_model) is not None
+def _hub_id(trained: Trained) -> str | None:
+    """The base's name on the hub; None for a path of this machine."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", trained.base_model):
+        return trained.base_model
+    return None
 
 
 def _name(trained: Trained) -> str:
     """The base's name, without a path of this machine."""
-    if _is_published(trained):
-        return trained.base_model
-    return Path(trained.base_model).name
+    return _hub_id(trained) or Path(trained.base_model).name
 
 
 def _of_model(trained: Trained) -> Iterator[tuple[str, Any]]:
     """Rows of the card's table: the base, and what was trained over it."""
     base = _name(trained)
     adapter = trained.adapter_config
-    unstated = "" if base == "random" else "not stated in its model card"
-    quantised = f" ({trained.quantised})" if trained.quantised else ""
-    yield "base model", f"{base}{quantised}"
+    unstated = "not stated in its model card"
+    if base == "random":
+        unstated = ""
+    if trained.quantised:
+        base += f" ({trained.quantised})"
+    yield "base model", base
     yield "licence of the base", trained.licence.name or unstated
     yield "method", f"`{adapter.method}` ({_PAPER.get(adapter.method, _FLORA)})"
     if trained.adapter:
-        rslora = " (rsLoRA)" if adapter.rslora else ""
-        yield "rank", f"{adapter.rank}, scale {adapter.scale:g}{rslora}"
+        yield "rank", f"{adapter.rank}, scale {adapter.scale:g}" + " (rsLoRA)" * adapter.rslora
         yield "projections", ", ".join(adapter.targets)
     if adapter.add_to:
         yield "repeat-and-add on", ", ".join(adapter.add_to)
@@ -146,7 +157,7 @@ def _of_making(
     versions: Mapping[str, str],
     summary: Mapping[str, Any],
 ) -> Iterator[tuple[str, Any]]:
-    """Rows of the card's table: how it was made."""
+    """Rows of the card's table: how the export was made."""
     if "step" in summary:
         yield "step", summary["step"]
     yield "weights", report["dtype"]
@@ -156,8 +167,10 @@ def _of_making(
 
 
 def describe_run(summary: Mapping[str, Any]) -> str:
-    """Data and scores of an `eval.json`, as Markdown. Raises UserError where it is not as a run
-    wrote it."""
+    """The data and scores of an `eval.json` as Markdown.
+
+    Raises UserError for one that no run wrote.
+    """
     try:
         return _results(summary)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -178,8 +191,10 @@ def _results(summary: Mapping[str, Any]) -> str:
         parts.append("## Data\n\n" + "\n".join(lines) + "\n")
     scores = []
     if (losses := summary.get("validation_losses")) and str(summary.get("step")) in losses:
-        before = f" ({losses['0']:.4f} before training)" if "0" in losses else ""
-        scores.append(f"- validation loss {losses[str(summary['step'])]:.4f}{before}")
+        line = f"- validation loss {losses[str(summary['step'])]:.4f}"
+        if "0" in losses:
+            line += f" ({losses['0']:.4f} before training)"
+        scores.append(line)
     evaluation = summary.get("evaluation") or {}
     for task, result in evaluation.get("tasks", {}).items():
         where = f"{evaluation['protocol']}, {evaluation['split']}, n = {result['n']}"

@@ -1,6 +1,6 @@
-"""PEFT's LoRA directories: their configuration and tensors from ours, and ours from anybody's.
+"""PEFT's LoRA directories: our adapters as PEFT stores them, and anybody's LoRA as ours.
 
-One of PEFT's tensors and where it lies here, at rank 8 in a layer with D = 96 and Q = 96:
+A tensor of PEFT's and its place here, at rank 8 in a layer with D = 96 and Q = 96:
 
     base_model.model.model.layers.3.self_attn.k_proj.lora_A.weight  [8, 96]
     adapter/layers/attention/qkv/A[3, :, 8:16].T                    the same
@@ -23,9 +23,11 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 EXTRAS = "flora_config.json"  # what PEFT has no field for
 
-# Projection -> its module in a layer, as transformers and PEFT name it.
+# Block -> its module in a layer, as transformers, PEFT and vLLM name it.
+HF_BLOCKS = {"attention": "self_attn", "mlp": "mlp"}
+# Projection -> its module in a layer.
 PEFT_MODULES = {
-    p: f"{'self_attn' if block == 'attention' else 'mlp'}.{p}_proj"
+    p: f"{HF_BLOCKS[block]}.{p}_proj"
     for block, products in BLOCKS.items()
     for product in products
     for p in PRODUCTS[product]
@@ -36,7 +38,7 @@ _PLACES = {
     for product in products
     for p in PRODUCTS[product]
 }
-# What a LoRA of PEFT's may do that ours does not; each is off where its value is false, empty or
+# Features of PEFT's LoRA that ours lacks. A feature is off where its value is false, empty or
 # "none".
 _PEFT_REFUSED = (
     "use_dora",
@@ -59,7 +61,7 @@ _PEFT_REFUSED = (
     "kasa_config",
     "arrow_config",
 )
-# Initialisations that change the base: the adapter means nothing on the base as published.
+# Initialisations that change the base: on the published base such an adapter means nothing.
 _PEFT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -68,14 +70,17 @@ def _peft_name(layer: int, projection: str, side: str) -> str:
 
 
 def peft_config(adapter_config: AdapterConfig, base_model: str) -> dict[str, Any]:
+    """PEFT's configuration of a LoRA over the base of that name."""
     alpha = adapter_config.alpha
+    if float(alpha).is_integer():
+        alpha = int(alpha)  # the type of PEFT's field
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": adapter_config.rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_alpha": alpha,
         "lora_dropout": adapter_config.dropout,
         "use_rslora": adapter_config.rslora,
         "target_modules": [f"{p}_proj" for p in adapter_config.targets],
@@ -87,7 +92,7 @@ def peft_config(adapter_config: AdapterConfig, base_model: str) -> dict[str, Any
 def to_peft(
     adapter: Tree, config: LlamaConfig, adapter_config: AdapterConfig
 ) -> dict[str, np.ndarray]:
-    """PEFT's tensors, `lora_A [r, in]` and `lora_B [out, r]`, of a stacked tree."""
+    """PEFT's tensors of a stacked adapter: `lora_A [r, in]` and `lora_B [out, r]` by layer."""
     tensors = {}
     for projection in adapter_config.targets:
         block, product = _PLACES[projection]
@@ -108,8 +113,11 @@ def from_peft(
     tensors: dict[str, np.ndarray],
     config: LlamaConfig,
 ) -> tuple[AdapterConfig, dict[str, Tree]]:
-    """`(adapter_config, trained)` of a directory with the configuration `stored` and these tensors.
-    Raises UserError for what is no plain LoRA of this model."""
+    """Our `(adapter_config, trained)` from PEFT's configuration `stored` and tensors.
+
+    method: `lora` or `pf_lora`; directory: named in errors. Raises UserError for anything but a
+    plain LoRA of this model.
+    """
     where = directory / CONFIG
     _check_plain(where, stored)
     require(
@@ -148,10 +156,10 @@ def from_peft(
 
 
 def _check_plain(where: Path, stored: Mapping[str, Any]) -> None:
-    """Raises UserError for features of PEFT's that are not ours."""
+    """Raises UserError for features of PEFT's that ours lacks."""
     for field in _PEFT_REFUSED:
         value = stored.get(field)
-        # layer 0 counts
+        # `False == 0`, and a layer 0 is no False.
         require(
             value is None or value is False or value in ("none", [], {}),
             f"{where}: {field}={value!r} is not supported; only plain LoRA loads",
@@ -169,7 +177,7 @@ def _check_tensors(
     config: LlamaConfig,
     adapter_config: AdapterConfig,
 ) -> None:
-    """Raises UserError unless the tensors are exactly the LoRA's."""
+    """Raises UserError unless the tensors are exactly those of the LoRA."""
     r = adapter_config.rank
     expected = {}
     for projection in adapter_config.targets:
@@ -191,9 +199,11 @@ def _check_tensors(
 def _peft_targets(
     where: Path, stored: Mapping[str, Any], tensors: Mapping[str, Any], config: LlamaConfig
 ) -> tuple[str, ...]:
-    """The projections adapted: those of `target_modules`, or where that is a pattern those that
-    have tensors, without those of `exclude_modules`. Raises UserError where either says so of some
-    layers alone."""
+    """The adapted projections: `target_modules` without `exclude_modules`.
+
+    Where `target_modules` is a pattern, the projections that have tensors. Raises UserError where
+    either field names a projection in some layers alone.
+    """
     modules = stored.get("target_modules")
     excluded = stored.get("exclude_modules") or []
     if isinstance(modules, str):
@@ -226,8 +236,10 @@ def _peft_projections(where: Path, modules: Any) -> list[str]:
 
 
 def _peft_matches_all(where: Path, field: str, value: str | list[str], keys: list[str]) -> bool:
-    """Whether a field of PEFT's names a projection in all layers, by its modules' paths `keys`.
-    Raises UserError where it does in some layers alone."""
+    """Whether a field of PEFT's names a projection in all layers; keys: the paths of its modules.
+
+    Raises UserError where it names it in some layers alone.
+    """
     matched = [_peft_matches(where, field, value, key) for key in keys]
     if any(matched) and not all(matched):
         projection = keys[0].rpartition(".")[2]
@@ -239,8 +251,8 @@ def _peft_matches_all(where: Path, field: str, value: str | list[str], keys: lis
 
 
 def _peft_matches(where: Path, field: str, value: str | list[str], key: str) -> bool:
-    """Whether a field of PEFT's names a module: by its path or the end of it, or as a pattern of
-    the whole path."""
+    """Whether a field of PEFT's names a module: a list by the end of its path, a text as a pattern
+    of the whole path."""
     if isinstance(value, list):
         return any(f".{key}".endswith(f".{name}") for name in value)
     try:
@@ -252,6 +264,6 @@ def _peft_matches(where: Path, field: str, value: str | list[str], key: str) -> 
 
 
 def make_config(where: Path, **fields: Any) -> AdapterConfig:
-    """An AdapterConfig whose refusals name the file."""
+    """An AdapterConfig; its errors name the file."""
     with told_of(str(where)):
         return AdapterConfig(**fields)

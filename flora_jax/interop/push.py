@@ -1,4 +1,4 @@
-"""Uploads what an export wrote to the Hugging Face hub."""
+"""Uploads an export to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from flora_jax.errors import UserError, require
 
 
 def check_push(repo: str, confirmed: bool) -> None:
-    """Raises UserError for what is no name of a repository and, where the upload is confirmed,
-    without a token that the hub knows."""
+    """Raises UserError for a wrong name of a repository and, if the upload is confirmed, without a
+    token that the hub knows."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -32,8 +32,11 @@ def check_push(repo: str, confirmed: bool) -> None:
 
 
 def push(directory: Path, repo: str, confirmed: bool) -> str:
-    """Uploads the directory to a repository, a private one where it is new, if that is confirmed;
-    what was done, or would be. Raises UserError where the hub refuses."""
+    """Uploads the directory to a repository, which is private if it is new.
+
+    Not confirmed, it uploads nothing. Returns a line on what was done or would be. Raises UserError
+    where the hub refuses.
+    """
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     megabytes = sum(path.stat().st_size for path in files) / 1e6
     what = f"{len(files)} files, {megabytes:.1f} MB, to {repo}"
@@ -53,7 +56,7 @@ def push(directory: Path, repo: str, confirmed: bool) -> str:
 def _told_of(repo: str, remedy: str) -> Iterator[None]:
     try:
         yield
-    # without a network: of whichever HTTP library the hub's uses
+    # Without a network, errors come from whichever HTTP library the hub's uses.
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"--push={repo}: {reason}; {remedy}") from None

@@ -1,8 +1,8 @@
 """Safetensors files written and read one tensor at a time.
 
 The library's own writer wants all of a file's tensors in memory at once, and its reader copies what
-it reads; a model as large as the machine's memory allows is exported with neither. The format is a
-length, a JSON header and the bytes of the tensors:
+it reads. Without them a model that nearly fills the memory can be exported. The format is a length,
+a JSON header and the bytes of the tensors:
 https://github.com/safetensors/safetensors#format.
 """
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from flora_jax.errors import UserError, require
 from flora_jax.files import read_json, write_json
 
-SHARD_BYTES = 4_900_000_000  # with its header a file stays under 5 GB
+SHARD_BYTES = 4_900_000_000  # a file with its header stays under 5 GB
 INDEX = "model.safetensors.index.json"
 _BLOCK = 2**22  # values
 _KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -39,9 +39,10 @@ def write_shards(
 ) -> None:
     """Writes `model.safetensors`, or shards with their index, to `directory`.
 
-    shapes: of all tensors, in any order; tensors: `(name, array)`, asked for one after another and
-    cast to `dtype`, so that no more than one is held. Raises UserError for a tensor that has
-    another shape or is not finite.
+    shapes: name -> shape of every tensor, in any order; tensors: `(name, array)`, taken one after
+    another and cast to `dtype`, so that only one is held at a time; shard_bytes: the most that a
+    file holds. Raises UserError for a tensor that is missing, unknown, of another shape or not
+    finite.
     """
     dtype = jnp.dtype(dtype)
     sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in shapes.items()}
@@ -81,8 +82,7 @@ def write_shards(
 
 
 def row_blocks(value: np.ndarray) -> Iterator[np.ndarray]:
-    """A tensor cut along its first axis, so that what is computed of it at once is small beside
-    it."""
+    """A tensor cut along its first axis, so that intermediate results stay small."""
     if not value.ndim:
         yield value
         return
@@ -94,7 +94,7 @@ def row_blocks(value: np.ndarray) -> Iterator[np.ndarray]:
 def _begin(
     file: BinaryIO, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], kind: str
 ) -> dict[str, int]:
-    """Writes the header; where in the file each tensor begins."""
+    """Writes a file's header and returns the byte at which each tensor begins."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -113,8 +113,7 @@ def _begin(
 def _with_progress(
     tensors: Iterable[tuple[str, np.ndarray]], sizes: Mapping[str, int]
 ) -> Iterable[Any]:
-    """The tensors, with a bar of bytes written on a terminal and elsewhere a line every ten
-    seconds."""
+    """The tensors, with a progress bar on a terminal and a line every ten seconds elsewhere."""
     total = sum(sizes.values())
     start = said = time.monotonic()
     done = 0
@@ -135,8 +134,8 @@ def _with_progress(
 
 
 def map_shards(directory: Path) -> dict[str, np.ndarray]:
-    """The tensors of what `write_shards` wrote, by name, as views of the mapped files: nothing is
-    read before it is used, and nothing is held after."""
+    """The tensors that `write_shards` wrote, by name, as views of mapped files: nothing is read
+    before it is used, and nothing is held afterwards."""
     index = directory / INDEX
     files = ["model.safetensors"]
     if index.exists():

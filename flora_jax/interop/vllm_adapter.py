@@ -1,8 +1,8 @@
-"""Adapters around the blocks as directories for vLLM: what a bank `[W | A1 … AN]`, `[W ; B1 … BN]`
-takes in one of its places.
+"""Adapters around the blocks as directories for vLLM: one slot of a bank `[W | A1 … AN]`,
+`[W ; B1 … BN]`.
 
-A product's columns are its `lora_A`, its rows are its `lora_B`, as PyTorch stores them and with the
-scale in them. One product has one of the two. At rank 8, ffba with D = 96:
+A product's columns are its `lora_A` and its rows its `lora_B`, as PyTorch stores them and with the
+scale in them. A product has one of the two. At rank 8, ffba with D = 96:
 
     base_model.model.model.layers.3.self_attn.qkv_proj.lora_A.weight  [24, 96]
     adapter/layers/attention/qkv/A[3].T, times s                      the same
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from flora_jax.adapters import BLOCKS, AdapterConfig, adapter_of, parts_of
+from flora_jax.interop.peft_lora import HF_BLOCKS
 from flora_jax.models.config import LlamaConfig
 
 Tree = dict[str, Any]
@@ -28,11 +29,11 @@ KIND = "FLORA_FUSED"  # the peft_type
 FORMAT_VERSION = 2
 # Fused product -> its module in a layer, as vLLM and our own code for transformers name it.
 MODULES = {
-    product: f"{'self_attn' if block == 'attention' else 'mlp'}.{product}_proj"
+    product: f"{HF_BLOCKS[block]}.{product}_proj"
     for block, products in BLOCKS.items()
     for product in products
 }
-MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM takes
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM takes
 _SIDES = {"columns": "lora_A", "rows": "lora_B"}
 
 
@@ -41,9 +42,10 @@ def _name(layer: int, product: str, part: str) -> str:
 
 
 def max_lora_rank(adapter_config: AdapterConfig) -> int | None:
-    """The least --max-lora-rank of vLLM whose places take the adapter; None if there is none.
+    """The least --max-lora-rank of vLLM whose slots hold the adapter; None if there is none.
 
-    Its channels are filled up with zeros, or with copies where they are repeat-and-added.
+    A slot's further channels hold zeros, or copies of the adapter's where they are
+    repeat-and-added.
     """
     rank = adapter_config.rank
     filled = [n for n in MAX_LORA_RANKS if n >= rank and not (adapter_config.add_to and n % rank)]
@@ -57,9 +59,12 @@ def vllm_config(
     base_model: str,
     fingerprint: str,
 ) -> dict[str, Any]:
-    """The configuration file; flora: what each product carries, as `remote_config` has it;
-    differences of the base from a Llama, as `base_config` has them. vLLM multiplies by lora_alpha /
-    r: by 1, since the scale is in the weights."""
+    """The content of the configuration file.
+
+    flora: what each product carries, from `remote_config`; differences: the base's from a Llama,
+    from `base_config`. The scale is in the weights, so lora_alpha is r: vLLM multiplies by
+    lora_alpha / r.
+    """
     products = flora["products"].items()
     return {
         "peft_type": KIND,
@@ -84,7 +89,7 @@ def vllm_config(
 def to_vllm(
     adapter: Tree, config: LlamaConfig, adapter_config: AdapterConfig
 ) -> dict[str, np.ndarray]:
-    """The tensors of a stacked adapter, `lora_A [R_f, d_in]` and `lora_B [d_out, R_b]`."""
+    """The tensors of a stacked adapter by layer, `lora_A [R_f, d_in]` and `lora_B [d_out, R_b]`."""
     return {
         _name(layer, product, part): value.T
         for products in parts_of(adapter, config, adapter_config).values()
@@ -97,7 +102,7 @@ def to_vllm(
 def from_vllm(
     tensors: Mapping[str, np.ndarray], config: LlamaConfig, adapter_config: AdapterConfig
 ) -> Tree:
-    """The stacked adapter of such tensors."""
+    """The stacked adapter from the tensors of `to_vllm`."""
     layers = range(config.num_hidden_layers)
     parts: Tree = {}
     for block, products in BLOCKS.items():
