@@ -1,8 +1,8 @@
-"""Which adapter lies where in the arrays, and how one takes another's place.
+"""The adapters in the fused arrays, and how they are switched.
 
-One adapter is in the arrays at a time and another one is written over it, in place. Several are
-laid side by side once, as a bank; from then on a switch costs nothing and every token N adapters'
-bytes.
+One adapter is in the arrays at a time, and another is written over it in place. Several are laid
+side by side once, as a bank. From then on a switch costs nothing, and every token reads the bytes
+of all N adapters.
 """
 
 from __future__ import annotations
@@ -40,11 +40,17 @@ _write = jax.jit(
 class Bank:
     """A base in fused arrays with some of its adapters.
 
-    adapters: split trees by name; adapter_config: theirs, or one for each by name. They are alike
-    but for rank and alpha; smaller ranks are widened. params: the fused tree; places: the adapter
-    at each place, None where there are zeros; side_by_side: whether all of them lie in the arrays;
-    adapter_config: of all of them, None where there is nothing to write. Raises UserError for what
-    does not fit together.
+    Args:
+      config: the base's.
+      base: its split tree.
+      adapters: split trees by name.
+      adapter_config: one for all adapters, or one for each by name. They may differ in rank and
+        alpha alone; smaller ranks are widened.
+
+    params: the fused tree; places: the name of the adapter at each place, None for zeros;
+    side_by_side: whether all adapters are in the arrays; adapter_config: of the widened adapters,
+    None where there is nothing to write. Raises UserError for trees and configurations that do not
+    fit together.
     """
 
     def __init__(
@@ -54,8 +60,9 @@ class Bank:
         adapters: Mapping[str, Tree],
         adapter_config: AdapterConfig | Mapping[str, AdapterConfig] | None,
     ):
-        by_name = isinstance(adapter_config, Mapping)
-        configs = adapter_config if by_name else dict.fromkeys(adapters, adapter_config)
+        configs = adapter_config
+        if not isinstance(adapter_config, Mapping):
+            configs = dict.fromkeys(adapters, adapter_config)
         self._config = config
         self.adapter_config = _shared_config(adapters, configs)
         self._parts = {
@@ -75,14 +82,16 @@ class Bank:
         return list(self._parts)
 
     def check(self, name: str | None) -> None:
-        """Raises UserError for the name of no adapter; None is the bare base."""
+        """Raises UserError for a name that no adapter has; None is the bare base."""
         if name is not None and (not isinstance(name, str) or name not in self._parts):
-            known = near_misses(str(name), self._parts) if self._parts else "none is"
+            known = "none is"
+            if self._parts:
+                known = near_misses(str(name), self._parts)
             raise UserError(f"adapter {name!r} is not loaded; {known}")
 
     def arrange(self, names: Collection[str | None]) -> None:
-        """Sees to it that the arrays hold the adapters of `names`: one by writing it, several by
-        becoming a bank."""
+        """Makes the arrays hold the adapters of `names`: writes a single one, and turns into a bank
+        for several."""
         if self.side_by_side or self.adapter_config is None:
             return
         if len(names) > 1:
@@ -96,7 +105,7 @@ class Bank:
             self._put(0, next(iter(names)))
 
     def _put(self, place: int, name: str | None) -> None:
-        """Writes an adapter's columns and rows, for None zeros."""
+        """Writes an adapter's columns and rows to a place; None: zeros."""
         parts = self._parts.get(name)
         if parts is None:
             parts = jax.tree.map(np.zeros_like, next(iter(self._parts.values())))
@@ -108,8 +117,10 @@ class Bank:
         self.places[place] = name
 
     def select(self, names: Sequence[str | None], rows: int) -> jax.Array | None:
-        """`[rows, N]` bool, which adapter each row uses, those behind `names` none; None where
-        there is no bank."""
+        """Which adapter each row uses, `[rows, N]` bool; None without a bank.
+
+        names: of the first rows' adapters; further rows use none.
+        """
         if not self.side_by_side:
             return None
         select = np.zeros((rows, len(self.places)), bool)
@@ -121,8 +132,10 @@ class Bank:
 def _shared_config(
     adapters: Mapping[str, Tree], configs: Mapping[str, AdapterConfig | None]
 ) -> AdapterConfig | None:
-    """The configuration of all adapters, of the largest rank among them; None without any, and
-    where the method has no adapter, the base being what was trained."""
+    """The configuration of the adapter with the largest rank, to which all are widened.
+
+    None without adapters, and for fft, which trained the base itself.
+    """
     if not adapters:
         return None
     for name in adapters:
@@ -141,7 +154,7 @@ def _shared_config(
 
 
 def _laid_out(one: AdapterConfig) -> tuple[Any, ...]:
-    """What is laid out the same, whatever the names, the scale and what only training reads."""
+    """The fields that decide where an adapter's values lie."""
     return one.row, one.targets, one.add_to, one.activation
 
 
@@ -159,7 +172,7 @@ def _shared_parts(
     shared: AdapterConfig | None,
     config: LlamaConfig,
 ) -> Tree:
-    """What an adapter writes, widened to the shared rank, on the host."""
+    """The columns and rows that an adapter writes, widened to the shared rank, on the host."""
     if shared is None:
         return {}
     check_adapter(adapter, config, own)

@@ -1,15 +1,15 @@
-"""The compiled functions of generation, and the state that they hand on.
+"""The compiled functions of generation, and the state between two tokens.
 
 B batch, P prompt bucket, S slots of the key/value cache, V vocabulary, N adapters in the arrays.
-Weights are served in the fused layout and are arguments. Prompts are padded on the right to a
-bucket P; generated tokens follow from slot P on, whatever each row's own length, and positions are
-counted over real tokens alone.
+Weights are in the fused layout and are arguments. Prompts are padded on the right to a bucket P.
+Generated tokens go to the slots from P on, whatever a row's own length; positions count real tokens
+alone.
 
     prompts of 5, 9, 14 tokens, 40 new ones:
         prefill [B, 16] -> cache of 16 slots -> grown to 64 -> begin -> decode
 
-`prefill` compiles once per P, the decode loop once per S; the number of new tokens, stop tokens and
-seed are data.
+`prefill` compiles once per P, the decode loop once per S. The number of new tokens, the stop tokens
+and the seed are data.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def bucket(length: int) -> int:
 def last_logits(
     model: Llama, tokens: jax.Array, mask: jax.Array, cache: KVCache, select: jax.Array | None
 ) -> tuple[jax.Array, KVCache]:
-    """float32 logits `[B, V]` after the last real token of each row, and no other's."""
+    """Logits `[B, V]`, float32, after the last real token of each row alone, and the cache.
+
+    tokens `[B, T]` int32; mask `[B, T]` bool, the real ones; select `[B, N]` bool, in a bank.
+    """
     hidden, cache = model.hidden(tokens, mask=mask, cache=cache, select=select)
     last = jnp.maximum(mask.sum(-1) - 1, 0)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
@@ -51,9 +54,11 @@ def prefill(
     lengths: jax.Array,
     select: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """Logits `[B, V]` after prompts `tokens` `[B, P]` of `lengths` `[B]`, and the cache of P slots
-    that holds them.
-    params: a fused tree; select `[B, N]` bool, of a bank."""
+    """Logits `[B, V]`, float32, after the prompts, and the cache of P slots that holds them.
+
+    params: a fused tree; tokens `[B, P]` int32; lengths `[B]` int32; select `[B, N]` bool, in a
+    bank.
+    """
     B, P = tokens.shape
     cache = KVCache.empty(model.config, B, P, params["embed_tokens"]["embedding"].dtype)
     mask = jnp.arange(P) < lengths[:, None]
@@ -65,7 +70,9 @@ def grow(cache: KVCache, slots: int) -> KVCache:
     """The cache with room for `slots` tokens a row."""
 
     def pad(leaf: jax.Array, axis: int) -> jax.Array:
-        return jnp.pad(leaf, [(0, slots - n if i == axis else 0) for i, n in enumerate(leaf.shape)])
+        widths = [(0, 0)] * leaf.ndim
+        widths[axis] = (0, slots - leaf.shape[axis])
+        return jnp.pad(leaf, widths)
 
     k = tuple(pad(leaf, 2) for leaf in cache.k)
     return KVCache(k, tuple(pad(leaf, 1) for leaf in cache.v), pad(cache.valid, 1), cache.index)
@@ -73,9 +80,13 @@ def grow(cache: KVCache, slots: int) -> KVCache:
 
 @flax.struct.dataclass
 class State:
-    """Between two tokens: step, scalar int32; token `[B]`, the last one chosen; out `[B, S]`, those
-    chosen so far; count `[B]`, how many of them a row keeps; done `[B]` bool; failed `[B]` bool,
-    whether it ended because its logits were not finite; cache, without the last token."""
+    """The state between two tokens.
+
+    step: tokens chosen so far, scalar int32; token `[B]` int32: the last one of each row; out
+    `[B, S]` int32: all of them; count `[B]` int32: how many of them a row keeps; done `[B]` bool:
+    whether a row has ended; failed `[B]` bool: whether it ended at logits that are not finite;
+    cache: without the last token.
+    """
 
     step: jax.Array
     token: jax.Array
@@ -89,16 +100,15 @@ class State:
 def _choose(
     state: State, logits: jax.Array, stop: jax.Array, keys: jax.Array, sampling: Sampling
 ) -> State:
-    """The state with the next token, from its logits `[B, V]`."""
+    """The state with the next token, chosen from the logits `[B, V]`."""
     token = sample(jax.vmap(jax.random.fold_in, (0, None))(keys, state.step), logits, sampling)
-    # NaN is the largest of all that it stands among. Where a GPU takes the best token, to look at
-    # the logit of that one alone is no launch more; a sample has computed their maximum anyway.
-    best = (
-        jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        if sampling.temperature == 0
-        else logits.max(axis=-1)
-    )
-    # the host looks at it once all rows are through
+    # argmax and max give NaN where there is one. Reading the logit of the best token costs a GPU no
+    # further launch, and sampling computes the maximum anyway.
+    if sampling.temperature == 0:
+        best = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    else:
+        best = logits.max(axis=-1)
+    # The host reads it when all rows have ended.
     failed = state.failed | (~state.done & ~jnp.isfinite(best))
     done = state.done | failed | (token[:, None] == stop).any(-1)
     return state.replace(
@@ -120,7 +130,7 @@ def _advance(
     select: jax.Array | None,
     sampling: Sampling,
 ) -> State:
-    """One token further: the model reads the last one and the next is chosen."""
+    """One step: the model reads the last token, and the next one is chosen."""
     real = jnp.ones((len(state.token), 1), bool)
     logits, cache = model.apply(
         {"params": params}, state.token[:, None], real, state.cache, select, method=last_logits
@@ -137,8 +147,11 @@ def begin(
     keys: jax.Array,
     sampling: Sampling,
 ) -> State:
-    """The state after the first token, chosen from the prompts' logits `[B, V]`; `done` `[B]` marks
-    rows that are not asked for. The cache (S slots) is consumed."""
+    """The state after the first token, chosen from the prompts' logits `[B, V]`.
+
+    cache: of S slots, donated; done `[B]` bool: dummy rows; stop: ids `[n]` int32, -1 for none;
+    keys `[B]`: a random key a row.
+    """
     B, S = cache.valid.shape
     zero = jnp.zeros((), jnp.int32)
     tokens = jnp.zeros(B, jnp.int32)
@@ -159,8 +172,11 @@ def decode(
     select: jax.Array | None = None,
     sampling: Sampling = Sampling(),
 ) -> State:
-    """Continues every row until it emits one of `stop` or has `max_new_tokens` in all, in one loop
-    on the device. The state is consumed; keys `[B]`, one a row; select as in `prefill`."""
+    """Continues every row, in one loop on the device, until it emits one of `stop` or has
+    `max_new_tokens` (scalar int32) in all.
+
+    state: donated; stop and keys as in `begin`, params and select as in `prefill`.
+    """
 
     def go_on(state: State) -> jax.Array:
         return (state.step < max_new_tokens) & ~state.done.all()

@@ -1,7 +1,7 @@
 """Generator: prompts in, text out, with the base and any of its adapters.
 
-B batch, P prompt bucket. Prompts are computed side by side in batches, longest first, by the
-compiled functions of decoding.py; what lies in the arrays is bank.py's.
+B batch, P prompt bucket. Prompts are computed in batches, longest first, by the compiled functions
+of decoding.py. bank.py holds the fused arrays.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ from flora_jax.tokens import Tokenizer, encode_open, ends
 Prompt = str | Sequence[int]
 
 _PROMPTS = "prompts must be a list of prompts, each a text or a list of token ids"
-# Stop tokens are padded to a multiple of it, so that one more of them compiles nothing.
+# Stop tokens are padded to a multiple of this, so that one more compiles nothing.
 _STOP_SLOTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What one prompt was continued with: the new tokens, without prompt and stop token; their text
-    (empty without a tokenizer); and whether it ended at a stop token rather than at max_new_tokens.
+    """The continuation of one prompt.
+
+    text: of the new tokens, empty without a tokenizer; tokens: the new ones, without the stop
+    token; finished: whether it ended at a stop token rather than at max_new_tokens.
     """
 
     text: str
@@ -50,8 +52,8 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One prompt: its place among those given, on which what it draws depends, its ids, and its
-    adapter's name."""
+    """One prompt: its index in the call (its random draws depend on it), its ids, and its adapter's
+    name."""
 
     index: int
     tokens: list[int]
@@ -60,7 +62,7 @@ class _Row:
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """What one call asks for, the same for all of its prompts. stop: ids that end a row."""
+    """The settings of one call, the same for all of its prompts. stop: ids that end a row."""
 
     max_new_tokens: int
     sampling: Sampling
@@ -70,7 +72,7 @@ class _Settings:
 
 @dataclasses.dataclass(frozen=True)
 class _Begun:
-    """A batch after its first token, and what `decode` goes on with."""
+    """A batch after its first token, and the further arguments of `decode`."""
 
     state: State
     stop: np.ndarray
@@ -79,7 +81,7 @@ class _Begun:
 
 
 def _is_integer(value: Any) -> bool:
-    """Whether it is one, of whatever library; True and False are none."""
+    """Whether a value is an integer of any library; True and False are none."""
     try:
         operator.index(value)
     except TypeError:
@@ -95,18 +97,20 @@ def _new_tokens(value: Any) -> int:
 
 
 def check_fits(config: LlamaConfig, batch_size: int, length: int, weights: int, dtype: Any) -> None:
-    """Raises UserError where `weights` bytes and a key/value cache of `batch_size` rows of `length`
-    tokens, whose slots are a power of two, are more than the device has."""
+    """Raises UserError if weights and key/value cache are more than the device's memory.
+
+    weights: in bytes; the cache has `batch_size` rows with slots for `length` tokens, rounded up to
+    a power of two, in `dtype`.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     slot = 2 * config.num_hidden_layers * config.kv_width * jnp.dtype(dtype).itemsize
     cache = batch_size * bucket(length) * slot
     require(
         weights + cache <= memory,
-        f"batch_size={batch_size} with {length} tokens a row needs a cache of "
-        f"{cache / 1e9:.1f} GB "
-        f"beside {weights / 1e9:.1f} GB of weights, more than the device's {memory / 1e9:.1f} "
-        "GB; lower one of them",
+        f"batch_size={batch_size} with {length} tokens a row needs a cache of {cache / 1e9:.1f} GB "
+        f"beside {weights / 1e9:.1f} GB of weights, more than the device's {memory / 1e9:.1f} GB; "
+        "lower one of them",
     )
 
 
@@ -126,19 +130,20 @@ def check_sizes(config: LlamaConfig, base: Tree, max_length: int, batch_size: in
 
 
 def _check_adapters(adapters: Any, adapter_config: Any) -> None:
-    """Raises UserError for what are no trees by name, or no configurations of them."""
+    """Raises UserError unless these are trees by name and their configurations."""
     if adapters is not None and not isinstance(adapters, Mapping):
         kind = type(adapters).__name__
         raise UserError(f"adapters must be trees by name, {{'mine': adapter}}, not a {kind}")
-    by_name = isinstance(adapter_config, Mapping)
-    configs = list(adapter_config.values()) if by_name else [adapter_config]
+    configs = [adapter_config]
+    if isinstance(adapter_config, Mapping):
+        configs = list(adapter_config.values())
     for one in configs:
         if not isinstance(one, AdapterConfig | None):
             kind = type(one).__name__
             raise UserError(
                 f"adapter_config must be an AdapterConfig, or one by name, not a {kind}"
             )
-    # fft's configuration goes without: its base is what was trained.
+    # fft's configuration comes without adapters: it trained the base.
     require(
         adapters or not any(map(has_adapter, configs)),
         "adapter_config is given without adapters; pass them as {'mine': adapter}",
@@ -148,17 +153,23 @@ def _check_adapters(adapters: Any, adapter_config: Any) -> None:
 class Generator:
     """Text from a base and its adapters.
 
-    base, adapters: trees in the `split` layout, leaves stacked (`load_pretrained`, `init_adapter`);
-    they are copied into fused arrays. Adapters go by name; adapter_config is theirs, or one for
-    each by name: of one method, ranks and alpha may differ (smaller ranks are widened). The first
-    is in use, without any it is the bare base.
-    tokenizer: needed for prompts given as text and for the text of the result. max_length: tokens
-    of prompt and continuation together. batch_size: prompts computed side by side; fewer are filled
-    up with dummies. decode_kernel: as in `Llama`. Arithmetic is in the dtype of the base. Raises
-    UserError where trees and configurations disagree, and where the cache would not fit.
+    Args:
+      config: the base's.
+      base: its tree in the `split` layout (`load_pretrained`); it is copied into fused arrays.
+      adapters: split trees by name (`init_adapter`). The first is in use; without any, the bare
+        base.
+      adapter_config: one for all adapters, or one for each by name. They are of one method; ranks
+        and alpha may differ, and smaller ranks are widened.
+      tokenizer: for prompts given as text, and for the text of the result.
+      max_length: tokens of prompt and continuation together.
+      batch_size: prompts computed side by side; dummies fill up a smaller batch.
+      decode_kernel: as in `Llama`.
 
-    One adapter is in the arrays at a time and `use` writes another one over it, in place.
-    `generate(adapter_names=…)` with several lays them all side by side once, as a bank.
+    Arithmetic is in the dtype of the base. Raises UserError where trees and configurations
+    disagree, and where the cache does not fit into memory.
+
+    One adapter is in the arrays at a time, and `use` writes another one over it in place.
+    `generate(adapter_names=…)` with several lays all of them side by side once, as a bank.
     """
 
     def __init__(
@@ -185,7 +196,9 @@ class Generator:
         self.tokenizer = tokenizer
         self.max_length = operator.index(max_length)
         self.batch_size = operator.index(batch_size)
-        self._ends = {*config.eos_token_id, *(() if tokenizer is None else ends(tokenizer))}
+        self._ends = set(config.eos_token_id)
+        if tokenizer is not None:
+            self._ends |= set(ends(tokenizer))
         self._bank = Bank(config, base, adapters or {}, adapter_config)
         self._model = Llama(config, self.adapter_config, decode_kernel=decode_kernel)
         self._name: str | None = None
@@ -194,12 +207,14 @@ class Generator:
 
     @classmethod
     def of(cls, adapted: Adapted, max_length: int, batch_size: int) -> Generator:
-        """Serves a model whose parts travel together; its adapter, where it has one, by the name
-        `adapter`."""
+        """A Generator of `adapted`; its adapter, if it has one, is named `adapter`."""
+        adapters = {}
+        if adapted.adapter is not None:
+            adapters["adapter"] = adapted.adapter
         return cls(
             adapted.config,
             adapted.base,
-            None if adapted.adapter is None else {"adapter": adapted.adapter},
+            adapters,
             adapted.adapter_config,
             adapted.tokenizer,
             max_length,
@@ -208,8 +223,8 @@ class Generator:
 
     @property
     def adapter_config(self) -> AdapterConfig | None:
-        """Of all adapters once the smaller ranks are widened; None where only the base is in the
-        arrays."""
+        """The configuration of all adapters, smaller ranks widened; None with the bare base
+        alone."""
         return self._bank.adapter_config
 
     @property
@@ -218,9 +233,11 @@ class Generator:
         return self._bank.params
 
     def use(self, name: str | None) -> None:
-        """Switches to the adapter `name`, or with None to the bare base: writes its columns and
-        rows into the arrays (for None zeros), which everything compiled goes on using. In a bank
-        nothing is written."""
+        """Switches to the adapter `name`, or with None to the bare base.
+
+        It writes the adapter's columns and rows, or zeros, into the arrays; nothing compiles anew.
+        In a bank nothing is written. Raises UserError for an unknown name.
+        """
         self._bank.check(name)
         self._bank.arrange({name})
         self._name = name
@@ -234,28 +251,26 @@ class Generator:
         stop: Sequence[int] = (),
         adapter_names: Sequence[str | None] | None = None,
     ) -> list[Generation]:
-        """Continues each prompt (text, or token ids as they are) by at most `max_new_tokens`, in
-        the order given.
+        """Continues each prompt (text, or token ids as they are) by at most `max_new_tokens`.
 
         adapter_names: the adapter of each prompt, None for the bare base; by default all take the
-        one in `use`. A row ends at the model's or the tokenizer's end-of-text token, that of the
-        chat template's turns, or one of `stop` (ids). What prompt i draws depends on `seed` (0 to
-        2**32 - 1) and i alone. Raises UserError for a prompt that is empty, has ids outside the
-        vocabulary, or is longer than max_length − max_new_tokens, and for an adapter that is not
-        loaded; FloatingPointError, with the prompt, where a token was to be chosen from logits that
-        are not finite.
+        one in `use`. A row ends at the model's or the tokenizer's end-of-text token, at the one
+        that ends a turn of the chat template, or at one of `stop` (ids). The draws of prompt i
+        depend on `seed` (0 to 2**32 - 1) and i alone. Returns the continuations in the order of the
+        prompts. Raises UserError for a prompt that is empty, has ids outside the vocabulary, or is
+        longer than max_length − max_new_tokens, and for an adapter that is not loaded; raises
+        FloatingPointError, with the prompt, for logits that are not finite.
         """
-        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-            found = "one text" if isinstance(prompts, str) else repr(prompts)
-            raise UserError(f"{_PROMPTS}, not {found}")
+        require(not isinstance(prompts, str), f"{_PROMPTS}, not one text")
+        if not isinstance(prompts, Iterable):
+            raise UserError(f"{_PROMPTS}, not {prompts!r}")
         prompts = list(prompts)
         max_new_tokens = _new_tokens(max_new_tokens)
         ids = [self._encode(i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
         rows = self._rows(ids, adapter_names)
         settings = self._settings(max_new_tokens, sampling, seed, stop)
         self._bank.arrange({row.adapter for row in rows})
-        # The longest first: what is left for the last batch, which dummies fill up, are the
-        # shortest.
+        # The longest first, so that the shortest share the last batch with dummies.
         rows = sorted(rows, key=lambda row: -len(row.tokens))
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         out: dict[int, Generation] = {}
@@ -272,10 +287,11 @@ class Generator:
         seed: int = 0,
         stop: Sequence[int] = (),
     ) -> Iterator[str]:
-        """The text of `generate([prompt], …)` with the adapter in use, piece by piece as tokens
-        come; a piece ends where characters are whole. Returns to Python after every token; raises
-        UserError if the generator's arrays have been given another adapter meanwhile,
-        FloatingPointError as `generate` does."""
+        """The text of `generate([prompt], …)` with the adapter in use, in pieces as tokens come.
+
+        A piece ends where characters are whole. The loop returns to Python after every token.
+        Raises UserError if the adapter is switched meanwhile, and else as `generate` does.
+        """
         require(self.tokenizer is not None, "stream gives text, but there is no tokenizer")
         max_new_tokens = _new_tokens(max_new_tokens)
         row = _Row(0, self._encode(0, prompt, max_new_tokens), self._name)
@@ -304,14 +320,15 @@ class Generator:
             state = self._decode(begun, state, state.step + 1, sampling)
 
     def generation(self, tokens: list[int], finished: bool) -> Generation:
-        """The continuation that these new tokens are, with their text."""
-        text = "" if self.tokenizer is None else self._text(tokens)
-        return Generation(text, tokens, finished)
+        """The Generation of these new tokens, with their text."""
+        return Generation(self._text(tokens), tokens, finished)
 
     # -------------------------------------------------------------------------------- what is asked
 
     def _rows(self, ids: list[list[int]], adapter_names: Sequence[str | None] | None) -> list[_Row]:
-        names = [self._name] * len(ids) if adapter_names is None else list(adapter_names)
+        if adapter_names is None:
+            adapter_names = [self._name] * len(ids)
+        names = list(adapter_names)
         require(
             len(names) == len(ids),
             f"adapter_names has {len(names)} names for {len(ids)} prompts; give one each",
@@ -323,12 +340,14 @@ class Generator:
     def _settings(
         self, max_new_tokens: int, sampling: Sampling, seed: int, stop: Sequence[int]
     ) -> _Settings:
-        """Raises UserError for what is no id, seed or sampling."""
+        """Raises UserError for a wrong sampling, seed or stop."""
         require(
             isinstance(sampling, Sampling),
             f"sampling={sampling!r} must be a Sampling(temperature, top_k, top_p)",
         )
-        stop = tuple(stop) if isinstance(stop, Iterable) else (stop,)
+        if not isinstance(stop, Iterable):
+            stop = (stop,)
+        stop = tuple(stop)
         vocabulary = range(self.config.vocab_size)
         require(
             all(_is_integer(token) and operator.index(token) in vocabulary for token in stop),
@@ -362,10 +381,9 @@ class Generator:
                 )
         require(
             len(tokens) <= self.max_length - max_new_tokens,
-            f"prompt {i} has {len(tokens)} tokens, more than max_length={self.max_length} "
-            "leaves "
-            f"beside max_new_tokens={max_new_tokens}; raise one, lower the other, or shorten "
-            "the prompt",
+            f"prompt {i} has {len(tokens)} tokens, more than max_length={self.max_length} leaves "
+            f"beside max_new_tokens={max_new_tokens}; raise one, lower the other, or shorten the "
+            "prompt",
         )
         return tokens
 
@@ -373,7 +391,7 @@ class Generator:
 
     def _begin(self, rows: list[_Row], settings: _Settings, batch_size: int) -> _Begun:
         """The rows after their first token, dummies behind them."""
-        # Not beyond what leaves the cache, whose slots follow on P, as long as max_length needs.
+        # The slots of new tokens come after P: a larger P would need more of them than max_length.
         longest = max(len(row.tokens) for row in rows)
         P = min(bucket(longest), self.max_length - settings.max_new_tokens)
         tokens = np.zeros((batch_size, P), np.int32)
@@ -392,12 +410,12 @@ class Generator:
         return _Begun(state, settings.stop, keys, select)
 
     def _decode(self, begun: _Begun, state: State, limit: jax.Array, sampling: Sampling) -> State:
-        """The state with `limit` tokens in all; the one given is consumed."""
+        """The state after `limit` tokens in all; `state` is donated."""
         settings = (begun.stop, begun.keys, begun.select)
         return decode(self._model, self.params, state, limit, *settings, sampling=sampling)
 
     def _generate(self, rows: list[_Row], settings: _Settings) -> dict[int, Generation]:
-        """The generations of a batch, by the prompts' places."""
+        """The generations of a batch, by the prompts' indices."""
         begun = self._begin(rows, settings, self.batch_size)
         limit = jnp.int32(settings.max_new_tokens)
         state = self._decode(begun, begun.state, limit, settings.sampling)
@@ -410,23 +428,28 @@ class Generator:
         return generations
 
     def _not_finite(self, row: _Row, count: int) -> FloatingPointError:
-        """What stops a generation whose logits are NaN or infinite after `count` new tokens."""
-        text = "" if self.tokenizer is None else f" ({self._text(row.tokens)[:60]!r})"
-        adapter = "" if row.adapter is None else f" with adapter {row.adapter!r}"
+        """The error for logits that are NaN or infinite after `count` new tokens."""
+        prompt = f"prompt {row.index}"
+        if self.tokenizer is not None:
+            prompt += f" ({self._text(row.tokens)[:60]!r})"
+        if row.adapter is not None:
+            prompt += f" with adapter {row.adapter!r}"
         return FloatingPointError(
-            f"prompt {row.index}{text}{adapter}: the logits after {count} new tokens are not "
-            f"finite; {NOT_FINITE}"
+            f"{prompt}: the logits after {count} new tokens are not finite; {NOT_FINITE}"
         )
 
     def _text(self, tokens: list[int]) -> str:
-        # To clean up is to take spaces out ("it 's" is "it's"), which the text was never given.
+        """The text of tokens, "" without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        # Cleaning up would take out spaces that the text has ("it 's" becomes "it's").
         return self.tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
 
 def _given_ids(i: int, prompt: Any) -> list[int]:
-    """Prompt i, given as token ids, as plain integers."""
+    """Prompt i, given as token ids of any library, as Python's integers."""
     if isinstance(prompt, np.ndarray | jax.Array):
         prompt = np.asarray(prompt).tolist()
     if not isinstance(prompt, Sequence):
