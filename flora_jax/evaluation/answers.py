@@ -1,16 +1,16 @@
 """The final answer in a generated text: a number, an option letter, or a label word, and whether it
 is right.
 
-The evaluation scripts of LLM-Adapters set the protocol, and these of its faults are mended here
-(`published` has them):
+The evaluation scripts of LLM-Adapters set the protocol. This module mends these of their faults
+(`published` keeps them):
 
-- commas are deleted before numbers are read, so "1,2" is 12; here only thousands are joined
+- they delete commas before they read numbers, so "1,2" is 12; here only thousands are joined
   ("1,234");
-- every hyphen before a digit is a sign, so "5-3" ends in −3; here it is one only where nothing is
-  subtracted from; a true minus sign (−) is not read there;
+- every hyphen before a digit is a sign, so "5-3" ends in −3; here it is a sign only where there is
+  nothing to subtract from. They do not read a true minus sign (−);
 - digits inside words are answers ("answer2" is 2, "the 3rd" is 3), and so is half of a fraction
   ("3/4" is 4);
-- a text without any number is infinity, which is compared like a number; here it is None and wrong;
+- a text without any number is infinity and compared like a number; here it is None and wrong;
 - the option letter is the first capital A to E of any word, so "Because …" is B and "A train …" is
   A;
 - a label is the first mention of any, as a substring: "answer1 is wrong, so answer2" is answer1,
@@ -28,11 +28,13 @@ from flora_jax.errors import UserError
 
 
 def final_letter(text: str) -> str | None:
-    """The option letter that `text` settles on, or None: behind "answer is" (the last time), or
-    else what it begins with ("B", "B. 12", "b) 12"), or else the last one in brackets, after
-    "option" or before "is correct" or "is the answer". Options listed in order, "(A) 1 (B) 2 (C) 3
-    …", are repeated from the question and do not count; nor does one behind "not", nor what stands
-    behind a next question."""
+    """The option letter that `text` settles on, or None.
+
+    That is the letter behind the last "answer is". Without one, it is the letter that begins the
+    text ("B", "B. 12", "b) 12"), or else the last one in brackets, after "option" or before "is
+    correct" or "is the answer". Options listed in order, "(A) 1 (B) 2 (C) 3 …", repeat the question
+    and do not count. Neither does a letter behind "not", nor anything behind a next question.
+    """
     return read_answer(text, _letter)
 
 
@@ -49,7 +51,7 @@ def _letter(text: str) -> str | None:
     found = [match["bracketed"] or match["bare"] for match in re.finditer(stated, text)]
     if found:
         return found[-1].upper()
-    # "A: …" may be who speaks, and counts where nothing else does.
+    # "A: …" may name a speaker, so it counts only where nothing else does.
     begins = re.match(rf"\W*(?:({one})(?:\W*$|\.\s)|([{letters[1:]}]):\s)", text)
     if begins:
         return begins[begins.lastindex]
@@ -74,7 +76,9 @@ def _letter(text: str) -> str | None:
     opening = re.match(
         rf"\W*(?:((?i:{one}))\)(?!.*(?<!\w)(?i:{one})\))|({one}):\s)", text, re.DOTALL
     )
-    return opening[opening.lastindex].upper() if opening else None
+    if opening:
+        return opening[opening.lastindex].upper()
+    return None
 
 
 def _without_lists(marks: list[str], letters: str) -> list[str]:
@@ -87,17 +91,21 @@ def _without_lists(marks: list[str], letters: str) -> list[str]:
             continue
         if len(run) < 3:
             kept += run
-        run = [mark] if mark == letters[0] else []
-        if mark and not run:
+        run = []
+        if mark == letters[0]:
+            run.append(mark)
+        elif mark:
             kept.append(mark)
     return kept
 
 
 def final_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label word (one of `labels`, any case, as a whole word) that `text` settles on: the last
-    behind "answer is", or else the last mentioned. What lists them in order, "Answer1: cat Answer2:
-    dog" or "answer1/answer2", is repeated from the question and does not count; nor does one behind
-    "not", nor what stands behind a next question."""
+    """The label word (one of `labels`, any case, as a whole word) that `text` settles on, or None.
+
+    That is the last label behind "answer is", or else the last one mentioned. Labels listed in
+    order, "Answer1: cat Answer2: dog" or "answer1/answer2", repeat the question and do not count.
+    Neither does a label behind "not", nor anything behind a next question.
+    """
     return read_answer(text, functools.partial(_label, labels=labels))
 
 
@@ -107,7 +115,7 @@ def _label(text: str, labels: Sequence[str]) -> str | None:
         rf"(?P<stated>\banswer\s*(?:is|:)\W*)?\b(?<!\bnot )(?P<label>{words})\b\s*(?P<mark>[:/]?)"
     )
     order = [label.lower() for label in labels]
-    # of (which label, whether "answer is" stands before it)
+    # Of pairs: the label's index, and whether "answer is" stands before it.
     lists: list[list[tuple[int, bool]]] = []
     goes_on = False
     for match in re.finditer(mention, text, re.IGNORECASE):
@@ -117,17 +125,21 @@ def _label(text: str, labels: Sequence[str]) -> str | None:
             lists[-1].append((which, stated))
         else:
             lists.append([(which, stated)])
-        # "The answer is answer1: cat" is no list's beginning, "the answer is answer1/answer2" is
-        # one.
+        # "The answer is answer1/answer2" begins a list, "the answer is answer1: cat" does not.
         goes_on = match["mark"] == "/" or (match["mark"] == ":" and not stated)
     alone = [one[0] for one in lists if len(one) == 1]
     found = [which for which, stated in alone if stated] or [which for which, _ in alone]
-    return labels[found[-1]] if found else None
+    if not found:
+        return None
+    return labels[found[-1]]
 
 
 def is_right(metric: str, text: str, answer: str, labels: Sequence[str] = ()) -> bool:
-    """Whether the generated `text` gives `answer`, by a task's metric: 'number', 'letter', 'choice'
-    (a label word of `labels`) or 'exact' (the same text but for spaces around it)."""
+    """Whether the generated `text` gives `answer`, by a task's metric.
+
+    metric: 'number', 'letter', 'choice' (a label word of `labels`) or 'exact' (the same text but
+    for spaces around it). Raises UserError for any other.
+    """
     match metric:
         case "number":
             return same_number(final_number(text), answer)

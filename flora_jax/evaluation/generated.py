@@ -1,4 +1,4 @@
-"""Tasks whose answers are generated: their prompts, the answers, and how these are scored."""
+"""Tasks whose answers are generated: their prompts, the answers and the scores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import logging
 import math
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from flora_jax.data.encode import calls_tools, encode_prompt, refuse_tools
 from flora_jax.errors import require, told_of
@@ -18,8 +20,8 @@ from flora_jax.evaluation.task_data import SHOT_BREAK, Settings, TaskData, few_s
 from flora_jax.inference.generator import Generator
 from flora_jax.tokens import Tokenizer
 
-# Tokens beside the longest answer and its end: it may be said in more of them than it is written
-# in.
+# Further tokens beside the longest answer and its end: a model may need more of them for the same
+# text.
 _MARGIN = 16
 
 _log = logging.getLogger(__name__)
@@ -27,8 +29,10 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A task's prompts as token ids, whether each leaves room for its answer, and that room in
-    tokens."""
+    """A task's prompts as token ids.
+
+    fits: whether each prompt leaves room for its answer; new_tokens: that room, in tokens.
+    """
 
     prompts: list[list[int]]
     fits: list[bool]
@@ -41,9 +45,11 @@ class Asked:
 
 
 def ask(data: TaskData, tokenizer: Tokenizer, settings: Settings, max_length: int) -> Asked:
-    """The task's prompts, where prompt and answer have `max_length` tokens. A line says how many
-    leave no room, and whether answers are cut. Raises UserError where none leaves room, and for
-    what cannot be asked or compared as text."""
+    """The prompts of a task; max_length: tokens of prompt and answer together.
+
+    Logs how many prompts leave no room, and whether answers are cut. Raises UserError if no prompt
+    leaves room, and for examples that cannot be asked or compared as text.
+    """
     prompts = _encode(data, tokenizer, settings)
     new_tokens = settings.max_new_tokens or data.task.new_tokens
     asked = Asked(prompts, _fitting(data, prompts, new_tokens, max_length), new_tokens)
@@ -103,7 +109,7 @@ def _room(data: TaskData, tokenizer: Tokenizer, asked: Asked, max_length: int) -
     longest = max(map(len, answers))
     left = max_length - max(map(len, asked.fitting))
     new_tokens = max(asked.new_tokens, min(longest + 1 + _MARGIN, left))
-    if new_tokens <= longest:  # its end is a token, too
+    if new_tokens <= longest:  # an answer's end is a token, too
         _log.warning(
             "%s: the longest answer has %d tokens, but max_length=%d leaves %d after the longest "
             "prompt; such answers are cut and count as wrong",
@@ -118,10 +124,14 @@ def _room(data: TaskData, tokenizer: Tokenizer, asked: Asked, max_length: int) -
 def score_answers(
     data: TaskData, asked: Asked, generator: Generator, settings: Settings
 ) -> dict[str, Any]:
-    """Has a task's answers generated and scores them; JSON-ready. A line says how many did not
-    end."""
-    few_shots = bool(data.shots) and settings.prompt_style != "chat"
-    stop_text = SHOT_BREAK if few_shots else None
+    """Generates a task's answers and scores them; the result is JSON-ready.
+
+    Logs how many answers did not end. Raises FloatingPointError, with the task, for logits that are
+    not finite.
+    """
+    stop_text = None
+    if data.shots and settings.prompt_style != "chat":
+        stop_text = SHOT_BREAK
 
     def ended(i: int, text: str) -> bool:
         return stop_text is not None and stop_text in text.lstrip()
@@ -144,8 +154,9 @@ def score_answers(
             100 * unfinished,
             asked.new_tokens,
         )
-    said = iter(generations)
-    texts = [_before(next(said).text, stop_text) if fit else None for fit in asked.fits]
+    texts: list[str | None] = [None] * len(asked.fits)
+    for i, one in zip(np.flatnonzero(asked.fits), generations, strict=True):
+        texts[i] = _before(one.text, stop_text)
     return {
         **_scores(data, texts, settings.published_faults),
         "texts": texts,
@@ -163,30 +174,35 @@ def score_answers(
 
 
 def _before(text: str, stop_text: str | None) -> str:
-    """What a text says before its first stop text."""
-    return text if stop_text is None else text.lstrip().split(stop_text)[0]
+    """The part of a text before its first stop text; the whole text without one."""
+    if stop_text is None:
+        return text
+    return text.lstrip().split(stop_text)[0]
 
 
 def _scores(data: TaskData, texts: Sequence[str | None], published_faults: bool) -> dict[str, Any]:
-    """Scores of generated texts; None, for a prompt that left no room, is an answer of nothing."""
+    """Scores of generated texts; None, where a prompt left no room, counts as an empty answer."""
     metric = data.task.metric
     if metric == "rouge":
         references = [example.references for example in data.examples]
         return {**rouge([text or "" for text in texts], references), "scoring": f"ROUGE: {POLICY}"}
-    judge = published.is_right if published_faults else is_right
+    judge = is_right
+    scoring = f"generated text, final answer by metric {metric!r}"
+    if published_faults:
+        judge = published.is_right
+        scoring += " of the published scripts"
     right = [
         text is not None and judge(metric, text, example.answer, example.labels)
         for text, example in zip(texts, data.examples, strict=True)
     ]
-    rules = " of the published scripts" if published_faults else ""
     return {
         **accuracy("accuracy", "stderr", right),
         "items": [int(one) for one in right],
-        "scoring": f"generated text, final answer by metric {metric!r}{rules}",
+        "scoring": scoring,
     }
 
 
 def accuracy(name: str, error_name: str, right: Sequence[bool]) -> dict[str, float]:
-    """The share p that is right, and its standard error sqrt(p (1 − p) / n), under these names."""
+    """The share p that is right and its standard error sqrt(p (1 − p) / n), under these names."""
     p = sum(right) / len(right)
     return {name: p, error_name: math.sqrt(p * (1 - p) / len(right))}

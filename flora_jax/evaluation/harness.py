@@ -1,18 +1,17 @@
-"""EleutherAI's lm-evaluation-harness on our models: `HarnessLM` is what the harness scores,
-`evaluate_harness` runs it.
+"""EleutherAI's lm-evaluation-harness on our models: `evaluate_harness` runs it on a `HarnessLM`.
 
-Needs the extra `lm-eval`. The tokenisation rule is the harness's, which is `encode_pair`'s but for
-two inputs, where this module does as the harness (1) or goes on where the harness stops (2):
+Needs the extra `lm-eval`. Tokenisation follows the harness. `encode_pair` differs from it for two
+inputs; here
 
     1. after an empty context, a continuation that starts with the prefix token gets no second one,
        and that token is not scored (`encode_pair` puts it in front and scores both)
     2. a context of spaces alone, with a tokenizer that adds no bos, has no tokens: the prefix token
-       stands in for it, as in `encode_pair` (the harness's own Hugging Face model fails)
+       replaces it, as in `encode_pair` (the harness's own Hugging Face model fails)
 
-Neither has the eos that some tokenizers put behind every text, which the harness's own Hugging Face
-model leaves there. A pair that is too long is cut from the left with a warning, as the harness
-does; `choice_loglik` refuses it. With an adapter, the harness's own Hugging Face model drops
-embeddings beyond the tokenizer's ids; here all of them compete.
+Unlike the harness's own Hugging Face model, this one leaves out the eos that some tokenizers put
+behind every text, and with an adapter it keeps embeddings beyond the tokenizer's ids among the
+candidates. A pair that is too long is cut from the left with a warning, as in the harness;
+`choice_loglik` refuses it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -67,10 +65,10 @@ _PACKAGES = (
     "numpy",
 )
 
-# Arguments of transformers' `generate` that some tasks set to what is done here anyway.
+# Arguments of transformers' `generate` that some tasks set to the only value known here.
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
-# Of the harness's results: what describes torch or the working directory, neither of which scored
-# anything.
+# Fields of the harness's results about torch and the working directory, which have no part in the
+# scores.
 _LEFT_OUT = ("pretty_env_info", "upper_git_hash", "git_hash")
 
 _log = logging.getLogger(__name__)
@@ -79,9 +77,10 @@ _log = logging.getLogger(__name__)
 class HarnessLM(TemplateLM):
     """A model as the harness's language model: one process, right-padded batches.
 
-    Arithmetic is in the base's dtype. max_length: tokens that the model reads at once, by default
-    max_position_embeddings; longer input is cut from the left with a warning. seed: of sampled
-    generations. Raises UserError for sizes out of range and a tokenizer without a bos or eos token.
+    max_length: tokens that the model reads at once, by default max_position_embeddings; longer
+    input is cut from the left with a warning. seed: of sampled generations. Arithmetic is in the
+    base's dtype. Raises UserError for sizes out of range and a tokenizer without a bos or eos
+    token.
     """
 
     def __init__(
@@ -119,14 +118,16 @@ class HarnessLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context becomes: bos, or eos where there is no bos."""
+        """The token that replaces an empty context: bos, or eos where there is no bos."""
         bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        if bos is None:
+            return self.eot_token_id
+        return bos
 
     @property
     def tokenizer_name(self) -> str:
-        """The tokenizer's name, or a digest of it: the harness tells cached chat prompts apart by
-        it."""
+        """The tokenizer's name or a digest, by which the harness tells cached chat prompts
+        apart."""
         if self.tokenizer.name_or_path:
             return self.tokenizer.name_or_path.replace("/", "__")
         core = self.tokenizer.backend_tokenizer.to_str() + str(self.tokenizer.chat_template)
@@ -135,13 +136,15 @@ class HarnessLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as a prompt. Raises UserError where there is no template or it refuses
-        the conversation."""
+        """The conversation as a prompt.
+
+        Raises UserError without a template, or if the template refuses the conversation.
+        """
         require(
             self.tokenizer.chat_template is not None,
             "apply_chat_template: the tokenizer has no chat template",
         )
-        self._chat = True  # the harness asks so in all of its prompts, or in none
+        self._chat = True  # the harness uses the template for all prompts or for none
         return render(
             self.tokenizer,
             chat_history,
@@ -152,8 +155,11 @@ class HarnessLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; special tokens where the tokenizer adds them, and no second bos before one in
-        the text. A chat has those of its template alone, as in training."""
+        """The token ids of a text, with the special tokens that the tokenizer adds.
+
+        A text that begins with bos gets no second one. A chat has the special tokens of its
+        template alone, as in training.
+        """
         special = add_special_tokens is not False and not self._chat
         return encode_open(self.tokenizer, string, special)
 
@@ -184,11 +190,11 @@ class HarnessLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each request's context, up to its first stop string.
 
-        Of the generation arguments `until`, `max_gen_toks` (and the harness's other names for it),
-        `do_sample`, `temperature`, `top_k` and `top_p` are followed; without `do_sample` or a
-        temperature the best token is taken. Raises UserError for any other, and where max_gen_toks
-        leaves no room for a context, which is otherwise cut from the left. Unlike transformers,
-        sampling considers all tokens where no top_k is given.
+        Generation arguments: `until`, `max_gen_toks` (and the harness's other names for it),
+        `do_sample`, `temperature`, `top_k` and `top_p`. Without `do_sample` or a temperature
+        the best token is taken. Unlike in transformers, sampling without a top_k considers all
+        tokens. A context that is too long is cut from the left. Raises UserError for any other
+        argument, and where max_gen_toks leaves no room for a context.
         """
         settings = [self._settings(request.args[1]) for request in requests]
         prompts = [
@@ -237,8 +243,8 @@ class HarnessLM(TemplateLM):
             if len(context) > room:
                 _log.warning("a context of %d tokens is cut to its last %d", len(context), room)
             context = context[-room:]
-            # The choices of a question come one after another; in one row their context is
-            # computed once. A context of one token is not worth it: rows would only become long.
+            # The choices of a question come one after another, and in one row their context is
+            # computed once. For a context of one token the rows would only become longer.
             same = bool(questions) and len(context) > 1 and questions[-1][0][0] == context
             if same and read + len(continuation) - 1 <= self.max_length:
                 questions[-1].append((context, continuation))
@@ -258,10 +264,12 @@ class HarnessLM(TemplateLM):
         return token_loglik(self.adapted, questions, self.batch_size, describe)
 
     def _settings(self, arguments: Mapping[str, Any]) -> tuple[list[str], int, Sampling]:
-        """Stop strings, number of new tokens and decode settings of a request's generation
+        """Stop strings, number of new tokens and decode settings, from a request's generation
         arguments."""
         given = dict(normalize_gen_kwargs(dict(arguments), self.max_gen_toks))
-        eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
+        eos = None
+        if self.eot_token_id is not None:
+            eos = self.tokenizer.decode(self.eot_token_id)
         until = [stop for stop in handle_stop_sequences(given.pop("until"), eos) if stop]
         new_tokens = given.pop("max_gen_toks")
         do_sample = given.pop("do_sample")
@@ -275,7 +283,7 @@ class HarnessLM(TemplateLM):
                 "do_sample, temperature, top_k and top_p are",
             )
         require(new_tokens >= 1, f"max_gen_toks={new_tokens} must be a positive integer")
-        if not do_sample:  # the best token is in every top k and top p
+        if not do_sample:
             return until, new_tokens, Sampling()
         require(temperature, "do_sample=True needs a temperature above 0")
         return until, new_tokens, Sampling(float(temperature), top_k, top_p)
@@ -294,7 +302,7 @@ class HarnessLM(TemplateLM):
         if sampling.temperature == 0:
             generations = generate_in_rounds(generator, prompts, new_tokens, ended)
         else:
-            # What is sampled depends on a row's place and step, so all of it is drawn in one go.
+            # A draw depends on a row's place and step, so rounds would change it.
             generations = generator.generate(prompts, new_tokens, sampling, self.seed)
         return [
             _before(generation.text, stops)
@@ -302,10 +310,9 @@ class HarnessLM(TemplateLM):
         ]
 
     def _generator_for(self, length: int) -> Generator:
-        """The generator, made when one is first needed and again where prompts and new tokens need
-        more room."""
+        """A generator for rows of `length` tokens; the last one where it is long enough."""
         if self._generator is None or self._generator.max_length < length:
-            # The old one's copy of the weights goes before there is a new one.
+            # Frees the old generator's copy of the weights before the new one is made.
             self._generator = None
             room = min(bucket(length), self.max_length)
             self._generator = Generator.of(self.adapted, room, self.batch_size)
@@ -313,31 +320,31 @@ class HarnessLM(TemplateLM):
 
 
 def _before(text: str, stops: Sequence[str]) -> str:
-    """What a text says before the first of the stop strings."""
+    """The part of a text before the first of the stop strings."""
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
 def load_harness_tasks(
     names: Sequence[str], include_path: str | os.PathLike | None = None
 ) -> list[Task | Group]:
-    """The harness's tasks, groups and tags of these names, with their data; `include_path`: a
-    folder of task files beside the harness's own, which they override.
+    """The harness's tasks, groups and tags of these names, with their data.
 
-    Needs no model. Raises UserError for an unknown or repeated name, a group beside one of its
-    tasks, a folder that is absent, data that cannot be had, and tasks that run generated code or
-    need images.
+    include_path: a folder of task files, which override the harness's own. Needs no model. Raises
+    UserError for an unknown or repeated name, a group beside one of its tasks, a folder that is
+    absent, data that cannot be loaded, and tasks that run generated code or need images.
     """
     check_names(names)
-    require(
-        include_path is None or Path(include_path).is_dir(),
-        f"include_path={include_path}: there is no such folder",
-    )
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    if include_path is not None:
+        include_path = os.fspath(include_path)
+        require(
+            os.path.isdir(include_path), f"include_path={include_path}: there is no such folder"
+        )
+    manager = TaskManager(include_path=include_path)
     for name in names:
         if name not in manager.task_index:
             hint = near_misses(name, manager.all_tasks)
-            # Where nothing is near, the hint is all names, and the harness has thousands.
-            hint = hint if len(hint) < 500 else "`lm-eval ls tasks` lists all"
+            if len(hint) >= 500:  # nothing is near, and the harness has thousands of names
+                hint = "`lm-eval ls tasks` lists all"
             raise UserError(f"harness task {name!r} is unknown; {hint}")
     out: list[Task | Group] = []
     grouped: set[str] = set()
@@ -352,20 +359,23 @@ def load_harness_tasks(
                 f"harness task {one.task_name!r} comes with {other!r} and with {name!r}; leave "
                 "one out",
             )
-        grouped |= {name} & groups.keys()
-        out += [groups[name]] if name in groups else loaded["tasks"].values()
+        if name in groups:
+            grouped.add(name)
+            out.append(groups[name])
+        else:
+            out += loaded["tasks"].values()
     return out
 
 
 def _load(manager: TaskManager, name: str) -> dict[str, Any]:
-    """What the harness has by a name: its `tasks`, and its `groups` where it has any."""
+    """The `tasks` that the harness has by a name, and its `groups` if it has any."""
     from datasets.exceptions import DatasetsError
 
     try:
         loaded = manager.load(name)
     except (OSError, DatasetsError) as error:
         raise UserError(f"harness task {name!r}: its data cannot be loaded ({error})") from error
-    except Exception as error:  # what a task file asks of its data may fail in any way
+    except Exception as error:  # a task file is a program and may fail in any way
         why = " ".join(str(error).split())[:200]
         raise UserError(
             f"harness task {name!r} does not fit its data ({type(error).__name__}: {why})"
@@ -388,11 +398,11 @@ def evaluate_harness(
     apply_chat_template: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The result as a JSON-ready dict: what ran (`about` goes in as it is), versions, and under
-    `lm_eval` the harness's own results, whose seeds are its defaults and in them.
+    """Runs the harness and returns the result as a JSON-ready dict.
 
-    num_fewshot: None leaves each task its own number, and the harness keeps a 0 that a task sets.
-    limit: the first N documents of each task.
+    `about` goes in as it is, with the settings and versions; `lm_eval` has the harness's own
+    results. num_fewshot: None leaves each task its own number, and the harness keeps a 0 that a
+    task sets; limit: the first N documents of each task. Raises UserError for either out of range.
     """
     require(
         num_fewshot is None or num_fewshot >= 0,
@@ -426,8 +436,8 @@ def evaluate_harness(
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The harness's table of a result of `evaluate_harness`, with a second one of groups where
-    there are any."""
+    """The harness's table of a result of `evaluate_harness`, and its table of groups if it has
+    any."""
     results = result["lm_eval"]
     return "\n".join(
         make_table(results, column) for column in ("results", "groups") if results.get(column)

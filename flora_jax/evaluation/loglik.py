@@ -1,15 +1,15 @@
 """Log-likelihoods of continuations, for multiple-choice questions scored as the lm-eval harness
 scores them.
 
-All continuations of one context lie in one row behind it, and a mask keeps them from seeing each
-other, so the context is computed once whatever the number of choices:
+All continuations of one context are in one row behind it, and a mask keeps them from seeing each
+other. So the context is computed once, whatever the number of choices:
 
     tokens     c0 c1 c2 | a0 a1 | b0 b1 b2    context c, continuations a (3 tokens) and b (4)
     positions   0  1  2 |  3  4 |  3  4  5    the last token of each predicts nothing: left out
     group       0  0  0 |  1  1 |  2  2  2    a token sees its own group and group 0, causally
 
-Only hidden states that predict a token of a continuation are scored against the vocabulary, a chunk
-at a time. B rows, T tokens, D model width, V vocabulary, C chunk.
+Only the hidden states that predict a token of a continuation are multiplied by the unembedding, a
+chunk at a time. B rows, T tokens, D model width, V vocabulary, C chunk.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
 from flora_jax.tokens import Tokenizer, encode_open
 
-# by question and choice: token ids of context, continuation
+# By question and choice: token ids of context and continuation.
 Pairs = Sequence[Sequence[tuple[list[int], list[int]]]]
 
-_ROW_MULTIPLE = 32  # rows are padded to a multiple of it, so that few lengths are compiled
+_ROW_MULTIPLE = 32  # rows are padded to a multiple of this, so that few lengths are compiled
 _CHUNK = 256  # hidden states scored at a time: 256 * V float32 logits exist at once
 _PADDING = -1  # the group of padding
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """A context with its continuations: `owners` says whose score each continuation is."""
+    """A context with its continuations; owners: the question and choice of each continuation."""
 
     context: list[int]
     continuations: list[list[int]]
@@ -56,14 +56,14 @@ class _Row:
 def choice_loglik(
     adapted: Adapted, requests: Sequence[Sequence[tuple[str, str]]], batch_size: int = 16
 ) -> list[list[float]]:
-    """Summed log-likelihood of each continuation after its context: `requests[i][j]` is
-    `(context, continuation)` of choice j of question i, the result has the same shape.
+    """Summed log-likelihood of each continuation after its context.
 
-    A pair is tokenised as the harness does: context and continuation together, cut where the
-    context alone would end, with spaces at the end of the context moved to the continuation;
-    special tokens only where the tokenizer adds them. Arithmetic is in the base's dtype,
-    log-softmax in float32. Raises UserError for a continuation that has no tokens or a pair beyond
-    max_position_embeddings.
+    `requests[i][j]` is `(context, continuation)` of choice j of question i, and the result has the
+    same shape. A pair is tokenised as the harness does it: context and continuation together, cut
+    where the context alone would end, with spaces at the end of the context moved to the
+    continuation, and special tokens only where the tokenizer adds them. Arithmetic is in the base's
+    dtype, log-softmax in float32. Raises UserError for a continuation without tokens or a pair
+    beyond max_position_embeddings.
     """
     encoded = encode_pairs(adapted.config, adapted.tokenizer, requests)
     return [[loglik for loglik, _ in pairs] for pairs in token_loglik(adapted, encoded, batch_size)]
@@ -75,20 +75,19 @@ def token_loglik(
     batch_size: int = 16,
     describe: Callable[[int], str] = "question {}".format,
 ) -> list[list[tuple[float, bool]]]:
-    """`choice_loglik` of pairs that are token ids already, neither side empty:
-    `(log-likelihood, is_greedy)` of each, is_greedy where every token of the continuation is the
-    most likely one at its place.
+    """`choice_loglik` of pairs of token ids, neither side empty: `(log-likelihood, is_greedy)`.
 
-    Pairs of one question that share a context are computed in one row. The last token of a pair is
-    never read, so a pair may have max_position_embeddings + 1 tokens; that it has no more is the
-    caller's to see to. Raises FloatingPointError, with the question as `describe(index)` calls it,
-    for a score of logits that are not finite.
+    is_greedy: whether every token of the continuation is the most likely one at its place. Pairs of
+    one question that share a context are computed in one row. The last token of a pair is never
+    read, so a pair may have max_position_embeddings + 1 tokens; the caller checks that it has no
+    more. Raises FloatingPointError, which names the question by `describe(index)`, for logits that
+    are not finite.
     """
     require(batch_size >= 1, f"batch_size={batch_size} must be a positive integer")
     model = adapted.model
     variables = adapted.variables
     rows = _rows(requests)
-    # the longest first: memory runs out at once or never
+    # The longest first: memory runs out at once or never.
     rows.sort(key=lambda row: row.length, reverse=True)
     out = [[(0.0, False)] * len(pairs) for pairs in requests]
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
@@ -107,14 +106,19 @@ def token_loglik(
 def encode_pair(
     tokenizer: Tokenizer, context: str, continuation: str
 ) -> tuple[list[int], list[int]]:
-    """Tokens of the context, and of the continuation as it is tokenised behind it. An empty context
-    becomes the tokenizer's bos (or eos) token."""
+    """Token ids of the context, and of the continuation as it is tokenised behind it.
+
+    An empty context becomes the tokenizer's bos (or eos) token. Raises UserError where it has
+    neither.
+    """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     if stripped:
         alone = encode_open(tokenizer, stripped)
         return alone, encode_open(tokenizer, stripped + continuation)[len(alone) :]
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.eos_token_id
     require(
         start is not None,
         "an empty context needs a tokenizer with a bos or eos token to start from",
@@ -127,8 +131,10 @@ def encode_pairs(
     tokenizer: Tokenizer,
     requests: Sequence[Sequence[tuple[str, str]]],
 ) -> Pairs:
-    """The tokens of each pair of `choice_loglik`, as `token_loglik` takes them. Raises UserError
-    for one that cannot be scored."""
+    """The token ids of each pair of `choice_loglik`, for `token_loglik`.
+
+    Raises UserError for a pair that cannot be scored.
+    """
     encoded = []
     for question, texts in enumerate(requests):
         pairs = []
@@ -165,13 +171,13 @@ def _rows(requests: Sequence[Sequence[tuple[list[int], list[int]]]]) -> list[_Ro
 def _score(
     model: Llama, variables: Tree, batch: list[_Row], batch_size: int
 ) -> list[tuple[tuple[int, int], tuple[float, bool]]]:
-    """`(owner, (log-likelihood, is_greedy))` of every continuation of the batch, filled up to
+    """`(owner, (log-likelihood, is_greedy))` of every continuation; a smaller batch is filled up to
     `batch_size` rows."""
     T = -(-max(row.length for row in batch) // _ROW_MULTIPLE) * _ROW_MULTIPLE
     tokens = np.zeros((batch_size, T), np.int32)
     positions = np.zeros_like(tokens)
     groups = np.full_like(tokens, _PADDING)
-    # (row, place, next token) of each hidden state that predicts a continuation's token
+    # (row, place, next token) of each hidden state that predicts a token of a continuation.
     scored = []
     spans = []  # (owner, start, stop) in `scored`
     for b, row in enumerate(batch):
@@ -206,7 +212,7 @@ def _score(
 def _hidden(
     model: Llama, variables: Tree, tokens: jax.Array, positions: jax.Array, groups: jax.Array
 ) -> jax.Array:
-    """Hidden states `[B, T, D]`; a token sees, of those before it, its own group and group 0."""
+    """Hidden states `[B, T, D]`; a token sees the tokens before it in its own group and group 0."""
     mask = (groups[:, None, :] == groups[:, :, None]) | (groups[:, None, :] == 0)
     return model.apply(variables, tokens, positions=positions, mask=mask, method="hidden")[0]
 
@@ -215,8 +221,11 @@ def _hidden(
 def _next_tokens(
     model: Llama, variables: Tree, hidden: jax.Array, where: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """log p `[C]` of the next tokens `where[:, 2]`, read at `hidden[where[:, 0], where[:, 1]]`, and
-    whether each is the most likely one; log p is NaN where a logit is not finite."""
+    """log p `[C]`, float32, of the next tokens, and whether each is the most likely one, `[C]`.
+
+    where `[C, 3]`: row and place of a hidden state, and the next token. log p is NaN where a logit
+    is not finite.
+    """
     rows, places, targets = where.T
     unembedding = model.apply(variables, method="unembedding").astype(hidden.dtype)
     logits = jnp.einsum(

@@ -1,4 +1,4 @@
-"""What the command `flora_jax.evaluate` is asked for, checked before a model is loaded."""
+"""The request of a command line of `flora_jax.evaluate`, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flora_jax.evaluation.task_data import Settings, TaskData, is_generated, loa
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Tasks with their data, how they are scored, and what was set of generated ones."""
+    """Tasks with their data, the settings, and the fields set for generated tasks."""
 
     tasks: list[TaskData]
     settings: Settings
@@ -21,8 +21,10 @@ class Request:
 
 
 def read_request(args: argparse.Namespace) -> Request:
-    """The request of a command line. Raises UserError for whatever is wrong with it, flags without
-    effect included."""
+    """The request of a command line.
+
+    Raises UserError for whatever is wrong with it, flags without effect included.
+    """
     check_positive(args, "batch_size", "max_new_tokens")
     check_result(args.out)
     check_template(args, args.prompt_style == "chat", "--prompt_style chat")
@@ -54,8 +56,10 @@ def read_request(args: argparse.Namespace) -> Request:
 
 def _read_generator(text: str) -> dict[str, int]:
     """Fields of generated tasks, from `FIELD=NUMBER,…`."""
+    if not text:
+        return {}
     generator = {}
-    for pair in text.split(",") if text else []:
+    for pair in text.split(","):
         field, _, number = pair.partition("=")
         require(number.strip().isdecimal(), f"--generator {pair!r} is not FIELD=NUMBER")
         generator[field.strip()] = int(number)

@@ -1,14 +1,14 @@
 """ROUGE of generated texts, by Google's `rouge-score` package with Porter stemming.
 
 A text is scored against each of its references. `rouge1`, `rouge2`, `rougeL` and `rougeLsum`
-(summary level: lines are sentences) are F-measures averaged over a text's references; the same with
-`_max` take the best reference.
+(summary level: lines are sentences) are F-measures averaged over a text's references; the names
+with `_max` take the best reference.
 
-The package's tokenizer knows the letters a to z and the digits 0 to 9 alone and drops all else: of
-a Chinese text nothing is left, of "été" a "t". Where that is more than a trace of a task's
-references, all of its texts are cut by `UnicodeTokenizer` instead. English texts, with a foreign
-name here and there, are scored as they always were; among them, a text whose own references would
-lose more letters than they keep is cut by `UnicodeTokenizer`, too.
+The package's tokenizer knows the letters a to z and the digits 0 to 9 alone and drops all else: a
+Chinese text becomes empty, and "été" becomes "t". If a task's references lose more than a trace of
+their letters, `UnicodeTokenizer` cuts all texts of the task instead. English texts with a foreign
+name here and there keep the package's scores. A single text among them whose references would lose
+more letters than they keep is also cut by `UnicodeTokenizer`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import numpy as np
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 POLICY = "F-measure with stemming; mean over the references of a text, _max: the best of them"
-# German, with the fewest letters of its own of the languages that have some, has 1.5 %; English
-# news 0.004 %.
+# Of all languages with letters beyond a to z, German has the smallest share of them, 1.5 %; English
+# news has 0.004 %.
 _TRACE = 0.005
 
 # Scripts that put no space between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, ideographs.
@@ -39,7 +39,7 @@ _UNSPACED = re.compile(
 
 def _package() -> ModuleType:
     """rouge_score, imported where it is used: with nltk and scipy it takes seconds."""
-    # nltk needs a folder for what it might download, even where there is no home directory.
+    # nltk needs a folder for downloads, even without a home directory.
     if os.path.expanduser("~") == "~":
         os.environ.setdefault("NLTK_DATA", tempfile.gettempdir())
     from rouge_score import rouge_scorer
@@ -48,9 +48,11 @@ def _package() -> ModuleType:
 
 
 class UnicodeTokenizer:
-    """Words of letters, marks and digits of any script, in lower case; where a script has no spaces
-    between words, each character (with its marks) is one. Words of a to z and 0 to 9 are stemmed as
-    the package stems them."""
+    """Cuts a text into words of letters, marks and digits of any script, in lower case.
+
+    Where a script has no spaces between words, each character (with its marks) is a word. Words of
+    a to z and 0 to 9 are stemmed as the package stems them.
+    """
 
     name = "unicode: words of any script; characters where it has no spaces between words"
 
@@ -73,14 +75,19 @@ class UnicodeTokenizer:
                 pieces.append(" ")
         tokens = []
         for word in "".join(pieces).split():
-            tokens += self._ascii.tokenize(word) if word.isascii() else [word]
+            if word.isascii():
+                tokens += self._ascii.tokenize(word)
+            else:
+                tokens.append(word)
         return tokens
 
 
 def choose_tokenizer(references: Sequence[Sequence[str]]) -> UnicodeTokenizer | None:
     """The tokenizer for all texts of a task, by its references; None: the package's own."""
     kept, dropped = np.sum([(0, 0), *map(_count_letters, references)], axis=0)
-    return UnicodeTokenizer() if dropped > _TRACE * (kept + dropped) else None
+    if dropped > _TRACE * (kept + dropped):
+        return UnicodeTokenizer()
+    return None
 
 
 def _count_letters(texts: Sequence[str]) -> tuple[int, int]:
@@ -96,8 +103,12 @@ def _count_letters(texts: Sequence[str]) -> tuple[int, int]:
 
 
 def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Means over the texts of each kind, `<kind>_max`, and `<kind>_stderr` (standard deviation over
-    sqrt(n)); `items`: the rougeL of each text; `tokenizer`: what cut the texts."""
+    """ROUGE of each text against its references, from 0 to 1.
+
+    Returns, for each of KINDS, the mean over the texts as `<kind>`, `<kind>_max` and
+    `<kind>_stderr` (standard deviation over sqrt(n)), and also `items`, the rougeL of each text,
+    and `tokenizer`, the name of what cut the texts.
+    """
     tokenizer = choose_tokenizer(references)
     scorer = _package().RougeScorer(KINDS, use_stemmer=True, tokenizer=tokenizer)
     unicode = _package().RougeScorer(KINDS, tokenizer=UnicodeTokenizer())
@@ -105,10 +116,14 @@ def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str
     scores = []
     for text, own in zip(texts, references, strict=True):
         kept, dropped = _count_letters(own)
-        other = tokenizer is None and dropped > kept
-        others += other
-        scores.append([(unicode if other else scorer).score(target, text) for target in own])
-    name = "rouge_score: a-z and 0-9" if tokenizer is None else tokenizer.name
+        its_scorer = scorer
+        if tokenizer is None and dropped > kept:
+            its_scorer = unicode
+            others += 1
+        scores.append([its_scorer.score(target, text) for target in own])
+    name = "rouge_score: a-z and 0-9"
+    if tokenizer is not None:
+        name = tokenizer.name
     if others:
         name += f"; of {others} texts in other scripts, {UnicodeTokenizer.name}"
     result: dict[str, Any] = {"tokenizer": name}
@@ -117,8 +132,10 @@ def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str
         means = np.array([np.mean(own) for own in each])
         result[kind] = float(means.mean())
         result[f"{kind}_max"] = float(np.mean([max(own) for own in each]))
-        error = means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else 0.0
-        result[f"{kind}_stderr"] = float(error)
+        error = 0.0
+        if len(means) > 1:
+            error = float(means.std(ddof=1) / math.sqrt(len(means)))
+        result[f"{kind}_stderr"] = error
         if kind == "rougeL":
             result["items"] = [round(float(mean), 6) for mean in means]
     return result

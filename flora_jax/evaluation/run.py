@@ -1,8 +1,9 @@
-"""Evaluates a model on tasks: scores, and everything needed to get them again.
+"""Evaluates a model on tasks: scores, and everything needed to reproduce them.
 
-Two protocols. `lm_eval`: choice tasks by the log-likelihood of the choices, as the lm-eval harness;
-the others by generating and matching the final answer. `llm_adapters`: the instruction prompt that
-adapters are trained on, a generated answer, and the label word, number or letter in it.
+There are two protocols. `lm_eval` scores choice tasks by the log-likelihood of the choices, as the
+lm-eval harness does; for other tasks it generates an answer and matches the final one.
+`llm_adapters` generates an answer to the instruction prompt that adapters are trained on, and reads
+the label word, number or letter in it.
 """
 
 from __future__ import annotations
@@ -38,21 +39,26 @@ def evaluate_tasks(
     *,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The result as a JSON-ready dict: what ran (`about`, e.g. model and adapter, goes in as it
-    is), versions, and by task `accuracy` and `stderr` (sqrt(p (1 − p) / n)), `accuracy_norm` and
-    `stderr_norm` where choices are scored, or `rouge1`, `rouge2`, `rougeL`, `rougeLsum` (rouge.py
-    says which mean) where texts are, `items` (1 or 0 by question, in order; the rougeL of texts),
-    `texts` (what was generated for each, None where the prompt was too long), `finished` (the share
-    that ended at a token) and `unfinished` (that ended neither there nor at a stop text), `n`,
-    `scoring`, `decode` settings, `data_hash`, one whole `prompt` as an example, and `seconds`.
+    """Evaluates a model and returns the result as a JSON-ready dict.
+
+    `about`, e.g. model and adapter, goes in as it is, with the settings and versions. `tasks` has
+    for each task, as far as its metric has them:
+
+    - `accuracy` and `stderr`, sqrt(p (1 − p) / n); with scored choices `accuracy_norm` and
+      `stderr_norm`; with compared texts `rouge1`, `rouge2`, `rougeL` and `rougeLsum` (rouge.py)
+    - `items`: 1 or 0 for each question, in order, or the rougeL of a text
+    - `texts`: the generated ones, None where the prompt was too long
+    - `finished`, `unfinished`: the shares that ended at a token, and neither there nor at a stop
+      text
+    - `n`, `num_fewshot`, `scoring`, `decode`, `data_hash`, `seconds`, and one whole `prompt`
 
     Raises UserError if no prompt leaves room, for choices beyond max_position_embeddings, and for
-    sizes that no Generator of this base can have; FloatingPointError for scores and tokens of
-    values that are not finite.
+    sizes that no Generator of this base can have; raises FloatingPointError for logits that are not
+    finite.
     """
     check_jax()
-    # A task whose prompts leave no room, or whose choices are too long, is refused before another
-    # one is scored.
+    # Refuses a task whose prompts leave no room, or whose choices are too long, before any task is
+    # scored.
     asked = check_prompts(tasks, adapted.config, adapted.tokenizer, settings)
     sizes = (settings.max_length, settings.batch_size)
     if any(is_generated(data.task, settings.protocol) for data in tasks):
@@ -84,7 +90,7 @@ def evaluate_tasks(
 
 
 def _describe_run(adapted: Adapted, settings: Settings) -> dict[str, Any]:
-    """What a result says of how it was come by."""
+    """The settings in a result."""
     mask = "explicit; padding is never attended to and never scored"
     if settings.published_faults:
         mask = "none over the padding of choice tasks, as published"
@@ -108,10 +114,12 @@ def check_prompts(
     tokenizer: Tokenizer,
     settings: Settings,
 ) -> dict[str, Asked | Pairs]:
-    """What is asked, by task: prompts, or the token ids of choices. Raises UserError where
-    `evaluate_tasks` would, for prompts that the style cannot express or that leave no room, and
-    choices that are too long: before a model is trained, or loaded, to be scored on them. A line
-    says how many prompts leave no room, and where answers may be cut."""
+    """By task, the prompts, or the token ids of choices.
+
+    It needs no model, so that a run can refuse its test data before it trains. Logs how many
+    prompts leave no room, and where answers may be cut. Raises UserError for prompts that the style
+    cannot express, where none leaves room, and for choices that are too long.
+    """
     asked = {}
     max_length = min(settings.max_length, config.max_position_embeddings)
     for data in tasks:
@@ -131,8 +139,10 @@ def describe(scores: Mapping[str, Any]) -> str:
         return "  ".join(
             f"{kind} {scores[kind]:.4f} ± {scores[f'{kind}_stderr']:.4f}" for kind in KINDS
         )
-    norm = f"  norm {scores['accuracy_norm']:.4f}" if "accuracy_norm" in scores else ""
-    return f"{scores['accuracy']:.4f} ± {scores['stderr']:.4f}{norm}"
+    line = f"{scores['accuracy']:.4f} ± {scores['stderr']:.4f}"
+    if "accuracy_norm" in scores:
+        line += f"  norm {scores['accuracy_norm']:.4f}"
+    return line
 
 
 def _score_choices(

@@ -1,7 +1,5 @@
-"""Tasks with their data, ready to be asked, and how they are asked and scored.
-
-Test examples, solved ones that are shown before them, and the settings of a result.
-"""
+"""Tasks ready to be asked: test examples, the solved examples shown before them, and the settings
+of a result."""
 
 from __future__ import annotations
 
@@ -33,13 +31,13 @@ SHOT_BREAK = "\n\n"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What holds for all tasks of a result.
+    """The settings of a result, the same for all of its tasks.
 
-    protocol: of PROTOCOLS; prompt_style: of STYLES. published_faults: score generated answers as
-    the published scripts of LLM-Adapters do (`published`). max_length: prompt and new tokens of
-    generated answers; a prompt that leaves no room counts as wrong and in `too_long`.
-    max_new_tokens: of a generated answer, in place of its task's own number; a JSONL file has room
-    for its longest answer, as far as max_length leaves it.
+    protocol: of PROTOCOLS; prompt_style: of STYLES; published_faults: score generated answers as
+    the published scripts of LLM-Adapters do (`published`); batch_size: rows computed side by side;
+    max_length: tokens of prompt and answer together, where a prompt that leaves no room counts as
+    wrong and in `too_long`; max_new_tokens: of a generated answer, None for its task's own number,
+    and for a JSONL file as many as its longest answer needs.
     """
 
     protocol: str = "lm_eval"
@@ -52,8 +50,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """One task, ready to be asked: its test examples, and examples of its training split that are
-    shown before each."""
+    """One task: its test examples, and the training examples (`shots`) shown before each."""
 
     task: Task
     examples: Sequence[Example]
@@ -62,8 +59,8 @@ class TaskData:
 
 
 def is_generated(task: Task, protocol: str) -> bool:
-    """Whether the protocol has the answers of `task` generated; it scores given choices by
-    likelihood otherwise."""
+    """Whether the protocol generates the answers of `task`, rather than score its choices by
+    likelihood."""
     return protocol != "lm_eval" or task.metric != "choice"
 
 
@@ -81,9 +78,8 @@ def load_task_data(
     """The test split of each task (its first `limit` examples) and `num_fewshot` training examples
     drawn by `seed`.
 
-    `generator` overrides fields of generated tasks (see `get_task`). Needs no model, so bad input
-    is a UserError before one is loaded: unknown task, protocol or style, missing or malformed data,
-    counts out of range.
+    generator: fields of generated tasks (see `get_task`). Needs no model. Raises UserError for an
+    unknown task, protocol or style, missing or malformed data, and counts out of range.
     """
     for field, known in (("protocol", PROTOCOLS), ("prompt_style", STYLES)):
         value = getattr(settings, field)
@@ -101,7 +97,7 @@ def load_task_data(
         whole = load_examples(task, "test", data_dir, cache_dir)
         shots = []
         if num_fewshot:
-            # Nothing that is asked may be shown: a single file is both splits, and some published
+            # No test example may be shown: a single file serves as both splits, and some published
             # sets overlap.
             pool, _ = dedupe(load_examples(task, "train", data_dir, cache_dir), whole)
             shots = _draw(task, pool, num_fewshot, seed)
@@ -110,13 +106,13 @@ def load_task_data(
 
 
 def _check_tasks(settings: Settings, tasks: list[Task]) -> None:
-    """Raises UserError for a task that cannot be asked or scored so."""
+    """Raises UserError for a task that these settings cannot ask or score."""
     protocol = settings.protocol
     style = settings.prompt_style
     faults = settings.published_faults
     require(
         not faults or (protocol, style) == ("llm_adapters", "llm_adapters"),
-        f"published_faults are those of protocol and prompt_style 'llm_adapters', "
+        "published_faults are those of protocol and prompt_style 'llm_adapters', "
         f"not of protocol {protocol!r} with prompt_style {style!r}",
     )
     for task in tasks:
@@ -133,7 +129,7 @@ def _check_tasks(settings: Settings, tasks: list[Task]) -> None:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises UserError for no task at all, and for one that is named twice."""
+    """Raises UserError without any task, and for one that is named twice."""
     require(names, "tasks is empty; name at least one")
     require(len(set(names)) == len(names), f"tasks={','.join(names)} names a task twice")
 
@@ -152,9 +148,11 @@ def check_seen(
     trained_on: tuple[Sequence[str], Set[str]] | None,
     allowed: bool = False,
 ) -> dict[str, float] | None:
-    """By task, the share of its questions that an adapter was trained on: `trained_on`, the names
-    of its tasks and its prompts' digests, or None where nothing is on record. Raises UserError
-    above 1 % unless `allowed`."""
+    """By task, the share (0 to 1) of its questions that an adapter was trained on.
+
+    trained_on: the names of its training tasks and the digests of their prompts; None without a
+    record, and then the result is None. Raises UserError above 1 % unless `allowed`.
+    """
     if trained_on is None:
         return None
     names, prompts = trained_on
@@ -182,9 +180,11 @@ def few_shot_requests(example: Example, shots: Sequence[Example]) -> list[tuple[
 
 
 def few_shot_messages(example: Example, shots: Sequence[Example], style: str) -> list[Message]:
-    """The conversation to answer: solved examples are earlier turns ('chat') or text before the
-    question (others, which have room for one answer each: UserError for a conversation with
-    several)."""
+    """The conversation to answer, with solved examples before it.
+
+    They are earlier turns in style 'chat', and text before the question in the others. Those have
+    room for one answer each: raises UserError for a conversation with several.
+    """
     asked = list(example.messages[:-1])
     if style == "chat" or not shots:
         return _as_turns(asked, shots)
@@ -199,7 +199,7 @@ def few_shot_messages(example: Example, shots: Sequence[Example], style: str) ->
 
 
 def _as_turns(asked: list[Message], shots: Sequence[Example]) -> list[Message]:
-    """The shots' turns and those asked; of system messages the question's own, once and in
+    """The turns of the shots, then those asked. The only system message is the question's own, in
     front."""
     system = [message for message in asked if message.role == "system"]
     turns = [message for shot in shots for message in shot.messages] + asked
