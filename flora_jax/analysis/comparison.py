@@ -1,9 +1,8 @@
-"""Ways of serving timed beside the merged base, and the table that comes of it.
+"""Ways of serving timed beside the merged base, and the table of their times.
 
-In memory are never more than three models: the base with merged products, one variant and, where
-there is one, the peer. What variants are made from, the base in the split layout, lies in a file
-and is mapped while one is built; the merged base is built anew beside each variant, so that
-building takes no more memory than timing.
+At most three models are in memory: the base with merged products, one variant, and the peer if
+there is one. Variants are built from the base in the split layout, which is a mapped file. The
+merged base is built anew beside each variant, so that building takes no more memory than timing.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ if TYPE_CHECKING:
     from flora_jax.analysis.peer import Peer
 
 
-REFERENCE = "reference"  # the merged base as it stands beside a variant, in every round
+REFERENCE = "reference"  # the merged base beside a variant, in every round
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """rank and parameters of a method's adapter (None and 0 without one), bytes that one decode
-    step reads."""
+    """Rank and parameters of a variant's adapter (None and 0 without one), and the bytes that one
+    decode step reads."""
 
     rank: int | None
     parameters: int
@@ -61,9 +60,11 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """The rounds of one variant at one setting: times by name, the reference among them; compile:
-    seconds that the decode loop took to compile by name, and whether they were a look-up in the
-    persistent cache."""
+    """The rounds of one variant at one setting.
+
+    rounds: times by name, the reference among them; compile: by name, seconds to compile the decode
+    loop, and whether it came from the persistent cache.
+    """
 
     name: str
     setting: Setting
@@ -74,9 +75,12 @@ class Measurement:
 def adapter_configs(
     methods: Sequence[str], config: LlamaConfig, rank: int, equal_parameters: bool
 ) -> dict[str, AdapterConfig | None]:
-    """The adapter of each variant: all at `rank`, or each at the rank where its number of
-    parameters comes nearest to that of ffba at `rank`. Raises UserError for an unknown name and a
-    rank that a method cannot have."""
+    """The adapter of each variant, None for one without.
+
+    All are at `rank`; with equal_parameters, each is at the rank where its number of parameters
+    comes nearest to that of ffba at `rank`. Raises UserError for an unknown name and a rank that a
+    method cannot have.
+    """
     out: dict[str, AdapterConfig | None] = {}
     for name in methods:
         method = get_variant(name).method
@@ -96,13 +100,15 @@ def lora_rank(config: LlamaConfig, rank: int, equal_parameters: bool, method: st
 
 
 def turns(new_tokens: int, turn: int | None) -> int:
-    """How often a model has its turn in a generation, whose first token is the prefill's."""
-    return 1 if turn is None else -(-(new_tokens - 1) // turn)
+    """The turns of a model in one generation; the prefill makes the first token."""
+    if turn is None:
+        return 1
+    return -(-(new_tokens - 1) // turn)
 
 
 def on_disk(tree: Tree, folder: Path) -> Tree:
-    """The tree with its leaves in files of `folder`, mapped read-only: pages that memory can drop
-    at any time."""
+    """The tree with its leaves in mapped, read-only files of `folder`, whose pages the system can
+    drop at any time."""
     leaves, structure = jax.tree.flatten(tree)
 
     def move(i: int, leaf: jax.Array) -> np.ndarray:
@@ -116,25 +122,26 @@ def on_disk(tree: Tree, folder: Path) -> Tree:
 def build(
     name: str, base: Tree, config: LlamaConfig, adapter_config: AdapterConfig | None
 ) -> tuple[Llama, Tree]:
-    """`(model, params)` of a variant with a random adapter, on the device; base in the split
-    layout, from anywhere."""
-    adapter = (
-        None
-        if adapter_config is None
-        else random_adapter(jax.random.key(1), config, adapter_config)
-    )
+    """`(model, params)` of a variant with a random adapter, on the device; base: in the split
+    layout, leaves of any array type."""
+    adapter = None
+    if adapter_config is not None:
+        adapter = random_adapter(jax.random.key(1), config, adapter_config)
     layout = device_layout(quantization_format(base) != "none")
     model, params = serve(name, base, config, adapter_config, adapter, layout)
-    return model, jax.tree.map(
-        lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), params
-    )
+    return model, jax.tree.map(_on_device, params)
+
+
+def _on_device(leaf: Any) -> jax.Array:
+    if isinstance(leaf, jax.Array):
+        return leaf
+    return jnp.array(leaf)  # a copy: asarray may keep a view of the mapped file
 
 
 def sizes(
     config: LlamaConfig, base: Tree, configs: Mapping[str, AdapterConfig | None]
 ) -> dict[str, Size]:
-    """Sizes of the reference and of each variant by name, from shapes alone; `base` may be shapes
-    too."""
+    """The Size of the reference and of each variant, by name; `base` may be mere shapes."""
 
     def one(name: str, adapter_config: AdapterConfig | None) -> Size:
         params = jax.eval_shape(lambda base: build(name, base, config, adapter_config)[1], base)
@@ -159,19 +166,22 @@ def compare(
 ) -> Iterator[Measurement]:
     """Yields the measurement of each variant at each setting.
 
-    base: the split layout, best from `on_disk`. prefills: of the rounds, how many read the prompts
-    anew. peer: timed in every round too, and reads them in each. done: called after every turn.
-    turn: tokens that each model decodes before the next one's turn, by default (and beside a peer)
-    all of a round's; each turn is a round of the measurement. On a GPU LoRA's products apart are
-    timed with XLA's dot merger and without.
+    base: in the split layout, best from `on_disk`; prefills: the number of rounds that read the
+    prompts anew; peer: timed in every round, and reads the prompts in each; turn: tokens that each
+    model decodes before the next one's turn, by default (and beside a peer) all of a round, where
+    each turn is a round of the measurement; done: called after every turn. On a GPU an unmerged
+    variant is timed with XLA's dot merger and without.
     """
     compiled: dict[tuple[str, Setting], Programs] = {}
     for name, adapter_config in configs.items():
         own = build(name, base, config, adapter_config)
-        reference = own if name == "base" else build("base", base, config, None)
-        # What is merged into W is the bare base to a compiler.
+        reference = own
+        if name != "base":
+            reference = build("base", base, config, None)
         kind = get_variant(name).kind
-        key = "base" if kind == "merged" else name
+        key = name
+        if kind == "merged":  # to the compiler it is the bare base
+            key = "base"
         entrants = {REFERENCE: ("base", reference, {}), name: (key, own, {})}
         if adapter_config and kind == "unmerged" and jax.default_backend() == "gpu":
             entrants[f"{name}_no_dot_merger"] = (f"{name}_no_dot_merger", own, NO_DOT_MERGER)
@@ -196,19 +206,20 @@ def compare(
                 times.append(one)
                 done()
             yield Measurement(name, setting, times, seconds)
-        del own, reference, entrants, contestants, model, params  # before the next ones are built
+        # Frees these models before the next ones are built.
+        del own, reference, entrants, contestants, model, params
 
 
 def table(
     measurements: Sequence[Measurement], sizes: Mapping[str, Size], gb_per_s: float
 ) -> list[dict[str, Any]]:
-    """One JSON-ready row a setting and name, the peer's over all rounds it stood in.
+    """One JSON-ready row for each setting and name; a peer's row has all rounds it took part in.
 
-    A row has TTFT and TPOT (seconds: median, quartiles, every round), each over the reference and
-    over the peers of the same round (`tpot_ratio`, `tpot_over_peer`); the bytes a decode step reads
-    over the base's, and as a share of what the machine can read in that time (`gb_per_s`); and in
-    `beside` both readings of the paper's claim against each unmerged LoRA, from the ratios to the
-    base.
+    A row has TTFT and TPOT (seconds: median, quartiles, every round), their ratios to the reference
+    (`tpot_ratio`) and to the peers of the same round (`tpot_over_peer`), the bytes that a decode
+    step reads over the base's, and those bytes over TPOT as a share of the machine's `gb_per_s`.
+    `beside` has both readings of the paper's claim against each unmerged LoRA, from the ratios to
+    the base.
     """
     rows = []
     for setting in dict.fromkeys(m.setting for m in measurements):

@@ -9,7 +9,7 @@ import importlib.util
 from flora_jax.errors import require
 
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
-# ptxas may be from the PATH
+# May be absent: ptxas may come from the PATH.
 _ASSEMBLERS = ("nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc")
 
 
@@ -31,7 +31,7 @@ def require_compiler() -> None:
 
 
 def installed() -> tuple[str, ...]:
-    """The installed packages that XLA compiles for CUDA with."""
+    """The names of the installed packages with which XLA compiles for CUDA."""
     found = []
     for name in (*_PLUGINS, *_ASSEMBLERS):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,12 +1,12 @@
-"""Where a decode step's time goes on the device, kernel by kernel, from JAX's own profiler.
+"""The time of a decode step on the device, kernel by kernel, from JAX's own profiler.
 
     with traced(folder):
         run()
     summarise(device_events(folder), steps=8, layers=16)
 
-On a GPU an event is a kernel or a copy on one of its streams; on a CPU, where this serves to
-rehearse, an operation of the compiled program. XLA leaves CUDA graphs out while it is profiled
-unless a program was compiled with `GRAPHS_TOO`; with graphs the host's trace has their launches.
+On a GPU an event is a kernel or a copy on one of its streams. On a CPU, for rehearsals, it is an
+operation of the compiled program. XLA uses no CUDA graphs while it is profiled, unless a program
+was compiled with `GRAPHS_TOO`; the host's trace then has the launches of the graphs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from flora_jax.analysis.results import table as markdown_table
 # XLA's option that keeps its CUDA graphs while a program is profiled.
 GRAPHS_TOO = {"xla_enable_command_buffers_during_profiling": True}
 _GRAPH_LAUNCHES = ("cuGraphLaunch", "cudaGraphLaunch")
-# Of these a CPU's trace has the operations inside as well.
+# A CPU's trace has the operations inside these as well.
 _CONTAINERS = ("while", "call", "conditional")
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What one launch did: its kernel's name, when it began and how long it took, nanoseconds."""
+    """One launch: its kernel's name, its start and its duration in nanoseconds."""
 
     name: str
     start: float
@@ -41,7 +41,7 @@ class Event:
 
 @contextlib.contextmanager
 def traced(folder: Path) -> Iterator[None]:
-    """Profiles what runs inside into `folder`, without Python's own calls."""
+    """Profiles the block into `folder`, without Python's own calls."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with jax.profiler.trace(folder, profiler_options=options):
@@ -56,7 +56,7 @@ def _planes(folder: Path) -> list[Any]:
 
 
 def device_events(folder: Path) -> list[Event]:
-    """What ran on the device, in order of its start."""
+    """The events on the device, by their start."""
     planes = _planes(folder)
     gpus = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     events = []
@@ -83,25 +83,26 @@ def graph_launches(folder: Path) -> int:
 
 
 def kind(name: str) -> str:
-    """A kernel's name without the number that tells it from its like in other layers."""
+    """A kernel's name without the number that differs from layer to layer."""
     return re.sub(r"([._]\d+)+(?=$|[<(\[])", "", name)
 
 
 def summarise(events: Sequence[Event], steps: int, layers: int) -> dict[str, Any]:
     """JSON-ready account of `steps` steps of a model of `layers` layers.
 
-    events, busy_us and gap_us are a step's: how many ran, the time in which one did, and the time
-    between two in which none did. kernels, by kind, the longest first: launches and microseconds,
-    of a step and, divided by the layers, of a layer (what runs once a step is spread over them)."""
+    events: a step's; busy_us: microseconds of a step in which one runs; gap_us: those between two
+    in which none runs. kernels, by kind, the longest first: launches and microseconds of a step,
+    and of a layer as that over `layers` (a kernel that runs once a step is spread over them).
+    """
     busy = 0.0
     gaps: list[float] = []
-    end: float | None = None
+    end = min((event.start for event in events), default=0.0)
     for event in events:
-        if end is not None and event.start > end:
+        if event.start > end:
             gaps.append(event.start - end)
-        begin = event.start if end is None else max(event.start, end)
-        busy += max(0.0, event.start + event.duration - begin)
-        end = max(end or 0.0, event.start + event.duration)
+        stop = event.start + event.duration
+        busy += max(0.0, stop - max(event.start, end))
+        end = max(end, stop)
     launches: dict[str, int] = defaultdict(int)
     spent: dict[str, float] = defaultdict(float)
     for event in events:
@@ -129,7 +130,7 @@ def summarise(events: Sequence[Event], steps: int, layers: int) -> dict[str, Any
 
 
 def table(profile: dict[str, Any], rows: int = 12) -> str:
-    """The Markdown of a summary: its longest kernels."""
+    """A summary's `rows` longest kernels as a Markdown table."""
     heads = ["kernel", "launches a layer", "µs a layer", "µs a step"]
     cells = [
         [

@@ -1,5 +1,4 @@
-"""What the latency command does: its flags checked, the models made and timed, the files
-written."""
+"""The latency command: checks its flags, makes and times the models, writes the files."""
 
 from __future__ import annotations
 
@@ -42,8 +41,10 @@ Sizes = dict[str, Size]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is timed: an architecture, each variant's adapter at each setting; `arguments` are the
-    flags as the result records them."""
+    """The request: an architecture, the adapter of each variant, and the settings.
+
+    arguments: the flags as the result records them.
+    """
 
     config: LlamaConfig
     adapters: Mapping[str, AdapterConfig | None]
@@ -52,8 +53,10 @@ class Asked:
 
 
 def run(args: Namespace, argv: list[str]) -> str:
-    """Times all that the flags ask for and writes it to --out; the tables. argv: the flags as they
-    were given, for the record."""
+    """Times the variants that the flags name, writes the files to --out and returns the tables.
+
+    argv: the flags as given, for the record. Raises UserError as `check` does.
+    """
     check_jax()
     asked = check(args)
     packages: tuple[str, ...] = ()
@@ -86,7 +89,7 @@ def run(args: Namespace, argv: list[str]) -> str:
 
 
 def check(args: Namespace) -> Asked:
-    """What the flags ask for. Raises UserError; nothing is compiled yet."""
+    """The request of the flags. Raises UserError before anything is compiled."""
     _check_numbers(args)
     require_known(args.dtype, DTYPES, f"--dtype {args.dtype!r}")
     methods = list(dict.fromkeys(split_names(args.methods)))
@@ -133,7 +136,7 @@ def _check_numbers(args: Namespace) -> None:
 
 
 def _check_out(out: Path, arguments: dict[str, Any]) -> None:
-    """Refuses a directory that holds anything but what the same command wrote there."""
+    """Refuses a directory that holds anything but a result of the same command."""
     check_writable(out / RESULT, "--out")
     if not out.exists() or not any(out.iterdir()):
         return
@@ -142,7 +145,7 @@ def _check_out(out: Path, arguments: dict[str, Any]) -> None:
         f"--out {out} is not empty and has no {RESULT}; name a new or empty directory",
     )
     before = read_json(out / RESULT).get("arguments")
-    # results older than these flags have no such arguments
+    # Results older than these flags lack them.
     require(
         isinstance(before, dict)
         and {"turn_tokens": None, "quantization": "none"} | before == arguments,
@@ -151,12 +154,14 @@ def _check_out(out: Path, arguments: dict[str, Any]) -> None:
 
 
 def _architecture(args: Namespace) -> LlamaConfig:
-    """Of --model, or of --preset where its weights are random."""
+    """The architecture of --model, or of --preset for random weights."""
     require(
         args.model != "random" or args.preset,
         "--model random needs --preset, the architecture to fill with random weights",
     )
-    preset = LlamaConfig.preset(args.preset) if args.preset else None
+    preset = None
+    if args.preset:
+        preset = LlamaConfig.preset(args.preset)
     if args.model == "random":
         return preset
     config = load_config(args.model)
@@ -169,7 +174,7 @@ def _architecture(args: Namespace) -> LlamaConfig:
 
 
 def _shape(config: LlamaConfig) -> tuple[Any, ...]:
-    """What two models of one architecture share."""
+    """The fields that two models of one architecture share."""
     return (
         config.widths,
         config.num_hidden_layers,
@@ -180,7 +185,7 @@ def _shape(config: LlamaConfig) -> tuple[Any, ...]:
 
 
 def _check_settings(args: Namespace, config: LlamaConfig, settings: list[Setting]) -> None:
-    """Refuses what is too long for the model or too large for the device."""
+    """Refuses settings that are too long for the model or too large for the device."""
     longest = max(setting.prompt_length for setting in settings)
     require(
         longest + args.new_tokens <= config.max_position_embeddings,
@@ -201,7 +206,7 @@ def _say(line: str) -> None:
 
 
 def _measure(args: Namespace, asked: Asked, sizes: Sizes, result: dict[str, Any]) -> None:
-    """Fills the result's rows, written to --out after each method."""
+    """Fills the result's rows, and writes it to --out after each method."""
     cells = len(asked.adapters) * len(asked.settings)
     turns = cells * args.rounds * comparison.turns(args.new_tokens, args.turn_tokens)
     start = time.perf_counter()
@@ -261,7 +266,7 @@ def _peer(
 
 
 def _summary(row: dict[str, Any]) -> str:
-    """A row in a line."""
+    """A row as a line."""
     return (
         f"{row['method']}, prompt {row['prompt_length']}, batch {row['batch_size']}: TTFT "
         f"{1e3 * row['ttft']['median']:.1f} ms, TPOT {1e3 * row['tpot']['median']:.2f} ms, "
@@ -283,8 +288,8 @@ _NO_CLAIM = {"less_than_lora": None, "overhead_removed": None}
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables of a `latency.json`: for each setting the times, then what each method saves of
-    LoRA's."""
+    """The tables of a `latency.json`: for each setting the times, then each method's savings over
+    LoRA."""
     about = result["provenance"]
     lines = [
         "# Time to first token (TTFT) and per output token (TPOT)\n",
@@ -307,20 +312,26 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _how(arguments: dict[str, Any], memory: dict[str, Any]) -> str:
-    """How the times were taken, and what the columns mean."""
-    weights = " at random" if arguments["model"] == "random" else ""
+    """How the times were taken, and the meaning of the columns."""
+    model = arguments["preset"] or arguments["model"]
+    if arguments["model"] == "random":
+        model += " at random"
+    dtype = arguments["dtype"]
     quantization = arguments.get("quantization", "none")
-    codes = "" if quantization == "none" else f", kernels in {quantization}"
+    if quantization != "none":
+        dtype += f", kernels in {quantization}"
     ranks = "all at the rank of"
     if arguments["equal_parameters"]:
         ranks = "each method at the rank nearest to"
-    turn = f", {arguments['turn_tokens']} at a turn" if arguments.get("turn_tokens") else ""
-    readers = f"{memory['threads']} threads" if memory["threads"] else "the device"
+    tokens = f"{arguments['new_tokens']} new tokens"
+    if arguments.get("turn_tokens"):
+        tokens += f", {arguments['turn_tokens']} at a turn"
+    readers = "the device"
+    if memory["threads"]:
+        readers = f"{memory['threads']} threads"
     return (
-        f"{arguments['preset'] or arguments['model']}{weights}, {arguments['dtype']}{codes}; "
-        f"{ranks} ffba "
-        f"at rank {arguments['rank']}; {arguments['rounds']} rounds, "
-        f"{arguments['new_tokens']} new tokens{turn}. Medians [quartiles]; ratios are to the base "
+        f"{model}, {dtype}; {ranks} ffba at rank {arguments['rank']}; {arguments['rounds']} "
+        f"rounds, {tokens}. Medians [quartiles]; ratios are to the base "
         "with four merged products a layer, run in the same round (the row `base` is that base "
         "beside itself: the noise). bytes: weights that a decode step reads, over the base's. "
         f"bandwidth: those bytes over TPOT, as a share of {memory['gb_per_s']:.1f} GB/s, the best "
@@ -330,7 +341,7 @@ def _how(arguments: dict[str, Any], memory: dict[str, Any]) -> str:
 
 
 def by_setting(rows: list[Row]) -> list[list[Row]]:
-    """The rows of each prompt length and batch size, in the order of their first."""
+    """The rows grouped by prompt length and batch size, in the order of their first ones."""
     groups: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["prompt_length"], row["batch_size"]), []).append(row)
@@ -375,7 +386,8 @@ def _times(rows: list[Row]) -> list[str]:
 
 
 def _savings(rows: list[Row]) -> list[str]:
-    """Two columns a baseline, one for each reading of the paper's claim, and one a peer."""
+    """A table with two columns for each baseline, one a reading of the paper's claim, and one
+    column for each peer."""
     names = [row["method"] for row in rows]
     baselines, peers = (
         [name for name in names if any(name in row[field] for row in rows)]
@@ -404,14 +416,15 @@ def _saved(row: Row, baselines: list[str], peers: list[str]) -> list[str]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """The ratios to the merged base, a panel a setting, to `path` (its suffix tells the format)."""
+    """Draws the ratios to the merged base to `path`, a panel for each setting; the suffix sets the
+    format."""
     from matplotlib.figure import Figure
 
     groups = by_setting(result["rows"])
     lengths = list(dict.fromkeys(rows[0]["prompt_length"] for rows in groups))
     batches = list(dict.fromkeys(rows[0]["batch_size"] for rows in groups))
     names = list(dict.fromkeys(row["method"] for row in result["rows"]))
-    # A Figure of its own: no global state, and no window system.
+    # Without pyplot there is no global state and no window system.
     figure = Figure(
         figsize=(1.2 + 3.4 * len(lengths), 0.9 + (0.5 + 0.24 * len(names)) * len(batches)),
         layout="constrained",
@@ -433,7 +446,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def _draw(panel: Any, rows: list[Row], names: list[str]) -> None:
-    """A setting's panel, a line a name."""
+    """Draws the panel of a setting, a line for each name."""
     places = [names.index(row["method"]) for row in rows]
     panel.axvline(1, color="0.6", linewidth=0.8)
     for what, shift, style in (

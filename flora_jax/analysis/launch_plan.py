@@ -1,18 +1,17 @@
-"""What a GPU would be asked to do for one decode step, known without a GPU.
+"""The work of a GPU for one decode step, known without a GPU.
 
-XLA compiles for a described device on a machine that has neither the device nor its driver. Of the
-compiled step this module reads two things: the launch list (each entry one kernel, library call or
-copy that is enqueued) and the optimised HLO (which launch waits for which, and what each reads and
-writes). Nothing runs, so nothing here is a time, except the model in `modelled_ms`, which says so.
-The autotuner cannot run either: on a device it picks Triton or cuBLAS product by product, and the
-two MODES bracket what it would choose.
+XLA compiles for a described device on a machine that has neither the device nor its driver. This
+module reads two things off the compiled step: the launch list (each entry is one kernel, library
+call or copy) and the optimised HLO (which launch waits for which, and what each reads and writes).
+Nothing runs, so there are no times but the modelled ones of `modelled_ms`. The autotuner cannot run
+either: on a device it picks Triton or cuBLAS product by product, and the two MODES bracket its
+choice.
 
     ffba = AdapterConfig("ffba", 32)
     plan = plan_step("ffba", config, ffba, target="h100", mode="triton", batch=8)
     plan.launches, plan.chain, plan.copies["weights"]
 
-Attention is planned as our own kernel or as XLA writes it: cuDNN's needs the device at compile
-time.
+Attention is planned as our own kernel or as XLA writes it. cuDNN's would need the device itself.
 """
 
 from __future__ import annotations
@@ -42,9 +41,11 @@ from flora_jax.models.llama import KVCache, abstract_base
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A device as XLA's cost models know it. Figures: XLA's own descriptions, openxla/xla
-    `xla/backends/gpu/target_config/specs/{h100_sxm,a100_sxm_80}.txtpb`; bandwidth in bytes a
-    second."""
+    """A device as XLA's cost models describe it; bandwidth in bytes a second.
+
+    The figures are XLA's own: openxla/xla
+    `xla/backends/gpu/target_config/specs/{h100_sxm,a100_sxm_80}.txtpb`.
+    """
 
     name: str
     capability: str
@@ -107,7 +108,7 @@ TARGETS = {
     ),
 }
 
-# Compiler options by who computes the products.
+# Compiler options, by the library that computes the products.
 MODES = {"triton": {}, "cublas": {"xla_gpu_enable_triton_gemm": False}}
 
 _ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
@@ -117,15 +118,18 @@ _DUMPS = {
     "metadata": "thunk_metadata",
 }
 _COPYING = ("copy", "pad", "concatenate", "transpose")
-# what arguments hold, by what the planned step calls them
+# Kind of an argument -> its name in the planned step.
 _ARGUMENTS = {"weights": "params", "cache": "cache"}
 _PARTIAL = ("slice", "dynamic-slice", "gather")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of HLO: name, opcode, the bytes of each result, the text of its type, operands by
-    name, the computation it calls (a fusion), and whether it is the root of its own."""
+    """One line of HLO.
+
+    sizes: the bytes of each result; type: its text; operands: names; calls: the computation of a
+    fusion, None for any other; root: whether it is the root of its computation.
+    """
 
     name: str
     opcode: str
@@ -145,8 +149,8 @@ _HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 
 
 def parse_hlo(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """The computations of an HLO module's text, each its instructions by name in order, and the
-    entry's name."""
+    """The computations of an HLO module's text, each as its instructions by name in order, and the
+    name of the entry computation."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry = ""
     current: dict[str, Instruction] | None = None
@@ -176,8 +180,8 @@ def _size(dtype: str, dims: str) -> int:
 
 
 def parse_launches(sequence: str, metadata: str) -> list[tuple[str, str]]:
-    """`(kind, HLO instruction)` of every launch, in order, from XLA's dumped launch list and its
-    metadata. Loops and command buffers contain launches and are none themselves."""
+    """`(kind, HLO instruction)` of every launch in order, from XLA's dumped launch list and its
+    metadata. Loops and command buffers contain launches and are not counted themselves."""
     found = re.findall(r'profile_annotation: "(.*?)"\s+thunk_id: (\d+)', metadata)
     names = {int(number): name for name, number in found}
     rows = re.findall(r"^( *)(\d+): (k\w+)", sequence, re.MULTILINE)
@@ -189,8 +193,8 @@ def parse_launches(sequence: str, metadata: str) -> list[tuple[str, str]]:
 
 
 def longest_chain(entry: Mapping[str, Instruction], launches: Mapping[str, int]) -> int:
-    """Launches that have to wait for one another: the longest path through the entry computation,
-    each instruction counted as often as it launches."""
+    """Launches that must wait for one another: the longest path through the entry computation, each
+    instruction counted as often as it launches."""
     depth: dict[str, int] = {}
     for name, instruction in entry.items():
         depth[name] = launches.get(name, 0) + max(
@@ -204,9 +208,11 @@ def moved_bytes(
     entry: Mapping[str, Instruction],
     computations: Mapping[str, Mapping[str, Instruction]],
 ) -> int:
-    """Bytes that one launch reads and writes. Of an array that a fusion only looks up or slices,
-    what is taken; of one updated in place, the update; a library call's workspace is not
-    counted."""
+    """Bytes that one launch reads and writes.
+
+    An array that a fusion slices or looks up counts by the part it takes, and one that is updated
+    in place by the update. A library call's workspace is not counted.
+    """
     operands = [entry[name].bytes for name in instruction.operands if name in entry]
     if instruction.calls is None:
         return sum(operands) + instruction.sizes[0]
@@ -219,7 +225,7 @@ def moved_bytes(
 
 
 def _read(name: str, body: Mapping[str, Instruction]) -> int:
-    """Bytes of `name` that the instructions of a fusion take."""
+    """Bytes of `name` that the instructions of a fusion read."""
     total = 0
     for user in body.values():
         if name not in user.operands:
@@ -237,13 +243,17 @@ def _read(name: str, body: Mapping[str, Instruction]) -> int:
 
 def _roots(body: Mapping[str, Instruction]) -> list[Instruction]:
     root = next(one for one in body.values() if one.root)
-    return [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    if root.opcode == "tuple":
+        return [body[name] for name in root.operands]
+    return [root]
 
 
 def _written(root: Instruction, body: Mapping[str, Instruction]) -> int:
     while root.opcode == "bitcast":
         root = body[root.operands[0]]
-    return body[root.operands[1]].bytes if root.opcode == "dynamic-update-slice" else root.bytes
+    if root.opcode == "dynamic-update-slice":
+        return body[root.operands[1]].bytes
+    return root.bytes
 
 
 def large_copies(
@@ -253,12 +263,12 @@ def large_copies(
     products: Iterable[str],
     threshold: int,
 ) -> dict[str, list[str]]:
-    """What is moved about in pieces of at least `threshold` bytes, as `opcode type`, by what it was
-    made from: "weights", "cache" or "activations".
+    """Copies of at least `threshold` bytes, as `opcode type`, by what they are made from:
+    "weights", "cache" or "activations".
 
-    Copies, pads, concatenates and transposes, inside fusions too; and what else a launch makes of
-    weights or the cache and writes out without being one of the `products` (such as `x · W` spelt
-    out, before it is summed).
+    Copies are copies, pads, concatenates and transposes, inside fusions too, and any other result
+    that a launch makes of weights or the cache and writes out, unless it is one of the `products`
+    (such as `x · W` spelt out before it is summed).
     """
     out: dict[str, list[str]] = {"weights": [], "cache": [], "activations": []}
     body = computations[entry]
@@ -271,11 +281,13 @@ def large_copies(
                 kind for kind, argument in _ARGUMENTS.items() if name.startswith(argument)
             }
             continue
-        # Small operands are left out: every activation is made of weights in the end.
+        # Small operands do not count: every activation is made of weights in the end.
         reads = set().union(
             *(made_of[o] for o in one.operands if o in body and body[o].bytes >= threshold // 2)
         )
-        made_of[name] = set() if name in products else reads
+        made_of[name] = reads
+        if name in products:
+            made_of[name] = set()  # the result is an activation
         if name in launched:
             kind = next((kind for kind in _ARGUMENTS if kind in reads), "activations")
             exempt = name in products or kind == "activations"
@@ -289,12 +301,14 @@ def _large(
     threshold: int,
     exempt: bool,
 ) -> list[str]:
-    """What of one launch is large; its own result only counts unless it is exempt, or a copy."""
+    """The large copies of one launch; its own result counts if it is a copy or not exempt."""
     if one.calls is None:
         large = one.bytes >= threshold and (
             one.opcode in _COPYING or not (exempt or one.opcode == "custom-call")
         )
-        return [f"{one.opcode} {one.type}"] if large else []
+        if large:
+            return [f"{one.opcode} {one.type}"]
+        return []
     inside = []
     todo = [one.calls]
     while todo:
@@ -311,12 +325,14 @@ def _large(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One compiled decode step, counted. launches: everything enqueued; gemms: of these, kernels
-    and library calls that the compiler itself calls a GEMM; products: launches that read a matrix
-    of weights, whatever the compiler calls them (at batch 1 some are sums); chain: launches that
-    have to wait for one another; moved: bytes read and written; copies as in `large_copies`;
-    temporary: bytes; graphs: CUDA graphs that the launches are recorded in, and `in_graphs`, how
-    many of them."""
+    """The counts of one compiled decode step.
+
+    launches: everything enqueued; gemms: launches that the compiler itself calls a GEMM; products:
+    launches that read a matrix of weights, whatever the compiler calls them (at batch 1 some are
+    sums); chain: launches that must wait for one another; moved: bytes read and written; copies: as
+    in `large_copies`; temporary: bytes of temporary memory; graphs: CUDA graphs that launches are
+    recorded in; in_graphs: launches recorded in them.
+    """
 
     launches: int
     gemms: int
@@ -343,14 +359,16 @@ def compile_for(
     options: Mapping[str, Any] | None = None,
     donate: tuple[int, ...] = (),
 ) -> tuple[Any, dict[str, str]]:
-    """`function` compiled for a target from shapes and dtypes: the compiled object and the
-    compiler's dumped texts, "sequence" (launches), "after" (the same, recorded in graphs) and
-    "metadata"."""
+    """Compiles `function` for a target from the shapes and dtypes of its arguments.
+
+    options: XLA's, by name; donate: the numbers of donated arguments. Returns the compiled object
+    and the compiler's dumped texts: "sequence" (launches), "after" (the same, recorded in graphs)
+    and "metadata".
+    """
     # An argument without the device's sharding would silently compile for this machine's CPU.
     device = _device(target)
     sharding = SingleDeviceSharding(device)
-    # A Pallas kernel is lowered for the device of the mesh around it, not for that of its
-    # arguments.
+    # A Pallas kernel is lowered for the device of the mesh around it, not for its arguments'.
     kind = AbstractDevice(device.device_kind, TARGETS[target].cores, "gpu")
     mesh = AbstractMesh((), (), abstract_device=kind)
     shapes = jax.tree.map(
@@ -370,8 +388,10 @@ def compile_for(
 
 
 def read_plan(compiled: Any, texts: Mapping[str, str], threshold: int) -> Plan:
-    """Counts a compiled function whose arguments are called `params`, `cache` and otherwise;
-    `threshold` in bytes as in `large_copies`."""
+    """The Plan of a compiled function; its weights are called `params` and its cache `cache`.
+
+    texts: from `compile_for`; threshold: in bytes, as in `large_copies`.
+    """
     launches = parse_launches(texts["sequence"], texts["metadata"])
     computations, entry = parse_hlo(compiled.as_text())
     body = computations[entry]
@@ -403,19 +423,30 @@ def read_plan(compiled: Any, texts: Mapping[str, str], threshold: int) -> Plan:
 
 
 def smallest_kernel(config: LlamaConfig, dtype: Any, quantization: str = "none") -> int:
-    """Bytes of the base's smallest projection, as it is published or quantised: from here on a copy
-    is as large as a weight."""
-    each = 1 if quantization != "none" else jnp.dtype(dtype).itemsize
+    """Bytes of the base's smallest kernel; a copy of this size or more is as large as a weight."""
+    each = jnp.dtype(dtype).itemsize
+    if quantization != "none":
+        each = 1
     return min(d_in * d_out for d_in, d_out in config.widths.values()) * each
 
 
 def check_bank(name: str, adapters: int) -> None:
-    """Raises UserError for several adapters side by side in a variant that holds one."""
+    """Raises UserError for several adapters in a variant that holds only one."""
     banks = [n for n, v in variants().items() if v.method and v.kind == "fused" and not v.fold_adds]
     require(
         adapters <= 1 or name in banks or get_variant(name).method is None,
         f"{name} cannot hold a bank of {adapters} adapters; {', '.join(banks)} can",
     )
+
+
+def _bank(
+    config: LlamaConfig, adapter_config: AdapterConfig, adapters: int, batch: int
+) -> tuple[Any, jax.ShapeDtypeStruct | None]:
+    """The shapes of an adapter or of a bank, and those of the mask that selects in a bank."""
+    adapter = abstract_adapter(config, adapter_config)
+    if adapters == 1:
+        return adapter, None
+    return [adapter] * adapters, jax.ShapeDtypeStruct((batch, adapters), jnp.bool_)
 
 
 def plan_step(
@@ -434,15 +465,18 @@ def plan_step(
     dot_merger: bool = True,
     attention: str = "kernel",
 ) -> Plan:
-    """The plan of one decode step of a variant: one new token a row over a cache of `cache_length`
-    slots, which it updates in place, and the next token chosen greedily. row_multiple: None for
-    what is served; adapters: how many lie in the bank, with the mask that selects among them;
-    attention: "kernel" (models/decode_attention.py) or "xla". Raises UserError for a bank of a
-    variant that cannot be one."""
+    """The plan of one greedy decode step of a variant: a new token for each of `batch` rows over a
+    cache of `cache_length` slots, updated in place.
+
+    row_multiple: None for the one that is served; adapters: in the bank, with the mask that selects
+    among them; attention: "kernel" (models/decode_attention.py) or "xla". Raises UserError for a
+    bank of a variant that cannot be one.
+    """
     check_bank(name, adapters)
-    variant = get_variant(name)
     base = abstract_base(config, dtype, quantization)
-    adapter = None if variant.method is None else abstract_adapter(config, adapter_config)
+    adapter = select = None
+    if get_variant(name).method is not None:
+        adapter, select = _bank(config, adapter_config, adapters, batch)
     lies = gpu_layout(quantization != "none")
     if row_multiple is not None:
         lies = dataclasses.replace(lies, row_multiple=row_multiple)
@@ -450,15 +484,13 @@ def plan_step(
 
     def layout(base: Any, adapter: Any) -> Any:
         nonlocal model
-        bank = adapter if adapter is None or adapters == 1 else [adapter] * adapters
-        model, params = serve(name, base, config, adapter_config, bank, lies, attention == "kernel")
+        kernel = attention == "kernel"
+        model, params = serve(name, base, config, adapter_config, adapter, lies, kernel)
         return params
 
     params = jax.eval_shape(layout, base, adapter)
     cache = jax.eval_shape(lambda: KVCache.empty(config, batch, cache_length, dtype))
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-    bank = variant.method is not None and adapters > 1
-    select = jax.ShapeDtypeStruct((batch, adapters), jnp.bool_) if bank else None
 
     def step(
         params: Any, tokens: jax.Array, cache: KVCache, select: jax.Array | None
@@ -469,25 +501,27 @@ def plan_step(
         )
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
-    options = MODES[mode] | ({} if dot_merger else NO_DOT_MERGER)
+    options = MODES[mode]
+    if not dot_merger:
+        options = options | NO_DOT_MERGER
     compiled, texts = compile_for(
         target, step, params, tokens, cache, select, options=options, donate=(2,)
     )
     return read_plan(compiled, texts, smallest_kernel(config, dtype, quantization))
 
 
-_PLANNED = (2, 4)  # layers; enough for one layer's share, whatever the first and the last cost
+_PLANNED = (2, 4)  # layers: their difference is free of the first and the last layer's cost
 
 
 def plan_model(
     name: str, config: LlamaConfig, adapter_config: AdapterConfig | None, **settings: Any
 ) -> dict[str, Any]:
-    """A row of the table: `plan_step` at two depths, told apart into one layer's share and the
-    whole model's step.
+    """A row of the table: one layer's share and the whole model's step, from `plan_step` at two
+    depths.
 
-    `layer` and `step` hold launches, gemms, products, chain, moved and the numbers of
-    weight_copies, cache_copies and activation_copies; a step of all L layers is extrapolated.
-    Temporary bytes, graphs and copies are the deeper plan's.
+    settings: of `plan_step`. `layer` and `step` hold launches, gemms, products, chain, moved and
+    the numbers of weight_copies, cache_copies and activation_copies; a step of all L layers is
+    extrapolated. Temporary bytes, graphs and copies are the deeper plan's.
     """
     shallow, deep = (
         plan_step(
@@ -504,7 +538,7 @@ def plan_model(
             key: getattr(plan, key) for key in ("launches", "gemms", "products", "chain", "moved")
         } | copies
 
-    few, many = counts(shallow), counts(deep)
+    few, many = map(counts, (shallow, deep))
     layer = {key: (many[key] - few[key]) / (_PLANNED[1] - _PLANNED[0]) for key in few}
     step = {key: few[key] + (config.num_hidden_layers - _PLANNED[0]) * layer[key] for key in few}
     copies = {kind: dict(Counter(found)) for kind, found in deep.copies.items() if found}
@@ -519,6 +553,6 @@ def plan_model(
 
 
 def modelled_ms(moved: float, chain: float, bandwidth: float, launch_us: float) -> float:
-    """A model, no measurement: milliseconds to move `moved` bytes at the device's full bandwidth,
-    and `launch_us` for every launch that waits for the one before it."""
+    """A model, no measurement: milliseconds to move `moved` bytes at the full `bandwidth` (bytes a
+    second), plus `launch_us` microseconds for every launch of the `chain`."""
     return 1e3 * moved / bandwidth + 1e-3 * launch_us * chain

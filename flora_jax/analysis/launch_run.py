@@ -1,5 +1,4 @@
-"""What the launches command does: its flags checked, every step planned, the result written as JSON
-and as Markdown."""
+"""The launches command: checks its flags, plans every step, writes the files."""
 
 from __future__ import annotations
 
@@ -35,8 +34,8 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A variant that is planned; label: as the tables call it; dot_merger: whether XLA may merge
-    its products."""
+    """A variant to plan; label: its name in the tables; dot_merger: whether XLA may merge its
+    products."""
 
     label: str
     name: str
@@ -46,7 +45,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One row to come: a method on a target, `adapters` of it in the bank."""
+    """One row to plan: a method on a target, with `adapters` of them in the bank."""
 
     target: str
     mode: str
@@ -56,8 +55,11 @@ class Cell:
 
 
 def run(args: Namespace, argv: list[str]) -> str:
-    """Plans all that the flags ask for and writes it to --out; the tables. argv: the flags as they
-    were given, for the record."""
+    """Plans the steps that the flags name, writes the files to --out and returns the tables.
+
+    argv: the flags as given, for the record. Raises UserError as `check` does, and without a
+    compiler.
+    """
     check_jax()
     config = LlamaConfig.preset(args.preset)
     cells = list(check(args, config))
@@ -85,7 +87,7 @@ def run(args: Namespace, argv: list[str]) -> str:
 
 
 def check(args: Namespace, config: LlamaConfig) -> Iterator[Cell]:
-    """The cells that the flags ask for. Raises UserError; nothing is compiled yet."""
+    """The cells that the flags name. Raises UserError before anything is compiled."""
     targets = _names("--targets", args.targets, TARGETS)
     modes = _names("--modes", args.modes, MODES)
     batches = positive_integers("--batch_sizes", args.batch_sizes)
@@ -95,17 +97,26 @@ def check(args: Namespace, config: LlamaConfig) -> Iterator[Cell]:
     for flag in ("cache_length", "row_multiple"):
         positive_integers(f"--{flag}", str(getattr(args, flag)))
     require(args.launch_us >= 0, f"--launch_us {args.launch_us} must be zero or more microseconds")
-    methods = _methods(args, config, banks)
+    held = _held(_methods(args, config, banks), banks)
     return (
-        Cell(target, mode, batch, 1 if method.adapter_config is None else adapters, method)
+        Cell(target, mode, batch, adapters, method)
         for target in targets
         for mode in modes
         for batch in batches
-        for adapters in banks
-        for method in methods
-        # the bare base holds no bank
-        if adapters == banks[0] or method.adapter_config is not None
+        for adapters, method in held
     )
+
+
+def _held(methods: list[Method], banks: list[int]) -> list[tuple[int, Method]]:
+    """Each method with each number of adapters; the bare base, which holds no bank, once."""
+    held = []
+    for adapters in banks:
+        for method in methods:
+            if method.adapter_config is not None:
+                held.append((adapters, method))
+            elif adapters == banks[0]:
+                held.append((1, method))
+    return held
 
 
 def _names(flag: str, text: str, known: Mapping[str, Any]) -> list[str]:
@@ -116,7 +127,7 @@ def _names(flag: str, text: str, known: Mapping[str, Any]) -> list[str]:
 
 
 def _methods(args: Namespace, config: LlamaConfig, banks: list[int]) -> list[Method]:
-    """LoRA's products apart are planned with XLA's dot merger and without."""
+    """The methods to plan; an unmerged adapter's twice, with XLA's dot merger and without."""
     methods = []
     names = list(dict.fromkeys(item.strip() for item in args.methods.split(",")))
     check_served(names, args.quantization)
@@ -153,13 +164,15 @@ def _row(cell: Cell, config: LlamaConfig, args: Namespace) -> Row:
     )
     step = planned["step"]
     bandwidth = TARGETS[cell.target].bandwidth
-    bank = f", bank of {cell.adapters}" if cell.adapters > 1 else ""
+    label = method.label
+    if cell.adapters > 1:
+        label += f", bank of {cell.adapters}"
     return {
         "target": cell.target,
         "mode": cell.mode,
         "batch": cell.batch,
         "adapters": cell.adapters,
-        "label": method.label + bank,
+        "label": label,
         "method": method.name,
         "dot_merger": method.dot_merger,
         **planned,
@@ -168,7 +181,7 @@ def _row(cell: Cell, config: LlamaConfig, args: Namespace) -> Row:
 
 
 def _summary(row: Row) -> str:
-    """A row in a line."""
+    """A row as a line."""
     counts = [shown(row["layer"][key]) for key in ("launches", "gemms", "weight_copies")]
     line = "{} launches ({} GEMMs) a layer, {} weight copies".format(*counts)
     return f"{place(row):24} {row['label']:28} {line}"
@@ -184,7 +197,7 @@ _HEADS = (
 
 
 def place(row: Row) -> str:
-    """What a row is planned for."""
+    """The target, mode and batch of a row."""
     return f"{row['target']}, {row['mode']}, batch {row['batch']}"
 
 
@@ -194,7 +207,7 @@ def shown(value: float) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Launches (GEMMs) a layer of every method by target, mode and batch, then every row."""
+    """Launches (GEMMs) a layer of every method, by target, mode and batch, and then every row."""
     rows = result["rows"]
     about = result["provenance"]
     settings = result["settings"]
@@ -222,7 +235,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _layers(rows: list[Row]) -> list[str]:
-    """The table of a layer's share, a line a method."""
+    """The table of a layer's share, a line for each method."""
     shares = {(row["label"], place(row)): row["layer"] for row in rows}
     places = list(dict.fromkeys(map(place, rows)))
     labels = dict.fromkeys(row["label"] for row in rows)
@@ -231,7 +244,9 @@ def _layers(rows: list[Row]) -> list[str]:
 
 
 def _share(layer: dict[str, float] | None) -> str:
-    return f"{shown(layer['launches'])} ({shown(layer['gemms'])})" if layer else NONE
+    if layer is None:
+        return NONE
+    return f"{shown(layer['launches'])} ({shown(layer['gemms'])})"
 
 
 def _step(row: Row) -> list[str]:

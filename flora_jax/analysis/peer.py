@@ -1,9 +1,9 @@
-"""The peer beside which our times are taken: transformers with PEFT's LoRA, unmerged, on the same
+"""The peer that is timed beside our models: transformers with PEFT's unmerged LoRA, on the same
 weights.
 
-torch, transformers and peft are imported here alone, and only when a peer is asked for (extra
-`peers`). Two ways of running it: "peft", eager with the cache that grows; "peft_compiled",
-`torch.compile` of the decode step over a cache of fixed size, which is how `generate` does it.
+torch, transformers and peft are imported here alone, and only with --peer (extra `peers`). The peer
+runs in two ways: "peft", eager with a cache that grows, and "peft_compiled", `torch.compile` of the
+decode step over a cache of fixed size, as `generate` does it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def absent() -> list[str]:
-    """Which of the peer's packages are not installed."""
+    """The packages of the peer that are not installed."""
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def check_peer() -> None:
-    """Raises UserError unless the peer can be run here."""
+    """Raises UserError unless the peer can run here."""
     missing = absent()
     require(
         not missing,
@@ -51,8 +51,8 @@ def check_peer() -> None:
 
 
 class Peer:
-    """LoRA of `rank` on all seven projections of `base` (split layout, leaves of any array type,
-    its dtype kept)."""
+    """LoRA of `rank` on all seven projections of `base` (split layout, leaves of any array type),
+    in the base's dtype."""
 
     def __init__(self, config: LlamaConfig, base: Mapping[str, Any], rank: int):
         import peft
@@ -65,12 +65,12 @@ class Peer:
             r=rank, lora_alpha=rank, target_modules=PROJECTIONS, init_lora_weights=False
         )
         with warnings.catch_warnings():
-            # peft asks transformers for what it renamed
+            # peft uses a name that transformers has changed.
             warnings.simplefilter("ignore", FutureWarning)
             model = peft.get_peft_model(model, lora)
         self.model = model.to(device, dtype).eval()
         self.parameters = sum(p.numel() for n, p in self.model.named_parameters() if "lora_" in n)
-        # A shape that is not compiled for is an error, not a quiet return to eager.
+        # A shape beyond the compiled ones is an error, not a quiet return to eager.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         self._compiled = torch.compile(self.model, dynamic=False)
@@ -78,12 +78,15 @@ class Peer:
         self._caches: dict[Setting, Any] = {}
 
     def ways(self, setting: Setting, prompts: np.ndarray) -> dict[str, Callable[[], Seconds]]:
-        """What can be timed at a setting, by name, warmed up; without "peft_compiled" where torch
-        cannot compile the decode step, and then `not_compiled` says why."""
+        """The ways to time at a setting, by name, warmed up.
+
+        If torch cannot compile the decode step, "peft_compiled" is left out and `not_compiled` says
+        why.
+        """
         self.run(setting, prompts, new_tokens=2)
         ways = {"peft": functools.partial(self.run, setting, prompts)}
         try:
-            # The step after a prompt and those after it may differ in what they are compiled for.
+            # Twice: the step after a prompt and later ones may compile apart.
             self.run(setting, prompts, new_tokens=4, compiled=True)
             self.run(setting, prompts, new_tokens=4, compiled=True)
         except (
@@ -102,9 +105,11 @@ class Peer:
         new_tokens: int | None = None,
         compiled: bool = False,
     ) -> Seconds:
-        """One generation of greedy tokens after `prompts` `[B, prompt_length]`: TTFT and TPOT in
+        """Times one greedy generation after `prompts` `[B, prompt_length]`: TTFT and TPOT in
         seconds."""
-        step = self._compiled if compiled else self.model
+        step = self.model
+        if compiled:
+            step = self._compiled
         cache = self._cache(setting, compiled)
         return time_torch(self.model, prompts, new_tokens or setting.new_tokens, cache, step)
 
@@ -113,20 +118,20 @@ class Peer:
 
         if not compiled:
             return transformers.DynamicCache(config=self.model.config)
-        # What is compiled holds on to the arrays of its cache, so there is one for each setting.
+        # A compiled step keeps the arrays of its cache, so there is one cache for each setting.
         if setting not in self._caches:
             self._caches[setting] = transformers.StaticCache(
                 config=self.model.config, max_cache_len=setting.prompt_length + setting.new_tokens
             )
         else:
-            with self._torch.inference_mode():  # in which the cache was filled
+            with self._torch.inference_mode():  # as when the cache was filled
                 self._caches[setting].reset()
         return self._caches[setting]
 
 
 def torch_llama(config: LlamaConfig, base: Mapping[str, Any]) -> Any:
-    """transformers' own model of `base` (split layout, leaves of any array type, its dtype kept),
-    on JAX's device."""
+    """transformers' own model of `base` (split layout, leaves of any array type), in the base's
+    dtype, on JAX's device."""
     import torch
     import transformers
 
@@ -135,27 +140,35 @@ def torch_llama(config: LlamaConfig, base: Mapping[str, Any]) -> Any:
     about = transformers.AutoConfig.for_model(**fields)
     model = transformers.AutoModelForCausalLM.from_config(about).to(dtype)
     with torch.no_grad():
-        # one at a time: there is never a second copy of them
+        # One at a time: there is never a second copy of all weights.
         for name, value in to_hf_tensors(config, base):
-            bits = torch.tensor(value.view(np.uint16) if value.dtype.itemsize == 2 else value)
-            model.get_parameter(name).copy_(bits.view(dtype))
-    return model.to("cuda" if jax.default_backend() == "gpu" else "cpu").eval()
+            if value.dtype.itemsize == 2:  # torch reads no bfloat16 of numpy's
+                value = value.view(np.uint16)
+            model.get_parameter(name).copy_(torch.tensor(value).view(dtype))
+    return model.to({"gpu": "cuda"}.get(jax.default_backend(), "cpu")).eval()
 
 
 def time_torch(
     model: Any, prompts: np.ndarray, new_tokens: int, cache: Any, step: Any = None
 ) -> Seconds:
-    """TTFT and TPOT in seconds of a causal model of transformers, greedy, after `prompts` `[B,
-    prompt_length]`; cache: an empty one of its kind; step: what runs for each token after the
-    first, default the model."""
+    """TTFT and TPOT in seconds of a causal model of transformers, greedy.
+
+    prompts: ids `[B, prompt_length]`; cache: an empty one of the model's kind; step: computes each
+    token after the first, by default the model.
+    """
     import torch
     import transformers
 
-    # The cache's name, which transformers changed.
-    renamed = "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters
-    kept = {"cache" if renamed else "past_key_values": cache}
+    # Versions of transformers differ in the argument's name.
+    argument = "past_key_values"
+    if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters:
+        argument = "cache"
+    kept = {argument: cache}
     device = next(model.parameters()).device
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     def choose(model: Any, ids: Any) -> Any:
         logits = model(input_ids=ids, **kept, use_cache=True, logits_to_keep=1).logits

@@ -1,15 +1,15 @@
-"""Time to first token (TTFT) and time per output token (TPOT), of models side by side.
+"""Time to first token (TTFT) and time per output token (TPOT) of models side by side.
 
-B batch, P prompt bucket, S cache slots, N new tokens. What is timed are the Generator's own
-compiled functions:
+B batch, P prompt bucket, S cache slots, N new tokens. The Generator's own compiled functions are
+timed:
 
     TTFT  prefill [B, P], grow the cache to S slots, begin: until the first token is there
     TPOT  decode, one loop on the device with no stop tokens, divided by the N - 1 tokens it adds
 
-A machine slows for a while and speeds up again, so times are compared within a round, in which
-every contestant has one turn on the same prompts, in an order that turns around from one round to
-the next; ratios are taken round by round. Turns of a few tokens each, many in a generation, leave
-less time for the machine to change between what is compared.
+A machine slows down for a while and speeds up again, so times are compared within a round. In a
+round every contestant has one turn on the same prompts, and the order is reversed from round to
+round. Ratios are taken round by round. With turns of a few tokens each, many in a generation, the
+machine has less time to change between two turns.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
 
 T = TypeVar("T")
-# TTFT and TPOT of one run; no TTFT where the prompts were not read again
+# TTFT and TPOT of one run, in seconds; TTFT is None where the prompts were not read again.
 Seconds = tuple[float | None, float]
 
 _STOP = np.full(8, -1, np.int32)  # ids that no row ever emits, as many as the Generator passes
@@ -41,25 +41,26 @@ _CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is asked of a model: prompts of `prompt_length` tokens, `batch_size` of them,
-    `new_tokens` (>= 2) more."""
+    """The task of a model: `batch_size` prompts of `prompt_length` tokens, and `new_tokens` (>= 2)
+    after them."""
 
     prompt_length: int
     batch_size: int
     new_tokens: int
 
     def prompts(self, config: LlamaConfig) -> np.ndarray:
-        """Random ids `[B, prompt_length]`, int32, the same for every model of a vocabulary."""
+        """Random ids `[B, prompt_length]`, int32, the same for all models of one vocabulary."""
         shape = (self.batch_size, self.prompt_length)
         return np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The four functions compiled for one model and setting; they take its weights as an argument.
+    """The four functions compiled for one model and setting; the weights are an argument.
 
-    compile_seconds: of the decode loop, tracing and lowering with it; cached: it came from the
-    persistent cache."""
+    compile_seconds: for the decode loop, tracing and lowering included; cached: whether it came
+    from the persistent cache.
+    """
 
     setting: Setting
     prefill: Callable[..., Any]
@@ -76,19 +77,23 @@ class Programs:
         new_tokens: int | None = None,
         select: jax.Array | None = None,
     ) -> Seconds:
-        """One generation of greedy tokens after `prompts` `[B, prompt_length]`, with a fresh cache:
-        TTFT and TPOT in seconds. new_tokens: fewer than the setting's, to warm up; select `[B, N]`
-        bool, of a bank."""
+        """Times one greedy generation with a fresh cache: TTFT and TPOT in seconds.
+
+        prompts: ids `[B, prompt_length]` int32; new_tokens: fewer than the setting's, to warm up;
+        select `[B, N]` bool, in a bank.
+        """
         state, ttft = self.start(params, prompts, select)
         return ttft, self.go_on(params, state, new_tokens, select)[1]
 
     def start(
         self, params: Tree, prompts: np.ndarray, select: jax.Array | None = None
     ) -> tuple[State, float]:
-        """The state after the first token, and TTFT."""
+        """The state after the first token, and TTFT in seconds."""
         rows, length = prompts.shape
         tokens = jnp.zeros((rows, bucket(length)), jnp.int32).at[:, :length].set(prompts)
-        lengths, done, keys = jnp.full(rows, length, jnp.int32), jnp.zeros(rows, bool), _keys(rows)
+        lengths = jnp.full(rows, length, jnp.int32)
+        done = jnp.zeros(rows, bool)
+        keys = _keys(rows)
         jax.block_until_ready((tokens, lengths, done, keys))
         start = time.perf_counter()
         logits, cache = self.prefill(params, tokens, lengths, select)
@@ -102,11 +107,12 @@ class Programs:
         new_tokens: int | None = None,
         select: jax.Array | None = None,
     ) -> tuple[State, float]:
-        """The state after `new_tokens` in all (the setting's by default), and TPOT of those it
-        adds; the one given is consumed."""
+        """The state after `new_tokens` in all (by default the setting's), and TPOT in seconds of
+        those it adds; `state` is donated."""
         before = int(state.step)
         total = new_tokens or self.setting.new_tokens
-        keys, limit = _keys(len(state.done)), jnp.int32(total)
+        keys = _keys(len(state.done))
+        limit = jnp.int32(total)
         jax.block_until_ready((keys, limit))
         start = time.perf_counter()
         state = jax.block_until_ready(self.decode(params, state, limit, _STOP, keys, select))
@@ -117,10 +123,12 @@ class Programs:
 
 
 class Contestant:
-    """A model at its programs' setting that has a turn whenever it is called: a generation, or the
-    next `turn` tokens of one. The first `prefills` generations read the prompts; those after them
-    decode from a copy of the last such state, since reading long prompts can take many times as
-    long as what is timed after it."""
+    """A model at its programs' setting; a call is its turn: a generation, or the next `turn` tokens
+    of one.
+
+    The first `prefills` generations read the prompts. Later ones decode from a copy of the last
+    such state, since reading long prompts can take many times as long as the decoding after it.
+    """
 
     def __init__(
         self,
@@ -140,7 +148,7 @@ class Contestant:
         self._now: State | None = None  # in the middle of a generation
 
     def warm_up(self) -> None:
-        """Runs once before the rounds, as far as the second token."""
+        """Runs once before the rounds, up to the second token."""
         self._begun, _ = self._programs.start(self._params, self._prompts)
         self._programs.go_on(self._params, self._copy(), 2)
 
@@ -149,12 +157,14 @@ class Contestant:
         if self._now is None:
             if self._prefills > 0:
                 self._prefills -= 1
-                self._begun = None  # its memory is free for the next one
+                self._begun = None  # frees its memory for the next one
                 self._begun, ttft = self._programs.start(self._params, self._prompts)
             self._now = self._copy()
         until = min(int(self._now.step) + self._turn, self._tokens)
         state, tpot = self._programs.go_on(self._params, self._now, until)
-        self._now = state if until < self._tokens else None
+        self._now = state
+        if until == self._tokens:
+            self._now = None
         return ttft, tpot
 
     def _copy(self) -> State:
@@ -172,21 +182,27 @@ def compile_programs(
     select: jax.Array | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Programs:
-    """Programs of a model; only the shapes of `params` are read. options: XLA's, by name, on top of
-    its defaults."""
-    B, P = setting.batch_size, bucket(setting.prompt_length)
+    """Compiles the Programs of a model at a setting.
+
+    params: only its shapes are read; select `[B, N]` bool, in a bank; options: XLA's, by name, on
+    top of its defaults.
+    """
+    B = setting.batch_size
+    P = bucket(setting.prompt_length)
     S = bucket(P + setting.new_tokens)
     options = dict(options or {})
     shape = jax.ShapeDtypeStruct
     keys = _keys(B)
-    tokens, row = shape((B, P), jnp.int32), shape((B,), jnp.int32)
+    tokens = shape((B, P), jnp.int32)
+    lengths = shape((B,), jnp.int32)
     done = shape((B,), jnp.bool_)
     hits: list[str] = []
 
     def listen(event: str, **_: Any) -> None:
-        hits.extend([event] * (event == _CACHE_HIT))
+        if event == _CACHE_HIT:
+            hits.append(event)
 
-    first = prefill.lower(model, params, tokens, row, select)
+    first = prefill.lower(model, params, tokens, lengths, select)
     logits, cache = first.out_info
     grown = grow.lower(cache, S)
     begun = begin.lower(logits, grown.out_info, done, _STOP, keys, sampling=Sampling())
@@ -203,11 +219,12 @@ def compile_programs(
 
 
 def interleave(contestants: Mapping[str, Callable[[], T]], rounds: int) -> Iterator[dict[str, T]]:
-    """Yields each round's times by name: all contestants once, in the order given and then the
-    other way about."""
+    """Yields each round's times by name: all contestants once, in the order given and the reverse
+    order by turns."""
     names = list(contestants)
-    for i in range(rounds):
-        yield {name: contestants[name]() for name in (names if i % 2 == 0 else reversed(names))}
+    for _ in range(rounds):
+        yield {name: contestants[name]() for name in names}
+        names.reverse()
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
@@ -224,21 +241,24 @@ def paired_ratio(own: Sequence[float | None], other: Sequence[float | None]) -> 
 
 
 def claims(ratio: float, lora: float) -> dict[str, float | None]:
-    """Both readings of the paper's claim, from the times of a method and of LoRA over the merged
-    base's.
+    """Both readings of the paper's claim.
 
-    less_than_lora: `1 - T_m / T_lora`. overhead_removed: `(T_lora - T_m) / (T_lora - T_base)`, None
-    where LoRA has no overhead that could be removed."""
-    return {
-        "less_than_lora": 1 - ratio / lora,
-        "overhead_removed": (lora - ratio) / (lora - 1) if lora > 1 else None,
-    }
+    ratio, lora: the times of a method and of LoRA over the merged base's. less_than_lora:
+    `1 - T_m / T_lora`. overhead_removed: `(T_lora - T_m) / (T_lora - T_base)`, None where LoRA has
+    no overhead.
+    """
+    removed = None
+    if lora > 1:
+        removed = (lora - ratio) / (lora - 1)
+    return {"less_than_lora": 1 - ratio / lora, "overhead_removed": removed}
 
 
 def read_bandwidth(size: int = 2**30) -> dict[str, Any]:
-    """How fast the device reads memory, GB/s: the best of three reads of `size` bytes; on a CPU by
-    one thread a core, each a dot product of its part with itself, which is the fastest plain read
-    there is from numpy."""
+    """How fast the device reads memory, in GB/s: the best of three reads of `size` bytes.
+
+    A CPU reads with one thread a core. Each computes the dot product of its part with itself, which
+    is numpy's fastest plain read.
+    """
     on_cpu = jax.default_backend() == "cpu"
     threads = 0
     if on_cpu:

@@ -1,15 +1,17 @@
-"""The baselines of a measurement: an adapter whose A and B are products of their own, as PEFT and
-multi-LoRA servers run them, beside the base's four merged products a layer or its seven.
+"""The baselines of a measurement: an unmerged adapter beside the four or seven products of a layer.
+
+Its A and B are products of their own, as in PEFT and multi-LoRA servers.
 
     layers/<i>/<block>/<product>/kernel [d_in, d_out]                 merged
     layers/<i>/<block>/<product>/<projection>_kernel [d_in, width]    seven
     layers/<i>/<block>/<product>/<piece>_A [d_in, r], <projection>_B [r, width], bias [d_out]
 
-Transposed, all of these but the bias are.
+In a transposed layout all of these but the bias are transposed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -37,8 +39,7 @@ from flora_jax.errors import UserError
 
 
 class UnmergedDense(FusedDense):
-    """FusedDense over the leaves of `unmerge`: the base's product as one, those of the adapter
-    apart."""
+    """FusedDense over the leaves of `unmerge`: one product of the base, and the adapter's own."""
 
     @nn.compact
     def __call__(
@@ -71,7 +72,7 @@ class UnmergedDense(FusedDense):
 
 
 class SevenDense(UnmergedDense):
-    """With the base's projections apart, too, as they are published."""
+    """UnmergedDense with one product for each of the base's projections, as they are published."""
 
     def _base(self, x: jax.Array, leaves: Tree) -> list[jax.Array]:
         return [self.times(x, leaves[f"{name}_kernel"]) for name in self.names]
@@ -86,20 +87,19 @@ def unmerge(
     seven: bool = False,
     transposed: bool = False,
 ) -> Tree:
-    """The baseline's layout, from split trees: served by `Llama(…, dense=UnmergedDense)`, or, with
-    `seven` products a layer, `SevenDense`. Not for zflora, whose channels exist only in the fused
-    stream."""
+    """The baseline's tree from split trees, for `Llama(…, dense=UnmergedDense)`.
+
+    seven: seven products a layer, for `dense=SevenDense`. Raises UserError for zflora, whose
+    channels exist only in the fused stream.
+    """
     check_base(base, config)
-    adapted = has_adapter(adapter_config)
-    if adapted and adapter_config.row.writes == "stream":
-        raise UserError(f"{adapter_config.method} has no products apart; fuse it")
-    parts = parts_of(adapter, config, adapter_config) if adapted else {}
-    layout = Layout(
-        kind="unmerged",
-        adapters=int(adapted),
-        rank=adapter_config.rank if adapted else 0,
-        transposed=transposed,
-    )
+    layout = Layout(kind="unmerged", adapters=0, transposed=transposed)
+    parts: Tree = {}
+    if has_adapter(adapter_config):
+        if adapter_config.row.writes == "stream":
+            raise UserError(f"{adapter_config.method} has no products apart; fuse it")
+        layout = dataclasses.replace(layout, adapters=1, rank=adapter_config.rank)
+        parts = parts_of(adapter, config, adapter_config)
 
     def product(i: int, block: str, name: str) -> Tree:
         leaves = {path: leaf[i] for path, leaf in base["layers"][block][name].items()}
@@ -109,14 +109,15 @@ def unmerge(
             out |= _apart(path, leaf[i].astype(dtype), adapter_config.slots[name])
         if not transposed:
             return out
-        return {path: leaf if path == "bias" else leaf.T for path, leaf in out.items()}
+        # A bias has one axis, and .T leaves it as it is.
+        return {path: leaf.T for path, leaf in out.items()}
 
     layers = dict(each_layer(base, config, product, config.hidden_size))
     return layout.mark({**base, "layers": layers})
 
 
 def _base_leaves(leaves: Tree, names: tuple[str, ...], seven: bool) -> Tree:
-    """A product of the base, whole or by projection."""
+    """The leaves of a product of the base, whole or by projection."""
     kernels = {f"{name}_kernel": leaves[f"{name}_kernel"] for name in names}
     if seven:
         out = {path: join([kernel]) for path, kernel in kernels.items()}
@@ -128,7 +129,7 @@ def _base_leaves(leaves: Tree, names: tuple[str, ...], seven: bool) -> Tree:
 
 
 def _apart(path: str, leaf: jax.Array, slot: Slot) -> Tree:
-    """One of an adapter's parts in one layer, by the names that UnmergedDense reads."""
+    """One of an adapter's parts in one layer, under the names that UnmergedDense reads."""
     if path == "columns":
         pieces = jnp.split(leaf, len(slot.forward), axis=-1)
         return {f"{piece}_A": A for piece, A in zip(slot.forward, pieces, strict=True)}

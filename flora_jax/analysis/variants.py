@@ -1,9 +1,9 @@
-"""What is measured beside what: the ways of serving a base with an adapter, as a table.
+"""The ways of serving a base with an adapter that are timed and planned, as a table.
 
-Every variant is a model and the tree it serves, made from the same base: `base` is the reference of
-all ratios (four merged products a layer; `base_7` has seven), `lora`, `lora_7` and `parallel` keep
-their products apart, `lora_merged` and `ffa_merged` are added to W, everything else rides in the
-base's arrays.
+A variant is a model and the tree it serves, all made from the same base. `base` is the reference of
+all ratios (four merged products a layer; `base_7` has seven). `lora`, `lora_7` and `parallel` are
+unmerged, `lora_merged` and `ffa_merged` are added to W, and all others are fused into the base's
+arrays.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import Llama
 
-# XLA's option that keeps it from merging LoRA's products with the base's, as it does above batch 1.
+# XLA's option against merging LoRA's products with the base's, which it does above batch 1.
 NO_DOT_MERGER = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 
@@ -39,9 +39,9 @@ NO_DOT_MERGER = {"xla_gpu_dot_merger_threshold_mb": 0}
 class Variant:
     """One way of serving.
 
-    method: whose adapter, None for the bare base. kind: "fused"; "unmerged", its products beside
-    the base's; "merged" into W. seven: the base has seven products a layer, as it is published, and
-    not four. fold_adds: as in Layout.
+    method: the adapter's, None for the bare base; kind: "fused", "unmerged" (its products beside
+    the base's) or "merged" (into W); seven: whether the base has seven products a layer, as it is
+    published, rather than four; fold_adds: as in Layout.
     """
 
     method: str | None
@@ -72,13 +72,13 @@ VARIANTS: dict[str, Variant] = {
 
 
 def variants() -> dict[str, Variant]:
-    """The table, and with it every method of METHODS that is none of its rows, served as it is."""
+    """The table, and every further method of METHODS, fused."""
     fused = {name: Variant(name) for name, row in METHODS.items() if row.reads is not None}
     return {**VARIANTS, **{name: fused[name] for name in fused.keys() - VARIANTS.keys()}}
 
 
 def get_variant(name: str) -> Variant:
-    """A variant by name; a UserError with near misses if there is none."""
+    """A variant by name. Raises UserError, with near misses, if there is none."""
     known = variants()
     if name not in known:
         raise UserError(f"method {name!r} is unknown here; {near_misses(name, known)}")
@@ -86,7 +86,7 @@ def get_variant(name: str) -> Variant:
 
 
 def check_served(names: Iterable[str], quantization: str) -> None:
-    """Raises UserError for a variant that changes the base's weights where they are codes."""
+    """Raises UserError for a variant that changes the base's weights, if they are quantised."""
     for name in names:
         require(
             quantization == "none" or not get_variant(name).fold_adds,
@@ -96,14 +96,16 @@ def check_served(names: Iterable[str], quantization: str) -> None:
 
 
 def trained_parameters(config: LlamaConfig, adapter_config: AdapterConfig) -> int:
-    """How many numbers the adapter has."""
+    """The number of parameters of the adapter."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_adapter(config, adapter_config)))
 
 
 def rank_for(method: str, config: LlamaConfig, parameters: int, side: str = "nearest") -> int:
-    """The rank at which `method` comes nearest to a number of trained parameters; one that divides
-    where it must. `side`: "nearest", or the nearest of those "below" (at most so many) or "above"
-    (at least so many)."""
+    """The rank at which `method` comes nearest to a number of trained parameters.
+
+    Only ranks that the method can have count. side: "nearest", or the nearest of those "below" (at
+    most so many parameters) or "above" (at least so many). Raises UserError if there is none.
+    """
     one = trained_parameters(config, AdapterConfig(method, 1))
     require(
         one and parameters,
@@ -134,8 +136,8 @@ def rank_for(method: str, config: LlamaConfig, parameters: int, side: str = "nea
 def random_adapter(
     key: jax.Array, config: LlamaConfig, adapter_config: AdapterConfig, std: float = 0.02
 ) -> Tree:
-    """An adapter with every leaf drawn from N(0, std), float32: one that has been trained, as far
-    as time can tell."""
+    """An adapter with every leaf drawn from N(0, std), float32: it takes the time of a trained
+    one."""
     leaves, structure = jax.tree.flatten(abstract_adapter(config, adapter_config))
     keys = jax.random.split(key, max(1, len(leaves)))
     drawn = [std * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=False)]
@@ -151,15 +153,19 @@ def serve(
     layout: Layout,
     decode_kernel: bool | None = None,
 ) -> tuple[Llama, Tree]:
-    """`(model, params)` of a variant: `model.apply({"params": params}, tokens)`. base, adapter:
-    split trees, and `adapter_config` of the variant's method, None for the bare base; layout: a
-    fused one, of the device; decode_kernel: as in `Llama`. Shapes alone pass through
-    `jax.eval_shape`."""
+    """`(model, params)` of a variant, for `model.apply({"params": params}, tokens)`.
+
+    base, adapter: split trees; adapter_config: of the variant's method, None for the bare base;
+    layout: a fused one, of the device; decode_kernel: as in `Llama`. Works on shapes under
+    `jax.eval_shape`. Raises UserError for an unknown variant.
+    """
     variant = get_variant(name)
     if variant.kind == "unmerged":
         how = {"seven": variant.seven, "transposed": layout.transposed}
         tree = unmerge(base, adapter, config, adapter_config, **how)
-        dense = SevenDense if variant.seven else UnmergedDense
+        dense = UnmergedDense
+        if variant.seven:
+            dense = SevenDense
         return Llama(config, adapter_config, decode_kernel=decode_kernel, dense=dense), tree
     if variant.kind == "merged":
         quantization = quantization_format(base)
@@ -170,12 +176,13 @@ def serve(
 
 
 def read_bytes(params: Mapping[str, Any], config: LlamaConfig) -> int:
-    """Bytes of weights that one decode step reads: all but an embedding table of which only single
-    rows are looked up (a tied one is the unembedding too)."""
+    """Bytes of weights that one decode step reads.
+
+    An embedding that is not tied does not count: only single rows of it are looked up. A tied one
+    is also the unembedding, which is read whole.
+    """
     size = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
     embedding = params["embed_tokens"]["embedding"]
-    return (
-        size
-        if config.tie_word_embeddings
-        else size - embedding.size * jnp.dtype(embedding.dtype).itemsize
-    )
+    if not config.tie_word_embeddings:
+        size -= embedding.size * jnp.dtype(embedding.dtype).itemsize
+    return size
