@@ -102,8 +102,8 @@ def _choose(
 ) -> State:
     """The state with the next token, chosen from the logits `[B, V]`."""
     token = sample(jax.vmap(jax.random.fold_in, (0, None))(keys, state.step), logits, sampling)
-    # argmax and max give NaN where there is one. Reading the logit of the best token costs a GPU no
-    # further launch, and sampling computes the maximum anyway.
+    # argmax finds a NaN if there is one, and max returns it. Reading the logit of the best token
+    # costs a GPU no further launch, and sampling computes the maximum anyway.
     if sampling.temperature == 0:
         best = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     else:

@@ -88,7 +88,7 @@ def _load(source: str) -> Tokenizer:
     there = [name for name in VOCABULARIES if (path / name).is_file()]
     require(there, f"{path}: no tokenizer.json, tokenizer.model or vocab.json in the directory")
     for entry in path.iterdir():
-        # transformers reads those it knows of whatever is there.
+        # transformers looks for many such files, and reads those that are there.
         if entry.suffix in _SUFFIXES and os.path.exists(entry) and not entry.is_dir():
             check_file(entry)
     for name in ("tokenizer.json", "tokenizer_config.json"):
