@@ -10,8 +10,7 @@ goes on from its checkpoint. At the end OUT/SUITE.md and .csv: means over seeds 
 (over seeds; with one seed over the test items), minutes (of a run that was resumed: of the last
 call), and every method beside lora by a paired bootstrap over the test items (every two methods:
 OUT/SUITE_pairs.csv); OUT/SUITE.png draws them. pf_lora and parallel are lora and fpa under other
-names and are not run. All have the parameters of ffba at `--rank` as nearly as their ranks allow,
-zflora at the ranks on either side.
+names and are not run. All have the parameters of ffba at `--rank` as nearly as their ranks allow.
 
 Checkpoints are in `--workdir`, by default runs/accuracy, and for another OUT
 runs/accuracy/FULL/PATH/OF/OUT, so that another OUT trains anew. A run that a workdir holds finished
@@ -272,30 +271,21 @@ def runs(suite: Suite, arms: Sequence[str], seeds: Sequence[int], args: Any) -> 
     """The runs in their order; a method's rate is chosen, and replicas are trained, when its first
     run is due."""
     folder = args.out / args.suite
+
+    def named(name: str, **about: Any) -> Run:
+        place = {"name": f"{args.suite}/{name}", "path": folder / f"{name}.json"}
+        return Run(**place, args=args, suite=suite, arm=arm, seed=seed, **about)
+
     for seed in seeds:
         for arm in arms:
-            method, side = ARMS[arm]
-            if method:
-                name = f"{arm}-seed{seed}"
-                rank = _rank(method, side, args)
-                rate, rates = choose_rate(suite, method, rank, args)
-            elif seed == seeds[0]:
-                name, rank, rate, rates = arm, 0, 0.0, {}
-            else:
+            if arm == "base":
+                if seed == seeds[0]:
+                    yield named(arm, method=None, rank=0, rate=0.0, rates={})
                 continue
-            run = Run(
-                name=f"{args.suite}/{name}",
-                path=folder / f"{name}.json",
-                args=args,
-                suite=suite,
-                arm=arm,
-                method=method,
-                seed=seed,
-                rank=rank,
-                rate=rate,
-                rates=rates,
-            )
-            if method not in (None, "fft") and seed == seeds[0]:
+            rank = _rank(arm, args)
+            rate, rates = choose_rate(suite, arm, rank, args)
+            run = named(f"{arm}-seed{seed}", method=arm, rank=rank, rate=rate, rates=rates)
+            if arm != "fft" and seed == seeds[0]:
                 _train_seeds(run, seeds)
             yield run
 
@@ -312,11 +302,11 @@ def _train_seeds(first: Run, seeds: Sequence[int]) -> None:
         raise error
 
 
-def _rank(method: str, side: str, args: argparse.Namespace) -> int:
+def _rank(method: str, args: argparse.Namespace) -> int:
     """At which a method has the budget, ffba's at `--rank`."""
     config = load_config(args.model)
     budget = trained_parameters(config, AdapterConfig("ffba", args.rank))
-    return 1 if method == "fft" else rank_for(method, config, budget, side)
+    return 1 if method == "fft" else rank_for(method, config, budget)
 
 
 def score(

@@ -4,19 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-# What is compared, in the order of running: the method, and the side of the budget that its rank is
-# on.
-ARMS = {
-    "base": (None, "nearest"),
-    "lora": ("lora", "nearest"),
-    "ffba_qg_add": ("ffba_qg_add", "nearest"),
-    "zflora_above": ("zflora", "above"),
-    "fft": ("fft", "nearest"),
-    "ffba": ("ffba", "nearest"),
-    "fpa": ("fpa", "nearest"),
-    "ffa": ("ffa", "nearest"),
-    "zflora_below": ("zflora", "below"),
-}
+# What is compared, in the order of running.
+ARMS = ("base", "lora", "ffba_qg_add", "zflora", "fft", "ffba", "fpa", "ffa")
 
 
 @dataclasses.dataclass(frozen=True)

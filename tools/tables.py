@@ -5,7 +5,7 @@
 What a table shows stands in a comment before it:
 
     <!-- table
-    rows | method | lora | zflora_above as zflora
+    rows | method | lora | ffba_qg_add as FFBA (QG-Add)
     accuracy/math.md | rank | value of * accuracy | mean of * accuracy as mean
     accuracy/math.md # Paired bootstrap | AQuA accuracy as AQuA less lora's
     -->

@@ -35,6 +35,7 @@ class Slot:
         repeat-and-added to.
     backward: projections with rows B that read the incoming z, `[backward_rank, d_out]`.
     skips_first: layer 0 has no such rows, since its incoming z is zero.
+    skips_last: the last layer has no such columns, since nothing reads their z.
     """
 
     forward: tuple[str, ...] = ()
@@ -43,6 +44,7 @@ class Slot:
     backward: tuple[str, ...] = ()
     backward_rank: int = 0
     skips_first: bool = False
+    skips_last: bool = False
 
 
 def _names(value: str | Sequence[str] | None, field: str) -> tuple[str, ...] | None:
@@ -84,8 +86,8 @@ class AdapterConfig:
     activation: `act` on the path around the block (fpa, parallel).
     dropout: on the input that the A's read, in training.
     zero_init: the side, "A" or "B", that starts at zero, the other one starting full; default the
-        method's own row. It must be A where repeat-and-add or the stream passes z on as it is,
-        since step 0 is to equal the base.
+        method's own row. It must be A where repeat-and-add passes z on as it is, since step 0 is to
+        equal the base.
     """
 
     method: str
@@ -161,12 +163,10 @@ class AdapterConfig:
         require(
             self.zero_init in ("A", "B"), f"adapter.zero_init={self.zero_init!r} must be A or B"
         )
-        where = f"add_to={','.join(self.add_to)}" if self.add_to else "the stream's channels"
-        passes = self.add_to or self.row.writes == "stream"
         require(
-            self.zero_init == "A" or not passes,
-            f"adapter.zero_init='B': {self.method} adds z as it is ({where}), so A must start at "
-            "zero",
+            self.zero_init == "A" or not self.add_to,
+            f"adapter.zero_init='B': {self.method} adds z as it is (add_to="
+            f"{','.join(self.add_to)}), so A must start at zero",
         )
 
     def _refuse_unused(self) -> None:
@@ -271,16 +271,15 @@ class AdapterConfig:
             forward=forward,
             matrix=forward if self.row.adds == "matrix" else (),
             repeat=tuple(p for p in outs if p in self.add_to),
+            skips_last=self.row.writes == "stream" and product == "down",
             backward=backward,
             backward_rank=self.rank * pieces if backward else 0,
         )
 
     def check(self, widths: Mapping[str, tuple[int, int]]) -> None:
         """Raises UserError unless `rank` divides every width that repeat-and-add fills (`widths`:
-        projection -> (d_in, d_out)); `zflora` fills the model width once, before the final norm."""
+        projection -> (d_in, d_out))."""
         filled = {f"projection {p!r}": widths[p][1] for p in self.add_to}
-        if self.row.writes == "stream":
-            filled["the residual stream"] = widths["o"][1]
         for what, width in filled.items():
             if width % self.rank:
                 common = math.gcd(*filled.values())

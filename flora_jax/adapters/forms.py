@@ -72,7 +72,7 @@ def widen(adapter: Tree, adapter_config: AdapterConfig, rank: int) -> tuple[Tree
     """
     r = adapter_config.rank
     row = adapter_config.row
-    repeats = row.adds == "repeat" or row.writes == "stream"
+    repeats = row.adds == "repeat"
     need = (
         f"a multiple of {r}, since {adapter_config.method} tiles z" if repeats else f"at least {r}"
     )

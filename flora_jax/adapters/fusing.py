@@ -24,7 +24,7 @@ import numpy as np
 from flora_jax.adapters.config import AdapterConfig, has_adapter
 from flora_jax.adapters.forms import folded
 from flora_jax.adapters.layouts import FUSED, Layout
-from flora_jax.adapters.leaves import Tree, check_adapter, check_base, check_fused, pad_first_layer
+from flora_jax.adapters.leaves import Tree, check_adapter, check_base, check_fused, pad_layers
 from flora_jax.adapters.methods import BLOCKS, PRODUCTS
 from flora_jax.adapters.quantized import Quantized, Scaled, join
 from flora_jax.errors import UserError, require
@@ -34,8 +34,8 @@ STREAM_NORMS = tuple(f"{block}_norm" for block in BLOCKS)
 
 
 def _scaled(leaf: jax.Array, side: str, adapter_config: AdapterConfig) -> jax.Array:
-    """The scale is in the side that by the method's own row starts at zero: in A for ffa, ffba* and
-    zflora, in B for the others."""
+    """The scale is in the side that by the method's own row starts at zero: in A for ffa and ffba*,
+    in B for the others."""
     return leaf * (adapter_config.scale if adapter_config.row.zero == side else 1)
 
 
@@ -51,7 +51,7 @@ def parts_of(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
     an adapter of another configuration."""
     check_adapter(adapter, config, adapter_config)
     out: Tree = {}
-    for block, products in pad_first_layer(adapter["layers"], adapter_config).items():
+    for block, products in pad_layers(adapter["layers"], adapter_config).items():
         for product, leaves in products.items():
             slot = adapter_config.slots[product]
             parts = out.setdefault(block, {}).setdefault(product, {})
@@ -73,7 +73,8 @@ def adapter_of(parts: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
             slot = adapter_config.slots[product]
             leaves = {}
             if slot.forward:
-                leaves["A"] = _unscaled(own["columns"], "A", adapter_config)
+                columns = own["columns"][: len(own["columns"]) - slot.skips_last]
+                leaves["A"] = _unscaled(columns, "A", adapter_config)
             for p in slot.matrix:
                 leaves[f"{p}_B"] = _unscaled(own[f"{p}_B"], "B", adapter_config)
             edge = 0
@@ -272,11 +273,13 @@ def each_layer(
 
 
 def _norm(name: str, scale: jax.Array, config: Any, stream: int) -> jax.Array:
-    """A norm's scale out of a layer of any layout, for a stream of that width; one of a head's
-    channels is not on the stream."""
+    """A norm's scale out of a layer of any layout, for a stream of that width, whose channels of
+    the adapter have none of their own; a norm of a head's channels is not on the stream."""
     if name not in STREAM_NORMS:
         return scale
-    return _pad_to(scale[: config.hidden_size], (stream,))
+    D = config.hidden_size
+    xp = np if isinstance(scale, np.ndarray) else jnp
+    return xp.concatenate([scale[:D], xp.ones(stream - D, scale.dtype)])
 
 
 def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: int) -> Tree:

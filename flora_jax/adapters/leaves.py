@@ -152,7 +152,8 @@ def init_adapter(rng: jax.Array, config: Any, adapter_config: AdapterConfig) -> 
     for block, products in BLOCKS.items():
         for product in products:
             for name, leaf in adapter_leaves(adapter_config, product, config.widths).items():
-                skipped = adapter_config.slots[product].skips_first and name != "A"
+                slot = adapter_config.slots[product]
+                skipped = slot.skips_last if name == "A" else slot.skips_first
                 each = jax.random.split(next(keys), config.num_hidden_layers - skipped)
                 layers.setdefault(block, {}).setdefault(product, {})[name] = _draw_each(leaf, each)
     return {"layers": layers} if layers else {}
@@ -167,14 +168,16 @@ def abstract_adapter(config: Any, adapter_config: AdapterConfig) -> dict[str, An
     return jax.eval_shape(lambda: init_adapter(jax.random.key(0), config, adapter_config))
 
 
-def pad_first_layer(layers: dict[str, Any], adapter_config: AdapterConfig) -> dict[str, Any]:
-    """Stacked adapter leaves with zero rows put in front where layer 0 has none, so that every leaf
-    is `[L, …]`."""
+def pad_layers(layers: dict[str, Any], adapter_config: AdapterConfig) -> dict[str, Any]:
+    """Stacked adapter leaves with zeros for the layer that has none, rows B of the first and
+    columns A of the last, so that every leaf is `[L, …]`."""
 
     def pad(product: str, leaf: str, value: jax.Array) -> jax.Array:
-        if not (adapter_config.slots[product].skips_first and leaf != "A"):
-            return value
-        return jnp.concatenate([jnp.zeros_like(value, shape=(1, *value.shape[1:])), value])
+        slot = adapter_config.slots[product]
+        zeros = jnp.zeros_like(value, shape=(1, *value.shape[1:]))
+        if leaf == "A":
+            return jnp.concatenate([value, zeros]) if slot.skips_last else value
+        return jnp.concatenate([zeros, value]) if slot.skips_first else value
 
     return {
         block: {

@@ -63,7 +63,7 @@ _FFA = Method(
     learning_rate=1e-4,
 )
 _FPA = Method(reads="block", writes="block", zero="B", activation=True, learning_rate=1e-3)
-_ZFLORA = Method(reads="output", writes="stream", zero="A", learning_rate=1e-4)
+_ZFLORA = Method(reads="output", writes="stream", zero="B", learning_rate=1e-3)
 
 
 def _ffba(*add_to: str) -> Method:

@@ -100,11 +100,10 @@ def trained_parameters(config: LlamaConfig, adapter_config: AdapterConfig) -> in
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_adapter(config, adapter_config)))
 
 
-def rank_for(method: str, config: LlamaConfig, parameters: int, side: str = "nearest") -> int:
+def rank_for(method: str, config: LlamaConfig, parameters: int) -> int:
     """The rank at which `method` comes nearest to a number of trained parameters.
 
-    Only ranks that the method can have count. side: "nearest", or the nearest of those "below" (at
-    most so many parameters) or "above" (at least so many). Raises UserError if there is none.
+    Only ranks that the method can have count. Raises UserError for fft, which has none.
     """
     one = trained_parameters(config, AdapterConfig(method, 1))
     require(
@@ -121,16 +120,11 @@ def rank_for(method: str, config: LlamaConfig, parameters: int, side: str = "nea
 
     nearest = max(1, round(parameters / one))
     ranks = [rank for rank in range(1, 4 * nearest + 1) if fits(rank)]
-    over = {
-        rank: trained_parameters(config, AdapterConfig(method, rank)) - parameters for rank in ranks
-    }
-    kept = {
-        "nearest": ranks,
-        "below": [r for r in ranks if over[r] <= 0],
-        "above": [r for r in ranks if over[r] >= 0],
-    }
-    require(kept[side], f"method {method!r} has no rank {side} {parameters:,} parameters")
-    return min(kept[side], key=lambda rank: abs(over[rank]))
+
+    def distance(rank: int) -> int:
+        return abs(trained_parameters(config, AdapterConfig(method, rank)) - parameters)
+
+    return min(ranks, key=distance)
 
 
 def random_adapter(

@@ -5,7 +5,7 @@ Two layouts. `lora` and `pf_lora` without trained base leaves are PEFT LoRA dire
 vLLM and the like load as they are; what PEFT has no field for stands beside them in
 `flora_config.json`. Everything else is ours:
 
-    adapter_config.json         {"peft_type": "FLORA", "format_version": 1, "method": "ffba", …}
+    adapter_config.json         {"peft_type": "FLORA", "format_version": 2, "method": "ffba", …}
     adapter_model.safetensors   adapter/layers/attention/qkv/A, … and base leaves that trained,
                                 params/final_norm/scale, …; float32
 
@@ -60,7 +60,8 @@ from flora_jax.models.llama import abstract_base
 from flora_jax.models.loading import FLOATS, load_pretrained
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
 
-FORMAT_VERSION = 1
+# 1 differs in zflora alone, whose channels passed the norms as they were and ended in x.
+FORMAT_VERSION = 2
 TRAINED_ON = "trained_on.json"
 # By peft_type: the file that states our format_version.
 _VERSIONED = {"FLORA": CONFIG, "LORA": EXTRAS}
@@ -223,9 +224,14 @@ def _read_about(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     about = {CONFIG: stored, EXTRAS: extras}[name]
     version = about.get("format_version")
     require(
-        not about or version == FORMAT_VERSION,
-        f"{directory / name}: format_version={version!r} is unknown; {FORMAT_VERSION} is what "
-        "is read",
+        not about or version in (1, FORMAT_VERSION),
+        f"{directory / name}: format_version={version!r} is unknown; 1 and {FORMAT_VERSION} are "
+        "what is read",
+    )
+    require(
+        version != 1 or about.get("method") != "zflora",
+        f"{directory / name}: format_version=1 of zflora is no longer computed: its channels "
+        "passed the norms as they were; train it anew",
     )
     return stored, extras
 

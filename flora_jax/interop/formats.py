@@ -408,6 +408,7 @@ def remote_config(adapter_config: AdapterConfig) -> dict[str, Any]:
             "rank": adapter_config.rank,
             "activation": _ACT2FN.get(activation, activation),
             "stream": stream,
+            "stream_norm": stream > 0,
             "products": products,
         },
     }
@@ -429,7 +430,8 @@ def _read_transformers(trained: Trained, directory: Path) -> tuple[AdapterConfig
             if path.split("/")[1] in STREAM_NORMS:
                 room = stream - config.hidden_size
             for i, name in enumerate(names):
-                leaves[path.replace("layers", f"layers/{i}", 1)] = np.pad(tensors[name], (0, room))
+                scale = np.pad(tensors[name], (0, room), constant_values=1)
+                leaves[path.replace("layers", f"layers/{i}", 1)] = scale
     for i in range(config.num_hidden_layers):
         for block, products in BLOCKS.items():
             for product in products:

@@ -38,9 +38,8 @@ from flora_jax.adapters import (
     has_adapter,
     init_adapter,
     multiply_transposed,
-    pad_first_layer,
+    pad_layers,
     quantize_base,
-    repeat_and_add,
 )
 from flora_jax.models import checks
 from flora_jax.models.attention import (
@@ -96,8 +95,8 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) · scale` in float32, returned in x's dtype. x `[..., D]`, or with further
-    channels behind the D, which pass as they are; scale is as wide as x."""
+    """`x / rms(x) · scale` in float32, returned in x's dtype. x `[..., D]`, or with zflora's
+    channels z behind the D, which are divided by the same rms; scale is as wide as x."""
 
     width: int
     eps: float
@@ -106,23 +105,21 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], self.param_dtype)
-        scale = scale.astype(x.dtype)
-        passing = None
-        if x.shape[-1] > self.width:
-            # Set apart first: what is left is a norm that XLA knows how to make one kernel of.
-            own = jnp.arange(x.shape[-1]) < self.width
-            passing = jnp.where(own, 0, x)
-            x = jnp.where(own, x, 0)
-        y = _normed(x, scale, self.width, self.eps)
-        return y if passing is None else y + passing
+        return _over_rms(x, x, self.width, self.eps) * scale.astype(x.dtype)
+
+    def beside(self, x: jax.Array, z: jax.Array) -> jax.Array:
+        """z `[..., R]` as it is read beside the normed x, where the two are apart."""
+        return _over_rms(z, x, self.width, self.eps)
 
 
-def _normed(x: jax.Array, scale: jax.Array, width: int, eps: float) -> jax.Array:
-    """`x / rms(x) · scale` over the last axis, whose channels behind `width` are zero."""
+def _over_rms(values: jax.Array, x: jax.Array, width: int, eps: float) -> jax.Array:
+    """`values / rms(x)`, the rms of x's first `width` channels, in float32 and back. It is rounded
+    before a scale, as the published models were trained."""
     y = x.astype(jnp.float32)
+    if x.shape[-1] > width:
+        y = jnp.where(jnp.arange(x.shape[-1]) < width, y, 0)
     factor = jax.lax.rsqrt(jnp.square(y).sum(axis=-1, keepdims=True) / width + eps)
-    # Rounded before the scale, as the published models were trained.
-    return (y * factor).astype(x.dtype) * scale
+    return (values.astype(jnp.float32) * factor).astype(values.dtype)
 
 
 class HeadNorm(nn.Module):
@@ -256,7 +253,7 @@ class Attention(nn.Module):
         q, k, v = (x.reshape(B, T, -1, H) for x in (q, k, v))
         if norms is not None:
             q, k = (
-                _normed(x, scale.astype(x.dtype), H, config.rms_norm_eps)
+                _over_rms(x, x, H, config.rms_norm_eps) * scale.astype(x.dtype)
                 for x, scale in zip((q, k), norms, strict=True)
             )
         q = rotate(q, *rotary)
@@ -300,7 +297,8 @@ class MLP(nn.Module):
 
 class Layer(nn.Module):
     """One decoder layer over the stream x `[B, T, D]` and, for zflora, its extra channels z
-    `[B, T, R]`; fused, those are the last channels of x."""
+    `[B, T, R]`; fused, those are the last channels of x. What a block reads of z is over the rms
+    that x is over: tokens of massive activation would drown all others else."""
 
     parts: Parts
 
@@ -316,20 +314,27 @@ class Layer(nn.Module):
         deterministic: bool = True,
     ) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, jax.Array] | None]:
         with jax.named_scope("attention"):
-            read = self.parts.norm("attention_norm")(x)
+            read, z_read = self._read("attention_norm", x, z)
             attention = Attention(self.parts, name="attention")
             norms = self.parts.head_norms()
             delta, z_delta, present = attention(
-                read, z, rotary, seen, past, select, deterministic, norms
+                read, z_read, rotary, seen, past, select, deterministic, norms
             )
             x = x + self.parts.scaled(delta)
             z = None if z is None else z + self.parts.scaled(z_delta)
         with jax.named_scope("mlp"):
-            read = self.parts.norm("mlp_norm")(x)
-            delta, z_delta = MLP(self.parts, name="mlp")(read, z, select, deterministic)
+            read, z_read = self._read("mlp_norm", x, z)
+            delta, z_delta = MLP(self.parts, name="mlp")(read, z_read, select, deterministic)
             x = x + self.parts.scaled(delta)
             z = None if z is None else z + self.parts.scaled(z_delta)
         return x, z, present
+
+    def _read(
+        self, name: str, x: jax.Array, z: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """What a block reads of x and z."""
+        norm = self.parts.norm(name)
+        return norm(x), None if z is None else norm.beside(x, z)
 
 
 class Llama(nn.Module):
@@ -486,8 +491,9 @@ class Llama(nn.Module):
         if self.config.embedding_multiplier != 1:
             x = x * self.config.embedding_multiplier
         x, z = self._enter(x)
-        x, z, present = self._layers(x, z, rotary, seen, cache, select, deterministic)
-        x = self._leave(x, z)
+        x, present = self._layers(x, z, rotary, seen, cache, select, deterministic)
+        # whatever zflora's channels hold has been read
+        x = x[..., : self.config.hidden_size]
         if cache is not None:
             cache = KVCache(*present, valid, cache.index + tokens.shape[1])
         x = self.final_norm(x)
@@ -506,19 +512,6 @@ class Llama(nn.Module):
         width = self.layout.stream(self.config.hidden_size, self.adapter)
         return jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[-1]))), None
 
-    def _leave(self, x: jax.Array, z: jax.Array | None) -> jax.Array:
-        """States `[B, T, D]` from the stream that layers gave: for zflora, with z repeated and
-        added."""
-        if not self._stream:
-            return x
-        if self.layout.kind == "split":
-            return repeat_and_add(x, z)
-        D = self.config.hidden_size
-        N = self.layout.adapters
-        R = self.layout.rank
-        z = x[..., D : D + N * R].reshape(*x.shape[:-1], N, R).sum(-2)
-        return repeat_and_add(x[..., :D], z)
-
     def _layers(
         self,
         x: jax.Array,
@@ -528,12 +521,13 @@ class Llama(nn.Module):
         cache: KVCache | None,
         select: jax.Array | None,
         deterministic: bool,
-    ) -> tuple[jax.Array, jax.Array | None, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]:
-        """All layers: a scan over stacked leaves, or, over a set each or with a cache, unrolled."""
+    ) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]:
+        """The stream behind all layers, and their keys and values: a scan over stacked leaves, or,
+        over a set each or with a cache, unrolled."""
         variables = {"params": self.get_variable("params", "layers")}
         if has_adapter(self.adapter) and not self._unrolled:
             layers = self.get_variable("adapter", "layers")
-            variables["adapter"] = pad_first_layer(layers, self.adapter)
+            variables["adapter"] = pad_layers(layers, self.adapter)
         drops = self.adapter is not None and self.adapter.dropout > 0 and not deterministic
         key = self.make_rng("dropout") if drops else None
 
@@ -553,13 +547,13 @@ class Llama(nn.Module):
             if self.remat != "none":
                 body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             (x, z), _ = jax.lax.scan(body, (x, z), (variables, jnp.arange(len(layers))))
-            return x, z, ((), ())
+            return x, ((), ())
         present = []
         for i in layers:
             past = None if cache is None else (cache.k[i], cache.v[i], cache.index)
             x, z, kv = layer(x, z, self._of_layer(variables, i), i, past)
             present.append(kv)
-        return x, z, ((), ()) if cache is None else tuple(zip(*present, strict=True))
+        return x, ((), ()) if cache is None else tuple(zip(*present, strict=True))
 
     def _of_layer(self, variables: Tree, i: int) -> Tree:
         if self._unrolled:

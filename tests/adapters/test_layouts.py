@@ -344,7 +344,7 @@ def test_bfloat16(method):
 def test_a_wider_adapter_is_the_same_function(method, rank, times, rslora):
     adapter_config = AdapterConfig(method, rank, alpha=3.0, rslora=rslora)
     adapter = random_adapter(adapter_config)
-    times = 2 ** (times - 1) if METHODS[method].adds == "repeat" or method == "zflora" else times
+    times = 2 ** (times - 1) if METHODS[method].adds == "repeat" else times
     wide, wide_config = widen(adapter, adapter_config, rank * times)
     assert wide_config.rank == rank * times and np.isclose(wide_config.scale, adapter_config.scale)
     expected = logits(TINY, adapter_config, {"params": random_base(TINY), "adapter": adapter})

@@ -332,7 +332,11 @@ def test_damaged_or_foreign_directories_are_refused(tmp_path):
     config_file = path / "adapter_config.json"
     stored = json.loads(config_file.read_text())
     for change, words in [
-        ({"format_version": 2}, ("format_version=2",)),
+        ({"format_version": 3}, ("format_version=3",)),
+        (
+            {"format_version": 1, "method": "zflora"},
+            ("format_version=1 of zflora", "train it anew"),
+        ),
         ({"method": "fbba"}, ("fbba", "ffba")),
         ({"rank": 5}, ("rank=5",)),
         ({"targets": None}, ("targets=None",)),

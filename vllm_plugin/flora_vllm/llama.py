@@ -37,7 +37,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from flora_vllm import bank
-from flora_vllm.linear import FusedLinear, Range, repeat_and_add, share
+from flora_vllm.linear import FusedLinear, Range, share
 from flora_vllm.plan import Plan, plan_of
 
 # Where a base's projection lies: its product and its name there.
@@ -89,7 +89,8 @@ def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 class StreamNorm(RMSNorm):
-    """Norm of the D own channels of the stream `[T, D + S]`; those behind them pass."""
+    """Norm of the D own channels of the stream `[T, D + S]`; those behind them are over the same
+    rms."""
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
@@ -99,21 +100,20 @@ class StreamNorm(RMSNorm):
             return super().forward(x, residual)
         stream = x if residual is None else x + residual
         own, z = stream.split([self.hidden_size, x.shape[-1] - self.hidden_size], -1)
+        square = own.float().pow(2).mean(-1, keepdim=True)
+        z = (z.float() * torch.rsqrt(square + self.variance_epsilon)).to(z.dtype)
         normed = torch.cat([super().forward(own.contiguous()), z], -1)
         return normed if residual is None else (normed, stream)
 
 
 class FinalNorm(RMSNorm):
-    """Norm of the stream's own channels with those behind them repeat-and-added."""
+    """Norm of the stream's own channels."""
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """`[T, D + S]` twice to `[T, D]`."""
         if x.shape[-1] == self.hidden_size:
             return super().forward(x, residual)[0]
-        own, z = (x + residual).split([self.hidden_size, x.shape[-1] - self.hidden_size], -1)
-        own = own.contiguous()
-        repeat_and_add(own, z, None)
-        return super().forward(own)
+        return super().forward((x + residual)[..., : self.hidden_size].contiguous())
 
 
 class FloraAttention(nn.Module):

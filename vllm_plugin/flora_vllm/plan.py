@@ -105,9 +105,15 @@ class Plan:
                 )
                 for product in PRODUCTS
             }
-            return cls(flora["rank"], flora["activation"], flora["stream"], riders)
+            plan = cls(flora["rank"], flora["activation"], flora["stream"], riders)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{where}: flora does not say what rides where ({error})") from None
+        if plan.stream and not flora.get("stream_norm"):
+            raise ValueError(
+                f"{where}: the stream's channels passed the norms as they were when this was "
+                "trained, which is no longer computed; train it anew"
+            )
+        return plan
 
     @property
     def repeats(self) -> bool:

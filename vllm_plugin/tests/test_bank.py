@@ -106,6 +106,10 @@ def change_config(directory, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+def flora_of(directory):
+    return json.loads((directory / "adapter_config.json").read_text())["flora"]
+
+
 def change_tensors(directory, change):
     path = directory / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -123,6 +127,10 @@ DAMAGES = {
         "trained on another base, of fingerprint 0000",
     ),
     "no flora": (lambda d: change_config(d, flora={}), "does not say what rides where"),
+    "zFLoRA as it was": (
+        lambda d: change_config(d, flora={**flora_of(d), "stream": 8, "stream_norm": False}),
+        "passed the norms as they were",
+    ),
     "no JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "no JSON"),
     "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "no complete"),
     "half a file": (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x"), "no complete"),

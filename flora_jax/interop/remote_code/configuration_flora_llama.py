@@ -11,8 +11,9 @@ class FloraLlamaConfig(LlamaConfig):
     pass norms, "no_rope_layers": layers without rotary embeddings, "embedding_multiplier",
     "residual_multiplier", "attention_multiplier" and "logits_divisor"}.
 
-    flora = {"method", "rank", "activation", "stream", "products"}. stream: channels that the
-    residual stream carries behind its hidden_size own (zflora). products: for each of qkv, o,
+    flora = {"method", "rank", "activation", "stream", "stream_norm", "products"}. stream: channels
+    that the residual stream carries behind its hidden_size own (zflora); stream_norm: whether they
+    are read over the norms' rms, as they were not always. products: for each of qkv, o,
     gate_up and down {"forward": pieces of `rank` extra outputs, by name, "matrix": outputs that a
     piece reaches through a matrix B, "repeat": outputs that a piece is repeat-and-added to,
     "backward": number of extra inputs}.

@@ -89,27 +89,26 @@ def scaled(x, factor):
 
 
 class RMSNormOfStream(llama.LlamaRMSNorm):
-    """Norm of the hidden_size own channels of the stream; those behind them pass."""
+    """Norm of the hidden_size own channels of the stream; those behind them are over the same
+    rms."""
 
     def forward(self, hidden_states):
         width = self.weight.shape[0]
         x, z = hidden_states.split([width, hidden_states.shape[-1] - width], -1)
+        square = x.float().pow(2).mean(-1, keepdim=True)
+        z = (z.float() * torch.rsqrt(square + self.variance_epsilon)).to(z.dtype)
         return torch.cat([super().forward(x), z], -1)
 
 
 class RMSNormAfterStream(llama.LlamaRMSNorm):
-    """Norm of the stream's own channels with those behind them repeat-and-added, if any; over the
-    divisor of the logits."""
+    """Norm of the stream's own channels, over the divisor of the logits."""
 
     def __init__(self, config):
         super().__init__(config.hidden_size, eps=config.rms_norm_eps)
         self.divisor = config.differences["logits_divisor"]
 
     def forward(self, hidden_states):
-        width = self.weight.shape[0]
-        x, z = hidden_states.split([width, hidden_states.shape[-1] - width], -1)
-        x = repeat_and_add(x, z) if z.shape[-1] else x
-        return super().forward(x) / self.divisor
+        return super().forward(hidden_states[..., : self.weight.shape[0]]) / self.divisor
 
 
 class FloraLlamaAttention(llama.LlamaAttention):
