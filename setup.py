@@ -21,6 +21,8 @@ RUNTIME = [
     "numpy>=2.0",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12",
+    # reads Parquet; tensorflow-datasets brings it
+    "pyarrow>=20.0",
     # what the card of a model on the hub is written in; its errors are ours to catch
     "pyyaml>=6.0",
     "qwix>=0.1.8",

@@ -47,7 +47,7 @@ def spoil(path: Path, outside: Path, rng: random.Random) -> str:
             kinds += [_spoil_json] * 4
         if path.suffix == ".safetensors":
             kinds += [_spoil_header, _spoil_header, _spoil_values]
-        if path.suffix == ".gguf":
+        if path.suffix in (".gguf", ".parquet"):
             kinds += [_spoil_word, _spoil_word]
         if path.suffix == ".jinja":
             kinds += [_spoil_template] * 2

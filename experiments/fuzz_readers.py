@@ -14,6 +14,8 @@ from typing import Any
 import gguf
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from experiments import gpu_report, quantized_training, real_text
@@ -178,6 +180,20 @@ def make_records(folder: Path) -> None:
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, own * 3)))
 
 
+def make_parquet(folder: Path) -> None:
+    """Conversations in columns, in two row groups, one compressed."""
+    call = {"function": {"name": "f", "arguments": {"x": 1.5}}}
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "tool_calls": [call]},
+    ]
+    folder.mkdir(parents=True)
+    rows = [{"messages": turns, "tools": '[{"name": "f"}]', "score": 0.5}] * 6
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, folder / "own.parquet", row_group_size=3, compression="none")
+    pq.write_table(table, folder / "small.parquet", compression="zstd")
+
+
 # ------------------------------------------------------------------------------------- readers
 
 
@@ -233,6 +249,13 @@ def read_records(folder: Path) -> None:
         for example in load_examples(get_task(task), split, folder):
             assert all(isinstance(message.content, str) for message in example.messages)
     load_examples(get_task(str(folder / "own.jsonl")), "train", folder)
+
+
+def read_parquet(folder: Path) -> None:
+    """Conversations that are accepted have texts."""
+    for name in ("own.parquet", "small.parquet"):
+        for example in load_examples(get_task(str(folder / name)), "train", None):
+            assert all(isinstance(message.content, str) for message in example.messages)
 
 
 def make_results(folder: Path) -> None:
@@ -324,6 +347,7 @@ READERS = {
     "workdir": Reader(make_run, ("run/config.json", "run/eval.json"), read_run),
     "results": Reader(make_results, ("**/*.json",), read_results),
     "records": Reader(make_records, (*RECORDS, "own.jsonl"), read_records),
+    "parquet": Reader(make_parquet, ("own.parquet", "small.parquet"), read_parquet),
     "commands": Reader(make_command, ("argv.json",), read_command),
 }
 

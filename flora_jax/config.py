@@ -167,8 +167,8 @@ def _adapter(method: str) -> dict[str, Any]:
 
 def _data() -> dict[str, Any]:
     return {
-        # Comma-separated tasks, paths ending in .jsonl, or mixtures ("commonsense", "math": what
-        # LLM-Adapters trains on).
+        # Comma-separated tasks, paths ending in .jsonl or .parquet, or mixtures ("commonsense",
+        # "math": what LLM-Adapters trains on).
         "tasks": "ARC-Easy,ARC-Challenge,openbookqa,boolq",
         # shares drawn of the tasks, such as 3,1,1; unset: each example an epoch
         "weights": placeholder(str),
@@ -249,8 +249,8 @@ def _eval() -> dict[str, Any]:
         "batch_size": 16,
         # tokens of prompt and answer; longer prompts are counted, and wrong
         "max_length": 1024,
-        # Of a generated answer; unset: the task's own number, and for a JSONL file at least its
-        # longest answer's.
+        # Of a generated answer; unset: the task's own number, and for a file of your own at least
+        # its longest answer's.
         "max_new_tokens": placeholder(int),
     }
 

@@ -13,7 +13,9 @@ from flora_jax.errors import run_command
 
 FLAGS = {
     **MODEL,
-    "tasks": dict(required=True, help="comma-separated task names, or a path ending in .jsonl"),
+    "tasks": dict(
+        required=True, help="comma-separated task names, or paths ending in .jsonl or .parquet"
+    ),
     "data_dir": dict(
         help="folder with one folder a task, or tfds or tfds:DIR; generated tasks: none"
     ),
@@ -32,7 +34,7 @@ FLAGS = {
     "max_new_tokens": dict(
         type=int,
         help="of a generated answer; default the task's own number, "
-        "and for a JSONL file at least its longest answer's",
+        "and for a file of your own at least its longest answer's",
     ),
     **DTYPE,
     **QUANTIZATION,

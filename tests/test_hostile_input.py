@@ -190,7 +190,7 @@ def test_faults_are_drawn_from_their_seed(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer_config", "adapter", "records", "commands"]
+    "name", ["config.json", "tokenizer_config", "adapter", "records", "parquet", "commands"]
 )
 def test_spoilt_inputs(name):
     """A slice that experiments/fuzz.py has not gone through."""

@@ -1,4 +1,4 @@
-"""Records as files hold them: read from JSON, checked, and turned into the layout of their kind."""
+"""Records as files hold them: read, checked, and turned into the layout of their kind."""
 
 from __future__ import annotations
 
@@ -248,6 +248,8 @@ _MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning",
 _TRAINED = ("weight", "train", "training")
 # axolotl's names for parts of a turn that count, of which the loss mask here knows none.
 _PARTS = ("train_detail", "training_detail")
+# The fields of a conversation that are read.
+CONVERSATION = ("messages", "prompt", "completion", "tools", *_TRAINED, *_PARTS)
 
 
 def _turn(turn: Any, place: str) -> Record:
@@ -267,13 +269,11 @@ def _turn(turn: Any, place: str) -> Record:
         more["content"] = None
     else:
         content = _field(turn, "content", place, default="" if calls or role == "tool" else None)
-    text = json.dumps(more, ensure_ascii=False) if more else ""
-    check_text(text, place)
     return {
         "role": role,
         "content": content,
         "trained": role != "assistant" or _trained(turn, place),
-        "more": text,
+        "more": _json_text(more, place) if more else "",
     }
 
 
@@ -311,7 +311,15 @@ def _tools(raw: Mapping[str, Any], where: str) -> str:
     if not tools:
         return ""
     _objects(tools, place)
-    text = json.dumps(tools, ensure_ascii=False)
+    return _json_text(tools, place)
+
+
+def _json_text(value: Any, place: str) -> str:
+    """A value as JSON. Raises UserError for what JSON has no form for (a table's dates, bytes)."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except TypeError as error:
+        raise UserError(f"{place}: {error}; use text, numbers, lists and objects") from None
     check_text(text, place)
     return text
 

@@ -23,7 +23,8 @@ from absl import logging
 from flora_jax.data.catalogue import CATALOGUE
 from flora_jax.data.generated import draw, generated_key
 from flora_jax.data.records import CONVERT, Record, raw_records
-from flora_jax.data.tasks import Example, Task
+from flora_jax.data.tables import parquet_records
+from flora_jax.data.tasks import OWN_FILES, Example, Task
 from flora_jax.errors import UserError, disk_fault, expand_path, near_misses, require, told_of
 from flora_jax.files import cache_root, filling_cache, plain_path
 
@@ -132,7 +133,7 @@ def _check_split(task: Task, split: str) -> None:
 def _in_catalogue(task: Task, data_dir: str | Path | None) -> bool:
     """Whether the TFDS catalogue is read: `data_dir` names it, and the task needs a `data_dir`."""
     named = str(data_dir).partition(":")[0] == "tfds"
-    return named and task.source != "generated" and not task.name.endswith(".jsonl")
+    return named and task.source != "generated" and not task.is_file
 
 
 def _catalogue_split(
@@ -178,7 +179,7 @@ def _catalogue_split(
 def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Path]:
     """The files that could hold a split, the first that exists is it."""
     _check_split(task, split)
-    if task.name.endswith(".jsonl"):
+    if task.is_file:
         # The file itself, for the one split that is asked of it. It cannot validate what was
         # trained on it.
         if split == "validation":
@@ -199,7 +200,7 @@ def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Pat
     folder = Path(expanded := expand_path(data_dir))
     require(folder.is_dir(), f"data.dir={expanded!r} is not a directory (nor tfds, nor tfds:DIR)")
     if task.source == "jsonl":
-        return [folder / f"{split}.jsonl"]
+        return [folder / f"{split}{suffix}" for suffix in OWN_FILES]
     names = [f"{split}.json", f"{split}.jsonl"]
     if split in task.files:
         # A listed file comes first, one that splits share behind the split's own.
@@ -217,7 +218,8 @@ def _path(task: Task, split: str, data_dir: str | Path | None) -> Path:
         f"{task.name}: one file has no validation split; use task 'jsonl' and a folder with one",
     )
     folder = candidates[0].parent
-    there = sorted(p.name for p in folder.glob("*.json*")) if folder.is_dir() else []
+    files = folder.iterdir() if folder.is_dir() else ()
+    there = sorted(p.name for p in files if p.suffix in (".json", *OWN_FILES))
     sampled = any(name.startswith("sample.") for name in there)
     never = " (a sample is never a test set)" if sampled else ""
     hints = [_WHERE.get(task.name) or _WHERE.get(task.source)]
@@ -271,14 +273,10 @@ def _describe(task: Task, split: str, data_dir: str | Path | None) -> str:
 def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Record]:
     if task.source == "generated":
         return draw(task, split)
-    found_in = (
-        _elements(task, split, data_dir)
-        if _in_catalogue(task, data_dir)
-        else raw_records(_path(task, split, data_dir))
-    )
     convert = CONVERT[task.source]
+    span = _span(task, split, data_dir) or (None,)
     records = []
-    for where, raw in itertools.islice(found_in, *(_span(task, split, data_dir) or (None,))):
+    for where, raw in itertools.islice(_raw(task, split, data_dir), *span):
         require(
             isinstance(raw, dict),
             f"{where}: a record must be a JSON object, not {type(raw).__name__}",
@@ -290,6 +288,14 @@ def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Record]:
             f"{_describe(task, split, data_dir)} holds no records; it needs at least one"
         )
     return records
+
+
+def _raw(task: Task, split: str, data_dir: str | Path | None) -> Iterator[tuple[str, Any]]:
+    """`(place, record)` of each record as its source has it."""
+    if _in_catalogue(task, data_dir):
+        return _elements(task, split, data_dir)
+    path = _path(task, split, data_dir)
+    return parquet_records(path) if path.suffix == ".parquet" else raw_records(path)
 
 
 def _elements(task: Task, split: str, data_dir: str | Path | None) -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,8 @@ from flora_jax.data.numbers import canonical_number, final_number, same_number
 from flora_jax.errors import UserError, near_misses, require
 
 ROLES = ("system", "user", "assistant", "tool")
+# what the name of a task ends in that is a file of people's own
+OWN_FILES = (".jsonl", ".parquet")
 CONTAMINATED = 0.01  # the share of a test's questions that may be in the training data
 
 
@@ -105,6 +107,11 @@ class Task:
     generator: Generator | None = None
     # of a generated answer: room for reasoning before it, unless the answer stands alone
     new_tokens: int = 256
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one file, named by its path."""
+        return self.name.endswith(OWN_FILES)
 
 
 # ------------------------------------------------------------------------------------------ parsing
@@ -369,13 +376,13 @@ def expand(names: Iterable[str]) -> list[str]:
 
 
 def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
-    """The row called `name`; a name ending in `.jsonl` is a task of its own, read from that file.
+    """The row called `name`; the path of a JSONL or Parquet file is a task of its own.
 
     `generator` overrides fields of a generated task's `Generator` (`train`, `validation`, `test`,
     `seed`) and its settings (`max_terms`, …); tasks that are not generated ignore it. Raises
     UserError for an unknown task or field.
     """
-    if name.endswith(".jsonl"):
+    if name.endswith(OWN_FILES):
         return dataclasses.replace(TASKS["jsonl"], name=name)
     require(
         name not in MIXTURES,
@@ -383,7 +390,8 @@ def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
     )
     if name not in TASKS:
         near = near_misses(name, TASKS)
-        raise UserError(f"task {name!r} is unknown; {near} (or a path ending in .jsonl)")
+        files = " or ".join(OWN_FILES)
+        raise UserError(f"task {name!r} is unknown; {near} (or a path ending in {files})")
     task = TASKS[name]
     if task.generator is None or not generator:
         return task

@@ -37,7 +37,7 @@ class Settings:
     the published scripts of LLM-Adapters do (`published`); batch_size: rows computed side by side;
     max_length: tokens of prompt and answer together, where a prompt that leaves no room counts as
     wrong and in `too_long`; max_new_tokens: of a generated answer, None for its task's own number,
-    and for a JSONL file as many as its longest answer needs.
+    and for people's own file as many as its longest answer needs.
     """
 
     protocol: str = "lm_eval"

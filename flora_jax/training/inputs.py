@@ -169,7 +169,7 @@ def _read_tests(config: ml_collections.ConfigDict, trained: Sequence[Task]) -> _
     One file given by its path is a test set only where it is to be scored.
     """
     data = config.data
-    beside = [task for task in trained if not _is_file(task) and has_split(task, "test", data.dir)]
+    beside = [task for task in trained if not task.is_file and has_split(task, "test", data.dir)]
     tasks = {task.name: task for task in beside}
     tasks |= zip(split_names(config.eval.tasks), scored_tasks(config), strict=True)
     return {
@@ -204,7 +204,7 @@ def _drop_overlaps(
 ) -> list[_Part]:
     """The parts without records that are in a test set, nor training records that validate.
 
-    They are known by their prompt. Of a JSONL file, where one prompt may have many answers, the
+    They are known by their prompt. Of conversations, where one prompt may have many answers, the
     training records that validate are known by prompt and answer.
     """
     tested = list(itertools.chain(*tests.values()))
@@ -290,7 +290,7 @@ def _kept_path(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Path 
     cache = data.pop("cache_dir")
     trained = itertools.product(trained_tasks(config), SPLITS)
     asked = [
-        *((task, split) for task, split in trained if split == "train" or not _is_file(task)),
+        *((task, split) for task, split in trained if split == "train" or not task.is_file),
         *((task, "test") for task in scored_tasks(config)),
     ]
     found = [
@@ -305,10 +305,6 @@ def _kept_path(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Path 
     about = json.dumps([known, code, data, config.eval.tasks, found], sort_keys=True, default=list)
     name = hashlib.sha256(about.encode()).hexdigest()[:32]
     return cache_root(cache) / "encoded" / f"{name}.arrays"
-
-
-def _is_file(task: Task) -> bool:
-    return task.name.endswith(".jsonl")
 
 
 def _keep_inputs(path: Path, inputs: Inputs) -> None:
