@@ -37,6 +37,8 @@ RUNTIME = [
     "transformers>=5.0,!=5.3.0",
 ]
 DEMO = ["reasoning-gym>=0.1.20"]
+# Reads data sets of the Hub; from 4.0 on it runs no code of theirs.
+HUB = ["datasets>=4.0"]
 # Only `python -m flora_jax.harness` imports it, and it needs no torch.
 LM_EVAL = ["lm_eval>=0.4.13"]
 WANDB = ["wandb>=0.21"]
@@ -72,6 +74,7 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10"],
         "demo": DEMO,
         "docs": DOCS,
+        "hub": HUB,
         "lm-eval": LM_EVAL,
         "peers": PEERS,
         "test": TEST,

@@ -167,12 +167,13 @@ def _adapter(method: str) -> dict[str, Any]:
 
 def _data() -> dict[str, Any]:
     return {
-        # Comma-separated tasks, paths ending in .jsonl or .parquet, or mixtures ("commonsense",
-        # "math": what LLM-Adapters trains on).
+        # Comma-separated tasks, paths ending in .jsonl or .parquet, data sets of the Hub
+        # (hub:ORG/NAME, hub:ORG/NAME:CONFIG), or mixtures ("commonsense", "math": what
+        # LLM-Adapters trains on).
         "tasks": "ARC-Easy,ARC-Challenge,openbookqa,boolq",
         # shares drawn of the tasks, such as 3,1,1; unset: each example an epoch
         "weights": placeholder(str),
-        # folder with one folder a task, or tfds or tfds:DIR; generated tasks need none
+        # folder with one folder a task, or tfds or tfds:DIR; generated and Hub tasks need none
         "dir": placeholder(str),
         # prepared data; unset: $FLORA_CACHE or ~/.cache/flora_jax
         "cache_dir": placeholder(str),

@@ -14,10 +14,11 @@ from flora_jax.errors import run_command
 FLAGS = {
     **MODEL,
     "tasks": dict(
-        required=True, help="comma-separated task names, or paths ending in .jsonl or .parquet"
+        required=True,
+        help="comma-separated task names, paths ending in .jsonl or .parquet, or hub:ORG/NAME",
     ),
     "data_dir": dict(
-        help="folder with one folder a task, or tfds or tfds:DIR; generated tasks: none"
+        help="folder with one folder a task, or tfds or tfds:DIR; generated and Hub tasks: none"
     ),
     "protocol": dict(default="lm_eval", help="lm_eval (default) or llm_adapters"),
     "prompt_style": dict(default="plain", help="plain (default), chat or llm_adapters"),

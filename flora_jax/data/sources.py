@@ -1,4 +1,4 @@
-"""Where records come from: files of a data directory, the TFDS catalogue or a generator.
+"""Where records come from: files, the TFDS catalogue, the Hugging Face Hub or a generator.
 
 A split is read and checked once, written by its TFDS builder (`builders`) as array_record under the
 cache directory, and read back from there as a TFDS data source. The cache key is the content of the
@@ -23,7 +23,7 @@ from absl import logging
 from flora_jax.data.catalogue import CATALOGUE
 from flora_jax.data.generated import draw, generated_key
 from flora_jax.data.records import CONVERT, Record, raw_records
-from flora_jax.data.tables import parquet_records
+from flora_jax.data.tables import hub_hash, hub_records, hub_splits, parquet_records
 from flora_jax.data.tasks import OWN_FILES, Example, Task
 from flora_jax.errors import UserError, disk_fault, expand_path, near_misses, require, told_of
 from flora_jax.files import cache_root, filling_cache, plain_path
@@ -61,9 +61,9 @@ def load_records(
     `references` (a list) of a 'texts' one, `question, answer` of a generated one, of a 'jsonl' one
     `tools` and `messages` (a list of `role, content, trained, more`, as `Turn` has them).
     `data_dir` is a folder of files, or `tfds` or `tfds:DIR` for the TFDS catalogue in TFDS's own
-    folder or in DIR; generated tasks need none. Prepared data is cached in `cache_dir`, by default
-    `$FLORA_CACHE` or else `~/.cache/flora_jax`. Raises UserError for a missing, empty or malformed
-    source, naming file and record.
+    folder or in DIR; generated tasks and those of the Hub need none. Prepared data is cached in
+    `cache_dir`, by default `$FLORA_CACHE` or else `~/.cache/flora_jax`. Raises UserError for a
+    missing, empty or malformed source, naming file and record.
     """
     directory = cache_root(cache_dir) / "tfds" / _cache_key(task, split, data_dir)
     if not directory.exists():
@@ -89,9 +89,12 @@ def load_records(
 def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:
     """sha256 (hex) of what a split is read from.
 
-    That is a file, the catalogue's files (with data set, version and split), or everything that
-    determines a generated split.
+    That is a file, the catalogue's files (with data set, version and split), the rows of a data set
+    of the Hub, or everything that determines a generated split.
     """
+    if task.is_hub:
+        _check_split(task, split)
+        return hub_hash(task.name, split)
     if task.source == "generated":
         _check_split(task, split)
         return hashlib.sha256(generated_key(task, split).encode()).hexdigest()
@@ -106,6 +109,8 @@ def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:
 
 def has_split(task: Task, split: str, data_dir: str | Path | None) -> bool:
     """Whether `load_records` would find the split (of the catalogue: with its data set at hand)."""
+    if task.is_hub:
+        return split in hub_splits(task.name)
     if _in_catalogue(task, data_dir):
         _check_split(task, split)
         return task.name in CATALOGUE and split in CATALOGUE[task.name].splits
@@ -133,7 +138,7 @@ def _check_split(task: Task, split: str) -> None:
 def _in_catalogue(task: Task, data_dir: str | Path | None) -> bool:
     """Whether the TFDS catalogue is read: `data_dir` names it, and the task needs a `data_dir`."""
     named = str(data_dir).partition(":")[0] == "tfds"
-    return named and task.source != "generated" and not task.is_file
+    return named and task.source != "generated" and not (task.is_file or task.is_hub)
 
 
 def _catalogue_split(
@@ -263,6 +268,8 @@ _WHERE = {
 def _describe(task: Task, split: str, data_dir: str | Path | None) -> str:
     if _in_catalogue(task, data_dir):
         return f"TFDS {CATALOGUE[task.name].name}, split {CATALOGUE[task.name].splits[split]}"
+    if task.is_hub:
+        return f"{task.name}, split {split}"
     generated = task.source == "generated"
     return f"task {task.name!r}" if generated else str(_path(task, split, data_dir))
 
@@ -292,6 +299,8 @@ def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Record]:
 
 def _raw(task: Task, split: str, data_dir: str | Path | None) -> Iterator[tuple[str, Any]]:
     """`(place, record)` of each record as its source has it."""
+    if task.is_hub:
+        return hub_records(task.name, split)
     if _in_catalogue(task, data_dir):
         return _elements(task, split, data_dir)
     path = _path(task, split, data_dir)
@@ -315,8 +324,8 @@ def _elements(task: Task, split: str, data_dir: str | Path | None) -> Iterator[t
 
 def _cache_key(task: Task, split: str, data_dir: str | Path | None) -> str:
     # The suffix decides how a file's bytes are read, so it is part of the key.
-    files = task.source != "generated" and not _in_catalogue(task, data_dir)
-    suffix = _path(task, split, data_dir).suffix if files else ""
+    elsewhere = task.source == "generated" or task.is_hub or _in_catalogue(task, data_dir)
+    suffix = "" if elsewhere else _path(task, split, data_dir).suffix
     span = _span(task, split, data_dir)
     parts = [_FORMAT, task.source, split, suffix, data_hash(task, split, data_dir)]
     if span:

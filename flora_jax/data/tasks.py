@@ -23,6 +23,8 @@ from flora_jax.errors import UserError, near_misses, require
 ROLES = ("system", "user", "assistant", "tool")
 # what the name of a task ends in that is a file of people's own
 OWN_FILES = (".jsonl", ".parquet")
+# what the name of a task begins with that is a data set of the Hugging Face Hub
+HUB = "hub:"
 CONTAMINATED = 0.01  # the share of a test's questions that may be in the training data
 
 
@@ -111,7 +113,12 @@ class Task:
     @property
     def is_file(self) -> bool:
         """Whether it is one file, named by its path."""
-        return self.name.endswith(OWN_FILES)
+        return self.name.endswith(OWN_FILES) and not self.is_hub
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether it is a data set of the Hugging Face Hub."""
+        return self.name.startswith(HUB)
 
 
 # ------------------------------------------------------------------------------------------ parsing
@@ -376,22 +383,23 @@ def expand(names: Iterable[str]) -> list[str]:
 
 
 def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
-    """The row called `name`; the path of a JSONL or Parquet file is a task of its own.
+    """The row called `name`; a path of JSONL or Parquet is a task of its own, and a Hub data set.
 
     `generator` overrides fields of a generated task's `Generator` (`train`, `validation`, `test`,
     `seed`) and its settings (`max_terms`, …); tasks that are not generated ignore it. Raises
     UserError for an unknown task or field.
     """
-    if name.endswith(OWN_FILES):
-        return dataclasses.replace(TASKS["jsonl"], name=name)
+    own = dataclasses.replace(TASKS["jsonl"], name=name)
+    if own.is_file or own.is_hub:
+        return own
     require(
         name not in MIXTURES,
         f"{name!r} is a mixture to train on; the tasks to score are named one by one",
     )
     if name not in TASKS:
         near = near_misses(name, TASKS)
-        files = " or ".join(OWN_FILES)
-        raise UserError(f"task {name!r} is unknown; {near} (or a path ending in {files})")
+        own = f"a path ending in {' or '.join(OWN_FILES)}, or {HUB}ORG/NAME"
+        raise UserError(f"task {name!r} is unknown; {near} (or {own})")
     task = TASKS[name]
     if task.generator is None or not generator:
         return task

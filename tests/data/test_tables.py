@@ -2,14 +2,17 @@
 
 import datetime
 import json
+import shutil
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from flora_jax.data import data_hash, get_task, has_split, load_examples
-from flora_jax.data.tables import parquet_records
+from flora_jax.data.tables import hub_hash, hub_splits, parquet_records
 from flora_jax.errors import UserError
+from flora_jax.training.inputs import load_inputs
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 CALL = {"type": "function", "function": {"name": "sum", "arguments": {"a": 1, "b": [2, None]}}}
@@ -154,3 +157,114 @@ def test_damaged_parquet_is_one_line(tmp_path):
         else:
             assert len(found) == len(right)
     assert refused > 0.5 * len(damaged)
+
+
+# ---- the Hub: `datasets` reads a folder as it reads a clone, and its cache as it does offline
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """`datasets`, with a cache of its own and no network."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    yield datasets
+    hub_splits.cache_clear()
+    hub_hash.cache_clear()
+
+
+@pytest.fixture
+def clone(hub, tmp_path):
+    """A data set's folder with a training and a test split, its name as a task, and the records."""
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    splits = {"train": columns("topic", "messages", "prompt", "completion", "tools") * 5}
+    splits["test"] = [{"messages": TURNS}, {"messages": TURNS}]
+    for split, records in splits.items():
+        write(folder / f"{split}.parquet", records)
+    return folder, f"hub:{folder}", splits
+
+
+def test_a_hub_data_set_is_read_as_jsonl_is(clone, tmp_path):
+    _, name, _ = clone
+    lines = write_lines(tmp_path / "mine.jsonl", RECORDS * 5)
+    assert examples(name, tmp_path) == examples(lines, tmp_path)
+    assert len(examples(name, tmp_path, "test")) == 2
+    task = get_task(name)
+    assert task.is_hub and not task.is_file and not get_task("hub:a/b.parquet").is_file
+    there = [has_split(task, split, None) for split in ("train", "validation", "test")]
+    assert there == [True, False, True]
+    with pytest.raises(UserError, match=r"no split 'validation'; the data set has train, test"):
+        examples(name, tmp_path, "validation")
+
+
+def test_its_hash_is_that_of_its_rows(clone, tmp_path):
+    folder, name, splits = clone
+    first = data_hash(get_task(name), "train", None)
+    assert first != data_hash(get_task(name), "test", None)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    # The same rows in two files, and with another column, of which nothing is read.
+    (copy / "train.parquet").unlink()
+    table = pq.read_table(folder / "train.parquet")
+    table = table.append_column("more", [list(range(len(table)))])
+    for i, half in enumerate((table.slice(0, 7), table.slice(7))):
+        pq.write_table(half, copy / f"train-{i:05}-of-00002.parquet")
+    assert data_hash(get_task(f"hub:{copy}"), "train", None) == first
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    splits["train"][0]["messages"][0]["content"] = "Be short."
+    write(other / "train.parquet", splits["train"])
+    assert data_hash(get_task(f"hub:{other}"), "train", None) != first
+
+
+def test_a_run_on_a_hub_data_set(clone, small, tmp_path):
+    """Its test is kept out of the training data, and some of that is held out."""
+    from flora_jax.models.tokenizer import byte_tokenizer
+
+    folder, name, _ = clone
+    records = [{"prompt": f"What is {i}?", "completion": "x"} for i in range(40)]
+    write(folder / "train.parquet", records)
+    write(folder / "test.parquet", records[:3])
+    fields = {"data.tasks": name, "data.validation_size": 2, "data.cache_dir": str(tmp_path / "c")}
+    found = load_inputs(small(**fields), byte_tokenizer())
+    assert found.account["dropped_as_in_test"] in (1, 2, 3)
+    assert 35 <= len(found.train) <= 38 and 1 <= len(found.validation) <= 2
+    assert found.account["sha256"][f"{name}/train"] == data_hash(get_task(name), "train", None)
+
+
+def test_the_cache_of_datasets_is_enough(clone, hub, tmp_path):
+    """Laid out as after a download of ORG/NAME, and found again without a network."""
+    _, name, _ = clone
+    known = examples(name, tmp_path)
+    [kept] = (tmp_path / "hub/clone/default/0.0.0").glob("*/dataset_info.json")
+    shutil.copytree(kept.parent, tmp_path / "hub/org___clone/default/0.0.0" / kept.parent.name)
+    for other in ("hub:org/clone", "hub:org/clone:default"):
+        assert examples(other, tmp_path) == known
+        assert data_hash(get_task(other), "train", None) == data_hash(get_task(name), "train", None)
+    with pytest.raises(UserError, match=r"'hub:org/clone:german' cannot be read .*'default'"):
+        examples("hub:org/clone:german", tmp_path)
+    with pytest.raises(UserError, match=r"'hub:org/other' cannot be read .*Couldn't reach"):
+        examples("hub:org/other", tmp_path)
+
+
+def test_hub_data_sets_that_will_not_do(clone, tmp_path):
+    folder, name, _ = clone
+    write(folder / "train.parquet", [{"text": "p", "label": 1}])
+    write(folder / "test.parquet", [{"text": "p", "label": 1}])
+    with pytest.raises(
+        UserError, match=r"clone, split train: there must be a column .*'text', 'label'"
+    ):
+        examples(name, tmp_path)
+    (tmp_path / "empty").mkdir()
+    for wrong in ("hub:", "hub::x", f"hub:{tmp_path}/empty", "hub:a b", "hub:gs://a/b"):
+        with pytest.raises(UserError) as error:
+            examples(wrong, tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_without_datasets_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"hub:org/name.*pip install -e '\.\[hub\]'"):
+        examples("hub:org/name", tmp_path)
