@@ -34,7 +34,7 @@ from flora_jax.models.adapted import Adapted
 from flora_jax.models.llama import KVCache, Layer
 
 TASK = "dailydialogpp"
-SIZES = ("rms(x)", "|z|", "|z / rms(x)|")
+SIZES = ("rms(x)", "max z", "max z / rms(x)")
 
 FLAGS: Flags = {
     "--model": dict(default="smollm2-135m-instruct", help="what load_pretrained takes"),
@@ -100,7 +100,8 @@ def main(argv: list[str]) -> None:
     write_json(beside(args.out, ".json"), {"sizes": values, "data": digest, "provenance": about})
     text = markdown(args, found, about)
     beside(args.out, ".md").write_text(text)
-    draw(found, adapted.tokenizer.convert_ids_to_tokens(tokens.tolist()), beside(args.out, ".png"))
+    words = [adapted.tokenizer.decode([token]) for token in tokens]
+    draw(found, words, beside(args.out, ".png"))
     print(text)
 
 

@@ -33,15 +33,30 @@ from flora_jax.errors import UserError, require
 STREAM_NORMS = tuple(f"{block}_norm" for block in BLOCKS)
 
 
+# zflora's channels are carried so much smaller in the fused stream, and read so much larger, that
+# they do not count in a norm over the whole of it: XLA makes one kernel of that, as of the base's,
+# and two of a norm over a part. A power of two, by which nothing is rounded.
+_CARRIED = 2.0**-12
+
+
+def _factor(side: str, adapter_config: AdapterConfig) -> float:
+    """Of a side in the fused layout. The scale is in the one that by the method's own row starts at
+    zero: in A for ffa and ffba*, in B for the others."""
+    row = adapter_config.row
+    factor = 1.0
+    if row.zero == side:
+        factor = adapter_config.scale
+    if row.writes == "stream":
+        factor *= {"A": _CARRIED, "B": 1 / _CARRIED}[side]
+    return factor
+
+
 def _scaled(leaf: jax.Array, side: str, adapter_config: AdapterConfig) -> jax.Array:
-    """The scale is in the side that by the method's own row starts at zero: in A for ffa and ffba*,
-    in B for the others."""
-    return leaf * (adapter_config.scale if adapter_config.row.zero == side else 1)
+    return leaf * _factor(side, adapter_config)
 
 
 def _unscaled(leaf: jax.Array, side: str, adapter_config: AdapterConfig) -> jax.Array:
-    scale = adapter_config.scale if adapter_config.row.zero == side else 1
-    return (leaf / scale).astype(jnp.float32)
+    return (leaf / _factor(side, adapter_config)).astype(jnp.float32)
 
 
 def parts_of(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:

@@ -96,7 +96,8 @@ class KVCache:
 
 class RMSNorm(nn.Module):
     """`x / rms(x) · scale` in float32, returned in x's dtype. x `[..., D]`, or with zflora's
-    channels z behind the D, which are divided by the same rms; scale is as wide as x."""
+    channels behind the D, which are divided by the same rms and, as they are carried there
+    (adapters/fusing.py), too small to count in it; scale is as wide as x."""
 
     width: int
     eps: float
@@ -113,11 +114,9 @@ class RMSNorm(nn.Module):
 
 
 def _over_rms(values: jax.Array, x: jax.Array, width: int, eps: float) -> jax.Array:
-    """`values / rms(x)`, the rms of x's first `width` channels, in float32 and back. It is rounded
-    before a scale, as the published models were trained."""
+    """`values / rms(x)`, of an x with `width` channels that count, in float32 and back. It is
+    rounded before a scale, as the published models were trained."""
     y = x.astype(jnp.float32)
-    if x.shape[-1] > width:
-        y = jnp.where(jnp.arange(x.shape[-1]) < width, y, 0)
     factor = jax.lax.rsqrt(jnp.square(y).sum(axis=-1, keepdims=True) / width + eps)
     return (values.astype(jnp.float32) * factor).astype(values.dtype)
 
