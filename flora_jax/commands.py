@@ -1,4 +1,4 @@
-"""What several commands have: flags, what these may hold, an orderly end when a signal comes."""
+"""Parts of several commands: flags, checks of their values, an orderly end when a signal comes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ RESULT = {"out": dict(type=path_flag, help="result file, JSON")}
 
 
 def read_flags(module: str, about: str, flags: Flags, argv: list[str]) -> argparse.Namespace:
-    """What a command line sets. about: the command's docstring, whose first paragraph is shown."""
+    """The flags of a command line; about: the command's docstring, whose first paragraph --help
+    shows. Raises UserError for flags that are unknown or malformed."""
     parser = CommandParser(prog=module, description=" ".join(about.split("\n\n")[0].split()))
     for name, settings in flags.items():
         parser.add_argument(f"--{name}", **settings)
@@ -51,14 +52,17 @@ def read_flags(module: str, about: str, flags: Flags, argv: list[str]) -> argpar
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raises UserError for a flag that is given and not positive."""
+    """Raises UserError for a given flag that is not positive."""
     for name in names:
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name} {value} must be a positive integer")
 
 
 def check_template(args: argparse.Namespace, chats: bool, flag: str) -> None:
-    """Raises UserError for arguments of a chat template that is not used; flag: has it used."""
+    """Raises UserError for arguments of a chat template that is not used.
+
+    chats: whether it is used; flag: the one that uses it.
+    """
     require(
         chats or not args.template_arguments,
         f"--template_arguments {args.template_arguments} has no effect without {flag}",
@@ -66,22 +70,24 @@ def check_template(args: argparse.Namespace, chats: bool, flag: str) -> None:
 
 
 def check_result(path: str | None) -> None:
-    """Raises UserError where no result file can be written at `path`; None is none asked for."""
+    """Raises UserError if no result file can be written at `path`; None: no file is wanted."""
     require(not (path and Path(path).is_dir()), f"--out {path} is a directory; name a file")
     if path:
         check_writable(Path(path), "--out")
 
 
 def hangups() -> tuple[int, ...]:
-    """The signal of a terminal that closes; none where it is ignored (`nohup`) or not known."""
+    """The signal of a closing terminal; none where it is ignored (`nohup`) or not known."""
     hangup = getattr(signal, "SIGHUP", None)
-    return () if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else (hangup,)
+    if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN:
+        return ()
+    return (hangup,)
 
 
 @contextlib.contextmanager
 def stopped_by_signals(message: str) -> Iterator[None]:
-    """Has a termination and a closed terminal, too, end the block as an interrupt does, so that
-    what is half done is cleared away; then raises Stopped with `message`."""
+    """Makes SIGTERM and a closed terminal end the block as an interrupt does, so that unfinished
+    files are cleared away. Raises Stopped with `message` after it."""
     before = {number: signal.signal(number, _stop_once) for number in (signal.SIGTERM, *hangups())}
     try:
         yield
@@ -93,8 +99,8 @@ def stopped_by_signals(message: str) -> Iterator[None]:
 
 
 def _stop_once(number: int, frame: Any) -> NoReturn:
-    """Stops what runs. A terminal that closes says so twice, and the second must not stop the
-    clearing away."""
+    """Interrupts the block. A closing terminal signals twice, and the second signal must not stop
+    the clearing away."""
     for again in (signal.SIGTERM, *hangups()):
         signal.signal(again, signal.SIG_IGN)
     raise KeyboardInterrupt
@@ -102,10 +108,10 @@ def _stop_once(number: int, frame: Any) -> NoReturn:
 
 @contextlib.contextmanager
 def noted_signals(alone: bool = True) -> Iterator[list[int]]:
-    """A list that SIGTERM, SIGINT and SIGHUP are noted in, instead of ending a step in its middle.
+    """A list in which SIGTERM, SIGINT and SIGHUP are noted, instead of ending a step in its middle.
 
-    With other processes beside this one (not `alone`) nothing is noted: JAX has all of them stop
-    after a SIGTERM to one, and a SIGHUP is passed on so.
+    With other processes beside this one (not `alone`) nothing is noted: after a SIGTERM to one of
+    them JAX stops all, and a SIGHUP is passed on as a SIGTERM.
     """
     noted: list[int] = []
 

@@ -2,8 +2,8 @@
 
 Whatever a user can mend (a misspelt field, a missing file, a rank that does not divide) is raised
 as `UserError` with one line that names the field or file, the value, and what would do. Commands
-print that line on stderr and exit with 2. What a disk refuses is one line as well (exit code 1);
-anything else is a defect of ours and keeps its traceback (exit code 1).
+print that line on stderr and exit with 2. A disk's refusal is one line as well (exit code 1).
+Anything else is a defect of ours and keeps its traceback (exit code 1).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-# What a disk says that is full, over its quota, read-only, limited, broken, gone, or not ours.
+# The errors of a disk that is full, over its quota, read-only, limited, broken, gone, or not ours.
 _DISK = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -33,16 +33,17 @@ _DISK = (
     errno.EACCES,
 )
 _LONGEST = 1500  # characters of a message
-_BROKEN_PIPE = 128 + 13  # how a shell writes an end by SIGPIPE
+_BROKEN_PIPE = 128 + 13  # a shell's exit code of an end by SIGPIPE
 
-# What may help where a score or a token would come of numbers that are not finite.
+# The remedy where logits are not finite.
 NOT_FINITE = "check the weights and the adapter, or compute in float32, whose range is the largest"
 
 
 class UserError(ValueError):
     """Bad input: one line that says what is wrong, with which value, and what would do.
 
-    Of a value as long as a file, or of several lines, the line has no more than it can hold."""
+    Line ends become spaces, and a message that is too long loses its middle.
+    """
 
     def __init__(self, message: str):
         line = " ".join(message.splitlines())
@@ -52,14 +53,14 @@ class UserError(ValueError):
 
 
 def require(right: object, message: str) -> None:
-    """Raises UserError with the message unless what it says is right."""
+    """Raises UserError with the message unless `right` is true."""
     if not right:
         raise UserError(message)
 
 
 @contextlib.contextmanager
 def told_of(where: str) -> Iterator[None]:
-    """Has the UserErrors of a block begin with `where`."""
+    """Makes the UserErrors of a block begin with `where`."""
     try:
         yield
     except UserError as error:
@@ -67,7 +68,7 @@ def told_of(where: str) -> Iterator[None]:
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:
-    """A clause that helps after a misspelt name: the closest known names, or else all of them."""
+    """A clause for a misspelt name: the closest known names, or else all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
@@ -76,9 +77,10 @@ def near_misses(name: str, known: Iterable[str]) -> str:
 
 
 def require_known(name: Any, known: Iterable[str], what: str) -> None:
-    """Raises UserError, with near misses, for `what`, whose name is none of `known`.
+    """Raises UserError, with near misses, unless `name` is one of `known`.
 
-    Names are compared, not hashed: a user's value may be anything.
+    what: the field and its value, for the message. Names are compared, not hashed: a user's value
+    may be anything.
     """
     known = list(known)
     if name not in known:
@@ -88,7 +90,8 @@ def require_known(name: Any, known: Iterable[str], what: str) -> None:
 def check_text(text: str, where: str) -> None:
     """Raises UserError for half a character, which no tokenizer takes.
 
-    That is a lone surrogate in JSON (`\\ud83d`), or a byte that is no UTF-8 in a command.
+    It is a lone surrogate in JSON (`\\ud83d`), or a byte that is no UTF-8 on a command line. where:
+    the text's place, for the message.
     """
     try:
         text.encode()
@@ -107,41 +110,48 @@ class WriteError(Exception):
 
 
 def disk_fault(error: BaseException | None) -> str | None:
-    """The system's words where `error`, or one behind it, comes of a disk; None for any other.
+    """The system's words if `error`, or one behind it, comes from a disk; None for any other.
 
-    They are looked for in its text: what writes in C++ or Rust (tensorstore, array_record,
-    safetensors) has classes of its own, and carries the system's words along.
+    They are searched in its text: writers in C++ or Rust (tensorstore, array_record, safetensors)
+    have error classes of their own, and repeat the system's words.
     """
     while error is not None:
         if (words := _disk_words(error)) is not None:
             return words
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        error = _behind(error)
     return None
 
 
+def _behind(error: BaseException) -> BaseException | None:
+    """The error that led to this one, as a traceback shows it."""
+    if error.__suppress_context__:
+        return error.__cause__
+    return error.__context__
+
+
 def _disk_words(error: BaseException) -> str | None:
-    """`disk_fault` of this error alone: what was raised behind it may be a defect of ours."""
+    """`disk_fault` of this error alone: one behind it may be a defect of ours."""
     return next((words for words in map(os.strerror, _DISK) if words in str(error)), None)
 
 
 @contextlib.contextmanager
 def writing(what: str, remedy: str) -> Iterator[None]:
-    """Raises WriteError, with what would help, where a disk refuses what the block writes."""
+    """Raises WriteError, with the remedy, if a disk refuses the block's files (`what`)."""
     try:
         yield
     except (UserError, WriteError):
         raise
-    except Exception as error:  # of tensorstore, array_record and safetensors, too
+    except Exception as error:  # tensorstore, array_record and safetensors have their own
         if (reason := disk_fault(error)) is None:
             raise
         raise WriteError(f"{what} cannot be written ({reason}); {remedy}") from error
 
 
 def expand_path(text: str | os.PathLike) -> str:
-    """A path with its leading `~` or `~user` spelt out, as a shell leaves it in `--out=~/x`.
+    """A path with its leading `~` or `~user` spelt out; a shell leaves it so in `--out=~/x`.
 
-    Raises UserError for a home directory that there is not, and for an address such as
-    `gs://bucket/x`, which would be made as a folder.
+    Raises UserError for a home directory that does not exist, and for an address such as
+    `gs://bucket/x`, which would become a folder.
     """
     text = os.fspath(text)
     require(
@@ -165,9 +175,9 @@ def path_flag(text: str) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser whose refusals are UserErrors, one line like all others.
+    """An ArgumentParser whose errors are UserErrors.
 
-    Its flags of `type=Path` expand a leading `~` (those that stay text: `type=path_flag`).
+    Flags of `type=Path` expand a leading `~`; `type=path_flag` does so for a path that stays text.
     """
 
     def __init__(self, *args: Any, **keywords: Any):
@@ -185,7 +195,8 @@ def split_names(text: str) -> list[str]:
 
 
 def positive_integers(flag: str, text: str) -> list[int]:
-    """The integers of a comma-separated flag, each once; UserError unless all are positive."""
+    """The integers of a comma-separated flag, each once. Raises UserError unless all are
+    positive."""
     items = [item.strip() for item in text.split(",")]
     for item in items:
         require(
@@ -196,8 +207,9 @@ def positive_integers(flag: str, text: str) -> list[int]:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Raises UserError unless `path` can be made: its nearest parent is a directory and ours."""
-    # os.path, since Path.exists raises below a directory that may not be read.
+    """Raises UserError unless `path` can be made: its nearest parent is a directory that we may
+    write to."""
+    # os.path, since Path.exists raises below a directory that we may not read.
     parent = next(p for p in path.absolute().parents if os.path.exists(p))
     require(
         os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK),
@@ -206,19 +218,23 @@ def check_writable(path: Path, flag: str) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Has whatever is still printed to a stream that nobody reads go nowhere, and raise no more."""
+    """Sends whatever is still printed to a stream without a reader nowhere, so that it raises no
+    more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Runs a command's `main` and exits.
 
-    The exit code is 0 done, 2 bad input (one line on stderr), 1 anything else, 141 where what it
-    prints is no longer read (`| head`), as of a program that SIGPIPE ends.
+    The exit code is 0 when done, 2 for bad input (one line on stderr), 141 where its output is no
+    longer read (`| head`), as of a program that SIGPIPE ends, and 1 for anything else. argv: by
+    default sys.argv.
     """
+    if argv is None:
+        argv = sys.argv
     try:
         with _interrupts_kept():
-            code = _run(main, sys.argv if argv is None else argv)
+            code = _run(main, argv)
     except BrokenPipeError:
         code = _BROKEN_PIPE
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the shell
@@ -230,7 +246,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
         except OSError as error:
             silence(stream)
             code = code or _fail(f"error: what is printed cannot be written ({error.strerror})", 1)
-    # Run first of all that is left to do: a Ctrl-C in what JAX then clears away is no traceback.
+    # Runs first of all exit handlers: a Ctrl-C while JAX clears up must print no traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
@@ -238,8 +254,8 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
 
 @contextlib.contextmanager
 def _interrupts_kept() -> Iterator[None]:
-    """Sends a Ctrl-C again that came where Python prints an exception and drops it: in a callback
-    of the garbage collector, which JAX has, or in a destructor."""
+    """Repeats a Ctrl-C that came where Python prints an exception and drops it: in a destructor, or
+    in a callback of the garbage collector, which JAX has."""
     hook = sys.unraisablehook
 
     def again(unraisable: Any) -> None:
@@ -268,7 +284,7 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int | str | None
         raise
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
-    except (Stopped, FloatingPointError) as end:  # ends of a run that its message explains
+    except (Stopped, FloatingPointError) as end:  # their messages explain the end of the run
         return _fail(str(end), 1)
     except WriteError as error:
         return _fail(f"error: {error}", 1)
@@ -283,7 +299,8 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int | str | None
 
 
 def _fail(line: str, code: int) -> int:
-    """Says why on stderr, in one line, where anybody reads it (not from a closed terminal)."""
+    """Prints the reason on stderr in one line, unless the terminal is closed, and returns
+    `code`."""
     with contextlib.suppress(OSError):
         print(" ".join(line.split()), file=sys.stderr, flush=True)
     return code

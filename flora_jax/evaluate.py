@@ -60,7 +60,9 @@ def main(argv: list[str]) -> None:
     from flora_jax.interop.adapter_files import load_adapted, read_trained_on
 
     request = read_request(args)
-    trained_on = read_trained_on(args.adapter) if args.adapter else None
+    trained_on = None
+    if args.adapter:
+        trained_on = read_trained_on(args.adapter)
     seen = check_seen(request.tasks, trained_on, args.allow_contaminated)
     keep_programs()
     model = load_adapted(

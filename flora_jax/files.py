@@ -1,4 +1,4 @@
-"""Files of several rooms: JSON objects and directories, whole or not at all; the cache folder."""
+"""Files for all rooms: JSON and directories, written whole or not at all, and the cache folder."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from typing import Any
 from flora_jax.errors import UserError, WriteError, disk_fault, expand_path, require
 
 _LARGEST = 2**28  # bytes of a JSON file: Llama 3's tokenizer.json has 17 MB
-# Linux's second names for what a process holds open.
+# Linux's second names for the files and directories that a process has open.
 _OPEN = "/proc/self/fd"
 
 
 def cache_root(given: str | os.PathLike | None = None) -> Path:
-    """The folder of downloads and prepared data: `given`, `$FLORA_CACHE` or ~/.cache/flora_jax."""
+    """The folder of downloads and prepared data: `given`, `$FLORA_CACHE` or ~/.cache/flora_jax.
+
+    Raises UserError if none of these can be named.
+    """
     if path := given or os.environ.get("FLORA_CACHE"):
         return Path(expand_path(path))
     if not os.path.isabs(home := os.path.expanduser("~")):
@@ -34,7 +37,7 @@ def cache_root(given: str | os.PathLike | None = None) -> Path:
 
 
 def make_cache(given: str | os.PathLike | None = None) -> Path:
-    """`cache_root`, made if absent. Raises UserError where it cannot be."""
+    """`cache_root`, made if absent. Raises UserError if it cannot be made."""
     root = cache_root(given)
     with filling_cache(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -43,7 +46,7 @@ def make_cache(given: str | os.PathLike | None = None) -> Path:
 
 @contextlib.contextmanager
 def filling_cache(directory: Path) -> Iterator[None]:
-    """Raises UserError where `directory`, of the cache, cannot hold what the block writes there."""
+    """Raises UserError if the block cannot write to `directory`, a part of the cache."""
     try:
         yield
     except Exception as error:  # array_record has classes of its own
@@ -57,13 +60,12 @@ def filling_cache(directory: Path) -> Iterator[None]:
 
 
 def plain_path(directory: Path, where: str) -> Path:
-    """A directory that is there, under a name that means nothing else to the libraries below.
+    """An existing directory, under a name that orbax and TFDS do not misread.
 
-    etils.epath, which orbax and TFDS go through, looks for files with `glob` on whole paths, so
-    that `[` and `*` in any parent are patterns to it, and takes `/gs/…` for object storage. Linux
-    has a second name for every open directory, which then stands for all but the plainest;
-    elsewhere a path that misleads epath is a UserError (`check_plain`), with `where` for the flag
-    that it comes from.
+    They use etils.epath, which looks for files with `glob` on whole paths, so that `[` and `*` in
+    any parent are patterns, and which takes `/gs/…` for object storage. Linux has a second name for
+    every open directory, which replaces all but the plainest paths. Elsewhere a path that misleads
+    epath is a UserError (`check_plain`); where: the flag that it comes from.
     """
     path = directory.absolute()
     if re.fullmatch(r"[\w./-]*", str(path), re.ASCII) and not _misleads(path):
@@ -76,7 +78,7 @@ def plain_path(directory: Path, where: str) -> Path:
 
 
 def check_plain(path: Path, where: str) -> None:
-    """Raises UserError if `plain_path` could not name the directory, which need not be there."""
+    """Raises UserError if `plain_path` could not name the directory, which need not exist."""
     require(
         not _misleads(path.absolute()) or os.path.isdir(_OPEN),
         f"{where}={str(path)!r} is a pattern or an address to orbax and TFDS; "
@@ -93,17 +95,18 @@ def _misleads(path: Path) -> bool:
 
 @functools.cache
 def _second_name(path: str, device: int, inode: int) -> str:
-    """Kept open as long as the process: those that write there keep the name."""
+    """Linux's second name of a directory, which stays open as long as the process, since its
+    writers keep the name."""
     return f"{_OPEN}/{os.open(path, os.O_RDONLY | os.O_DIRECTORY)}"
 
 
 def keep_programs() -> None:
-    """Has JAX keep what it compiles under the cache folder, where a second start reads it.
+    """Makes JAX keep compiled programs in the cache folder, where a second start reads them.
 
     JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) comes first. Without a folder that can be
     written, nothing is kept.
     """
-    import jax  # takes a second, which what reads files alone need not wait for
+    import jax  # takes a second, which a mere reader of files need not wait
 
     if jax.config.jax_compilation_cache_dir is not None:
         return
@@ -116,8 +119,10 @@ def keep_programs() -> None:
 
 
 def check_file(path: Path, hint: str = "") -> None:
-    """Raises UserError unless `path` leads to a file that has an end, with `hint` for an absent
-    one: reading a device or a pipe may never come to one."""
+    """Raises UserError unless `path` leads to a file; reading a device or a pipe may never end.
+
+    hint: added to the message for an absent file.
+    """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -129,7 +134,7 @@ def check_file(path: Path, hint: str = "") -> None:
 
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """The JSON object in `path`; UserError if there is none, with `hint` for an absent file."""
+    """The JSON object in `path`. Raises UserError if there is none; hint: as in `check_file`."""
     check_file(path, hint)
     size = path.stat().st_size
     require(size <= _LARGEST, f"{path}: {size:,} bytes are no JSON file of these programs")
@@ -148,8 +153,9 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON; the file appears complete or not at all, and its folder is made if absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name may be 255 bytes long, and its temporary one no longer.
-    name = path.name if len(os.fsencode(path.name)) < 250 else path.name[:50]
+    name = path.name
+    if len(os.fsencode(name)) >= 250:  # with .tmp it must not be over 255 bytes
+        name = name[:50]
     temporary = path.with_name(name + ".tmp")
     try:
         temporary.write_text(_json(value), encoding="utf-8")
@@ -161,10 +167,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_result(path: Path, value: Any, where: str) -> None:
-    """`write_json` of what took hours.
+    """`write_json` of a result that took hours.
 
-    Where `path`, which `where` names, cannot be written, the result is printed and kept in a
-    temporary file, and WriteError names that.
+    If `path` cannot be written, the result is printed and kept in a temporary file. Raises
+    WriteError, which names that file; where: the name of `path` in the message.
     """
     try:
         write_json(path, value)
@@ -173,11 +179,10 @@ def write_result(path: Path, value: Any, where: str) -> None:
             with contextlib.suppress(OSError):
                 print(_json(value), file=stream, flush=True)
                 break
-        kept = _keep(_json(value))
-        raise WriteError(
-            f"{where} cannot be written ({error.strerror}); what it was to hold is printed"
-            + (f" and kept in {kept}" if kept else "")
-        ) from None
+        message = f"{where} cannot be written ({error.strerror}); what it was to hold is printed"
+        if kept := _keep(_json(value)):
+            message += f" and kept in {kept}"
+        raise WriteError(message) from None
 
 
 def _json(value: Any) -> str:
@@ -185,7 +190,7 @@ def _json(value: Any) -> str:
 
 
 def _keep(text: str) -> str | None:
-    """A file elsewhere that holds the text; None where no disk takes it."""
+    """Writes the text to a file elsewhere and returns its name; None if no disk takes it."""
     for folder in (None, os.curdir, os.path.expanduser("~")):
         try:
             file, name = tempfile.mkstemp(".json", "flora_jax-", folder)
@@ -202,10 +207,10 @@ def _keep(text: str) -> str | None:
 
 @contextlib.contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """A scratch directory that becomes `directory` when the block ends; none is left by an error.
+    """A scratch directory that becomes `directory` when the block ends; an error leaves none.
 
-    Its parents are made; a directory that stands there is replaced, and stays if that fails. A
-    process killed outright leaves a hidden directory with "unfinished" in its name.
+    Parents are made. A directory that stands there is replaced, and stays if that fails. A process
+    killed outright leaves a hidden directory with "unfinished" in its name.
     """
     directory = directory.absolute()
     missing = [parent for parent in directory.parents if not parent.exists()]
@@ -214,19 +219,20 @@ def new_directory(directory: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(
             dir=directory.parent, prefix=f".{directory.name[:50]}.unfinished-"
         ) as scratch:
-            new, old = Path(scratch) / "new", Path(scratch) / "old"
+            new = Path(scratch) / "new"
+            old = Path(scratch) / "old"
             new.mkdir()
             yield new
             try:
                 if directory.exists():
                     os.rename(directory, old)
                 os.rename(new, directory)
-            except BaseException:  # an interrupt between the two as well
+            except BaseException:  # even an interrupt between the two
                 if old.exists() and not directory.exists():
                     os.rename(old, directory)
                 raise
     except BaseException:
         for parent in missing:
-            with contextlib.suppress(OSError):  # somebody else has put something there
+            with contextlib.suppress(OSError):  # another process has put something there
                 parent.rmdir()
         raise

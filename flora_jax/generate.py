@@ -50,7 +50,9 @@ def main(argv: list[str]) -> None:
     model = load_adapted(
         args.model, args.adapter, args.dtype, args.quantization, args.template_arguments
     )
-    style = "chat" if args.chat else "plain"
+    style = "plain"
+    if args.chat:
+        style = "chat"
     prompt = encode_prompt([Message("user", args.prompt)], model.tokenizer, style)
     generator = Generator.of(model, args.max_length, batch_size=1)
     if args.stream:

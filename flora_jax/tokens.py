@@ -1,4 +1,4 @@
-"""Conversations as text, and token ids where a text begins and where a turn ends."""
+"""Conversations as text, and the token ids that begin a text and end a turn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 else:
     Tokenizer = Any
 
-# What a chat template is given by transformers and by us.
+# The names that transformers and we pass to a chat template.
 _GIVEN = {
     "messages",
     "tools",
@@ -29,15 +29,15 @@ _GIVEN = {
     "strftime_now",
 }
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-# What Llama 3's chat template names as today where it is given nothing: with any other date, the
-# same data and the same prompt would change every day.
+# The date that Llama 3's chat template uses if it is given none. With today's date, the same data
+# and the same prompt would change every day.
 DATE = "26 Jul 2024"
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str | None:
     """sha256 of all that decides which ids a text or a conversation has.
 
-    None for a tokenizer that is written in Python, whose code it would take.
+    None for a tokenizer that is written in Python: its code would have to be hashed, too.
     """
     if not tokenizer.is_fast:
         return None
@@ -45,19 +45,19 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str | None:
     import tokenizers
     import transformers
 
-    tokenizer("")  # a call sets padding and truncation, which the backend holds, too
+    tokenizer("")  # a call sets padding and truncation, which are part of the backend
     versions = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
     special = sorted(tokenizer.special_tokens_map.items(), key=str)
-    split = tokenizer.split_special_tokens  # what the backend does not hold: set anew at each call
+    split = tokenizer.split_special_tokens  # no part of the backend: set anew at each call
     about = repr((*versions, type(tokenizer).__name__, special, tokenizer.chat_template, split))
     return hashlib.sha256(f"{about}\n{tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()
 
 
 def encode_open(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
-    """The ids of a text that goes on: with what the tokenizer puts before it alone.
+    """The ids of a text to continue, with the tokens that the tokenizer puts before it.
 
-    That is bos, by the tokenizer's own rule, but no second one before that of a rendered chat. What
-    some put behind a text (`add_eos_token`) is left out.
+    That is bos, by the tokenizer's own rule, but no second one where a rendered chat begins with
+    it. Tokens that some tokenizers put behind a text (`add_eos_token`) are left out.
     """
     return encode_open_batch(tokenizer, [text], add_special_tokens)[0]
 
@@ -68,7 +68,9 @@ def encode_open_batch(
     """`encode_open` of each text."""
     bos = tokenizer.bos_token or "\0"
     special = [add_special_tokens and not text.startswith(bos) for text in texts]
-    closing = _count_closing(tokenizer) if any(special) else 0
+    closing = 0
+    if any(special):
+        closing = _count_closing(tokenizer)
     ids: dict[int, list[int]] = {}
     for one, behind in ((True, closing), (False, 0)):
         places = [i for i, its in enumerate(special) if its is one]
@@ -82,7 +84,9 @@ def encode_open_batch(
 def _count_closing(tokenizer: Tokenizer) -> int:
     """How many tokens the tokenizer puts behind a text."""
     mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-    return mask[::-1].index(0) if 0 in mask else 0
+    if 0 not in mask:
+        return 0
+    return mask[::-1].index(0)
 
 
 def encode_cut(
@@ -94,22 +98,22 @@ def encode_cut(
     """The ids of `text`, nothing added, in `len(cuts) + 1` pieces that end at the characters
     `cuts`.
 
-    `cuts` are ascending. The pieces up to a cut are the ids of the text up to it, as generation is
-    given them. Where tokens end at a cut, as they do in nearly every chat template, the pieces
-    together are the ids of the whole text. Where a token would run across it, the text behind the
-    cut is tokenised apart. encoding: of the whole text, where it is known.
+    cuts: ascending; encoding: of the whole text, where it is known. The pieces up to a cut are the
+    ids of the text up to it, as in generation. Where tokens end at a cut, as they do in nearly
+    every chat template, the pieces together are the ids of the whole text. Where a token would
+    cross it, the text behind the cut is tokenised apart.
     """
     return _cut(tokenizer, text, cuts, encoding or encode_batch(tokenizer, [text])[0], inside=False)
 
 
-# ids, and the characters that each stands for
+# The ids of a text, and the characters `(start, stop)` of each; None where they are not known.
 Encoding = tuple[list[int], list[tuple[int, int]] | None]
 
 
 def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
     """The ids of each text, nothing added, and the characters `(start, stop)` of each id.
 
-    None for the latter where the tokenizer cannot tell: one that is written in Python.
+    A tokenizer that is written in Python does not tell the characters: None.
     """
     if not texts:
         return []
@@ -121,7 +125,9 @@ def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
         return_offsets_mapping=tokenizer.is_fast,
         verbose=False,
     )
-    offsets = found["offset_mapping"] if tokenizer.is_fast else itertools.repeat(None)
+    offsets = itertools.repeat(None)
+    if tokenizer.is_fast:
+        offsets = found["offset_mapping"]
     return list(zip(found["input_ids"], offsets, strict=False))
 
 
@@ -132,20 +138,22 @@ def _cut(
     encoding: Encoding,
     inside: bool,
 ) -> list[list[int]]:
-    """`encode_cut`; inside: of a text that stands behind another."""
+    """`encode_cut`; inside: whether the text stands behind another."""
     ids, offsets = encoding
     stops = []
     for i, cut in enumerate(cuts):
         k = _ids_before(text, cut, offsets)
         if k is None:
-            # The ids of the text up to here alone tell.
+            # Only the ids of the text up to here can tell.
             start = text[:cut]
-            before = (
-                _encode_inside(tokenizer, start) if inside else encode_batch(tokenizer, [start])[0]
-            )
+            if inside:
+                before = _encode_inside(tokenizer, start)
+            else:
+                before = encode_batch(tokenizer, [start])[0]
             k = len(before[0])
             if ids[:k] != before[0]:
-                behind, rest = text[cut:], [later - cut for later in cuts[i + 1 :]]
+                behind = text[cut:]
+                rest = [later - cut for later in cuts[i + 1 :]]
                 return [
                     *_cut(tokenizer, start, cuts[:i], before, inside),
                     *_cut(tokenizer, behind, rest, _encode_inside(tokenizer, behind), inside=True),
@@ -157,20 +165,21 @@ def _cut(
 def _ids_before(text: str, cut: int, offsets: list[tuple[int, int]] | None) -> int | None:
     """How many ids stand for the characters before `cut`; None where the offsets do not tell.
 
-    They may leave out spaces, or hold those beside an added token.
+    Offsets may leave out spaces, or include those beside an added token.
     """
     k = bisect.bisect_left(offsets or [], (cut,))
     if k == 0 or offsets[k - 1][1] != cut or (k < len(offsets) and offsets[k][0] != cut):
         return None
-    # GPT-2's split, `\s+(?!\S)`, takes the last of several spaces apart only where text follows.
-    spaced = offsets[k - 1][0] == cut - 1 and text[cut - 2 : cut].isspace()
-    return None if spaced else k
+    # GPT-2's split, `\s+(?!\S)`, cuts off the last of several spaces only where text follows.
+    if offsets[k - 1][0] == cut - 1 and text[cut - 2 : cut].isspace():
+        return None
+    return k
 
 
 def _encode_inside(tokenizer: Tokenizer, text: str) -> Encoding:
     """The ids and offsets of a text that stands behind another.
 
-    They are without the space that SentencePiece puts before one that begins.
+    SentencePiece puts a space before the beginning of a text; here there is none.
     """
     (line, _), (alone, _), (behind, _) = encode_batch(tokenizer, ["\n", "a", "\na"])
     if behind[len(line) :] != alone:
@@ -182,15 +191,15 @@ def _encode_inside(tokenizer: Tokenizer, text: str) -> Encoding:
 
 
 def render(tokenizer: Tokenizer, conversation: Sequence[Mapping[str, Any]], **how: Any) -> str:
-    """The conversation, `{"role", "content"}` by turn, as the tokenizer's chat template has it.
+    """The conversation, a `{"role", "content"}` for each turn, in the tokenizer's chat template.
 
-    Raises UserError where the template refuses it.
+    how: further arguments of `apply_chat_template`. Raises UserError if the template refuses it.
     """
     try:
         return tokenizer.apply_chat_template(
             list(conversation), tokenize=False, date_string=DATE, **how
         )
-    # a template is a program, which may raise anything at what is not for it
+    # A template is a program and may raise anything.
     except Exception as error:
         roles = ", ".join(str(turn.get("role")) for turn in conversation)
         raise UserError(
@@ -199,12 +208,12 @@ def render(tokenizer: Tokenizer, conversation: Sequence[Mapping[str, Any]], **ho
 
 
 def set_template_arguments(tokenizer: Tokenizer, text: str) -> None:
-    """Has the tokenizer's chat template see `NAME=VALUE,…` wherever it is used, saved or exported,
-    such as `enable_thinking=false`, which Qwen3's asks for.
+    """Sets arguments of the tokenizer's chat template, wherever it is used, saved or exported.
 
-    A value is JSON, or else a text. The template itself then begins by setting them, so that the
-    tokenizer says by itself how it was used. Raises UserError for what is no such list, without a
-    template, and for a name that the template does not read.
+    text: `NAME=VALUE,…`, such as `enable_thinking=false` for Qwen3; a value is JSON, or else a
+    text. The template then begins by setting them, so that a saved tokenizer keeps them. Raises
+    UserError for a text that is no such list, without a template, and for a name that the template
+    does not read.
     """
     arguments = _read_template_arguments(text)
     if not arguments:
@@ -221,29 +230,32 @@ def set_template_arguments(tokenizer: Tokenizer, text: str) -> None:
             f"template_arguments={text!r}: the tokenizer's chat template takes no {name!r}; it "
             f"takes {', '.join(sorted(read)) or 'nothing'}",
         )
-    # A template knows JSON's words but for null.
-    given = (
-        f"{{%- set {name} = {'none' if value is None else json.dumps(value)} -%}}"
-        for name, value in arguments.items()
-    )
+    given = (f"{{%- set {name} = {_literal(value)} -%}}" for name, value in arguments.items())
     tokenizer.chat_template = "".join([*given, template])
 
 
+def _literal(value: Any) -> str:
+    """A value of JSON as a template writes it: Jinja knows all of JSON's words but null."""
+    if value is None:
+        return "none"
+    return json.dumps(value)
+
+
 def without_generation(template: str) -> str:
-    """The template without transformers' own statement, which jinja does not know."""
+    """The template without transformers' own `generation` statement, which Jinja does not know."""
     return _GENERATION.sub("", template)
 
 
 def _arguments_of(template: str) -> set[str]:
-    """The names that a template reads and a caller may set. Raises UserError for one that is no
-    Jinja."""
+    """The names that a template reads and a caller may set. Raises UserError for a template that is
+    no Jinja."""
     import jinja2.meta
 
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
         tree = environment.parse(without_generation(template))
         read = jinja2.meta.find_undeclared_variables(tree)
-    except jinja2.TemplateSyntaxError as error:  # a filter that is unknown, too
+    except jinja2.TemplateSyntaxError as error:  # unknown filters included
         raise UserError(f"the tokenizer's chat template cannot be read: {error}") from None
     return read - set(environment.globals) - _GIVEN
 
@@ -267,21 +279,24 @@ _ANSWER = "0123456789"
 
 
 def ends(tokenizer: Tokenizer) -> list[int]:
-    """The tokens by which a model says that it is done.
+    """The tokens with which a model ends its answer.
 
-    They are eos, and the added ones, special or not, that the chat template ends an answer with,
+    They are eos, and the added tokens, special or not, with which the chat template ends an answer,
     such as ChatML's `<|im_end|>` (none without a template, or where a turn ends in words).
     """
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    found = []
+    if tokenizer.eos_token_id is not None:
+        found.append(tokenizer.eos_token_id)
     rendered = _render_answer(tokenizer)
-    closing = _closing_ids(tokenizer, rendered) if _ANSWER in rendered else []
-    return list(dict.fromkeys([*eos, *closing]))
+    if _ANSWER in rendered:
+        found += _closing_ids(tokenizer, rendered)
+    return list(dict.fromkeys(found))
 
 
 def _render_answer(tokenizer: Tokenizer) -> str:
     """A conversation that ends with `_ANSWER`; empty without a template that takes one."""
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
-    # some templates ask for a system's turn
+    # Some templates want a system's turn.
     for system in ([], [{"role": "system", "content": "?"}]):
         if tokenizer.chat_template:
             with contextlib.suppress(UserError):
@@ -290,7 +305,7 @@ def _render_answer(tokenizer: Tokenizer) -> str:
 
 
 def _closing_ids(tokenizer: Tokenizer, rendered: str) -> list[int]:
-    """The added tokens behind the answer, but for those that open the next turn."""
+    """The added tokens behind the answer, without those that open the next turn."""
     asked = rendered.rindex(_ANSWER)
     answered = asked + len(_ANSWER)
     # Tokenised as a whole: some added tokens are found only behind a text, others only at its
@@ -304,15 +319,15 @@ def _closing_ids(tokenizer: Tokenizer, rendered: str) -> list[int]:
     tokens = [(id, *span) for id, span in zip(ids, offsets, strict=True)]
     behind = [token for token in tokens if token[1] >= answered]
     opening = [(id, end) for id, _, end in tokens if end < answered and id in added][-1:]
-    # by the role behind it
+    # A token that opens a turn has the role behind it.
     named = [id for id, end in opening if rendered[end:asked].strip()]
 
     def run(tokens: Iterable[tuple[int, int, int]], known: set[int]) -> list[int]:
         said = itertools.dropwhile(lambda token: not rendered[token[1] : token[2]].strip(), tokens)
         return list(itertools.takewhile(known.__contains__, (id for id, *_ in said)))
 
-    # What opens the next turn ends none. The first token does: a role in words has that of the turn
-    # before in front. The last resort is for words before the end.
+    # A token that opens the next turn ends none. The first token ends this turn: if a role is given
+    # in words, the end of the turn stands before it. The last resort is for words before the end.
     first, *more = run(behind, added) or [None]
     if first is None:
         return run(reversed(behind), added.difference(id for id, _ in opening))
