@@ -122,7 +122,7 @@ def _refuse_tensor_axis(config: ml_collections.ConfigDict, setup: Setup) -> None
 def _write_adapter(result: Result, config: ml_collections.ConfigDict, directory: Path) -> None:
     trained_on = {
         "tasks": result.run.inputs.account["tasks"],
-        "prompts": sorted(result.run.inputs.prompts),
+        "prompts": [f"{digest:016x}" for digest in result.run.inputs.prompts.tolist()],
     }
     with writing(str(directory), "make room, and the same command writes it"):
         save_adapter(

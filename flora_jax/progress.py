@@ -15,10 +15,10 @@ _EVERY = 2.0  # seconds between lines; what takes less says nothing
 
 
 def progress(
-    items: Iterable[Item], total: int, what: str, unit: str, silent: bool = False
+    items: Iterable[Item], total: int | None, what: str, unit: str, silent: bool = False
 ) -> Iterator[Item]:
-    """The items, of which there are `total`, with a bar or lines on stderr that begin with
-    `what`."""
+    """The items, with a bar or lines on stderr that begin with `what`. total: how many there are;
+    None where nobody knows."""
     terminal = sys.stderr.isatty()
     start = said = time.monotonic()
     with tqdm(
@@ -37,9 +37,12 @@ def progress(
             now = time.monotonic()
             if not silent and not terminal and now - said > _EVERY:
                 said = now
-                rate = done / (now - start)
-                left = tqdm.format_interval((total - done) / rate)
-                tqdm.write(
-                    f"{what}: {done:,} of {total:,} {unit}s, {rate:,.0f} a second, {left} left",
-                    file=sys.stderr,
-                )
+                tqdm.write(f"{what}: {_line(done, total, unit, now - start)}", file=sys.stderr)
+
+
+def _line(done: int, total: int | None, unit: str, seconds: float) -> str:
+    rate = done / seconds
+    if total is None:
+        return f"{done:,} {unit}s, {rate:,.0f} a second"
+    left = tqdm.format_interval((total - done) / rate)
+    return f"{done:,} of {total:,} {unit}s, {rate:,.0f} a second, {left} left"

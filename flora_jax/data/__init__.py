@@ -1,8 +1,22 @@
 """Data: tasks and their records, tokens and loss masks, packing and batches."""
 
-from flora_jax.data.encode import Encoded, EncodeReport, encode, encode_all, encode_prompt
+from flora_jax.data.encode import (
+    Encoded,
+    EncodeReport,
+    encode,
+    encode_all,
+    encode_each,
+    encode_prompt,
+)
 from flora_jax.data.pipeline import eval_batches, train_iterator
-from flora_jax.data.sources import data_hash, has_split, load_examples, load_records
+from flora_jax.data.sources import (
+    data_hash,
+    has_split,
+    load_examples,
+    load_records,
+    open_examples,
+    open_records,
+)
 from flora_jax.data.tasks import (
     CONTAMINATED,
     MIXTURES,
@@ -31,6 +45,7 @@ __all__ = [
     "dedupe",
     "encode",
     "encode_all",
+    "encode_each",
     "encode_prompt",
     "eval_batches",
     "expand",
@@ -40,6 +55,8 @@ __all__ = [
     "lm_eval_request",
     "load_examples",
     "load_records",
+    "open_examples",
+    "open_records",
     "prompt_digests",
     "train_iterator",
 ]

@@ -1,96 +1,51 @@
-"""TFDS builders of the record kinds, and TFDS's own, of the data sets in its catalogue.
+"""How TFDS keeps records that are read once, and its builders of data sets in its catalogue.
 
-The former hold array_record files in source order, written and read without TensorFlow. Importing
-this module imports tensorflow_datasets, which takes a second: `sources` does so on first use.
+Importing this module imports tensorflow_datasets, which takes a second: `sources` does so on first
+use.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.read_only_builder import builder_from_files
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from flora_jax.errors import UserError, expand_path
-from flora_jax.progress import progress
 
 Text = tfds.features.Text
+# By a task's source: what a record has.
+FEATURES: Mapping[str, Mapping[str, Any]] = {
+    "records": {name: Text() for name in ("instruction", "input", "output", "answer")},
+    "texts": {"text": Text(), "references": tfds.features.Sequence(Text())},
+    "generated": {"question": Text(), "answer": Text()},
+    # `messages` is JSON, which is read in half the time of TFDS's sequence of dicts.
+    "jsonl": {"messages": Text(), "tools": Text()},
+}
 
 
-@dataclasses.dataclass(kw_only=True)
-class SourceConfig(tfds.core.BuilderConfig):
-    """One prepared split: its name and its records, already validated."""
+def open_writer(source: str, split: str, folder: Path) -> tfds.core.SequentialWriter:
+    """What writes the records of one split to a new folder, as array_record, as they come.
 
-    split: str
-    records: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
-
-
-class _Builder(tfds.core.GeneratorBasedBuilder):
-    """What the kinds share; each states only its features."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    # Nothing is downloaded, so there are no checksums to look for beside the code (and TFDS 4.9.10
-    # would look with a package that it does not declare).
-    code_path = None
-    FEATURES: ClassVar[Mapping[str, Any]]
-    builder_config: SourceConfig
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(dict(self.FEATURES))
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        return {self.builder_config.split: self._generate_examples()}
-
-    def _generate_examples(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        records = self.builder_config.records
-        # On a terminal TFDS has bars of its own.
-        return enumerate(
-            progress(records, len(records), "preparing", "record", silent=sys.stderr.isatty())
-        )
-
-
-class Records(_Builder):
-    """LLM-Adapters records."""
-
-    FEATURES: ClassVar = {name: Text() for name in ("instruction", "input", "output", "answer")}
-
-
-class Texts(_Builder):
-    """A text and the texts that answer it."""
-
-    FEATURES: ClassVar = {"text": Text(), "references": tfds.features.Sequence(Text())}
-
-
-class Generated(_Builder):
-    """reasoning-gym problems."""
-
-    FEATURES: ClassVar = {"question": Text(), "answer": Text()}
-
-
-class Conversations(_Builder):
-    """People's own JSONL, as messages."""
-
-    FEATURES: ClassVar = {
-        "messages": tfds.features.Sequence(
-            {
-                "role": Text(),
-                "content": Text(),
-                "trained": tfds.features.Scalar(np.bool_),
-                "more": Text(),
-            }
-        ),
-        "tools": Text(),
-    }
-
-
-BUILDERS = {"records": Records, "texts": Texts, "generated": Generated, "jsonl": Conversations}
+    (TFDS's builders hold up to a gigabyte of records before they write any, and need TensorFlow for
+    more.)
+    """
+    folder.mkdir()
+    identity = tfds.core.DatasetIdentity(
+        name=source,
+        version=tfds.core.Version("1.0.0"),
+        data_dir=str(folder),
+        module_name=__name__,
+    )
+    features = tfds.features.FeaturesDict(dict(FEATURES[source]))
+    info = tfds.core.DatasetInfo(builder=identity, features=features, disable_shuffling=True)
+    writer = tfds.core.SequentialWriter(info, sys.maxsize, file_format="array_record")
+    writer.initialize_splits([split])
+    return writer
 
 
 def own_folder() -> Path:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -101,7 +101,33 @@ def encode_all(
     max_length: int,
     silent: bool = False,
 ) -> tuple[list[Encoded], EncodeReport]:
-    """`encode` of each example that fits, and the counts.
+    """`encode` of each example that fits, and the counts, as `encode_each` has them."""
+    kept = []
+    report = encode_each(
+        examples,
+        len(examples),
+        tokenizer,
+        kept.append,
+        style=style,
+        loss_on=loss_on,
+        max_length=max_length,
+        silent=silent,
+    )
+    return kept, report
+
+
+def encode_each(
+    examples: Iterable[Example],
+    total: int,
+    tokenizer: Tokenizer,
+    keep: Callable[[Encoded], None],
+    *,
+    style: Style,
+    loss_on: LossOn,
+    max_length: int,
+    silent: bool = False,
+) -> EncodeReport:
+    """Hands what `encode` makes of each of `total` examples to `keep`, if it fits; the counts.
 
     Where the chat template renders a turn otherwise once others follow it (thinking stripped from
     earlier turns), a conversation is one example for each turn that is trained on, each behind the
@@ -109,23 +135,30 @@ def encode_all(
     or none fits.
     """
     _check(tokenizer, style, loss_on)
-    shown = progress(examples, len(examples), "encoding", "example", silent)
-    encoded = list(_encode(shown, tokenizer, style, loss_on))
-    require(encoded, "there are no examples to encode; data.tasks must name data that holds some")
-    lengths = [len(e.tokens) - 1 for e in encoded]
-    kept = [e for e, length in zip(encoded, lengths, strict=True) if length <= max_length]
+    kept = too_long = positions = loss_tokens = longest = 0
+    shortest = None
+    shown = progress(examples, total, "encoding", "example", silent)
+    for encoded in _encode(shown, tokenizer, style, loss_on):
+        length = len(encoded.tokens) - 1
+        longest = max(longest, length)
+        shortest = length if shortest is None else min(shortest, length)
+        if length > max_length:
+            too_long += 1
+            continue
+        keep(encoded)
+        kept += 1
+        positions += length
+        loss_tokens += int(encoded.loss[1:].sum())
+    require(
+        shortest is not None,
+        "there are no examples to encode; data.tasks must name data that holds some",
+    )
     require(
         kept,
-        f"data.max_length={max_length} is too short for each of the {len(encoded)} examples; "
-        f"the shortest needs {min(lengths)}",
+        f"data.max_length={max_length} is too short for each of the {too_long} examples; "
+        f"the shortest needs {shortest}",
     )
-    return kept, EncodeReport(
-        kept=len(kept),
-        too_long=len(encoded) - len(kept),
-        positions=sum(len(e.tokens) - 1 for e in kept),
-        loss_tokens=sum(int(e.loss[1:].sum()) for e in kept),
-        longest=max(lengths),
-    )
+    return EncodeReport(kept, too_long, positions, loss_tokens, longest)
 
 
 def encode_prompt(

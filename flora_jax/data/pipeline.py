@@ -70,7 +70,7 @@ def train_iterator(
             rows = grain.MapDataset.source(encoded).map(_row).shuffle(seed=order)[shard]
         else:
             rows = _mixed(encoded, parts, order, shard)
-        # The examples are in memory: threads would only add latency.
+        # The examples are mapped into memory: threads would only add latency.
         rows = rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         if not packing:
             return rows.map(lambda row: _pad(row, max_length))

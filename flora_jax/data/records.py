@@ -22,18 +22,11 @@ def raw_records(path: Path) -> Iterator[tuple[str, Any]]:
     place is `file:line` or names the index. Raises UserError for what is no UTF-8 or no JSON.
     """
     check_file(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"
-        ) from None
     if path.suffix == ".jsonl":
-        # Split at newlines alone: JSON strings may hold what else str.splitlines cuts at.
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{path}:{number}", _json(line, path, number)
-    elif text.strip():
+        yield from _lines(path)
+        return
+    text = _text(path.read_bytes(), path, 0)
+    if text.strip():
         values = _json(text, path, 1)
         require(
             isinstance(values, list),
@@ -41,6 +34,28 @@ def raw_records(path: Path) -> Iterator[tuple[str, Any]]:
         )
         for i, value in enumerate(values):
             yield f"{path}: record {i} (from 0)", value
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """`raw_records` of a `.jsonl` file, a line at a time."""
+    start = 0
+    with path.open("rb") as file:
+        # Bytes are split at newlines alone: JSON strings may hold what else ends a line of text.
+        for number, line in enumerate(file, 1):
+            text = _text(line, path, start)
+            start += len(line)
+            if text.strip():
+                yield f"{path}:{number}", _json(text, path, number)
+
+
+def _text(content: bytes, path: Path, start: int) -> str:
+    """What stands in a file from byte `start` on."""
+    try:
+        return content.decode("utf-8" if start else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: byte {start + error.start} is not UTF-8; save the file as UTF-8"
+        ) from None
 
 
 def _json(text: str, path: Path, line: int) -> Any:

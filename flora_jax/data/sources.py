@@ -1,8 +1,9 @@
 """Where records come from: files, the TFDS catalogue, the Hugging Face Hub or a generator.
 
-A split is read and checked once, written by its TFDS builder (`builders`) as array_record under the
-cache directory, and read back from there as a TFDS data source. The cache key is the content of the
-source, so changed data is prepared anew and unchanged data is found again whatever its path.
+A split is read and checked once, a record at a time, and written with TFDS (`builders`) as
+array_record under the cache directory. From there each record is read when it is asked for. The
+cache key is the content of the source, so changed data is prepared anew and unchanged data is found
+again whatever its path.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from absl import logging
@@ -27,63 +29,81 @@ from flora_jax.data.tables import hub_hash, hub_records, hub_splits, parquet_rec
 from flora_jax.data.tasks import OWN_FILES, Example, Task
 from flora_jax.errors import UserError, disk_fault, expand_path, near_misses, require, told_of
 from flora_jax.files import cache_root, filling_cache, plain_path
+from flora_jax.progress import progress
 
 SPLITS = ("train", "validation", "test")
-# part of every cache key: raise it when a builder's features or a reader's output change
-_FORMAT = "2"
+# part of every cache key: raise it when the features of a record or a reader's output change
+_FORMAT = "3"
+_CHUNK = 512  # records that are written at once
+_BLOCK = 2**20  # bytes that are read at once
 _SET = "set data.dir (evaluate: --data_dir) to"
 
 if TYPE_CHECKING:  # importing it takes a second
     import tensorflow_datasets as tfds
 
+Item = TypeVar("Item")
+
 
 def load_examples(
     task: Task, split: str, data_dir: str | Path | None, cache_dir: str | Path | None = None
 ) -> list[Example]:
-    """`load_records`, parsed. A UserError names file, record and field of what cannot be."""
-    examples = []
-    for i, record in enumerate(load_records(task, split, data_dir, cache_dir)):
-        try:
-            examples.append(task.parse(record))
-        except UserError as error:
-            raise UserError(
-                f"{_describe(task, split, data_dir)}: record {i} (from 0): {error}"
-            ) from None
-    return examples
+    """`open_examples`, all of them at once."""
+    return list(open_examples(task, split, data_dir, cache_dir))
 
 
 def load_records(
     task: Task, split: str, data_dir: str | Path | None, cache_dir: str | Path | None = None
+) -> list[Record]:
+    """`open_records`, all of them at once."""
+    return list(open_records(task, split, data_dir, cache_dir))
+
+
+def open_examples(
+    task: Task, split: str, data_dir: str | Path | None, cache_dir: str | Path | None = None
+) -> Sequence[Example]:
+    """`open_records`, each parsed when it is asked for. A UserError names file, record and field of
+    what cannot be."""
+    records = open_records(task, split, data_dir, cache_dir)
+
+    def example(i: int) -> Example:
+        record = records[i]
+        try:
+            return task.parse(record)
+        except UserError as error:
+            where = _describe(task, split, data_dir)
+            raise UserError(f"{where}: record {i} (from 0): {error}") from None
+
+    return _Made(len(records), example)
+
+
+def open_records(
+    task: Task, split: str, data_dir: str | Path | None, cache_dir: str | Path | None = None
 ) -> Sequence[Record]:
     """The records of one split ('train', 'validation' or 'test'), in the order of its source.
 
-    Records are dicts of str: `instruction, input, output, answer` of a 'records' task, `text` and
-    `references` (a list) of a 'texts' one, `question, answer` of a generated one, of a 'jsonl' one
-    `tools` and `messages` (a list of `role, content, trained, more`, as `Turn` has them).
-    `data_dir` is a folder of files, or `tfds` or `tfds:DIR` for the TFDS catalogue in TFDS's own
-    folder or in DIR; generated tasks and those of the Hub need none. Prepared data is cached in
-    `cache_dir`, by default `$FLORA_CACHE` or else `~/.cache/flora_jax`. Raises UserError for a
-    missing, empty or malformed source, naming file and record.
+    Each is read from disk when it is asked for, by its place and not by a slice. Records are dicts
+    of str: `instruction, input, output, answer` of a 'records' task, `text` and `references` (a
+    list) of a 'texts' one, `question, answer` of a generated one, of a 'jsonl' one `tools` and
+    `messages` (a list of `role, content, trained, more`, as `Turn` has them). `data_dir` is a
+    folder of files, or `tfds` or `tfds:DIR` for the TFDS catalogue in TFDS's own folder or in DIR;
+    generated tasks and those of the Hub need none. Prepared data is cached in `cache_dir`, by
+    default `$FLORA_CACHE` or else `~/.cache/flora_jax`. Raises UserError for a missing, empty or
+    malformed source, naming file and record.
     """
     directory = cache_root(cache_dir) / "tfds" / _cache_key(task, split, data_dir)
     if not directory.exists():
-        records = _read(task, split, data_dir)
-        _prepare(task, split, records, directory)
-        return records
+        _prepare(task, split, _read(task, split, data_dir), directory)
     import tensorflow_datasets as tfds
 
-    try:
-        [built] = plain_path(directory, "FLORA_CACHE").glob("*/*/*")
-        source = tfds.builder_from_directory(built).as_data_source(split)
-        return [_decode(source[i]) for i in range(len(source))]
-    # TFDS and array_record have no narrower class for files that are damaged
-    except Exception as error:
-        if isinstance(error, UserError) or disk_fault(error):
-            raise
-        why = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"prepared data in {directory} is damaged ({why}); remove that folder"
-        ) from error
+    with _undamaged(directory):
+        place = plain_path(directory, "FLORA_CACHE")
+        source = tfds.builder_from_directory(place).as_data_source(split)
+
+    def record(i: int) -> Record:
+        with _undamaged(directory):
+            return _unpacked(task, source[i])
+
+    return _Made(len(source), record)
 
 
 def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:
@@ -102,9 +122,12 @@ def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:
         builder, official = _catalogue_split(task, split, data_dir)
         digest = hashlib.sha256(f"{builder.info.full_name}\n{official}\n".encode())
         for path in sorted(builder.info.splits[official].filepaths):
-            digest.update(Path(path).read_bytes())
+            with open(path, "rb") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
         return digest.hexdigest()
-    return hashlib.sha256(_path(task, split, data_dir).read_bytes()).hexdigest()
+    with _path(task, split, data_dir).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def has_split(task: Task, split: str, data_dir: str | Path | None) -> bool:
@@ -277,24 +300,27 @@ def _describe(task: Task, split: str, data_dir: str | Path | None) -> str:
 # ------------------------------------------------------------------------------------------ reading
 
 
-def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Record]:
+def _read(task: Task, split: str, data_dir: str | Path | None) -> Iterator[Record]:
+    """The records of a split, from its source. Raises UserError, for none at all as well."""
     if task.source == "generated":
-        return draw(task, split)
+        yield from draw(task, split)
+        return
     convert = CONVERT[task.source]
     span = _span(task, split, data_dir) or (None,)
-    records = []
+    empty = True
     for where, raw in itertools.islice(_raw(task, split, data_dir), *span):
         require(
             isinstance(raw, dict),
             f"{where}: a record must be a JSON object, not {type(raw).__name__}",
         )
         found = convert(raw, where)
-        records += found if isinstance(found, list) else [found]
-    if not records:
+        for record in found if isinstance(found, list) else [found]:
+            empty = False
+            yield record
+    if empty:
         raise UserError(
             f"{_describe(task, split, data_dir)} holds no records; it needs at least one"
         )
-    return records
 
 
 def _raw(task: Task, split: str, data_dir: str | Path | None) -> Iterator[tuple[str, Any]]:
@@ -333,28 +359,79 @@ def _cache_key(task: Task, split: str, data_dir: str | Path | None) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def _prepare(task: Task, split: str, records: list[Record], directory: Path) -> None:
-    """Writes `records` with the task's builder and moves the result to `directory` in one step, so
-    that a process that is killed, or another one that prepares the same data, leaves either all of
-    it or nothing."""
-    from flora_jax.data.builders import BUILDERS, SourceConfig
+def _prepare(task: Task, split: str, records: Iterable[Record], directory: Path) -> None:
+    """Writes `records` as they come and moves the result to `directory` in one step, so that a
+    process that is killed, or another one that prepares the same data, leaves either all of it or
+    nothing."""
+    from flora_jax.data.builders import open_writer
 
+    parent = directory.parent
+    shown = progress(records, None, "preparing", "record")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(filling_cache(directory.parent))
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        parent = plain_path(directory.parent, "FLORA_CACHE")
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix="preparing-"))
-        stack.enter_context(_quiet())
-        built = Path(scratch) / "built"
-        config = SourceConfig(name=split, split=split, records=records)
-        builder = BUILDERS[task.source](config=config, data_dir=built, file_format="array_record")
-        builder.download_and_prepare()
-        try:
-            built.rename(directory)
-        except OSError:
-            # there it is when another process was first, with the same data
-            if not directory.exists():
-                raise
+        with filling_cache(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            place = plain_path(parent, "FLORA_CACHE")
+            scratch = tempfile.TemporaryDirectory(dir=place, prefix="preparing-")
+            built = Path(stack.enter_context(scratch)) / "built"
+            writer = open_writer(task.source, split, built)
+        # What goes wrong in reading them has nothing to do with the cache.
+        while chunk := [_packed(task, record) for record in itertools.islice(shown, _CHUNK)]:
+            with filling_cache(parent):
+                writer.add_examples({split: chunk})
+        with filling_cache(parent):
+            writer.close_all()
+            try:
+                built.rename(directory)
+            except OSError:
+                # there it is when another process was first, with the same data
+                if not directory.exists():
+                    raise
+
+
+def _packed(task: Task, record: Record) -> Record:
+    """A record in the features of its kind (`builders.FEATURES`)."""
+    if task.source != "jsonl":
+        return record
+    return {**record, "messages": json.dumps(record["messages"], ensure_ascii=False)}
+
+
+def _unpacked(task: Task, element: Any) -> Record:
+    """The record that was packed so."""
+    record = _decode(element)
+    if task.source != "jsonl":
+        return record
+    return {**record, "messages": json.loads(record["messages"])}
+
+
+@contextlib.contextmanager
+def _undamaged(directory: Path) -> Iterator[None]:
+    """Raises UserError where prepared data is damaged."""
+    try:
+        yield
+    # TFDS and array_record have no narrower class for it
+    except Exception as error:
+        if isinstance(error, UserError) or disk_fault(error):
+            raise
+        why = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"prepared data in {directory} is damaged ({why}); remove that folder"
+        ) from error
+
+
+class _Made(Sequence[Item]):
+    """A number of items, each made when it is asked for."""
+
+    def __init__(self, size: int, make: Callable[[int], Item]):
+        self._size = size
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, i: int) -> Item:
+        if not 0 <= i < self._size:
+            raise IndexError(i)
+        return self._make(i)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,8 @@
-"""From `config.data` to tokens: what is trained and validated on, and an account of both."""
+"""From `config.data` to tokens: what is trained and validated on, and an account of both.
+
+Examples stay on disk and are read twice: for two numbers by which each is known again, which are in
+memory with its place, and to be encoded.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,11 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,15 +31,15 @@ from flora_jax.data import (
     Example,
     Task,
     data_hash,
-    dedupe,
-    encode_all,
+    encode_each,
     has_split,
-    load_examples,
-    prompt_digests,
+    open_examples,
 )
 from flora_jax.data.sources import SPLITS
+from flora_jax.data.store import new_store, open_store
 from flora_jax.errors import UserError, require, split_names, told_of
-from flora_jax.files import cache_root
+from flora_jax.files import cache_root, filling_cache
+from flora_jax.progress import progress
 from flora_jax.tokens import Tokenizer, tokenizer_digest
 
 
@@ -44,15 +47,15 @@ from flora_jax.tokens import Tokenizer, tokenizer_digest
 class Inputs:
     """Encoded examples, and what a result file says of them.
 
-    prompts: digests of those of all training records, whether they were dropped or not.
-    parts: where tasks have weights, the number of training examples of each, in order, and its
-    weight.
+    prompts: uint64, 64 bits of the digest of each prompt in all training records, whether they were
+    dropped or not. parts: where tasks have weights, the number of training examples of each, in
+    order, and its weight.
     """
 
-    train: list[Encoded]
-    validation: list[Encoded]
+    train: Sequence[Encoded]
+    validation: Sequence[Encoded]
     account: dict[str, Any]
-    prompts: set[str]
+    prompts: np.ndarray
     parts: list[tuple[int, float]] | None = None
 
 
@@ -64,14 +67,59 @@ def load_inputs(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Inpu
     """
     path = _kept_path(config, tokenizer)
     inputs = path and _read_inputs(path)
-    if inputs is None:
-        inputs = _prepare(config, tokenizer)
-        if path:
-            _keep_inputs(path, inputs)
+    if inputs:
+        return inputs
+    with _scratch(cache_root(config.data.cache_dir) / "encoded") as folder:
+        new = folder / "new"
+        _prepare(config, tokenizer, new)
+        inputs = _read_inputs(new)
+        # What another process has kept since, it has mapped: a file system that is shared between
+        # machines would take it away.
+        if path and _read_inputs(path) is None:
+            with contextlib.suppress(OSError):
+                os.replace(new, path)
     return inputs
 
 
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A scratch folder in `folder`, or among the system's where that cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=folder, prefix="preparing-")
+    except OSError:
+        scratch = tempfile.TemporaryDirectory()
+    with scratch as name:
+        yield Path(name)
+
+
 # ----------------------------------------------------------------------------------------- prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class _Examples:
+    """Some examples of a split, in its order, each read when it is asked for.
+
+    places: int64 [n], where they are in the split. prompts, answers: uint64 [n], 64 bits of the
+    digests of their prompts, and of prompts with answers.
+    """
+
+    split: Sequence[Example]
+    places: np.ndarray
+    prompts: np.ndarray
+    answers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self.split[int(place)] for place in self.places)
+
+    def where(self, chosen: np.ndarray | slice) -> _Examples:
+        """Those of them that a mask or a slice chooses."""
+        return _Examples(
+            self.split, self.places[chosen], self.prompts[chosen], self.answers[chosen]
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,18 +131,18 @@ class _Part:
     """
 
     task: Task
-    records: list[Example]
-    train: list[Example]
-    validation: list[Example]
+    records: _Examples
+    train: _Examples
+    validation: _Examples
     hashes: dict[str, str]
 
 
-_Tests = dict[str, list[Example]]  # the test sets by their tasks' names
-_Encode = Callable[[Sequence[Example]], tuple[list[Encoded], EncodeReport]]
+_Tests = dict[str, _Examples]  # the test sets by their tasks' names
+_Encode = Callable[[Iterable[Example], int], EncodeReport]
 
 
-def _prepare(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Inputs:
-    """Reads, de-duplicates and encodes the tasks. Raises UserError."""
+def _prepare(config: ml_collections.ConfigDict, tokenizer: Tokenizer, path: Path) -> None:
+    """Reads, de-duplicates and encodes the tasks to a new file. Raises UserError."""
     data = config.data
     weights = task_weights(config)
     tasks = trained_tasks(config)
@@ -104,63 +152,94 @@ def _prepare(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Inputs:
     tests = _read_tests(config, tasks)
     overlaps = _refuse_contaminated(config, tests, read)
     clean = _drop_overlaps(config, tests, read)
-    encode = functools.partial(
-        encode_all,
-        tokenizer=tokenizer,
-        style=data.prompt_style,
-        loss_on=data.loss_on,
-        max_length=data.max_length,
-        silent=jax.process_index() != 0,
-    )
-    encoded, reports = _encode_train(_take(clean, data.limit), bool(weights), encode)
-    train = list(itertools.chain(*encoded))
-    validation, validation_report = encode(_all(clean, "validation"))
-    account = {
-        "tasks": [part.task.name for part in read],
-        "sha256": {
-            **dict(itertools.chain(*(part.hashes.items() for part in read))),
-            "tokens": _tokens_hash(train),
-            "validation tokens": _tokens_hash(validation),
-        },
-        "weights": weights,
-        "train": _together([dataclasses.asdict(report) for report in reports]),
-        "validation": dataclasses.asdict(validation_report),
-        "dropped_as_in_test": len(_all(read, "train")) - len(_all(clean, "train")),
-        "share_of_test_in_train": overlaps,  # before those records were dropped
-        "dropped_from_validation": len(_all(read, "validation")) - len(_all(clean, "validation")),
-    }
-    sizes = weights and list(zip(map(len, encoded), weights, strict=True))
-    return Inputs(train, validation, account, prompt_digests(_all(read, "records")), sizes)
+    with filling_cache(path.parent), new_store(path) as store:
+        encode = functools.partial(
+            encode_each,
+            tokenizer=tokenizer,
+            keep=store.add,
+            style=data.prompt_style,
+            loss_on=data.loss_on,
+            max_length=data.max_length,
+            silent=_is_silent(),
+        )
+        reports = _encode_train(_take(clean, data.limit), bool(weights), encode)
+        tokens = store.take_digest()
+        validation = encode(_each(clean, "validation"), _count(clean, "validation"))
+        account = {
+            "tasks": [part.task.name for part in read],
+            "sha256": {
+                **dict(itertools.chain(*(part.hashes.items() for part in read))),
+                "tokens": tokens,
+                "validation tokens": store.take_digest(),
+            },
+            "weights": weights,
+            "train": _together([dataclasses.asdict(report) for report in reports]),
+            "validation": dataclasses.asdict(validation),
+            "dropped_as_in_test": _count(read, "train") - _count(clean, "train"),
+            "share_of_test_in_train": overlaps,  # before those records were dropped
+            "dropped_from_validation": _count(read, "validation") - _count(clean, "validation"),
+        }
+        sizes = weights and list(zip([report.kept for report in reports], weights, strict=True))
+        prompts = np.unique(np.concatenate([part.records.prompts for part in read]))
+        about = json.dumps({"account": account, "parts": sizes})
+        store.finish(prompts=prompts, about=np.frombuffer(about.encode(), np.uint8))
 
 
-def _all(parts: Iterable[_Part], which: Literal["records", "train", "validation"]) -> list[Example]:
-    return list(itertools.chain(*(getattr(part, which) for part in parts)))
+def _is_silent() -> bool:
+    return jax.process_index() != 0
+
+
+_Which = Literal["train", "validation"]
+
+
+def _each(parts: Iterable[_Part], which: _Which) -> Iterator[Example]:
+    return itertools.chain.from_iterable(getattr(part, which) for part in parts)
+
+
+def _count(parts: Iterable[_Part], which: _Which) -> int:
+    return sum(len(getattr(part, which)) for part in parts)
 
 
 def _read_part(task: Task, share: int, data: ml_collections.ConfigDict) -> _Part:
     """One task; without a validation split, a fixed sample of its training records validates."""
-    records = load_examples(task, "train", data.dir, data.cache_dir)
+    records = _read_split(task, "train", data)
     hashes = {f"{task.name}/train": data_hash(task, "train", data.dir)}
     if has_split(task, "validation", data.dir):
         train = records
-        validation = load_examples(task, "validation", data.dir, data.cache_dir)[:share]
+        validation = _read_split(task, "validation", data).where(slice(share))
         hashes[f"{task.name}/validation"] = data_hash(task, "validation", data.dir)
     else:
-        chosen = _held_out(task, len(records), share)
-        train = [example for i, example in enumerate(records) if i not in chosen]
-        validation = [records[i] for i in sorted(chosen)]
+        held_out = _held_out(task, len(records), share)
+        train = records.where(~held_out)
+        validation = records.where(held_out)
     return _Part(task=task, records=records, train=train, validation=validation, hashes=hashes)
 
 
-def _held_out(task: Task, records: int, share: int) -> set[int]:
-    """Which of a task's training records validate: at most a tenth of them."""
+def _read_split(task: Task, split: str, data: ml_collections.ConfigDict) -> _Examples:
+    """All examples of a split."""
+    examples = open_examples(task, split, data.dir, data.cache_dir)
+    digests = np.empty((2, len(examples)), np.uint64)
+    shown = progress(examples, len(examples), "reading", "example", _is_silent())
+    for i, example in enumerate(shown):
+        digests[:, i] = [int(one[:16], 16) for one in (example.prompt_digest, example.digest)]
+    return _Examples(examples, np.arange(len(examples)), *digests)
+
+
+def _held_out(task: Task, records: int, share: int) -> np.ndarray:
+    """Which of a task's training records validate, as a mask: at most a tenth of them."""
     require(
         records >= 2,
         f"task {task.name!r}: one record is too few, since it has no validation split and some "
         "records are held out; give more, or a folder with a validation file",
     )
-    order = np.random.default_rng(0).permutation(records)
-    return set(order[: min(share, max(1, records // 10))].tolist())
+    return _drawn(0, records, min(share, max(1, records // 10)))
+
+
+def _drawn(seed: int, total: int, count: int) -> np.ndarray:
+    """A mask of `count` of `total`, always the same ones."""
+    chosen = np.zeros(total, bool)
+    chosen[np.random.default_rng(seed).permutation(total)[:count]] = True
+    return chosen
 
 
 def _read_tests(config: ml_collections.ConfigDict, trained: Sequence[Task]) -> _Tests:
@@ -172,9 +251,7 @@ def _read_tests(config: ml_collections.ConfigDict, trained: Sequence[Task]) -> _
     beside = [task for task in trained if not task.is_file and has_split(task, "test", data.dir)]
     tasks = {task.name: task for task in beside}
     tasks |= zip(split_names(config.eval.tasks), scored_tasks(config), strict=True)
-    return {
-        name: load_examples(task, "test", data.dir, data.cache_dir) for name, task in tasks.items()
-    }
+    return {name: _read_split(task, "test", data) for name, task in tasks.items()}
 
 
 def _refuse_contaminated(
@@ -185,11 +262,12 @@ def _refuse_contaminated(
     Where it is more than 1 %, the test's near doubles will be in the data as well: a UserError
     unless `config.data.allow_contaminated`.
     """
-    records = _all(parts, "records")
+    records = np.concatenate([part.records.prompts for part in parts])
     scored = split_names(config.eval.tasks)
     overlaps = {}
     for name in [name for name in tests if name in scored]:
-        share = overlaps[name] = dedupe(tests[name], records)[1] / len(tests[name])
+        seen = int(np.isin(tests[name].prompts, records).sum())
+        share = overlaps[name] = seen / len(tests[name])
         require(
             share <= CONTAMINATED or config.data.allow_contaminated,
             f"config.data.tasks={config.data.tasks}: {100 * share:.1f} % of the test questions "
@@ -207,70 +285,71 @@ def _drop_overlaps(
     They are known by their prompt. Of conversations, where one prompt may have many answers, the
     training records that validate are known by prompt and answer.
     """
-    tested = list(itertools.chain(*tests.values()))
+    tested = _joined(test.prompts for test in tests.values())
     kept = [
-        dataclasses.replace(part, validation=dedupe(part.validation, tested)[0]) for part in parts
+        dataclasses.replace(part, validation=_without(part.validation, tested)) for part in parts
     ]
     require(
-        _all(kept, "validation"),
+        _count(kept, "validation"),
         f"config.data.tasks={config.data.tasks}: each validation record is also in a test set",
     )
-    asked = tested + _all([part for part in kept if part.task.source != "jsonl"], "validation")
-    answered = _all([part for part in parts if part.task.source == "jsonl"], "validation")
+    own = [part for part in parts if part.task.source == "jsonl"]
+    others = [part for part in kept if part.task.source != "jsonl"]
+    asked = _joined([tested, *(part.validation.prompts for part in others)])
+    answered = _joined(part.validation.answers for part in own)
     for i, part in enumerate(kept):
-        others, _ = dedupe(part.train, asked)
-        others, _ = dedupe(others, answered, answers=True)
-        kept[i] = dataclasses.replace(part, train=others)
-    if not _all(kept, "train"):
+        kept[i] = dataclasses.replace(part, train=_without(part.train, asked, answered))
+    if not _count(kept, "train"):
         raise UserError(
-            f"config.data.tasks={config.data.tasks}: each of {len(_all(parts, 'train'))} training "
+            f"config.data.tasks={config.data.tasks}: each of {_count(parts, 'train')} training "
             "records is also in a test or the validation set; give more data, or a folder whose "
             "validation and test files hold other prompts"
         )
     return kept
 
 
+def _joined(digests: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.uint64), *digests])
+
+
+def _without(
+    examples: _Examples, prompts: np.ndarray, answers: np.ndarray | None = None
+) -> _Examples:
+    """The examples that are not known by these prompts, nor by these prompts with answers."""
+    held = np.isin(examples.prompts, prompts)
+    if answers is not None:
+        held |= np.isin(examples.answers, answers)
+    return examples.where(~held)
+
+
 def _take(parts: Sequence[_Part], limit: int | None) -> Sequence[_Part]:
     """The parts with `limit` training examples in all, always the same ones, in their order."""
-    total = len(_all(parts, "train"))
+    total = _count(parts, "train")
     if limit is None or limit >= total:
         return parts
-    chosen = set(np.random.default_rng(1).permutation(total)[:limit].tolist())
-    places = itertools.count()
+    ends = np.cumsum([len(part.train) for part in parts])
+    chosen = np.split(_drawn(1, total, limit), ends[:-1])
     return [
-        dataclasses.replace(
-            part, train=[example for example in part.train if next(places) in chosen]
-        )
-        for part in parts
+        dataclasses.replace(part, train=part.train.where(own))
+        for part, own in zip(parts, chosen, strict=True)
     ]
 
 
-def _encode_train(
-    parts: Sequence[_Part], weighted: bool, encode: _Encode
-) -> tuple[list[list[Encoded]], list[EncodeReport]]:
-    """What is trained on, part by part where each has a weight, else in one; and the reports."""
+def _encode_train(parts: Sequence[_Part], weighted: bool, encode: _Encode) -> list[EncodeReport]:
+    """What is trained on, encoded part by part where each has a weight, else in one."""
     if not weighted:
-        encoded, report = encode(_all(parts, "train"))
-        return [encoded], [report]
-    found = []
+        return [encode(_each(parts, "train"), _count(parts, "train"))]
+    reports = []
     for part in parts:
         with told_of(f"task {part.task.name!r}, which has a weight"):
-            found.append(encode(part.train))
-    return [encoded for encoded, _ in found], [report for _, report in found]
+            reports.append(encode(part.train, len(part.train)))
+    return reports
 
 
 def _together(reports: list[dict[str, int]]) -> dict[str, int]:
     """One account of several parts' examples."""
     total = {field: sum(report[field] for report in reports) for field in reports[0]}
     return {**total, "longest": max(report["longest"] for report in reports)}
-
-
-def _tokens_hash(encoded: list[Encoded]) -> str:
-    """sha256 of tokens and loss masks: another tokenizer or chat template is other data."""
-    digest = hashlib.sha256()
-    for example in encoded:
-        digest.update(example.tokens.tobytes() + example.loss.tobytes() + b"|")
-    return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------------- kept
@@ -307,41 +386,20 @@ def _kept_path(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Path 
     return cache_root(cache) / "encoded" / f"{name}.arrays"
 
 
-def _keep_inputs(path: Path, inputs: Inputs) -> None:
-    encoded = [*inputs.train, *inputs.validation]
-    about = json.dumps(
-        {"train": len(inputs.train), "account": inputs.account, "parts": inputs.parts}
-    )
-    keep(
-        path,
-        {
-            "lengths": np.array([len(example.tokens) for example in encoded]),
-            "tokens": np.concatenate([example.tokens for example in encoded]),
-            "loss": np.concatenate([example.loss for example in encoded]),
-            "prompts": np.array(sorted(inputs.prompts), "S16"),
-            "about": np.frombuffer(about.encode(), np.uint8),
-        },
-    )
-
-
 def _read_inputs(path: Path) -> Inputs | None:
-    stored = read_kept(path)
-    if stored is None:
+    found = open_store(path)
+    if found is None:
         return None
-    about = json.loads(stored["about"].tobytes())
-    ends = np.cumsum(stored["lengths"])[:-1]
-    arrays = zip(np.split(stored["tokens"], ends), np.split(stored["loss"], ends), strict=True)
-    encoded = [Encoded(tokens, loss) for tokens, loss in arrays]
+    examples, known = found
+    about = json.loads(known["about"].tobytes())
+    trained = about["account"]["train"]["kept"]
     return Inputs(
-        train=encoded[: about["train"]],
-        validation=encoded[about["train"] :],
+        train=examples[:trained],
+        validation=examples[trained:],
         account=about["account"],
-        prompts={digest.decode() for digest in stored["prompts"].tolist()},
+        prompts=known["prompts"],
         parts=about["parts"] and [(size, weight) for size, weight in about["parts"]],
     )
-
-
-_SUM = 32  # bytes of the check sum that a file begins with
 
 
 def code_digest(*names: str) -> str:
@@ -355,27 +413,3 @@ def code_digest(*names: str) -> str:
         for path in sorted((root / name).glob("*.py")) if (root / name).is_dir() else [root / name]:
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def read_kept(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays by name; None where they are not kept, or the file is damaged."""
-    try:
-        stored = path.read_bytes()
-    except OSError:
-        return None
-    if hashlib.sha256(stored[_SUM:]).digest() != stored[:_SUM]:
-        return None
-    with np.load(io.BytesIO(stored[_SUM:]), allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-def keep(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Keeps the arrays if the folder can be written; else the next start prepares them again."""
-    stored = io.BytesIO()
-    np.savez(stored, **arrays)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="preparing-") as scratch:
-            new = Path(scratch) / path.name
-            new.write_bytes(hashlib.sha256(stored.getbuffer()).digest() + stored.getbuffer())
-            os.replace(new, path)

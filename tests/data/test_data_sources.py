@@ -131,13 +131,55 @@ def test_preparing_prints_nothing(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_builders_state_features_and_keep_order():
-    for kind, builder in builders.BUILDERS.items():
-        assert {task.source for task in TASKS.values()} >= {kind}
-        config = builders.SourceConfig(name="test", split="test", records=[])
-        assert builder(
-            config=config, data_dir="unused", file_format="array_record"
-        ).info.disable_shuffling
+def test_every_source_has_features_and_keeps_its_order(tmp_path):
+    assert {task.source for task in TASKS.values()} == set(builders.FEATURES)
+    for source in builders.FEATURES:
+        builders.open_writer(source, "test", tmp_path / source).close_all()
+        found = json.loads((tmp_path / source / "dataset_info.json").read_text())
+        assert found["disableShuffling"] and found["fileFormat"] == "array_record"
+
+
+def test_records_are_read_one_at_a_time(tmp_path, cache, monkeypatch):
+    """From the source as they are written, and from the cache as they are asked for."""
+    monkeypatch.setattr(sources, "_CHUNK", 10)
+    path = write(tmp_path / "mine.jsonl", GOOD_LINE * 95 + '{"prompt": "p"}')
+    known, ahead = [], []
+    read = sources.raw_records
+
+    def counted(path):
+        for one in read(path):
+            ahead.append(len(known))
+            yield one
+
+    class Writer:
+        def add_examples(self, examples):
+            known.extend(examples["train"])
+
+    monkeypatch.setattr(sources, "raw_records", counted)
+    monkeypatch.setattr(builders, "open_writer", lambda *_: Writer())
+    with pytest.raises(UserError, match=r"mine\.jsonl:96: field 'completion' is missing"):
+        sources.load_records(get_task(str(path)), "train", None, tmp_path / "cache")
+    assert len(known) == 90 and all(i - 10 <= done <= i for i, done in enumerate(ahead))
+    assert not list((tmp_path / "cache" / "tfds").iterdir())
+    monkeypatch.undo()
+
+    lines = [json.dumps({"prompt": str(i), "completion": "c"}) for i in range(20)]
+    write(path, "\n".join(lines))
+    unpack = sources._unpacked
+    unpacked = []
+
+    def noted(task, element):
+        unpacked.append(element)
+        return unpack(task, element)
+
+    monkeypatch.setattr(sources, "_unpacked", noted)
+    examples = sources.open_examples(get_task(str(path)), "train", None, cache)
+    assert len(examples) == 20 and not unpacked
+    assert examples[7].question == "7" and len(unpacked) == 1
+    assert [example.question for example in examples] == [str(i) for i in range(20)]
+    for beyond in (20, -1):
+        with pytest.raises(IndexError):
+            examples[beyond]
 
 
 def test_raw_mawps_and_gsm8k_layouts_become_records(tmp_path, cache):

@@ -1,14 +1,19 @@
 """What a run trains on: never a record of a test set or of the validation set, every drop counted, all of it hashed."""
 
+import collections
+import importlib
 import itertools
 import json
 import shutil
+import weakref
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from flora_jax.config import check_config
-from flora_jax.data import MIXTURES, get_task
+from flora_jax.data import MIXTURES, get_task, open_examples
+from flora_jax.data.store import StoreWriter
 from flora_jax.errors import UserError
 from flora_jax.models.tokenizer import byte_tokenizer
 from flora_jax.progress import progress
@@ -287,7 +292,8 @@ def same(one, other):
         for x in (one, other)
     ]
     assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(*arrays, strict=True))
-    assert (one.account, one.prompts, one.parts) == (other.account, other.prompts, other.parts)
+    assert (one.account, one.parts) == (other.account, other.parts)
+    assert np.array_equal(one.prompts, other.prompts)
     assert len(one.train) == len(other.train)
 
 
@@ -304,7 +310,7 @@ def test_a_second_start_reads_what_the_first_prepared(inputs, write, tmp_path, m
     [kept] = (tmp_path / "cache" / "encoded").iterdir()  # and no scratch is left behind
     with monkeypatch.context() as patch:
         patch.setattr(
-            "flora_jax.training.inputs.load_examples", lambda *_: pytest.fail("read what is kept")
+            "flora_jax.training.inputs.open_examples", lambda *_: pytest.fail("read what is kept")
         )
         same(inputs(**fields), first)
         assert inputs(**fields).parts == [(first.parts[0][0], 3.0), (first.parts[1][0], 1.0)]
@@ -312,9 +318,60 @@ def test_a_second_start_reads_what_the_first_prepared(inputs, write, tmp_path, m
     half_changed = bytearray(whole)
     half_changed[len(whole) // 2] ^= 1
     for damaged in (whole[: len(whole) // 2], bytes(half_changed), b"", b"x"):
+        kept.unlink()  # which the first has mapped
         kept.write_bytes(damaged)
         same(inputs(**fields), first)
         assert kept.read_bytes() == whole  # rebuilt
+
+
+def test_what_another_process_kept_meanwhile_stays(inputs, write, tmp_path, monkeypatch):
+    """It has it mapped."""
+    write("gsm8k", train=range(20), test=(99,))
+    fields = {"data.cache_dir": str(tmp_path / "cache")}
+    first = inputs(**fields)
+    [kept] = (tmp_path / "cache" / "encoded").iterdir()
+    file = kept.stat().st_ino
+    aside = kept.rename(tmp_path / "aside")
+    prepare = importlib.import_module("flora_jax.training.inputs")._prepare
+
+    def and_another_is_first(*given):
+        prepare(*given)
+        aside.rename(kept)
+
+    monkeypatch.setattr("flora_jax.training.inputs._prepare", and_another_is_first)
+    same(inputs(**fields), first)
+    assert kept.stat().st_ino == file and [kept] == list(kept.parent.iterdir())
+
+
+def test_examples_are_not_kept_in_memory(inputs, write, monkeypatch):
+    """Of those read and of those encoded, no more than twice what is tokenised at once."""
+    write("gsm8k", train=range(200), validation=range(300, 320), test=range(400, 420))
+    expected = inputs(**{"data.cache_dir": str(inputs.folder / "other")})
+    monkeypatch.setattr(importlib.import_module("flora_jax.data.encode"), "_CHUNK", 8)
+    most = collections.Counter()
+    alive = collections.defaultdict(list)
+
+    def watch(kind, one):
+        alive[kind] = [other for other in [*alive[kind], weakref.ref(one)] if other()]
+        most[kind] = max(most[kind], len(alive[kind]))
+        return one
+
+    class Watched(Sequence):
+        def __init__(self, *given):
+            self.examples = open_examples(*given)
+
+        def __len__(self):
+            return len(self.examples)
+
+        def __getitem__(self, i):
+            return watch("read", self.examples[i])
+
+    add = StoreWriter.add
+    monkeypatch.setattr("flora_jax.training.inputs.open_examples", Watched)
+    monkeypatch.setattr(StoreWriter, "add", lambda self, one: add(self, watch("encoded", one)))
+    found = inputs(**{"data.cache_dir": str(inputs.folder / "cache")})
+    same(found, expected)
+    assert len(found.train) == 200 and 8 <= most["read"] <= 18 and 1 <= most["encoded"] <= 9
 
 
 def test_whatever_changes_the_inputs_is_prepared_anew(inputs, write, tmp_path):
@@ -375,6 +432,11 @@ def test_long_work_says_how_far_it_is(monkeypatch, capsys):
         "encoding: 4 of 8 examples, 1 a second, 00:06 left",
         "encoding: 6 of 8 examples, 1 a second, 00:03 left",
         "encoding: 8 of 8 examples, 1 a second, 00:00 left",
+    ]
+    assert len(list(progress(range(8), None, "preparing", "record"))) == 8
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "preparing: 2 records, 1 a second",
+        "preparing: 4 records, 1 a second",
     ]
     assert (
         list(progress(range(8), 8, "encoding", "example", silent=True))

@@ -1,0 +1,111 @@
+"""Encoded examples in a file: written one by one, read through a map of the file into memory.
+
+The file begins with a check sum of all behind it. Then come the tokens of all examples with their
+loss masks, one example behind the other, then what is known of them (an `.npz`), and at last where
+that begins.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from flora_jax.data.encode import Encoded
+
+_SUM = 32  # bytes of the check sum
+_PLACE = 8  # bytes of the number at the end
+_TOKEN = np.dtype([("token", "<i4"), ("loss", "?")])
+
+
+class Store(Sequence[Encoded]):
+    """Encoded examples that lie one behind the other in an array: each is a view of it."""
+
+    def __init__(self, tokens: np.ndarray, bounds: np.ndarray):
+        """tokens: `_TOKEN` [N]. bounds: int64 [examples + 1], where each begins, and the end."""
+        self._tokens = tokens
+        self._bounds = bounds
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, i: int | slice) -> Encoded | Store:
+        if isinstance(i, slice):
+            start, stop, _ = slice(i.start, i.stop).indices(len(self))
+            return Store(self._tokens, self._bounds[start : max(start, stop) + 1])
+        start, end = self._bounds[range(len(self))[i] :][:2]
+        found = self._tokens[start:end]
+        return Encoded(found["token"], found["loss"])
+
+
+class StoreWriter:
+    """Writes a file that `open_store` reads; it is whole once `finish` has returned."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._file.write(bytes(_SUM))
+        self._lengths = array.array("q")
+        self._digest = hashlib.sha256()
+
+    def add(self, example: Encoded) -> None:
+        """Appends an example."""
+        found = np.empty(len(example.tokens), _TOKEN)
+        found["token"] = example.tokens
+        found["loss"] = example.loss
+        self._file.write(found)
+        self._lengths.append(len(found))
+        self._digest.update(example.tokens.tobytes() + example.loss.tobytes() + b"|")
+
+    def take_digest(self) -> str:
+        """sha256 (hex) of tokens and loss masks of the examples since the last call."""
+        digest = self._digest.hexdigest()
+        self._digest = hashlib.sha256()
+        return digest
+
+    def finish(self, **known: np.ndarray) -> None:
+        """Writes what is known of the examples, by name, and the check sum."""
+        place = self._file.tell()
+        stored = io.BytesIO()
+        np.savez(stored, lengths=np.array(self._lengths), **known)
+        self._file.write(stored.getbuffer())
+        self._file.write(place.to_bytes(_PLACE, "little"))
+        self._file.seek(_SUM)
+        digest = hashlib.file_digest(self._file, "sha256").digest()
+        self._file.seek(0)
+        self._file.write(digest)
+
+
+@contextlib.contextmanager
+def new_store(path: Path) -> Iterator[StoreWriter]:
+    """A writer of a new file."""
+    with path.open("xb+") as file:
+        yield StoreWriter(file)
+
+
+def open_store(path: Path) -> tuple[Store, dict[str, np.ndarray]] | None:
+    """A file's examples, and what is known of them; None if there is none, or it is damaged.
+
+    The file may be moved or removed while its examples are in use.
+    """
+    try:
+        with path.open("rb") as file:
+            claimed = file.read(_SUM)
+            if hashlib.file_digest(file, "sha256").digest() != claimed:
+                return None
+            end = file.seek(-_PLACE, io.SEEK_END)
+            place = int.from_bytes(file.read(_PLACE), "little")
+            file.seek(place)
+            with np.load(io.BytesIO(file.read(end - place)), allow_pickle=False) as arrays:
+                known = dict(arrays)
+            tokens = np.memmap(file, _TOKEN, "r", _SUM, (place - _SUM) // _TOKEN.itemsize)
+    except OSError:
+        return None
+    bounds = np.concatenate([[0], np.cumsum(known.pop("lengths"))])
+    # Views of a plain array are made in half the time of a memmap's.
+    return Store(tokens.view(np.ndarray), bounds), known
