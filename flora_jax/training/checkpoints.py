@@ -1,8 +1,8 @@
 """Checkpoints of everything that trains, never of the frozen base.
 
-One checkpoint holds `state` (step, trainable leaves, optimizer, key), `data` (the grain iterator,
-one file a process) and `meta` (adapter configuration, base fingerprint, validation losses). It can
-be restored on another mesh.
+A checkpoint holds `state` (step, trainable leaves, optimizer, key), `data` (the grain iterator, one
+file a process) and `meta` (adapter configuration, base fingerprint, validation losses). It can be
+restored on another mesh.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ONE = threading.RLock()
 class _Best(checkpoint_managers.PreservationPolicy):
     """Keeps one step.
 
-    orbax's own BestN forgets, in a run that is resumed, how good the steps before were.
+    orbax's own BestN forgets the losses of earlier steps when a run is resumed.
     """
 
     step: int | None = None
@@ -49,9 +49,10 @@ class _Best(checkpoint_managers.PreservationPolicy):
 
 
 class Checkpoints:
-    """The checkpoints of one run: the `keep` latest, and the best on validation. Raises UserError
-    where something else than files lies in the directory: orbax would wait for ever for what a pipe
-    has to say."""
+    """The checkpoints of one run: the `keep` latest, and the best on validation.
+
+    Raises UserError if the directory holds anything but files: orbax would wait on a pipe for ever.
+    """
 
     def __init__(self, directory: Path, keep: int):
         for place, _, names in os.walk(directory):
@@ -76,11 +77,11 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that there are checkpoints of."""
+        """The steps that have a checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether all processes agreed to stop at this step because one of them was told to."""
+        """Whether all processes agreed to stop at this step, since one of them got a signal."""
         return self._manager.reached_preemption(step)
 
     def save(
@@ -88,15 +89,16 @@ class Checkpoints:
     ) -> None:
         """Writes a checkpoint at `state.step`, unless there is one.
 
-        The one of step `best` is kept beside the latest.
-        Raises WriteError where the disk refuses it. The earlier ones stay as they are.
+        best: the step whose checkpoint is kept beside the latest. Raises WriteError if the disk
+        refuses it; earlier checkpoints stay as they are.
         """
         step = int(state.step)
         self._best.step = best
         if step in self._manager.all_steps():
             return
-        there = self.latest
-        rest = "from the beginning" if there is None else f"after step {there}, which is saved"
+        rest = "from the beginning"
+        if (there := self.latest) is not None:
+            rest = f"after step {there}, which is saved"
         with (
             writing(
                 f"the checkpoint of step {step}", f"make room, and the same command goes on {rest}"
@@ -114,7 +116,7 @@ class Checkpoints:
             )
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What `save` was given as meta at `step`."""
+        """The meta of `save` at `step`."""
         return dict(
             self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         )
@@ -124,7 +126,7 @@ class Checkpoints:
     ) -> TrainState:
         """The state at `step`, with the shapes, dtypes and shardings of `like`.
 
-        Sets `data` to its place then.
+        data: the iterator, which is set to its position at that step.
         """
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
@@ -138,7 +140,7 @@ class Checkpoints:
         return TrainState(**{**state, "key": jax.random.wrap_key_data(state["key"])})
 
     def trained(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-        """The trainable leaves at `step` alone: numpy arrays of the shapes and dtypes of `like`."""
+        """Only the trainable leaves at `step`: numpy arrays of the shapes and dtypes of `like`."""
         checkpointer = ocp.PyTreeCheckpointer()
         item = {"trainable": like}
         arguments = jax.tree.map(
@@ -152,21 +154,19 @@ class Checkpoints:
         return found["trainable"]
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits until everything is written."""
         self._manager.close()
 
 
 def _check_values(tree: Any) -> None:
-    """Raises ValueError, with its path, for a leaf that holds a value that is not finite.
+    """Raises ValueError, with the leaf's path, for a value that is not finite.
 
-    Each process looks at what it has.
+    Each process looks at its own shards.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        parts = (
-            [shard.data for shard in leaf.addressable_shards]
-            if isinstance(leaf, jax.Array)
-            else [leaf]
-        )
+        parts = [leaf]
+        if isinstance(leaf, jax.Array):
+            parts = [shard.data for shard in leaf.addressable_shards]
         for part in parts:
             if jnp.issubdtype(part.dtype, jnp.floating) and not np.isfinite(part).all():
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -175,14 +175,15 @@ def _check_values(tree: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What fails in a thread of orbax is raised here in the end, and said once.
+    """Reports an error of orbax's threads once, by raising it.
 
-    The other threads and tasks end later, some of them after the block, and each says so with a
-    traceback: in absl's log, in asyncio's, or as an error that nobody can catch. After a failure
-    they are therefore not heard any more. One block at a time: what it changes is all threads'.
+    The other threads and tasks end later, some of them after the block, each with a traceback: in
+    absl's log, in asyncio's, or as an error that nobody can catch. After a failure all of these are
+    silenced. Only one block runs at a time, since the settings belong to all threads.
     """
     with _ONE:
-        verbosity, hook = absl.logging.get_verbosity(), sys.unraisablehook
+        verbosity = absl.logging.get_verbosity()
+        hook = sys.unraisablehook
 
         def but_late_ends(unraisable: Any) -> None:
             if str(unraisable.exc_value) != "Event loop is closed":
@@ -201,14 +202,14 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def readable(where: str, remedy: str) -> Iterator[None]:
-    """Raises UserError, with what would help, where a checkpoint is missing or damaged."""
+    """Raises UserError, with a remedy, if the block finds a checkpoint missing or damaged."""
     try:
         with _quiet():
             yield
-    # none of them is damage
+    # None of these is damage.
     except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
         raise
-    # orbax and tensorstore have no narrower class for files that are damaged
+    # orbax and tensorstore have no narrower class for damaged files.
     except Exception as error:
         if disk_fault(error):
             raise
@@ -222,13 +223,14 @@ def check_meta(
 ) -> None:
     """Raises UserError unless a checkpoint was written with this adapter, base and data.
 
-    data: sha256 by name of what is trained and validated on.
+    meta: the checkpoint's; base: a fingerprint; data: name -> sha256 of training and validation
+    records; where: the name of the checkpoint in errors.
     """
     require(
         meta["format_version"] == FORMAT_VERSION,
         f"{where}: format_version={meta['format_version']} cannot be read; {FORMAT_VERSION} can",
     )
-    # the first checkpoints had no such field
+    # The first checkpoints lack this field.
     written = {"zero_init": adapter.row.zero, **meta["adapter"]}
     for field, value in adapter_meta(adapter).items():
         require(
@@ -255,6 +257,6 @@ def adapter_meta(adapter: AdapterConfig) -> dict[str, Any]:
 
 
 def _raw(state: TrainState) -> dict[str, Any]:
-    """The state as a plain tree, its key as the numbers it is made of."""
+    """The state as a plain tree, with the key as its numbers."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {**fields, "key": jax.random.key_data(fields["key"])}

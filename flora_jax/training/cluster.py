@@ -1,4 +1,4 @@
-"""Several processes of one run: how they find each other, and none waits for one that failed."""
+"""Several processes of one run: they find each other, and none waits for one that failed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 def join(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Starts `jax.distributed` as `config.distributed` says, unless it runs already.
 
-    Returns the configuration with the number of processes that there are. With `auto` that number,
-    the coordinator and this process's place are what JAX reads from Slurm, Open MPI or Kubernetes.
-    Raises UserError where JAX detects no cluster. (JAX itself ends a process whose others do not
-    come in time.)
+    Returns the configuration with the actual number of processes. With `auto`, JAX reads that
+    number, the coordinator and this process's id from Slurm, Open MPI or Kubernetes. Raises
+    UserError if JAX detects no cluster. (JAX itself ends a process if the others do not come in
+    time.)
     """
     distributed = config.distributed
     if not distributed.auto and distributed.processes == 1:
@@ -35,7 +35,7 @@ def join(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
                 jax.distributed.initialize(
                     distributed.coordinator, distributed.processes, distributed.process_id
                 )
-        except Exception as error:  # of JAX, or of the clients of Kubernetes and MPI that it calls
+        except Exception as error:  # from JAX, or from its clients of Kubernetes and MPI
             raise UserError(_explain(distributed, error)) from error
     if distributed.auto:
         config = copy.deepcopy(config)
@@ -55,10 +55,10 @@ def _explain(distributed: ml_collections.ConfigDict, error: Exception) -> str:
 
 
 def together(work: Callable[[], T]) -> T:
-    """What `work` returns. Where it raises in one process, it raises in all of them.
+    """Returns `work()`. If it raises in one process, this raises in all of them.
 
-    Every process has to call it, and waits in it for the others. Without it the others would wait
-    for the one that failed in their next collective, for minutes.
+    Every process must call it, and waits in it for the others. Without it they would wait minutes
+    for the failed process in their next collective.
     """
     if not jax.distributed.is_initialized():
         return work()

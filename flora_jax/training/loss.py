@@ -1,10 +1,10 @@
 """Cross-entropy over a large vocabulary without ever holding all logits.
 
 Positions that the loss does not count are never scored: each row's counted positions are moved to
-its front, and chunks that hold none are skipped. A chunk's logits live once, block of the
-vocabulary by block: the forward pass takes from them the loss and, as an online softmax (Milakov
-and Gimelshein 2018), its gradient with respect to the hidden states, so nothing is computed a
-second time for the backward pass.
+its front, and chunks without any are skipped. The logits of a chunk are computed once, one block of
+the vocabulary at a time. From them the forward pass takes the loss and, with an online softmax
+(Milakov and Gimelshein 2018), its gradient with respect to the hidden states, so the backward pass
+computes no logits again.
 
 B rows, T positions, C positions of a chunk, D model width, V vocabulary, W entries of its blocks.
 """
@@ -16,15 +16,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# the logits of 256 positions and as many entries are 2 MB, which stay in a core's cache
+# Entries; the logits of 256 positions and a block are 2 MB, which stay in a core's cache.
 _BLOCK = 2048
 
 
 def vocabulary_block(vocabulary: int) -> int:
-    """How many of the vocabulary's entries to score at once.
+    """How many entries of the vocabulary to score at once.
 
-    On a CPU the largest divisor from 1,024 to 2,048, or all if there is none; elsewhere all, since
-    a GPU wants large products.
+    On a CPU it is the largest divisor from 1,024 to 2,048, or all entries if there is none.
+    Elsewhere it is all entries, since a GPU wants large products.
     """
     if jax.default_backend() != "cpu":
         return vocabulary
@@ -40,13 +40,13 @@ def chunked_cross_entropy(
     chunk: int,
     block: int,
 ) -> jax.Array:
-    """Of each row, the sum over positions of `weights · (logsumexp(h Uᵀ) − (h Uᵀ)[target])`, `[B]`,
+    """The sum over each row's positions of `weights · (logsumexp(h Uᵀ) − (h Uᵀ)[target])`, `[B]`
     float32.
 
-    hidden `[B, T, D]`, unembedding U `[V, D]`, targets `[B, T]` int32, weights `[B, T]` float32 (0:
-    not counted); chunk: positions of a row scored at once, and block, a divisor of V: entries of
-    the vocabulary scored at once, so that at most `[B, chunk, block]` logits exist. Differentiable
-    in hidden and unembedding; the latter's gradient is computed only if something asks for it.
+    hidden `[B, T, D]`; unembedding U `[V, D]`; targets `[B, T]` int32; weights `[B, T]` float32 (0:
+    not counted); chunk: positions of a row scored at once; block: entries of the vocabulary scored
+    at once, a divisor of V. At most `[B, chunk, block]` logits exist at a time. Differentiable in
+    hidden and unembedding; the gradient of the unembedding is computed only if it is used.
     """
     return _forward(hidden, unembedding, targets, weights, chunk, block)[0]
 
@@ -63,7 +63,7 @@ def _chunks(x: jax.Array, order: jax.Array, chunk: int) -> jax.Array:
 
 
 def _uncut(chunks: jax.Array, order: jax.Array) -> jax.Array:
-    """What `_chunks` has cut, in its old place: `[T / chunk, B, chunk, …]` to `[B, T, …]`."""
+    """Undoes `_chunks`: `[T / chunk, B, chunk, …]` to `[B, T, …]` in the old order."""
     x = jnp.moveaxis(chunks, 0, 1)
     x = x.reshape(x.shape[0], -1, *x.shape[3:])
     return jnp.take_along_axis(
@@ -90,7 +90,8 @@ def _expected_entry(h: jax.Array, U: jax.Array, block: int) -> tuple[jax.Array, 
         highest, total, weighted = carry
         logits = _logits(h, entries)
         risen = jnp.maximum(highest, logits.max(-1))
-        exponentials, shrink = jnp.exp(logits - risen[..., None]), jnp.exp(highest - risen)
+        exponentials = jnp.exp(logits - risen[..., None])
+        shrink = jnp.exp(highest - risen)
         own = jnp.einsum(
             "BCW,WD->BCD", exponentials.astype(h.dtype), entries, preferred_element_type=jnp.float32
         )
@@ -115,8 +116,8 @@ def _forward(hidden, unembedding, targets, weights, chunk, block):
     def score(h, y, w):
         with jax.named_scope("logits"):
             logsumexp, expected = _expected_entry(h, U, block)
-            # The target's logit by its own short product: a one-hot mask would be as large as the
-            # logits.
+            # The target's logit is a short product of its own: a one-hot mask would be as large as
+            # the logits.
             at_target = jnp.einsum("BCD,BCD->BC", h, U[y], preferred_element_type=jnp.float32)
             gradient = w[..., None] * (expected - U[y])
             return jnp.sum(w * (logsumexp - at_target), axis=1), (
@@ -156,7 +157,7 @@ def _backward(chunk, block, residuals, cotangent):
     def body(total, xs):
         return jax.lax.cond(jnp.any(xs[2] != 0), add, lambda total, *_: total, total, *xs), None
 
-    # Dead code, and removed as such, wherever the unembedding is frozen.
+    # With a frozen unembedding the compiler removes this as dead code.
     weights = cotangent[:, None] * weights
     cut = (*(_chunks(x, order, chunk) for x in (hidden, targets, weights)), logsumexp)
     total, _ = jax.lax.scan(body, jnp.zeros(unembedding.shape, jnp.float32), cut)

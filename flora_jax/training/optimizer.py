@@ -1,4 +1,4 @@
-"""AdamW over what trains: schedule, clipping, and path rules for decay and rates."""
+"""AdamW over the trainable leaves: schedule, clipping, and path rules for decay and rates."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from flora_jax.config import learning_rate, warmup_steps
 from flora_jax.errors import require, split_names
 from flora_jax.training.rules import decide, paths, tree
 
-# Whether AdamW's decay applies. Every model has norms, so no rule is ever idle.
+# Whether AdamW's decay applies. Every model has norms, so no rule is idle.
 DECAY_RULES: list[tuple[str, bool]] = [(r".*(norm/scale|_bias)", False), (r".*", True)]
 
 
 def trains(config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> dict[str, bool]:
-    """For every path among the variables, whether it trains.
+    """Path -> whether the leaf trains.
 
-    The adapter does (all of the base for fft), and the base leaves that `config.train.trainable`
-    names.
+    The adapter trains (for fft the whole base), and so do the base leaves that
+    `config.train.trainable` names. Raises UserError for a rule that matches nothing, and for
+    quantised leaves that would train.
     """
     rules = [(pattern, True) for pattern in split_names(config.train.trainable)]
     if config.adapter.method == "fft":
@@ -46,10 +47,8 @@ def trains(config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> d
 
 
 def make_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
-    """Learning rate by step.
-
-    A linear warm-up from peak / (warmup + 1) to the peak, then cosine, linear or constant.
-    """
+    """The learning rate by step: a linear warm-up from peak / (warmup + 1) to the peak, then
+    cosine, linear or constant."""
     peak = learning_rate(config)
     warmup = warmup_steps(config)
     rest = max(1, config.train.steps - warmup)
@@ -60,7 +59,7 @@ def make_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
     }[config.optim.schedule]
     if warmup == 0:
         return after
-    # One step up the ramp already at step 0: a rate of zero would waste that batch.
+    # Step 0 is already one step up the ramp: a rate of zero would waste its batch.
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([ramp, after], [warmup])
 
@@ -68,15 +67,18 @@ def make_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
 def make_optimizer(
     config: ml_collections.ConfigDict, variables: Mapping[str, Any], trained: Mapping[str, bool]
 ) -> optax.GradientTransformation:
-    """The gradient transformation for the leaves that `trained` names.
+    """The gradient transformation for the leaves that train.
 
-    variables: the tree that they are among, of arrays or shapes.
+    variables: the whole tree, of arrays or shapes; trained: path -> whether the leaf trains. Raises
+    UserError for rate rules that are malformed or match nothing.
     """
     leaves = [path for path, does in trained.items() if does]
     decays = decide(DECAY_RULES, list(paths(variables)), "weight decay")
     decays = tree({path: decays[path] for path in leaves})
     optim = config.optim
-    chain = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm else []
+    chain = []
+    if optim.clip_norm:
+        chain.append(optax.clip_by_global_norm(optim.clip_norm))
     chain += [
         optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps),
         optax.add_decayed_weights(optim.weight_decay, mask=decays),

@@ -1,10 +1,10 @@
-"""Several runs over one base in one program: seeds and rates of a method, whose products with the
-base are one each.
+"""Several runs over one base in one program: seeds and rates of a method, which share the products
+with the base.
 
-Each run goes through the loop of its own, in a thread: with its own directory, data, validation,
-checkpoints and log, which are those of a lone run, and either may go on where the other stopped.
-Only the step is taken together: when all have given their state and batch, one of them runs the
-program of all.
+Each run has its own loop in a thread, with its own directory, data, validation, checkpoints and
+log. These are a lone run's, so a lone run can continue a replica and the other way about. Only the
+step is common: when all threads have given their state and batch, one of them runs the program for
+all.
 """
 
 from __future__ import annotations
@@ -44,13 +44,12 @@ Program = Callable[..., tuple[tuple[TrainState, ...], tuple[dict[str, jax.Array]
 def train_replicas(
     configs: Sequence[ml_collections.ConfigDict], workdirs: Sequence[str | Path]
 ) -> dict[int, FloatingPointError]:
-    """Trains (or goes on training) all runs together, up to their last step; `train` of the same
-    configuration and workdir then has nothing left to do but to read the best one.
+    """Trains (or resumes) all runs together, up to their last step.
 
-    Losses and adapters are a lone run's up to rounding. One whose loss is not finite leaves the
-    others: it is returned by its place in `configs`. Raises as `train` does otherwise, and
-    UserError for runs that differ in other fields than OWN_FIELDS, train what is no adapter, or
-    would be on more than one device.
+    `train` of the same configuration and workdir then only reads the best step. Losses and adapters
+    are a lone run's up to rounding. A run whose loss is not finite leaves the others, and its error
+    is returned by its place in `configs`. Otherwise raises as `train` does, and UserError for runs
+    that differ in other fields than OWN_FIELDS, that train base leaves, or on several devices.
     """
     _check(configs)
     places = [Path(expand_path(workdir)) for workdir in workdirs]
@@ -75,7 +74,7 @@ def train_replicas(
 
 
 def _check(configs: Sequence[ml_collections.ConfigDict]) -> None:
-    """Raises UserError for what cannot be trained together."""
+    """Raises UserError for runs that cannot be trained together."""
     require(
         jax.device_count() == 1,
         f"replicas are for one device, and there are {jax.device_count()}",
@@ -111,7 +110,7 @@ def _name(config: ml_collections.ConfigDict) -> str:
 
 
 def _unit_optimizer(run: Run) -> optax.GradientTransformation:
-    """The run's, with a peak rate of 1."""
+    """The run's optimizer, with a peak rate of 1."""
     config = run.config.copy_and_resolve_references()
     config.optim.learning_rate = 1.0
     variables = combine(run.state.trainable, run.frozen)
@@ -124,9 +123,11 @@ def replica_program(
     rates: Sequence[float],
     chunk_tokens: int = 256,
 ) -> Program:
-    """`program(states, frozen, batches)`, a tuple of each replica's own in and out, compiled when
-    it is called first. optimizer: with a peak rate of 1, of which `rates` are the replicas'
-    shares."""
+    """`program(states, frozen, batches) -> (states, metrics)`, compiled at its first call.
+
+    states, batches, metrics: tuples with an item for each replica; states are donated. optimizer:
+    with a peak rate of 1; rates: the replicas' peak rates.
+    """
     step = make_replica_step(model, optimizer, chunk_tokens)
 
     def program(states: Any, frozen: Tree, batches: Any) -> Any:
@@ -145,8 +146,8 @@ def _stacked(trees: Sequence[Any]) -> Any:
 class Together:
     """Steps of several threads as one call of a program.
 
-    step(i, state, frozen, batch) waits until all that have not left have called it, and returns
-    what the program gave the i-th. Whoever has left is stood in for by a copy of another.
+    step(i, state, frozen, batch) waits until all runs that have not left have called it, and
+    returns the i-th result of the program. A copy of another run takes the place of one that left.
     """
 
     def __init__(self, program: Program, count: int):
@@ -161,7 +162,8 @@ class Together:
     def step(
         self, place: int, state: TrainState, frozen: Tree, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """See the class. Raises what the program raised, in all threads."""
+        """The next state and metrics of a place. An error of the program is raised in all
+        threads."""
         with self._changed:
             self._given[place] = (state, batch)
             self._frozen = frozen
@@ -178,7 +180,7 @@ class Together:
             self._go_on()
 
     def _go_on(self) -> None:
-        """Runs the program if nobody is waited for."""
+        """Runs the program if all runs that have not left have called `step`."""
         if not self._present or self._given.keys() != self._present:
             return
         try:
@@ -192,8 +194,8 @@ class Together:
         self._changed.notify_all()
 
     def _given_for(self, place: int) -> tuple[TrainState, Batch]:
-        """What a place gave; a copy, since the program takes states over, of another's if it has
-        left."""
+        """The state and batch of a place; if its run has left, a copy of another's, since the
+        program's states are donated."""
         if place in self._present:
             return self._given[place]
         state, batch = self._given[min(self._present)]
@@ -203,7 +205,8 @@ class Together:
 def _run_all(
     runs: Sequence[Run], workdirs: Sequence[Path], together: Together
 ) -> dict[int, FloatingPointError]:
-    """All loops, each in a thread; those that ended at a loss that is not finite."""
+    """Runs all loops, each in a thread; returns the errors of losses that are not finite, by
+    place."""
     raised: dict[int, BaseException] = {}
 
     def one(place: int, signals: list[int]) -> None:
@@ -213,7 +216,7 @@ def _run_all(
         except BaseException as error:
             raised[place] = error
             if not isinstance(error, FloatingPointError):
-                signals.append(0)  # the others save what they have, and stop
+                signals.append(0)  # the others save a checkpoint and stop
         finally:
             together.leave(place)
 
@@ -226,7 +229,7 @@ def _run_all(
             thread.start()
         for thread in threads:
             thread.join()
-    # without their frames, which hold all that was trained
+    # New errors, without the frames that hold all trained leaves.
     diverged = {
         at: FloatingPointError(str(one))
         for at, one in raised.items()

@@ -1,4 +1,4 @@
-"""What a run says: a table of parameters and memory first, then a progress bar or plain lines."""
+"""The output of a run: a table of parameters and memory, then a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flora_jax.training.run import Run
 
 @contextlib.contextmanager
 def _outlived() -> Iterator[None]:
-    """A run goes on where nobody is left to read what it says: a terminal that closed, `| head`."""
+    """Keeps a run going when nobody reads its output any more: a closed terminal, `| head`."""
     try:
         yield
     except OSError:
@@ -28,13 +28,13 @@ def _outlived() -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """A line on stderr that does not break a progress bar."""
+    """Prints a line on stderr without breaking a progress bar."""
     with _outlived():
         tqdm.write(message, file=sys.stderr)
 
 
 def _count(tree: Any) -> tuple[int, int, int]:
-    """Parameters, bytes, and bytes on this process's first device."""
+    """Parameters, bytes in all, and bytes on this process's first device."""
     whole = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
     leaves = jax.tree.leaves(tree)
     device = jax.local_devices()[0]
@@ -45,14 +45,15 @@ def _count(tree: Any) -> tuple[int, int, int]:
 
 
 def parameter_table(run: Run) -> str:
-    """Rows of frozen base, what trains by projection group, optimizer state; % trainable below."""
+    """A table of the frozen base, the trainable leaves by product, and the optimizer state; below
+    it the share that trains."""
     rows = [("frozen base", *_count(run.frozen))]
     for collection, tree in run.state.trainable.items():
         groups: dict[str, list[Any]] = {}
         for path, leaf in paths(tree).items():
-            groups.setdefault(
-                "/".join(path.split("/")[:3]) if path.startswith("layers/") else path, []
-            ).append(leaf)
+            if path.startswith("layers/"):
+                path = "/".join(path.split("/")[:3])  # one row a product
+            groups.setdefault(path, []).append(leaf)
         if collection == "adapter":
             rows += [
                 (f"adapter {name.removeprefix('layers/')}", *_count(leaves))
@@ -75,8 +76,9 @@ def parameter_table(run: Run) -> str:
 
 
 def print_start(run: Run, start: int) -> None:
-    """The table, the data's account, and where the run starts."""
-    config, data = run.config, run.inputs.account
+    """Prints the table, the counts of the data, and the step that the run resumes after."""
+    config = run.config
+    data = run.inputs.account
     mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     say(
         f"{config.adapter.method}, rank {config.adapter.rank}, scale {run.adapter_config.scale:g}, "
@@ -101,12 +103,14 @@ def print_start(run: Run, start: int) -> None:
 class Progress:
     """A tqdm bar on a terminal, plain log lines elsewhere, both with rate and time left.
 
-    In the first process alone. name: of one of several runs at once, which have lines alone and
-    begin them with it.
+    Only the first process prints. name: of a run among several at once, which print only lines that
+    begin with it.
     """
 
     def __init__(self, start: int, steps: int, name: str = ""):
-        self._prefix = f"{name}: " if name else ""
+        self._prefix = ""
+        if name:
+            self._prefix = f"{name}: "
         self._start = start
         self._steps = steps
         self._main = jax.process_index() == 0
@@ -129,12 +133,12 @@ class Progress:
             self._bar.close()
 
     def say(self, message: str) -> None:
-        """A line of its own."""
+        """Prints a line."""
         if self._main:
             say(self._prefix + message)
 
     def log(self, step: int, line: dict[str, float]) -> None:
-        """The logged values: beside the bar, or as a line."""
+        """Prints the logged values beside the bar, or as a line."""
         rate = f"{line['tokens_per_second']:.0f}"
         if self._terminal:
             with _outlived():
@@ -147,6 +151,6 @@ class Progress:
             )
 
     def advance(self, step: int) -> None:
-        """All steps up to `step` are done."""
+        """Moves the bar to `step`."""
         with _outlived():
             self._bar.update(step - self._bar.n)

@@ -1,9 +1,10 @@
-"""Ordered path rules: what trains, decays, at which rate, on which mesh axes. First match wins.
+"""Ordered path rules, of which the first match wins: they decide which leaves train and decay, at
+which rate, and on which mesh axes.
 
 A path is the leaf's place among the variables, such as `params/layers/attention/qkv/q_kernel` or
-`adapter/layers/mlp/down/down_B`; a rule is a regular expression that must match the whole of it. A
-path that no rule covers, and a rule that decides nothing, are errors: both are how misspelt names
-hide.
+`adapter/layers/mlp/down/down_B`. A rule is a regular expression that must match the whole path. A
+path that no rule covers and a rule that decides nothing are errors, since misspelt names cause
+both.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ T = TypeVar("T")
 def decide(
     rules: Sequence[tuple[str, T]], names: Sequence[str], what: str, default: T | None = None
 ) -> dict[str, T]:
-    """The value of the first rule that matches each path, by path.
+    """Path -> the value of the first rule that matches it, or `default`.
 
-    Where no rule matches it is the default, if one is given. Raises UserError on an uncovered path
-    or an idle rule.
+    names: the paths; what: the name of the rules in errors. Raises UserError for a path that no
+    rule covers where there is no default, for an idle rule, and for one that is no regular
+    expression.
     """
     for pattern, _ in rules:
         try:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"{what}: {pattern!r} is not a regular expression: {error}") from None
-    decided, used = {}, set()
+    decided = {}
+    used = set()
     for name in names:
         for i, (pattern, value) in enumerate(rules):
             if re.fullmatch(pattern, name):
@@ -50,7 +53,7 @@ def decide(
 
 
 def partition(variables: Mapping[str, Any], trains: Mapping[str, bool]) -> tuple[Tree, Tree]:
-    """`(trainable, frozen)`: the variables split by `trains`, a decision for every path."""
+    """`(trainable, frozen)`: the variables split by `trains`, path -> whether the leaf trains."""
     leaves = paths(variables)
     return (
         tree({name: leaf for name, leaf in leaves.items() if trains[name]}),

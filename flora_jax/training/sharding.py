@@ -1,7 +1,7 @@
-"""Where arrays live: a mesh with the axes (data, fsdp, tensor), and one table of path rules.
+"""The placement of arrays: a mesh with the axes (data, fsdp, tensor), and one table of path rules.
 
-Batches are split over data and fsdp. Each weight is split over fsdp along the model width and over
-tensor along its heads or ffn channels; adapters are small and split over fsdp alone.
+Batches are split over data and fsdp. A weight is split over fsdp along the model width, and over
+tensor along its heads or ffn channels. Adapters are small and split over fsdp alone.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ BATCH = P(("data", "fsdp"))
 
 
 def make_mesh(config: ml_collections.ConfigDict, devices: list[Any] | None = None) -> Mesh:
-    """The mesh of `config.mesh` over all devices.
+    """The mesh of `config.mesh` over `devices`, by default all.
 
-    Raises UserError unless the axes multiply to their number.
+    Raises UserError unless the axes multiply to their number, and where the batch or the processes
+    do not divide.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = jax.devices()
     sizes = [config.mesh[axis] for axis in AXES]
     require(
         sizes.count(-1) <= 1,
@@ -62,7 +64,8 @@ def make_mesh(config: ml_collections.ConfigDict, devices: list[Any] | None = Non
 
 
 def sharding_rules(config: LlamaConfig, adapter: AdapterConfig) -> list[tuple[str, P]]:
-    """Axes of every leaf that a model of this configuration has; leaves of layers begin with L."""
+    """The mesh axes of every leaf of a model with this configuration; leaves of layers begin with
+    L."""
     rules = [
         (r"params/embed_tokens/embedding", P("tensor", "fsdp")),
         (r"params/.*norm/scale", P()),
@@ -84,7 +87,10 @@ def sharding_rules(config: LlamaConfig, adapter: AdapterConfig) -> list[tuple[st
 def shardings(
     variables: Mapping[str, Any], mesh: Mesh, config: LlamaConfig, adapter: AdapterConfig
 ) -> dict[str, Any]:
-    """A NamedSharding for each leaf of the variables (arrays or shapes, `params` and `adapter`)."""
+    """A NamedSharding for each leaf of the variables (arrays or shapes, `params` and `adapter`).
+
+    Raises UserError for a mesh axis that does not divide an axis of a leaf.
+    """
     leaves = paths(variables)
     specs = decide(sharding_rules(config, adapter), list(leaves), "sharding rules")
     for name, spec in specs.items():
@@ -103,7 +109,8 @@ def optimizer_shardings(
     leaf_shardings: Mapping[str, Any],
     mesh: Mesh,
 ) -> Any:
-    """Of the optimizer's state: moments like the leaf they belong to, the rest on all devices."""
+    """The shardings of the optimizer's state: a moment's is its leaf's, and the rest is on all
+    devices."""
     state = jax.eval_shape(optimizer.init, trainable)
     return optax.tree.map_params(
         optimizer,
@@ -115,9 +122,9 @@ def optimizer_shardings(
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows as its part of the global batch, split over data and fsdp.
+    """The global batch, split over data and fsdp, from this process's rows.
 
-    Leaves `[B / processes, T]` to `[B, T]`.
+    Leaves `[B / processes, T]` become `[B, T]`.
     """
     sharding = NamedSharding(mesh, BATCH)
     return {

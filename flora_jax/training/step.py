@@ -1,9 +1,8 @@
 """The training step and the validation loss, as pure functions.
 
-The loss of a batch is the sum of its tokens' losses over the sum of their weights, however many
-micro-batches it is cut into: k micro-batches give the gradient of one big batch. Gradients are
-taken with respect to the trainable tree alone; the frozen one is an argument of the step, never
-closed over.
+The loss of a batch is the sum of its tokens' losses over the sum of their weights. So k
+micro-batches give the gradient of one big batch. Gradients are taken with respect to the trainable
+tree alone; the frozen tree is an argument of the step, never closed over.
 """
 
 from __future__ import annotations
@@ -23,9 +22,10 @@ from flora_jax.training.rules import Tree, combine
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes.
+    """The state that a step changes.
 
-    key is the run's; each step and micro-batch folds its number into it.
+    step: scalar int32; trainable: the leaves that train; optimizer: its state; key: the run's, into
+    which each step and micro-batch folds its number.
     """
 
     step: jax.Array
@@ -41,11 +41,11 @@ def token_losses(
     chunk_tokens: int,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`(sum of weighted losses, sum of weights)` of a batch.
+    """`(sum of weighted losses, sum of weights)` of a batch, float32 scalars.
 
-    Its arrays are `[B, T]`: tokens, targets, loss_weights, segment_ids, positions. With a key,
-    dropout is on. At most `chunk_tokens` positions are scored at once, or one of each row if there
-    are more rows.
+    batch: arrays `[B, T]` tokens, targets, loss_weights, segment_ids, positions; chunk_tokens: the
+    most positions scored at once, or one of each row if there are more rows; key: for dropout, None
+    for none.
     """
     hidden = _hidden(model, variables, batch, key)
     unembedding = model.apply(variables, method="unembedding")
@@ -56,14 +56,17 @@ def token_losses(
 def _hidden(
     model: Llama, variables: Tree, batch: dict[str, jax.Array], key: jax.Array | None
 ) -> jax.Array:
-    """Final states `[B, T, D]` of a batch."""
+    """The final states `[B, T, D]` of a batch."""
+    rngs = {}
+    if key is not None:
+        rngs["dropout"] = key
     hidden, _ = model.apply(
         variables,
         batch["tokens"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
         deterministic=key is None,
-        rngs=None if key is None else {"dropout": key},
+        rngs=rngs,
         method="hidden",
     )
     return hidden
@@ -72,7 +75,7 @@ def _hidden(
 def _row_losses(
     hidden: jax.Array, unembedding: jax.Array, batch: dict[str, jax.Array], chunk_tokens: int
 ) -> jax.Array:
-    """`[B]`, the sum of each row's weighted losses."""
+    """The sum of each row's weighted losses, `[B]`."""
     chunk = max(1, min(chunk_tokens // hidden.shape[0], hidden.shape[1]))
     block = vocabulary_block(len(unembedding))
     return chunked_cross_entropy(
@@ -88,8 +91,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Tree, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, frozen, batch) -> (state, metrics)`.
 
-    The batch's leaves are `[B, T]`, cut into `accumulation` micro-batches.
-    metrics: loss (mean over counted tokens), tokens (counted), gradient_norm; float32 scalars.
+    batch: leaves `[B, T]`, cut into `accumulation` micro-batches; chunk_tokens: as in
+    `token_losses`; metrics: loss (mean over counted tokens), tokens (counted), gradient_norm, all
+    float32 scalars.
     """
 
     def train_step(
@@ -132,8 +136,10 @@ def _update(
     optimizer: optax.GradientTransformation,
     factor: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The next state and the step's metrics; loss and grads are sums over `count` tokens. factor:
-    of the optimizer's updates."""
+    """The next state and the step's metrics.
+
+    loss, grads: sums over `count` tokens; factor: multiplies the optimizer's updates.
+    """
     # A batch without a counted token has zero gradients; dividing by one keeps them so.
     divisor = jnp.where(count > 0, count, 1.0)
     grads = jax.tree.map(lambda g: g / divisor, grads)
@@ -149,13 +155,13 @@ def _update(
 def make_replica_step(
     model: Llama, optimizer: optax.GradientTransformation, chunk_tokens: int = 256
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(states, frozen, batches, factors) -> (states, metrics)`: k runs over one frozen base,
-    each the one that `make_train_step` makes.
+    """`step(states, frozen, batches, factors) -> (states, metrics)`: the step of `make_train_step`
+    for k runs over one frozen base.
 
-    The leaves of states, batches and metrics have an axis of k replicas in front. factors `[k]`: of
-    the optimizer's updates, so that with a peak rate of 1 they are the replicas' own. All that
-    trains is an adapter. The base's products are one each for all replicas, and so is the loss: a
-    chunk is left out where it counts in none.
+    The leaves of states, batches and metrics have an axis of k replicas in front. factors `[k]`
+    multiply the optimizer's updates: with a peak rate of 1 in the optimizer, they are the replicas'
+    rates. Only an adapter trains. All replicas share one product with each of the base's weights,
+    and one loss, which skips a chunk if no replica counts it.
     """
 
     def step(

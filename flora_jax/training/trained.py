@@ -1,4 +1,4 @@
-"""What a run trained, read back from its directory, and exported with its base."""
+"""The result of a run, read back from its directory and exported with its base."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def read_run(workdir: Path) -> ml_collections.ConfigDict:
 def load_trained(
     workdir: Path, config: ml_collections.ConfigDict, adapter: AdapterConfig, step: int
 ) -> tuple[dict[str, Tree], str]:
-    """What had trained at the checkpoint of `step`, and the fingerprint of its base.
+    """`(trained, fingerprint)`: the trained leaves at `step`, and the fingerprint of their base.
 
-    That is `{"adapter": tree, "params": base leaves that trained}`, float32. Raises UserError if it
-    was not kept, is damaged, or is of another adapter.
+    trained: `{"adapter": tree, "params": base leaves that trained}`, float32. Raises UserError if
+    the checkpoint was not kept, is damaged, or is of another adapter.
     """
     directory = workdir / "checkpoints"
-    # opening makes one
+    # Checked first: opening it would make it.
     require(
         directory.is_dir(), f"--step {step}: there is no such checkpoint; none is in {directory}"
     )
@@ -83,9 +83,11 @@ def load_trained(
 
 
 def _other_steps(directory: Path, steps: Sequence[int], step: int) -> str:
-    """What would do where a damaged checkpoint is that of `step`. Raises UserError for no step."""
+    """The remedy if the checkpoint of `step` is damaged. Raises UserError if there is none."""
     if step not in steps:
-        there = f"those of steps {', '.join(map(str, steps))} are" if steps else "none is"
+        there = "none is"
+        if steps:
+            there = f"those of steps {', '.join(map(str, steps))} are"
         raise UserError(f"--step {step}: there is no such checkpoint in {directory}; {there} there")
     others = " or ".join(str(other) for other in steps if other != step)
     if not others:
@@ -96,9 +98,12 @@ def _other_steps(directory: Path, steps: Sequence[int], step: int) -> str:
 def load_run(
     workdir: Path, step: int | None, form: str, dtype: str | None
 ) -> tuple[Trained, dict[str, Any]]:
-    """What a run trained, at its best step or at one that it kept, and its `eval.json`, as far as
-    that is about the same step. Raises UserError, before any weights are loaded if the format
-    cannot hold it."""
+    """The model that a run trained, at its best step or at a kept one, and the part of its
+    `eval.json` about that step.
+
+    step: None for the best; form, dtype: of the export. Raises UserError if the run cannot be read,
+    and before any weights are loaded if the format cannot hold it.
+    """
     config = read_run(workdir)
     adapter_config = make_adapter_config(config)
     architecture = model_config(config)
@@ -108,8 +113,10 @@ def load_run(
         f"--workdir={workdir}: the run has not ended (no adapter/); let it end, or name a kept "
         "--step",
     )
-    summary = read_json(workdir / "eval.json") if (workdir / "eval.json").exists() else {}
-    describe_run(summary)  # what is wrong with it is said before weights are loaded
+    summary: dict[str, Any] = {}
+    if (workdir / "eval.json").exists():
+        summary = read_json(workdir / "eval.json")
+    describe_run(summary)  # raises, before weights are loaded, for a summary that no run wrote
     if step is None:
         trained = _read_best(workdir / "adapter", architecture, adapter_config)
     else:
@@ -132,14 +139,14 @@ def load_run(
 
 
 def _load_floats(config: ml_collections.ConfigDict) -> Tree:
-    """The run's base, not quantised."""
+    """The run's base in floats."""
     config = config.copy_and_resolve_references()
     config.model.quantization = "none"
     return load_base(config)
 
 
 def _read_best(directory: Path, config: LlamaConfig, adapter_config: AdapterConfig) -> Tree:
-    """The adapter that a run left. Raises UserError if it is not of the run's configuration."""
+    """The adapter that a run left. Raises UserError if its configuration is not the run's."""
     found, trained = load_adapter(directory, config)
     require(
         dataclasses.replace(found, zero_init=adapter_config.zero_init) == adapter_config,
@@ -149,7 +156,7 @@ def _read_best(directory: Path, config: LlamaConfig, adapter_config: AdapterConf
 
 
 def _about_step(summary: dict[str, Any], step: int) -> dict[str, Any]:
-    """The summary without scores, where they are those of another step."""
+    """The summary, without its scores if they are of another step."""
     if summary.get("step") == step:
         return summary
     kept = {name: summary[name] for name in ("data", "validation_losses") if name in summary}
@@ -166,8 +173,12 @@ def export_run(
     overwrite: bool = False,
     command: str = "",
 ) -> dict[str, Any]:
-    """Exports what a run of `flora_jax.train` trained, at its best step or at one that it kept; the
-    report, as `export` returns it. command: that asked for it, for the model card."""
+    """Exports the model that a run of `flora_jax.train` trained, and returns the report of
+    `export`.
+
+    step: a kept one, None for the best; command: the command line, for the model card; other
+    arguments: as in `hand_over`. Raises UserError as `load_run` and `hand_over` do.
+    """
     trained, summary = load_run(Path(workdir), step, form, dtype)
     how = {"dtype": dtype, "overwrite": overwrite, "command": command}
     return hand_over(trained, form, out, summary=summary, **how)
