@@ -91,11 +91,12 @@ def record(task, i):
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory, hf_directory):
-    """What commands are asked to read: a tiny model, benchmarks, records, and of the repository the
-    configurations and notebooks."""
+    """What commands are asked to read: a tiny model, benchmarks, records, and of the repository what
+    a command reads or starts."""
     folder = tmp_path_factory.mktemp("material")
     hf_directory(folder / "model")
-    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "flora_jax"):
+        (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
     for task in ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq"):
         (folder / "data" / task).mkdir(parents=True)
