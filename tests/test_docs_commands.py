@@ -53,7 +53,6 @@ SMALLER = {
     "experiments.gpu_report": "--minutes 4 --device cpu --preset tiny --cells device,latency-tiny-ffba-b1-p8",
     "experiments.harness_peer": "--limit 2 --new_tokens 4",
     "experiments.load": "--requests 20",
-    "experiments.notebooks": "notebooks/quick_start.ipynb",
     "experiments.quantized_latency": f"--model random --preset tiny --rank 8 --batch_sizes 1 {CLOCK}",
     "experiments.quantized_memory": "--preset tiny --rank 8 --length 16",
     "experiments.quantized_quality": "--model model --quantizations int8,fp8 --limit 2 --tokens 600",
@@ -97,7 +96,6 @@ def material(tmp_path_factory, hf_directory):
     hf_directory(folder / "model")
     for name in ("configs", "flora_jax"):
         (folder / name).symlink_to(ROOT / name)
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
     for task in ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq"):
         (folder / "data" / task).mkdir(parents=True)
         for split, numbers in {"train": range(30), "test": range(500, 510)}.items():
@@ -214,8 +212,7 @@ def test_it_runs(command, folder, trained, environment, folder_at):
     if command.page == "README.md":
         said = here(words)
     else:
-        paths = {"PYTHONPATH": str(ROOT), "FLORA_NOTEBOOK": "tiny"}
-        said = alone(words, {**environment, **paths})
+        said = alone(words, {**environment, "PYTHONPATH": str(ROOT)})
     written = [flags[flag] for flag in ("--out", "--workdir") if flag in flags]
     assert written or said
     for name in written:  # a file, a folder, or NAME.json and NAME.md
