@@ -57,7 +57,7 @@ def _names(value: str | Sequence[str] | None, field: str) -> tuple[str, ...] | N
         f"adapter.{field}={value!r} must name projections, some of {known}",
     )
     given = split_names(value) if isinstance(value, str) else list(value)
-    # as PEFT has them
+    # PEFT's names
     given = [v.removesuffix("_proj") if isinstance(v, str) else v for v in given]
     for name in given:
         require_known(name, PROJECTIONS, f"adapter.{field}: projection {name!r}")
@@ -85,9 +85,8 @@ class AdapterConfig:
     add_to: where repeat-and-add adds; default the method's own row.
     activation: `act` on the path around the block (fpa, parallel).
     dropout: on the input that the A's read, in training.
-    zero_init: the side, "A" or "B", that starts at zero, the other one starting full; default the
-        method's own row. It must be A where repeat-and-add passes z on as it is, since step 0 is to
-        equal the base.
+    zero_init: the side that starts at zero, "A" or "B"; default the method's own row. It must be A
+        where repeat-and-add adds z unchanged, so that step 0 equals the base.
     """
 
     method: str
@@ -170,7 +169,7 @@ class AdapterConfig:
         )
 
     def _refuse_unused(self) -> None:
-        """Refuses what a method without an adapter would not read."""
+        """Refuses settings that a method without an adapter would ignore."""
         if self.row.reads is not None:
             return
         unset = AdapterConfig("lora", self.rank, zero_init=self.row.zero)
@@ -248,7 +247,7 @@ class AdapterConfig:
         return tuple(p for p in PRODUCTS[product] if p in self.targets)
 
     def _input_slot(self, product: str) -> Slot:
-        """Of the product that reads a block's input."""
+        """The slot of the product that reads a block's input."""
         ins = self._targeted(product)
         block = ("block",) if ins else ()
         forward = {"projection": ins, "input": ins, "block": block}.get(self.row.reads, ())
@@ -263,7 +262,8 @@ class AdapterConfig:
         )
 
     def _output_slot(self, product: str, pieces: int) -> Slot:
-        """Of the product that writes a block's output; pieces: those read by the block's input."""
+        """The slot of the product that writes a block's output; pieces: how many the block's input
+        product reads."""
         outs = self._targeted(product)
         forward = outs if self.row.reads in ("projection", "output") else ()
         backward = outs if self.row.writes == "block" else ()

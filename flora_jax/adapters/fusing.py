@@ -33,15 +33,15 @@ from flora_jax.errors import UserError, require
 STREAM_NORMS = tuple(f"{block}_norm" for block in BLOCKS)
 
 
-# zflora's channels are carried so much smaller in the fused stream, and read so much larger, that
-# they do not count in a norm over the whole of it: XLA makes one kernel of that, as of the base's,
-# and two of a norm over a part. A power of two, by which nothing is rounded.
+# The fused stream carries zflora's channels at this factor, and the rows B undo it. So small they
+# do not count in a norm over the whole stream, which XLA compiles to one kernel, as the base's; a
+# norm over a part of the stream takes two. A power of two rounds nothing.
 _CARRIED = 2.0**-12
 
 
 def _factor(side: str, adapter_config: AdapterConfig) -> float:
-    """Of a side in the fused layout. The scale is in the one that by the method's own row starts at
-    zero: in A for ffa and ffba*, in B for the others."""
+    """What a side's leaves are multiplied by in the fused layout. The scale s goes into the side
+    that the method's row starts at zero: A for ffa and ffba*, B for the others."""
     row = adapter_config.row
     factor = 1.0
     if row.zero == side:
@@ -60,10 +60,10 @@ def _unscaled(leaf: jax.Array, side: str, adapter_config: AdapterConfig) -> jax.
 
 
 def parts_of(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
-    """What of a stacked adapter goes into each product, by block and product: `columns`
-    [L, d_in, R_f], `rows` [L, R_b, d_out], `<projection>_B` [L, r, width], the scale in them. Small
-    leaves, which a host can hold by the hundred; `write_adapter` writes them. Raises UserError for
-    an adapter of another configuration."""
+    """A stacked adapter as what goes into the fused arrays, by block and product: `columns`
+    [L, d_in, R_f], `rows` [L, R_b, d_out], `<projection>_B` [L, r, width], the scale included. A
+    host can hold hundreds of these; `write_adapter` writes them. Raises UserError for an adapter of
+    another configuration."""
     check_adapter(adapter, config, adapter_config)
     out: Tree = {}
     for block, products in pad_layers(adapter["layers"], adapter_config).items():
@@ -81,7 +81,7 @@ def parts_of(adapter: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
 
 
 def adapter_of(parts: Tree, config: Any, adapter_config: AdapterConfig) -> Tree:
-    """The stacked adapter, float32, that `parts_of` takes apart into `parts`; {} of none."""
+    """The inverse of `parts_of`: the stacked adapter, float32; {} where there are no parts."""
     layers: Tree = {}
     for block, products in parts.items():
         for product, own in products.items():
@@ -127,15 +127,15 @@ def fuse(
     adapters are columns and backward adapters rows of the base's arrays (FLoRA, arXiv 2511.00050;
     zflora: arXiv 2510.25784).
 
-    base, adapter: trees in the split layout; of a sequence of N adapters, all of `adapter_config`,
-    a bank is made (then `apply` needs `select`). `{}` or None, with `adapter_config` None or fft:
-    the bare base with merged projections. Arrays are in the base's dtype; of a quantised base
-    (int8, fp8; nf4 as int8) they are codes, the adapter's columns and rows among them. layout: a
-    fused one, such as `device_layout()`; changes: fields of it by name, `row_multiple=128`,
-    `fold_adds=True` or `transposed=True`. The tree says itself how it lies (`Layout.of`); `split`
-    does not take one that is quantised or whose adds are folded. Raises UserError for trees that do
-    not fit, a tensor-parallel base, and fold_adds of a quantised base or of a method without adds
-    beside a path around the block.
+    base, adapter: trees in the split layout. A sequence of N adapters, all of `adapter_config`,
+    makes a bank, for which `apply` needs `select`. `{}` or None, with `adapter_config` None or fft,
+    makes the bare base with merged projections. Arrays are in the base's dtype; a quantised base
+    (int8, fp8; nf4 as int8) gives codes, for the adapter's columns and rows too. layout: a fused
+    one, such as `device_layout()`; changes: fields of it by name, `row_multiple=128`,
+    `fold_adds=True` or `transposed=True`. The tree records its layout (`Layout.of`). `split` takes
+    no tree that is quantised or has its adds folded. Raises UserError for trees that do not fit, a
+    tensor-parallel base, and fold_adds of a quantised base or of a method without adds beside a
+    path around the block.
     """
     layout = dataclasses.replace(layout, **changes)
     layers = dict(fused_layers(base, adapter, config, adapter_config, layout))
@@ -161,8 +161,8 @@ def fused_layers(
     dtype: Any = None,
 ) -> Iterator[tuple[str, Tree]]:
     """The layers of `fuse`'s tree by number, each made when it is asked for; arguments and errors
-    as there. dtype: of the arrays, default the base's. Of numpy arrays numpy arrays are made, with
-    no copy but the joined ones; what a quantised base gives are jax arrays."""
+    as there. dtype: of the arrays, default the base's. numpy arrays give numpy arrays, of which
+    only the joined ones are copies; a quantised base gives jax arrays."""
     require(
         layout.kind == "fused",
         f"layout.kind={layout.kind!r}: fused arrays are made; pass FUSED or device_layout()",
@@ -240,8 +240,8 @@ def _joined(
 def _joined_quantized(
     leaves: Tree, parts: list[Tree], product: str, shape: tuple[int, int], dtype: Any
 ) -> Tree:
-    """The same of a quantised base: the adapter's columns and rows become codes, a B of its own
-    stays float, and so does a bias."""
+    """`_joined` for a quantised base: the adapter's columns and rows become codes, a B of its own
+    and a bias stay floats."""
     kernel = join([leaves[f"{p}_kernel"] for p in PRODUCTS[product]])
     d_in, d_out = kernel.shape
     out = {"kernel": kernel.padded(*shape)}
@@ -288,8 +288,8 @@ def each_layer(
 
 
 def _norm(name: str, scale: jax.Array, config: Any, stream: int) -> jax.Array:
-    """A norm's scale out of a layer of any layout, for a stream of that width, whose channels of
-    the adapter have none of their own; a norm of a head's channels is not on the stream."""
+    """A layer's norm scale for a stream of that width: ones stand behind the model's D channels.
+    The norms of q and k, which are not on the stream, are returned as they are."""
     if name not in STREAM_NORMS:
         return scale
     D = config.hidden_size
@@ -299,7 +299,7 @@ def _norm(name: str, scale: jax.Array, config: Any, stream: int) -> jax.Array:
 
 def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: int) -> Tree:
     """The fused tree of the same base with zeros where `places` adapters of `adapter_config` will
-    be written; whatever adapter was in it is dropped. What was there is copied layer by layer.
+    be written; an adapter that was in it is dropped. The base is copied layer by layer.
     Raises UserError for a tree whose adds were folded: they are in its base."""
     layout = Layout.of(fused)
     require(
@@ -340,7 +340,7 @@ def make_room(fused: Tree, config: Any, adapter_config: AdapterConfig, places: i
 
 
 def _base_part(kernel: jax.Array | Scaled, rows: int, columns: int) -> jax.Array | Scaled:
-    """What of a fused array is the base's."""
+    """The base's part of a fused array."""
     if isinstance(kernel, Scaled):
         return kernel.corner(rows, columns).replace(factor=None)
     return kernel[:rows, :columns]
@@ -434,8 +434,8 @@ def write_adapter(
     layout: Layout,
     place: jax.Array,
 ) -> Tree:
-    """The `layers` of a fused tree that lie so, with the adapter of `parts` (`parts_of`) at `place`
-    of the bank, scalar int32.
+    """The `layers` of a fused tree in this layout, with an adapter's `parts` (from `parts_of`)
+    written at `place` of the bank, scalar int32.
 
     Only the adapter's columns and rows are written (`dynamic_update_slice`: in place where the
     argument is donated).

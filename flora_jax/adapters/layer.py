@@ -16,8 +16,7 @@ have without an adapter, the adapter's leaves in the collection `adapter` beside
     qkv:  kernel [96, 96 + 32 + 32 + 24] = [Wq | Wk | Wv | s · A]     x · kernel = (q | k | v | z)
     o:    kernel [96 + 24, 96] = [W ; B]                              (attn | z) · kernel
 
-or, where a target reads them faster so, all of a product's arrays transposed, `weight` in place of
-`kernel`.
+or, on a device that reads them faster transposed, `weight [d_out, d_in]` in place of `kernel`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from flora_jax.adapters.products import (
 from flora_jax.adapters.quantized import Quantized, Scaled, multiply_quantized
 from flora_jax.errors import require
 
-# The name under which jax.checkpoint knows what a FusedDense gives, adapter and all.
+# jax.checkpoint's name for the outputs of a FusedDense, adapter included.
 SAVED = "product"
 
 
@@ -57,8 +56,8 @@ def joined(pieces: jax.Array) -> jax.Array:
 
 
 def own_pieces(z: jax.Array, names: Sequence[str], rank: int) -> dict[str, jax.Array]:
-    """z `[…, N · P · r]`, the P pieces of N adapters one behind another, as piece by name
-    `[…, N, r]`."""
+    """The pieces by name, `[…, N, r]`, of z `[…, N · P · r]`, which holds the P pieces of each of
+    N adapters."""
     z = z.reshape(*z.shape[:-1], -1, len(names), rank)
     pieces = jnp.split(z, len(names), axis=-2)
     return {name: piece.squeeze(-2) for name, piece in zip(names, pieces, strict=True)}

@@ -72,8 +72,8 @@ class Layout:
         )
 
     def mark(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The tree with the leaf that says so. It holds nothing: its shape says it, so that it
-        passes through jit, shapes alone, and files."""
+        """The tree with a leaf that records the layout. The leaf is empty and its shape holds the
+        fields, so that they survive jit, eval_shape and files."""
         fields = (
             getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "kind"
         )
@@ -91,8 +91,8 @@ class Layout:
         return "weight" if self.transposed else "kernel"
 
     def turned(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
-        """A product's leaves from `kernel [d_in, d_out]` to how they are stored, or back: a bias is
-        as it is, all others are transposed, or nothing is."""
+        """A product's leaves from `kernel [d_in, d_out]` to how they are stored, or back: in a
+        transposed layout all are turned but the bias."""
         if not self.transposed:
             return dict(leaves)
         swap = {"kernel": "weight", "weight": "kernel"}
@@ -153,8 +153,8 @@ FUSED = Layout(kind="fused")
 
 
 def device_layout(quantized: bool = False) -> Layout:
-    """The fused layout that this device's compiler reads fastest and copies nothing of: rows in
-    blocks on a GPU, larger ones of codes in 8 bits, and transposed arrays on a CPU."""
+    """The fused layout that this device reads fastest, without copies: on a GPU rows in blocks,
+    larger ones for 8-bit codes; on a CPU transposed arrays."""
     backend = jax.default_backend()
     if backend == "gpu":
         return gpu_layout(quantized)
@@ -162,5 +162,5 @@ def device_layout(quantized: bool = False) -> Layout:
 
 
 def gpu_layout(quantized: bool = False) -> Layout:
-    """The same of a GPU, whatever this device is."""
+    """`device_layout` of a GPU, on any machine."""
     return Layout(kind="fused", row_multiple=256 if quantized else 128)

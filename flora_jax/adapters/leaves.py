@@ -26,7 +26,7 @@ Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 Shapes = Mapping[str, tuple[int, ...]]
 Tree = dict[str, Any]  # leaves under nested names
 
-# Of each projection: what it reads and what it gives.
+# Input and output axis of each projection.
 AXES: dict[str, tuple[str, str]] = {
     "q": ("D", "Q"),
     "k": ("D", "K"),
@@ -37,7 +37,7 @@ AXES: dict[str, tuple[str, str]] = {
     "down": ("F", "D"),
 }
 
-_STDDEV = 0.02  # of a base that is drawn, as HF's initializer_range
+_STDDEV = 0.02  # of a random base: HF's initializer_range
 _DRAWN_AT_ONCE = 2**22  # values
 
 
@@ -215,7 +215,8 @@ def check_tree(
     """The one comparison of trees, by path and shape. Raises UserError for the first leaf that is
     absent (unless a part is enough), of another shape, or extra.
 
-    say: the sentence, from its path, the shape found and the one expected; None for none.
+    say: makes the message from the path, the shape found and the shape expected, either of which
+    may be None.
     """
     for path, shape in expected.items():
         there = found.get(path)
@@ -236,7 +237,7 @@ def _says(leaf: str, what: str, remedy: str = "") -> Callable[[str, Any, Any], s
 
 def check_adapter(adapter: Mapping[str, Any], config: Any, adapter_config: AdapterConfig) -> None:
     """Raises UserError unless `adapter` has the very leaves and shapes, `[L, …]`, that the
-    configuration gives (flax would ignore extra ones without a word)."""
+    configuration gives (flax ignores extra ones silently)."""
     expected = shapes_of(abstract_adapter(config, adapter_config))
     what = f"{adapter_config.method} at rank {adapter_config.rank} on this model"
     check_tree(shapes_of(adapter), expected, _says("adapter leaf", what))
@@ -245,7 +246,7 @@ def check_adapter(adapter: Mapping[str, Any], config: Any, adapter_config: Adapt
 def check_base(base: Mapping[str, Any], config: Any) -> None:
     """Raises UserError unless the layers of `base`, in the split layout, are those of the
     configuration: indexing clamps and broadcasting repeats, so that a base of another depth would
-    be served without a word."""
+    be served silently."""
     leaves = sorted(base_leaves(config).items())
     expected = {path: leaf.shape for path, leaf in leaves if path.startswith("layers/")}
     found = shapes_of({"layers": base.get("layers", {})})

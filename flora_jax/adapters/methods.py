@@ -48,8 +48,8 @@ class Method:
     activation: bool = False
     # The peak rate of a run that names none. A zero A with a full B moves the output 18 to 64 times
     # as far in one Adam step as LoRA's zero B does, so the rate belongs to the method
-    # (docs/methods.md). For scale s = 1; ffba_qd_add's is a guess, and fft's a third of what was
-    # best on SmolLM2-135M, for larger models want less.
+    # (docs/methods.md). For scale s = 1; ffba_qd_add's is a guess, and fft's a third of the best
+    # one on SmolLM2-135M, since larger models want less.
     learning_rate: float | None = None
 
 

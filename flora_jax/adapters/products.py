@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from flora_jax.adapters.quantized import Scaled, times_scale
 
 _COPIES = 64  # operands of one concatenation
-# Weights that one token's product has at the most where XLA for a GPU makes a sum of it.
+# Up to so many weights XLA for a GPU computes one token's product as a sum of rows.
 _SUMMED = 10**7
-# Outputs below which XLA writes such a sum's products out, in float32, before it adds them up; and
-# weights from which on that counts.
+# With fewer outputs than this, such a sum writes its products out in float32 before it adds them;
+# from so many weights on, that costs.
 _NARROW = 2048
 _COUNTING = 2 * 10**5
-_FEW_ROWS = 128  # up to which `(W xᵀ)ᵀ` is not slower than `x Wᵀ` on a CPU
+_FEW_ROWS = 128  # up to here `(W xᵀ)ᵀ` is at least as fast as `x Wᵀ` on a CPU
 
 
 def repeat_and_add(y: jax.Array, z: jax.Array) -> jax.Array:
@@ -88,8 +88,8 @@ def _is_one_row(x: jax.Array) -> bool:
 
 
 def _doubled(x: jax.Array, rows: int, columns: int) -> bool:
-    """Whether `multiply` gives one row as two, so that XLA for a GPU makes no sum of it: of few
-    columns it would write every product out, four bytes for each weight of two."""
+    """Whether `multiply` passes one row twice, so that XLA for a GPU does not compute a sum: with
+    few columns that would write out each product, four bytes for each weight's two."""
     counts = rows * columns > _COUNTING and columns < _NARROW
     return _is_one_row(x) and counts and x.dtype != jnp.float32
 
@@ -127,8 +127,8 @@ def multiply_transposed(x: jax.Array, weight: jax.Array | Scaled, dtype: Any = N
 
     With the weight on the left XLA's CPU products read it at the speed of memory for any small
     batch; on the right they are a third slower at batch 1 and 2 to 3 times at batch 8. The barrier
-    keeps XLA from turning the product round. With the hundreds of rows of a prefill it is not
-    reading that takes the time, and the transposing only costs.
+    keeps XLA from turning the product round. The hundreds of rows of a prefill are bound by
+    arithmetic, and there the transposing would only cost.
     """
     if isinstance(weight, Scaled):
         return _multiply_scaled(multiply_transposed, x, weight)

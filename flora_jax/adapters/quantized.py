@@ -3,7 +3,7 @@
     int8   round(w / scale), a scale a column, which is an output channel
     fp8    the same as float8_e4m3fn
     nf4    the nearest of 16 quantiles of a normal distribution (QLoRA, arXiv 2305.14314), a scale a
-           block of 64 rows of a column; the scales are themselves in 8 bits, a column its own range
+           block of 64 rows of a column; the scales are in 8 bits too, with a range for each column
 
 The base's kernels alone are quantised; embedding, norms, biases and head are as they were. Codes
 and scales are made by qwix and turned back by it. Its QArray has no place for a scale in 8 bits,
@@ -31,7 +31,7 @@ _TYPES: Mapping[str, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "nf4": 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 QUANTIZATIONS = ("none", *_TYPES)
 NOT_QUANTIZED: Mapping[str, Any] = {"format": "none", "error": 0.0}
-_HALVINGS = 12  # factors of a row that are tried
+_HALVINGS = 12  # factors tried for a row
 BLOCK = 64  # rows of nf4 that share a scale
 
 
@@ -41,9 +41,9 @@ class Quantized:
 
     codes: `[…, d_in, d_out]`, of nf4 uint8 `[…, d_in / 2, d_out]`, an even row in the low half of a
     byte. scale: float32 `[…, 1, d_out]`, of nf4 int8 `[…, d_in / 64, d_out]`; span: of nf4 alone,
-    float32 `[…, 2, d_out]`, the step and the middle of those. sums: uint32 `[…, 2]`, by which the
-    float kernel is known again; error: float32 `[…]`, the root mean square of what rounding
-    changed, over that of the kernel. format: a name of QUANTIZATIONS.
+    float32 `[…, 2, d_out]`, the step and the middle of those. sums: uint32 `[…, 2]`, which identify
+    the float kernel; error: float32 `[…]`, the root mean square of the rounding errors over that of
+    the kernel. format: a name of QUANTIZATIONS.
     """
 
     codes: Any
@@ -55,7 +55,7 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the kernel."""
+        """The kernel's."""
         *front, rows, columns = self.codes.shape
         if self.format == "nf4":
             rows *= 2
@@ -105,9 +105,9 @@ def sums_of(values: jax.Array, start: Any = 0) -> jax.Array:
 
 def quantize(kernel: jax.Array, quantization: str, start: Any = 0) -> Quantized:
     """A kernel `[d_in, d_out]` in the format of that name, computed in float32. start: uint32, the
-    place of its first value among those of all layers. What fits is for `check_quantization` to
-    say."""
-    import qwix  # a second, which who quantises nothing need not wait
+    place of its first value among those of all layers. Whether it fits is checked by
+    `check_quantization`."""
+    import qwix  # takes a second, spared where nothing is quantised
 
     kernel = kernel.astype(jnp.float32)
     tiles = {0: BLOCK} if quantization == "nf4" else {}
@@ -181,7 +181,7 @@ def quantization_format(base: Tree) -> str:
 
 
 def served_format(quantization: str) -> str:
-    """What fused arrays of a base in that format are in: nf4's scales are not a column's."""
+    """The format of the fused arrays: nf4, whose scales are not one a column, is served as int8."""
     return {"nf4": "int8"}.get(quantization, quantization)
 
 
@@ -194,8 +194,8 @@ def served_bytes(base: Tree) -> int:
 
 
 def quantization_of(base: Tree) -> dict[str, Any]:
-    """`format`, a name of QUANTIZATIONS, and `error`, the root mean square of what rounding changed
-    of the kernels, over that of the kernels."""
+    """`format`, a name of QUANTIZATIONS, and `error`, the root mean square of the rounding errors
+    over that of the kernels."""
     kernels = [leaf for leaf in paths(base).values() if isinstance(leaf, Quantized)]
     squares = [np.square(np.asarray(kernel.error, np.float64)).mean() for kernel in kernels]
     error = float(np.sqrt(np.mean(squares))) if kernels else 0.0
@@ -221,8 +221,8 @@ def multiply_quantized(x: jax.Array, kernel: Quantized) -> jax.Array:
 def _multiply(x: jax.Array, kernel: Quantized) -> jax.Array:
     if kernel.format == "nf4":
         return x @ dequantize(kernel, x.dtype)
-    # Of a scale a column the product's output takes it: fewer multiplications, and codes are exact
-    # in bfloat16, which scales are not.
+    # A scale a column multiplies the output: fewer multiplications, and codes are exact in
+    # bfloat16, while scaled ones are not.
     return times_scale(x @ kernel.codes.astype(x.dtype), kernel.scale.squeeze(-2))
 
 
@@ -285,7 +285,7 @@ class Scaled:
         return self
 
     def _as_stored(self, plain: Scaled) -> Scaled:
-        """What is not transposed as this one is stored."""
+        """`plain`, stored as this one is."""
         if self.transposed:
             return plain.T
         return plain
@@ -331,8 +331,8 @@ class Scaled:
 
     def with_rows(self, values: jax.Array, start: Any) -> Scaled:
         """With these values `[n, columns]` as rows from `start` on, each brought to the range of
-        the columns by a power of two: the one at which the squares of what rounding changes are
-        least. Where a column's scale is far below the others', that cuts its value off."""
+        the columns by the power of two that gives the least squared rounding error. Where a
+        column's scale is far below the others', its value is cut off."""
         scale = self.scale[: values.shape[1]]
         step = jnp.where(scale > 0, scale, 1)
         largest = jnp.abs(values / step).max(1)
@@ -357,14 +357,14 @@ class Scaled:
         return next(name for name, kind in _TYPES.items() if kind == self.codes.dtype)
 
     def _codes(self, values: jax.Array) -> jax.Array:
-        """Of values that are scaled already, the nearest codes."""
+        """The nearest codes of values that are already scaled."""
         if self.format == "int8":
             values = jnp.round(values)
         codes = jnp.clip(values, -_LARGEST[self.format], _LARGEST[self.format])
         return codes.astype(self.codes.dtype)
 
     def _with(self, values: jax.Array, start: tuple[Any, Any]) -> Scaled:
-        """With codes of values that are scaled already, from that row and column on."""
+        """With the codes of already scaled values from the row and column of `start` on."""
         codes = self._codes(values)
         if self.transposed:
             codes = codes.T

@@ -4,15 +4,15 @@ step's own kernel is in decode_attention.py.
 Axis letters: B batch, T query, S key, N heads, K key/value heads, R rows of a group's product (its
 heads' queries), H head width. Softmax in float32 whatever the compute dtype.
 
-Who computes it, by what a query may see of the keys up to its own:
+What computes it, by which of the keys up to its own a query sees:
 
     all of them             cuDNN where it runs, else XLA
     those of its segment    Pallas's flash attention where it runs, else XLA, block by block
     those of a mask         XLA, block by block
 
-Packed rows are told apart by their segment ids, `[B, T]`, and nothing of `[T, T]` is held: cuDNN
-would be given the mask as a bias of that size, and computes the bias's gradient too. Of the kernels
-that take segments, `jax.experimental.pallas.ops.gpu.attention.mha` comes with every jax that this
+Packed rows are told apart by segment ids `[B, T]`, and no array of `[T, T]` is made: cuDNN would
+take the mask as a bias of that size, and compute the bias's gradient too. Of the kernels that take
+segments, `jax.experimental.pallas.ops.gpu.attention.mha` comes with every jax that this
 package runs on, needs Ampere or later, and has a backward pass. cuDNN's packed form is private to
 jax and needs Hopper. tokamax, which jax 0.11 names as mha's successor, takes segments only as a
 dense mask (0.0.12); it is the one to move to once it does.
@@ -32,12 +32,12 @@ import numpy as np
 
 from flora_jax.models.config import LlamaConfig
 
-# jax says so at each import and at each lowering; here is where it is met, and what replaces them
-# stands above and in decode_attention.py.
+# jax warns at each import and each lowering. What replaces them is said above and in
+# decode_attention.py.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 warnings.filterwarnings("ignore", ".*ops.gpu.attention is deprecated", DeprecationWarning)
 
-_LONG = 128  # tokens of a row from which on attention is worth cutting into blocks
+_LONG = 128  # from so many tokens a row on, attention is worth cutting into blocks
 _BLOCK = 128  # the most queries of a block
 _AMPERE = (8, 0)
 _TILE = 128  # of queries and of keys in Pallas's forward pass; a row is filled up to a multiple
@@ -67,21 +67,23 @@ def _half_on_ampere(q: jax.Array) -> bool:
 
 
 def cudnn_runs(q: jax.Array) -> bool:
-    """Whether cuDNN's fused attention can: an NVIDIA GPU from Ampere on, half precision, heads of
-    at most 128 channels, a multiple of 8."""
+    """Whether cuDNN's fused attention runs. It needs an NVIDIA GPU from Ampere on, half precision,
+    and heads of at most 128 channels, a multiple of 8."""
     return _half_on_ampere(q) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
 
 
 def pallas_runs(q: jax.Array) -> bool:
-    """Whether Pallas's flash attention can: an NVIDIA GPU from Ampere on, half precision, heads of
-    64 or 128 channels, and one device, since XLA cannot split a Pallas call over a mesh."""
+    """Whether Pallas's flash attention runs. It needs an NVIDIA GPU from Ampere on, half precision,
+    heads of 64 or 128 channels, and one device, since XLA cannot split a Pallas call over a
+    mesh."""
     alone = jax.device_count() == 1
     return _half_on_ampere(q) and q.shape[-1] in (64, 128) and alone and _has_triton()
 
 
 def kernel_runs(config: LlamaConfig) -> bool:
-    """Whether a decode step's attention can be the kernel of decode_attention.py: heads are 32, 64,
-    128 or 256 wide and jax compiles Triton for the device, an NVIDIA GPU from Ampere on."""
+    """Whether a decode step's attention can be the kernel of decode_attention.py. It needs heads of
+    32, 64, 128 or 256 channels and a device that jax compiles Triton for: an NVIDIA GPU from Ampere
+    on."""
     wide = config.head_dim in (32, 64, 128, 256)
     return wide and (capability() or (0, 0)) >= _AMPERE and _has_triton()
 
@@ -99,8 +101,8 @@ def attend(
     scale: float | None = None,
 ) -> jax.Array:
     """Attention of q `[B, T, N, H]` over k, v `[B, T, K, H]`, with mask or segments as in `Seen`;
-    plain causal without. scale: of the scores, None for 1/sqrt(H). Nothing of `[T, T]` outlives its
-    block, in the backward pass neither."""
+    plain causal without. scale: of the scores, None for 1/sqrt(H). No array of `[T, T]` outlives
+    its block, in the backward pass either."""
     if mask is None and segments is None and cudnn_runs(q):
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation="cudnn", scale=scale
@@ -126,7 +128,7 @@ def attend_segments(
     k, v = (jnp.repeat(x, heads, axis=2) for x in (k, v))  # the kernel knows no groups
     fill = -T % _TILE
     q, k, v = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q, k, v))
-    # What is filled up lies behind every query.
+    # The filling lies behind every query, where causality hides it.
     segments = jnp.pad(segments, ((0, 0), (0, fill)))
     sizes = pallas.BlockSizes(
         block_q=_TILE,
@@ -148,9 +150,9 @@ def attend_blocks(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, scale: float | None = None
 ) -> jax.Array:
     """Attention of q `[B, T, N, H]` over k `[B, K, H, T]` and v `[B, K, T, H]` that shows no query
-    a later key: queries in four parts, each over the keys up to its end, so that three eighths of
-    the work, all masked, is not done. Parts of long rows are cut further, one block after another,
-    and each block's scores are computed again in the backward pass."""
+    a later key. Queries go in four parts, each over the keys up to its end, which spares three
+    eighths of the work, all of it masked. Parts of long rows are cut further, one block after
+    another, and each block's scores are computed again in the backward pass."""
     T = q.shape[1]
     size = T if T < _LONG else -(-T // 4)
     parts = [(start, min(start + size, T)) for start in range(0, T, size)]
@@ -218,7 +220,7 @@ def attend_grouped(
     float32.
     """
     B, T, N, H = q.shape
-    # Apart, a mesh can split both; in one, a decode step's loop copies no cache.
+    # B and K apart, a mesh can split both; in one axis, a decode loop copies no cache.
     *leading, _, S = k.shape
     K = math.prod(leading) // B
     rows = q.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(*leading, -1, H)
@@ -259,8 +261,8 @@ def rotary_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array,
 def rotary_of_layer(
     config: LlamaConfig, rotary: tuple[jax.Array, jax.Array], i: jax.Array | int
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of layer i: of one without rotary embeddings 1 and 0, which turn nothing, so that
-    all layers are one program."""
+    """cos and sin of layer i. A layer without rotary embeddings has 1 and 0, which turn nothing, so
+    that all layers are one program."""
     if not config.no_rope_layers:
         return rotary
     cos, sin = rotary

@@ -53,7 +53,7 @@ from flora_jax.models.attention import (
 )
 from flora_jax.models.config import LlamaConfig
 
-# Keys and values of a layer, and the slot that follows.
+# Keys and values of a layer, and the next slot.
 Past = tuple[jax.Array, jax.Array, jax.Array]
 # Scales `[H]` of the norms of q and k.
 HeadNorms = tuple[jax.Array, jax.Array]
@@ -69,11 +69,10 @@ REMAT_POLICIES = {
 class KVCache:
     """Keys and values of the tokens seen so far.
 
-    k: a tuple of L arrays `[B·K, H, S]`; v: of L arrays `[B·K, S, H]`: as the two products of a
-    decode step want them, with no reshaping between, so that a step writes its slot in place and
-    copies nothing. valid `[B, S]` bool, which slots hold real tokens; index, scalar int32, the slot
-    that the next token is written to, the same for every row (positions differ by row, slots do
-    not).
+    k: a tuple of L arrays `[B·K, H, S]`; v: of L arrays `[B·K, S, H]`. The two products of a decode
+    step read them like this, without reshaping, so that a step writes its slot in place and copies
+    nothing. valid `[B, S]` bool: which slots hold real tokens. index, scalar int32: the next slot,
+    the same for every row (positions differ by row, slots do not).
     """
 
     k: tuple[jax.Array, ...]
@@ -95,9 +94,9 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) · scale` in float32, returned in x's dtype. x `[..., D]`, or with zflora's
-    channels behind the D, which are divided by the same rms and, as they are carried there
-    (adapters/fusing.py), too small to count in it; scale is as wide as x."""
+    """`x / rms(x) · scale` in float32, returned in x's dtype. x `[..., D]`, or zflora's fused
+    stream with its channels behind the D: they are divided by the same rms, but too small to count
+    in it (adapters/fusing.py). scale is as wide as x."""
 
     width: int
     eps: float
@@ -109,13 +108,13 @@ class RMSNorm(nn.Module):
         return _over_rms(x, x, self.width, self.eps) * scale.astype(x.dtype)
 
     def beside(self, x: jax.Array, z: jax.Array) -> jax.Array:
-        """z `[..., R]` as it is read beside the normed x, where the two are apart."""
+        """z `[..., R]` over the rms of x, for the split layout, where the two are apart."""
         return _over_rms(z, x, self.width, self.eps)
 
 
 def _over_rms(values: jax.Array, x: jax.Array, width: int, eps: float) -> jax.Array:
-    """`values / rms(x)`, of an x with `width` channels that count, in float32 and back. It is
-    rounded before a scale, as the published models were trained."""
+    """`values / rms(x)`, the rms over `width` channels, in float32; rounded to the values' dtype
+    before a scale is applied, as the published models were trained."""
     y = x.astype(jnp.float32)
     factor = jax.lax.rsqrt(jnp.square(y).sum(axis=-1, keepdims=True) / width + eps)
     return (values.astype(jnp.float32) * factor).astype(values.dtype)
@@ -134,10 +133,10 @@ class HeadNorm(nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What the modules of a layer are made of.
+    """What the modules of a layer are made of. Its methods declare modules in the one that calls.
 
     adapter: None for the bare base; layout: of the leaves; dense: the class of the products;
-    decode_kernel: whether a decode step does attention in one kernel of ours.
+    decode_kernel: whether a decode step computes attention in one kernel of ours.
     """
 
     config: LlamaConfig
@@ -148,7 +147,7 @@ class Parts:
     decode_kernel: bool = False
 
     def product(self, name: str) -> nn.Module:
-        """One of PRODUCTS, in the module that calls."""
+        """One of PRODUCTS."""
         return self.dense(
             name,
             self.config.widths,
@@ -160,12 +159,12 @@ class Parts:
         )
 
     def norm(self, name: str) -> RMSNorm:
-        """A norm over D, in the module that calls."""
+        """A norm over D."""
         config = self.config
         return RMSNorm(config.hidden_size, config.rms_norm_eps, self.param_dtype, name=name)
 
     def head_norms(self) -> HeadNorms | None:
-        """The scales of the norms of q and k, in the module that calls; None without."""
+        """The scales of the norms of q and k; None without them."""
         if not self.config.qk_norm:
             return None
         q, k = (
@@ -182,8 +181,8 @@ class Parts:
 
 class Attention(nn.Module):
     """qkv, norms of q and k, rotary embeddings, attention, o. Returns `(output, z written by o,
-    (k, v))`, k and v in the cache's form. The norms are of what the product and its adapter give
-    (our choice: repeat-and-add comes before them)."""
+    (k, v))`, k and v in the cache's form. q and k are normed after the adapter's adds (our
+    choice)."""
 
     parts: Parts
 
@@ -224,8 +223,8 @@ class Attention(nn.Module):
         # It imports what only a GPU needs.
         from flora_jax.models.decode_attention import decode_attention
 
-        # With z behind it, this is what the product gave, and no copy of a part of it; z is then
-        # read out of it, or XLA would make it a second time.
+        # With z behind it this is the product's whole output, and nothing is copied. z is read out
+        # of it again, or XLA would compute it twice.
         qkv = jnp.concatenate([q, k, v] if z is None else [q, k, v, z], axis=-1)
         qkv = jax.lax.optimization_barrier(qkv)
         if z is not None:
@@ -296,8 +295,8 @@ class MLP(nn.Module):
 
 class Layer(nn.Module):
     """One decoder layer over the stream x `[B, T, D]` and, for zflora, its extra channels z
-    `[B, T, R]`; fused, those are the last channels of x. What a block reads of z is over the rms
-    that x is over: tokens of massive activation would drown all others else."""
+    `[B, T, R]`; fused, those are the last channels of x. A block reads z over the rms of x:
+    otherwise tokens of massive activation would drown all others."""
 
     parts: Parts
 
@@ -341,13 +340,13 @@ class Llama(nn.Module):
 
     `Llama(config, adapter_config).apply({"params": base, "adapter": adapter}, tokens)` gives logits
     `[B, T, V]`, float32; `Llama(config, None).apply({"params": base}, tokens)` is the bare base.
-    What `fuse` gives is served by `Llama(config, adapter_config).apply({"params": fused}, tokens)`:
-    the tree tells its layout.
+    `Llama(config, adapter_config).apply({"params": fused}, tokens)` serves what `fuse` made; the
+    tree records its layout.
 
     dtype: compute dtype, None for the embedding's. remat: what a layer keeps for the backward pass
-    ("none" keeps all, "products" what its four products give, "full" nothing). decode_kernel:
-    whether a fused model's decode step does attention in one kernel of ours, which only a GPU runs;
-    None: where it can. dense: the class of its products, for layouts that FusedDense does not know.
+    ("none" keeps all, "products" the outputs of its four products, "full" nothing). decode_kernel:
+    whether a fused model's decode step computes attention in one kernel of ours, which only a GPU
+    runs; None: where it can. dense: the class of its products, for layouts unknown to FusedDense.
     """
 
     config: LlamaConfig
@@ -394,12 +393,12 @@ class Llama(nn.Module):
 
     @property
     def _unrolled(self) -> bool:
-        """Whether the leaves are one set a layer, rather than stacked ones."""
+        """Whether each layer has leaves of its own; else they are stacked."""
         return self.layout.kind != "split"
 
     @property
     def _stream(self) -> bool:
-        """Whether the residual stream has channels of the adapter."""
+        """Whether the adapter has channels in the residual stream."""
         return has_adapter(self.adapter) and self.adapter.row.writes == "stream"
 
     def _init_layers(self, rng: jax.Array) -> Tree:
@@ -434,13 +433,13 @@ class Llama(nn.Module):
                 jnp.einsum, "...D,VD->...V", preferred_element_type=jnp.float32
             )
             if hidden.size == hidden.shape[-1] and hidden.dtype != jnp.float32:
-                # Of one row cuBLAS gives no float32 results, and XLA would cast the whole matrix at
+                # For one row cuBLAS has no float32 output, so XLA would cast the whole matrix at
                 # every token.
                 return product(jnp.stack([hidden, hidden]), unembedding)[0]
             return product(hidden, unembedding)
 
     def unembedding(self) -> jax.Array:
-        """The matrix `[V, D]` that hidden states are scored with."""
+        """The matrix `[V, D]` that makes logits of hidden states."""
         tied = self.config.tie_word_embeddings
         return self.embed_tokens.embedding if tied else self.lm_head().T
 
@@ -491,13 +490,13 @@ class Llama(nn.Module):
             x = x * self.config.embedding_multiplier
         x, z = self._enter(x)
         x, present = self._layers(x, z, rotary, seen, cache, select, deterministic)
-        # whatever zflora's channels hold has been read
+        # nothing reads zflora's channels from here on
         x = x[..., : self.config.hidden_size]
         if cache is not None:
             cache = KVCache(*present, valid, cache.index + tokens.shape[1])
         x = self.final_norm(x)
         if self.config.logits_divisor != 1:
-            # here, so that whatever scores states with the unembedding gives the model's logits
+            # here, so that states times the unembedding are the model's logits everywhere
             x = x / self.config.logits_divisor
         return x, cache
 
@@ -521,8 +520,8 @@ class Llama(nn.Module):
         select: jax.Array | None,
         deterministic: bool,
     ) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]:
-        """The stream behind all layers, and their keys and values: a scan over stacked leaves, or,
-        over a set each or with a cache, unrolled."""
+        """The stream behind all layers, and their keys and values. Stacked leaves are scanned;
+        with a cache, or with leaves a layer, the loop is unrolled."""
         variables = {"params": self.get_variable("params", "layers")}
         if has_adapter(self.adapter) and not self._unrolled:
             layers = self.get_variable("adapter", "layers")
@@ -561,8 +560,7 @@ class Llama(nn.Module):
 
 
 def _positions(real: jax.Array, cache: KVCache | None, counted: bool) -> jax.Array:
-    """Places `[B, T]` int32 of tokens in their rows; those of real ones alone are counted where
-    some are not."""
+    """Places `[B, T]` int32 of tokens in their rows; `counted`: only real tokens count."""
     if cache is None and not counted:
         return jnp.broadcast_to(jnp.arange(real.shape[1], dtype=jnp.int32), real.shape)
     before = 0 if cache is None else cache.valid.sum(-1, keepdims=True)
