@@ -1,7 +1,7 @@
-"""What the TFDS catalogue has of the tasks: names, splits, and elements as the records of files.
+"""The tasks in the TFDS catalogue: names, splits, and how an element becomes a file's record.
 
-Multiple-choice elements get the wording of LLM-Adapters' files, whose test sets are official
-validation splits where the official test has no answers.
+Multiple-choice elements are worded as in LLM-Adapters' files. Like those files, a task is tested on
+the official validation split if the official test split has no answers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Catalogue:
     """A task's place in the TFDS catalogue."""
 
     name: str
-    splits: Mapping[str, str]  # which official split each of ours is
-    # makes the record that a file would hold of an element; None leaves an element out
+    splits: Mapping[str, str]  # our split -> the official one
+    # element -> the record that a file would hold, or None to leave the element out
     convert: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 
 
@@ -36,18 +36,20 @@ def _compose(
     between: str = " ",
     end: str = "\n\n",
 ) -> dict[str, str]:
-    """What tasks.py takes apart: a question as LLM-Adapters words it, or true/false."""
+    """An LLM-Adapters record of a question; without choices the answer is true or false.
+
+    gold: the index of the right answer; between, end: what separates and follows the choices.
+    """
     labels = [f"{label}{i}" for i in range(1, len(choices) + 1)] or ["true", "false"]
     require(
         isinstance(gold, int) and 0 <= gold < len(labels),
         f"field 'label' is {gold!r}; it must be the index of one of {len(labels)} {label}s",
     )
-    marked = between.join(
-        f"{mark.capitalize()}: {choice}" for mark, choice in zip(labels, choices, strict=False)
-    )
-    prompt = (
-        f"{ask}: {question}\n\n{marked + end if choices else ''}Answer format: {'/'.join(labels)}"
-    )
+    listed = ""
+    if choices:
+        marked = zip(labels, choices, strict=True)
+        listed = between.join(f"{mark.capitalize()}: {choice}" for mark, choice in marked) + end
+    prompt = f"{ask}: {question}\n\n{listed}Answer format: {'/'.join(labels)}"
     return {"instruction": prompt, "input": "", "output": "", "answer": labels[gold]}
 
 
@@ -57,7 +59,8 @@ compose_ending = functools.partial(
 
 
 def _arc(element: Mapping[str, Any]) -> dict[str, str]:
-    choices, key = element["choices"], element["answerKey"]
+    choices = element["choices"]
+    key = element["answerKey"]
     labels = [choice["label"] for choice in choices]
     known = ", ".join(map(str, labels))
     require(key in labels, f"field 'answerKey' is {key!r}; the choices are {known}")
@@ -88,13 +91,13 @@ def _winogrande(element: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _boolq(element: Mapping[str, Any]) -> dict[str, str]:
-    """Without its passage, as LLM-Adapters asks it."""
+    """BoolQ without its passage, as LLM-Adapters asks it."""
     ask = "Please answer the following question with true or false, question"
     return _compose(f"{element['question']}?", (), 0 if element["answer"] else 1, ask=ask)
 
 
 def hellaswag(element: Mapping[str, Any]) -> dict[str, Any]:
-    """HellaSwag without WikiHow's marks ([header], [title], …), which nobody reads as language."""
+    """HellaSwag's layout of one context, without WikiHow's marks ([header], [title], …)."""
 
     def plain(text: str) -> str:
         text = re.sub(r"\[(?:header|title|step|substeps?)\]", "", text.replace(" [title]", ". "))
@@ -108,7 +111,7 @@ def hellaswag(element: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unless_empty(element: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A text and its summary as they are; without either it is left out: nobody can mend it."""
+    """The element, or None if a text is empty: a user cannot mend a data set of the catalogue."""
     return element if all(text.strip() for text in element.values()) else None
 
 
@@ -122,7 +125,7 @@ CATALOGUE: Mapping[str, Catalogue] = MappingProxyType(
         "piqa": Catalogue("piqa", _TESTED, _piqa),
         "openbookqa": Catalogue("openbookqa", _OFFICIAL, _openbookqa),
         "boolq": Catalogue("bool_q", _TESTED, _boolq),
-        # Of its training splits the largest: the others are parts of it.
+        # The largest of its training splits; the others are parts of it.
         "winogrande": Catalogue("winogrande", {**_TESTED, "train": "train_xl"}, _winogrande),
         "hellaswag": Catalogue("hellaswag", _TESTED, hellaswag),
         "gsm8k": Catalogue("gsm8k", {"train": "train", "test": "test"}, dict),
