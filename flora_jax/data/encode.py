@@ -1,12 +1,12 @@
 """From an `Example` to token ids and a loss mask.
 
-The mask is built together with the tokens and never read off token ids: `pad` may equal `eos`, and
-an answer may contain any token. What stands before an answer has the ids that generation will be
-given, which tokenises the prompt alone. In chat style the rendered conversation is tokenised once
-and has the ids of `apply_chat_template`, with one exception: where a token would run from the
-prompt into the answer (`\\n` and `\\n` in a vocabulary that has `\\n\\n`), it is cut there, and a
-prompt that ends in several spaces has the ids that it has alone (GPT-2's split takes the last of
-them apart where something follows).
+The mask is built together with the tokens, never from token ids: `pad` may equal `eos`, and an
+answer may contain any token. The ids before an answer are those of the prompt tokenised alone,
+which is where generation starts. In chat style the rendered conversation is tokenised once, and its
+ids are those of `apply_chat_template` with two exceptions. A token that would run from the prompt
+into the answer (`\\n` and `\\n` in a vocabulary that has `\\n\\n`) is cut between them. A prompt
+that ends in several spaces keeps the ids that it has alone (GPT-2's split takes the last space
+apart if text follows).
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ STYLES = get_args(Style)
 LossOn = Literal["answer", "all"]
 
 # The prompt that LLM-Adapters' finetune.py trains on (at its commit 91770ab), indentation included.
-_IN = " " * 16
-_TRAINED_ON = (
+_INDENT = " " * 16
+_LLM_ADAPTERS = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.  \n\n"
-    f"{_IN}### Instruction:\n{_IN}{{}}\n{_IN}\n{_IN}### Response:\n{_IN}"
+    f"{_INDENT}### Instruction:\n{_INDENT}{{}}\n{_INDENT}\n{_INDENT}### Response:\n{_INDENT}"
 )
 
-_CHUNK = 512  # examples that are tokenised at once
+_CHUNK = 512  # examples tokenised at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class EncodeReport:
-    """What became of the examples. Lengths are in positions, tokens less one."""
+    """Counts of examples. Lengths are in positions: tokens less one."""
 
     kept: int
     too_long: int
-    positions: int  # of the kept, together
-    loss_tokens: int  # of the kept: targets that count
-    longest: int  # of all
+    positions: int  # of all kept examples together
+    loss_tokens: int  # targets of the kept examples that count
+    longest: int  # of all examples, kept or not
 
 
 def encode(
@@ -75,21 +75,23 @@ def encode(
 ) -> Encoded | None:
     """Tokens and loss mask of one example, or None if its n - 1 positions exceed `max_length`.
 
-    'plain': the prompt as the tokenizer encodes it (BOS by its own policy), a space, the answer,
-    EOS; the answer and EOS count. 'llm_adapters': the same with the prompt in that project's frame.
-    'chat': the tokenizer's chat template; of each assistant turn all that follows the prompt to it
-    counts, up to its end-of-turn token. With `loss_on='all'` every token counts. Turns that are not
-    to be trained on count in neither. Raises UserError for what the style cannot express, and for a
-    conversation of which the template makes several examples (`encode_all`).
+    Style 'plain': the prompt as the tokenizer encodes it (BOS by its own policy), a space, the
+    answer, EOS; the answer and EOS count in the loss. 'llm_adapters': the same, with the prompt in
+    that project's frame. 'chat': the tokenizer's chat template; of each assistant turn everything
+    after its prompt counts, end-of-turn token included. With `loss_on='all'` every token counts. A
+    turn that is not to be trained on never counts. Raises UserError for what the style cannot
+    express, and for a conversation that becomes several examples (see `encode_each`).
     """
     _check(tokenizer, style, loss_on)
     [found] = _finish([_plan(example, tokenizer, style, loss_on)], tokenizer)
     require(
-        len(found) <= 1,
+        len(found) == 1,
         f"the tokenizer's chat template makes {len(found)} training examples of this "
         "conversation; encode_all gives them",
     )
-    return found[0] if len(found[0].tokens) - 1 <= max_length else None
+    if len(found[0].tokens) - 1 > max_length:
+        return None
+    return found[0]
 
 
 def encode_all(
@@ -101,7 +103,7 @@ def encode_all(
     max_length: int,
     silent: bool = False,
 ) -> tuple[list[Encoded], EncodeReport]:
-    """`encode` of each example that fits, and the counts, as `encode_each` has them."""
+    """`encode_each` of a sequence, with the encoded examples in a list."""
     kept = []
     report = encode_each(
         examples,
@@ -127,12 +129,12 @@ def encode_each(
     max_length: int,
     silent: bool = False,
 ) -> EncodeReport:
-    """Hands what `encode` makes of each of `total` examples to `keep`, if it fits; the counts.
+    """Calls `keep` with each example that fits, as `encode` encodes it, and returns the counts.
 
-    Where the chat template renders a turn otherwise once others follow it (thinking stripped from
-    earlier turns), a conversation is one example for each turn that is trained on, each behind the
-    prompt to that turn. silent: without a bar or lines. Raises UserError if there are no examples,
-    or none fits.
+    If the chat template changes a turn once others follow it (as where it strips the thinking of
+    earlier turns), a conversation becomes one example per turn that is trained on, each with the
+    prompt to that turn. total: the number of examples; silent: show no progress. Raises UserError
+    for what the style cannot express, and if there are no examples or none fits.
     """
     _check(tokenizer, style, loss_on)
     kept = too_long = positions = loss_tokens = longest = 0
@@ -167,30 +169,31 @@ def encode_prompt(
     style: Style,
     tools: str = "",
 ) -> list[int]:
-    """The tokens to generate from.
+    """The token ids to generate from: exactly those that training puts before the answer.
 
-    Of an example they are exactly its training tokens before the (last) answer, of messages, which
-    end with the user's turn, what training would put before the answer to them.
-    tools: as `Example` has them; of an example its own.
+    prompt: an example, whose last turn (the answer) is left out, or messages that end with the
+    user's turn. tools: `Example.tools` for messages; an example has its own. Raises UserError for
+    what the style cannot express.
     """
     _check(tokenizer, style)
     if isinstance(prompt, Example):
-        messages, tools = prompt.messages[:-1], prompt.tools
+        messages = prompt.messages[:-1]
+        tools = prompt.tools
     else:
         messages = tuple(prompt)
     if style != "chat":
-        return encode_open(tokenizer, _plain_prompt(messages, style, tools))
+        refuse_tools(messages, style, tools)
+        return encode_open(tokenizer, _plain_prompt(messages, style))
     text = _render(messages, tools, tokenizer, add_generation_prompt=True)
     answers = _answers(messages, tools, tokenizer, needed=False)
-    # Where the template changes earlier turns, training has cut none of them either.
-    whole = all(answer is not None and text.startswith(answer.text) for answer in answers)
-    pieces = encode_cut(tokenizer, text, _cuts(answers) if whole else [])
-    return list(itertools.chain(*pieces))
+    # If the template changes earlier turns, training does not cut them either.
+    cuts = _cuts(answers) if _holds(text, answers) else []
+    return list(itertools.chain(*encode_cut(tokenizer, text, cuts)))
 
 
 def _check(tokenizer: Tokenizer, style: Style, loss_on: LossOn = "answer") -> None:
     require_known(style, STYLES, f"data.prompt_style={style!r}")
-    require_known(loss_on, ("answer", "all"), f"data.loss_on={loss_on!r}")
+    require_known(loss_on, get_args(LossOn), f"data.loss_on={loss_on!r}")
     require(
         style != "chat" or tokenizer.chat_template,
         "data.prompt_style='chat' needs a chat template and the tokenizer has none; use 'plain'",
@@ -200,7 +203,7 @@ def _check(tokenizer: Tokenizer, style: Style, loss_on: LossOn = "answer") -> No
 def _encode(
     examples: Iterable[Example], tokenizer: Tokenizer, style: Style, loss_on: LossOn
 ) -> Iterator[Encoded]:
-    """What each example gives, in order. Raises UserError that names the example."""
+    """Encodes the examples in order, `_CHUNK` at once. A UserError names the example."""
     number = 0
     examples = iter(examples)
     while chunk := list(itertools.islice(examples, _CHUNK)):
@@ -217,17 +220,17 @@ def _encode(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """One training example as text: prompt, text and end, and which pieces of it count."""
+    """One training example before it is tokenised: prompt, text and end, and what of it counts."""
 
-    prompt: str | None  # as the tokenizer begins a text; None: no such part
+    prompt: str | None  # tokenised with BOS; None in chat style, where the text has it all
     text: str
-    cuts: list[int]  # where the text is cut into pieces
-    counts: list[bool]  # of the prompt and of each piece
-    end: list[int]  # tokens, which count as the last piece does
+    cuts: list[int]  # the characters at which the text is cut into pieces
+    counts: list[bool]  # whether the prompt, then each piece, counts in the loss
+    end: list[int]  # token ids behind the last piece, which count if it does
 
 
 def _plan(example: Example, tokenizer: Tokenizer, style: Style, loss_on: LossOn) -> list[_Plan]:
-    """What is to be tokenised of an example, and what of it counts.
+    """The plan of an example; in chat style there may be several.
 
     Raises UserError for what the style cannot express.
     """
@@ -236,57 +239,61 @@ def _plan(example: Example, tokenizer: Tokenizer, style: Style, loss_on: LossOn)
         return _chat_plans(example, tokenizer, everything)
     *before, answer = example.messages
     refuse_tools(example.messages, style, example.tools)
-    prompt = _plain_prompt(before, style, example.tools)
+    prompt = _plain_prompt(before, style)
     require(
         tokenizer.eos_token_id is not None,
         f"data.prompt_style={style!r} ends answers with EOS, but the tokenizer has no eos_token",
     )
-    # One space between them, in the answer's first token, where byte-level vocabularies expect it.
-    glue = "" if prompt[-1:].isspace() or answer.content[:1].isspace() else " "
-    return [_Plan(prompt, glue + answer.content, [], [everything, True], [tokenizer.eos_token_id])]
+    text = answer.content
+    if not (prompt[-1:].isspace() or text[:1].isspace()):
+        # The space belongs to the answer's first token, where byte-level vocabularies expect it.
+        text = f" {text}"
+    return [_Plan(prompt, text, [], [everything, True], [tokenizer.eos_token_id])]
 
 
 def _finish(plans: Sequence[list[_Plan]], tokenizer: Tokenizer) -> list[list[Encoded]]:
-    """The plans, tokenised together."""
+    """Encodes each example's plans; all of them are tokenised together, which is faster."""
     flat = list(itertools.chain(*plans))
-    begun = [plan.prompt for plan in flat if plan.prompt is not None]
-    prompts = iter(encode_open_batch(tokenizer, begun))
+    prompts = [plan.prompt for plan in flat if plan.prompt is not None]
+    prompt_ids = iter(encode_open_batch(tokenizer, prompts))
     encodings = encode_batch(tokenizer, [plan.text for plan in flat])
     encoded = []
     for plan, encoding in zip(flat, encodings, strict=True):
-        prompt = [] if plan.prompt is None else next(prompts)
+        prompt = [] if plan.prompt is None else next(prompt_ids)
         pieces = encode_cut(tokenizer, plan.text, plan.cuts, encoding)
-        encoded.append(_encoded([prompt, *pieces], plan))
+        pieces[-1] = [*pieces[-1], *plan.end]
+        encoded.append(_encoded([prompt, *pieces], plan.counts))
     finished = iter(encoded)
-    return [[next(finished) for _ in several] for several in plans]
+    return [[next(finished) for _ in group] for group in plans]
 
 
-def _encoded(pieces: list[list[int]], plan: _Plan) -> Encoded:
-    pieces[-1] = [*pieces[-1], *plan.end]
+def _encoded(pieces: Sequence[list[int]], counts: Sequence[bool]) -> Encoded:
+    """counts: whether each piece counts in the loss."""
     lengths = [len(piece) for piece in pieces]
     return Encoded(
         np.fromiter(itertools.chain(*pieces), np.int32, sum(lengths)),
-        np.repeat(plan.counts, lengths),
+        np.repeat(counts, lengths),
     )
 
 
-def _plain_prompt(before: Sequence[Message], style: Style, tools: str) -> str:
+def _plain_prompt(before: Sequence[Message], style: Style) -> str:
     require(
         not any(message.role == "assistant" for message in before),
         f"data.prompt_style={style!r} holds one answer, but a conversation has several; use 'chat'",
     )
-    refuse_tools(before, style, tools)
     prompt = "\n\n".join(message.content for message in before)
-    return _TRAINED_ON.format(prompt) if style == "llm_adapters" else prompt
+    if style == "llm_adapters":
+        return _LLM_ADAPTERS.format(prompt)
+    return prompt
 
 
 def calls_tools(message: Message) -> bool:
-    """Whether an assistant's turn calls tools, with or without a text."""
+    """Whether an assistant's turn calls tools, with or without text."""
     return bool(message.more) and "tool_calls" in json.loads(message.more)
 
 
 def refuse_tools(messages: Sequence[Message], style: Style, tools: str = "") -> None:
-    """Raises UserError where a style without turns is to write tools, their results or calls."""
+    """Raises UserError for tools, their calls or results in a style other than 'chat'."""
     used = tools or any(message.role == "tool" or calls_tools(message) for message in messages)
     require(
         style == "chat" or not used,
@@ -296,48 +303,53 @@ def refuse_tools(messages: Sequence[Message], style: Style, tools: str = "") -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Answer:
-    """An assistant's turn."""
+    """An assistant's turn in the rendered conversation."""
 
-    text: str  # the conversation as the template renders it, up to the turn's last token
-    start: int  # the characters before the answer
-    trained: bool  # whether it is to be trained on
+    text: str  # the conversation to the end of the turn, end-of-turn token included
+    start: int  # where in `text` the answer begins
+    trained: bool  # whether the turn is trained on
 
 
 def _chat_plans(example: Example, tokenizer: Tokenizer, everything: bool) -> list[_Plan]:
-    """The rendered conversation up to the last turn that is trained on.
+    """One plan of the conversation up to the last turn that is trained on.
 
-    It is cut before each answer and behind its end-of-turn token: `…assistant\\n` |
-    `Hello.<|im_end|>` | `\\n<|im_start|>user…`. Where that text does not hold each turn as it was
-    rendered when it was the last, there is one plan for each that is trained on; of `everything`
-    the prompt then counts where it holds no earlier answer, so that none counts twice, nor one that
-    is not to be trained on.
+    Its text is cut before each answer and behind the answer's end-of-turn token: `…assistant\\n` |
+    `Hello.<|im_end|>` | `\\n<|im_start|>user…`. If the template changes earlier turns, there is a
+    plan for each turn that is trained on instead. With `everything`, prompts count in the loss as
+    well, but of several plans only a prompt without an earlier answer: no token may count twice,
+    and no answer that is not trained on at all.
     """
-    trained = (message.role == "assistant" and message.trained for message in example.messages)
+    trained = [message.role == "assistant" and message.trained for message in example.messages]
     last = max(i for i, one in enumerate(trained) if one)
     answers = _answers(example.messages[: last + 1], example.tools, tokenizer)
-    if all(answer is not None and answers[-1].text.startswith(answer.text) for answer in answers):
-        together = [answers]
+    if _holds(answers[-1].text, answers):
+        groups = [answers]
     else:
-        together = [[answer] for answer in answers if answer is not None and answer.trained]
+        groups = [[answer] for answer in answers if answer is not None and answer.trained]
     plans = []
-    for several in together:
-        asked = everything and several[0] is answers[0]
-        counts = [one for answer in several for one in (asked, answer.trained)]
-        plans.append(_Plan(None, several[-1].text, _cuts(several)[:-1], [False, *counts], []))
+    for group in groups:
+        prompts_count = everything and group[0] is answers[0]
+        counts = [one for answer in group for one in (prompts_count, answer.trained)]
+        plans.append(_Plan(None, group[-1].text, _cuts(group)[:-1], [False, *counts], []))
     return plans
 
 
+def _holds(text: str, answers: Sequence[_Answer | None]) -> bool:
+    """Whether `text` begins with the conversation as it was rendered up to each answer."""
+    return all(answer is not None and text.startswith(answer.text) for answer in answers)
+
+
 def _cuts(answers: Sequence[_Answer]) -> list[int]:
-    """Where each answer begins and ends."""
+    """The characters at which each answer begins and ends."""
     return [cut for answer in answers for cut in (answer.start, len(answer.text))]
 
 
 def _answers(
     messages: Sequence[Message], tools: str, tokenizer: Tokenizer, needed: bool = True
 ) -> list[_Answer | None]:
-    """The assistant's turns; None for one that cannot be told from its prompt.
+    """The assistant's turns in order; None for one that cannot be told from its prompt.
 
-    Raises UserError for such a one that is to be trained on, if it is needed.
+    needed: raise UserError instead if that turn is trained on.
     """
     answers = []
     for i, message in enumerate(messages):
@@ -352,7 +364,10 @@ def _answers(
 
 
 def _answer(messages: Sequence[Message], tools: str, tokenizer: Tokenizer) -> _Answer:
-    """The last turn of the conversation, the assistant's."""
+    """The last turn of the conversation, which is the assistant's.
+
+    Raises UserError unless it is rendered as its prompt, the content and an end-of-turn token.
+    """
     *before, message = messages
     prompt = _render(before, tools, tokenizer, add_generation_prompt=True)
     whole = _render(messages, tools, tokenizer, add_generation_prompt=False)
@@ -362,17 +377,19 @@ def _answer(messages: Sequence[Message], tools: str, tokenizer: Tokenizer) -> _A
     turn = whole[len(prompt) :].rstrip()
     content = message.content.strip()
     if content not in turn:
-        # Beside a call some templates leave out the text. Others render thinking anew: what is said
-        # last is then found.
+        # Some templates leave out the text beside a call. Others change the thinking, but not the
+        # last word.
         content = "" if calls_tools(message) else content.split()[-1]
     if content:
         lead, found, end = turn.partition(content)
     else:
+        lead = ""
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
         end = next((token for token in added if turn.endswith(token)), "")
-        # a template without tools leaves nothing of a call
-        lead, found = "", not calls_tools(message) or turn != end
-    if lead.strip():  # what follows the template's prompt is the model's to write; a header is not
+        # A template that knows no tools renders nothing of a call.
+        found = not calls_tools(message) or turn != end
+    if lead.strip():
+        # Behind a generation prompt the model writes the lead; without one it is the turn's header.
         found = found and prompt != _render(before, tools, tokenizer, add_generation_prompt=False)
     require(
         found and end.strip(),
@@ -384,12 +401,15 @@ def _answer(messages: Sequence[Message], tools: str, tokenizer: Tokenizer) -> _A
 
 
 def _why_apart(asked: str, prompt: str, whole: str) -> str:
-    """Why a rendered conversation does not begin with its prompt; asked: what both begin with."""
-    if whole.startswith(asked) and prompt.startswith(asked):  # what differs is the prompt's own end
+    """Why `whole`, the rendered conversation, does not begin with its prompt.
+
+    asked: the turns before the answer, rendered without a generation prompt.
+    """
+    if whole.startswith(asked) and prompt.startswith(asked):  # Only the generation prompt differs.
         return (
-            f"the tokenizer's chat template ends a prompt in {prompt[len(asked) :][-40:]!r}, which "
-            f"the assistant's turn as it renders it, {whole[len(asked) :][:40]!r}, does not begin "
-            "with; a model would be asked otherwise than it was trained "
+            f"the tokenizer's chat template ends a prompt in {prompt[len(asked) :][-40:]!r}, but "
+            f"renders the assistant's turn as {whole[len(asked) :][:40]!r}, which does not begin "
+            "with it; the model would answer a prompt that it was never trained on "
             "(data.prompt_style='plain' needs no template)"
         )
     return (

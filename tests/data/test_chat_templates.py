@@ -582,7 +582,7 @@ def test_a_prompt_that_opens_thinking_which_turns_do_not_have_is_named():
     with pytest.raises(UserError) as error:
         encode(example, tokenizer, style="chat", loss_on="answer", max_length=99)
     assert (
-        r"ends a prompt in '<|im_start|>assistant\n<think>\n', which the assistant's turn"
+        r"ends a prompt in '<|im_start|>assistant\n<think>\n', but renders the assistant's turn as"
         in str(error.value)
     )
     assert "\n" not in str(error.value)
