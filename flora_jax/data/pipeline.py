@@ -1,10 +1,10 @@
-"""Encoded examples to batches: grain for training (endless, exact to resume), else a plain loop.
+"""Batches of encoded examples: for training endless and exactly resumable, else a plain loop.
 
 A batch is a dict of numpy arrays `[B, T]`, T always `max_length`:
 
     tokens         int32    a row holds one example of n - 1 positions, or with packing several
     targets        int32    the token after each, shifted within its example, before any packing
-    loss_weights   float32  1 where the target counts
+    loss_weights   float32  1 where the target counts in the loss, else 0
     segment_ids    int32    1, 2, … by example within the row, 0 on padding
     positions      int32    from 0 in every example
 
@@ -25,9 +25,11 @@ from flora_jax.errors import require
 
 Batch = dict[str, np.ndarray]
 
-# Rows that grain fills side by side. More leave less padding; all are emitted once an example does
-# not fit.
+# Rows that grain packs at a time; it emits all of them once an example fits into none. More rows
+# leave less padding.
 _PACKING_BINS = 64
+
+_ARRAYS = ("tokens", "targets", "loss_weights")  # of an example; a row adds the other two
 
 
 def train_iterator(
@@ -41,15 +43,14 @@ def train_iterator(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Endless batches; each epoch is a new order of `seed`, with every example once, in one shard.
+    """Endless batches: an epoch has each example once, in one shard, in a new order from `seed`.
 
-    `parts` says instead what is drawn how often: `(n, weight)` of the first n examples, of the n
-    after them, …; each part is drawn by its share of the weights, gone through again in a new order
-    whenever it ends, and there are no epochs of the whole. `batch_size` counts the rows of this
-    process. Batches run across the ends of epochs; packed rows do not, so an epoch's last rows may
-    hold padding. `get_state()` is JSON-able, and `set_state` of it on a new iterator over the same
-    examples continues with the very same batches. Raises UserError for arguments that cannot give a
-    batch.
+    batch_size: the rows of this process. packing: several examples a row, else one. parts:
+    `(n, weight)` of the first n examples, of the n after them, …; each part is then drawn by its
+    share of the weights and begins again, in a new order, whenever it ends, and there are no epochs
+    of the whole. Batches run across the ends of epochs; packed rows do not, so an epoch's last rows
+    may hold padding. `get_state()` is JSON-able; `set_state` of it, on a new iterator over the same
+    examples, goes on with the very same batches. Raises UserError for arguments that give no batch.
     """
     for field, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
         require(value >= least, f"train.{field}={value} must be at least {least}")
@@ -72,13 +73,9 @@ def train_iterator(
             rows = _mixed(encoded, parts, order, shard)
         # The examples are mapped into memory: threads would only add latency.
         rows = rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        if not packing:
-            return rows.map(lambda row: _pad(row, max_length))
-        lengths = {name: max_length for name in ("tokens", "targets", "loss_weights")}
-        packed = grain.experimental.FirstFitPackIterDataset(
-            rows, length_struct=lengths, num_packing_bins=_PACKING_BINS, seed=order
-        )
-        return packed.map(_unpack_names)
+        if packing:
+            return _packed(rows, max_length, order)
+        return rows.map(lambda row: _pad(row, max_length))
 
     return iter(_Epochs(epoch).batch(batch_size))
 
@@ -88,30 +85,29 @@ def _mixed(
 ) -> grain.MapDataset:
     """The parts, each shuffled and repeated without end, drawn by weight.
 
-    Each part is cut into shards, not the mix, whose fixed pattern would give some shards one part
-    alone.
+    Each part is cut into shards, not the mix: its pattern is fixed, so a shard might get one part
+    only.
     """
-    ends = np.cumsum([size for size, _ in parts]).tolist()
-    drawn = [
-        grain.MapDataset.source(encoded[start:end])
-        .map(_row)
-        .shuffle(seed=(seed + i) % 2**32)
-        .repeat()[shard]
-        for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
-    ]
+    drawn = []
+    start = 0
+    for i, (size, _) in enumerate(parts):
+        rows = grain.MapDataset.source(encoded[start : start + size]).map(_row)
+        drawn.append(rows.shuffle(seed=(seed + i) % 2**32).repeat()[shard])
+        start += size
     return grain.MapDataset.mix(drawn, [weight for _, weight in parts])
 
 
 def eval_batches(
     encoded: Sequence[Encoded], *, batch_size: int, max_length: int
 ) -> Iterator[Batch]:
-    """Every example once, in order, one a row.
+    """Batches of every example once, in order, one a row.
 
-    The last batch is filled with empty rows (segment 0, no weight).
+    The last batch is filled with empty rows (segment 0, no weight). Raises UserError for a batch
+    size below 1 and for an example that is too long.
     """
     require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
     _check_lengths(encoded, max_length)
-    empty = {name: np.zeros(0, dtype) for name, dtype in _DTYPES.items()}
+    empty = _row(Encoded(np.zeros(1, np.int32), np.zeros(1, bool)))
     for start in range(0, len(encoded), batch_size):
         rows = [_row(example) for example in encoded[start : start + batch_size]]
         rows += [empty] * (batch_size - len(rows))
@@ -119,15 +115,12 @@ def eval_batches(
         yield {name: np.stack([row[name] for row in padded]) for name in padded[0]}
 
 
-_DTYPES = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32}
-
-
 def _row(example: Encoded) -> Batch:
-    """The three arrays of one example, each `[n - 1]`."""
-    arrays = (example.tokens[:-1], example.tokens[1:], example.loss[1:])
+    """The `_ARRAYS` of one example, each `[n - 1]`."""
     return {
-        name: array.astype(dtype)
-        for (name, dtype), array in zip(_DTYPES.items(), arrays, strict=True)
+        "tokens": example.tokens[:-1].astype(np.int32),
+        "targets": example.tokens[1:].astype(np.int32),
+        "loss_weights": example.loss[1:].astype(np.float32),
     }
 
 
@@ -138,10 +131,21 @@ def _pad(row: Batch, max_length: int) -> Batch:
     return {name: np.pad(array, (0, max_length - n)) for name, array in row.items()}
 
 
+def _packed(rows: grain.IterDataset, max_length: int, seed: int) -> grain.IterDataset:
+    """Rows of several examples, `[T]`."""
+    packed = grain.experimental.FirstFitPackIterDataset(
+        rows,
+        length_struct=dict.fromkeys(_ARRAYS, max_length),
+        num_packing_bins=_PACKING_BINS,
+        seed=seed,
+    )
+    return packed.map(_unpack_names)
+
+
 def _unpack_names(packed: dict[str, Any]) -> Batch:
-    """grain numbers segments and positions once a feature; ours are all alike."""
+    """grain numbers segments and positions for each array; here they are the same for all."""
     return {
-        **{name: packed[name] for name in _DTYPES},
+        **{name: packed[name] for name in _ARRAYS},
         "segment_ids": packed["tokens_segment_ids"],
         "positions": packed["tokens_positions"],
     }
@@ -156,10 +160,10 @@ def _check_lengths(encoded: Sequence[Encoded], max_length: int) -> None:
 
 
 class _Epochs(grain.IterDataset):
-    """One dataset after the other, made by epoch number.
+    """One dataset after the other, each made from its epoch's number.
 
-    grain's own `repeat` cannot do it: after packing it would repeat the first epoch, and before
-    packing it would let rows mix the end of an epoch with the next.
+    grain's own `repeat` would repeat the first epoch after packing, and before it would let rows
+    mix the end of an epoch with the next.
     """
 
     def __init__(self, epoch: Callable[[int], grain.IterDataset]):
@@ -177,7 +181,8 @@ class _EpochsIterator(grain.DatasetIterator):
         self._start(0)
 
     def _start(self, number: int) -> None:
-        self._number, self._rows = number, iter(self._make(number))
+        self._number = number
+        self._rows = iter(self._make(number))
 
     def __next__(self) -> Batch:
         while True:

@@ -1,8 +1,11 @@
 """Encoded examples in a file: written one by one, read through a map of the file into memory.
 
-The file begins with a check sum of all behind it. Then come the tokens of all examples with their
-loss masks, one example behind the other, then what is known of them (an `.npz`), and at last where
-that begins.
+The file holds, in this order:
+
+    check sum    32 bytes: sha256 of everything behind it
+    tokens       of all examples, each token with its loss mask
+    known        an `.npz`: the examples' lengths, and what else the writer knows of them
+    place        8 bytes: where `known` begins
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ _TOKEN = np.dtype([("token", "<i4"), ("loss", "?")])
 
 
 class Store(Sequence[Encoded]):
-    """Encoded examples that lie one behind the other in an array: each is a view of it."""
+    """Encoded examples, each a view of one array. A slice is a Store, too; its step is ignored."""
 
     def __init__(self, tokens: np.ndarray, bounds: np.ndarray):
         """tokens: `_TOKEN` [N]. bounds: int64 [examples + 1], where each begins, and the end."""
@@ -39,13 +42,13 @@ class Store(Sequence[Encoded]):
         if isinstance(i, slice):
             start, stop, _ = slice(i.start, i.stop).indices(len(self))
             return Store(self._tokens, self._bounds[start : max(start, stop) + 1])
-        start, end = self._bounds[range(len(self))[i] :][:2]
-        found = self._tokens[start:end]
+        i = range(len(self))[i]  # Counts from the end if negative, and raises IndexError.
+        found = self._tokens[self._bounds[i] : self._bounds[i + 1]]
         return Encoded(found["token"], found["loss"])
 
 
 class StoreWriter:
-    """Writes a file that `open_store` reads; it is whole once `finish` has returned."""
+    """Writes a file for `open_store`. It is complete once `finish` has returned."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -63,13 +66,13 @@ class StoreWriter:
         self._digest.update(example.tokens.tobytes() + example.loss.tobytes() + b"|")
 
     def take_digest(self) -> str:
-        """sha256 (hex) of tokens and loss masks of the examples since the last call."""
+        """sha256 (hex) of the tokens and loss masks added since the last call."""
         digest = self._digest.hexdigest()
         self._digest = hashlib.sha256()
         return digest
 
     def finish(self, **known: np.ndarray) -> None:
-        """Writes what is known of the examples, by name, and the check sum."""
+        """Completes the file. known: arrays that `open_store` returns by name."""
         place = self._file.tell()
         stored = io.BytesIO()
         np.savez(stored, lengths=np.array(self._lengths), **known)
@@ -83,13 +86,13 @@ class StoreWriter:
 
 @contextlib.contextmanager
 def new_store(path: Path) -> Iterator[StoreWriter]:
-    """A writer of a new file."""
+    """A writer of a new file. Raises FileExistsError if there is one."""
     with path.open("xb+") as file:
         yield StoreWriter(file)
 
 
 def open_store(path: Path) -> tuple[Store, dict[str, np.ndarray]] | None:
-    """A file's examples, and what is known of them; None if there is none, or it is damaged.
+    """A file's examples, and the arrays given to `finish`; None if it is missing or damaged.
 
     The file may be moved or removed while its examples are in use.
     """
