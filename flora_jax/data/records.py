@@ -1,4 +1,4 @@
-"""Records as files hold them: read, checked, and turned into the layout of their kind."""
+"""Reads the records of a file, checks each, and turns it into the layout of its task's source."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ Record = dict[str, Any]
 def raw_records(path: Path) -> Iterator[tuple[str, Any]]:
     """`(place, value)` of each record of a `.json` list or a `.jsonl` file.
 
-    place is `file:line` or names the index. Raises UserError for what is no UTF-8 or no JSON.
+    place: `file:line`, or the file and the record's index. Raises UserError for a file that is not
+    UTF-8 or not JSON.
     """
     check_file(path)
     if path.suffix == ".jsonl":
         yield from _lines(path)
         return
-    text = _text(path.read_bytes(), path, 0)
+    text = _decoded(path.read_bytes(), path, 0)
     if text.strip():
         values = _json(text, path, 1)
         require(
@@ -40,16 +41,16 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """`raw_records` of a `.jsonl` file, a line at a time."""
     start = 0
     with path.open("rb") as file:
-        # Bytes are split at newlines alone: JSON strings may hold what else ends a line of text.
+        # Bytes are split at newlines only: JSON strings may hold other ends of a line of text.
         for number, line in enumerate(file, 1):
-            text = _text(line, path, start)
+            text = _decoded(line, path, start)
             start += len(line)
             if text.strip():
                 yield f"{path}:{number}", _json(text, path, number)
 
 
-def _text(content: bytes, path: Path, start: int) -> str:
-    """What stands in a file from byte `start` on."""
+def _decoded(content: bytes, path: Path, start: int) -> str:
+    """The text of a file's bytes from byte `start` on."""
     try:
         return content.decode("utf-8" if start else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -59,12 +60,13 @@ def _text(content: bytes, path: Path, start: int) -> str:
 
 
 def _json(text: str, path: Path, line: int) -> Any:
+    """The value of a JSON text that begins at `line`."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"{path}:{line + error.lineno - 1}"
         raise UserError(f"{place}: malformed JSON at column {error.colno}: {error.msg}") from None
-    # a number of thousands of digits, thousands of brackets
+    # A number of thousands of digits is a ValueError, thousands of brackets a RecursionError.
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}:{line}: JSON that cannot be read: {str(error)[:80]}") from None
 
@@ -72,7 +74,7 @@ def _json(text: str, path: Path, line: int) -> Any:
 def _field(
     raw: Mapping[str, Any], name: str, where: str, default: str | None = None, number: bool = False
 ) -> str:
-    """A text field, checked. `default` makes it optional and lets it be empty."""
+    """A text field, checked; with `default` it may be missing or empty, with `number` a number."""
     if name not in raw:
         if default is not None:
             return default
@@ -96,7 +98,7 @@ def _field(
 def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:
     """An LLM-Adapters record.
 
-    Raw MAWPS (`original_text`, `ans`), HellaSwag's layouts and GSM8K's own become one.
+    MAWPS's own layout (`original_text`, `ans`), HellaSwag's and GSM8K's become one.
     """
     if "original_text" in raw:
         return {
@@ -118,7 +120,7 @@ def _adapters_record(raw: Mapping[str, Any], where: str) -> Record:
 
 
 def _gsm8k(raw: Mapping[str, Any], where: str) -> Record:
-    """GSM8K's own layout, whose `answer` has its number after ####, as an LLM-Adapters record."""
+    """GSM8K's own layout, whose `answer` ends in #### and the number, as an LLM-Adapters record."""
     question = _field(raw, "question", where)
     rationale, mark, answer = _field(raw, "answer", where).rpartition("####")
     require(mark, f"{where}: field 'answer' has no '####' before its final number")
@@ -133,7 +135,7 @@ def _gsm8k(raw: Mapping[str, Any], where: str) -> Record:
 
 
 def _hellaswag(raw: Mapping[str, Any], where: str) -> Record:
-    """HellaSwag's own layouts as the LLM-Adapters record, whose wording this is."""
+    """HellaSwag's own layouts as an LLM-Adapters record."""
     if "activity_label" in raw:
         context = _field(raw, "ctx", where)
         endings = _strings(raw, "endings", where)
@@ -145,13 +147,16 @@ def _hellaswag(raw: Mapping[str, Any], where: str) -> Record:
 
 
 _TEXTS = ("dialogue", "document", "article")
-_ANSWERS = ("summary", "highlights", "summary1", "summary2", "summary3")
+_SUMMARIES = ("summary", "highlights", "summary1", "summary2", "summary3")
 
 
-def _texts(raw: Mapping[str, Any], where: str) -> Record | list[Record]:
-    """A text with the texts that answer it: DialogSum and SAMSum (`dialogue`), XSum (`document`),
-    CNN/DailyMail (`article`, `highlights`), DailyDialog++ (`context`, `positive_responses`),
-    MultiWOZ (`turns`: each of the system's answers the conversation before it)."""
+def _texts_record(raw: Mapping[str, Any], where: str) -> Record | list[Record]:
+    """A text and the texts that answer it.
+
+    The layouts are those of DialogSum and SAMSum (`dialogue`), XSum (`document`), CNN/DailyMail
+    (`article`, `highlights`), DailyDialog++ (`context`, `positive_responses`) and MultiWOZ
+    (`turns`; each turn of the system answers the conversation before it).
+    """
     if "context" in raw:
         references = _strings(raw, "positive_responses", where)
         return {"text": _spoken(_strings(raw, "context", where)), "references": references}
@@ -167,12 +172,12 @@ def _texts(raw: Mapping[str, Any], where: str) -> Record | list[Record]:
             f"{where}: the record has none of the fields {known}; "
             f"there are {', '.join(map(repr, raw))}"
         )
-    answers = [field for field in _ANSWERS if field in raw]
+    summaries = [field for field in _SUMMARIES if field in raw]
     require(
-        answers,
+        summaries,
         f"{where}: the record has neither 'summary', 'summary1' nor 'highlights' beside {kind!r}",
     )
-    text, *references = (_untagged(_field(raw, field, where)) for field in (kind, *answers))
+    text, *references = (_untagged(_field(raw, field, where)) for field in (kind, *summaries))
     return {"text": text, "references": references}
 
 
@@ -191,18 +196,19 @@ def _strings(raw: Mapping[str, Any], name: str, where: str) -> list[str]:
 
 
 def _spoken(turns: Sequence[str]) -> str:
+    """The turns of two speakers, A and B, one a line."""
     return "\n".join(f"{'AB'[i % 2]}: {turn.strip()}" for i, turn in enumerate(turns))
 
 
 def _untagged(text: str) -> str:
-    """`<t> a . </t> <t> b . </t>`, CNN/DailyMail's marks of sentences, as one sentence a line."""
+    """CNN/DailyMail's `<t> a . </t> <t> b . </t>` as one sentence a line."""
     return re.sub(r"\s*</t>\s*<t>\s*", "\n", text).replace("<t>", "").replace("</t>", "").strip()
 
 
 def _conversation(raw: Mapping[str, Any], where: str) -> Record:
-    """`{"prompt", "completion"}` or `{"messages": [{"role", "content"}, …]}` as messages.
+    """Messages that end with the assistant's, and tools.
 
-    They end with the assistant's.
+    raw: `{"messages": [{"role", "content"}, …], "tools"}` or `{"prompt", "completion"}`.
     """
     require(
         _trained(raw, where),
@@ -253,22 +259,22 @@ def _check_roles(roles: Sequence[str], where: str) -> None:
     if first != "user":
         named = {"tool": "a tool's", "assistant": "the assistant's"}[first]
         raise UserError(
-            f"{where}: 'messages' begins with {named} turn; the first after 'system' is a user's"
+            f"{where}: 'messages' begins with {named} turn; after 'system' a user must speak first"
         )
 
 
-# What chat templates read of a turn beside its role and content.
+# What chat templates read of a turn besides role and content.
 _MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
-# By which a record says of its turns whether they count in the loss: OpenAI's name, axolotl's two.
+# Whether a turn counts in the loss: OpenAI's name for it, and axolotl's two.
 _TRAINED = ("weight", "train", "training")
-# axolotl's names for parts of a turn that count, of which the loss mask here knows none.
+# Which parts of a turn count: axolotl's names. The loss mask here takes whole turns only.
 _PARTS = ("train_detail", "training_detail")
 # The fields of a conversation that are read.
 CONVERSATION = ("messages", "prompt", "completion", "tools", *_TRAINED, *_PARTS)
 
 
 def _turn(turn: Any, place: str) -> Record:
-    """One message, as `Turn` has it."""
+    """One message, with the fields of `tasks.Turn`."""
     require(
         isinstance(turn, dict),
         f"{place} must be an object with 'role' and 'content', not {type(turn).__name__}",
@@ -277,13 +283,15 @@ def _turn(turn: Any, place: str) -> Record:
     require_known(role, ROLES, f"{place}: role {role!r}")
     more = {name: turn[name] for name in _MORE if turn.get(name)}
     if "tool_calls" in more:
-        _objects(more["tool_calls"], f"{place}: field 'tool_calls'")
+        _check_objects(more["tool_calls"], f"{place}: field 'tool_calls'")
     calls = role == "assistant" and "tool_calls" in more
     if calls and turn.get("content") is None:
         content = ""
         more["content"] = None
+    elif calls or role == "tool":
+        content = _field(turn, "content", place, default="")
     else:
-        content = _field(turn, "content", place, default="" if calls or role == "tool" else None)
+        content = _field(turn, "content", place)
     return {
         "role": role,
         "content": content,
@@ -293,7 +301,7 @@ def _turn(turn: Any, place: str) -> Record:
 
 
 def _trained(turn: Mapping[str, Any], place: str) -> bool:
-    """Whether an assistant's turn, or a record, counts in the loss: unless it says otherwise."""
+    """Whether an assistant's turn, or a record, counts in the loss: it does if it says nothing."""
     for name in _PARTS:
         require(
             not turn.get(name),
@@ -313,7 +321,7 @@ def _trained(turn: Mapping[str, Any], place: str) -> bool:
 
 
 def _tools(raw: Mapping[str, Any], where: str) -> str:
-    """The field `tools`, a list of objects or the JSON text of one, as JSON text; may be empty."""
+    """The field `tools`, a list of objects or its JSON text, as JSON text; empty without tools."""
     tools = raw.get("tools")
     place = f"{where}: field 'tools'"
     if isinstance(tools, str) and tools.strip():
@@ -325,12 +333,12 @@ def _tools(raw: Mapping[str, Any], where: str) -> str:
             ) from None
     if not tools:
         return ""
-    _objects(tools, place)
+    _check_objects(tools, place)
     return _json_text(tools, place)
 
 
 def _json_text(value: Any, place: str) -> str:
-    """A value as JSON. Raises UserError for what JSON has no form for (a table's dates, bytes)."""
+    """A value as JSON. Raises UserError for what JSON cannot hold (a table's dates, bytes)."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except TypeError as error:
@@ -339,10 +347,12 @@ def _json_text(value: Any, place: str) -> str:
     return text
 
 
-def _objects(value: Any, place: str) -> None:
+def _check_objects(value: Any, place: str) -> None:
+    """Raises UserError unless `value` is a list of objects."""
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise UserError(f"{place} must be a list of objects, not {value!r:.60}")
 
 
-# By a task's source: what makes a Record, or several, of a raw one and its place. Raises UserError.
-CONVERT = {"records": _adapters_record, "texts": _texts, "jsonl": _conversation}
+# A task's source -> what makes a Record, or a list of them, of a raw record and its place. Raises
+# UserError.
+CONVERT = {"records": _adapters_record, "texts": _texts_record, "jsonl": _conversation}

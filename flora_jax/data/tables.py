@@ -1,4 +1,4 @@
-"""Conversations in columns: Parquet files, and data sets of the Hugging Face Hub."""
+"""Conversations from tables: Parquet files, and data sets of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from flora_jax.files import check_file
 if TYPE_CHECKING:
     import datasets
 
-_BATCH = 512  # rows that are read at once
+_BATCH = 512  # rows read at once
 
 
 def parquet_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """`(place, record)` of each row of a Parquet file, of the columns that are read.
+    """`(place, record)` of each row of a Parquet file: only the columns of `CONVERSATION`.
 
-    Raises UserError for a file that is none, or has no such columns.
+    Raises UserError for a file that is not Parquet, or has no conversations.
     """
     import pyarrow as pa  # importing it takes a third of a second
     import pyarrow.parquet as pq
@@ -33,7 +33,7 @@ def parquet_records(path: Path) -> Iterator[tuple[str, Record]]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            columns = _read_of(file.schema_arrow.names, str(path))
+            columns = _known_columns(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(_BATCH, columns=columns):
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
                     yield f"{path}: record {number} (from 0)", _without_nulls(row)
@@ -45,13 +45,14 @@ def parquet_records(path: Path) -> Iterator[tuple[str, Record]]:
         raise UserError(f"{path}: cannot be read as Parquet ({why})") from None
 
 
-# Asked of it again, the Hub may have other data, and without a network there is a wait each time.
+# Cached: asked again, the Hub may have other data, and without a network each time is a wait.
 @functools.cache
 def hub_splits(name: str) -> Mapping[str, datasets.Dataset]:
-    """The splits of a data set of the Hub, `hub:ORG/NAME` or `hub:ORG/NAME:CONFIG`, on disk.
+    """The splits of a data set of the Hub, downloaded to the cache of `datasets`.
 
-    A folder in a data set's layout stands in place of ORG/NAME as well. Downloads it; without a
-    network it is what `datasets` keeps. Raises UserError.
+    name: `hub:ORG/NAME` or `hub:ORG/NAME:CONFIG`; a folder in a data set's layout may replace
+    ORG/NAME. Without a network the data set is read from the cache. Raises UserError without
+    `datasets`, and for a data set that it cannot load.
     """
     try:
         import datasets
@@ -68,7 +69,7 @@ def hub_splits(name: str) -> Mapping[str, datasets.Dataset]:
 
 
 def hub_records(name: str, split: str) -> Iterator[tuple[str, Record]]:
-    """`(place, record)` of each row of a split, of the columns that are read. Raises UserError."""
+    """`(place, record)` of each row of a split, as `parquet_records` has them. Raises UserError."""
     with _hub_faults(name):
         for number, row in enumerate(_hub_split(name, split)):
             yield f"{name}, split {split}: record {number} (from 0)", _without_nulls(row)
@@ -76,31 +77,32 @@ def hub_records(name: str, split: str) -> Iterator[tuple[str, Record]]:
 
 @functools.cache
 def hub_hash(name: str, split: str) -> str:
-    """sha256 (hex) of the rows of a split, of the columns that are read. Raises UserError."""
+    """sha256 (hex) of the rows of a split, as `hub_records` reads them. Raises UserError."""
     digest = hashlib.sha256()
     with _hub_faults(name):
-        # Values, not Arrow's bytes, which differ beneath nulls; always as many rows at once.
+        # Of values: Arrow's bytes are arbitrary under nulls. `_BATCH` is part of the digest.
         for table in _hub_split(name, split).with_format("arrow").iter(_BATCH):
             digest.update(repr(table.to_pylist()).encode())
     return digest.hexdigest()
 
 
 def _hub_split(name: str, split: str) -> datasets.Dataset:
+    """A split, with the columns of `CONVERSATION`. Raises UserError."""
     splits = hub_splits(name)
     require(
         split in splits,
         f"{name}: there is no split {split!r}; the data set has {', '.join(splits)}",
     )
-    columns = _read_of(splits[split].column_names, f"{name}, split {split}")
+    columns = _known_columns(splits[split].column_names, f"{name}, split {split}")
     return splits[split].select_columns(columns)
 
 
 @contextlib.contextmanager
 def _hub_faults(name: str) -> Iterator[None]:
-    """Raises UserError for whatever `datasets` raises of a name, the network, a login or files that
-    are no data: it has no one class for them."""
+    """Raises UserError for any error of `datasets`."""
     try:
         yield
+    # It has no class for a wrong name, no network, a missing login and files that are no data.
     except Exception as error:
         if isinstance(error, UserError) or disk_fault(error):
             raise
@@ -108,8 +110,8 @@ def _hub_faults(name: str) -> Iterator[None]:
         raise UserError(f"task {name!r} cannot be read ({type(error).__name__}: {why})") from None
 
 
-def _read_of(columns: Sequence[str], where: str) -> list[str]:
-    """Those of a table's columns that are read. Raises UserError where they hold nothing to say."""
+def _known_columns(columns: Sequence[str], where: str) -> list[str]:
+    """The columns that are in `CONVERSATION`. Raises UserError if they make no conversation."""
     require(
         "messages" in columns or {"prompt", "completion"} <= set(columns),
         f"{where}: there must be a column 'messages', or 'prompt' and 'completion'; there are "
@@ -119,7 +121,7 @@ def _read_of(columns: Sequence[str], where: str) -> list[str]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value without the fields that are null: a table has each row's fields in all rows."""
+    """A value without its null fields: in a table every row has the fields of all rows."""
     if isinstance(value, dict):
         return {name: _without_nulls(one) for name, one in value.items() if one is not None}
     if isinstance(value, list):
