@@ -1,9 +1,9 @@
 """Where records come from: files, the TFDS catalogue, the Hugging Face Hub or a generator.
 
 A split is read and checked once, a record at a time, and written with TFDS (`builders`) as
-array_record under the cache directory. From there each record is read when it is asked for. The
-cache key is the content of the source, so changed data is prepared anew and unchanged data is found
-again whatever its path.
+array_record to the cache directory. From there each record is read when it is asked for. The cache
+key is a hash of the source's content: changed data is prepared anew, and unchanged data is found
+again wherever it lies.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from flora_jax.errors import UserError, disk_fault, expand_path, near_misses, re
 from flora_jax.files import cache_root, filling_cache, plain_path
 from flora_jax.progress import progress
 
-SPLITS = ("train", "validation", "test")
-# part of every cache key: raise it when the features of a record or a reader's output change
-_FORMAT = "3"
-_CHUNK = 512  # records that are written at once
-_BLOCK = 2**20  # bytes that are read at once
-_SET = "set data.dir (evaluate: --data_dir) to"
-
 if TYPE_CHECKING:  # importing it takes a second
     import tensorflow_datasets as tfds
+
+SPLITS = ("train", "validation", "test")
+# Part of every cache key: raise it when the features of a record or a reader's output change.
+_FORMAT = "3"
+_CHUNK = 512  # records written at once
+_BLOCK = 2**20  # bytes read at once
+_SET_DIR = "set data.dir (evaluate: --data_dir) to"
 
 Item = TypeVar("Item")
 
@@ -61,8 +61,7 @@ def load_records(
 def open_examples(
     task: Task, split: str, data_dir: str | Path | None, cache_dir: str | Path | None = None
 ) -> Sequence[Example]:
-    """`open_records`, each parsed when it is asked for. A UserError names file, record and field of
-    what cannot be."""
+    """`open_records`, each parsed when it is asked for. Raises UserError then if it cannot be."""
     records = open_records(task, split, data_dir, cache_dir)
 
     def example(i: int) -> Example:
@@ -73,7 +72,7 @@ def open_examples(
             where = _describe(task, split, data_dir)
             raise UserError(f"{where}: record {i} (from 0): {error}") from None
 
-    return _Made(len(records), example)
+    return _Lazy(len(records), example)
 
 
 def open_records(
@@ -81,14 +80,18 @@ def open_records(
 ) -> Sequence[Record]:
     """The records of one split ('train', 'validation' or 'test'), in the order of its source.
 
-    Each is read from disk when it is asked for, by its place and not by a slice. Records are dicts
-    of str: `instruction, input, output, answer` of a 'records' task, `text` and `references` (a
-    list) of a 'texts' one, `question, answer` of a generated one, of a 'jsonl' one `tools` and
-    `messages` (a list of `role, content, trained, more`, as `Turn` has them). `data_dir` is a
-    folder of files, or `tfds` or `tfds:DIR` for the TFDS catalogue in TFDS's own folder or in DIR;
-    generated tasks and those of the Hub need none. Prepared data is cached in `cache_dir`, by
-    default `$FLORA_CACHE` or else `~/.cache/flora_jax`. Raises UserError for a missing, empty or
-    malformed source, naming file and record.
+    Each is read from disk when it is asked for, by its index (from 0; no slices). A record is a
+    dict of str; what it has depends on the task's source:
+
+        records      instruction, input, output, answer
+        texts        text, references (a list)
+        generated    question, answer
+        jsonl        tools, messages (a list of role, content, trained, more, as in `Turn`)
+
+    data_dir: a folder of files, or `tfds` or `tfds:DIR` for the TFDS catalogue in TFDS's own folder
+    or in DIR; generated tasks and those of the Hub need none. cache_dir: where prepared data is
+    kept, by default `$FLORA_CACHE` or else `~/.cache/flora_jax`. Raises UserError for a missing,
+    empty or malformed source, with file and record.
     """
     directory = cache_root(cache_dir) / "tfds" / _cache_key(task, split, data_dir)
     if not directory.exists():
@@ -103,11 +106,11 @@ def open_records(
         with _undamaged(directory):
             return _unpacked(task, source[i])
 
-    return _Made(len(source), record)
+    return _Lazy(len(source), record)
 
 
 def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:
-    """sha256 (hex) of what a split is read from.
+    """sha256 (hex) of what a split is read from. Raises UserError for a missing source.
 
     That is a file, the catalogue's files (with data set, version and split), the rows of a data set
     of the Hub, or everything that determines a generated split.
@@ -131,7 +134,7 @@ def data_hash(task: Task, split: str, data_dir: str | Path | None) -> str:
 
 
 def has_split(task: Task, split: str, data_dir: str | Path | None) -> bool:
-    """Whether `load_records` would find the split (of the catalogue: with its data set at hand)."""
+    """Whether the task has the split in `data_dir` (in the catalogue, whether TFDS defines it)."""
     if task.is_hub:
         return split in hub_splits(task.name)
     if _in_catalogue(task, data_dir):
@@ -142,7 +145,7 @@ def has_split(task: Task, split: str, data_dir: str | Path | None) -> bool:
     candidates = _candidates(task, split, data_dir)
     if not any(path.is_file() for path in candidates):
         return False
-    # Some tasks are tested on the file of the official validation split, then no other split's.
+    # Some tasks are tested on the file of the official validation split. It is no other split then.
     shared = task.files.get("test") in [path.name for path in candidates]
     return split == "test" or split in task.files or not shared
 
@@ -152,7 +155,9 @@ def has_split(task: Task, split: str, data_dir: str | Path | None) -> bool:
 
 def _check_split(task: Task, split: str) -> None:
     if split not in SPLITS:
-        hint = " (a sample is never a test set)" if split == "sample" else ""
+        hint = ""
+        if split == "sample":
+            hint = " (a sample is never a test set)"
         raise UserError(
             f"split {split!r} of task {task.name!r} is unknown{hint}; {near_misses(split, SPLITS)}"
         )
@@ -167,13 +172,13 @@ def _in_catalogue(task: Task, data_dir: str | Path | None) -> bool:
 def _catalogue_split(
     task: Task, split: str, data_dir: str | Path
 ) -> tuple[tfds.core.DatasetBuilder, str]:
-    """A prepared TFDS builder, and its own name of a split of ours."""
+    """The task's prepared TFDS builder, and the official name of our split. Raises UserError."""
     _check_split(task, split)
     known = CATALOGUE.get(task.name)
     require(
         known is not None,
         f"data.dir={data_dir}: task {task.name!r} is not in the TFDS catalogue, which has "
-        f"{', '.join(CATALOGUE)}; {_SET} the folder that holds its files",
+        f"{', '.join(CATALOGUE)}; {_SET_DIR} the folder that holds its files",
     )
     require(
         split in known.splits,
@@ -193,7 +198,7 @@ def _catalogue_split(
     try:
         with _quiet():
             builder = catalogue_builder(known.name, str(place))
-    except UserError as error:
+    except UserError as error:  # The user knows the folder by its own path.
         raise UserError(str(error).replace(str(place), str(folder))) from None
     official = known.splits[split]
     require(
@@ -205,11 +210,10 @@ def _catalogue_split(
 
 
 def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Path]:
-    """The files that could hold a split, the first that exists is it."""
+    """The files that may hold a split: the first one that exists does. Raises UserError."""
     _check_split(task, split)
     if task.is_file:
-        # The file itself, for the one split that is asked of it. It cannot validate what was
-        # trained on it.
+        # A file serves as whichever split it is named for, but cannot validate its own training.
         if split == "validation":
             return []
         require(
@@ -223,51 +227,64 @@ def _candidates(task: Task, split: str, data_dir: str | Path | None) -> list[Pat
         if task.name in CATALOGUE:
             other = f", or to tfds for {CATALOGUE[task.name].name} of the TFDS catalogue"
         raise UserError(
-            f"task {task.name!r} is read from files; {_SET} the folder that holds them{other}"
+            f"task {task.name!r} is read from files; {_SET_DIR} the folder that holds them{other}"
         )
-    folder = Path(expanded := expand_path(data_dir))
-    require(folder.is_dir(), f"data.dir={expanded!r} is not a directory (nor tfds, nor tfds:DIR)")
+    data_dir = expand_path(data_dir)
+    folder = Path(data_dir)
+    require(folder.is_dir(), f"data.dir={data_dir!r} is not a directory (nor tfds, nor tfds:DIR)")
     if task.source == "jsonl":
         return [folder / f"{split}{suffix}" for suffix in OWN_FILES]
     names = [f"{split}.json", f"{split}.jsonl"]
     if split in task.files:
-        # A listed file comes first, one that splits share behind the split's own.
-        names.insert(len(names) if split in task.spans else 0, task.files[split])
+        # The listed file comes first, but behind the split's own if splits share it.
+        place = len(names) if split in task.spans else 0
+        names.insert(place, task.files[split])
     return [folder / task.name / name for name in names]
 
 
 def _path(task: Task, split: str, data_dir: str | Path | None) -> Path:
+    """The file that holds a split. Raises UserError if there is none."""
     candidates = _candidates(task, split, data_dir)
-    for path in candidates:
-        if path.is_file():
-            return path
     require(
         candidates,
         f"{task.name}: one file has no validation split; use task 'jsonl' and a folder with one",
     )
-    folder = candidates[0].parent
-    files = folder.iterdir() if folder.is_dir() else ()
-    there = sorted(p.name for p in files if p.suffix in (".json", *OWN_FILES))
-    sampled = any(name.startswith("sample.") for name in there)
-    never = " (a sample is never a test set)" if sampled else ""
-    hints = [_WHERE.get(task.name) or _WHERE.get(task.source)]
-    if task.name in CATALOGUE:
-        hints.append(f"or {_SET} tfds to read the TFDS catalogue's")
-    get = "".join(f"; {hint}" for hint in hints if hint)
+    for path in candidates:
+        if path.is_file():
+            return path
     raise UserError(
         f"{candidates[0]} is missing: split {split!r} of task {task.name!r}; "
-        f"{folder.name or folder}/ has {', '.join(there) or 'no data files'}{never}{get}"
+        f"{_what_there_is(candidates[0].parent)}{_how_to_get(task)}"
     )
 
 
+def _what_there_is(folder: Path) -> str:
+    """The data files of a folder, for errors."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    names = sorted(path.name for path in files if path.suffix in (".json", *OWN_FILES))
+    found = f"{folder.name or folder}/ has {', '.join(names) or 'no data files'}"
+    if any(name.startswith("sample.") for name in names):
+        found += " (a sample is never a test set)"
+    return found
+
+
+def _how_to_get(task: Task) -> str:
+    """Where a task's files can be found, for errors."""
+    hints = [_WHERE.get(task.name) or _WHERE.get(task.source)]
+    if task.name in CATALOGUE:
+        hints.append(f"or {_SET_DIR} tfds to read the TFDS catalogue's")
+    return "".join(f"; {hint}" for hint in hints if hint)
+
+
 def _span(task: Task, split: str, data_dir: str | Path | None) -> tuple[int, int] | None:
-    """The part of its file that a split is, None for all of it: where training has a file of its
-    own, nothing is shared."""
-    shared = split in task.spans and _path(task, "train", data_dir).name == task.files["train"]
-    return task.spans[split] if shared else None
+    """The `(start, stop)` of a split's records in a file that splits share; None for all of it."""
+    # They share it only if training has no file of its own.
+    if split in task.spans and _path(task, "train", data_dir).name == task.files["train"]:
+        return task.spans[split]
+    return None
 
 
-# Where the files of a task, or of a source, are to be had.
+# A task or a source -> where its files can be found.
 _WHERE = {
     "hellaswag": "hellaswag_val.jsonl of rowanz/hellaswag is the split that is tested on",
     "dialogsum": (
@@ -276,7 +293,7 @@ _WHERE = {
     "dailydialogpp": "dataset/ of iitmnlp/DailyDialog-plusplus has the files",
     "multiwoz": (
         "ConvLab's data/multiwoz has the dialogues; "
-        "`turns` is a list of user and system turns by turns"
+        "`turns` is a list of user and system turns in alternation"
     ),
     "samsum": "corpus.7z of arXiv 1911.12237: records of dialogue and summary",
     "xsum": "EdinburghNLP/XSum: records of document and summary",
@@ -289,19 +306,21 @@ _WHERE = {
 
 
 def _describe(task: Task, split: str, data_dir: str | Path | None) -> str:
+    """Where a split comes from, for errors."""
     if _in_catalogue(task, data_dir):
         return f"TFDS {CATALOGUE[task.name].name}, split {CATALOGUE[task.name].splits[split]}"
     if task.is_hub:
         return f"{task.name}, split {split}"
-    generated = task.source == "generated"
-    return f"task {task.name!r}" if generated else str(_path(task, split, data_dir))
+    if task.source == "generated":
+        return f"task {task.name!r}"
+    return str(_path(task, split, data_dir))
 
 
 # ------------------------------------------------------------------------------------------ reading
 
 
 def _read(task: Task, split: str, data_dir: str | Path | None) -> Iterator[Record]:
-    """The records of a split, from its source. Raises UserError, for none at all as well."""
+    """The records of a split, from its source. Raises UserError if they are malformed or none."""
     if task.source == "generated":
         yield from draw(task, split)
         return
@@ -313,10 +332,11 @@ def _read(task: Task, split: str, data_dir: str | Path | None) -> Iterator[Recor
             isinstance(raw, dict),
             f"{where}: a record must be a JSON object, not {type(raw).__name__}",
         )
-        found = convert(raw, where)
-        for record in found if isinstance(found, list) else [found]:
-            empty = False
-            yield record
+        records = convert(raw, where)
+        if not isinstance(records, list):
+            records = [records]
+        empty = empty and not records
+        yield from records
     if empty:
         raise UserError(
             f"{_describe(task, split, data_dir)} holds no records; it needs at least one"
@@ -324,13 +344,15 @@ def _read(task: Task, split: str, data_dir: str | Path | None) -> Iterator[Recor
 
 
 def _raw(task: Task, split: str, data_dir: str | Path | None) -> Iterator[tuple[str, Any]]:
-    """`(place, record)` of each record as its source has it."""
+    """`(place, record)` of each record of the source, unchecked."""
     if task.is_hub:
         return hub_records(task.name, split)
     if _in_catalogue(task, data_dir):
         return _elements(task, split, data_dir)
     path = _path(task, split, data_dir)
-    return parquet_records(path) if path.suffix == ".parquet" else raw_records(path)
+    if path.suffix == ".parquet":
+        return parquet_records(path)
+    return raw_records(path)
 
 
 def _elements(task: Task, split: str, data_dir: str | Path | None) -> Iterator[tuple[str, Any]]:
@@ -349,20 +371,23 @@ def _elements(task: Task, split: str, data_dir: str | Path | None) -> Iterator[t
 
 
 def _cache_key(task: Task, split: str, data_dir: str | Path | None) -> str:
-    # The suffix decides how a file's bytes are read, so it is part of the key.
-    elsewhere = task.source == "generated" or task.is_hub or _in_catalogue(task, data_dir)
-    suffix = "" if elsewhere else _path(task, split, data_dir).suffix
-    span = _span(task, split, data_dir)
+    suffix = ""
+    if not (task.source == "generated" or task.is_hub or _in_catalogue(task, data_dir)):
+        # It decides how a file's bytes are read.
+        suffix = _path(task, split, data_dir).suffix
     parts = [_FORMAT, task.source, split, suffix, data_hash(task, split, data_dir)]
-    if span:
+    span = _span(task, split, data_dir)
+    if span is not None:
         parts.append(str(span))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def _prepare(task: Task, split: str, records: Iterable[Record], directory: Path) -> None:
-    """Writes `records` as they come and moves the result to `directory` in one step, so that a
-    process that is killed, or another one that prepares the same data, leaves either all of it or
-    nothing."""
+    """Writes the records, as they come, to a new `directory`.
+
+    They are moved there in one step at the end, so that it never holds a part of them: neither if
+    the process is killed, nor if another one prepares the same data.
+    """
     from flora_jax.data.builders import open_writer
 
     parent = directory.parent
@@ -374,7 +399,7 @@ def _prepare(task: Task, split: str, records: Iterable[Record], directory: Path)
             scratch = tempfile.TemporaryDirectory(dir=place, prefix="preparing-")
             built = Path(stack.enter_context(scratch)) / "built"
             writer = open_writer(task.source, split, built)
-        # What goes wrong in reading them has nothing to do with the cache.
+        # The records are read outside `filling_cache`, since their errors are not the cache's.
         while chunk := [_packed(task, record) for record in itertools.islice(shown, _CHUNK)]:
             with filling_cache(parent):
                 writer.add_examples({split: chunk})
@@ -383,7 +408,7 @@ def _prepare(task: Task, split: str, records: Iterable[Record], directory: Path)
             try:
                 built.rename(directory)
             except OSError:
-                # there it is when another process was first, with the same data
+                # Another process may have been first, with the same data.
                 if not directory.exists():
                     raise
 
@@ -396,7 +421,7 @@ def _packed(task: Task, record: Record) -> Record:
 
 
 def _unpacked(task: Task, element: Any) -> Record:
-    """The record that was packed so."""
+    """Undoes `_packed`."""
     record = _decode(element)
     if task.source != "jsonl":
         return record
@@ -405,10 +430,10 @@ def _unpacked(task: Task, element: Any) -> Record:
 
 @contextlib.contextmanager
 def _undamaged(directory: Path) -> Iterator[None]:
-    """Raises UserError where prepared data is damaged."""
+    """Raises UserError if the block finds the prepared data in `directory` damaged."""
     try:
         yield
-    # TFDS and array_record have no narrower class for it
+    # TFDS and array_record have no narrower class for it.
     except Exception as error:
         if isinstance(error, UserError) or disk_fault(error):
             raise
@@ -418,8 +443,8 @@ def _undamaged(directory: Path) -> Iterator[None]:
         ) from error
 
 
-class _Made(Sequence[Item]):
-    """A number of items, each made when it is asked for."""
+class _Lazy(Sequence[Item]):
+    """`size` items, each made when it is asked for."""
 
     def __init__(self, size: int, make: Callable[[int], Item]):
         self._size = size
@@ -436,14 +461,17 @@ class _Made(Sequence[Item]):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """TFDS reports on stdout, which belongs to the command, and draws bars: both only on a
-    terminal's stderr."""
+    """Keeps TFDS's reports and bars off stdout, which belongs to the command.
+
+    They go to stderr if that is a terminal, else nowhere.
+    """
     import tensorflow_datasets as tfds
 
-    terminal, verbosity = sys.stderr.isatty(), logging.get_verbosity()
+    terminal = sys.stderr.isatty()
     if not terminal:
         tfds.disable_progress_bar()
-    logging.set_verbosity(logging.ERROR)  # it warns of every configuration that is made at run time
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # TFDS warns of every configuration made at run time.
     try:
         with (
             open(os.devnull, "w") as nowhere,
@@ -455,8 +483,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _decode(value: Any) -> Any:
-    """A TFDS element as plain Python: text from bytes, and a sequence of dicts from TFDS's dict of
-    sequences."""
+    """A TFDS element in plain Python: text for bytes, Python's types for numpy's."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, np.generic):
@@ -469,6 +496,7 @@ def _decode(value: Any) -> Any:
 
 
 def _decode_field(value: Any) -> Any:
+    """`_decode`; TFDS's dict of sequences becomes the list of dicts that it stands for."""
     if isinstance(value, dict) and all(isinstance(v, list | np.ndarray) for v in value.values()):
         rows = zip(*value.values(), strict=True)
         return [dict(zip(value, map(_decode, row), strict=True)) for row in rows]

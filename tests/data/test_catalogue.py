@@ -410,6 +410,7 @@ def test_what_the_catalogue_cannot_give(tmp_path, monkeypatch, capfd):
             f"task '{name}' is not in the TFDS catalogue, which has ARC-Easy", name, "test", here
         )
         assert all(task in words for task in ("hellaswag", "cnn_dailymail", "data.dir"))
+    refused("task 'dialogsum' is not in the TFDS catalogue", "dialogsum", "train", here)
     refused(
         "split 'validation' of task 'piqa' is not in the TFDS catalogue; TFDS piqa gives train, test",
         "piqa",
