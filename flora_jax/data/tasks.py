@@ -1,9 +1,8 @@
 """The task table: what a record of each data set asks, the right answer, and how it is scored.
 
-A task is one row of `TASKS`. Adding one is one row, and a parse function if its records look like
-nothing here. A parse function turns one record (a plain dict, as `sources` yields it) into an
-`Example`, which holds everything that training and every evaluation protocol need; nothing
-downstream looks at a record again.
+A new task is one more row of `TASKS`, and a parse function if no other task's records look like its
+own. A parse function turns one record (a plain dict from `sources`) into an `Example`, which holds
+all that training and every evaluation protocol need: nothing downstream sees the record.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from flora_jax.data.numbers import canonical_number, final_number, same_number
 from flora_jax.errors import UserError, near_misses, require
 
 ROLES = ("system", "user", "assistant", "tool")
-# what the name of a task ends in that is a file of people's own
+# A task whose name ends so is a user's own file.
 OWN_FILES = (".jsonl", ".parquet")
-# what the name of a task begins with that is a data set of the Hugging Face Hub
+# A task whose name begins so is a data set of the Hugging Face Hub.
 HUB = "hub:"
-CONTAMINATED = 0.01  # the share of a test's questions that may be in the training data
+CONTAMINATED = 0.01  # the largest share of test questions that may be in the training data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,21 +39,21 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Turn(Message):
-    """A turn that says more."""
+    """A turn with more than role and content."""
 
-    trained: bool = True  # whether an assistant's counts in the loss
-    # what else the chat template is given of it (`tool_calls`, …; a `content` of null): JSON
+    trained: bool = True  # whether an assistant's turn counts in the loss
+    # what else the chat template is given (`tool_calls`, …; a `content` of null), as JSON
     more: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One record, parsed; besides messages it has what its task has."""
+    """One parsed record. What its task does not have stays empty."""
 
-    messages: tuple[Message, ...]  # the last is the assistant's target
+    messages: tuple[Message, ...]  # the last is the assistant's, the target
     choices: tuple[str, ...] = ()  # the texts to choose from
-    gold: int | None = None  # index of the right one
-    # the gold answer as text: a number, a letter, a label word or a whole reply
+    gold: int | None = None  # index of the right choice
+    # the right answer as text: a number, a letter, a label word or a whole reply
     answer: str | None = None
     # all texts that a generated one is compared with; the first is the target
     references: tuple[str, ...] = ()
@@ -67,47 +66,41 @@ class Example:
 
     @functools.cached_property
     def prompt_digest(self) -> str:
-        """sha256 of all before the answer, normalised: by which `dedupe` knows a prompt again."""
+        """sha256 (hex) of everything before the answer, normalised; `dedupe` compares it."""
         return _digest(self.messages[:-1], self.tools)
 
     @functools.cached_property
     def digest(self) -> str:
-        """`prompt_digest` of prompt and answer."""
+        """sha256 (hex) of prompt and answer, normalised."""
         return _digest(self.messages, self.tools)
 
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """What a generated (reasoning-gym) task draws.
-
-    The sizes are those of the splits. `seed` moves the training draw alone, so that every run is
-    tested on the same questions and trained on none of them.
-    """
+    """What a generated (reasoning-gym) task draws."""
 
     dataset: str
     settings: Mapping[str, Any]
-    train: int = 4000
+    train: int = 4000  # problems of each split
     validation: int = 200
     test: int = 500
-    seed: int = 0
+    seed: int = 0  # of training alone: every run is tested on the same questions
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One row: `source` says how records are read ('records', 'texts', 'generated' or 'jsonl'),
-    `metric` how an answer is scored ('choice', 'number', 'letter', 'rouge' or 'exact'), `parse`
-    makes an `Example` of a record."""
+    """One row of the table."""
 
     name: str
-    source: str
-    metric: str
-    parse: Callable[[Mapping[str, Any]], Example]
-    # split -> file, unless {split}.json(l)
+    source: str  # how records are read: 'records', 'texts', 'generated' or 'jsonl'
+    metric: str  # how an answer is scored: 'choice', 'number', 'letter', 'rouge' or 'exact'
+    parse: Callable[[Mapping[str, Any]], Example]  # raises UserError for a malformed record
+    # split -> file, where it is not {split}.json or {split}.jsonl
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    # split -> its part of the file
+    # split -> (start, stop) of its records, where splits share a file
     spans: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     generator: Generator | None = None
-    # of a generated answer: room for reasoning before it, unless the answer stands alone
+    # the most tokens of a generated answer; the default leaves room to reason before it
     new_tokens: int = 256
 
     @property
@@ -129,9 +122,10 @@ _SAME = str.maketrans("−×÷", "-*/")
 
 @functools.lru_cache(maxsize=4096)
 def _tells_apart(token: str) -> bool:
-    """Whether a word, a number or a single sign makes another prompt of it.
+    """Whether a word, a number or a single sign tells a prompt from one without it.
 
-    All but ASCII's and Unicode's punctuation do. Marks are what Indic vowels are written with.
+    All do but punctuation and ASCII's symbols that are no operators. Unicode's marks (M) write the
+    vowels of Indic scripts.
     """
     if len(token) > 1 or token.isalnum() or token in _OPERATORS:
         return True
@@ -142,16 +136,15 @@ def _tells_apart(token: str) -> bool:
 def normalise(text: str) -> str:
     """The words, numbers, operators and symbols of `text` in lower case, spaced alike.
 
-    `"It's 3.50 + 4 !"` is `"it s 3.50 + 4"`. Operators stay because a minus for a plus makes
-    another sum.
+    `"It's 3.50 + 4 !"` becomes `"it s 3.50 + 4"`. Operators stay, since with a minus for a plus it
+    is another sum.
     """
     text = unicodedata.normalize("NFC", text.lower()).translate(_SAME)
     return " ".join(filter(_tells_apart, re.findall(r"\d+(?:\.\d+)?|[^\W\d]+|[^\w\s]", text)))
 
 
 def _instruction(record: Mapping[str, Any]) -> str:
-    parts = (record["instruction"].strip(), record["input"].strip())
-    return "\n".join(parts) if parts[1] else parts[0]
+    return f"{record['instruction'].strip()}\n{record['input'].strip()}".rstrip()
 
 
 def _turns(prompt: str, target: str) -> tuple[Message, ...]:
@@ -163,8 +156,8 @@ def _parse_choice(
 ) -> Example:
     """An LLM-Adapters multiple-choice record.
 
-    It reads `…: QUESTION`, then `Answer1: … Answer2: …` (Solution, Option likewise), then `Answer
-    format: answer1/answer2`; or it is a question with the answer format `true/false`.
+    Its text is `…: QUESTION`, then `Answer1: … Answer2: …` (or Solution, Option, Ending), then
+    `Answer format: answer1/answer2`; or a question and the answer format `true/false`.
     """
     prompt = _instruction(record)
     body, found, form = prompt.rpartition("Answer format:")
@@ -188,7 +181,7 @@ def _parse_choice(
 
 
 def _split_choices(text: str, labels: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """The question, and the text behind each label's mark."""
+    """The question, and the text behind each label's mark (`Answer1:`)."""
     if labels == ("true", "false"):
         return text.strip(), ("yes", "no")
     first, *others = (f"{label.capitalize()}:" for label in labels)
@@ -205,15 +198,16 @@ def _split_choices(text: str, labels: Sequence[str]) -> tuple[str, tuple[str, ..
 
 
 def _between_marks(text: str) -> str:
-    """A choice without its separators alone: a data set's own trailing space is scored, too."""
+    """A choice without its separators. A trailing space of the data's own stays: it is scored."""
     text = text.removeprefix(" ")
     return text.removesuffix("\n\n" if text.endswith("\n\n") else " ")
 
 
 def _after(context: str, question: str, choices: Sequence[str]) -> list[tuple[str, str]]:
     """One context for all choices: `Question: {}\\nAnswer:` continued by each of them."""
-    # boolq's harness prompt brings its own question mark; a record's own must not double it.
-    question = question.rstrip(" ?") if "{}?" in context else question
+    if "{}?" in context:
+        # lm-eval's prompt of boolq has a question mark; the record's own must not double it.
+        question = question.rstrip(" ?")
     return [(context.format(question), f" {choice}") for choice in choices]
 
 
@@ -225,26 +219,24 @@ def _blank(sentence: str, choices: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _choice(context: str) -> Callable[[Mapping[str, Any]], Example]:
+    """`_parse_choice` with lm-eval's context for all choices; `{}` is the question."""
     return functools.partial(_parse_choice, requests=functools.partial(_after, context))
 
 
 def _parse_number(record: Mapping[str, Any]) -> Example:
     """A word problem.
 
-    `output` is often a wrong rationale: it is the target only where it ends at the answer.
+    Its `output` is often a wrong rationale: it is the target only if it ends in the answer.
     """
     prompt = _instruction(record)
     try:
         answer = canonical_number(record["answer"])
     except ValueError:
         raise UserError(f"field 'answer' is {record['answer']!r}; it must be a number") from None
-    rationale = record["output"].strip().removeprefix("A:").strip()
-    right = same_number(final_number(rationale), answer)
-    return Example(
-        messages=_turns(prompt, rationale if right else f"The answer is {answer}."),
-        answer=answer,
-        question=prompt,
-    )
+    target = record["output"].strip().removeprefix("A:").strip()
+    if not same_number(final_number(target), answer):
+        target = f"The answer is {answer}."
+    return Example(messages=_turns(prompt, target), answer=answer, question=prompt)
 
 
 def _parse_letter(record: Mapping[str, Any]) -> Example:
@@ -252,22 +244,24 @@ def _parse_letter(record: Mapping[str, Any]) -> Example:
     prompt = _instruction(record)
     question, _, options = prompt.partition("Answer Choices:")
     parts = re.split(r"\(([A-E])\)", options)
-    letters, choices = parts[1::2], tuple(part.strip() for part in parts[2::2])
+    letters = parts[1::2]
     require(
         letters and letters == list("ABCDE"[: len(letters)]),
         "field 'instruction' has no 'Answer Choices: (A) … (B) …' in order",
     )
+    answer = record["answer"]
     require(
-        record["answer"] in letters,
-        f"field 'answer' is {record['answer']!r}; it must be one of {', '.join(letters)}",
+        answer in letters,
+        f"field 'answer' is {answer!r}; it must be one of {', '.join(letters)}",
     )
-    rationale = record["output"].strip()
-    right = re.findall(r"\(([A-E])\)", rationale)[-1:] == [record["answer"]]
+    target = record["output"].strip()
+    if re.findall(r"\(([A-E])\)", target)[-1:] != [answer]:
+        target = f"The answer is ({answer})."
     return Example(
-        messages=_turns(prompt, rationale if right else f"The answer is ({record['answer']})."),
-        choices=choices,
-        gold=letters.index(record["answer"]),
-        answer=record["answer"],
+        messages=_turns(prompt, target),
+        choices=tuple(part.strip() for part in parts[2::2]),
+        gold=letters.index(answer),
+        answer=answer,
         question=question.strip(),
     )
 
@@ -283,11 +277,14 @@ def _parse_generated(record: Mapping[str, Any]) -> Example:
 
 
 def _parse_text(record: Mapping[str, Any], instruction: str, cue: str) -> Example:
-    """A text to answer with a text: instruction, the record's text, and the cue of the answer."""
-    first, *_ = references = tuple(record["references"])
+    """A text to answer with a text. The prompt is the instruction, the record's text and a cue."""
+    references = tuple(record["references"])
     prompt = f"{instruction}\n\n{record['text']}\n\n{cue}"
     return Example(
-        messages=_turns(prompt, first), answer=first, references=references, question=record["text"]
+        messages=_turns(prompt, references[0]),
+        answer=references[0],
+        references=references,
+        question=record["text"],
     )
 
 
@@ -296,7 +293,7 @@ def _text(instruction: str, cue: str) -> Callable[[Mapping[str, Any]], Example]:
 
 
 def _parse_messages(record: Mapping[str, Any]) -> Example:
-    """People's own conversations; the last assistant turn is the answer."""
+    """A conversation; its last turn is the answer, and the last of the user the question."""
     messages = tuple(
         Message(m["role"], m["content"]) if m["trained"] and not m["more"] else Turn(**m)
         for m in record["messages"]
@@ -315,7 +312,7 @@ _ARTICLE = _text("Summarize the following article.", "Summary:")
 _REPLY = _text("Write the next reply of this conversation.", "Reply:")
 _BLANK = functools.partial(_parse_choice, requests=_blank)
 _SUMS = MappingProxyType({"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2})
-# Files that a split is read from where they are not named after it.
+# Files of the test split that are not named after it.
 _VALIDATION = MappingProxyType({"test": "validation.jsonl"})
 _FIRST_100 = MappingProxyType({"test": "test100.jsonl"})
 
@@ -333,7 +330,7 @@ _ROWS = (
     Task("social_i_qa", "records", "choice", _choice("Q: {}\nA:"), new_tokens=32),
     Task("boolq", "records", "choice", _choice("Question: {}?\nAnswer:"), new_tokens=32),
     Task("winogrande", "records", "choice", _BLANK, new_tokens=32),
-    # The harness begins the second half of a context with a capital; records hold both as one.
+    # lm-eval capitalises the second half of a context; here records hold both halves as one.
     Task("hellaswag", "records", "choice", _choice("{}"), new_tokens=32, files=_VALIDATION),
     Task("AddSub", "records", "number", _parse_number),
     Task("MultiArith", "records", "number", _parse_number),
@@ -343,7 +340,7 @@ _ROWS = (
     # mawps/train.json repeats most questions of the other math test sets word for word.
     Task("mawps", "records", "number", _parse_number, files={"train": "train_decontaminated.json"}),
     Task("AQuA", "records", "letter", _parse_letter),
-    # The published training file is not always at hand; the validation file then gives both parts.
+    # Without the published training file, the validation file gives both splits.
     Task(
         "dialogsum",
         "texts",
@@ -364,13 +361,18 @@ _ROWS = (
 )
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ROWS})
 
-# What LLM-Adapters trains its adapters on at once, each example once an epoch (commonsense_170k;
-# math_10k less what it repeats of the test sets).
+# LLM-Adapters' training sets commonsense_170k, and math_10k less what it repeats of the test sets.
 MIXTURES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "commonsense": (
-            *("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande"),
-            *("ARC-Easy", "ARC-Challenge", "openbookqa"),
+            "boolq",
+            "piqa",
+            "social_i_qa",
+            "hellaswag",
+            "winogrande",
+            "ARC-Easy",
+            "ARC-Challenge",
+            "openbookqa",
         ),
         "math": ("gsm8k", "mawps", "AQuA"),
     }
@@ -378,16 +380,16 @@ MIXTURES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def expand(names: Iterable[str]) -> list[str]:
-    """Names of tasks, those of `MIXTURES` replaced by their tasks."""
+    """The names of tasks, with each name of `MIXTURES` replaced by those of its tasks."""
     return [task for name in names for task in MIXTURES.get(name, (name,))]
 
 
 def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
-    """The row called `name`; a path of JSONL or Parquet is a task of its own, and a Hub data set.
+    """The task called `name`: a row of `TASKS`, a path of JSONL or Parquet, or a Hub data set.
 
-    `generator` overrides fields of a generated task's `Generator` (`train`, `validation`, `test`,
-    `seed`) and its settings (`max_terms`, …); tasks that are not generated ignore it. Raises
-    UserError for an unknown task or field.
+    generator: values for a generated task's `train`, `validation`, `test` and `seed`, and for its
+    settings (`max_terms`, …); other tasks ignore it. Raises UserError for an unknown task or field,
+    and for a value that is no such integer.
     """
     own = dataclasses.replace(TASKS["jsonl"], name=name)
     if own.is_file or own.is_hub:
@@ -397,22 +399,23 @@ def get_task(name: str, generator: Mapping[str, Any] | None = None) -> Task:
         f"{name!r} is a mixture to train on; the tasks to score are named one by one",
     )
     if name not in TASKS:
-        near = near_misses(name, TASKS)
-        own = f"a path ending in {' or '.join(OWN_FILES)}, or {HUB}ORG/NAME"
-        raise UserError(f"task {name!r} is unknown; {near} (or {own})")
+        raise UserError(
+            f"task {name!r} is unknown; {near_misses(name, TASKS)} "
+            f"(or a path ending in {' or '.join(OWN_FILES)}, or {HUB}ORG/NAME)"
+        )
     task = TASKS[name]
     if task.generator is None or not generator:
         return task
     _check_generator(task, generator)
-    own = task.generator.settings
-    settings = {field: generator.get(field, value) for field, value in own.items()}
-    sizes = {field: value for field, value in generator.items() if field not in own}
-    drawn = dataclasses.replace(task.generator, settings=settings, **sizes)
+    defaults = task.generator.settings
+    settings = {field: generator.get(field, value) for field, value in defaults.items()}
+    fields = {field: value for field, value in generator.items() if field not in defaults}
+    drawn = dataclasses.replace(task.generator, settings=settings, **fields)
     return dataclasses.replace(task, generator=drawn)
 
 
 def _check_generator(task: Task, generator: Mapping[str, Any]) -> None:
-    """Raises UserError for a field that the task's generator has not, or that is no such number."""
+    """Raises UserError for an unknown field, or a value that is no integer or too small."""
     known = ("train", "validation", "test", "seed", *task.generator.settings)
     for field, value in generator.items():
         if field not in known:
@@ -433,7 +436,7 @@ def lm_eval_request(example: Example) -> tuple[tuple[str, str], ...]:
     """`(context, continuation)` of each choice, as the lm-eval harness scores it zero-shot.
 
     Only winogrande's contexts differ between choices (partial evaluation). Raises UserError for an
-    example that offers no choices to score.
+    example without choices.
     """
     if not example.requests:
         raise UserError(
@@ -444,7 +447,10 @@ def lm_eval_request(example: Example) -> tuple[tuple[str, str], ...]:
 
 
 def label_request(example: Example) -> tuple[str, tuple[str, ...]]:
-    """`(prompt, targets)`: the LLM-Adapters instruction, and a sentence that names each label."""
+    """`(prompt, targets)`: the LLM-Adapters instruction, and a sentence for each label word.
+
+    Raises UserError for an example without labels.
+    """
     if not example.labels:
         raise UserError(
             f"label words need a multiple-choice task; this prompt has none: {_start(example)!r}"
@@ -457,6 +463,7 @@ def _label_target(label: str) -> str:
 
 
 def _start(example: Example) -> str:
+    """The beginning of the prompt, for errors."""
     return " ".join(example.messages[0].content.split())[:60]
 
 
@@ -465,7 +472,7 @@ def dedupe(
 ) -> tuple[list[Example], int]:
     """`train` without the examples that `test` holds, and how many were dropped.
 
-    They are known by their prompt (everything before the answer, normalised), with `answers` by
+    Examples are compared by prompt (everything before the answer, normalised); with `answers`, by
     prompt and answer.
     """
     field = "digest" if answers else "prompt_digest"
@@ -477,11 +484,11 @@ def dedupe(
 
 
 def prompt_digests(examples: Iterable[Example]) -> set[str]:
-    """64 bits of the sha256 of each prompt, as `dedupe` compares them: enough to know it again."""
+    """The first 64 bits (hex) of each `prompt_digest`: enough to tell prompts apart."""
     return {example.prompt_digest[:16] for example in examples}
 
 
 def _digest(messages: Sequence[Message], tools: str) -> str:
     said = "\n".join(normalise(message.content) or message.content.strip() for message in messages)
-    beside = [message.more for message in messages if message.more] + [tools] * bool(tools)
-    return hashlib.sha256("\n".join([said, *beside]).encode()).hexdigest()
+    rest = filter(None, [*(message.more for message in messages), tools])
+    return hashlib.sha256("\n".join([said, *rest]).encode()).hexdigest()
