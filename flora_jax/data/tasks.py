@@ -184,17 +184,16 @@ def _split_choices(text: str, labels: Sequence[str]) -> tuple[str, tuple[str, ..
     """The question, and the text behind each label's mark (`Answer1:`)."""
     if labels == ("true", "false"):
         return text.strip(), ("yes", "no")
+    missing = "field 'instruction' has no choice '{}' although the answer format names it"
     first, *others = (f"{label.capitalize()}:" for label in labels)
-    start = text.rfind(first)
-    rest = text[start + len(first) :] if start >= 0 else ""
+    question, found, rest = text.rpartition(first)
+    require(found, missing.format(first))
     choices = []
     for mark in others:
         choice, found, rest = rest.partition(mark)
-        require(
-            found, f"field 'instruction' has no choice '{mark}' although the answer format names it"
-        )
+        require(found, missing.format(mark))
         choices.append(_between_marks(choice))
-    return text[:start].strip(), (*choices, _between_marks(rest))
+    return question.strip(), (*choices, _between_marks(rest))
 
 
 def _between_marks(text: str) -> str:

@@ -292,6 +292,12 @@ HOSTILE = [  # task, file, content, what the one line must say
     (
         "piqa",
         "piqa/test.json",
+        [record(instruction=CHOICE.replace("Answer1:", ""))],
+        r"no choice 'Answer1:'",
+    ),
+    (
+        "piqa",
+        "piqa/test.json",
         [record(instruction=CHOICE.replace("Answer2:", ""))],
         r"no choice 'Answer2:'",
     ),
