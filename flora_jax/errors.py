@@ -67,6 +67,12 @@ def told_of(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {error}") from None
 
 
+def in_a_line(error: BaseException, most: int = 200) -> str:
+    """An error's message in one line of at most so many characters."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= most else f"{line[:most]}…"
+
+
 def near_misses(name: str, known: Iterable[str]) -> str:
     """A clause for a misspelt name: the closest known names, or else all of them."""
     known = sorted(known)

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.read_only_builder import builder_from_files
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from flora_jax.errors import UserError, expand_path
+from flora_jax.errors import UserError, expand_path, in_a_line
 
 Text = tfds.features.Text
 # A task's source -> the features of its records.
@@ -68,7 +68,7 @@ def catalogue_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
         pass
     except ValueError as error:  # It is there, but not as array_record.
         raise UserError(
-            f"TFDS {name} in {folder}: {_line(error)} Prepare it as array_record: {build} "
+            f"TFDS {name} in {folder}: {in_a_line(error, 300)} Prepare it as array_record: {build} "
             "--overwrite`"
         ) from None
     try:
@@ -81,17 +81,9 @@ def catalogue_builder(name: str, folder: str) -> tfds.core.DatasetBuilder:
         why = "TFDS's own builder of it needs tensorflow, which is not installed here"
     # TFDS has no class of its own for a download, check sum, package or manual step that fails.
     except Exception as error:
-        why = f"preparing it failed ({type(error).__name__}: {_line(error)})"
+        why = f"preparing it failed ({type(error).__name__}: {in_a_line(error, 300)})"
     raise UserError(
         f"TFDS {name} is not prepared in {folder}, and {why}; on a machine with a network, "
         f"tensorflow and importlib_resources, run {build} --data_dir=DIR` and set data.dir "
         "(evaluate: --data_dir) to tfds:DIR"
     )
-
-
-def _line(error: Exception) -> str:
-    """The error's message in one line, cut after 300 characters."""
-    line = " ".join(str(error).split())
-    if len(line) < 300:
-        return line
-    return f"{line[:300]}…"

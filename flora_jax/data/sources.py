@@ -27,7 +27,15 @@ from flora_jax.data.generated import draw, generated_key
 from flora_jax.data.records import CONVERT, Record, raw_records
 from flora_jax.data.tables import hub_hash, hub_records, hub_splits, parquet_records
 from flora_jax.data.tasks import OWN_FILES, Example, Task
-from flora_jax.errors import UserError, disk_fault, expand_path, near_misses, require, told_of
+from flora_jax.errors import (
+    UserError,
+    disk_fault,
+    expand_path,
+    in_a_line,
+    near_misses,
+    require,
+    told_of,
+)
 from flora_jax.files import cache_root, filling_cache, plain_path
 from flora_jax.progress import progress
 
@@ -437,9 +445,8 @@ def _undamaged(directory: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or disk_fault(error):
             raise
-        why = " ".join(str(error).split())[:120]
         raise UserError(
-            f"prepared data in {directory} is damaged ({why}); remove that folder"
+            f"prepared data in {directory} is damaged ({in_a_line(error)}); remove that folder"
         ) from error
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flora_jax.data.records import CONVERSATION, Record
 from flora_jax.data.tasks import HUB
-from flora_jax.errors import UserError, disk_fault, expand_path, require
+from flora_jax.errors import UserError, disk_fault, expand_path, in_a_line, require
 from flora_jax.files import check_file
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def parquet_records(path: Path) -> Iterator[tuple[str, Record]]:
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         if isinstance(error, UserError) or disk_fault(error):
             raise
-        why = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: cannot be read as Parquet ({why})") from None
+        raise UserError(f"{path}: cannot be read as Parquet ({in_a_line(error)})") from None
 
 
 # Cached: asked again, the Hub may have other data, and without a network each time is a wait.
@@ -106,8 +105,9 @@ def _hub_faults(name: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or disk_fault(error):
             raise
-        why = " ".join(str(error).split())[:300]
-        raise UserError(f"task {name!r} cannot be read ({type(error).__name__}: {why})") from None
+        raise UserError(
+            f"task {name!r} cannot be read ({type(error).__name__}: {in_a_line(error, 300)})"
+        ) from None
 
 
 def _known_columns(columns: Sequence[str], where: str) -> list[str]:

@@ -38,7 +38,7 @@ from lm_eval.utils import (
 )
 
 from flora_jax.device import versions
-from flora_jax.errors import UserError, near_misses, require
+from flora_jax.errors import UserError, in_a_line, near_misses, require
 from flora_jax.evaluation.loglik import token_loglik
 from flora_jax.evaluation.rounds import generate_in_rounds
 from flora_jax.evaluation.task_data import check_names
@@ -376,10 +376,8 @@ def _load(manager: TaskManager, name: str) -> dict[str, Any]:
     except (OSError, DatasetsError) as error:
         raise UserError(f"harness task {name!r}: its data cannot be loaded ({error})") from error
     except Exception as error:  # a task file is a program and may fail in any way
-        why = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"harness task {name!r} does not fit its data ({type(error).__name__}: {why})"
-        ) from error
+        why = f"{type(error).__name__}: {in_a_line(error)}"
+        raise UserError(f"harness task {name!r} does not fit its data ({why})") from error
     for task in loaded["tasks"].values():
         for flag, what in (("UNSAFE_CODE", "runs generated code"), ("MULTIMODAL", "shows images")):
             require(

@@ -10,7 +10,7 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from flora_jax.errors import UserError, require
+from flora_jax.errors import UserError, in_a_line, require
 
 
 def check_push(repo: str, confirmed: bool) -> None:
@@ -58,5 +58,5 @@ def _told_of(repo: str, remedy: str) -> Iterator[None]:
         yield
     # Without a network, errors come from whichever HTTP library the hub's uses.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = in_a_line(error) or type(error).__name__
         raise UserError(f"--push={repo}: {reason}; {remedy}") from None

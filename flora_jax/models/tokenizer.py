@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
-from flora_jax.errors import UserError, near_misses, require
+from flora_jax.errors import UserError, in_a_line, near_misses, require
 from flora_jax.files import check_file, read_json
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.gguf import GgufFile
@@ -110,7 +110,7 @@ def _load(source: str) -> Tokenizer:
         raise
     # `tokenizers` has no narrower class for a file that it cannot use.
     except Exception as error:
-        why = _missing_packages(path / there[0]) or " ".join(str(error).split())[:200]
+        why = _missing_packages(path / there[0]) or in_a_line(error)
         raise UserError(f"{path}: the tokenizer cannot be read ({why})") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from flora_jax.errors import UserError, require
+from flora_jax.errors import UserError, in_a_line, require
 from flora_jax.files import plain_path
 
 Values = dict[str, float]  # by name
@@ -82,9 +82,8 @@ class WandB:
                 name=os.environ.get("WANDB_NAME", workdir.name),
             )
         except wandb.errors.Error as error:
-            reason = " ".join(str(error).split())
             raise UserError(
-                f"config.train.logger='wandb': {reason}; see `wandb login`, or set "
+                f"config.train.logger='wandb': {in_a_line(error)}; see `wandb login`, or set "
                 "WANDB_MODE=offline"
             ) from None
         # wandb's own steps may not go back, as ours do when a run resumes.
