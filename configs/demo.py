@@ -14,6 +14,8 @@ from flora_jax.config import get_config as base_config
 def get_config():
     config = base_config("smollm2-135m", "ffba_qg_add")
     config.model.weights = "smollm2-135m-instruct"
+    config.model.dtype = "auto"
+    config.model.param_dtype = "auto"
     config.data.tasks = "chain_sum"
     config.data.generator.train = 8000
     config.data.generator.min_terms = 2

@@ -7,6 +7,7 @@ before anything is compiled.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import sys
@@ -21,6 +22,7 @@ from ml_collections.config_dict import placeholder
 from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.data import Task, expand, get_task
 from flora_jax.data.encode import STYLES
+from flora_jax.device import fast_dtype
 from flora_jax.errors import UserError, near_misses, require, require_known, split_names
 from flora_jax.models.config import DTYPES, PRESETS, QUANTIZATIONS, LlamaConfig
 from flora_jax.models.llama import REMAT_POLICIES
@@ -42,8 +44,8 @@ PRESET_SETTINGS: dict[str, dict[str, Any]] = {
     "granite-3-2b": _GPU,
 }
 CHOICES: dict[str, Collection[str]] = {
-    "model.dtype": DTYPES,
-    "model.param_dtype": DTYPES,
+    "model.dtype": (*DTYPES, "auto"),
+    "model.param_dtype": (*DTYPES, "auto"),
     "model.quantization": QUANTIZATIONS,
     "model.remat": tuple(REMAT_POLICIES),
     "data.prompt_style": STYLES,
@@ -140,7 +142,8 @@ def _model(preset: str) -> dict[str, Any]:
         "weights": placeholder(str),
         # dtype the frozen base is stored in; what trains is always float32
         "param_dtype": "float32",
-        "dtype": "float32",  # dtype of compute; norms, softmax, logits and loss stay float32
+        # dtype of compute; norms, softmax, logits and loss stay float32
+        "dtype": "float32",  # both: float32, bfloat16, or auto, the one this device is faster in
         # what the kernels of the frozen base are kept in: none (floats), int8, fp8 or nf4
         "quantization": "none",
         # What a layer keeps for the backward pass: products (what its four products give; to
@@ -254,6 +257,17 @@ def _eval() -> dict[str, Any]:
         # its longest answer's.
         "max_new_tokens": placeholder(int),
     }
+
+
+def settle(config: ConfigDict) -> ConfigDict:
+    """The configuration with the dtypes that `auto` stands for on this device."""
+    chosen = [name for name in ("dtype", "param_dtype") if config.model[name] == "auto"]
+    if not chosen:
+        return config
+    config = copy.deepcopy(config)
+    for name in chosen:
+        config.model[name] = fast_dtype()
+    return config
 
 
 def fields(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,13 +1,19 @@
-"""What the package runs on: devices as JAX has to have them, and the versions of packages."""
+"""What the package runs on: devices as JAX has to have them, what they are fast in, and the
+versions of packages."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
+from pathlib import Path
 
 import jax
 
 from flora_jax.errors import UserError, require
+
+AMPERE = (8, 0)  # the first compute capability with bfloat16
+_CPU = Path("/proc/cpuinfo")
 
 
 def check_jax() -> None:
@@ -35,6 +41,22 @@ def check_device() -> None:
             f"({reason or 'no plugin for it is installed'}); unset it, or "
             "set it to cpu, which is always there"
         ) from None
+
+
+def capability() -> tuple[int, int] | None:
+    """The compute capability of the NVIDIA GPU that JAX runs on; None on anything else."""
+    text = str(getattr(jax.devices()[0], "compute_capability", ""))
+    found = re.fullmatch(r"(\d+)\.(\d+)", text)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def fast_dtype() -> str:
+    """The dtype that this device trains fastest in: bfloat16 on an NVIDIA GPU from Ampere on and on
+    a CPU with avx512_bf16, else float32."""
+    half = (capability() or (0, 0)) >= AMPERE
+    if jax.default_backend() == "cpu" and _CPU.exists():
+        half = "avx512_bf16" in _CPU.read_text().split()
+    return "bfloat16" if half else "float32"
 
 
 def versions(*packages: str) -> dict[str, str]:

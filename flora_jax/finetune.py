@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
-from flora_jax.adapters import quantization_of
+from flora_jax.adapters import Tree, quantization_of
 from flora_jax.config import (
     check_config,
     generator_settings,
     scored_tasks,
+    settle,
     weights_source,
 )
 from flora_jax.errors import UserError, expand_path, require, split_names, writing
@@ -37,7 +39,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, profile: int = 0
     """
     workdir = Path(expand_path(workdir))
     check_config(config)
-    config = join(config)
+    config = settle(join(config))
     tasks, settings = together(lambda: _check(config, workdir))
     result = train(config, workdir, profile)
     summary = dict(result.summary)
@@ -51,7 +53,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, profile: int = 0
         run = result.run
         adapted = Adapted(
             config=run.model_config,
-            base=result.variables["params"],
+            base=_as_decoded(result.variables["params"]),
             tokenizer=run.tokenizer,
             fingerprint=run.fingerprint,
             adapter_config=run.adapter_config,
@@ -88,6 +90,18 @@ def _check(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[TaskD
     )
     check_prompts(tasks, setup.model_config, setup.tokenizer, settings)
     return tasks, settings
+
+
+def _as_decoded(base: Tree) -> Tree:
+    """The base in the dtype that answers are decoded in: float32 on a CPU, where a product of one
+    row is slow in bfloat16."""
+    if jax.default_backend() != "cpu":
+        return base
+
+    def wide(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf
+
+    return jax.tree.map(wide, base)
 
 
 def _prompt_style(config: ml_collections.ConfigDict) -> str:

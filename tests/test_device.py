@@ -1,15 +1,19 @@
-"""Settings of the machine that would change or stop a computation: 64 bits, absent devices, no home directory."""
+"""Settings of the machine that would change or stop a computation: 64 bits, absent devices, no home directory; and
+what a device is fast in."""
 
 import json
 import os
 import pwd
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
 
-from flora_jax.device import check_device
+from flora_jax import device
+from flora_jax.config import check_config, get_config, settle
+from flora_jax.device import check_device, fast_dtype
 from flora_jax.errors import UserError
 from flora_jax.evaluation.run import evaluate_tasks
 from flora_jax.files import cache_root, keep_programs
@@ -19,6 +23,7 @@ from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
 from flora_jax.train import run
+from flora_jax.training.workdir import check_workdir
 
 
 def test_64_bits_are_refused_by_what_computes(small, tmp_path):
@@ -101,3 +106,43 @@ def test_no_home_directory(monkeypatch, tmp_path, capsys):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert json.loads(done.stdout)["rougeL"] == 1.0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "backend, capability, flags, dtype",
+    [
+        ("cpu", None, "fpu avx2 avx512f avx512_bf16 amx_tile", "bfloat16"),
+        ("cpu", None, "fpu avx2 avx512f avx512_vnni", "float32"),
+        ("cpu", None, None, "float32"),  # no Linux
+        ("gpu", "9.0", "fpu avx2", "bfloat16"),
+        ("gpu", "8.0", "fpu avx2", "bfloat16"),
+        ("gpu", "7.5", "fpu avx512_bf16", "float32"),
+        ("gpu", "gfx90a", "fpu", "float32"),
+    ],
+)
+def test_what_a_device_is_fast_in(backend, capability, flags, dtype, monkeypatch, tmp_path):
+    table = tmp_path / "cpuinfo"
+    if flags:
+        table.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:\n")
+    known = {} if capability is None else {"compute_capability": capability}
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(**known)])
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(device, "_CPU", table)
+    assert fast_dtype() == dtype
+
+
+def test_a_run_is_settled(monkeypatch, tmp_path):
+    """What `auto` stood for is what config.json has, and no run goes on in another dtype."""
+    config = get_config("tiny", "ffba")
+    config.model.dtype = config.model.param_dtype = "auto"
+    check_config(config)
+    monkeypatch.setattr("flora_jax.config.fast_dtype", lambda: "bfloat16")
+    settled = settle(config)
+    assert settled.model.dtype == settled.model.param_dtype == "bfloat16"
+    assert config.model.dtype == "auto"
+    assert settle(settled) is settled
+    (tmp_path / "config.json").write_text(json.dumps({"config": settled.to_dict()}))
+    check_workdir(tmp_path, settle(config))
+    monkeypatch.setattr("flora_jax.config.fast_dtype", lambda: "float32")
+    with pytest.raises(UserError, match=r"config\.model\.(param_)?dtype='bfloat16'"):
+        check_workdir(tmp_path, settle(config))

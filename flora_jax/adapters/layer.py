@@ -36,11 +36,11 @@ from flora_jax.adapters.layouts import SPLIT, Layout, Widths
 from flora_jax.adapters.leaves import Leaf, adapter_leaves, product_leaves
 from flora_jax.adapters.methods import PRODUCTS
 from flora_jax.adapters.products import (
-    expand,
     is_sum,
     keep_own,
     multiply,
     multiply_transposed,
+    project,
     repeat_and_add,
 )
 from flora_jax.adapters.quantized import Quantized, Scaled, multiply_quantized
@@ -94,7 +94,7 @@ def _times_base(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
     """`x W` in x's dtype."""
     if isinstance(kernel, Quantized):
         return multiply_quantized(x, kernel)
-    return x @ kernel.astype(x.dtype)
+    return project(x, kernel.astype(x.dtype))
 
 
 class FusedDense(nn.Module):
@@ -166,10 +166,10 @@ class FusedDense(nn.Module):
         own: dict[str, jax.Array] = {}
         if slot.forward:
             dropout = nn.Dropout(adapter.dropout, rng_collection="dropout")
-            read = dropout(x, deterministic=deterministic) @ leaves["A"]
+            read = project(dropout(x, deterministic=deterministic), leaves["A"])
             z_out = checkpoint_name(adapter.scale * ACTIVATIONS[adapter.activation](read), SAVED)
             own = own_pieces(z_out, slot.forward, adapter.rank)
-        return adapt(ys, self.names, slot, leaves, own, self.incoming(z), expand), z_out
+        return adapt(ys, self.names, slot, leaves, own, self.incoming(z), project), z_out
 
     def _base_leaf(self, name: str, leaf: Leaf) -> jax.Array | Quantized:
         value = self.get_variable("params", name)

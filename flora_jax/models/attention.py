@@ -20,16 +20,17 @@ dense mask (0.0.12); it is the one to move to once it does.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
-import re
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax.device import AMPERE, capability
 from flora_jax.models.config import LlamaConfig
 
 # jax warns at each import and each lowering. What replaces them is said above and in
@@ -39,7 +40,6 @@ warnings.filterwarnings("ignore", ".*ops.gpu.attention is deprecated", Deprecati
 
 _LONG = 128  # from so many tokens a row on, attention is worth cutting into blocks
 _BLOCK = 128  # the most queries of a block
-_AMPERE = (8, 0)
 _TILE = 128  # of queries and of keys in Pallas's forward pass; a row is filled up to a multiple
 _BACKWARD_TILE = 32
 _HALF = (jnp.bfloat16, jnp.float16)
@@ -55,15 +55,8 @@ class Seen(NamedTuple):
     mask: jax.Array | None = None
 
 
-def capability() -> tuple[int, int] | None:
-    """The compute capability of the NVIDIA GPU that JAX runs on; None on anything else."""
-    text = str(getattr(jax.devices()[0], "compute_capability", ""))
-    found = re.fullmatch(r"(\d+)\.(\d+)", text)
-    return None if found is None else (int(found[1]), int(found[2]))
-
-
 def _half_on_ampere(q: jax.Array) -> bool:
-    return q.dtype in _HALF and (capability() or (0, 0)) >= _AMPERE
+    return q.dtype in _HALF and (capability() or (0, 0)) >= AMPERE
 
 
 def cudnn_runs(q: jax.Array) -> bool:
@@ -85,7 +78,7 @@ def kernel_runs(config: LlamaConfig) -> bool:
     32, 64, 128 or 256 channels and a device that jax compiles Triton for: an NVIDIA GPU from Ampere
     on."""
     wide = config.head_dim in (32, 64, 128, 256)
-    return wide and (capability() or (0, 0)) >= _AMPERE and _has_triton()
+    return wide and (capability() or (0, 0)) >= AMPERE and _has_triton()
 
 
 def _has_triton() -> bool:
@@ -226,11 +219,39 @@ def attend_grouped(
     rows = q.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(*leading, -1, H)
     if scale is None:
         scale = H**-0.5
-    scores = jnp.einsum("...RH,...HS->...RS", rows, k, preferred_element_type=jnp.float32) * scale
+    scores = _matmul(rows, k, jnp.float32) * scale
     seen = jnp.broadcast_to(mask[:, :, None], (B, K, 1, T, S)).reshape(*leading, 1, T, S)
     scores = jnp.where(seen, scores.reshape(*leading, -1, T, S), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*leading, -1, S)
-    return jnp.einsum("...RS,...SH->...RH", weights, v).reshape(B, N, T, H).swapaxes(1, 2)
+    return _matmul(weights, v, v.dtype).reshape(B, N, T, H).swapaxes(1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    """`a b` in `dtype`, a `[…, M, K]` and b `[…, K, N]` of one dtype, which their gradients are
+    computed in, too: the automatic ones of float32 scores would be products in float32."""
+    wide = jnp.float32 if jax.default_backend() == "cpu" else dtype  # as in adapters/products.py
+    return jnp.matmul(a, b, preferred_element_type=wide).astype(dtype)
+
+
+def _matmul_forward(
+    a: jax.Array, b: jax.Array, dtype: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _matmul(a, b, dtype), (a, b)
+
+
+def _matmul_backward(
+    dtype: Any, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    a, b = saved
+    cotangent = cotangent.astype(a.dtype)
+    return (
+        _matmul(cotangent, b.swapaxes(-1, -2), a.dtype),
+        _matmul(a.swapaxes(-1, -2), cotangent, b.dtype),
+    )
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:

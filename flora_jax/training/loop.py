@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flora_jax.commands import noted_signals
+from flora_jax.config import settle
 from flora_jax.data import eval_batches
 from flora_jax.errors import Stopped, expand_path, writing
 from flora_jax.training import report
@@ -49,6 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, profile: int =
     that takes no more.
     """
     workdir = Path(expand_path(workdir))
+    config = settle(config)
     run = prepare(config, workdir)
     with contextlib.ExitStack() as stack:
         # All have seen what the directory holds: `prepare` lets none through before.

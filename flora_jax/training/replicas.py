@@ -23,7 +23,7 @@ import optax
 
 from flora_jax.adapters import Tree
 from flora_jax.commands import noted_signals
-from flora_jax.config import fields, learning_rate, weights_source
+from flora_jax.config import fields, learning_rate, settle, weights_source
 from flora_jax.errors import Stopped, expand_path, require
 from flora_jax.models.llama import Llama
 from flora_jax.training.loop import run_steps
@@ -51,6 +51,7 @@ def train_replicas(
     is returned by its place in `configs`. Otherwise raises as `train` does, and UserError for runs
     that differ in other fields than OWN_FIELDS, that train base leaves, or on several devices.
     """
+    configs = [settle(config) for config in configs]
     _check(configs)
     places = [Path(expand_path(workdir)) for workdir in workdirs]
     first = prepare(configs[0], places[0])
