@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +57,7 @@ def build(
         name: AdapterConfig(name, rank_for(name, config, parameters))
         for name in split_names(args.methods)
     }
-    tokenizer = load_tokenizer("random" if args.model == "random" else args.model)
+    tokenizer = load_tokenizer(args.model)
     rank = rank_for("lora", config, parameters)
     peer = Peer(config, base, rank)
     models = {"bare": torch_llama(config, base), "peft lora": peer.model}
@@ -96,8 +95,8 @@ def measure(
     contestants = {name: functools.partial(run, name) for name in models}
     for one in contestants.values():
         one()
-    what, quiet = f"batch {setting.batch_size}", not sys.stderr.isatty()
-    times = list(tqdm(interleave(contestants, rounds), what, rounds, unit="round", disable=quiet))
+    what = f"batch {setting.batch_size}"
+    times = list(tqdm(interleave(contestants, rounds), what, rounds, unit="round", disable=None))
     taken = {name: [one[name] for one in times] for name in contestants}
     cell: dict[str, Any] = {"batch_size": setting.batch_size}
     for name, own in taken.items():

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.flags import Flags, parse
+from experiments.process import answer, memory
 from flora_jax.errors import check_writable, run_command
 from flora_jax.models.config import DTYPES, LlamaConfig
 
@@ -36,12 +36,6 @@ FLAGS: Flags = {
 }
 
 
-def anonymous() -> int:
-    """Bytes of anonymous memory that this process holds."""
-    (found,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return 1024 * int(found)
-
-
 def measure(workdir: str, form: str, out: str) -> dict[str, float]:
     """Run alone in this process: seconds and growth in bytes of one export, loading the base
     included."""
@@ -52,13 +46,13 @@ def measure(workdir: str, form: str, out: str) -> dict[str, float]:
         _train("tiny", Path(workdir).name, "float32", Path(folder) / "run")
         export_run(Path(folder) / "run", form, Path(folder) / "out")
     done = threading.Event()
-    start = anonymous()
+    start = memory("RssAnon")
     peak = 0
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.005):
-            peak = max(peak, anonymous())
+            peak = max(peak, memory("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -67,7 +61,7 @@ def measure(workdir: str, form: str, out: str) -> dict[str, float]:
     seconds = time.perf_counter() - clock
     done.set()
     watcher.join()
-    return {"seconds": seconds, "growth": peak - start}
+    return {"seconds": seconds, "growth": 1024 * (peak - start)}
 
 
 def _train(preset: str, method: str, dtype: str, workdir: Path) -> None:
@@ -91,10 +85,8 @@ def _train(preset: str, method: str, dtype: str, workdir: Path) -> None:
 
 def export_alone(folder: str, method: str, form: str) -> dict[str, Any]:
     """`measure` of the run in FOLDER/METHOD, in a process of its own."""
-    command = [sys.executable, "-m", "experiments.export_memory", "--measure"]
-    command += [f"{folder}/{method}", form, f"{folder}/{method}-{form}"]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return {"method": method, "format": form, **json.loads(done.stdout.splitlines()[-1])}
+    flags = ["--measure", f"{folder}/{method}", form, f"{folder}/{method}-{form}"]
+    return {"method": method, "format": form, **answer("experiments.export_memory", flags)}
 
 
 def markdown(

@@ -16,7 +16,6 @@ import collections
 import json
 import os
 import random
-import re
 import resource
 import select
 import shutil
@@ -34,6 +33,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from experiments.flags import Flags, parse
+from experiments.process import memory
 from flora_jax.errors import UserError, check_writable, require_known, run_command
 
 FLAGS: Flags = {
@@ -110,7 +110,7 @@ def _alarm(*_: object) -> None:
 
 def _outcome(reader: Any, own: Path) -> dict[str, Any]:
     start = time.perf_counter()
-    peak = _peak()
+    peak = memory("VmHWM")
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         reader.read(own)
@@ -126,16 +126,10 @@ def _outcome(reader: Any, own: Path) -> dict[str, Any]:
         found["trace"] = traceback.format_exc()[-4000:]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    found |= {"seconds": time.perf_counter() - start, "megabytes": _peak() - peak}
+    found |= {"seconds": time.perf_counter() - start, "megabytes": (memory("VmHWM") - peak) / 1e3}
     if found["megabytes"] > MEGABYTES:
         found |= {"became": "failed", "line": f"{found['megabytes']:.0f} MB: {found.get('line')}"}
     return found
-
-
-def _peak() -> float:
-    """The most memory that this process has held, MB; what takes less than that is not seen."""
-    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(peak) / 1e3
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, int]]:
@@ -277,10 +271,7 @@ def main(argv: list[str]) -> None:
     if args.reader and args.out and beside(args.out, ".json").exists():
         found = read_json(beside(args.out, ".json"))["readers"]  # its line is written anew
     for name in [args.reader] if args.reader else READERS:
-        bar = tqdm(
-            inputs(name, args.first, args.count), name, args.count, disable=not sys.stderr.isatty()
-        )
-        rows = list(bar)
+        rows = list(tqdm(inputs(name, args.first, args.count), name, args.count, disable=None))
         wrong = [one for one in rows if one["became"] not in ("accepted", "refused")]
         for one in wrong[:_FACES]:
             print(f"{name}, seed {one['seed']}: {one['fault']}\n  {one['line'][:_COLUMNS]}")

@@ -16,8 +16,6 @@ import dataclasses
 import gc
 import itertools
 import random
-import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ import jax
 from tqdm import tqdm
 
 from experiments.flags import Flags, parse
+from experiments.process import memory
 from experiments.report import beside
 from flora_jax.adapters import AdapterConfig, Tree, abstract_adapter
 from flora_jax.analysis.results import about_process, header, table
@@ -172,8 +171,7 @@ def _judged(kind: str, request: Request, equal: bool) -> dict[str, Any]:
 def held() -> float:
     """MB that this process holds."""
     gc.collect()
-    (size,) = re.findall(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(size) / 1e3
+    return memory("VmRSS") / 1e3
 
 
 def compile_all(models: Models) -> None:
@@ -218,7 +216,7 @@ def main(argv: list[str]) -> None:
     compile_all(models)
     found: list[dict[str, Any]] = []
     memory: list[float] = []
-    with tqdm(total=args.requests, unit="request", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=args.requests, unit="request", disable=None) as bar:
         for judged in calls(models, args.seed):
             found += judged
             bar.update(len(judged))

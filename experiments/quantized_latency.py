@@ -9,14 +9,12 @@ is that base beside itself, the noise. The same command on a CPU and a GPU.
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
 from experiments.flags import MODEL, Flags, parse
-from experiments.report import beside
+from experiments.report import beside, load_model
 from flora_jax.adapters import AdapterConfig, Tree, quantize_base
 from flora_jax.analysis.comparison import build, turns
 from flora_jax.analysis.results import about_process, header, spread, table
@@ -29,11 +27,9 @@ from flora_jax.analysis.timing import (
     summary,
 )
 from flora_jax.analysis.variants import read_bytes
-from flora_jax.errors import check_writable, positive_integers, run_command, split_names
+from flora_jax.errors import positive_integers, run_command, split_names
 from flora_jax.files import keep_programs, write_json
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.llama import init_base
-from flora_jax.models.loading import load_pretrained
 
 _REFERENCE = "base"
 
@@ -50,11 +46,7 @@ FLAGS: Flags = {
 
 def models(args: argparse.Namespace) -> tuple[LlamaConfig, dict[str, tuple[Any, Tree]]]:
     """Model and served tree by name: each base bare, and with a random adapter in it."""
-    if args.model == "random":
-        config = LlamaConfig.preset(args.preset)
-        floats = init_base(jax.random.key(0), config, args.dtype)
-    else:
-        config, floats = load_pretrained(args.model, args.dtype)
+    config, floats = load_model(args)
     adapter_config = AdapterConfig(args.method, args.rank)
     out = {}
     for quantization in ("none", *split_names(args.quantizations)):
@@ -77,8 +69,7 @@ def measure(
         contestants[name] = Contestant(programs, params, prompts, args.rounds, args.turn_tokens)
         contestants[name].warm_up()
     count = args.rounds * turns(args.new_tokens, args.turn_tokens)
-    quiet = not sys.stderr.isatty()
-    rounds = list(tqdm(interleave(contestants, count), total=count, disable=quiet))
+    rounds = list(tqdm(interleave(contestants, count), total=count, disable=None))
     reference = [one[_REFERENCE][1] for one in rounds]
     rows = {}
     for name, (_, params) in served.items():
@@ -117,8 +108,6 @@ def markdown(args: argparse.Namespace, about: dict[str, Any], found: dict[str, A
 def main(argv: list[str]) -> None:
     """The command."""
     args = parse(argv, "python -m experiments.quantized_latency", __doc__, FLAGS)
-    if args.out:
-        check_writable(beside(args.out, ".json"), "--out")
     batches = positive_integers("--batch_sizes", args.batch_sizes)
     keep_programs()
     about = about_process("qwix")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ import optax
 
 from experiments.flags import Flags, parse
 from experiments.report import beside, stored
-from experiments.stepping import make_batch, stepper
+from experiments.stepping import make_batch, stepper, time_steps
 from experiments.suites import SUITES
 from experiments.sweep import Arm, Result, check_names, outcomes, train
 from flora_jax.adapters import METHODS, AdapterConfig, init_adapter
 from flora_jax.analysis.results import about_process, about_runs, header, spread, table
-from flora_jax.analysis.timing import interleave, paired_ratio
+from flora_jax.analysis.timing import paired_ratio
 from flora_jax.config import get_config
 from flora_jax.errors import UserError, check_writable, run_command
 from flora_jax.files import read_json, write_json
@@ -98,7 +97,7 @@ class Run(Arm):
 def measure_speed(runs: list[Run], rounds: int) -> dict[str, Any]:
     """Seconds of a step over those of its method's float base, round by round, by run."""
     suite = SUITES["dialogue"]
-    contestants = {}
+    steps = {}
     for run in runs:
         config, base = load_pretrained(run.args.model, quantization=run.quantization)
         adapter_config = AdapterConfig(run.method, RANKS[run.method])
@@ -108,22 +107,14 @@ def measure_speed(runs: list[Run], rounds: int) -> dict[str, Any]:
         model = Llama(config, adapter_config, remat=remat)
         step = stepper(model, optimizer, trainable, {"params": base}, seed=1)
         batch = make_batch(suite.batch_size, suite.max_length, config.vocab_size, answers=0.1)
-        step(batch), step(batch)
-        contestants[run.name] = functools.partial(_timed, step, batch)
-    times = list(interleave(contestants, rounds))
-    seconds = {name: [one[name] for one in times] for name in contestants}
+        steps[run.name] = functools.partial(step, batch)
+    seconds = time_steps(steps, rounds)
     floats = {run.name: f"{run.method}-none" for run in runs}
     return {
         name: paired_ratio(own, seconds[floats[name]])
         for name, own in seconds.items()
         if floats[name] in seconds
     }
-
-
-def _timed(step: Any, batch: Any) -> float:
-    start = time.perf_counter()
-    step(batch)
-    return time.perf_counter() - start
 
 
 def markdown(args: argparse.Namespace, found: dict[str, Result], speed: dict[str, Any]) -> str:

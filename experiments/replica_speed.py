@@ -2,12 +2,13 @@
 
     python -m experiments.replica_speed --out experiments/results/replica_speed
 
-Steps of one run and of all replicas together alternate in one process: speed is the tokens a second
-of all replicas over those of the one run in the same round. Peak memory is taken in a process of
-its own for each, whole (base, program and all), and set beside that of so many lone runs.
+In one process, a step of one run and a step of all replicas take turns. Speed is the tokens a
+second of all replicas over those of the run in the same round. Peak memory is that of a process of
+two steps (base, programs and all): one process has the run alone, one all replicas. The replicas'
+is divided by that of as many lone runs.
 
-All rows have equally many targets that count. Of rows that differ the longest decides how much of
-the vocabulary's product is done, and it is the longest of all replicas'.
+All rows have equally many counted targets. Of rows that differ, the longest of all replicas decides
+how many logits are computed.
 """
 
 from __future__ import annotations
@@ -15,18 +16,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import re
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from experiments.flags import Flags, parse
-from experiments.report import beside
-from experiments.stepping import make_batch
-from flora_jax.errors import check_writable, run_command
+from experiments.process import answer, memory
+from experiments.stepping import make_batch, start, stepper, time_steps
+from flora_jax.errors import UserError, check_writable, run_command
 
 FLAGS: Flags = {
     "--model": dict(default="smollm2-135m-instruct", help="what load_pretrained takes"),
@@ -41,79 +38,85 @@ FLAGS: Flags = {
     "--out": dict(type=Path, help="write OUT.json and OUT.md"),
     "--memory": dict(type=int, help=argparse.SUPPRESS),  # of so many replicas, in this process
 }
+_RATE = 1e-4
 
 
-def stepper(args: Any, weights: tuple[Any, Any], count: int) -> Callable[[], None]:
-    """A function that does one step of so many replicas, of a lone run if there is one."""
+def replicas_stepper(args: argparse.Namespace, weights: Any, count: int) -> Callable[[], Any]:
+    """A function that does one step of `count` replicas; of 1, it is a lone run's own step.
+
+    weights: the configuration and the base.
+    """
     import jax
-    import jax.numpy as jnp
     import optax
 
     from flora_jax.adapters import AdapterConfig, init_adapter
     from flora_jax.models.llama import Llama
     from flora_jax.training.replicas import replica_program
-    from flora_jax.training.step import TrainState, make_train_step
 
     config, base = weights
     adapter_config = AdapterConfig(args.method, args.rank)
     model = Llama(config, adapter_config, remat=args.remat)
     batch = make_batch(args.rows, args.length, config.vocab_size, answers=args.answers)
-    rate = 1e-4
-    peak = rate if count == 1 else 1.0
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(peak))
 
-    def start(seed: int) -> TrainState:
-        key = jax.random.key(seed)
-        trainable = {"adapter": init_adapter(key, config, adapter_config)}
-        moments = jax.jit(optimizer.init)(trainable)
-        return TrainState(jnp.zeros((), jnp.int32), trainable, moments, key)
+    def optimizer(peak: float) -> optax.GradientTransformation:
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(peak))
+
+    def trainable(seed: int) -> dict[str, Any]:
+        return {"adapter": init_adapter(jax.random.key(seed), config, adapter_config)}
 
     frozen = {"params": base}
-    states: Any = tuple(start(seed) for seed in range(count))
-    batches: Any = (batch,) * count
-    program: Any = replica_program(model, optimizer, [rate] * count)
     if count == 1:
-        [states], [batches] = states, batches
-        program = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
+        alone = stepper(model, optimizer(_RATE), trainable(0), frozen, seed=0)
+        return functools.partial(alone, batch)
+    unit = optimizer(1.0)  # the program multiplies by each replica's rate
+    states = tuple(start(unit, trainable(seed), seed) for seed in range(count))
+    program = replica_program(model, unit, [_RATE] * count)
 
-    def step() -> None:
+    def together() -> None:
         nonlocal states
-        states, metrics = program(states, frozen, batches)
+        states, metrics = program(states, frozen, (batch,) * count)
         jax.block_until_ready(metrics)
 
-    return step
+    return together
 
 
-def measure_memory(args: Any) -> float:
-    """Run alone in this process: peak resident memory of two steps, GB."""
+def measure_memory(args: argparse.Namespace) -> float:
+    """Peak memory of two steps of `--memory` replicas, GB. Call it alone in a process."""
     from flora_jax.models.loading import load_pretrained
 
-    step = stepper(args, load_pretrained(args.model), args.memory)
-    step(), step()
-    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(peak) / 1e6
+    step = replicas_stepper(args, load_pretrained(args.model), args.memory)
+    for _ in range(2):
+        step()
+    return memory("VmHWM") / 1e6
 
 
-def measure_speed(args: Any) -> dict[str, Any]:
-    """Tokens a second of all replicas over one run's, round by round."""
-    from flora_jax.analysis.timing import interleave, paired_ratio
+def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of all replicas over those of one run, round by round."""
+    from flora_jax.analysis.timing import paired_ratio
     from flora_jax.models.loading import load_pretrained
 
     weights = load_pretrained(args.model)
     counts = {"alone": 1, "together": args.replicas}
-    steps = {name: stepper(args, weights, count) for name, count in counts.items()}
+    steps = {name: replicas_stepper(args, weights, count) for name, count in counts.items()}
+    seconds = time_steps(steps, args.rounds)
+    return paired_ratio([args.replicas * one for one in seconds["alone"]], seconds["together"])
 
-    def timed(step: Callable[[], None]) -> float:
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
 
-    for step in steps.values():
-        step(), step()
-    contestants = {name: functools.partial(timed, step) for name, step in steps.items()}
-    times = list(interleave(contestants, args.rounds))
-    alone = [args.replicas * one["alone"] for one in times]
-    return paired_ratio(alone, [one["together"] for one in times])
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for flags with which no step can be built, before the first is."""
+    from flora_jax.adapters import AdapterConfig, has_adapter
+    from flora_jax.models.checks import check_model
+    from flora_jax.models.llama import REMAT_POLICIES
+    from flora_jax.models.loading import load_config
+
+    if args.replicas < 2 or min(args.rows, args.length, args.rounds) < 1:
+        raise UserError("--replicas must be at least 2, --rows, --length and --rounds at least 1")
+    if not 0 < args.answers <= 1:
+        raise UserError(f"--answers {args.answers} must be above 0 and at most 1")
+    adapter_config = AdapterConfig(args.method, args.rank)
+    if not has_adapter(adapter_config):
+        raise UserError(f"--method {args.method} has no adapter, and replicas share the base")
+    check_model(load_config(args.model), adapter_config, args.remat, REMAT_POLICIES, None)
 
 
 def main(argv: list[str]) -> None:
@@ -122,19 +125,16 @@ def main(argv: list[str]) -> None:
     if args.memory:
         print(json.dumps(measure_memory(args)))
         return
-    if args.out:
-        check_writable(beside(args.out, ".json"), "--out")
-    # not in a process whose memory is measured
+    # Not above: the process whose memory is measured does without them.
+    from experiments.report import beside
     from flora_jax.analysis.results import about_process, header, spread, table
     from flora_jax.files import write_json
 
-    peaks = {}
-    for count in (1, args.replicas):
-        command = [sys.executable, "-m", "experiments.replica_speed", *argv[1:]]
-        done = subprocess.run(
-            [*command, "--memory", str(count)], check=True, capture_output=True, text=True
-        )
-        peaks[count] = json.loads(done.stdout.splitlines()[-1])
+    check(args)
+    if args.out:
+        check_writable(beside(args.out, ".json"), "--out")
+    flags = {count: [*argv[1:], "--memory", str(count)] for count in (1, args.replicas)}
+    peaks = {count: answer("experiments.replica_speed", own) for count, own in flags.items()}
     speed = measure_speed(args)
     about = about_process()
     share = peaks[args.replicas] / (args.replicas * peaks[1])

@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from experiments.flags import Flags, parse
-from experiments.stepping import Batch, make_batch, stepper
+from experiments.process import answer, memory
+from experiments.stepping import Batch, make_batch, stepper, time_steps
 from flora_jax.errors import UserError, check_writable, run_command
 
 MODEL = "smollm2-135m-instruct"
@@ -113,33 +111,19 @@ def measure_memory(name: str, batch: Batch) -> dict[str, float]:
     step(batch)
     first = time.perf_counter() - start
     step(batch)
-    # VmHWM, since getrusage's peak is inherited from the process that started this one.
-    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return {"peak_gb": int(peak) / 1e6, "first_step_s": first}
+    return {"peak_gb": memory("VmHWM") / 1e6, "first_step_s": first}
 
 
 def compare(rows: int, length: int, rounds: int, answers: float) -> dict[str, Any]:
     """Interleaved steps; tokens/s of each, and its ratio to PEFT's round by round."""
-    from tqdm import tqdm
-
-    from flora_jax.analysis.timing import interleave, paired_ratio
+    from flora_jax.analysis.timing import paired_ratio
     from flora_jax.models.loading import load_pretrained
 
     weights = load_pretrained(MODEL)
     batch = make_batch(rows, length, weights[0].vocab_size, answers=answers)
     steppers = {"peft lora": peft_stepper(weights), **{m: jax_stepper(m, weights) for m in RANKS}}
-
-    def timed(step: Callable[[Batch], float]) -> float:
-        start = time.perf_counter()
-        step(batch)
-        return time.perf_counter() - start
-
-    for step in steppers.values():
-        step(batch), step(batch)
-    contestants = {name: functools.partial(timed, step) for name, step in steppers.items()}
-    quiet = not sys.stderr.isatty()
-    times = list(tqdm(interleave(contestants, rounds), total=rounds, unit="round", disable=quiet))
-    seconds = {name: [one[name] for one in times] for name in steppers}
+    steps = {name: functools.partial(step, batch) for name, step in steppers.items()}
+    seconds = time_steps(steps, rounds)
     result = {}
     for name, own in seconds.items():
         ratio = paired_ratio(seconds["peft lora"], own)
@@ -153,10 +137,8 @@ def compare(rows: int, length: int, rounds: int, answers: float) -> dict[str, An
 
 def measure_alone(name: str, rows: int, length: int) -> dict[str, float]:
     """`measure_memory` in a process of its own."""
-    command = [sys.executable, "-m", "experiments.train_throughput", "--memory", name]
-    command += ["--rows", str(rows), "--length", str(length)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    flags = ["--memory", name, "--rows", str(rows), "--length", str(length)]
+    return answer("experiments.train_throughput", flags)
 
 
 def markdown(result: dict[str, Any]) -> str:
