@@ -1,2 +1,1 @@
-"""Scripts that print the tables of the docs and of experiments/results, each named beside its
-table."""
+"""Scripts that measure what the docs' tables show; each table names its script."""

@@ -1,18 +1,17 @@
-"""What each part of FFBA does: the groups of configs/ablations.py, run and set side by side,
-resumable.
+"""What each part of FFBA does: trains the groups of configs/ablations.py and compares them.
 
     python -m experiments.ablations --groups add_set --data_dir DIR \
         --out experiments/results/ablations
 
-Each run leaves OUT/NAME-seedN.json as it ends and is not run again; two names of one configuration
-are one run. At the end OUT.md, OUT.csv and OUT.png, of all runs that OUT holds: minutes (of a run
-that was resumed: of the last call), validation loss and the loss of the reference answers on the
-first `--limit` test items, means over seeds with standard errors (over seeds; with one seed over
-those items), and the difference to FFBA (QG-Add) by a paired bootstrap over the items.
+Each run writes OUT/NAME-seedN.json when it ends and is not run again. Two names of the same
+configuration share one run. OUT.md, OUT.csv and OUT.png then show all runs in OUT: minutes (of a
+resumed run: of its last call), validation loss, and the loss of the reference answers on the first
+`--limit` test items. These are means over seeds, with standard errors over seeds (with one seed:
+over the items). Differences to FFBA (QG-Add) have intervals from a paired bootstrap over the items.
 
-Checkpoints are in `--workdir`, by default runs/ablations, and for another OUT
-runs/ablations/FULL/PATH/OF/OUT, so that another OUT trains anew. A run that a workdir holds
-finished is not trained again: its adapter is scored.
+Checkpoints are in `--workdir`: by default runs/ablations, and for another OUT
+runs/ablations/FULL/PATH/OF/OUT, so another OUT trains anew. A run that its workdir holds finished
+is only scored.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ OUT = Path("experiments/results/ablations")
 REFERENCE = "add_qg"
 
 Row = dict[str, Any]
-Groups = dict[str, dict[str, list[Result]]]  # a group's runs, by name
+Groups = dict[str, dict[str, list[Result]]]  # group -> name -> runs
 
 FLAGS: Flags = {
     "--groups": dict(help="of configs/ablations.py, comma-separated, in this order; default all"),
@@ -84,20 +83,20 @@ FLAGS: Flags = {
     "--steps": dict(type=int, default=80),
     "--limit": dict(type=int, default=200, help="test items"),
     "--allow_contaminated": dict(
-        action="store_true", help="train where over 1 %% of the test is known"
+        action="store_true", help="train on data that holds over 1 %% of the test"
     ),
 }
 
 
 def configuration(name: str, seed: int, args: argparse.Namespace) -> Any:
-    """The run of one name."""
+    """The configuration of one run."""
     config = read_config(f"{CONFIGS}:{name}").unlock()
     config.model.weights = args.model
     config.data.dir = args.data_dir
     config.data.tasks = args.task
     config.data.max_length = args.max_length
     config.data.allow_contaminated = args.allow_contaminated
-    config.eval.tasks = args.task  # whose records are dropped from what is trained on
+    config.eval.tasks = args.task  # its records are dropped from the training data
     config.eval.limit = 1
     config.train.seed = seed
     config.train.steps = args.steps
@@ -108,7 +107,7 @@ def configuration(name: str, seed: int, args: argparse.Namespace) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Arm):
-    """A name of the table and a seed."""
+    """A name of configs/ablations.py at a seed."""
 
     ablation: str
     seed: int
@@ -119,8 +118,8 @@ class Run(Arm):
 
     @property
     def asked(self) -> dict[str, Any]:
-        """By what it sets: two names of one run share their result, and a changed table makes its
-        old results void."""
+        """What the run computes, whatever its name. Names that agree in it share a result; a stored
+        result that differs is refused."""
         return {**placeless(self.setup()), "test_items": self.args.limit}
 
     def find(self) -> Result | None:
@@ -133,11 +132,11 @@ class Run(Arm):
         return None
 
     def _shared(self, other: Path, result: Result) -> Result:
-        """The result in `other`, of this run under whatever name, under its own."""
-        tested = {}
+        """The result in `other`, of the same run, under this run's name."""
+        hashes = dict(result["data"]["sha256"])
         if "data_hash" in result:
-            tested = {f"{self.args.task}/test": result["data_hash"]}
-        check_data(result["data"]["sha256"] | tested, self.args.data_dir, other)
+            hashes[f"{self.args.task}/test"] = result["data_hash"]
+        check_data(hashes, self.args.data_dir, other)
         say_found(other)
         own = {**result, "name": self.ablation}
         if other != self.path:
@@ -182,7 +181,7 @@ def arms(wanted: Sequence[tuple[str, int]], args: argparse.Namespace) -> Iterato
 
 
 def rows(group: str, found: dict[str, list[Result]]) -> list[Row]:
-    """A group's table: a row a name, over its seeds."""
+    """A group's table: one row for each name, over its seeds."""
     table = []
     for name, runs in found.items():
         test = [float(np.mean(run["reference_losses"])) for run in runs]
@@ -203,7 +202,7 @@ def rows(group: str, found: dict[str, list[Result]]) -> list[Row]:
 
 
 def write_tables(groups: Groups, args: argparse.Namespace) -> str:
-    """OUT.md, OUT.csv and OUT.png; the Markdown."""
+    """Writes OUT.md, OUT.csv and OUT.png; returns the Markdown."""
     made = [run for found in groups.values() for runs in found.values() for run in runs]
     tables = {group: rows(group, found) for group, found in groups.items()}
     every = [row for own in tables.values() for row in own]
@@ -230,7 +229,7 @@ def write_tables(groups: Groups, args: argparse.Namespace) -> str:
 
 
 def _compare(groups: Groups, table: list[Row]) -> None:
-    """Gives each row but the reference's its difference to that, where there is one."""
+    """Adds to each row its difference to the reference, if that was run."""
     runs = {name: runs for found in groups.values() for name, runs in found.items()}
     if REFERENCE not in runs:
         return
@@ -263,8 +262,8 @@ def _cells(row: Row, run: Result) -> list[str]:
     ]
 
 
-def plot(table: list[dict[str, Any]], path: Path) -> None:
-    """Each run's difference in test loss to the reference, with its interval, a panel a group."""
+def plot(table: list[Row], path: Path) -> None:
+    """Draws each name's difference in test loss to the reference, one panel for each group."""
     from matplotlib.figure import Figure
 
     groups = {row["group"]: [r for r in table if r["group"] == row["group"]] for row in table}
@@ -297,7 +296,7 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
 
 
 def recorded(known: Sequence[str], args: argparse.Namespace) -> list[tuple[str, int]]:
-    """The names and seeds of what OUT holds."""
+    """The names and seeds of the results in OUT."""
     ends = [path.stem.rpartition("-seed") for path in sorted(args.out.glob("*-seed*.json"))]
     return [(name, int(seed)) for name, _, seed in ends if name in known and seed.isdecimal()]
 
@@ -307,19 +306,19 @@ def main(argv: list[str]) -> None:
     known = runpy.run_path(str(CONFIGS))["GROUPS"]
     args = parse(argv, "python -m experiments.ablations", __doc__, FLAGS)
     args.workdir = args.workdir or workdir_of(args.out, OUT)
-    asked = ",".join(known) if args.groups is None else args.groups
-    groups = check_names("--groups", asked, known)
+    if args.groups is None:
+        args.groups = ",".join(known)
+    groups = check_names("--groups", args.groups, known)
     seeds = read_seeds(args.seeds)
     check_writable(beside(args.out, ".md"), "--out")
-    check_writable(args.out / "add_qg-seed0.json", "--out")
-    load_tasks(args)  # before the first run
-    # What OUT holds is read before anything is trained, and stands in the tables whatever is asked
-    # for.
+    check_writable(args.out / f"{REFERENCE}-seed0.json", "--out")
+    load_tasks(args)  # so that an error in them comes first
+    # Old results are checked before anything is trained, and are in the tables, asked for or not.
     there = recorded([name for group in known.values() for name in group], args)
     found = {(run.ablation, run.seed): result for run, result in outcomes(arms(there, args))}
     asked = [(name, seed) for group in groups for name in known[group] for seed in seeds]
     missing = [run for run in asked if run not in found]
-    missing.sort(key=lambda run: run[0] != REFERENCE)  # every table is beside it
+    missing.sort(key=lambda run: run[0] != REFERENCE)  # every table needs it
     for run, result in outcomes(arms(missing, args)):
         found[run.ablation, run.seed] = result
         row = rows("", {run.ablation: [result]})[0]
@@ -328,7 +327,7 @@ def main(argv: list[str]) -> None:
 
 
 def _grouped(known: dict[str, Any], found: dict[tuple[str, int], Result]) -> Groups:
-    """What was found, in the order of the groups and by seed; without those that have none."""
+    """The results by group and name, in the order of the groups and of the seeds."""
     by_name: dict[str, list[Result]] = {}
     for name, seed in sorted(found):
         by_name.setdefault(name, []).append(found[name, seed])

@@ -1,28 +1,32 @@
-"""The paper's suites: every method trained at equal parameters on real data and scored, over seeds,
-resumable.
+"""The paper's suites: trains every method at equal parameters on real data, and scores it.
 
     python -m experiments.accuracy --suite dialogue --data_dir DIR \
         --out experiments/results/accuracy
 
-Runs are methods x seeds; each leaves one JSON in OUT/SUITE as it ends, with its configuration, data
-hashes, loss curve, scores and time. A run whose JSON is there is not run again, one that was killed
-goes on from its checkpoint. At the end OUT/SUITE.md and .csv: means over seeds with standard errors
-(over seeds; with one seed over the test items), minutes (of a run that was resumed: of the last
-call), and every method beside lora by a paired bootstrap over the test items (every two methods:
-OUT/SUITE_pairs.csv); OUT/SUITE.png draws them. pf_lora and parallel are lora and fpa under other
-names and are not run. All have the parameters of ffba at `--rank` as nearly as their ranks allow.
+There is a run for each method and seed. It writes a JSON file in OUT/SUITE when it ends, with its
+configuration, data hashes, loss curve, scores and time, and is not run again. The same command
+resumes a killed run from its checkpoint. The results are in
 
-Checkpoints are in `--workdir`, by default runs/accuracy, and for another OUT
-runs/accuracy/FULL/PATH/OF/OUT, so that another OUT trains anew. A run that a workdir holds finished
-is not trained again: its adapter is scored.
+    OUT/SUITE.md, .csv      means over seeds, with standard errors over seeds (with one seed: over
+                            the test items), and minutes (of a resumed run: of its last call)
+    OUT/SUITE_pairs.csv     differences of every two methods, with intervals from a paired bootstrap
+                            over the items; those to lora are in OUT/SUITE.md, too
+    OUT/SUITE.png           validation losses, and differences to lora
 
-A method's rate is chosen once, by `--rate_steps N` in whichever suite comes first:
-OUT/rates/METHOD.json has the validation losses of the grid, and every later run of the method takes
-its best. Without that file: the method's own.
+All methods have about as many parameters as ffba at `--rank`. pf_lora and parallel are lora and fpa
+under other names and are not run.
 
-`--replicas K` trains up to K runs of a method, seeds or rates, in one program over one base
-(flora_jax/training/replicas.py); its results are those of one after another, up to rounding, but
-for their minutes, which are then of the scoring alone.
+Checkpoints are in `--workdir`: by default runs/accuracy, and for another OUT
+runs/accuracy/FULL/PATH/OF/OUT, so another OUT trains anew. A run that its workdir holds finished is
+only scored.
+
+`--rate_steps N` chooses each method's learning rate, once for all suites: it tries a grid of rates
+for N steps each and writes their validation losses to OUT/rates/METHOD.json. Every later run of the
+method takes the best. Without that file it takes the method's own rate.
+
+`--replicas K` trains up to K runs of a method (seeds, or rates) in one program over one base
+(flora_jax/training/replicas.py). The results are those of lone runs up to rounding, but minutes
+then count the scoring alone.
 """
 
 from __future__ import annotations
@@ -68,7 +72,7 @@ from flora_jax.models.loading import load_config
 
 OUT = Path("experiments/results/accuracy")
 _EVAL_BATCH = 32
-# What the first results do not have among what they were asked for.
+# Settings that the first results do not record.
 _FIRST = {"allow_contaminated": False}
 
 FLAGS: Flags = {
@@ -82,11 +86,9 @@ FLAGS: Flags = {
     "--preset": dict(help="whose settings a run starts from; default SmolLM2-135M's"),
     "--methods": dict(default=",".join(ARMS), help="comma-separated, run in this order"),
     "--seeds": dict(default="0", help="comma-separated"),
-    "--rank": dict(type=int, default=32, help="ffba's: all have about its number of parameters"),
+    "--rank": dict(type=int, default=32, help="of ffba; others at equal parameters"),
     "--steps": dict(type=int, help="default the suite's"),
-    "--rate_steps": dict(
-        type=int, default=0, help="steps of each trial of a rate; 0: none is tried"
-    ),
+    "--rate_steps": dict(type=int, default=0, help="for each rate tried; 0: none is tried"),
     "--replicas": dict(type=int, default=1, help="runs of a method trained in one program"),
     "--validation_size": dict(type=int, default=60),
     "--limit": dict(type=int, default=200, help="test items a task"),
@@ -114,7 +116,7 @@ def configuration(
     config.train.eval_every = config.train.save_every = max(1, config.train.steps // 3)
     config.train.log_every = max(1, config.train.steps // 8)
     config.optim.learning_rate = rate
-    config.eval.tasks = ",".join(suite.tests)  # whose records are dropped from what is trained on
+    config.eval.tasks = ",".join(suite.tests)  # their records are dropped from the training data
     config.eval.protocol = suite.protocol
     config.eval.limit = args.limit
     config.eval.batch_size = _EVAL_BATCH
@@ -128,12 +130,12 @@ def configuration(
 def choose_rate(
     suite: Suite, method: str, rank: int, args: argparse.Namespace
 ) -> tuple[float, dict[str, float]]:
-    """The method's rate, and the validation loss of each rate that was tried for it (none: the
-    method's own rate).
+    """The method's rate, and the validation loss of each rate tried for it.
 
-    Rates are tried with `--rate_steps` steps where that is given and none of the method's is on
-    record yet: a grid over two decades around its own; a winner at the edge extends it, one at
-    which the loss is no number has lost."""
+    Rates are tried only with `--rate_steps`, and only until one is on record: a grid over two
+    decades around the method's own rate, extended while the best is at its edge. A rate whose loss
+    is not finite has lost. Where none was tried, the rate is the method's own.
+    """
     own = METHODS[method].learning_rate
     path = args.out / "rates" / f"{method}.json"
     record = _rates_on_record(path, rank, args)
@@ -165,8 +167,8 @@ def choose_rate(
 
 
 def _rates_on_record(path: Path, rank: int, args: argparse.Namespace) -> Result:
-    """The search in `path`, a new one if there is none. Raises UserError for one of another model,
-    and for an unfinished one that would go on otherwise."""
+    """The search in `path`, or a new one. Raises UserError for one of another model, and for an
+    unfinished one with other settings."""
     record = {
         "schema_version": SCHEMA_VERSION,
         "model": args.model,
@@ -191,7 +193,7 @@ def _rates_on_record(path: Path, rank: int, args: argparse.Namespace) -> Result:
 
 
 def _by_rate(losses: dict[float, float]) -> dict[str, float | None]:
-    """Losses as JSON has them: null where one was no number."""
+    """Losses for JSON: null where one is not finite."""
     return {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in losses.items()}
 
 
@@ -200,7 +202,7 @@ def _by_rate(losses: dict[float, float]) -> dict[str, float | None]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Arm):
-    """A method and a seed. arm: of ARMS; rates: what was tried for the method, by rate."""
+    """An arm at a seed. method: None for the base; rates: validation losses of the rates tried."""
 
     suite: Suite
     arm: str
@@ -212,7 +214,7 @@ class Run(Arm):
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What must be alike for a result to be this run's."""
+        """The settings that a stored result must share to be this run's."""
         asked = _asked(self.suite, self.args)
         return {**asked, "learning_rate": self.rate} if self.method else asked
 
@@ -224,13 +226,8 @@ class Run(Arm):
         if not self.path.exists():
             return None
         result = read_result(self.path)
-        found = result["asked"] = {**_FIRST, **result["asked"]}
-        if found != self.asked:
-            differ = ", ".join(
-                f"{field}={found.get(field)!r} (now {value!r})"
-                for field, value in self.asked.items()
-                if found.get(field) != value
-            )
+        result["asked"] = {**_FIRST, **result["asked"]}
+        if differ := differences(result["asked"], self.asked):
             raise UserError(f"{self.path} was asked for {differ}; name another --out")
         if self.method and (differ := differences(result["config"], self.setup().to_dict())):
             raise UserError(f"{self.path} was run with {differ}; name another --out")
@@ -268,30 +265,32 @@ class Run(Arm):
 
 
 def runs(suite: Suite, arms: Sequence[str], seeds: Sequence[int], args: Any) -> Iterator[Run]:
-    """The runs in their order; a method's rate is chosen, and replicas are trained, when its first
-    run is due."""
-    folder = args.out / args.suite
-
-    def named(name: str, **about: Any) -> Run:
-        place = {"name": f"{args.suite}/{name}", "path": folder / f"{name}.json"}
-        return Run(**place, args=args, suite=suite, arm=arm, seed=seed, **about)
-
+    """Yields the runs in their order. Just before a method's first run its rate is chosen and its
+    replicas are trained."""
     for seed in seeds:
         for arm in arms:
+            first = seed == seeds[0]
+            about = {"args": args, "suite": suite, "arm": arm, "seed": seed}
             if arm == "base":
-                if seed == seeds[0]:
-                    yield named(arm, method=None, rank=0, rate=0.0, rates={})
+                if first:
+                    yield _run(arm, **about, method=None, rank=0, rate=0.0, rates={})
                 continue
             rank = _rank(arm, args)
             rate, rates = choose_rate(suite, arm, rank, args)
-            run = named(f"{arm}-seed{seed}", method=arm, rank=rank, rate=rate, rates=rates)
-            if arm != "fft" and seed == seeds[0]:
+            chosen = {"method": arm, "rank": rank, "rate": rate, "rates": rates}
+            run = _run(f"{arm}-seed{seed}", **about, **chosen)
+            if arm != "fft" and first:
                 _train_seeds(run, seeds)
             yield run
 
 
+def _run(name: str, args: argparse.Namespace, **about: Any) -> Run:
+    path = args.out / args.suite / f"{name}.json"
+    return Run(name=f"{args.suite}/{name}", path=path, args=args, **about)
+
+
 def _train_seeds(first: Run, seeds: Sequence[int]) -> None:
-    """Trains those of an arm's seeds together that have no result yet."""
+    """Trains together the seeds of an arm that have no result yet."""
     folder = first.args.workdir / first.args.suite
     left = []
     for seed in seeds:
@@ -303,23 +302,24 @@ def _train_seeds(first: Run, seeds: Sequence[int]) -> None:
 
 
 def _rank(method: str, args: argparse.Namespace) -> int:
-    """At which a method has the budget, ffba's at `--rank`."""
+    """The rank at which a method has about the parameters of ffba at `--rank`; 1 for fft."""
+    if method == "fft":
+        return 1
     config = load_config(args.model)
-    budget = trained_parameters(config, AdapterConfig("ffba", args.rank))
-    return 1 if method == "fft" else rank_for(method, config, budget)
+    return rank_for(method, config, trained_parameters(config, AdapterConfig("ffba", args.rank)))
 
 
 def score(
-    suite: Suite, adapter: Path | None, result: dict[str, Any] | None, args: argparse.Namespace
+    suite: Suite, adapter: Path | None, scored: dict[str, Any] | None, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Scores of the test sets' first `--limit` items (`result`, where the run has made them), and
-    the loss of the reference answers."""
+    """The scores of the first `--limit` items of each test set, and the loss of their reference
+    answers. scored: the former, if the run has made them."""
     settings = Settings(
         protocol=suite.protocol, batch_size=_EVAL_BATCH, max_length=suite.max_length + 256
     )
     tasks = load_task_data(suite.tests, args.data_dir, settings, limit=args.limit)
     model = load_adapted(args.model, adapter and str(adapter))
-    result = result or evaluate_tasks(tasks, model, settings)
+    result = scored or evaluate_tasks(tasks, model, settings)
     for name, losses in item_losses(model, tasks).items():
         nats, sizes = zip(*losses, strict=True)
         result["tasks"][name] |= {
@@ -327,14 +327,14 @@ def score(
             "reference_losses": nats,
             "reference_tokens": sizes,
         }
-        # the data's own, and long ones, stay out of what is published
+        # Long texts, and the data's own, are not published.
         for words in ("prompt", "texts"):
             result["tasks"][name].pop(words, None)
     return result
 
 
 def _asked(suite: Suite, args: argparse.Namespace) -> dict[str, Any]:
-    """What all results of one table share."""
+    """The settings that all results of one table share."""
     return {
         "model": args.model,
         "rank": args.rank,
@@ -346,8 +346,7 @@ def _asked(suite: Suite, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_comparable(args: argparse.Namespace) -> None:
-    """Raises UserError if OUT/SUITE holds results that cannot stand in one table with what is asked
-    for."""
+    """Raises UserError if OUT/SUITE, which becomes one table, holds results of other settings."""
     asked = _asked(SUITES[args.suite], args)
     for path in sorted((args.out / args.suite).glob("*.json")):
         if differ := differences({**_FIRST, **read_result(path)["asked"]}, asked):
@@ -355,7 +354,7 @@ def check_comparable(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> tuple[list[str], list[int]]:
-    """The arms and the seeds. Raises UserError for what cannot be run, before the first run."""
+    """The arms and the seeds. Raises UserError for bad flags and unreadable test sets."""
     if args.suite not in SUITES:
         raise UserError(f"--suite {args.suite!r} is unknown; {near_misses(args.suite, SUITES)}")
     arms = check_names("--methods", args.methods, ARMS, "unknown here")

@@ -1,4 +1,4 @@
-"""The tables and the figure of experiments/accuracy.py, of every run's JSON that is there."""
+"""The tables and the figure of experiments/accuracy.py, from all results in OUT/SUITE."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ByArm = dict[str, list[Result]]
 
 
 def metrics(scores: dict[str, Any]) -> dict[str, float]:
-    """What the tables show of a task."""
+    """The metrics of a task that the tables show."""
     shown = ("accuracy", "rouge1", "rouge2", "rougeL", "rougeLsum", "reference_loss")
     return {name: scores[name] for name in shown if name in scores}
 
 
 def rows(by_arm: ByArm) -> list[Row]:
-    """The table: a row a method, task and metric."""
+    """One row for each method, task and metric."""
     found = []
     for arm, own in by_arm.items():
         minutes = float(np.mean([run["minutes"] for run in own]))
@@ -51,9 +51,11 @@ def rows(by_arm: ByArm) -> list[Row]:
 
 
 def pairs(by_arm: ByArm) -> list[Row]:
-    """What tells methods apart: a row for every two of them, task and metric that their runs have
-    by item (accuracy, or rougeL of texts, and the reference loss), with the 95 % interval of a
-    paired bootstrap over items."""
+    """One row for every two methods, task and metric: their difference, with the 95 % interval of a
+    paired bootstrap over items.
+
+    Metrics are accuracy (rougeL for texts) and the reference loss, where runs have them by item.
+    """
     found = []
     for task, scores in next(iter(by_arm.values()))[0]["evaluation"]["tasks"].items():
         score = "accuracy" if "accuracy" in scores else "rougeL"
@@ -81,7 +83,7 @@ def _pairs_of(by_arm: ByArm, task: str, metric: str, column: str) -> list[Row]:
 
 
 def write_tables(args: argparse.Namespace) -> str:
-    """OUT/SUITE.md and .csv from every run's JSON that is there; the Markdown."""
+    """Writes the tables and the figure of all results in OUT/SUITE; returns the Markdown."""
     runs = [read_json(path) for path in sorted((args.out / args.suite).glob("*.json"))]
     with stored(args.out / args.suite):
         return _write_tables(args, runs)
@@ -122,7 +124,7 @@ def _how(run: Result, means: list[Row]) -> str:
 
 
 def _means(by_arm: ByArm, means: list[Row]) -> list[str]:
-    """The table of scores, a line a method."""
+    """The table of scores, one line for each method."""
     columns = _columns(means)
     cells = {(row["method"], row["task"], row["metric"]): row for row in means}
     heads = ["method", "rank", "parameters", "rate", "seeds", "minutes", "validation loss"]
@@ -143,7 +145,7 @@ def _means(by_arm: ByArm, means: list[Row]) -> list[str]:
 
 
 def _about_arm(arm: str, run: Result) -> list[str]:
-    """Its rank, parameters and rate."""
+    """The arm, its rank, parameters and rate."""
     rate = f"{run['learning_rate']:g}" if "rank" in run else ""
     if run.get("parameters"):
         return [arm, str(run["rank"]), f"{run['parameters']:,}", rate]
@@ -161,7 +163,7 @@ def _columns(found: list[Row]) -> list[tuple[str, str]]:
 
 
 def _contamination(runs: list[Result]) -> list[str]:
-    """What to say where training data held much of a test."""
+    """Says which tests the training data held much of."""
     overlaps = {
         task: share
         for run in runs
@@ -205,8 +207,8 @@ def _beside_lora(beside: list[Row]) -> list[str]:
 
 
 def plot(by_arm: ByArm, beside: list[Row], path: Path) -> None:
-    """Left the validation losses by step, a line a seed; right each task's score less lora's, with
-    its interval."""
+    """Draws the validation losses, one line for each seed (left), and each task's score less lora's
+    with its interval (right)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

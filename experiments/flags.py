@@ -1,4 +1,4 @@
-"""The flags of an experiment, as a table: what `add_argument` takes, by name."""
+"""The flags of an experiment as a table: name -> arguments of `add_argument`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ MODEL: Flags = {
 
 
 def parse(argv: list[str], prog: str, doc: str, flags: Flags) -> argparse.Namespace:
-    """The flags of `python -m experiments.…`, whose docstring is `doc`. Raises UserError."""
+    """Parses the flags of a script. doc: its docstring, whose first paragraph --help shows. Raises
+    UserError for bad flags."""
     parser = CommandParser(prog=prog, description=doc.partition("\n\n")[0])
     for name, settings in flags.items():
         parser.add_argument(name, **settings)

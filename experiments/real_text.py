@@ -1,13 +1,12 @@
-"""Every method on real questions: 60 steps of ARC-Easy + openbookqa on SmolLM2-135M, at the
-method's own rate.
+"""What every method learns from real questions: 60 steps of ARC-Easy + openbookqa on SmolLM2-135M.
 
     python -m experiments.real_text --data_dir DIR --out experiments/results/real_text
 
-Answers are label words ("the correct answer is answer2"). For each method: the validation loss
-before and after, and the share of test questions whose right label sentence is the likeliest of its
-four. A run that OUT.json holds is not run again, so that an interrupted sweep goes on where it
-stopped, and stands in OUT.md whatever `--methods` asks for. pf_lora and parallel are lora and fpa
-under other names.
+Each method trains at its own rate. Answers are label words ("the correct answer is answer2"). The
+table has the validation loss before and after, and the share of test questions whose right label
+sentence is the likeliest. A run that OUT.json holds is not run again, so the same command resumes;
+it is in OUT.md whatever `--methods` asks for. pf_lora and parallel are lora and fpa under other
+names.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ from flora_jax.train import run
 
 MODEL = "smollm2-135m-instruct"
 TASKS = ("ARC-Easy", "openbookqa")
-# As near to ffba's 5.53 M parameters at rank 32 as each method's rank can be (zflora's must divide
-# 576).
+# As near to the 5.53 M parameters of ffba at rank 32 as the ranks allow (zflora's must divide 576).
 RANKS = {
     "fft": 1,
     "lora": 18,
@@ -58,7 +56,7 @@ FLAGS: Flags = {
 
 
 def configuration(method: str, data_dir: str, steps: int) -> Any:
-    """The run of one method."""
+    """The configuration of one method's run."""
     config = get_config("smollm2-135m", method)
     config.model.weights = MODEL
     config.adapter.rank = RANKS[method]
@@ -83,11 +81,7 @@ def label_accuracy(adapter: Path | None, data_dir: str, limit: int) -> dict[str,
         for example in examples:
             prompt, targets = label_request(example)
             requests.append([(prompt, " " + target) for target in targets])
-        scores = choice_loglik(
-            model,
-            requests,
-            batch_size=16,
-        )
+        scores = choice_loglik(model, requests, batch_size=16)
         right = [int(np.argmax(s)) == e.gold for s, e in zip(scores, examples, strict=True)]
         accuracy[name] = sum(right) / len(right)
     return accuracy
@@ -101,7 +95,7 @@ class Run(Arm):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What must be alike for a result to be this run's."""
+        """The settings that a stored result must share to be this run's."""
         return {
             "steps": self.args.steps,
             "limit": self.args.limit,
@@ -112,7 +106,8 @@ class Run(Arm):
     def find(self) -> Result | None:
         if self.found is None:
             return None
-        out, before = self.args.out, self.found["settings"]
+        out = self.args.out
+        before = self.found["settings"]
         if before != self.settings:
             raise UserError(
                 f"{out}.json has {self.name} with {before}, not {self.settings}; name another --out"
@@ -133,7 +128,7 @@ class Run(Arm):
 
 
 def markdown(args: argparse.Namespace, base: dict[str, float], found: dict[str, Result]) -> str:
-    """The table, a line a method, and the base's."""
+    """The table, one line for the base and for each method."""
     results = [found[method] for method in RANKS if method in found]
     data = results[0]["data"]
     title = f"ARC-Easy + openbookqa, label words, {args.steps} steps"
@@ -163,7 +158,7 @@ def _cells(result: Result) -> list[str]:
 
 
 def read_before(path: Path) -> dict[str, Result]:
-    """What an earlier call left, by method."""
+    """The results of earlier calls, by method."""
     if not path.exists():
         return {}
     with stored(path):
@@ -184,7 +179,7 @@ def main(argv: list[str]) -> None:
     base = label_accuracy(None, args.data_dir, args.limit)
     runs = (
         Run(name=method, path=None, args=args, found=found.get(method))
-        for method in [*found, *asked]
+        for method in dict.fromkeys([*found, *asked])
     )
     for one, result in outcomes(runs):
         found[one.name] = result

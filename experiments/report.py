@@ -1,5 +1,5 @@
-"""What experiments share: the model that they are asked for, the files of a result, what tells two
-configurations apart, and how tables state errors and differences."""
+"""What experiments share: loading the model, writing results, comparing configurations, and the
+errors and differences in tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import init_base
 from flora_jax.models.loading import load_pretrained
 
-# Fields of a training configuration that change no number, but for rounding.
+# Fields of a training configuration that change numbers by rounding alone.
 _NO_NUMBERS = frozenset(
     {
         "data.dir",
@@ -41,24 +41,28 @@ _NO_NUMBERS = frozenset(
 
 
 def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """What is asked for now and is not so in a recorded configuration, as `field=value (now
-    value)`, empty if nothing is. Fields that change no number do not count; one that is younger
-    than the record had its default then."""
-    default, before, now = (
-        flatten_dict(json.loads(json.dumps(tree)), sep=".")
-        for tree in (get_config().to_dict(), found, asked)
-    )
-    before = {field: before.get(field, default.get(field, "absent")) for field in now}
-    return ", ".join(
-        f"{field}={before[field]!r} (now {now[field]!r})"
-        for field in now
-        if field not in _NO_NUMBERS and before[field] != now[field]
-    )
+    """The fields in which a recorded configuration differs from what is asked, as `field=value (now
+    value)`; empty if in none.
+
+    Fields of _NO_NUMBERS do not count. A field that is younger than the record had its default.
+    """
+    before = _fields(get_config().to_dict()) | _fields(found)
+    differ = []
+    for field, value in _fields(asked).items():
+        recorded = before.get(field, "absent")
+        if field not in _NO_NUMBERS and recorded != value:
+            differ.append(f"{field}={recorded!r} (now {value!r})")
+    return ", ".join(differ)
+
+
+def _fields(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The values by field, as JSON has them."""
+    return flatten_dict(json.loads(json.dumps(tree)), sep=".")
 
 
 def check_data(hashes: Mapping[str, str], data_dir: str | None, path: Path) -> None:
-    """Raises UserError if the result at `path`, with hashes by TASK/SPLIT, is of other records than
-    those that are there now."""
+    """Raises UserError if the records of the result at `path` are not those in `data_dir`. hashes:
+    the result's, by TASK/SPLIT."""
     for name, digest in hashes.items():
         task, slash, split = name.rpartition("/")
         if slash and data_hash(get_task(task), split, data_dir) != digest:
@@ -68,8 +72,8 @@ def check_data(hashes: Mapping[str, str], data_dir: str | None, path: Path) -> N
 
 
 def load_model(args: argparse.Namespace) -> tuple[LlamaConfig, dict[str, Any]]:
-    """`(config, base)` of `flags.MODEL`, split layout. Raises UserError where it cannot be, or
-    OUT not written."""
+    """`(config, base)` that the flags of `flags.MODEL` name, split layout. Raises UserError if
+    there is no such model, or OUT cannot be written."""
     if args.out:
         check_writable(beside(args.out, ".json"), "--out")
     if args.model != "random":
@@ -87,8 +91,8 @@ def check_generation(args: argparse.Namespace) -> None:
 
 
 def beside(out: Path, suffix: str) -> Path:
-    """OUT.json and the like: `suffix` behind the whole name, which may have dots of its own (of
-    OUT.json: in its place). Raises UserError for a path without a name."""
+    """OUT with the suffix: after its whole name, which may have dots, or in place of a `.json`.
+    Raises UserError for a path without a name."""
     if not out.name:
         raise UserError(f"--out {out} must end in a name")
     return out.with_name(out.name.removesuffix(".json") + suffix)
@@ -96,7 +100,7 @@ def beside(out: Path, suffix: str) -> Path:
 
 @contextlib.contextmanager
 def stored(place: Path) -> Iterator[None]:
-    """Raises UserError where an earlier call's results, in `place`, lack what is read from them."""
+    """Raises UserError if earlier results, in `place`, lack what the block reads from them."""
     try:
         yield
     except UserError:
@@ -109,8 +113,8 @@ def stored(place: Path) -> Iterator[None]:
 
 
 def write_result(args: argparse.Namespace, about: About, text: str, **fields: Any) -> None:
-    """OUT.json with the arguments and `fields`, and OUT.md with `text`, where --out is given;
-    `text` to stdout."""
+    """Prints the text; with --out also writes OUT.md, and OUT.json with the arguments and
+    fields."""
     print(text)
     if args.out:
         result = {
@@ -124,8 +128,8 @@ def write_result(args: argparse.Namespace, about: About, text: str, **fields: An
         beside(args.out, ".md").write_text(text)
 
 
-# scipy.stats.bootstrap (paired, percentile) draws the same items, but its intervals differ from
-# those on record in the last digits, and it does not keep what was drawn for the next two methods.
+# scipy.stats.bootstrap (paired, percentile) draws the same items, but its intervals differ from the
+# stored ones in the last digits, and it draws anew for every two methods.
 _SEED_OF_BOOTSTRAP = 0
 _RESAMPLES = 10_000
 
@@ -136,19 +140,19 @@ def _drawn(items: int) -> np.ndarray:
     replacement."""
     drawn = np.random.default_rng(_SEED_OF_BOOTSTRAP).integers(0, items, (_RESAMPLES, items))
     places = drawn + items * np.arange(_RESAMPLES)[:, None]
-    return (
-        np.bincount(places.ravel(), minlength=_RESAMPLES * items)
-        .reshape(_RESAMPLES, items)
-        .astype(float)
-    )
+    counts = np.bincount(places.ravel(), minlength=_RESAMPLES * items)
+    return counts.reshape(_RESAMPLES, items).astype(float)
 
 
 def paired_bootstrap(
     ours: np.ndarray, theirs: np.ndarray, sizes: np.ndarray | None = None
 ) -> tuple[float, float, float]:
-    """Difference of two scores of the same n items and its 95 % interval, items drawn with
-    replacement. Scores are the mean of `ours` and of `theirs`, `[n]`, or, where items have `sizes`,
-    `[n]`, their sum over the sum of sizes."""
+    """The difference of two scores of the same items, and its 95 % interval (low, high) over items
+    drawn with replacement.
+
+    ours, theirs `[n]`: by item. A score is their mean, or with sizes `[n]` their sum over the sum
+    of sizes.
+    """
     if sizes is None:
         sizes = np.ones(len(ours))
     difference = ours - theirs
@@ -158,28 +162,31 @@ def paired_bootstrap(
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of several values; None of one."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    """The standard error of the mean of at least two values; None of fewer."""
+    if len(values) < 2:
+        return None
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def spread(seeds: Sequence[float], over_items: float | None) -> dict[str, Any]:
-    """The standard error of a mean over seeds, of a single seed `over_items`, and which of them it
-    is."""
+    """The standard error of a mean over seeds (of a single seed: `over_items`), and which of the
+    two it is."""
     if len(seeds) == 1:
         return {"stderr": over_items, "stderr_over": "items"}
     return {"stderr": standard_error(seeds), "stderr_over": "seeds"}
 
 
 def with_error(mean: float, error: float | None) -> str:
-    """A table's cell."""
-    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+    """A table's cell: the mean, and its error if there is one."""
+    if error is None:
+        return f"{mean:.3f}"
+    return f"{mean:.3f} ± {error:.3f}"
 
 
 def write_csv(path: Path, table: Sequence[dict[str, Any]]) -> None:
-    """Rows of which some have more columns than others."""
+    """Writes rows, which may have different columns."""
+    columns = dict.fromkeys(column for row in table for column in row)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(
-            file, list(dict.fromkeys(column for row in table for column in row))
-        )
+        writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
         writer.writerows(table)

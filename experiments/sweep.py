@@ -1,9 +1,9 @@
-"""A sweep: arms that are trained, scored and recorded one after another, each of them once.
+"""A sweep: arms that are trained, scored and recorded one after another, each once.
 
-An experiment says of an arm what its run is called, how the result of an earlier call is
-recognised, and how a new one is made; what is the same for all of them is here. A sweep that was
-stopped goes on with the same command: what is recorded is read, a run that was begun resumes from
-its checkpoint, and of one that a workdir holds finished only the score is made.
+An experiment defines what an arm's run is called, how an earlier result is recognised, and how a
+new one is made; what all sweeps share is here. The same command resumes a sweep that was stopped:
+recorded results are read, a run that was begun resumes from its checkpoint, and one that its
+workdir holds finished is only scored.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Result = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm(abc.ABC):
-    """One run of a sweep. name: of its folder below --workdir. path: the file of its result, None
-    where the experiment keeps that itself."""
+    """One run of a sweep. name: of its folder below --workdir; path: of its result, None if the
+    experiment writes that itself."""
 
     name: str
     path: Path | None
@@ -45,17 +45,16 @@ class Arm(abc.ABC):
 
     @abc.abstractmethod
     def find(self) -> Result | None:
-        """What an earlier call has left; None if nothing. Raises UserError where that was asked for
-        otherwise."""
+        """The result of an earlier call, or None. Raises UserError if its settings were others."""
 
     @abc.abstractmethod
     def make(self, workdir: Path) -> Result:
-        """Trains, or goes on, and scores: what the result says but for the time and the place."""
+        """Trains (or resumes) and scores. Returns the result without minutes and provenance."""
 
 
 def outcomes(arms: Iterable[Arm]) -> Iterator[tuple[Arm, Result]]:
-    """Yields each arm with its result, found or made. The next arm is taken from `arms` when this
-    one is recorded; what one raises ends the sweep."""
+    """Yields each arm with its result, found or made. The next arm is taken only when this one is
+    recorded; an error ends the sweep."""
     for arm in arms:
         result = arm.find()
         yield arm, _made(arm) if result is None else result
@@ -73,12 +72,12 @@ def _made(arm: Arm) -> Result:
 
 
 def say_found(path: Path) -> None:
-    """Tells that a result is taken as it is."""
+    """Says that a stored result is used."""
     print(f"{path} is there and is not run again; another --out runs it anew", file=sys.stderr)
 
 
 def read_result(path: Path) -> Result:
-    """What a run has left. Raises UserError for another file."""
+    """A run's stored result. Raises UserError for another file."""
     result = read_json(path)
     if not isinstance(result.get("asked"), dict):
         raise UserError(f"{path} is not the result of a run; move it away, or name another --out")
@@ -89,8 +88,8 @@ def read_result(path: Path) -> Result:
 
 
 def train(setup: Any, workdir: Path) -> tuple[Result, Result | None]:
-    """Runs a configuration, or what is left of it; what a result says of the training, and the
-    scores it asked for."""
+    """Trains a configuration (or resumes it). Returns what a result says of the training, and the
+    scores that the configuration asks for."""
     summary = run(setup, workdir)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -106,9 +105,11 @@ def train(setup: Any, workdir: Path) -> tuple[Result, Result | None]:
 def train_together(
     runs: Sequence[tuple[Any, Path]], replicas: int
 ) -> dict[int, FloatingPointError]:
-    """Trains configurations in their workdirs, up to `replicas` in one program, as far as `run`
-    takes them; which of them ended at a loss that was no number. Trains nothing where there would
-    be one alone."""
+    """Trains configurations in their workdirs, up to `replicas` in one program.
+
+    Returns the errors of those whose loss was not finite, by place. One that would be alone in its
+    program is left to `run`, which has nothing to train for the others.
+    """
     diverged = {}
     for start in range(0, len(runs), replicas):
         group = runs[start : start + replicas]
@@ -125,8 +126,8 @@ def placeless(setup: Any) -> dict[str, Any]:
 
 
 def last_loss(setup: Any, workdir: Path) -> float:
-    """Runs a configuration; its validation loss after the last step, infinite where the loss was no
-    number at some step."""
+    """Trains a configuration. Returns its validation loss after the last step, infinity if a loss
+    was not finite."""
     try:
         return run(setup, workdir)["validation_losses"][str(setup.train.steps)]
     except FloatingPointError:
@@ -141,8 +142,8 @@ def best_loss(result: Result) -> float:
 
 
 def item_losses(model: Any, tasks: Sequence[TaskData]) -> dict[str, list[tuple[float, int]]]:
-    """By task and item: the loss of the reference answer after its prompt, in nats, and its
-    tokens."""
+    """By task and item: the loss of the reference answer after its prompt, in nats, and its number
+    of tokens."""
     losses = {}
     for task in tasks:
         pairs = [(e.messages[0].content, " " + e.messages[-1].content) for e in task.examples]
@@ -160,7 +161,8 @@ def item_losses(model: Any, tasks: Sequence[TaskData]) -> dict[str, list[tuple[f
 def check_names(
     flag: str, text: str, known: Collection[str], unknown: str = "unknown"
 ) -> list[str]:
-    """The names of a comma-separated flag. Raises UserError for one that is not known, or none."""
+    """The names of a comma-separated flag. Raises UserError if there are none, or one is not
+    known."""
     asked = split_names(text)
     for name in asked:
         if name not in known:
@@ -171,7 +173,7 @@ def check_names(
 
 
 def read_seeds(value: str) -> list[int]:
-    """`"0,1"` as numbers. Raises UserError."""
+    """`"0,1"` as `[0, 1]`. Raises UserError unless all are integers from 0, each once."""
     seeds = [int(seed) if seed.isdecimal() else -1 for seed in split_names(value)]
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UserError(
@@ -181,8 +183,8 @@ def read_seeds(value: str) -> list[int]:
 
 
 def workdir_of(out: Path, usual: Path) -> Path:
-    """Where runs train that are to end in `out`: runs/NAME for the usual place, below it OUT's full
-    path for another, so that no other OUT finds them finished."""
+    """The workdir of runs whose results go to `out`: runs/NAME for the usual place, below it OUT's
+    full path for another, so that no other OUT finds them finished."""
     name = Path("runs", usual.name)
     place = out.resolve()
     return name if place == usual.resolve() else name.joinpath(*place.parts[1:])
