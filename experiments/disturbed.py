@@ -1,5 +1,7 @@
-"""Runs of a tiny model that faults are put into, in processes of their own, and what they must
-leave: the files that a run leaves which nothing met."""
+"""Runs of a tiny model that faults are put into, each command in a process of its own.
+
+In the end they must leave the same files as an undisturbed run.
+"""
 
 from __future__ import annotations
 
@@ -32,18 +34,18 @@ FIELDS = {
     "eval.limit": 4,
     "eval.max_new_tokens": 8,
 }
-# A process is to reach the fault soon: what is compiled is kept, and compiled without much care.
+# To reach the fault soon: few optimizations, and compiled programs are kept.
 _QUICK = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
-_SECONDS = 300.0  # after which a process hangs
-_WHOLE = ("run/adapter", "exported")  # directories that are there whole or not at all
+_SECONDS = 300.0  # a process that takes longer hangs
+_WHOLE = ("run/adapter", "exported")  # directories that must be complete or absent
 
 
 class Wrong(Exception):
-    """What a run did that it must not."""
+    """A run did what it must not."""
 
 
 class Ended(NamedTuple):
@@ -54,7 +56,7 @@ class Ended(NamedTuple):
 
 
 def ended(process: subprocess.Popen, seconds: float = _SECONDS) -> Ended:
-    """The process at its end. Raises Wrong for one that hangs."""
+    """Waits for the end of a process. Raises Wrong if it hangs."""
     try:
         error = process.communicate(timeout=seconds)[1]
     except subprocess.TimeoutExpired:
@@ -64,7 +66,8 @@ def ended(process: subprocess.Popen, seconds: float = _SECONDS) -> Ended:
 
 
 class Run:
-    """One run in a folder of its own, whose commands name no other path than those in it."""
+    """One run in a folder of its own. Its commands name paths relative to that, so that two runs
+    leave equal files."""
 
     def __init__(self, root: Path, cache: Path):
         self.root = root
@@ -72,13 +75,14 @@ class Run:
         self.trace = root.with_suffix(".trace")
         places = {"FLORA_CACHE": str(cache), "PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"}
         self.environment = {**os.environ, **places, **_QUICK}
-        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile it anew
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or all would compile the code anew
         root.mkdir()
 
     def start(
         self, command: str, fault: Mapping[str, Any] | None = None, *flags: str, name: str = ""
     ) -> subprocess.Popen:
-        """A process of `train` or `export`, with more flags. name: of one of several at once."""
+        """Starts `train` or `export` with more flags. name: ends the name of its trace, where
+        several processes run at once."""
         trace = f"{self.trace}{name}"
         Path(trace).unlink(missing_ok=True)
         given = {
@@ -97,8 +101,7 @@ class Run:
         )
 
     def go(self, command: str, fault: Mapping[str, Any] | None = None) -> Ended:
-        """The process at its end, its kill noted; nothing is done where the export is there
-        already."""
+        """Runs a command to its end and notes a kill. Does nothing if the export exists already."""
         self.trace.unlink(missing_ok=True)
         if command == "export" and (self.root / "exported").exists():
             return Ended(0, "")
@@ -108,21 +111,21 @@ class Run:
         return end
 
     def finish(self) -> None:
-        """What is left of training, and the export. Raises Wrong where one does not end well."""
+        """Resumes training, and exports. Raises Wrong unless both succeed."""
         for command in ("train", "export"):
             check_code(self.go(command), 0)
 
     def lines(self) -> list[list[str]]:
-        """The words of the trace: time, what, phase."""
+        """The lines of the trace as words: time, event, phase."""
         text = self.trace.read_text() if self.trace.exists() else ""
         return [line.split() for line in text.splitlines()]
 
     def struck(self) -> str | None:
-        """The phase that the fault came in, None where the process had ended before."""
-        return next((phase for _, what, phase in self.lines() if what == "fault"), None)
+        """The phase that the fault came in; None if the process ended before it."""
+        return next((phase for _, event, phase in self.lines() if event == "fault"), None)
 
     def contents(self) -> dict[str, bytes | str]:
-        """What the run computed, by file; of metrics.jsonl all but the speed."""
+        """What the run computed, by file, without times, speeds and memory."""
         places = [self.root / name for name in _WHOLE]
         found = {
             str(file.relative_to(self.root)): file.read_bytes()
@@ -136,20 +139,20 @@ class Run:
         return found
 
     def check_whole(self, owed: Mapping[str, bytes | str]) -> None:
-        """Raises Wrong where something half-written stands in a whole thing's place."""
+        """Raises Wrong if the adapter, the export or eval.json is half-written."""
         found = self.contents()
         for name in _WHOLE:
             if (self.root / name).exists() and _part(found, name) != _part(owed, name):
-                raise Wrong(f"{name} is there and is not what it should be")
+                raise Wrong(f"{name} exists and is not as in the undisturbed run")
         if "run/eval.json" in found:
             json.loads((self.root / "run/eval.json").read_text())
 
     def check_equal(self, owed: Mapping[str, bytes | str]) -> None:
-        """Raises Wrong where a file is not as in the run that nothing met."""
+        """Raises Wrong if a file is not as in the undisturbed run."""
         found = self.contents()
         other = [name for name in {*found, *owed} if found.get(name) != owed.get(name)]
         if other:
-            raise Wrong(f"other than undisturbed: {', '.join(sorted(other))}")
+            raise Wrong(f"not as in the undisturbed run: {', '.join(sorted(other))}")
 
 
 def check_code(end: Ended, *codes: int) -> None:
@@ -159,11 +162,11 @@ def check_code(end: Ended, *codes: int) -> None:
 
 
 def seconds_of_phases(lines: Sequence[Sequence[str]]) -> dict[str, float]:
-    """The median length of each phase of a trace."""
+    """The median length of each phase of a trace, in seconds."""
     begun: dict[str, float] = {}
     found = collections.defaultdict(list)
-    for when, what, phase in lines:
-        if what == "begin":
+    for when, event, phase in lines:
+        if event == "begin":
             begun[phase] = float(when)
         else:
             found[phase].append(float(when) - begun[phase])
@@ -171,7 +174,7 @@ def seconds_of_phases(lines: Sequence[Sequence[str]]) -> dict[str, float]:
 
 
 def wait_for(process: subprocess.Popen, run: Run, phase: str) -> None:
-    """Returns once the process is in a phase. Raises Wrong where it ends before."""
+    """Returns once the process is in a phase. Raises Wrong if it ends before."""
     while not any(one[2:] == [phase] for one in run.lines()):
         if process.poll() is not None:
             raise Wrong(f"ended before {phase}: {process.communicate()[1][-500:]}")
@@ -183,7 +186,6 @@ def _part(found: Mapping[str, bytes | str], name: str) -> dict[str, bytes | str]
 
 
 def _no_speed(text: str) -> str:
-    """JSON text without the lines, or in a log the fields, that say how long something took, or
-    with how much memory."""
+    """JSON text without the lines (in a log: the fields) of times, speeds and memory."""
     text = re.sub(rf',? *"({"|".join(MEASURED)})": [^,}}]*', "", text)
     return re.sub(r'\n *"seconds": [^\n]*', "", text)

@@ -1,18 +1,20 @@
-"""Runs that are killed, starved and disturbed, and go on: each ends as the run that nothing met.
+"""Runs that are killed, starved and disturbed: each must end like an undisturbed run.
 
     python -m experiments.faults --kills 200 --others 10 --out experiments/results/faults
 
-A run trains a tiny model for 12 steps, writes its adapter, is scored, and is exported. It is killed
-(SIGKILL, SIGTERM, SIGINT, SIGHUP) at a moment drawn from a phase, started again, killed again, a
-dozen times, and then let end: its adapter, metrics, eval.json and export must be those of an
-undisturbed run, bit by bit. After each kill nothing half-written may stand where a whole thing
-belongs, and what another signal than SIGKILL stopped ends without a traceback. The other faults:
+A run trains a tiny model for 12 steps, writes its adapter, scores it and exports it. It is killed
+(SIGKILL, SIGTERM, SIGINT, SIGHUP) and started again a dozen times, each time at a random moment of
+some phase, and then left alone. In the end its adapter, metrics, eval.json and export must be those
+of an undisturbed run, bit by bit. After a kill nothing may be half-written, and no signal may cause
+a traceback. The other faults:
 
-    small file     from some moment on no file may grow beyond some bytes
-    full disk      the run lies on a disk (tmpfs) that is too small for it
-    read-only      that disk takes nothing, at first or after a kill (both only where root runs it)
-    second run     another one wants the directory of a run that is on its way
-    cluster        of two processes of one run, one is killed
+    small file     from some moment on, no file may grow beyond a limit
+    full disk      the run's disk (a tmpfs) is too small
+    read-only      the run's disk is read-only, from the start or after a kill
+    second run     another process wants the directory of a run that is under way
+    cluster        one of the two processes of a run is killed
+
+Only root can mount the disks; for others these two faults are left out.
 """
 
 from __future__ import annotations
@@ -54,20 +56,20 @@ FLAGS: Flags = {
     "--out": dict(type=Path, help="write OUT.json and OUT.md"),
 }
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
-_STOPPED = (0, 1, -1, -2, -9, -15)  # 0: it had all but ended
+_STOPPED = (0, 1, -1, -2, -9, -15)  # exit codes; 0: the process had all but ended
 _REFUSED = (0, 1, 2)
-_ROOM = "64m"
-_CLUSTER_SECONDS = 180.0  # in which the other process must end; JAX counts to 100
+_ROOM = "64m"  # the size of a disk that is large enough
+_CLUSTER_SECONDS = 180.0  # in which the other process must end; JAX waits 100
 
 
 class Place:
-    """A folder for runs, and the run that nothing met: what it leaves, and how long it takes."""
+    """A folder for runs; the files, bytes and seconds of each phase of an undisturbed one."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._made = 0
         first = self.run()
-        first.finish()  # compiles
+        first.finish()  # compiles, so that the second's phases are timed without
         self.owed = first.contents()
         self.bytes = sum(file.stat().st_size for file in first.root.rglob("*") if file.is_file())
         second = self.run()
@@ -79,18 +81,18 @@ class Place:
         self._cluster: dict[str, Any] | None = None
 
     def run(self) -> Run:
-        """A run that has not begun, which `latest` is from now on."""
+        """A new run, which becomes `latest`."""
         self._made += 1
         self.latest = Run(self.folder / f"run{self._made}", self.folder / "cache")
         return self.latest
 
     def moment(self, phase: str, rng: random.Random) -> dict[str, Any]:
-        """A moment of a phase, now and then one shortly after it."""
+        """A random moment of a phase, or shortly after it."""
         entry = rng.randint(1, 3) if phase == "step" else 1
         return {"phase": phase, "entry": entry, "after": rng.uniform(0, 1.1 * self.seconds[phase])}
 
     def cluster(self) -> dict[str, Any]:
-        """What two processes leave that nothing met."""
+        """The files of an undisturbed run of two processes."""
         if self._cluster is None:
             run = self.run()
             for process in start_cluster(run):
@@ -103,7 +105,7 @@ class Place:
 
 
 def kills(place: Place, rng: random.Random) -> None:
-    """A run is killed a dozen times, and then let end."""
+    """A run is killed a dozen times, then left alone."""
     run = place.run()
     phases = ["loading", "step", "validation", "checkpoint"] * 2
     rng.shuffle(phases)
@@ -118,7 +120,7 @@ def kills(place: Place, rng: random.Random) -> None:
 
 
 def small_file(place: Place, rng: random.Random) -> None:
-    """From a moment on no file may grow beyond some bytes."""
+    """From some moment on, no file may grow beyond a limit."""
     run = place.run()
     phase = rng.choice(("loading", "step", "validation", "checkpoint", "adapter", "evaluation"))
     limit = rng.randrange(4096, 60_000)
@@ -133,7 +135,7 @@ def small_file(place: Place, rng: random.Random) -> None:
 
 @contextlib.contextmanager
 def disk(run: Run, size: str) -> Iterator[Callable[[str], None]]:
-    """Gives the run a disk of its own, and yields what changes its options."""
+    """Gives the run a disk of its own; yields a function that changes its mount options."""
 
     def mount(options: str) -> None:
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(run.root)]
@@ -150,7 +152,10 @@ def full_disk(place: Place, rng: random.Random) -> None:
     """The disk is too small, until somebody makes room."""
     run = place.run()
     with disk(run, str(int(place.bytes * rng.uniform(0.05, 0.95)))) as change:
-        for command in ("train", "export") if rng.random() < 0.7 else ("train",):
+        commands = ["train"]
+        if rng.random() < 0.7:
+            commands.append("export")
+        for command in commands:
             check_code(run.go(command), *_REFUSED)
             run.check_whole(place.owed)
         change(f"size={_ROOM}")
@@ -159,7 +164,7 @@ def full_disk(place: Place, rng: random.Random) -> None:
 
 
 def read_only(place: Place, rng: random.Random) -> None:
-    """The disk takes nothing, at first or after a kill, until somebody lets it."""
+    """The disk is read-only, from the start or after a kill, until somebody changes that."""
     run = place.run()
     with disk(run, _ROOM) as change:
         if rng.random() < 0.7:
@@ -176,22 +181,22 @@ def read_only(place: Place, rng: random.Random) -> None:
 
 
 def second_run(place: Place, rng: random.Random) -> None:
-    """Another run wants the directory, and is refused; the first does not notice."""
+    """Another process wants the directory and is refused; the first does not notice."""
     run = place.run()
     first = run.start("train")
     wait_for(first, run, "step")
     time.sleep(rng.uniform(0, 1))
     other = ended(run.start("train", name=".other"))
-    there = first.poll() is None
+    running = first.poll() is None
     check_code(ended(first), 0)
-    if there:
+    if running:
         check_code(other, 2)
     run.finish()
     run.check_equal(place.owed)
 
 
 def start_cluster(run: Run, faults: tuple[dict[str, Any], ...] = ({}, {})) -> list[Any]:
-    """Two processes of one run."""
+    """Starts the two processes of one run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -203,7 +208,7 @@ def start_cluster(run: Run, faults: tuple[dict[str, Any], ...] = ({}, {})) -> li
     }
     flags = [f"--config.{field}={value}" for field, value in fields.items()]
     return [
-        run.start("train", fault, *flags, f"--config.distributed.process_id={i}", name=f".{i}" * i)
+        run.start("train", fault, *flags, f"--config.distributed.process_id={i}", name=f".{i}")
         for i, fault in enumerate(faults)
     ]
 
@@ -212,13 +217,13 @@ def cluster(place: Place, rng: random.Random) -> None:
     """One of two processes is killed; the other ends, and both go on when started again."""
     run = place.run()
     owed = place.cluster()
-    fault = {**place.moment(rng.choice(("step", "validation", "checkpoint")), rng)}
+    fault = place.moment(rng.choice(("step", "validation", "checkpoint")), rng)
     fault |= {"entry": rng.randint(1, 2), "signal": "SIGKILL"}
     faults = [fault, {}]
     rng.shuffle(faults)
     for process in start_cluster(run, tuple(faults)):
         if ended(process, _CLUSTER_SECONDS).code == 0:
-            raise Wrong("a process without its other ended as if nothing had happened")
+            raise Wrong("a process succeeded though one of the two was killed")
     for process in start_cluster(run):
         check_code(ended(process), 0)
     run.check_equal(owed)
@@ -238,12 +243,12 @@ FAULTS = {
 
 
 def possible() -> list[str]:
-    """The faults that this user can make: only root mounts a disk."""
+    """The faults that this user can make: only root can mount a disk."""
     return [name for name in FAULTS if os.geteuid() == 0 or name not in ("full disk", "read-only")]
 
 
 def runs(place: Place, name: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Runs without end that a fault is put into: the kills of each, and what it did wrong."""
+    """Yields runs with one kind of fault without end: the kills of each, and what it did wrong."""
     for i in itertools.count():
         one: dict[str, Any] = {"fault": name, "run": i}
         try:
@@ -255,12 +260,12 @@ def runs(place: Place, name: str, seed: int) -> Iterator[dict[str, Any]]:
 
 def markdown(about: dict[str, Any], found: list[dict[str, Any]]) -> str:
     """The tables: kills by phase and signal, and the runs."""
-    kills = [kill for one in found for kill in one["kills"]]
-    counts = collections.Counter((kill["phase"], kill["signal"]) for kill in kills)
+    every = [kill for one in found for kill in one["kills"]]
+    counts = collections.Counter((kill["phase"], kill["signal"]) for kill in every)
     rows = [[phase, *(str(counts[phase, name]) for name in SIGNALS)] for phase in (*PHASES, "none")]
     lines = [
         header("Faults", about),
-        f"{len(kills)} kills, by the phase that they came in (none: between two):\n",
+        f"{len(every)} kills, by the phase that they came in (none: between two):\n",
         *table(["", *SIGNALS], rows),
         "\nRuns that did not end as the undisturbed one, or did what they must not:\n",
     ]

@@ -1,12 +1,12 @@
-"""Spoilt files for every reader, by the thousand: each is read right or refused in one line.
+"""Spoilt files for every reader, by the thousand: each must be read right or refused in one line.
 
     python -m experiments.fuzz --count 1000 --out experiments/results/fuzz
 
-A file is whole, then gets the faults that its seed draws (fuzz_faults.py), and is read in a process
-with limits. Accepted, what was read must be right; refused, it must be by a UserError of one line.
-Anything else is a failure, and so are a hang, a dead process, more memory than the reader may take,
-and a file that appears or changes anywhere but in its own folder and the cache. A failure is
-reported with its seed; `--reader NAME --first SEED --count 1` shows it again.
+Each seed draws faults (fuzz_faults.py) for a whole file, which is read in a process with limits. If
+the reader accepts it, what was read must be right; if not, it must raise a UserError of one line.
+Anything else is a failure, and so are a hang, a dead process, too much memory, and a file that
+appears or changes outside the cache and the home folder. A failure is printed with its seed, and
+`--reader NAME --first SEED --count 1` repeats it.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ FLAGS: Flags = {
     "--first": dict(type=int, default=0, help="seed of the first"),
     "--count": dict(type=int, default=300, help="spoilt inputs a reader"),
     "--out": dict(type=Path, help="write OUT.json and OUT.md"),
-    "--folder": dict(type=Path, help=argparse.SUPPRESS),  # what a process of its own works in
+    "--folder": dict(type=Path, help=argparse.SUPPRESS),  # of a process that reads
 }
 SECONDS = 10.0  # for one input
-_DEAD = 300.0  # without a word, after which a process is killed: its first is to make whole files
-MEGABYTES = 256  # for one input of at most 1 MB beside what reading a whole one took
-_ADDRESSES = 12 * 2**30  # so that what knows no bound does not take the machine with it
-_said_to = 1  # a file descriptor
-_FACES = 8  # failures that are shown of a reader, and of each
-_LINES = 15
+_DEAD = 300.0  # of silence, after which a process is killed; it begins by making whole files
+MEGABYTES = 256  # for one input of at most 1 MB, over the peak of reading a whole one
+_ADDRESSES = 12 * 2**30  # bytes of address space, so that no reader takes the machine with it
+_answers_to = 1  # the file descriptor of `_say`
+_SHOWN = 8  # failures of a reader that are printed
+_LINES = 15  # of a failure's traceback
 _COLUMNS = 200
 
 
@@ -57,8 +57,8 @@ _COLUMNS = 200
 
 
 def read_all(args: Any) -> None:
-    """Reads the inputs of one reader, a line of JSON each on stdout: the seed before, then what
-    became of it."""
+    """Reads the inputs of one reader. For each it prints two lines of JSON: the seed and its faults
+    before, what became of it after."""
     from experiments import fuzz_readers
     from experiments.fuzz_faults import spoil
 
@@ -72,7 +72,7 @@ def read_all(args: Any) -> None:
         reader.make(whole)
     fuzz_readers.copy(whole, own)
     if args.reader != "commands":
-        reader.read(own)  # compiled, imported, cached: what is not one input's
+        reader.read(own)  # imports, compiles and caches at no input's cost
     signal.signal(signal.SIGALRM, _alarm)
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, _ADDRESSES))
     for seed in range(args.first, args.first + args.count):
@@ -90,18 +90,18 @@ def read_all(args: Any) -> None:
 
 
 def _keep_stdout() -> None:
-    """Lets nobody but `_say` write to stdout: what others print goes to stderr."""
-    global _said_to
-    _said_to = os.dup(1)
+    """Keeps stdout for `_say`; what others print goes to stderr."""
+    global _answers_to
+    _answers_to = os.dup(1)
     os.dup2(2, 1)
 
 
 def _say(line: dict[str, Any]) -> None:
-    os.write(_said_to, (json.dumps(line) + "\n").encode())
+    os.write(_answers_to, (json.dumps(line) + "\n").encode())
 
 
 class TooLong(BaseException):
-    """No Exception, or a reader might take it for its own."""
+    """Not an Exception, which a reader might catch."""
 
 
 def _alarm(*_: object) -> None:
@@ -110,6 +110,7 @@ def _alarm(*_: object) -> None:
 
 def _outcome(reader: Any, own: Path) -> dict[str, Any]:
     start = time.perf_counter()
+    # What stays below the peak of an earlier input is not seen.
     peak = memory("VmHWM")
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
@@ -117,10 +118,9 @@ def _outcome(reader: Any, own: Path) -> dict[str, Any]:
         found = {"became": "accepted"}
     except UserError as error:
         line = str(error)
-        plain = "\n" not in line and len(line) < 2000
-        found = {"became": "refused" if plain else "failed", "line": line[:3000]}
+        found = _refused("\n" not in line and len(line) < 2000, line)
     except SystemExit as error:
-        found = {"became": "refused" if error.code in (0, 2) else "failed", "line": str(error)}
+        found = _refused(error.code in (0, 2), str(error))
     except BaseException as error:
         found = {"became": "failed", "line": f"{type(error).__name__}: {error}"[:3000]}
         found["trace"] = traceback.format_exc()[-4000:]
@@ -130,6 +130,11 @@ def _outcome(reader: Any, own: Path) -> dict[str, Any]:
     if found["megabytes"] > MEGABYTES:
         found |= {"became": "failed", "line": f"{found['megabytes']:.0f} MB: {found.get('line')}"}
     return found
+
+
+def _refused(right: bool, line: str) -> dict[str, Any]:
+    became = "refused" if right else "failed"
+    return {"became": became, "line": line[:3000]}
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, int]]:
@@ -155,7 +160,7 @@ def _strays(folder: Path, before: dict[str, tuple[int, int]]) -> dict[str, Any]:
 
 
 def inputs(name: str, first: int, count: int) -> Iterator[dict[str, Any]]:
-    """What became of each input, from processes that are started anew where one dies."""
+    """Yields each input with what became of it. A process that dies is started anew."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "outside").mkdir()
@@ -180,15 +185,15 @@ def inputs(name: str, first: int, count: int) -> Iterator[dict[str, Any]]:
                         if one["became"] == "dead":
                             one["trace"] = _end_of(log)
                         yield one
-                finally:  # also where no more are asked for
+                finally:  # also if the caller wants no more
                     process.kill()
                     process.wait()
                 if not any_read:
-                    raise RuntimeError(f"{name}: whole files are not read\n{_end_of(log)}")
+                    raise RuntimeError(f"{name}: the whole files cannot be read\n{_end_of(log)}")
 
 
 def _answers(process: subprocess.Popen) -> Iterator[dict[str, Any]]:
-    """Each input with what became of it, as far as a process gets."""
+    """Yields each input with what became of it, until the process ends."""
     asked: dict[str, Any] = {}
     while line := _line(process):
         found = json.loads(line)
@@ -209,8 +214,10 @@ def _end_of(log: TextIO) -> str:
 
 
 def _line(process: subprocess.Popen) -> str:
-    """The next line; an empty one at the end, or where there is none for too long. A byte at a
-    time, so that none waits in a buffer that `select` does not see."""
+    """The next line; an empty one at the end, or after _DEAD seconds without a byte.
+
+    It is read by the byte, since `select` does not see what waits in a buffer.
+    """
     line = b""
     while not line.endswith(b"\n"):
         ready, _, _ = select.select([process.stdout], [], [], _DEAD)
@@ -222,7 +229,7 @@ def _line(process: subprocess.Popen) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What became of a reader's inputs."""
+    """The counts of what became of a reader's inputs, and the largest costs."""
     became = collections.Counter(one["became"] for one in rows)
     return {
         "inputs": len(rows),
@@ -236,7 +243,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(about: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
-    """The table, a line a reader."""
+    """The table, one line for each reader."""
     from flora_jax.analysis.results import header, table
 
     heads = list(next(iter(found.values())))
@@ -245,10 +252,8 @@ def markdown(about: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     for head in heads:
         most = max if head in ("longest s", "most MB", "date") else sum
         total.append(str(most(one[head] for one in found.values())))
-    return (
-        "\n".join([header("Spoilt inputs", about), *table(["reader", *heads], [*rows, total])])
-        + "\n"
-    )
+    lines = [header("Spoilt inputs", about), *table(["reader", *heads], [*rows, total])]
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str]) -> None:
@@ -269,11 +274,11 @@ def main(argv: list[str]) -> None:
     about = about_process("transformers", "tokenizers", "safetensors", "gguf")
     found: dict[str, dict[str, Any]] = {}
     if args.reader and args.out and beside(args.out, ".json").exists():
-        found = read_json(beside(args.out, ".json"))["readers"]  # its line is written anew
+        found = read_json(beside(args.out, ".json"))["readers"]  # all but this one's line stay
     for name in [args.reader] if args.reader else READERS:
         rows = list(tqdm(inputs(name, args.first, args.count), name, args.count, disable=None))
         wrong = [one for one in rows if one["became"] not in ("accepted", "refused")]
-        for one in wrong[:_FACES]:
+        for one in wrong[:_SHOWN]:
             print(f"{name}, seed {one['seed']}: {one['fault']}\n  {one['line'][:_COLUMNS]}")
             for line in one.get("trace", "").splitlines()[-_LINES:]:
                 print("  " + line[:_COLUMNS])

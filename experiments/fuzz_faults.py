@@ -1,5 +1,5 @@
-"""Faults put into files: bytes and fields changed, lengths enlarged, links and devices in a file's
-place. Each is drawn from a seed."""
+"""Faults for files, drawn from a seed: changed bytes and fields, enlarged lengths, and links and
+devices in a file's place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_TWIN = "\u0001twin\u0001"  # becomes the name of a field that is there already
+_TWIN = "\u0001twin\u0001"  # begins a field's name; cut off in the text, where there are then two
 _DEEP = "\u0001deep\u0001"  # becomes a list of lists, deeper than Python recurses
 _DEPTH = 3000
 _NUMBERS = (0, -1, 1, 2**31, 2**63, 2**64, 10**30, -(10**30), 0.5, 1e308, 1e-320)
@@ -36,8 +36,10 @@ _STATEMENTS = (
 
 
 def spoil(path: Path, outside: Path, rng: random.Random) -> str:
-    """Puts one to three faults into a file, or something else in its place; says which. outside: a
-    file that nothing may touch, for links."""
+    """Puts one to three faults into a file, or something else in its place. Returns what it did.
+
+    outside: the target of links, a file that nothing may touch.
+    """
     if rng.random() < 0.06:
         return _replace(path, outside, rng)
     done = []
@@ -97,7 +99,7 @@ def _spoil_bytes(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def _spoil_word(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """A length, a number or a kind in a binary file's front."""
+    """Changes 4 or 8 bytes near the front of a binary file: a length, a number or a type."""
     if len(data) < 16:
         return _spoil_bytes(data, rng)
     size = rng.choice((4, 8))
@@ -107,14 +109,14 @@ def _spoil_word(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def _spoil_template(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """A statement that runs for long, prints much or asks for what it must not have."""
+    """Adds a statement that runs long, prints much or asks for what it must not have."""
     at = rng.choice((0, len(data)))
     new = rng.choice(_STATEMENTS)
     return data[:at] + new + data[at:], f"{new[:40]!r} at {at}"
 
 
 def _spoil_json(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """A field of a JSON file, or of one line of many."""
+    """Changes a field of a JSON file, or of one line of a JSON Lines file."""
     lines = data.split(b"\n")
     at = rng.randrange(len(lines))
     whole = len(lines) > 1 and not _parsed(lines[0]) and bool(_parsed(data))
@@ -133,7 +135,7 @@ def _spoil_json(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def _parsed(text: bytes) -> list[Any]:
-    """The value in a list; an empty one for what is no JSON."""
+    """The value in a list, which is empty for text that is no JSON."""
     try:
         return [json.loads(text)]
     except (ValueError, RecursionError):
@@ -141,6 +143,7 @@ def _parsed(text: bytes) -> list[Any]:
 
 
 def _twins(value: Any) -> list[tuple[str, str]]:
+    """The names in a value that begin with _TWIN, each with the name that it becomes."""
     found = []
     nodes = [value]
     while nodes:
@@ -154,7 +157,7 @@ def _twins(value: Any) -> list[tuple[str, str]]:
 
 
 def _spoil_value(value: Any, rng: random.Random) -> tuple[Any, str]:
-    """A value with one node changed, wherever it lies."""
+    """A value with one node changed, at any depth, and what was changed."""
     if not isinstance(value, dict | list):
         return _drawn(value, rng), "all of it"
     nodes: list[tuple[Any, Any]] = []
@@ -167,7 +170,7 @@ def _spoil_value(value: Any, rng: random.Random) -> tuple[Any, str]:
     if not nodes or rng.random() < 0.02:
         new = _drawn(value, rng)
         return new, f"all of it {_said(new)}"
-    # Those near the top as often as the many in a vocabulary.
+    # The few fields near the top are drawn as often as the many of a vocabulary.
     node, key = rng.choice(nodes[: rng.choice((20, 200, len(nodes)))])
     kind = rng.random()
     if kind < 0.15:
@@ -201,7 +204,7 @@ def _said(value: Any) -> str:
 
 
 def _spoil_header(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """A field of a safetensors file's header, or the header's length."""
+    """Changes a field of a safetensors file's header, or the header's length."""
     if len(data) < 8:
         return _spoil_bytes(data, rng)
     (length,) = struct.unpack("<Q", data[:8])
@@ -214,7 +217,7 @@ def _spoil_header(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def _spoil_values(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """A NaN, an infinity or a huge float32 somewhere in the values."""
+    """Writes a NaN, an infinity or a huge float32 somewhere into the values."""
     if len(data) < 4000:
         return _spoil_bytes(data, rng)
     at = len(data) - 4 * rng.randrange(1, len(data) // 8)

@@ -1,4 +1,4 @@
-"""What reads files here, each with whole files to spoil and what is right of what it accepts."""
+"""The readers that experiments.fuzz tries, each with whole files and a check of what it accepts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from flora_jax.interop.adapter_files import load_adapter, read_trained_on, save_
 from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.hf import to_hf_tensors
-from flora_jax.models.llama import init_base
+from flora_jax.models.llama import abstract_base, init_base
 from flora_jax.models.loading import load_config, load_pretrained
 from flora_jax.models.tokenizer import check_tokenizer, load_tokenizer
 from flora_jax.tokens import render
@@ -44,8 +44,8 @@ CONFIG = dataclasses.replace(
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """make: writes whole files to a new folder; spoiled: names of those that get faults; read: what
-    reads the folder. It raises AssertionError where what it accepted is not right."""
+    """make: writes whole files to a new folder; spoiled: patterns of those that get faults; read:
+    reads the folder, and raises AssertionError if what it accepted is not right."""
 
     make: Callable[[Path], Any]
     spoiled: Sequence[str]
@@ -80,7 +80,7 @@ def make_sharded(folder: Path) -> None:
 
 
 def make_gguf(folder: Path) -> None:
-    """A llama.cpp file, its large tensors in Q8_0."""
+    """A GGUF file, its matrices in Q8_0."""
     folder.mkdir(parents=True)
     writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
     sizes = {
@@ -111,10 +111,12 @@ def make_gguf(folder: Path) -> None:
     mapped = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, CONFIG.num_hidden_layers)
     for name, value in to_hf_tensors(CONFIG, _base()):
         value = np.asarray(value)
-        kind = gguf.GGMLQuantizationType.Q8_0 if value.ndim == 2 else None
-        stored = value if kind is None else gguf.quantize(value, kind)
+        kind = None
+        if value.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            value = gguf.quantize(value, kind)
         place = mapped.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(place, stored, raw_dtype=kind)
+        writer.add_tensor(place, value, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -122,7 +124,7 @@ def make_gguf(folder: Path) -> None:
 
 
 def make_adapter(method: str) -> Callable[[Path], None]:
-    """An adapter's directory."""
+    """A function that writes an adapter's directory."""
 
     def make(folder: Path) -> None:
         adapter_config = AdapterConfig(method, 4)
@@ -198,23 +200,21 @@ def make_parquet(folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> None:
-    """Weights that are accepted are all finite and of the shapes of their configuration."""
+    """Accepted weights are finite and have the shapes of their configuration."""
     config, base = load_pretrained(str(folder))
-    from flora_jax.models.llama import abstract_base
-
     owed = {path: leaf.shape for path, leaf in paths(abstract_base(config)).items()}
     assert {path: leaf.shape for path, leaf in paths(base).items()} == owed
     assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(base))
 
 
 def read_config(folder: Path) -> None:
-    """As read_weights, where the configuration alone is right."""
+    """The configuration alone, then with its weights."""
     assert load_config(str(folder)).hidden_size > 0
     read_weights(folder)
 
 
 def read_tokenizer(folder: Path) -> None:
-    """A tokenizer that is accepted has ids below the vocabulary's size."""
+    """An accepted tokenizer has ids below the vocabulary's size."""
     tokenizer = load_tokenizer(str(folder))
     check_tokenizer(tokenizer, CONFIG)
     ids = tokenizer("Hello, 12 worlds\n").input_ids
@@ -224,42 +224,44 @@ def read_tokenizer(folder: Path) -> None:
 
 
 def read_gguf(folder: Path) -> None:
-    """Both halves of the file."""
+    """The weights and the tokenizer of the file."""
     read_weights(folder / "m.gguf")
     load_tokenizer(str(folder / "m.gguf"))
 
 
 def read_adapter(folder: Path) -> None:
-    """An adapter that is accepted is finite."""
+    """An accepted adapter is finite."""
     _, trained = load_adapter(folder, CONFIG)
     assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(trained))
     read_trained_on(folder)
 
 
 def read_run(folder: Path) -> None:
-    """A run's last step, from its checkpoint."""
+    """The accepted checkpoint of a run's last step is finite."""
     trained, _ = load_run(folder / "run", 1, "vllm", "float32")
     assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(trained.adapter))
 
 
 def read_records(folder: Path) -> None:
-    """All data files: those that are accepted have texts."""
-    for name in RECORDS:
-        task, split = Path(name).parent.name, Path(name).stem
-        for example in load_examples(get_task(task), split, folder):
+    """Accepted records have texts."""
+    for name in map(Path, RECORDS):
+        for example in load_examples(get_task(name.parent.name), name.stem, folder):
             assert all(isinstance(message.content, str) for message in example.messages)
     load_examples(get_task(str(folder / "own.jsonl")), "train", folder)
 
 
 def read_parquet(folder: Path) -> None:
-    """Conversations that are accepted have texts."""
+    """Accepted conversations have texts."""
     for name in ("own.parquet", "small.parquet"):
         for example in load_examples(get_task(str(folder / name)), "train", None):
             assert all(isinstance(message.content, str) for message in example.messages)
 
 
+_TIMES = ("tpot_ms", "base_tpot_ms", "ttft_ms", "base_ttft_ms")
+
+
 def make_results(folder: Path) -> None:
-    """Results of experiments, stored and made up, and one that `flora_jax.latency` would go on."""
+    """Results of experiments, made up, and one that `flora_jax.latency` would resume."""
     folder.mkdir(parents=True)
     for cell, more in (("latency", {}), ("latency-again", {"rank": 8})):
         times = {name: [1.0, 1.1, 0.9] for name in _TIMES}
@@ -280,7 +282,7 @@ def _latency_flags(folder: Path) -> argparse.Namespace:
 
 
 def read_results(folder: Path) -> None:
-    """Those of them that a later call goes on with, or makes a table of."""
+    """The results that later calls resume from or make tables of."""
     gpu_report.table(folder / "gpu", {})
     real_text.read_before(folder / "real_text.json")
     quantized_training.read_before(folder / "training.json")
@@ -296,18 +298,17 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], Any], list[str]]] = {
     "latency": (latency.main, ["--model", "nowhere", "--methods", "base,lora", "--rank", "8"]),
     "launches": (launches.main, ["--preset", "nowhere", "--methods", "base", "--rank", "8"]),
 }
-_TIMES = ("tpot_ms", "base_tpot_ms", "ttft_ms", "base_ttft_ms")
 _WORDS = ("--", "-", "--unknown", "--rank", "-1", "nan", "1e400", "", "é", "\0", "a\nb", "../..")
 
 
 def read_command(folder: Path) -> None:
-    """The command line in `argv.json`, which no command can carry out: its model is nowhere."""
+    """Runs the command line in `argv.json`. No command can carry it out: its model is nowhere."""
     argv = json.loads((folder / "argv.json").read_text())
     run_command(COMMANDS[argv[0]][0], argv)
 
 
 def spoil_command(path: Path, rng: random.Random) -> str:
-    """A command line with words dropped, doubled, changed and put in."""
+    """Writes a command line with words dropped, doubled, changed and added. Returns it."""
     name = rng.choice(sorted(COMMANDS))
     words = list(COMMANDS[name][1])
     for _ in range(rng.choice((1, 1, 2, 3))):
@@ -326,7 +327,7 @@ def spoil_command(path: Path, rng: random.Random) -> str:
 
 
 def make_command(folder: Path) -> None:
-    """A place for `spoil_command`."""
+    """A command line without words; `spoil_command` writes over it."""
     folder.mkdir(parents=True)
     (folder / "argv.json").write_text("[]")
 
@@ -353,6 +354,6 @@ READERS = {
 
 
 def copy(whole: Path, folder: Path) -> None:
-    """Whole files, to be spoilt."""
+    """Copies whole files, to be spoilt, over those of the last input."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)

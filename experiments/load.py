@@ -1,13 +1,12 @@
-"""A thousand requests of every kind against one Generator: each answer is that of its lone run.
+"""A thousand requests of every kind: each must be answered as if it were alone.
 
     python -m experiments.load --requests 1000 --out experiments/results/load
 
-Two Generators of a tiny model, one that adapters are switched in and one that becomes a bank, get
-calls drawn at random: a batch of prompts, or a stream, of which half are left in their middle. What
-is drawn besides: lengths, adapters, sampling, seeds, stop tokens. The lone run of a request is that
-of a Generator with a batch of one and no adapter but the request's own. `growth` is what the
-process holds at the end over what it held after the first tenth, lone runs and all; every program
-is compiled before.
+Two Generators of a tiny model, one that switches adapters and one with a bank, get random calls: a
+batch of prompts, or a stream, half of which are left in their middle. Lengths, adapters, sampling,
+seeds and stop tokens are random, too. Alone, a request runs in a Generator with a batch of one and
+only its own adapter. All programs are compiled first. Then the memory that the process holds is
+noted after each tenth, to see whether it grows.
 """
 
 from __future__ import annotations
@@ -44,19 +43,19 @@ FLAGS: Flags = {
 }
 _LENGTH = 64
 _RANKS = {"a": 16, "b": 8, "c": 16, "d": 8}
-# Each of these compiles programs of its own, all of them before the first request.
+# Each has compiled programs of its own.
 SAMPLINGS = (
     Sampling(),
     Sampling(temperature=0.7, top_p=0.9),
     Sampling(temperature=1.3, top_k=20),
 )
 _NEW_TOKENS = (4, 20)
-_LENGTHS = (3, 30, 44)  # the longest of a call, each in another bucket
+_LENGTHS = (3, 30, 44)  # of the longest prompt of a call, each in another bucket
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt: where it stands in its call, and all that it asks for."""
+    """One prompt: its place in its call, and all that it asks for."""
 
     index: int
     prompt: tuple[int, ...]
@@ -68,7 +67,7 @@ class Request:
 
 
 class Models:
-    """A base and adapters, the Generators under load, and the lone ones."""
+    """A base and adapters, the Generators under load, and those for requests alone."""
 
     def __init__(self, method: str):
         self.config = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=())
@@ -99,7 +98,7 @@ class Models:
         )
 
     def lone(self, request: Request) -> Any:
-        """The answer of a Generator that has nothing else to do."""
+        """The answer to the request alone."""
         before = [[1]] * request.index  # what a prompt draws depends on its place
         return self.alone[request.adapter].generate([*before, request.prompt], *_asked(request))[-1]
 
@@ -109,7 +108,7 @@ def _asked(request: Request) -> tuple[Any, ...]:
 
 
 def draw(rng: random.Random, size: int) -> list[Request]:
-    """The requests of one call: they ask for the same, but for prompt and adapter."""
+    """The requests of one call. They differ only in prompt and adapter."""
     new_tokens = rng.choice(_NEW_TOKENS)
     sampling = rng.choice(SAMPLINGS)
     seed = rng.randrange(2**32)
@@ -130,7 +129,7 @@ def draw(rng: random.Random, size: int) -> list[Request]:
 
 
 def calls(models: Models, seed: int) -> Iterator[list[dict[str, Any]]]:
-    """Calls without end: what became of the requests of each."""
+    """Makes random calls without end. Yields what became of the requests of each."""
     for i in itertools.count():
         rng = random.Random(f"load {seed} {i}")
         generator = rng.choice(models.loaded)
@@ -151,7 +150,7 @@ def calls(models: Models, seed: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def _stream(models: Models, generator: Generator, rng: random.Random) -> dict[str, Any]:
-    """A stream, to its end or left after a few pieces."""
+    """Reads a stream to its end, or leaves it after a few pieces."""
     (request,) = draw(rng, 1)
     generator.use(request.adapter)
     pieces = generator.stream(list(request.prompt), *_asked(request))
@@ -165,7 +164,9 @@ def _stream(models: Models, generator: Generator, rng: random.Random) -> dict[st
 
 def _judged(kind: str, request: Request, equal: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": kind, "equal": equal}
-    return found if equal else found | {"request": repr(request)}
+    if not equal:
+        found["request"] = repr(request)
+    return found
 
 
 def held() -> float:
@@ -175,7 +176,7 @@ def held() -> float:
 
 
 def compile_all(models: Models) -> None:
-    """Compiles what a request may need: memory grows with each program."""
+    """Compiles all that a request may need, since memory grows with each program."""
     for sampling, new_tokens, length in itertools.product(SAMPLINGS, _NEW_TOKENS, _LENGTHS):
         for name in models.alone:
             one = Request(0, (1,) * length, name, new_tokens, sampling, 0, ())
@@ -211,7 +212,7 @@ def main(argv: list[str]) -> None:
     if args.out:
         check_writable(beside(args.out, ".json"), "--out")
     about = about_process()
-    jax.config.update("jax_disable_most_optimizations", True)  # it is not speed that is asked for
+    jax.config.update("jax_disable_most_optimizations", True)  # speed is not measured
     models = Models(args.method)
     compile_all(models)
     found: list[dict[str, Any]] = []

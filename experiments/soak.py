@@ -1,10 +1,10 @@
-"""Faults, hostile files and requests for some minutes, from a seed of their own each time.
+"""Faults, spoilt files and requests for some minutes, from a new seed each time.
 
     python -m experiments.soak --minutes 30
 
-A third of the time each: runs that are killed and disturbed (experiments.faults), spoilt files for
-the readers in turn (experiments.fuzz), and requests (experiments.load). Prints a table, and what
-went wrong, which the same --seed shows again; the exit code is then 1.
+Each takes a third of the time: runs that are killed and disturbed (experiments.faults), spoilt
+files for the readers in turn (experiments.fuzz), and requests (experiments.load). Prints what went
+wrong, and a table. The exit code is 1 if anything did; the same --seed repeats it.
 """
 
 from __future__ import annotations
@@ -42,19 +42,24 @@ def _faults(seed: int) -> Iterator[Row]:
         sources = {name: runs(place, name, seed) for name in possible()}
         for name in itertools.cycle(sources):
             one = next(sources[name])
-            yield name, f"run {one['run']}: {one['wrong']}" if "wrong" in one else None
+            wrong = None
+            if "wrong" in one:
+                wrong = f"run {one['run']}: {one['wrong']}"
+            yield name, wrong
 
 
 def _files(seed: int, seconds: float) -> Iterator[Row]:
-    """Spoilt inputs of the readers, in an order that is drawn."""
+    """Spoilt inputs of the readers, in a random order."""
     names = list(READERS)
     random.Random(seed).shuffle(names)
-    for place, name in enumerate(itertools.cycle(names)):
+    for turn, name in enumerate(itertools.cycle(names)):
         until = math.inf
-        for one in inputs(name, seed + 10**6 * (place // len(names)), 10**6):
+        for one in inputs(name, seed + 10**6 * (turn // len(names)), 10**6):
             until = min(until, time.monotonic() + max(_LEAST, seconds / len(names)))
-            wrong = one["became"] not in ("accepted", "refused")
-            yield name, f"seed {one['seed']}: {one['fault']}: {one['line']}" if wrong else None
+            wrong = None
+            if one["became"] not in ("accepted", "refused"):
+                wrong = f"seed {one['seed']}: {one['fault']}: {one['line']}"
+            yield name, wrong
             if time.monotonic() > until:
                 break
 
@@ -66,7 +71,7 @@ def _requests(seed: int) -> Iterator[Row]:
 
 
 def soak(minutes: float, seed: int) -> dict[str, list[str | None]]:
-    """What was tried, by name: None where it was right, else what went wrong."""
+    """What went wrong at each try, by name; None where nothing did."""
     share = minutes * 60 / 3
     found: dict[str, list[str | None]] = {}
     for rows in (_faults(seed), _files(seed, share), _requests(seed)):

@@ -1,10 +1,11 @@
-"""A command of flora_jax that notes the phases it goes through, and meets a fault in one of them.
+"""Runs a command of flora_jax, notes its phases, and puts a fault into one of them.
 
     python -m experiments.traced TRACE FAULT flora_jax.train --config …
 
-TRACE gets a line as a phase begins and as it ends. FAULT is JSON: {} for none, or `phase`, `entry`
-(the n-th time that it is entered), `after` (seconds), and either `signal`, which the process sends
-itself, or `limit`, bytes that no file may grow beyond from then on. experiments.faults uses it.
+TRACE gets a line when a phase begins and when it ends. FAULT is JSON: {} for none, or `phase`,
+`entry` (the n-th time that it is entered), `after` (seconds), and either `signal`, which the
+process sends to itself, or `limit`, bytes that no file may grow beyond from then on.
+experiments.faults uses it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ PHASES = {
 
 
 class Trace:
-    """The phases that are open, written down in a file, and the fault that is to come."""
+    """Notes phases in a file, and strikes with a fault."""
 
     def __init__(self, path: str, fault: dict[str, Any]):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -47,11 +48,11 @@ class Trace:
         self._open: list[str] = []
 
     def note(self, what: str, phase: str) -> None:
-        """A line, which is in the system's hands before this returns."""
+        """Writes a line without a buffer, which a kill would lose."""
         os.write(self._file, f"{time.monotonic():.4f} {what} {phase}\n".encode())
 
     def during(self, phase: str, work: Callable) -> Callable:
-        """`work`, noted as this phase. Its values are there when it ends."""
+        """`work`, noted as this phase. A step ends when its values are ready."""
 
         @functools.wraps(work)
         def noted(*given: Any, **named: Any) -> Any:
@@ -68,8 +69,10 @@ class Trace:
         return noted
 
     def _arm(self, phase: str) -> None:
-        self._entries += phase == self._fault.get("phase")
-        if phase == self._fault.get("phase") and self._entries == self._fault["entry"]:
+        if phase != self._fault.get("phase"):
+            return
+        self._entries += 1
+        if self._entries == self._fault["entry"]:
             timer = threading.Timer(self._fault["after"], self._strike)
             timer.daemon = True
             timer.start()
@@ -86,7 +89,7 @@ class Trace:
 def main(argv: list[str]) -> None:
     """The command."""
     path, fault, command, *rest = argv[1:]
-    # A background job of a shell ignores it.
+    # A shell's background jobs ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     trace = Trace(path, json.loads(fault))
     for phase, place in PHASES.items():
