@@ -2,9 +2,9 @@
 
     python -m experiments.gpu_cells latency --preset llama3.2-1b --method ffba --out ffba.json
 
-Weights are random and made on the device; no network and no data are needed. Each writes one JSON
-object with the device's name, the versions and its own command. torch's side is in
-`experiments.gpu_peers`.
+Weights are random and made on the device; no network and no data are needed. A cell writes one JSON
+object with its measurement, the device's name, the versions and its own command. The cells of torch
+are in `experiments.gpu_peers`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flora_jax.models.config import LlamaConfig
 SCHEMA_VERSION = 1
 NO_MERGER = "_no_dot_merger"  # behind a method's name: timed without XLA's dot merger
 IN_GRAPH = "_loop_in_graph"  # behind a method's name: the loop over tokens in a CUDA graph, too
-# XLA puts what a step launches into graphs by itself, but not the loop around it.
+# By default XLA puts the launches of a step into graphs, but not the loop around them.
 LOOP_IN_GRAPH = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
     "DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
@@ -38,13 +38,16 @@ LOOP_IN_GRAPH = {
 
 
 def device_rates() -> dict[str, float]:
-    """What the device does at best: GB/s of a large copy, bytes read and written both counted, and
-    TFLOP/s of a large product of bfloat16 matrices; medians of ten."""
+    """The device's best rates: GB/s of a large copy (bytes read and bytes written) and TFLOP/s of a
+    large bfloat16 product, medians of ten."""
     import jax
     import jax.numpy as jnp
 
-    on_cpu = jax.default_backend() == "cpu"
-    elements, width = (2**26, 512) if on_cpu else (2**30, 8192)  # 4 GiB on a GPU
+    elements = 2**30  # 4 GiB
+    width = 8192
+    if jax.default_backend() == "cpu":
+        elements = 2**26
+        width = 512
 
     def seconds(function: Callable[..., Any], *arguments: Any) -> float:
         for _ in range(3):
@@ -71,7 +74,7 @@ def device_rates() -> dict[str, float]:
 
 
 def device(args: argparse.Namespace) -> dict[str, Any]:
-    """Device, driver, and what it does at best."""
+    """What nvidia-smi says of the device, and its best rates."""
     fields = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory"
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
@@ -88,7 +91,7 @@ def tests(args: argparse.Namespace) -> dict[str, Any]:
         file = Path(folder) / "tests.xml"
         flags = ["tests/test_gpu.py", "-m", "gpu", "-p", "no:cacheprovider"]
         start = time.perf_counter()
-        # What fails is in the result; only what keeps pytest from running ends this cell.
+        # Failures are a result (1), and so is a selection without tests (5).
         command = [sys.executable, "-m", "pytest", *flags, f"--junitxml={file}"]
         done = subprocess.run(command, check=False)
         if done.returncode not in (0, 1, 5):
@@ -160,7 +163,7 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
         compiled[who] = programs
         contestants[who] = Contestant(programs, params, prompts, prefills=args.rounds + 1)
         contestants[who].warm_up()
-        contestants[who]()  # once unseen: clocks rise
+        contestants[who]()  # not counted: the clocks rise
     rounds = list(interleave(contestants, args.rounds))
 
     def ms(who, i):
@@ -187,7 +190,7 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def profile(args: argparse.Namespace) -> dict[str, Any]:
-    """One decode step by kernel, and whether XLA ran it in CUDA graphs."""
+    """The time of one decode step by kernel, and whether XLA ran it in CUDA graphs."""
     from flora_jax.analysis import kernel_profile
     from flora_jax.analysis.timing import Setting, compile_programs
 
@@ -231,18 +234,19 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Optimizer steps on packed rows: tokens/s, peak memory, share of the device's product rate."""
+    """Training steps on packed rows: tokens/s, peak memory, share of the device's product rate."""
     import jax
 
     from experiments.stepping import make_batch
     from flora_jax.analysis import comparison
 
     config = LlamaConfig.preset(args.preset)
-    own = None
+    adapter_config = None
     if args.method != "fft":
-        own = comparison.adapter_configs([args.method], config, args.rank, True)[args.method]
+        found = comparison.adapter_configs([args.method], config, args.rank, equal_parameters=True)
+        adapter_config = found[args.method]
     batch = make_batch(args.rows, args.length, config.vocab_size, segments=4)
-    step = _stepper(args, config, own)
+    step = _stepper(args, config, adapter_config)
     taken = []
     losses = []
     start = time.perf_counter()
@@ -253,12 +257,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     tokens = args.rows * args.length
     seconds = statistics.median(taken[3:])
     memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    # Forward, and backward to the activations; to the weights only where they train.
-    flops = (4 if own else 6) * matmul_parameters(config)
+    # Forward, backward to the activations, and, if all weights train, backward to these.
+    passes = 2 if adapter_config else 3
+    flops = 2 * passes * matmul_parameters(config)
     rate = device_rates()["bf16_tflop_per_s"]
     return {
         "method": args.method,
-        "rank": own and own.rank,
+        "rank": adapter_config and adapter_config.rank,
         "rows": args.rows,
         "length": args.length,
         "remat": args.remat,
@@ -274,9 +279,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _stepper(args: argparse.Namespace, config: Any, own: Any) -> Callable[[Any], float]:
-    """A step of the adapter `own`, or, of None, of all weights. What trains is float32, as in
-    flora_jax.train."""
+def _stepper(args: argparse.Namespace, config: Any, adapter_config: Any) -> Callable[[Any], float]:
+    """A function that does one step of an adapter, or of all weights (adapter_config None). What
+    trains is float32, as in flora_jax.train."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -286,25 +291,26 @@ def _stepper(args: argparse.Namespace, config: Any, own: Any) -> Callable[[Any],
     from flora_jax.models.llama import Llama, init_base
 
     dtype = jnp.dtype(args.dtype)
-    base = init_base(jax.random.key(0), config, dtype if own else jnp.float32)
-    trainable, frozen = {"params": base}, {}
-    if own:
-        trainable = {"adapter": init_adapter(jax.random.key(1), config, own)}
-        frozen = {"params": base}
-    model = Llama(config, own, dtype=dtype, param_dtype=dtype, remat=args.remat)
+    if adapter_config:
+        frozen = {"params": init_base(jax.random.key(0), config, dtype)}
+        trainable = {"adapter": init_adapter(jax.random.key(1), config, adapter_config)}
+    else:
+        frozen = {}
+        trainable = {"params": init_base(jax.random.key(0), config, jnp.float32)}
+    model = Llama(config, adapter_config, dtype=dtype, param_dtype=dtype, remat=args.remat)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
     chunk = args.rows * args.length if jax.default_backend() == "cpu" else 4096
     return stepper(model, optimizer, trainable, frozen, seed=2, chunk_tokens=chunk)
 
 
 def matmul_parameters(config: Any) -> int:
-    """Numbers in the matrices that every token is multiplied with, the unembedding among them."""
+    """The size of the matrices that every token is multiplied with, the unembedding included."""
     layer = sum(d_in * d_out for d_in, d_out in config.widths.values())
     return config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
-    """Launches a layer as XLA plans them without the device, beside those of the profiles."""
+    """Launches a layer as XLA plans them without the device, and as the profiles counted them."""
     from flora_jax.adapters import AdapterConfig
     from flora_jax.analysis.compilers import require_compiler
     from flora_jax.analysis.launch_plan import MODES, TARGETS, plan_model
@@ -325,13 +331,14 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     for name in args.methods.split(","):
         method = get_variant(name).method
         rank = real.get(name, {}).get("rank") or args.rank
-        own = None if method is None else AdapterConfig(method, rank)
+        adapter_config = None if method is None else AdapterConfig(method, rank)
         for mode in MODES:
             settings = {"target": args.target, "mode": mode, "batch": args.batch_size}
-            layer = plan_model(name, config, own, dtype=args.dtype, **settings)["layer"]
+            layer = plan_model(name, config, adapter_config, dtype=args.dtype, **settings)["layer"]
             planned = f"planned, {mode}"
             rows.append({"method": name, "mode": planned, "launches_a_layer": layer["launches"]})
-        if name in real:  # whose share of what runs once a step is small
+        if name in real:
+            # The few launches outside the layers are counted as theirs.
             launches = real[name]["events"] / real[name]["layers"]
             rows.append({"method": name, "mode": "measured", "launches_a_layer": launches})
     return {"target": args.target, "batch_size": args.batch_size, "rows": rows}
@@ -373,10 +380,11 @@ def write(
     result: dict[str, Any],
     packages: tuple[str, ...] = (),
 ) -> None:
-    """The cell's file: the result, and where and with what it was measured."""
+    """Writes the cell's file: the result, and where and with what it was measured."""
     from flora_jax.analysis.results import provenance
 
-    about = provenance(module, [*argv[:-2], "--out", args.out.name], packages)
+    words = [args.out.name if word == str(args.out) else word for word in argv]
+    about = provenance(module, words, packages)
     common = {
         "schema_version": SCHEMA_VERSION,
         "cell": args.cell,
@@ -398,9 +406,9 @@ def run_cell(
     argv: list[str],
     packages: tuple[str, ...] = (),
 ) -> None:
-    """Parses, measures, writes."""
+    """Parses the flags, measures the cell and writes its file. what: a docstring, for --help."""
     cell = dict(help=" or ".join(cells))
-    args = parse([module, *argv], module, what, {"cell": cell, **FLAGS})
+    args = parse([module, *argv], f"python -m {module}", what, {"cell": cell, **FLAGS})
     if args.cell not in cells:
         raise UserError(f"cell {args.cell!r} is unknown; {near_misses(args.cell, cells)}")
     for flag in ("rank", "prompt_length", "batch_size", "rounds", "rows", "length"):
@@ -415,9 +423,9 @@ def run_cell(
 def main(argv: list[str]) -> None:
     """The command."""
     if argv[1:2] == ["plan"]:
-        # A device that is there would be taken for the one that is planned for.
+        # Or XLA would plan for the device that is here.
         os.environ["JAX_PLATFORMS"] = "cpu"
-    run_cell(CELLS, "experiments.gpu_cells", __doc__.split("\n")[0], argv[1:])
+    run_cell(CELLS, "experiments.gpu_cells", __doc__, argv[1:])
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python -m experiments.gpu_peers latency --preset llama3.2-1b --method peft --out peft.json
 
-Models have random weights, made on the device; an export's are those of its own code. Each is timed
-eager and compiled with CUDA graphs, as `generate` compiles it: `mode="reduce-overhead"` over a
-cache of fixed size, and the launches of graphs in torch's own profile say whether there were any.
-JAX stays on the CPU here, so that the device is torch's alone.
+Models have random weights, made on the device; our methods run in the code of their exports. Each
+is timed eager and compiled with CUDA graphs, as `generate` compiles it: `mode="reduce-overhead"`
+over a cache of fixed size. torch's profiler counts the graphs that were launched. JAX stays on the
+CPU here, so that torch has the device to itself.
 """
 
 from __future__ import annotations
@@ -31,35 +31,40 @@ def _device() -> str:
 
 
 def _named() -> dict[str, str]:
-    """The device's name as torch has it, where that is not JAX's."""
+    """The name of torch's GPU, in place of the CPU that JAX reports."""
     import torch
 
-    return {"device": torch.cuda.get_device_name(0)} if torch.cuda.is_available() else {}
+    if not torch.cuda.is_available():
+        return {}
+    return {"device": torch.cuda.get_device_name(0)}
 
 
 def build(method: str, preset: str, rank: int, dtype: str) -> tuple[Any, int | None]:
-    """A model of random weights on the device, and its adapter's rank: "bare", transformers' Llama;
-    "peft", with PEFT's LoRA; a method of ours, as its export runs it. Equal parameters."""
+    """A model of random weights on the device, and its adapter's rank, at equal parameters.
+
+    method: "bare" is transformers' Llama, "peft" the same with PEFT's LoRA; any other is ours, in
+    the code of its export.
+    """
     import torch
 
     from flora_jax.analysis.comparison import adapter_configs
 
     config = LlamaConfig.preset(preset)
-    own = None
+    adapter_config = None
     if method != "bare":
         ours = "lora" if method == "peft" else method
-        own = adapter_configs([ours], config, rank, equal_parameters=True)[ours]
+        adapter_config = adapter_configs([ours], config, rank, equal_parameters=True)[ours]
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         with torch.device(_device()):
-            model = _model(method, config, own)
+            model = _model(method, config, adapter_config)
     finally:
         torch.set_default_dtype(before)
-    return model.to(_device(), getattr(torch, dtype)), own and own.rank
+    return model.to(_device(), getattr(torch, dtype)), adapter_config and adapter_config.rank
 
 
-def _model(method: str, config: Any, own: Any) -> Any:
+def _model(method: str, config: Any, adapter_config: Any) -> Any:
     import transformers
 
     fields = {k: v for k, v in config.to_hf().items() if k not in ("model_type", "architectures")}
@@ -68,7 +73,7 @@ def _model(method: str, config: Any, own: Any) -> Any:
         from flora_jax.interop.remote_code import configuration_flora_llama as configuration
         from flora_jax.interop.remote_code import modeling_flora_llama as modeling
 
-        flora = remote_config(own)["flora"]
+        flora = remote_config(adapter_config)["flora"]
         asked = configuration.FloraLlamaConfig(**fields, flora=flora)
         return modeling.FloraLlamaForCausalLM(asked)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
@@ -78,14 +83,15 @@ def _model(method: str, config: Any, own: Any) -> Any:
 
     from flora_jax.analysis.peer import PROJECTIONS
 
+    rank = adapter_config.rank
     lora = peft.LoraConfig(
-        r=own.rank, lora_alpha=own.rank, target_modules=PROJECTIONS, init_lora_weights=False
+        r=rank, lora_alpha=rank, target_modules=PROJECTIONS, init_lora_weights=False
     )
     return peft.get_peft_model(model, lora)
 
 
 def _compiled(model: Any) -> tuple[Any, str]:
-    """The decode step compiled, and how: on a CPU, where this only rehearses, by no compiler."""
+    """The compiled decode step, and how it was compiled. A CPU only rehearses, without compiler."""
     import torch
 
     torch._dynamo.config.recompile_limit = 64
@@ -118,7 +124,7 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
     def compiled(new_tokens: int = args.new_tokens) -> tuple[float, float]:
         nonlocal filled
         if filled:
-            with torch.inference_mode():  # in which it was filled
+            with torch.inference_mode():  # as it was filled
                 static.reset()
         filled = True
         return time_torch(model, prompts, new_tokens, static, step)
@@ -163,7 +169,7 @@ def _graph_launches(run: Callable[[], Any]) -> int:
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """PEFT's LoRA in training at its best of these settings: rows a batch, compiled or not."""
+    """PEFT's LoRA in training, at the best of a few settings: rows of a batch, compiled or not."""
     config = LlamaConfig.preset(args.preset)
     settings = [(args.rows, False)]
     if _device() == "cuda":
@@ -189,7 +195,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 def _time_training(
     model: Any, args: argparse.Namespace, rows: int, compiled: bool, vocabulary: int
 ) -> dict[str, Any]:
-    """Seconds of steps on `rows` rows, or that they do not fit."""
+    """Times and peak memory of steps on `rows` rows, or that they do not fit."""
     import torch
 
     on_gpu = _device() == "cuda"
@@ -238,13 +244,12 @@ CELLS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 def main(argv: list[str]) -> None:
     """The command."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from flora_jax.analysis.peer import PACKAGES as needed
     from flora_jax.analysis.peer import absent
 
     missing = absent()
     if missing:
-        raise UserError(f"torch's cells need {' and '.join(missing)} (all of {', '.join(needed)})")
-    run_cell(CELLS, "experiments.gpu_peers", __doc__.split("\n")[0], argv[1:], PACKAGES)
+        raise UserError(f"cells of torch need {' and '.join(missing)}: pip install -e '.[peers]'")
+    run_cell(CELLS, "experiments.gpu_peers", __doc__, argv[1:], PACKAGES)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""All that is to be measured on a GPU, in order of its worth, within the minutes that there are.
+"""Measures everything on a GPU within some minutes, the most valuable first.
 
     python -m experiments.gpu_report --minutes 9 --out experiments/results/gpu/NAME
     python -m experiments.gpu_report --minutes 4 --device cpu --preset tiny --out runs/rehearsal
 
-A cell is one measurement in a process of its own, with a limit of its own. Its JSON is written when
-it ends, in a folder named after the device; the same command again, or another start with what this
-one packed (`--resume OUT/report.tar`), repeats none that is there. What crashes or hangs is left
-behind and tried again last. Compiled programs and XLA's choice of kernels are kept in OUT/cache and
-packed, too. Random weights: no network, no data, no weights are needed.
+A cell is one measurement in a process of its own, with a time limit of its own. It writes its JSON
+when it ends, in a folder named after the device. The same command resumes the report, on another
+machine with `--resume OUT/report.tar`; finished cells are not repeated, and those that crashed or
+hung are tried again last. Compiled programs and XLA's choice of kernels are kept in OUT/cache and
+packed, too. Weights are random: no network, no data and no files are needed.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ from flora_jax.files import read_json, write_json
 from flora_jax.models.config import LlamaConfig
 
 SCHEMA_VERSION = 1
-RESULT, PACKED = "report.json", "report.tar"
+RESULT = "report.json"
+PACKED = "report.tar"
 _CLOSING = 15  # seconds kept for the table and the tar
-_LEAST = 8  # seconds under which no cell is begun
+_LEAST = 8  # seconds; with fewer left no cell is begun
+_GRACE = 5  # seconds between asking a cell to end and killing it
 _HEADS = (
     "",
     "rank",
@@ -51,12 +53,11 @@ _HEADS = (
     "of LoRA's overhead",
     "of the bandwidth",
 )
-_GRACE = 5  # seconds between asking a cell to end and ending it
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """name: of its files. command: behind `python -m`, without --out. limit: seconds."""
+    """name: of its files; command: after `python -m`, without --out; limit: seconds."""
 
     name: str
     command: tuple[str, ...]
@@ -71,7 +72,7 @@ class Scale:
     methods: tuple[str, ...]  # of every table of latencies
     others: tuple[str, ...]  # of the first table alone
     profiled: tuple[str, ...]
-    torch: tuple[str, ...]  # the first has ours before and behind it
+    torch: tuple[str, ...]  # ours is timed before and after the first
     dtype: str
     rank: int
     prompt_length: int
@@ -81,7 +82,7 @@ class Scale:
     length: int
     settings: tuple[tuple[int, int], ...]  # batch size and prompt length of the wider table
     banks: tuple[str, int]  # adapters, batch size
-    patience: float  # of the cells' limits, which are for a GPU
+    patience: float  # factor of the cells' limits, which are for a GPU
 
 
 GPU = Scale(
@@ -101,7 +102,7 @@ GPU = Scale(
     banks=("1,4,16", 32),
     patience=1.0,
 )
-# One cell of each kind is what a rehearsal is for.
+# A rehearsal has cells of every kind.
 CPU = Scale(
     presets=("tiny",),
     methods=("base", "lora", "ffba"),
@@ -128,8 +129,8 @@ def _flags(**values: Any) -> tuple[str, ...]:
 def _measure(
     scale: Scale, kind: str, preset: str, method: str, setting: tuple[int, int], limit: int
 ) -> Cell:
-    """A cell of one way of serving; `torch_latency`: of torch's. setting: batch size, prompt
-    length."""
+    """A cell of one way of serving. kind: latency, profile or torch_latency; setting: batch size
+    and prompt length."""
     batch, prompt = setting
     where = f"-b{batch}-p{prompt}" if kind.endswith("latency") else ""
     module = "peers" if kind.startswith("torch") else "cells"
@@ -141,7 +142,11 @@ def _measure(
 
 
 def _train(scale: Scale, method: str, torch: bool = False) -> Cell:
-    module, name = ("peers", "torch_train") if torch else ("cells", "train")
+    module = "cells"
+    name = "train"
+    if torch:
+        module = "peers"
+        name = "torch_train"
     preset = scale.presets[0]
     flags = _flags(preset=preset, method=method, dtype=scale.dtype, rank=scale.rank)
     flags += _flags(rounds=scale.rounds, rows=scale.rows, length=scale.length)
@@ -149,8 +154,8 @@ def _train(scale: Scale, method: str, torch: bool = False) -> Cell:
 
 
 def _others(scale: Scale, results: Path) -> list[Cell]:
-    """Of the first architecture: the plan, the bank of adapters, the switch between two, the base
-    quantised."""
+    """The other cells of the first architecture: the launch plan, the bank of adapters, the switch
+    between two, the quantised base."""
     first = scale.presets[0]
     sizes = _flags(dtype=scale.dtype, rank=scale.rank)
     plan = ("experiments.gpu_cells", "plan", *_flags(preset=first), *sizes)
@@ -168,7 +173,7 @@ def _others(scale: Scale, results: Path) -> list[Cell]:
 
 
 def cells(scale: Scale, results: Path) -> list[Cell]:
-    """All cells, the most wanted first; `results`: where those of this device are."""
+    """All cells, the most valuable first. results: the folder of this device."""
     first = scale.presets[0]
     alone = (1, scale.prompt_length)
     out = [
@@ -183,7 +188,7 @@ def cells(scale: Scale, results: Path) -> list[Cell]:
             ("latency", scale.others),
         ):
             out += [_measure(scale, kind, preset, method, alone, limit) for method in methods]
-    # Theirs stand between two of ours.
+    # Ours once more after torch's first, to see whether the device has changed meanwhile.
     ours = _measure(scale, "latency", first, "ffba", alone, 150)
     again = dataclasses.replace(ours, name=ours.name.replace("ffba", "ffba_again"))
     theirs = [_measure(scale, "torch_latency", first, method, alone, 240) for method in scale.torch]
@@ -206,7 +211,7 @@ def cells(scale: Scale, results: Path) -> list[Cell]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends a cell and whatever it has started."""
+    """Ends a cell and all processes that it has started."""
     for number, wait in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, None)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -218,9 +223,10 @@ def _end(process: subprocess.Popen) -> None:
 def run_cell(
     cell: Cell, results: Path, logs: Path, seconds: float, environment: Mapping[str, str]
 ) -> str:
-    """Runs a cell for at most `seconds`: "done", or what became of it. Its JSON is there only where
-    it is done, its output in the logs."""
-    out, log = results / f"{cell.name}.json", logs / f"{cell.name}.log"
+    """Runs a cell for at most `seconds`. Returns "done", or what became of it; its output is in the
+    logs."""
+    out = results / f"{cell.name}.json"
+    log = logs / f"{cell.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", *cell.command, "--out", str(out)]
     with log.open("w") as file:
@@ -252,8 +258,8 @@ def run_cells(
     environment: Mapping[str, str],
     before: Mapping[str, str],
 ) -> Iterator[tuple[Cell, str]]:
-    """Yields each cell with what became of it; those done are not run, those that failed `before`
-    (or now) come last and once. deadline: of `time.monotonic()`."""
+    """Yields each cell with what became of it. Finished cells are not run again, and those that
+    failed `before` come last. deadline: by `time.monotonic()`."""
     waiting = [cell for cell in asked if not (results / f"{cell.name}.json").is_file()]
     tried = [cell for cell in waiting if cell.name in before]
     fresh = [cell for cell in waiting if cell.name not in before]
@@ -267,12 +273,12 @@ def run_cells(
             continue
         said = run_cell(cell, results, logs, min(cell.limit, left), environment)
         if said.startswith("stopped") and left < cell.limit:
-            said = "out of time"  # which says nothing against it
+            said = "out of time"  # no failure of its own
         yield cell, said
 
 
 def environment(device: str, cache: Path) -> dict[str, str]:
-    """Of a cell: where JAX, XLA and torch keep what they compiled and chose."""
+    """The environment of a cell: where JAX, XLA and torch keep what they compiled and chose."""
     keep = {
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -290,14 +296,13 @@ def environment(device: str, cache: Path) -> dict[str, str]:
 
 
 def device_kind(device: str, environment: Mapping[str, str]) -> str:
-    """The device's own name. Raises UserError where JAX has no GPU and one is asked for."""
+    """The device's own name. Raises UserError if JAX has none of the kind that is asked for."""
     ask = "import jax; d = jax.devices()[0]; print(); print(d.platform, d.device_kind, sep='|')"
     done = subprocess.run(
         [sys.executable, "-c", ask], env=dict(environment), capture_output=True, text=True
     )
-    platform, _, kind = (
-        done.stdout.strip().splitlines()[-1].partition("|") if done.stdout else ("",) * 3
-    )
+    last = "".join(done.stdout.splitlines()[-1:])
+    platform, _, kind = last.partition("|")
     if done.returncode or platform != device:
         found = f"JAX finds {kind or 'none'}"
         raise UserError(f"--device {device}: {found}; --device cpu rehearses the report anywhere")
@@ -308,8 +313,8 @@ def device_kind(device: str, environment: Mapping[str, str]) -> str:
 
 
 def table(results: Path, said: Mapping[str, str]) -> str:
-    """The Markdown of what is there: times beside the merged base, both readings of the paper's
-    claim, the other cells in a line each, and what was not measured."""
+    """The report as Markdown: times beside the merged base, both readings of the paper's claim, the
+    other cells in a line each, and what was not measured. said: what became of each cell."""
     found = {file.stem: read_json(file) for file in sorted(results.glob("*.json"))}
     from experiments.report import stored
 
@@ -350,8 +355,7 @@ def _times(here: list[dict[str, Any]], gb_per_s: float | None) -> list[str]:
     loras = [
         ratio["median"] for one, ratio in zip(here, ratios, strict=True) if one["method"] == "lora"
     ]
-    for place in sorted(range(len(here)), key=lambda place: ratios[place]["median"]):
-        one, ratio = here[place], ratios[place]
+    for one, ratio in sorted(zip(here, ratios, strict=True), key=lambda pair: pair[1]["median"]):
         tpot = statistics.median(one["tpot_ms"])
         ttft = paired_ratio(one["ttft_ms"], one["base_ttft_ms"])["median"]
         beside = claims(ratio["median"], loras[0]) if loras and one["rank"] else {}
@@ -436,8 +440,9 @@ _SAID = {
 
 
 def pack(out: Path) -> Path:
-    """OUT/report.tar: results, logs and caches, whole or not at all."""
-    target, half = out / PACKED, out / f".{PACKED}.unfinished"
+    """Writes OUT/report.tar with results, logs and caches, whole or not at all."""
+    target = out / PACKED
+    half = out / f".{PACKED}.unfinished"
     with tarfile.open(half, "w") as tar:
         for path in sorted(out.iterdir()):
             if path.name not in (target.name, half.name):
@@ -447,12 +452,13 @@ def pack(out: Path) -> Path:
 
 
 def unpack(file: Path, out: Path) -> None:
-    """What another start has packed, into OUT; what is there already stays. Raises UserError."""
+    """Unpacks another start's report.tar into OUT, where existing files stay. Raises UserError for
+    any other file."""
     try:
         with tarfile.open(file) as tar:
             members = tar.getmembers()
             if RESULT not in {member.name for member in members}:
-                raise UserError(f"--resume {file} holds no {RESULT}; give what a report has packed")
+                raise UserError(f"--resume {file} holds no {RESULT}; give a report's {PACKED}")
             for member in members:
                 if not (out / member.name).exists():
                     tar.extract(member, out, filter="data")
@@ -461,8 +467,8 @@ def unpack(file: Path, out: Path) -> None:
 
 
 FLAGS: Flags = {
-    "--minutes": dict(type=float, required=True, help="all of it ends within them"),
-    "--out": dict(type=Path, required=True, help="new, empty, or of this very command"),
+    "--minutes": dict(type=float, required=True, help="for everything"),
+    "--out": dict(type=Path, required=True, help="a directory: new, empty or of the same command"),
     "--resume": dict(type=Path, help="report.tar of an earlier start"),
     "--device": dict(choices=("gpu", "cpu"), default="gpu"),
     "--preset": dict(help="one architecture in place of the device's own"),
@@ -472,7 +478,7 @@ FLAGS: Flags = {
 
 
 def _check(args: Namespace) -> tuple[Scale, dict[str, Any]]:
-    """The cells' sizes, and what must be alike in all starts of a report."""
+    """The scale, and the arguments that all starts of a report share."""
     if not args.minutes > 0:
         raise UserError(f"--minutes {args.minutes} must be a positive number")
     scale = GPU if args.device == "gpu" else CPU
@@ -487,7 +493,8 @@ def _check(args: Namespace) -> tuple[Scale, dict[str, Any]]:
 
 
 def _open(args: Namespace, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The report that OUT holds, of the same arguments; an empty one where it is new."""
+    """The report in OUT, or an empty one. Raises UserError if OUT holds a report of other
+    arguments, or other files and no report."""
     check_writable(args.out / RESULT, "--out")
     new = not args.out.exists() or not any(args.out.iterdir())
     if not new and not (args.out / RESULT).is_file():
@@ -500,15 +507,15 @@ def _open(args: Namespace, arguments: dict[str, Any]) -> dict[str, Any]:
     report = read_json(args.out / RESULT)
     if report.get("arguments") != arguments:
         raise UserError(
-            f"--out {args.out} holds a report of {report.get('arguments')}, asked for now is "
-            f"{arguments}; name another directory"
+            f"--out {args.out} holds a report of {report.get('arguments')}, not {arguments}; name "
+            "another directory"
         )
     return report
 
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Signals that would end this process raise Stopped inside, so that its cell ends with it."""
+    """Signals that would end this process raise Stopped instead, so that its cell ends, too."""
 
     def stop(number: int, _: Any) -> None:
         raise Stopped(f"stopped by {signal.Signals(number).name}; the same command goes on")
@@ -525,13 +532,14 @@ def _stoppable() -> Iterator[None]:
 def main(argv: list[str]) -> None:
     """The command."""
     start = time.monotonic()
-    args = parse(argv, "experiments.gpu_report", __doc__, FLAGS)
+    args = parse(argv, "python -m experiments.gpu_report", __doc__, FLAGS)
     scale, arguments = _check(args)
     report = _open(args, arguments)
     around = environment(args.device, args.out.absolute() / "cache")
     kind = device_kind(args.device, around)
     slug = re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_")
-    results, logs = args.out / slug, args.out / "logs" / slug
+    results = args.out / slug
+    logs = args.out / "logs" / slug
     results.mkdir(parents=True, exist_ok=True)
     patterns = args.cells.split(",")
     asked = [c for c in cells(scale, results) if any(fnmatch.fnmatch(c.name, p) for p in patterns)]
@@ -541,7 +549,6 @@ def main(argv: list[str]) -> None:
     deadline = start + 60 * args.minutes - _CLOSING
     failed = report["failed"].setdefault(slug, {})
     said: dict[str, str] = {}
-
     write_json(args.out / RESULT, report)
     try:
         with _stoppable():
