@@ -1,12 +1,16 @@
-"""What a bank of adapters costs: N adapters side by side in the fused arrays, every row of a batch
-with its own.
+"""What a bank of adapters costs in time per token, each row of a batch using its own adapter.
 
     python -m experiments.bank --model random --preset llama3.2-1b --out experiments/results/bank
 
-TPOT of a bank of N ffba adapters beside one adapter's at the same batch size; beside N separate
-batches, which a server without a bank runs one after another (rows / N rows each, the switch
-between them not counted); and beside a LoRA of equal parameters whose A and B are gathered for each
-row from a stack of N, as multi-LoRA servers do. All in the same rounds, ratios round by round.
+The TPOT of a bank of N adapters stands beside those of
+
+    one adapter         for all rows
+    separate batches    N batches of rows / N rows, one after another, as a server without a bank
+                        runs them; switching between them is not counted
+    gathered lora       a LoRA of equal parameters whose A and B are gathered for each row from a
+                        stack of N, as multi-LoRA servers do
+
+All are timed in the same rounds, and ratios are taken round by round.
 """
 
 from __future__ import annotations
@@ -59,7 +63,7 @@ FLAGS: Flags = {
 def stack_lora(
     base: Tree, adapters: list[Tree], config: LlamaConfig, adapter_config: AdapterConfig
 ) -> tuple[Tree, Tree]:
-    """Leaves by path: those all rows share, and the A's and B's `[N, …]`."""
+    """The unmerged leaves by path: those that all rows share, and A and B stacked, `[N, …]`."""
     shared: Tree = {}
     stacks: list[Tree] = []
     transposed = device_layout().transposed
@@ -78,10 +82,11 @@ def stack_lora(
 def decode_gathered(
     model: Llama, shared: Tree, stacks: Tree, ids: Array, token: Array, cache: KVCache, steps: Array
 ) -> tuple[Array, KVCache]:
-    """`steps` greedy tokens after `token` `[B]`; row b runs with adapter `ids[b]`, whose A and B
-    are gathered anew for every token. Written for one row and mapped: the base's products still see
-    all rows at once."""
+    """Decodes `steps` greedy tokens after `token` `[B]`, int32. Row b uses adapter `ids[b]`, whose
+    A and B are gathered anew for every token.
 
+    The step is written for one row and mapped; the base's products still take all rows at once.
+    """
     B = len(token)
 
     def by_row(leaves):
@@ -122,8 +127,8 @@ def run_gathered(
     ids: Array,
     new_tokens: int,
 ) -> float:
-    """TPOT of `decode_gathered`; the prompt is read by `programs` with the tree `served`, outside
-    the clock."""
+    """TPOT of `decode_gathered`, seconds. Prefill is not timed, and is that of `programs` with the
+    tree `served`."""
     B, length = prompts.shape
     tokens = jnp.zeros((B, bucket(length)), jnp.int32).at[:, :length].set(prompts)
     logits, cache = programs.prefill(served, tokens, jnp.full(B, length, jnp.int32), None)
@@ -143,50 +148,51 @@ def measure(
     setting: Setting,
     adapter_config: AdapterConfig,
     lora: AdapterConfig,
-    places: int,
+    count: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Times of a bank of `places` adapters and of what it stands beside."""
+    """Times of a bank of `count` adapters and of what it stands beside."""
     B = setting.batch_size
     layout = device_layout()
 
     def draw(own):
-        return [random_adapter(jax.random.key(i), config, own) for i in range(places)]
+        return [random_adapter(jax.random.key(i), config, own) for i in range(count)]
 
     adapters = draw(adapter_config)
-    ids = jnp.arange(B) % places
+    ids = jnp.arange(B) % count
 
     def on_device(tree):
         return jax.tree.map(jnp.asarray, tree)
 
     one = on_device(fuse(base, adapters[0], config, adapter_config, layout))
-    bank, select = one, None
-    if places > 1:
+    bank = one
+    select = None
+    if count > 1:
         bank = on_device(fuse(base, adapters, config, adapter_config, layout))
-        select = jax.nn.one_hot(ids, places, dtype=bool)
+        select = jax.nn.one_hot(ids, count, dtype=bool)
     shared, stacks = stack_lora(base, draw(lora), config, lora)
-    batches = min(places, B)
+    batches = min(count, B)
     few = Setting(setting.prompt_length, B // batches, setting.new_tokens)
 
     model = Llama(config, adapter_config)
     prompts = setting.prompts(config)
-    single, few_rows = (compile_programs(model, one, s) for s in (setting, few))
+    single = compile_programs(model, one, setting)
+    few_rows = compile_programs(model, one, few)
     many = compile_programs(model, bank, setting, select)
-    apart = Llama(config, lora, dense=UnmergedDense)
-    given = (single, one, prompts, apart, shared, stacks, ids)
-    gathered = functools.partial(run_gathered, *given)
+    unmerged = Llama(config, lora, dense=UnmergedDense)
+    given = (single, one, prompts, unmerged, shared, stacks, ids, setting.new_tokens)
     contestants = {
         "one adapter": lambda: single.run(one, prompts)[1],
         "bank": lambda: many.run(bank, prompts, select=select)[1],
         "separate batches": lambda: sum(
             few_rows.run(one, prompts[: few.batch_size])[1] for _ in range(batches)
         ),
-        "gathered lora": lambda: gathered(setting.new_tokens),
+        "gathered lora": functools.partial(run_gathered, *given),
     }
     for run in contestants.values():
         run()
     times = list(interleave(contestants, rounds))
-    out: dict[str, Any] = {"adapters": places, "batches": batches}
+    out: dict[str, Any] = {"adapters": count, "batches": batches}
     for name in contestants:
         out[name] = summary([t[name] for t in times]) | {"rounds": [t[name] for t in times]}
         if name != "bank":
@@ -198,15 +204,15 @@ def measure(
 
 def check(args: argparse.Namespace) -> list[int]:
     """The numbers of adapters. Raises UserError for flags that do not go together."""
-    places = [int(n) if n.isdecimal() else 0 for n in args.adapters.split(",")]
+    counts = [int(n) if n.isdecimal() else 0 for n in args.adapters.split(",")]
     batch = args.batch_size
-    if min(places) < 1 or batch < 1 or any(batch % min(n, batch) for n in places):
+    if min(counts) < 1 or batch < 1 or any(batch % min(n, batch) for n in counts):
         raise UserError(
             f"--adapters {args.adapters}: give positive numbers, comma-separated, that divide "
             f"--batch_size {args.batch_size} or are larger"
         )
     check_generation(args)
-    return places
+    return counts
 
 
 def markdown(
@@ -218,7 +224,7 @@ def markdown(
     lora_rank: int,
     lora_parameters: int,
 ) -> str:
-    """The table, a line a number of adapters; `parameters` of one of them."""
+    """The table, one line for each number of adapters. parameters: of one of them."""
     heads = ["adapters", "bank", "one adapter", "ratio", "separate batches", "ratio"]
     heads += ["LoRA gathered by row", "ratio"]
     rows = []
@@ -242,11 +248,11 @@ def markdown(
 def main(argv: list[str]) -> None:
     """The command."""
     args = parse(argv, "python -m experiments.bank", __doc__, FLAGS)
-    places = check(args)
+    counts = check(args)
     config, base = load_model(args)
     if args.prompt_length + args.new_tokens > config.max_position_embeddings:
         raise UserError(
-            f"--prompt_length {args.prompt_length} with --new_tokens {args.new_tokens} are more "
+            f"--prompt_length {args.prompt_length} plus --new_tokens {args.new_tokens} is more "
             f"than the model's max_position_embeddings={config.max_position_embeddings}"
         )
     adapter_config = AdapterConfig(args.method, args.rank)
@@ -257,7 +263,7 @@ def main(argv: list[str]) -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         base = on_disk(base, Path(folder))
-        for n in places:
+        for n in counts:
             results.append(measure(base, config, setting, adapter_config, lora, n, args.rounds))
             print(f"{n} adapters done", file=sys.stderr)
     about = about_process()

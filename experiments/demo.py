@@ -3,9 +3,8 @@
     python -m experiments.demo --workdir runs/demo        (make demo)
 
 Prints the accuracy on 200 unseen problems of the base (zero-shot, and with 4 worked examples in its
-prompt) and of the adapted model, all three in the same words, with the same decoding and answer
-extraction; one problem answered by both; and where the adapter lies. Run again on the same workdir,
-it resumes.
+prompt) and of the adapted model, with the same wording, decoding and answer extraction. Then both
+answer one problem. The same command resumes a run that was stopped.
 """
 
 from __future__ import annotations

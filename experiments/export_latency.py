@@ -1,11 +1,10 @@
-"""Time per output token in PyTorch: `transformers` exports beside the bare model and PEFT's
-unmerged LoRA.
+"""Time per output token in PyTorch of `transformers` exports, the bare model and PEFT's LoRA.
 
     python -m experiments.export_latency --out experiments/results/export_latency
 
-Same weights, same prompts, all in eager transformers with its growing cache, one run each in every
-round, the order turning around; ratios are taken round by round. The LoRA has as many parameters as
-each export, nearly. Needs the extra `test` (torch, peft).
+All have the same base and prompts, about the same number of adapter parameters, and run in eager
+transformers with its growing cache. Each runs once a round, the order is reversed from round to
+round, and ratios are taken round by round. Needs the extra `test` (torch, peft).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ Tree = dict[str, Any]
 
 FLAGS: Flags = {
     **MODEL,
-    "--methods": dict(default="ffba,ffba_qg_add,fpa,zflora", help="comma-separated, exported"),
+    "--methods": dict(default="ffba,ffba_qg_add,fpa,zflora", help="to export, comma-separated"),
     "--batch_sizes": dict(default="1,8", help="comma-separated"),
     "--prompt_length": dict(type=int, default=128),
     "--new_tokens": dict(type=int, default=33),
@@ -49,7 +48,7 @@ FLAGS: Flags = {
 def build(
     args: argparse.Namespace, config: LlamaConfig, base: Tree
 ) -> tuple[dict[str, Any], dict[str, tuple[Any, int]]]:
-    """The models, and the rank and parameters of each one's adapter, by name."""
+    """The models by name, and the rank and the parameters of each one's adapter."""
     import transformers
 
     parameters = trained_parameters(config, AdapterConfig(args.method, args.rank))
@@ -85,7 +84,7 @@ def build(
 def measure(
     models: Mapping[str, Any], config: LlamaConfig, setting: Setting, rounds: int
 ) -> dict[str, Any]:
-    """TPOT of every model at a setting, beside the bare one and PEFT's."""
+    """TPOT of every model at a setting, and its ratios to the bare model's and PEFT's."""
     import transformers
 
     def run(name: str) -> float:
@@ -110,7 +109,7 @@ def measure(
 
 
 def markdown(args: argparse.Namespace, about: Tree, counts: Tree, results: list[Tree]) -> str:
-    """The table, a line a model."""
+    """The table, one line for each model."""
     heads = ["", "rank", "parameters"]
     for cell in results:
         heads += [f"batch {cell['batch_size']}: ms", "over bare", "over PEFT"]

@@ -1,10 +1,10 @@
-"""Time and memory of exporting a run at a model's full shapes, random weights.
+"""Time and memory of exporting a run at a model's full shapes, with random weights.
 
     python -m experiments.export_memory --preset llama3.2-1b --out experiments/results/export_memory
 
-Trains one step (lora and ffba), then exports them, every format in a process of its own: growth of
-anonymous memory from before the base is made to the peak, beside the base's bytes and those of the
-largest tensor.
+Trains lora and ffba for one step, then exports each format in a process of its own. Memory is the
+growth of anonymous memory from before the base is made to the peak; it stands beside the bytes of
+the base and its largest tensor.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ FLAGS: Flags = {
     "--preset": dict(default="llama3.2-1b"),
     "--dtype": dict(choices=DTYPES, default="float32"),
     "--out": dict(type=Path, help="write OUT.json and OUT.md"),
-    # workdir, format, directory: in this process
+    # workdir, format and directory of an export in this process
     "--measure": dict(nargs=3, help=argparse.SUPPRESS),
 }
 
 
 def measure(workdir: str, form: str, out: str) -> dict[str, float]:
-    """Run alone in this process: seconds and growth in bytes of one export, loading the base
-    included."""
+    """Seconds and growth of memory (bytes) of one export, loading the base included. Call it alone
+    in a process."""
     from flora_jax.training.trained import export_run
 
-    # What is imported and set up once, whatever the model's size, is not what is measured.
+    # A tiny export first: imports and set-up, the same for every size, are not measured.
     with tempfile.TemporaryDirectory() as folder:
         _train("tiny", Path(workdir).name, "float32", Path(folder) / "run")
         export_run(Path(folder) / "run", form, Path(folder) / "out")
@@ -90,12 +90,11 @@ def export_alone(folder: str, method: str, form: str) -> dict[str, Any]:
 
 
 def markdown(
-    args: argparse.Namespace, about: dict[str, Any], sizes: list[int], results: Any
+    args: argparse.Namespace, about: dict[str, Any], base: int, largest: int, results: Any
 ) -> str:
-    """The table; sizes: bytes of the base and of its largest tensor."""
+    """The table. base, largest: bytes of the base and of its largest tensor."""
     from flora_jax.analysis.results import header, table
 
-    base, largest = sizes
     rows = [
         [
             one["method"],
@@ -122,7 +121,7 @@ def main(argv: list[str]) -> None:
     if args.measure:
         print(json.dumps(measure(*args.measure)))
         return
-    # not where memory is measured
+    # Not above: the processes whose memory is measured do without them.
     from experiments.report import beside, write_result
     from flora_jax.analysis.results import about_process
     from flora_jax.models.hf import hf_shapes
@@ -140,9 +139,10 @@ def main(argv: list[str]) -> None:
             print(results[-1], file=sys.stderr)
     width = 2 if args.dtype == "bfloat16" else 4
     tensors = [width * math.prod(shape) for shape in hf_shapes(config).values()]
-    base, largest = sum(tensors), max(tensors)
+    base = sum(tensors)
+    largest = max(tensors)
     about = about_process("safetensors")
-    text = markdown(args, about, [base, largest], results)
+    text = markdown(args, about, base, largest, results)
     write_result(args, about, text, base_bytes=base, largest_bytes=largest, results=results)
 
 

@@ -1,11 +1,11 @@
-"""Our model and lm-evaluation-harness's own torch model on the same weights and the same questions.
+"""Compares our model with lm-evaluation-harness's torch model on the same weights and questions.
 
     python -m experiments.harness_peer MODEL --data_dir DIR
 
-MODEL is a GGUF file or an HF directory; transformers reads it for the other side. `arc_easy` is the
+MODEL is a GGUF file or an HF directory, which transformers reads for torch. `arc_easy` is the
 harness's own task over the first test questions of DIR; `gsm8k` asks `Question: … Answer:` for
-greedy text and takes the last number. Printed: both scores, and how far the log-likelihoods differ
-or how many answers are equal. Needs the extra `test` (torch, lm-eval).
+greedy text and takes the last number. Prints both scores, and how far the log-likelihoods differ or
+how many answers are equal. Needs the extra `test` (torch, lm-eval).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ TASKS = {"arc_easy": arc_easy, "gsm8k": gsm8k}
 
 
 def write(folder: Path, name: str, args: Any) -> str:
-    """Puts a task and its records into a folder; the task's name there."""
+    """Writes a task and its records into a folder. Returns the task's name there."""
     task, records = TASKS[name](args)
     own = f"peer_{name}"
     (folder / f"{own}.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -95,17 +95,20 @@ def load(path: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     adapted = load_adapted(str(path), None)
-    place: tuple[Any, dict[str, Any]] = (path, {})
+    folder = path
+    options = {}
     if path.suffix == ".gguf":
-        place = (path.parent, {"gguf_file": path.name})
-    model = AutoModelForCausalLM.from_pretrained(place[0], dtype="float32", **place[1]).eval()
+        folder = path.parent
+        options = {"gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **options).eval()
     theirs = HFLM(pretrained=model, tokenizer=adapted.tokenizer, device="cpu", **_SETTINGS)
     return {"ours": HarnessLM(adapted, **_SETTINGS), "torch": theirs}
 
 
 def compare(found: Mapping[str, Sequence[Any]]) -> str:
-    """How far two sides' answers are apart: texts, or `(log-likelihood, greedy)` of each choice."""
-    ours, theirs = found["ours"], found["torch"]
+    """How far the answers differ: texts, or `(log-likelihood, greedy)` of each choice."""
+    ours = found["ours"]
+    theirs = found["torch"]
     if isinstance(ours[0][0], str):
         equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
         return f"{equal} of {len(ours)} answers are equal"
@@ -134,8 +137,8 @@ def main(argv: list[str]) -> None:
                     log_samples=True,
                     bootstrap_iters=0,
                 )
-                scores = {k: float(v) for k, v in result["results"][own].items() if "," in k
-                          and "stderr" not in k}  # fmt: skip
+                found = result["results"][own]
+                scores = {k: float(v) for k, v in found.items() if "," in k and "stderr" not in k}
                 samples = sorted(result["samples"][own], key=lambda one: one["doc_id"])
                 answers[side] = [one["filtered_resps"] for one in samples]
                 print(name, side, scores, flush=True)

@@ -2,9 +2,9 @@
 
     python -m experiments.notebooks      all of notebooks/; or name some: notebooks/family.ipynb
 
-Each notebook begins with the same cell, which installs flora_jax where it is missing and is written
-anew from here, and has one cell tagged `parameters`, as papermill has it: `papermill -p steps 10
-notebooks/quick_start.ipynb out.ipynb` runs one with other parameters. Needs the extra `test`.
+Each notebook begins with the same cell, which is written from here and installs flora_jax if it is
+missing. One cell is tagged `parameters`, which is papermill's convention: `papermill -p steps 10
+notebooks/quick_start.ipynb out.ipynb` runs a notebook with other values. Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ import nbformat
 import yaml
 from nbclient import NotebookClient
 
-from flora_jax.errors import CommandParser, UserError, require, require_known, run_command
+from experiments.flags import Flags, parse
+from flora_jax.errors import UserError, require, require_known, run_command
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-# What a notebook needs beside flora_jax itself, as extras of setup.py.
+FLAGS: Flags = {
+    "paths": dict(nargs="*", type=Path, default=sorted(NOTEBOOKS.glob("*.ipynb"))),
+}
+# The extras of setup.py that a notebook needs, unless "demo" will do.
 EXTRAS = {"export": "demo,peers"}
 SETUP = """\
 # Installs flora_jax if it is missing: from the checkout around this notebook, or from REPOSITORY.
@@ -60,7 +64,7 @@ print(flora_jax.__name__, "with jax", jax.__version__, "on", jax.devices()[0].de
 
 def setup_cell(path: Path) -> str:
     """The source of a notebook's first code cell. It installs from the `repo_url` of mkdocs.yml,
-    which is unset while the repository is nowhere."""
+    which is unset until the repository has an address."""
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     return SETUP.format(
         repository=settings.get("repo_url") or "", extras=EXTRAS.get(path.stem, "demo")
@@ -68,8 +72,10 @@ def setup_cell(path: Path) -> str:
 
 
 def find_parameters(notebook: Any) -> tuple[int, dict[str, Any]]:
-    """Which cell is tagged `parameters`, and the values it assigns by name. Raises UserError unless
-    there is one such cell, of plain assignments."""
+    """The place of the cell tagged `parameters`, and the values it assigns by name.
+
+    Raises UserError unless there is one such cell, with plain assignments alone.
+    """
     tagged = [
         place
         for place, cell in enumerate(notebook.cells)
@@ -83,15 +89,15 @@ def find_parameters(notebook: Any) -> tuple[int, dict[str, Any]]:
             values[name] = ast.literal_eval(statement.value)
         except (AttributeError, ValueError):
             raise UserError(
-                f"the cell tagged 'parameters' has {ast.unparse(statement)!r}; NAME = VALUE is "
-                "what may stand there"
+                f"the cell tagged 'parameters' has {ast.unparse(statement)!r}; it may only have "
+                "NAME = VALUE"
             ) from None
     return tagged[0], values
 
 
 def inject(notebook: Any, parameters: Mapping[str, Any]) -> None:
-    """Puts a cell that assigns other values after the one tagged `parameters`, as papermill does.
-    Raises UserError for a name that is none of its."""
+    """Adds a cell with other values after the one tagged `parameters`, as papermill does. Raises
+    UserError for a name that is not among its own."""
     place, known = find_parameters(notebook)
     for name in parameters:
         require_known(name, known, f"parameter {name!r}")
@@ -101,9 +107,11 @@ def inject(notebook: Any, parameters: Mapping[str, Any]) -> None:
 
 
 def execute(path: Path, parameters: Mapping[str, Any] | None = None) -> Any:
-    """The notebook with the outputs of a fresh run in the repository's root, with the parameters
-    that its own cell has or with others. Raises what a cell raises, and UserError for parameters
-    that it does not have."""
+    """The notebook with the outputs of a fresh run in the repository's root.
+
+    parameters: values in place of its own. Raises what a cell raises, and UserError for a parameter
+    that it does not have.
+    """
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     code[0].source = setup_cell(path)
@@ -119,7 +127,7 @@ def execute(path: Path, parameters: Mapping[str, Any] | None = None) -> Any:
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
-        # Progress and warnings are no results either, and neither is where the repository lies.
+        # Progress and warnings are no results either, nor is the repository's path.
         cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
         for out in cell.outputs:
             if "text" in out:
@@ -129,11 +137,7 @@ def execute(path: Path, parameters: Mapping[str, Any] | None = None) -> Any:
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = CommandParser(
-        prog="python -m experiments.notebooks", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("paths", nargs="*", type=Path, default=sorted(NOTEBOOKS.glob("*.ipynb")))
-    for path in parser.parse_args(argv[1:]).paths:
+    for path in parse(argv, "python -m experiments.notebooks", __doc__, FLAGS).paths:
         if not path.is_file():
             raise UserError(f"{path}: there is no such notebook; notebooks/ has them")
         start = time.perf_counter()

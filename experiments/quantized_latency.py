@@ -1,9 +1,10 @@
-"""Time per token of quantised bases beside floats, in one process, with a fused adapter or not.
+"""Time per token over quantised bases beside the float base, with a fused adapter and without.
 
     python -m experiments.quantized_latency --out experiments/results/quantized/latency
 
-Models take turns of a few tokens each, and ratios are to the float base's same turn; `base_again`
-is that base beside itself, the noise. The same command on a CPU and a GPU.
+All models are in one process and take turns of a few tokens each; ratios are to the float base in
+the same turn. `base_again` is the float base once more, so its ratio is noise. The same command
+runs on a CPU and on a GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ FLAGS: Flags = {
 
 
 def models(args: argparse.Namespace) -> tuple[LlamaConfig, dict[str, tuple[Any, Tree]]]:
-    """Model and served tree by name: each base bare, and with a random adapter in it."""
+    """The models and their served trees by name: each base bare, and with a random adapter."""
     config, floats = load_model(args)
     adapter_config = AdapterConfig(args.method, args.rank)
     out = {}
@@ -83,7 +84,7 @@ def measure(
 
 
 def markdown(args: argparse.Namespace, about: dict[str, Any], found: dict[str, Any]) -> str:
-    """The table, a line a model."""
+    """The table, one line for each model."""
     first = next(iter(found.values()))
     heads = ["", "bytes"]
     for batch in found:

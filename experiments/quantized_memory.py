@@ -1,10 +1,9 @@
-"""Memory of a training step over quantised bases, by XLA's own account of a step that is compiled
-for a GPU and not run.
+"""Memory of a training step over quantised bases, as XLA plans it for a GPU.
 
     python -m experiments.quantized_memory --out experiments/results/quantized/memory
 
-Needs the extra `gpu-plan` and no GPU. arguments: base, adapter, optimizer's state and batch;
-temporary: all that the step holds beside them at its fullest.
+The step is compiled and not run: that needs the extra `gpu-plan` and no GPU. arguments: base,
+adapter, optimizer's state and batch; temporary: the most that the step holds beside them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _HEADS = ["base", "kernels GB", "arguments GB", "temporary GB", "both GB"]
 
 
 def measure(args: Any, quantization: str) -> dict[str, float]:
-    """Gigabytes of one step, by name."""
+    """The memory of one step, GB by name."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -69,13 +68,12 @@ def measure(args: Any, quantization: str) -> dict[str, float]:
     arguments = found.argument_size_in_bytes
     temporary = found.temp_size_in_bytes
     sizes = {"kernels": kernels, "arguments": arguments, "temporary": temporary}
-    return {name: size / 1e9 for name, size in sizes.items()} | {
-        "both": (arguments + temporary) / 1e9
-    }
+    sizes["both"] = arguments + temporary
+    return {name: size / 1e9 for name, size in sizes.items()}
 
 
 def markdown(args: Any, about: dict[str, Any], rows: dict[str, dict[str, float]]) -> str:
-    """The table, a line a quantization."""
+    """The table, one line for each quantisation."""
     from flora_jax.analysis.results import header, table
 
     title = f"Memory of a training step: {args.preset}, compiled for {args.target}"

@@ -1,13 +1,12 @@
-"""What quantising a base costs in quality: perplexity of articles, two benchmarks, and what fusing
-an adapter into the codes adds.
+"""What quantising a base costs in quality: perplexity, two benchmarks, and what fusing adds.
 
     python -m experiments.quantized_quality --data_dir DIR --adapter runs/demo/adapter --out OUT
 
 Perplexity is of the first 20,000 tokens of `cnn_dailymail/test100`, article by article, in windows
-of 1,024; accuracy is lm-eval's `acc` of the first 200 questions of each task. Fused: logits of the
-fused arrays beside those of the adapter's own products over the same codes, on 512 of these tokens,
-as a share of the largest; the bare base's, which lies in both as it is, shows what is not the
-adapter's.
+of 1,024; accuracy is lm-eval's `acc` of the first 200 questions of each task. Fusing is measured on
+512 of these tokens: how far the logits with the fused adapter are from those with its own products
+over the same codes, as a share of the largest logit. The same figure of the bare base, whose codes
+fusing leaves as they are, shows how much of that is not the adapter's.
 """
 
 from __future__ import annotations
@@ -66,32 +65,34 @@ def windows(adapted: Adapted, data_dir: str, tokens: int) -> list[list[int]]:
 
 
 def perplexity(adapted: Adapted, pieces: list[list[int]]) -> float:
-    """Of all tokens but the first of each piece."""
+    """The perplexity of all tokens but the first of each piece."""
     scores = token_loglik(adapted, [[(ids[:1], ids[1:])] for ids in pieces], batch_size=1)
     total = sum(score for row in scores for score, _ in row)
     return math.exp(-total / sum(len(ids) - 1 for ids in pieces))
 
 
 def fused_change(adapted: Adapted, tokens: list[int]) -> dict[str, float]:
-    """How far fusing moves the logits, over the largest: with the adapter, and of the bare base."""
+    """The largest change of a logit over the largest logit: by fusing, with the adapter and of the
+    bare base, and by the adapter itself (`effect`)."""
     ids = jnp.asarray([tokens])
     layout = device_layout(quantized=True)
-    both = {"adapted": adapted, "bare": dataclasses.replace(adapted, adapter=None)}
+    bare = dataclasses.replace(adapted, adapter=None, adapter_config=None)
     out = {}
-    for name, one in both.items():
-        given = None if one.adapter is None else one.adapter_config
-        owed = one.model.apply(one.variables, ids)
-        fused = fuse(one.base, one.adapter, one.config, given, layout)
-        found = Llama(one.config, given).apply({"params": fused}, ids)
-        out[name] = float(jnp.abs(found - owed).max() / jnp.abs(owed).max())
-        if name == "adapted":
-            owed_bare = both["bare"].model.apply(both["bare"].variables, ids)
-            out["effect"] = float(jnp.abs(owed_bare - owed).max() / jnp.abs(owed).max())
-    return out
+    owed = {}
+    for name, one in {"adapted": adapted, "bare": bare}.items():
+        owed[name] = one.model.apply(one.variables, ids)
+        fused = fuse(one.base, one.adapter, one.config, one.adapter_config, layout)
+        found = Llama(one.config, one.adapter_config).apply({"params": fused}, ids)
+        out[name] = _change(found, owed[name])
+    return {**out, "effect": _change(owed["bare"], owed["adapted"])}
+
+
+def _change(found: jax.Array, owed: jax.Array) -> float:
+    return float(jnp.abs(found - owed).max() / jnp.abs(owed).max())
 
 
 def measure(args: Any, quantization: str) -> dict[str, Any]:
-    """All figures of one base."""
+    """All results of one base."""
     bare = load_adapted(args.model, None, quantization=quantization)
     pieces = windows(bare, args.data_dir, args.tokens)
     out: dict[str, Any] = {

@@ -3,8 +3,8 @@ int8, fp8 and nf4.
 
     python -m experiments.quantized_training --data_dir DIR --out OUT
 
-A run that OUT.json holds is not run again. Speed is measured apart: one step of each in turn, in
-one process, over that of the method's float base in the same round.
+A run that OUT.json holds is not run again. Speed is measured apart, in one process: all take a step
+each in every round, and ratios are to the method's float base in the same round.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FLAGS: Flags = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Arm):
-    """A method over a base. found: its result in OUT.json."""
+    """A method over a quantised base. found: its result in OUT.json."""
 
     method: str
     quantization: str
@@ -58,7 +58,7 @@ class Run(Arm):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What must be alike for a result to be this run's."""
+        """The settings that a stored result must share to be this run's."""
         return {
             "method": self.method,
             "quantization": self.quantization,
@@ -95,7 +95,7 @@ class Run(Arm):
 
 
 def measure_speed(runs: list[Run], rounds: int) -> dict[str, Any]:
-    """Seconds of a step over those of its method's float base, round by round, by run."""
+    """By run: a step's time over that of its method's float base, round by round."""
     suite = SUITES["dialogue"]
     steps = {}
     for run in runs:
@@ -118,7 +118,7 @@ def measure_speed(runs: list[Run], rounds: int) -> dict[str, Any]:
 
 
 def markdown(args: argparse.Namespace, found: dict[str, Result], speed: dict[str, Any]) -> str:
-    """The table, a line a run."""
+    """The table, one line for each run."""
     rows = []
     for name, one in found.items():
         last = one["validation_losses"][str(args.steps)]
@@ -142,7 +142,7 @@ def markdown(args: argparse.Namespace, found: dict[str, Result], speed: dict[str
 
 
 def read_before(path: Path) -> tuple[dict[str, Result], dict[str, Any]]:
-    """What an earlier call left: results by name, and speeds."""
+    """The results of earlier calls by name, and their speeds."""
     if not path.exists():
         return {}, {}
     before = read_json(path)

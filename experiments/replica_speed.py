@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
     if args.memory:
         print(json.dumps(measure_memory(args)))
         return
-    # Not above: the process whose memory is measured does without them.
+    # Not above: the processes whose memory is measured do without them.
     from experiments.report import beside
     from flora_jax.analysis.results import about_process, header, spread, table
     from flora_jax.files import write_json

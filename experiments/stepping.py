@@ -64,10 +64,8 @@ def stepper(
 
 
 def time_steps(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, by name and round; in a round all run once.
-
-    Each runs twice before, to compile and to warm up.
-    """
+    """Seconds of each step, by name and round. Each runs twice before, to compile and to warm
+    up."""
     from tqdm import tqdm
 
     from flora_jax.analysis.timing import interleave
@@ -76,8 +74,8 @@ def time_steps(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
         for _ in range(2):
             step()
     contestants = {name: functools.partial(_seconds, step) for name, step in steps.items()}
-    bar = tqdm(interleave(contestants, rounds), total=rounds, unit="round", disable=None)
-    times = list(bar)
+    times = interleave(contestants, rounds)
+    times = list(tqdm(times, total=rounds, unit="round", disable=None))
     return {name: [one[name] for one in times] for name in steps}
 
 

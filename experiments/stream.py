@@ -1,13 +1,11 @@
-"""What zFLoRA's channels hold: their size by layer and token, as they are carried and as they are
-read.
+"""How large zFLoRA's channels are, by layer and token, in the stream and as they are read.
 
     python -m experiments.stream --adapter runs/zflora/adapter --data_dir DIR \
         --out experiments/results/stream
 
-The stream `[x | z]` is watched in front of each layer, over one text of DailyDialog++: rms(x), the
-largest |z| of a token, and the largest |z / rms(x)|, which is what the products read. Without
-`--adapter`: an adapter as training starts from it. OUT.json has all of it, OUT.md the median and
-the largest over tokens, OUT.png draws it.
+The stream `[x | z]` is watched before each layer, over one text of DailyDialog++: rms(x), the
+largest |z| of a token, and the largest |z / rms(x)|, which is what the products read. OUT.json has
+all values, OUT.md their median and largest over tokens, and OUT.png draws them.
 """
 
 from __future__ import annotations
@@ -38,8 +36,8 @@ SIZES = ("rms(x)", "max z", "max z / rms(x)")
 
 FLAGS: Flags = {
     "--model": dict(default="smollm2-135m-instruct", help="what load_pretrained takes"),
-    "--adapter": dict(type=Path, help="of zflora; default one as training starts from it"),
-    "--rank": dict(type=int, default=32, help="of the latter"),
+    "--adapter": dict(type=Path, help="of zflora; default: one as training starts from it"),
+    "--rank": dict(type=int, default=32, help="of the default adapter"),
     "--data_dir": dict(required=True),
     "--example": dict(type=int, default=0, help="of the test set, from 0"),
     "--out": dict(type=Path, required=True, help="OUT.json, OUT.md and OUT.png are written"),
@@ -47,7 +45,7 @@ FLAGS: Flags = {
 
 
 def sizes(adapted: Adapted, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """SIZES by name, `[L, T]` each, in front of each layer. tokens `[T]`."""
+    """SIZES by name, `[L, T]` each, before each layer. tokens `[T]`."""
     found = []
 
     def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -55,25 +53,24 @@ def sizes(adapted: Adapted, tokens: np.ndarray) -> dict[str, np.ndarray]:
             found.append(args[:2])
         return call(*args, **kwargs)
 
-    # with a cache layers run one by one, and each is seen
+    # With a cache the layers are not scanned, so each is seen.
     cache = KVCache.empty(adapted.config, 1, len(tokens))
     with nn.intercept_methods(watch):
         adapted.model.apply(adapted.variables, jnp.asarray(tokens)[None], cache=cache)
-    x, z = (np.stack([np.asarray(pair[i][0]) for pair in found]) for i in (0, 1))
+    x = np.stack([np.asarray(x[0]) for x, _ in found])
+    z = np.stack([np.asarray(z[0]) for _, z in found])
     rms = np.sqrt(np.square(x).mean(-1) + adapted.config.rms_norm_eps)
     largest = np.abs(z).max(-1)
     return dict(zip(SIZES, (rms, largest, largest / rms), strict=True))
 
 
 def draw(found: dict[str, np.ndarray], words: list[str], path: Path) -> None:
-    """A map of layers and tokens for each of the sizes, on one scale."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Draws each of the sizes as a map of layers and tokens, all on one scale."""
     from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(len(found), 1, figsize=(9, 8), sharex=True, layout="constrained")
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    axes = figure.subplots(len(found), 1, sharex=True)
     scale = LogNorm(1e-2, 1e3)
     for axis, (name, values) in zip(axes, found.items(), strict=True):
         image = axis.imshow(np.maximum(values, 1e-2), norm=scale, aspect="auto", cmap="viridis")
@@ -81,7 +78,6 @@ def draw(found: dict[str, np.ndarray], words: list[str], path: Path) -> None:
     axes[-1].set_xticks(range(len(words)), words, rotation=90, fontsize=7)
     figure.colorbar(image, ax=axes, shrink=0.6)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main(argv: list[str]) -> None:
@@ -106,14 +102,14 @@ def main(argv: list[str]) -> None:
 
 
 def started(adapted: Adapted, rank: int) -> Adapted:
-    """With an adapter of zflora as training starts from it."""
+    """The base with an adapter of zflora as training starts from it."""
     config = AdapterConfig("zflora", rank)
     adapter = init_adapter(jax.random.key(0), adapted.config, config)
     return dataclasses.replace(adapted, adapter_config=config, adapter=adapter)
 
 
 def markdown(args: argparse.Namespace, found: dict[str, np.ndarray], about: Any) -> str:
-    """The sizes of every fifth layer, and of the last."""
+    """The table: the sizes of every fifth layer, and of the last."""
     layers = len(found[SIZES[0]])
     rows = []
     for layer in sorted({*range(0, layers, 5), layers - 1}):

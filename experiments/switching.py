@@ -1,12 +1,12 @@
-"""Switching an adapter in a Generator beside merging a LoRA of the same budget.
+"""Time to switch an adapter in a Generator, beside that to merge a LoRA of equal parameters.
 
     python -m experiments.switching --model random --preset llama3.2-1b \
         --out experiments/results/switching
 
-`Generator.use` writes the adapter's columns and rows over those that are there. Merging computes
-`W + s A B` for every projection in one compiled function, from a base that is kept beside it for
-the purpose; laying the result out to be served is not counted. Both are timed until the last array
-is there, in turns.
+`Generator.use` writes the adapter's columns and rows over those in the served arrays. Merging
+computes `W + s A B` for every projection in one compiled function, from a base that is kept beside
+the served arrays; joining the results into served arrays is not counted. Both take turns, and are
+timed until the last array is ready.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ FLAGS: Flags = {
 def seconds(
     generator: Generator, base: Tree, config: LlamaConfig, lora: AdapterConfig, rounds: int
 ) -> dict[str, list[float]]:
-    """Of switching `generator` between its adapters "a" and "b", and of merging a LoRA, by
-    round."""
+    """Seconds by round of switching between the generator's adapters "a" and "b", and of merging a
+    LoRA."""
     loras = [random_adapter(jax.random.key(i), config, lora) for i in range(2)]
     merged = jax.jit(lambda base, adapter: merge(base, adapter, config, lora)["layers"])
     turn = 0
@@ -58,8 +58,9 @@ def seconds(
         return time.perf_counter() - start
 
     contestants = {"switch": switch, "merge": merging}
-    for _ in range(2):  # compiled, and each adapter written once
-        switch(), merging()
+    for _ in range(2):  # compiles, and writes each adapter once
+        switch()
+        merging()
     times = list(interleave(contestants, rounds))
     return {name: [one[name] for one in times] for name in contestants}
 

@@ -1,11 +1,11 @@
-"""Training speed and memory beside PEFT's LoRA (transformers, torch): same weights, batch, length
-and optimizer.
+"""Training speed and memory of our methods beside PEFT's LoRA (transformers, torch).
 
     python -m experiments.train_throughput --out experiments/results/train_throughput
 
-Steps of PEFT and of each of our methods alternate in one process, and ratios are taken round by
-round, so that what slows the machine for a while slows all of them. Peak memory is taken in a
-process of its own for each. Needs the extra `test` (torch, peft).
+All have the same weights, batch, length and optimizer. PEFT and our methods take a step each in
+every round, in one process, and ratios are taken round by round: what slows the machine for a while
+slows all of them. Peak memory is taken in a process of its own for each. Needs the extra `test`
+(torch, peft).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from experiments.stepping import Batch, make_batch, stepper, time_steps
 from flora_jax.errors import UserError, check_writable, run_command
 
 MODEL = "smollm2-135m-instruct"
+_VOCABULARY = 49152  # of MODEL
 # Equal budgets of about 5.5 M parameters.
 RANKS = {"lora": 18, "ffba": 32, "ffba_qg_add": 32, "fpa": 80}
-LOSSES = ("all tokens", "answers alone")  # what the loss is of
+LOSSES = ("all tokens", "answers alone")  # what the loss counts
 
 FLAGS: Flags = {
     "--rows": dict(type=int, default=4),
@@ -61,9 +62,7 @@ def jax_stepper(method: str, weights: tuple[Any, Any] | None = None) -> Callable
     return stepper(model, optimizer, trainable, {"params": base}, seed=1)
 
 
-def peft_stepper(
-    weights: tuple[Any, Any] | None = None,
-) -> Callable[[Batch], float]:
+def peft_stepper(weights: tuple[Any, Any] | None = None) -> Callable[[Batch], float]:
     """The same step by transformers + PEFT's LoRA on all seven projections, eager torch."""
     import peft
     import torch
@@ -104,8 +103,8 @@ def peft_stepper(
 
 
 def measure_memory(name: str, batch: Batch) -> dict[str, float]:
-    """Run alone in this process: peak resident memory (GB) of two steps, seconds from start to the
-    first one done."""
+    """Peak memory of two steps (GB), and seconds until the first is done. Call it alone in a
+    process."""
     start = time.perf_counter()
     step = peft_stepper() if name == "peft" else jax_stepper(name)
     step(batch)
@@ -115,7 +114,7 @@ def measure_memory(name: str, batch: Batch) -> dict[str, float]:
 
 
 def compare(rows: int, length: int, rounds: int, answers: float) -> dict[str, Any]:
-    """Interleaved steps; tokens/s of each, and its ratio to PEFT's round by round."""
+    """By name: tokens/s, and the ratio to PEFT's round by round."""
     from flora_jax.analysis.timing import paired_ratio
     from flora_jax.models.loading import load_pretrained
 
@@ -142,7 +141,7 @@ def measure_alone(name: str, rows: int, length: int) -> dict[str, float]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of a result, a line a method."""
+    """The table of a result, one line for each method."""
     from flora_jax.analysis.results import header, interval, table
 
     heads = ["", "rank", "all tokens in the loss", "ratio", "answers alone", "ratio"]
@@ -175,10 +174,10 @@ def main(argv: list[str]) -> None:
             "--rows, --length and --rounds must be at least 1, --answers above 0 and at most 1"
         )
     if args.memory:
-        batch = make_batch(args.rows, args.length, 49152)
+        batch = make_batch(args.rows, args.length, _VOCABULARY)
         print(json.dumps(measure_memory(args.memory, batch)))
         return
-    # not in a process whose memory is measured
+    # Not above: the processes whose memory is measured do without them.
     from experiments.report import beside
     from flora_jax.analysis.results import about_process
     from flora_jax.files import write_json

@@ -1,4 +1,4 @@
-"""What vllm_latency serves: a base, and adapters over it in the formats that vLLM reads.
+"""Writes what vllm_latency serves: a base, and adapters over it in the formats that vLLM reads.
 
     python -m experiments.vllm_exports --model smollm2-135m-instruct --rank 16 --out runs/vllm
 
@@ -8,8 +8,8 @@
     OUT/<method>        the base with an adapter, --format transformers
     OUT/bank/<i>        adapters of --method, --format vllm
 
-Adapters are drawn at random, of about as many parameters as --method has at --rank: what is
-measured is time. OUT/about.json has their ranks.
+Adapters are random, since only time is measured, with about as many parameters as --method has at
+--rank. OUT/about.json has their ranks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from flora_jax.models.tokenizer import load_tokenizer
 FLAGS: Flags = {
     **MODEL,
     "--methods": dict(default="ffba,ffba_qg_add,fpa,pf_lora,zflora"),
-    "--bank": dict(type=int, default=4, help="how many adapters for a bank"),
+    "--bank": dict(type=int, default=4, help="number of adapters for banks"),
     "--out": dict(type=Path, required=True, help="a directory that is not there yet"),
 }
 
@@ -51,7 +51,7 @@ def write_base(trained: Trained, directory: Path) -> None:
 
 def main(argv: list[str]) -> None:
     """The command."""
-    args = parse(argv, "experiments.vllm_exports", __doc__, FLAGS)
+    args = parse(argv, "python -m experiments.vllm_exports", __doc__, FLAGS)
     if args.out.exists():
         raise UserError(f"--out {args.out} exists; name a new directory")
     config, base = load_model(args)
@@ -63,9 +63,14 @@ def main(argv: list[str]) -> None:
         ranks[method] = rank_for(method, config, parameters)
         adapter_config = AdapterConfig(method, ranks[method])
         adapter = random_adapter(jax.random.key(seed), config, adapter_config)
-        parts: dict[str, Any] = {"config": config, "tokenizer": tokenizer}
-        parts["adapter_config"] = adapter_config
-        return trained_over(args.model, base, {"adapter": adapter, "params": {}}, **parts)
+        return trained_over(
+            args.model,
+            base,
+            {"adapter": adapter, "params": {}},
+            config=config,
+            adapter_config=adapter_config,
+            tokenizer=tokenizer,
+        )
 
     args.out.mkdir(parents=True)
     lora = drawn("lora", 0)
@@ -78,7 +83,7 @@ def main(argv: list[str]) -> None:
     for i in range(args.bank):
         export(drawn(args.method, i), args.out / "bank" / str(i), "vllm", dtype=args.dtype)
     about: dict[str, Any] = {"parameters": parameters, "ranks": ranks}
-    # vLLM has places of some ranks alone.
+    # vLLM's places for adapters have one of a few ranks.
     about["place"] = max_lora_rank(AdapterConfig(args.method, args.rank))
     about["lora_place"] = max_lora_rank(AdapterConfig("lora", ranks["lora"]))
     write_json(args.out / "about.json", about)

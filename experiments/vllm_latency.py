@@ -1,19 +1,19 @@
-"""Time to the first token and per token of every way of serving in vLLM, over the base's.
+"""TTFT and TPOT of every way of serving in vLLM, over the base's.
 
     python -m experiments.vllm_exports --rank 16 --out runs/vllm           # where flora_jax is
     python -m experiments.vllm_latency runs/vllm --out experiments/results/vllm_latency
 
-The second runs where vLLM and the plugin are (docs/serve.md), and needs no JAX. All engines live in
-one process and step in turn, a token each, so that whatever else the machine does meets all of
-them; ratios are taken within a turn. The order is drawn anew for each turn. Engines of equal work
-differ by where their weights happen to lie (5 to 13 % on a CPU): `--engines K` has K of each
-variant, made in turn, and compares their means.
+The second runs where vLLM and the plugin are installed (docs/serve.md), and needs no JAX. All
+engines are in one process. In a turn each makes one token, in a random order, and ratios are taken
+within a turn: what slows the machine slows all of them. Engines that do the same work differ by
+where their weights lie in memory (5 to 13 % on a CPU): `--engines K` makes K of each variant, in
+turn, and compares their means.
 
-    base                    vLLM's Llama; `base_again`: the same, beside itself
-    merged                  the same, a LoRA in its weights
-    vllm_lora               vLLM's own LoRA layers; `vllm_lora_idle`: enabled, but nobody asks
+    base                    vLLM's Llama; `base_again`: a second one
+    merged                  the same with a LoRA in its weights
+    vllm_lora               vLLM's own LoRA layers; `vllm_lora_idle`: enabled, but not used
     <method>                the plugin's layers
-    bank_N                  a bank of N places, row i of a batch with adapter i mod N
+    bank_N                  a bank of N adapters, of which row i of a batch uses adapter i mod N
     backend_<method>        the export's own code in vLLM's Transformers backend
 """
 
@@ -33,7 +33,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# One process, no core of its own, and on a CPU a cache of 1 GB each.
+# All engines in one process, not bound to cores, and on a CPU with a KV cache of 1 GB each.
 for _name, _value in {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -43,7 +43,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-_WARM = 3  # turns that are not counted
+_WARM = 3  # earlier turns of a round do not count, but for the first
 _BANK = "bank_"
 _BACKEND = "backend_"
 
@@ -76,7 +76,7 @@ def settings(name: str, root: Path, about: dict[str, Any], args: argparse.Namesp
 
 
 class Server:
-    """An engine, and a batch of requests in it."""
+    """An engine, and the adapters that its requests ask for."""
 
     def __init__(self, name: str, root: Path, about: dict[str, Any], args: argparse.Namespace):
         from vllm import LLM
@@ -97,7 +97,7 @@ class Server:
             ]
 
     def add(self, prompts: Sequence[Sequence[int]], new_tokens: int, batch: str) -> None:
-        """The requests of a batch."""
+        """Adds a batch of requests. batch: its name."""
         from vllm import SamplingParams
 
         asked = SamplingParams(
@@ -159,12 +159,15 @@ def _turns(
 def ratios(own: list[float], base: list[float]) -> dict[str, float]:
     """Median and quartiles of the ratios turn by turn."""
     each = [a / b for a, b in zip(own, base, strict=True)]
-    low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    quartiles = each * 3  # of one ratio
+    if len(each) > 1:
+        quartiles = statistics.quantiles(each, n=4)
+    low, middle, high = quartiles
     return {"median": middle, "low": low, "high": high}
 
 
 def table(result: dict[str, Any]) -> str:
-    """A Markdown table of a result; of several engines of a variant each one's mean, too."""
+    """The Markdown table of a result; with several engines of a variant also each one's mean."""
     sizes = result["times"]
     several = any(len(one.get("engines", ())) > 1 for one in next(iter(sizes.values())).values())
     shown = ("TPOT", "TTFT", "ms by engine") if several else ("TPOT", "TTFT")
@@ -202,7 +205,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--engines", type=int, default=1, help="of each variant")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--eager", action="store_true", help="nothing is compiled")
-    parser.add_argument("--memory", type=float, help="of a GPU, the share of each engine")
+    parser.add_argument("--memory", type=float, help="each engine's share of a GPU's memory")
     parser.add_argument("--out", type=Path, help="OUT.json and OUT.md are written")
     args = parser.parse_args(argv)
     args.batch_sizes = [int(size) for size in args.batch_sizes.split(",")]

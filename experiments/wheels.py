@@ -1,10 +1,10 @@
-"""Collects wheels of what a machine without a registry lacks.
+"""Collects wheels of the packages that a machine without a registry lacks.
 
     make wheels
 
-Run by the Python version of that machine. What setup.py asks for is followed package by package.
-What the machine has, at whatever version, is left out, and so is what that needs: a copy on the
-PYTHONPATH would come before its own.
+Run it with the Python version of that machine. It follows what setup.py asks for package by
+package. What the machine has, at whatever version, is left out, and so is what that needs: a copy
+on the PYTHONPATH would come before the machine's own.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Packages = Mapping[str, Mapping[str, Any]]  # metadata by canonical name
 def needs(
     packages: Packages, roots: Iterable[Requirement], without: set[str] = frozenset()
 ) -> set[str]:
-    """The canonical names of `roots` and of all they need, not looking at or behind those in
-    `without`."""
+    """The canonical names of `roots` and of all they need, except those in `without` and what only
+    these need."""
     seen = set()
     waiting = list(roots)
     while waiting:
@@ -70,30 +70,28 @@ def read_have(lines: Iterable[str]) -> list[str]:
     return [name for name in names if name and not name.startswith(("#", "-"))]
 
 
-def resolve() -> Packages:
-    """The metadata of this project and of all it needs, at versions that go together."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--dry-run",
-        "--ignore-installed",
-        "--report",
-        "-",
-        f".[{','.join(EXTRAS)}]",
-    ]
+def pip(*words: str) -> str:
+    """What a pip command prints. Exits with its code if it fails."""
+    command = [sys.executable, "-m", "pip", *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:  # pip has said why
         sys.exit(done.returncode)
-    report = json.loads(done.stdout)
+    return done.stdout
+
+
+def resolve() -> Packages:
+    """The metadata of this project and of all it needs, at versions that go together."""
+    flags = ("--quiet", "--dry-run", "--ignore-installed", "--report", "-")
+    report = json.loads(pip("install", *flags, f".[{','.join(EXTRAS)}]"))
     found = [item["metadata"] for item in report["install"]]
     return {canonicalize_name(metadata["name"]): metadata for metadata in found}
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="experiments.wheels", description=__doc__.splitlines()[0])
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.wheels", description=__doc__.splitlines()[0]
+    )
     parser.add_argument(
         "--out", type=Path, default="wheels", help="the folder for the wheels; new or empty"
     )
@@ -112,19 +110,7 @@ def main(argv: list[str]) -> None:
     root = Requirement(f"flora_jax[{','.join(EXTRAS)}]")
     chosen = sorted(missing(packages, root, have))
     exact = [f"{name}=={packages[name]['version']}" for name in chosen]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        str(args.out),
-    ]
-    done = subprocess.run([*command, *exact])
-    if done.returncode:
-        sys.exit(done.returncode)
+    pip("wheel", "--quiet", "--no-deps", "--wheel-dir", str(args.out), *exact)
     size = sum(path.stat().st_size for path in args.out.glob("*.whl"))
     print(f"{args.out}: {len(exact)} wheels, {size / 1e6:.0f} MB: {' '.join(exact)}")
 
