@@ -1,4 +1,4 @@
-"""The demo: fine-tune SmolLM2-135M on arithmetic with FFBA (QG-Add), and show what changed.
+"""The demo: fine-tunes SmolLM2-135M on arithmetic with FFBA (QG-Add), and shows what changed.
 
     python -m experiments.demo --workdir runs/demo        (make demo)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_TWIN = "\u0001twin\u0001"  # begins a field's name; cut off in the text, where there are then two
+_TWIN = "\u0001twin\u0001"  # begins a name; cut off in the text, so that it is there twice
 _DEEP = "\u0001deep\u0001"  # becomes a list of lists, deeper than Python recurses
 _DEPTH = 3000
 _NUMBERS = (0, -1, 1, 2**31, 2**63, 2**64, 10**30, -(10**30), 0.5, 1e308, 1e-320)

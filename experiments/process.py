@@ -14,8 +14,8 @@ from typing import Any
 def memory(field: str) -> int:
     """Memory of this process in kB, as Linux counts it.
 
-    field: VmHWM, the peak (getrusage's would include the parent's), VmRSS, what is held now, or
-    RssAnon, the part of that which is in no file.
+    field: VmHWM is the peak (getrusage's includes the parent's), VmRSS what is held now, RssAnon
+    the part of that which no file backs.
     """
     [size] = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(size)

@@ -42,7 +42,7 @@ _RATE = 1e-4
 
 
 def replicas_stepper(args: argparse.Namespace, weights: Any, count: int) -> Callable[[], Any]:
-    """A function that does one step of `count` replicas; of 1, it is a lone run's own step.
+    """A function that does one step of `count` replicas, or, if that is 1, of a lone run.
 
     weights: the configuration and the base.
     """
@@ -103,7 +103,7 @@ def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UserError for flags with which no step can be built, before the first is."""
+    """Raises UserError for flags with which no step can be built."""
     from flora_jax.adapters import AdapterConfig, has_adapter
     from flora_jax.models.checks import check_model
     from flora_jax.models.llama import REMAT_POLICIES
