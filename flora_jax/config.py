@@ -360,9 +360,7 @@ def check_config(config: ConfigDict) -> None:
     """Raises UserError for the first field whose value cannot work. Reads no weights, no data."""
     _check_names(config)
     _check_types(config)
-    for field, known in CHOICES.items():
-        value = _value(config, field)
-        require_known(value, known, f"config.{field}={value!r}")
+    check_choices(config)
     _check_adapter(config)
     _check_tasks(config)
     for field, allowed in RANGES:
@@ -374,6 +372,13 @@ def check_config(config: ConfigDict) -> None:
     _check_coordinator(config)
     _check_scoring(config)
     _check_folder(config)
+
+
+def check_choices(config: ConfigDict) -> None:
+    """Raises UserError for the first field that is none of its choices."""
+    for field, known in CHOICES.items():
+        value = _value(config, field)
+        require_known(value, known, f"config.{field}={value!r}")
 
 
 def _value(config: ConfigDict, field: str) -> Any:

@@ -13,14 +13,14 @@ import ml_collections
 
 from flora_jax.adapters import AdapterConfig, Tree, abstract_adapter
 from flora_jax.config import adapter_config as make_adapter_config
-from flora_jax.config import fields, get_config, weights_source
-from flora_jax.errors import UserError, near_misses, require
+from flora_jax.config import check_choices, fields, get_config, weights_source
+from flora_jax.errors import UserError, near_misses, require, require_known, told_of
 from flora_jax.files import read_json
 from flora_jax.interop.adapter_files import check_fingerprint, load_adapter
 from flora_jax.interop.exports import check_format, hand_over, trained_over
 from flora_jax.interop.formats import Trained
 from flora_jax.interop.model_card import describe_run
-from flora_jax.models.config import LlamaConfig
+from flora_jax.models.config import DTYPES, LlamaConfig
 from flora_jax.models.llama import abstract_base
 from flora_jax.models.tokenizer import load_tokenizer
 from flora_jax.training.checkpoints import Checkpoints, check_meta, readable
@@ -50,6 +50,11 @@ def read_run(workdir: Path) -> ml_collections.ConfigDict:
             part[field] = value
         except (TypeError, ValueError):
             raise UserError(f"{path}: config.{name}={value!r} is of the wrong type") from None
+    with told_of(str(path)):
+        check_choices(config)
+        for name in ("dtype", "param_dtype"):
+            value = config.model[name]
+            require_known(value, DTYPES, f"config.model.{name}={value!r}")  # what auto stood for
     return config
 
 

@@ -330,6 +330,11 @@ def test_what_is_refused(refused, lora_run, ffba_run, small, tmp_path):
         tmp_path / "run",
         *both,
     )
+    for value in ("", "float16", "auto"):  # the last is no run's: it has what that stood for
+        text = json.dumps({"config": {"model": {"param_dtype": value}}})
+        (tmp_path / "run/config.json").write_text(text)
+        words = ["config.json", f"config.model.param_dtype={value!r}", "bfloat16"]
+        refused(words, "--workdir", tmp_path / "run", *both)
     (tmp_path / "run/config.json").write_bytes((lora_run / "config.json").read_bytes())
     refused(["has not ended", "--step"], "--workdir", tmp_path / "run", *both)
     refused(["--step 1", "none is in"], "--workdir", tmp_path / "run", "--step", 1, *both)
