@@ -58,6 +58,7 @@ SMALLER = {
     "experiments.quantized_quality": "--model model --quantizations int8,fp8 --limit 2 --tokens 600",
     "experiments.quantized_training": "--model model --methods ffba --steps 2 --rounds 1",
     "experiments.real_text": "--methods ffba --steps 1 --limit 2",
+    "experiments.replica_speed": "--model model --rank 8 --replicas 2 --rows 1 --length 16",
     "experiments.switching": "--rank 8 --rounds 2",
     "experiments.train_throughput": "--rows 1 --length 16 --rounds 1",
     "experiments.vllm_exports": "--model model --rank 8",
