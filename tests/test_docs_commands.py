@@ -9,6 +9,7 @@ import importlib
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import socket
@@ -54,7 +55,7 @@ SMALLER = {
     "experiments.harness_peer": "--limit 2 --new_tokens 4",
     "experiments.load": "--requests 20",
     "experiments.quantized_latency": f"--model random --preset tiny --rank 8 --batch_sizes 1 {CLOCK}",
-    "experiments.quantized_memory": "--preset tiny --rank 8 --length 16",
+    "experiments.quantized_memory": "--preset tiny --quantizations int8,fp8 --rank 8 --length 16",
     "experiments.quantized_quality": "--model model --quantizations int8,fp8 --limit 2 --tokens 600",
     "experiments.quantized_training": "--model model --methods ffba --steps 2 --rounds 1",
     "experiments.real_text": "--methods ffba --steps 1 --limit 2",
@@ -213,7 +214,8 @@ def test_it_runs(command, folder, trained, environment, folder_at):
     if command.page == "README.md":
         said = here(words)
     else:
-        said = alone(words, {**environment, "PYTHONPATH": str(ROOT)})
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        said = alone(words, {**environment, "PYTHONPATH": paths})
     written = [flags[flag] for flag in ("--out", "--workdir") if flag in flags]
     assert written or said
     for name in written:  # a file, a folder, or NAME.json and NAME.md
