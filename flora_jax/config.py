@@ -7,7 +7,6 @@ before anything is compiled.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import sys
@@ -22,7 +21,6 @@ from ml_collections.config_dict import placeholder
 from flora_jax.adapters import METHODS, AdapterConfig
 from flora_jax.data import Task, expand, get_task
 from flora_jax.data.encode import STYLES
-from flora_jax.device import fast_dtype
 from flora_jax.errors import UserError, near_misses, require, require_known, split_names
 from flora_jax.models.config import DTYPES, PRESETS, QUANTIZATIONS, LlamaConfig
 from flora_jax.models.llama import REMAT_POLICIES
@@ -257,17 +255,6 @@ def _eval() -> dict[str, Any]:
         # its longest answer's.
         "max_new_tokens": placeholder(int),
     }
-
-
-def settle(config: ConfigDict) -> ConfigDict:
-    """The configuration with the dtypes that `auto` stands for on this device."""
-    chosen = [name for name in ("dtype", "param_dtype") if config.model[name] == "auto"]
-    if not chosen:
-        return config
-    config = copy.deepcopy(config)
-    for name in chosen:
-        config.model[name] = fast_dtype()
-    return config
 
 
 def fields(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:

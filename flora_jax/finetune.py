@@ -15,7 +15,6 @@ from flora_jax.config import (
     check_config,
     generator_settings,
     scored_tasks,
-    settle,
     weights_source,
 )
 from flora_jax.errors import UserError, expand_path, require, split_names, writing
@@ -25,7 +24,7 @@ from flora_jax.files import make_cache, read_json, write_result
 from flora_jax.interop.adapter_files import save_adapter
 from flora_jax.models.adapted import Adapted
 from flora_jax.models.loading import base_name
-from flora_jax.training.cluster import join, together
+from flora_jax.training.cluster import join, settle, together
 from flora_jax.training.loop import train
 from flora_jax.training.report import say
 from flora_jax.training.run import Result, Setup, check_run

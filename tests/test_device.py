@@ -1,5 +1,5 @@
-"""Settings of the machine that would change or stop a computation: 64 bits, absent devices, no home directory; and
-what a device is fast in."""
+"""Settings of the machine that would change or stop a computation: 64 bits, absent devices, no home
+directory; and what a device is fast in."""
 
 import json
 import os
@@ -9,10 +9,11 @@ import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from flora_jax import device
-from flora_jax.config import check_config, get_config, settle
+from flora_jax.config import check_config, get_config
 from flora_jax.device import check_device, fast_dtype
 from flora_jax.errors import UserError
 from flora_jax.evaluation.run import evaluate_tasks
@@ -23,6 +24,8 @@ from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.models.adapted import Adapted
 from flora_jax.models.config import LlamaConfig
 from flora_jax.train import run
+from flora_jax.training import cluster
+from flora_jax.training.cluster import settle
 from flora_jax.training.workdir import check_workdir
 
 
@@ -136,13 +139,25 @@ def test_a_run_is_settled(monkeypatch, tmp_path):
     config = get_config("tiny", "ffba")
     config.model.dtype = config.model.param_dtype = "auto"
     check_config(config)
-    monkeypatch.setattr("flora_jax.config.fast_dtype", lambda: "bfloat16")
+    monkeypatch.setattr("flora_jax.training.cluster.fast_dtype", lambda: "bfloat16")
     settled = settle(config)
     assert settled.model.dtype == settled.model.param_dtype == "bfloat16"
     assert config.model.dtype == "auto"
     assert settle(settled) is settled
     (tmp_path / "config.json").write_text(json.dumps({"config": settled.to_dict()}))
     check_workdir(tmp_path, settle(config))
-    monkeypatch.setattr("flora_jax.config.fast_dtype", lambda: "float32")
+    monkeypatch.setattr("flora_jax.training.cluster.fast_dtype", lambda: "float32")
     with pytest.raises(UserError, match=r"config\.model\.(param_)?dtype='bfloat16'"):
         check_workdir(tmp_path, settle(config))
+
+
+@pytest.mark.parametrize("halves, dtype", [([True, True], "bfloat16"), ([True, False], "float32")])
+def test_processes_settle_on_one_dtype(halves, dtype, monkeypatch):
+    """Or each would compile a program of its own, and wait for the others in another's."""
+    config = get_config("tiny", "ffba")
+    config.model.dtype = "auto"
+    monkeypatch.setattr(cluster, "fast_dtype", lambda: "bfloat16")
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    gather = "flora_jax.training.cluster.multihost_utils.process_allgather"
+    monkeypatch.setattr(gather, lambda mine: np.asarray(halves))
+    assert settle(config).model.dtype == dtype

@@ -30,7 +30,7 @@ from flora_jax.adapters.leaves import (
     tree,
 )
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, PROJECTIONS, Method
-from flora_jax.adapters.products import multiply_transposed, repeat_and_add
+from flora_jax.adapters.products import multiply_transposed, repeat_and_add, rounded_on_cpu
 from flora_jax.adapters.quantized import (
     NOT_QUANTIZED,
     QUANTIZATIONS,
@@ -101,6 +101,7 @@ __all__ = [
     "quantize_base",
     "quantize_layers",
     "repeat_and_add",
+    "rounded_on_cpu",
     "served_bytes",
     "served_format",
     "shapes_of",

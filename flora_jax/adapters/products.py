@@ -161,10 +161,25 @@ def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _contract(
     a: jax.Array, b: jax.Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...]
 ) -> jax.Array:
-    """The product over these axes in a's dtype; on a CPU computed in float32 and rounded."""
-    wide = jnp.float32 if jax.default_backend() == "cpu" else None
+    """The product over these axes in a's dtype."""
     numbers = ((axes_a, axes_b), ((), ()))
-    return jax.lax.dot_general(a, b, numbers, preferred_element_type=wide).astype(a.dtype)
+    product = functools.partial(jax.lax.dot_general, dimension_numbers=numbers)
+    return rounded_on_cpu(product, a, b, a.dtype)
+
+
+def rounded_on_cpu(
+    product: Callable[..., jax.Array], a: jax.Array, b: jax.Array, dtype: Any
+) -> jax.Array:
+    """`product(a, b, preferred_element_type=…)` in `dtype`; in a program for a CPU it gives float32
+    and is rounded, for the speed that `project` tells of."""
+
+    def wide(a: jax.Array, b: jax.Array) -> jax.Array:
+        return product(a, b, preferred_element_type=jnp.float32).astype(dtype)
+
+    plain = functools.partial(product, preferred_element_type=dtype)
+    if dtype == jnp.float32:
+        return plain(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=wide, default=plain)
 
 
 def _project_forward(x: Any, kernel: Any) -> tuple[jax.Array, tuple[Any, Any]]:

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax.adapters import rounded_on_cpu
 from flora_jax.device import AMPERE, capability
 from flora_jax.models.config import LlamaConfig
 
@@ -230,8 +231,7 @@ def attend_grouped(
 def _matmul(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     """`a b` in `dtype`, a `[…, M, K]` and b `[…, K, N]` of one dtype, which their gradients are
     computed in, too: the automatic ones of float32 scores would be products in float32."""
-    wide = jnp.float32 if jax.default_backend() == "cpu" else dtype  # as in adapters/products.py
-    return jnp.matmul(a, b, preferred_element_type=wide).astype(dtype)
+    return rounded_on_cpu(jnp.matmul, a, b, dtype)
 
 
 def _matmul_forward(

@@ -1,4 +1,4 @@
-"""Several processes of one run: they find each other, and none waits for one that failed."""
+"""Several processes of one run: they find each other, agree, and none waits for one that failed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
+from flora_jax.device import fast_dtype
 from flora_jax.errors import UserError
 
 T = TypeVar("T")
@@ -40,6 +41,22 @@ def join(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if distributed.auto:
         config = copy.deepcopy(config)
         config.distributed.processes = jax.process_count()
+    return config
+
+
+def settle(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The configuration with the dtype that `auto` stands for: the one this device is faster in;
+    of several processes bfloat16 only where all are. Call it after `join`."""
+    chosen = [name for name in ("dtype", "param_dtype") if config.model[name] == "auto"]
+    if not chosen:
+        return config
+    dtype = fast_dtype()
+    if jax.distributed.is_initialized():
+        halves = multihost_utils.process_allgather(np.asarray(dtype == "bfloat16"))
+        dtype = "bfloat16" if halves.all() else "float32"
+    config = copy.deepcopy(config)
+    for name in chosen:
+        config.model[name] = dtype
     return config
 
 

@@ -21,12 +21,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flora_jax.commands import noted_signals
-from flora_jax.config import settle
 from flora_jax.data import eval_batches
 from flora_jax.errors import Stopped, expand_path, writing
 from flora_jax.training import report
 from flora_jax.training.checkpoints import Checkpoints, adapter_meta, check_meta, readable
-from flora_jax.training.cluster import together
+from flora_jax.training.cluster import settle, together
 from flora_jax.training.measure import Clock, Flops, Trace, peak_flops, peak_memory
 from flora_jax.training.optimizer import make_schedule
 from flora_jax.training.rules import combine

@@ -23,9 +23,10 @@ import optax
 
 from flora_jax.adapters import Tree
 from flora_jax.commands import noted_signals
-from flora_jax.config import fields, learning_rate, settle, weights_source
+from flora_jax.config import fields, learning_rate, weights_source
 from flora_jax.errors import Stopped, expand_path, require
 from flora_jax.models.llama import Llama
+from flora_jax.training.cluster import settle
 from flora_jax.training.loop import run_steps
 from flora_jax.training.optimizer import make_optimizer, trains
 from flora_jax.training.report import print_start, say
