@@ -61,7 +61,7 @@ def measure(workdir: str, form: str, out: str) -> dict[str, float]:
     seconds = time.perf_counter() - clock
     done.set()
     watcher.join()
-    return {"seconds": seconds, "growth": 1024 * (peak - start)}
+    return {"seconds": seconds, "growth": peak - start}
 
 
 def _train(preset: str, method: str, dtype: str, workdir: Path) -> None:

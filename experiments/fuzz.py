@@ -126,7 +126,7 @@ def _outcome(reader: Any, own: Path) -> dict[str, Any]:
         found["trace"] = traceback.format_exc()[-4000:]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    found |= {"seconds": time.perf_counter() - start, "megabytes": (memory("VmHWM") - peak) / 1e3}
+    found |= {"seconds": time.perf_counter() - start, "megabytes": (memory("VmHWM") - peak) / 1e6}
     if found["megabytes"] > MEGABYTES:
         found |= {"became": "failed", "line": f"{found['megabytes']:.0f} MB: {found.get('line')}"}
     return found

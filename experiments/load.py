@@ -172,7 +172,7 @@ def _judged(kind: str, request: Request, equal: bool) -> dict[str, Any]:
 def held() -> float:
     """MB that this process holds."""
     gc.collect()
-    return memory("VmRSS") / 1e3
+    return memory("VmRSS") / 1e6
 
 
 def compile_all(models: Models) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 
 
 def memory(field: str) -> int:
-    """Memory of this process in kB, as Linux counts it.
+    """Memory of this process in bytes, as Linux counts it.
 
     field: VmHWM is the peak (getrusage's includes the parent's), VmRSS what is held now, RssAnon
     the part of that which no file backs.
     """
     [size] = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(size)
+    return int(size) * 1024
 
 
 def answer(module: str, flags: Sequence[str]) -> Any:

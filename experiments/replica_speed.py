@@ -2,10 +2,10 @@
 
     python -m experiments.replica_speed --out experiments/results/replica_speed
 
-In one process, a step of one run and a step of all replicas take turns. Speed is the tokens a
-second of all replicas over those of the run in the same round. Peak memory is that of a process of
-two steps (base, programs and all): one process has the run alone, one all replicas. The replicas'
-is divided by that of as many lone runs.
+In one process, a step of one run and a step of all replicas take turns, with as many replicas
+computed at once as `--at_once` says. Speed is the tokens a second of all replicas over those of the
+run in the same round. Peak memory is that of a process of two steps (base, programs and all): one
+process has the run alone, one all replicas. The replicas' is divided by that of as many lone runs.
 
 All rows have equally many counted targets. Of rows that differ, the longest of all replicas decides
 how many logits are computed.
@@ -19,6 +19,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from experiments.flags import Flags, parse
 from experiments.process import answer, memory
@@ -34,24 +36,28 @@ FLAGS: Flags = {
     "--length": dict(type=int, default=256),
     "--answers": dict(type=float, default=0.1, help="share of counted targets"),
     "--remat": dict(default="none"),
+    "--at_once": dict(type=int, nargs="+", help="replicas computed at once; by default 1 and all"),
     "--rounds": dict(type=int, default=5),
     "--out": dict(type=Path, help="write OUT.json and OUT.md"),
-    "--memory": dict(type=int, help=argparse.SUPPRESS),  # of so many replicas, in this process
+    # Of so many replicas, so many at once, in this process.
+    "--memory": dict(type=int, nargs=2, help=argparse.SUPPRESS),
 }
 _RATE = 1e-4
 
 
-def replicas_stepper(args: argparse.Namespace, weights: Any, count: int) -> Callable[[], Any]:
+def replicas_stepper(
+    args: argparse.Namespace, weights: Any, count: int, at_once: int
+) -> Callable[[], Any]:
     """A function that does one step of `count` replicas, or, if that is 1, of a lone run.
 
-    weights: the configuration and the base.
+    weights: the configuration and the base; at_once: replicas computed at once.
     """
     import jax
     import optax
 
     from flora_jax.adapters import AdapterConfig, init_adapter
     from flora_jax.models.llama import Llama
-    from flora_jax.training.replicas import replica_program
+    from flora_jax.training.replicas import compute, replica_program
 
     config, base = weights
     adapter_config = AdapterConfig(args.method, args.rank)
@@ -69,37 +75,41 @@ def replicas_stepper(args: argparse.Namespace, weights: Any, count: int) -> Call
         alone = stepper(model, optimizer(_RATE), trainable(0), frozen, seed=0)
         return functools.partial(alone, batch)
     unit = optimizer(1.0)  # the program multiplies by each replica's rate
-    states = tuple(start(unit, trainable(seed), seed) for seed in range(count))
-    program = replica_program(model, unit, [_RATE] * count)
+    rates = np.full(count, _RATE, np.float32)
+    given = {seed: (start(unit, trainable(seed), seed), batch) for seed in range(count)}
+    program = replica_program(model, unit)
 
-    def together() -> None:
-        nonlocal states
-        states, metrics = program(states, frozen, (batch,) * count)
-        jax.block_until_ready(metrics)
+    def step() -> None:
+        nonlocal given
+        out = compute(program, given, frozen, rates, at_once)
+        jax.block_until_ready(out)
+        given = {seed: (state, batch) for seed, (state, _) in out.items()}
 
-    return together
+    return step
 
 
 def measure_memory(args: argparse.Namespace) -> float:
-    """Peak memory of two steps of `--memory` replicas, GB. Call it alone in a process."""
+    """Peak memory of two steps of the replicas of `--memory`, GB. Call it alone in a process."""
     from flora_jax.models.loading import load_pretrained
 
-    step = replicas_stepper(args, load_pretrained(args.model), args.memory)
+    step = replicas_stepper(args, load_pretrained(args.model), *args.memory)
     for _ in range(2):
         step()
-    return memory("VmHWM") / 1e6
+    return memory("VmHWM") / 1e9
 
 
-def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of all replicas over those of one run, round by round."""
+def measure_speed(args: argparse.Namespace) -> dict[int, dict[str, Any]]:
+    """Tokens a second of all replicas over those of one run, round by round, by `--at_once`."""
     from flora_jax.analysis.timing import paired_ratio
     from flora_jax.models.loading import load_pretrained
 
     weights = load_pretrained(args.model)
-    counts = {"alone": 1, "together": args.replicas}
-    steps = {name: replicas_stepper(args, weights, count) for name, count in counts.items()}
+    steps = {"alone": replicas_stepper(args, weights, 1, 1)}
+    for at_once in args.at_once:
+        steps[str(at_once)] = replicas_stepper(args, weights, args.replicas, at_once)
     seconds = time_steps(steps, args.rounds)
-    return paired_ratio([args.replicas * one for one in seconds["alone"]], seconds["together"])
+    alone = [args.replicas * one for one in seconds["alone"]]
+    return {at_once: paired_ratio(alone, seconds[str(at_once)]) for at_once in args.at_once}
 
 
 def check(args: argparse.Namespace) -> None:
@@ -111,6 +121,9 @@ def check(args: argparse.Namespace) -> None:
 
     if args.replicas < 2 or min(args.rows, args.length, args.rounds) < 1:
         raise UserError("--replicas must be at least 2, --rows, --length and --rounds at least 1")
+    for at_once in args.at_once:
+        if at_once < 1 or args.replicas % at_once:
+            raise UserError(f"--at_once {at_once} must divide --replicas {args.replicas}")
     if not 0 < args.answers <= 1:
         raise UserError(f"--answers {args.answers} must be above 0 and at most 1")
     adapter_config = AdapterConfig(args.method, args.rank)
@@ -130,29 +143,38 @@ def main(argv: list[str]) -> None:
     from flora_jax.analysis.results import about_process, header, spread, table
     from flora_jax.files import write_json
 
+    args.at_once = args.at_once or [1, args.replicas]
     check(args)
     if args.out:
         check_writable(beside(args.out, ".json"), "--out")
-    flags = {count: [*argv[1:], "--memory", str(count)] for count in (1, args.replicas)}
-    peaks = {count: answer("experiments.replica_speed", own) for count, own in flags.items()}
-    speed = measure_speed(args)
+
+    def peak(count: int, at_once: int) -> float:
+        flags = [*argv[1:], "--memory", str(count), str(at_once)]
+        return answer("experiments.replica_speed", flags)
+
+    alone = peak(1, 1)
+    peaks = {at_once: peak(args.replicas, at_once) for at_once in args.at_once}
+    speeds = measure_speed(args)
     about = about_process()
-    share = peaks[args.replicas] / (args.replicas * peaks[1])
-    row = [str(args.replicas), spread(speed), *(f"{peak:.2f}" for peak in peaks.values())]
+    rows = []
+    for at_once in args.at_once:
+        gigabytes = f"{alone:.2f}", f"{peaks[at_once]:.2f}"
+        share = f"{peaks[at_once] / (args.replicas * alone):.3f}"
+        rows.append([str(args.replicas), str(at_once), spread(speeds[at_once]), *gigabytes, share])
     lines = [
-        header(f"Replicas in one program: {Path(args.model).name}", about),
+        header(f"Replicas over one base: {Path(args.model).name}", about),
         f"{args.method} at rank {args.rank}, {args.rows} rows of {args.length} tokens each, "
         f"{args.answers:.0%} of the targets counted, remat {args.remat}, float32; {args.rounds} "
         "rounds, median [quartiles].\n",
         *table(
-            ["replicas", "speed over lone runs", "GB alone", "GB together", "over lone runs"],
-            [[*row, f"{share:.3f}"]],
+            ["replicas", "at once", "speed over lone runs", "GB alone", "GB together", "share"],
+            rows,
         ),
     ]
     text = "\n".join(lines) + "\n"
     print(text)
     if args.out:
-        found = {"speed": speed, "peak_gb": peaks, "share": share, "provenance": about}
+        found = {"speed": speeds, "peak_gb": peaks, "peak_gb_alone": alone, "provenance": about}
         write_json(beside(args.out, ".json"), found)
         beside(args.out, ".md").write_text(text)
 

@@ -147,7 +147,7 @@ def measure_memory(name: str, batch: Batch) -> dict[str, float]:
     step(batch)
     first = time.perf_counter() - start
     step(batch)
-    return {"peak_gb": memory("VmHWM") / 1e6, "first_step_s": first}
+    return {"peak_gb": memory("VmHWM") / 1e9, "first_step_s": first}
 
 
 def compare(

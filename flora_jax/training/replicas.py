@@ -4,7 +4,7 @@ with the base.
 Each run has its own loop in a thread, with its own directory, data, validation, checkpoints and
 log. These are a lone run's, so a lone run can continue a replica and the other way about. Only the
 step is common: when all threads have given their state and batch, one of them runs the program for
-all.
+all, or for one group after another. A group holds what all its replicas keep for their gradients.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from flora_jax.adapters import Tree
@@ -32,7 +33,7 @@ from flora_jax.training.optimizer import make_optimizer, trains
 from flora_jax.training.report import print_start, say
 from flora_jax.training.rules import combine
 from flora_jax.training.run import Run, prepare
-from flora_jax.training.step import TrainState, make_replica_step
+from flora_jax.training.step import TrainState, make_replica_step, make_train_step
 from flora_jax.training.workdir import begun
 
 # Fields in which replicas may differ.
@@ -43,9 +44,14 @@ Program = Callable[..., tuple[tuple[TrainState, ...], tuple[dict[str, jax.Array]
 
 
 def train_replicas(
-    configs: Sequence[ml_collections.ConfigDict], workdirs: Sequence[str | Path]
+    configs: Sequence[ml_collections.ConfigDict],
+    workdirs: Sequence[str | Path],
+    at_once: int | None = None,
 ) -> dict[int, FloatingPointError]:
     """Trains (or resumes) all runs together, up to their last step.
+
+    at_once: the most replicas that a step computes at once, by default one on a CPU, which is as
+    fast with one and holds less, and all on other devices.
 
     `train` of the same configuration and workdir then only reads the best step. Losses and adapters
     are a lone run's up to rounding. A run whose loss is not finite leaves the others, and its error
@@ -59,11 +65,10 @@ def train_replicas(
     runs = [first]
     for config, workdir in zip(configs[1:], places[1:], strict=True):
         runs.append(prepare(config, workdir, first.frozen["params"]))
-    rates = [learning_rate(config) for config in configs]
+    rates = np.asarray([learning_rate(config) for config in configs], np.float32)
     chunk = configs[0].train.chunk_tokens
-    together = Together(
-        replica_program(first.model, _unit_optimizer(first), rates, chunk), len(runs)
-    )
+    program = replica_program(first.model, _unit_optimizer(first), chunk)
+    together = Together(program, rates, at_once or default_at_once(len(runs)))
     for i, run in enumerate(runs):
         run.compiled_step = functools.partial(together.step, i)
         run.compiled_eval = first.compiled_eval
@@ -120,21 +125,23 @@ def _unit_optimizer(run: Run) -> optax.GradientTransformation:
 
 
 def replica_program(
-    model: Llama,
-    optimizer: optax.GradientTransformation,
-    rates: Sequence[float],
-    chunk_tokens: int = 256,
+    model: Llama, optimizer: optax.GradientTransformation, chunk_tokens: int = 256
 ) -> Program:
-    """`program(states, frozen, batches) -> (states, metrics)`, compiled at its first call.
+    """`program(states, frozen, batches, rates) -> (states, metrics)`, compiled for each number of
+    replicas.
 
     states, batches, metrics: tuples with an item for each replica; states are donated. optimizer:
-    with a peak rate of 1; rates: the replicas' peak rates.
+    with a peak rate of 1; rates `[k]`: the replicas' peak rates. One replica takes the step of a
+    lone run.
     """
+    alone = make_train_step(model, optimizer, chunk_tokens=chunk_tokens)
     step = make_replica_step(model, optimizer, chunk_tokens)
 
-    def program(states: Any, frozen: Tree, batches: Any) -> Any:
-        factors = jnp.asarray(rates, jnp.float32)
-        out = step(_stacked(states), frozen, _stacked(batches), factors)
+    def program(states: Any, frozen: Tree, batches: Any, rates: Any) -> Any:
+        if len(states) == 1:
+            state, metrics = alone(states[0], frozen, batches[0], rates[0])
+            return (state,), (metrics,)
+        out = step(_stacked(states), frozen, _stacked(batches), rates)
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(len(rates))]
         return tuple(zip(*each, strict=True))
 
@@ -145,18 +152,66 @@ def _stacked(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
+def default_at_once(count: int) -> int:
+    """How many of `count` replicas this device computes at once: a CPU one, others all."""
+    return 1 if jax.default_backend() == "cpu" else count
+
+
+def groups(count: int, at_once: int) -> list[range]:
+    """The places of `count` replicas in groups of one size, the largest up to `at_once`."""
+    size = max(size for size in range(1, min(at_once, count) + 1) if count % size == 0)
+    return [range(start, start + size) for start in range(0, count, size)]
+
+
+def compute(
+    program: Program,
+    given: Mapping[int, tuple[TrainState, Batch]],
+    frozen: Tree,
+    rates: np.ndarray,
+    at_once: int,
+) -> dict[int, tuple[TrainState, dict[str, jax.Array]]]:
+    """The next state and metrics of each place given, one group after another.
+
+    program: as `replica_program` makes it; given: the state, which is donated, and the batch, by
+    place; rates: of all places, float32; at_once: as `groups` takes it. In a group with some places
+    given and some not, copies of the first one take the others' place.
+    """
+    results: dict[int, Any] = {}
+    for group in groups(len(rates), at_once):
+        present = [place for place in group if place in given]
+        if not present:
+            continue
+        # Else a CPU would begin the next group before this one's end, and hold what both keep.
+        jax.block_until_ready(results)
+        taken = [given[place] if place in given else _copy(given[present[0]]) for place in group]
+        states, batches = zip(*taken, strict=True)
+        states, metrics = program(states, frozen, batches, rates[group.start : group.stop])
+        for place, state, found in zip(group, states, metrics, strict=True):
+            if place in given:
+                results[place] = (state, found)
+    return results
+
+
+def _copy(given: tuple[TrainState, Batch]) -> tuple[TrainState, Batch]:
+    state, batch = given
+    return jax.tree.map(jnp.copy, state), batch
+
+
 class Together:
-    """Steps of several threads as one call of a program.
+    """Steps of several threads, computed when all have called.
+
+    program, rates, at_once: as `compute` takes them.
 
     step(i, state, frozen, batch) waits until all runs that have not left have called it, and
-    returns the i-th result of the program. A copy of another run takes the place of one that left.
+    returns the i-th result.
     """
 
-    def __init__(self, program: Program, count: int):
+    def __init__(self, program: Program, rates: np.ndarray, at_once: int):
         self._program = program
+        self._rates = rates
+        self._at_once = at_once
         self._changed = threading.Condition()
-        self._present = set(range(count))
-        self._count = count
+        self._present = set(range(len(rates)))
         self._given: dict[int, tuple[TrainState, Batch]] = {}
         self._results: dict[int, Any] = {}
         self._failure: BaseException | None = None
@@ -186,22 +241,13 @@ class Together:
         if not self._present or self._given.keys() != self._present:
             return
         try:
-            given = [self._given_for(place) for place in range(self._count)]
-            states, batches = zip(*given, strict=True)
-            states, metrics = self._program(states, self._frozen, batches)
-            self._results = {place: (states[place], metrics[place]) for place in self._present}
+            self._results = compute(
+                self._program, self._given, self._frozen, self._rates, self._at_once
+            )
         except BaseException as error:
             self._failure = error
         self._given = {}
         self._changed.notify_all()
-
-    def _given_for(self, place: int) -> tuple[TrainState, Batch]:
-        """The state and batch of a place; if its run has left, a copy of another's, since the
-        program's states are donated."""
-        if place in self._present:
-            return self._given[place]
-        state, batch = self._given[min(self._present)]
-        return jax.tree.map(jnp.copy, state), batch
 
 
 def _run_all(

@@ -88,16 +88,19 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
     chunk_tokens: int = 256,
-) -> Callable[[TrainState, Tree, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(state, frozen, batch) -> (state, metrics)`.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, frozen, batch, factor=None) -> (state, metrics)`.
 
     batch: leaves `[B, T]`, cut into `accumulation` micro-batches; chunk_tokens: as in
-    `token_losses`; metrics: loss (mean over counted tokens), tokens (counted), gradient_norm, all
-    float32 scalars.
+    `token_losses`; factor: multiplies the optimizer's updates; metrics: loss (mean over counted
+    tokens), tokens (counted), gradient_norm, all float32 scalars.
     """
 
     def train_step(
-        state: TrainState, frozen: Tree, batch: dict[str, jax.Array]
+        state: TrainState,
+        frozen: Tree,
+        batch: dict[str, jax.Array],
+        factor: jax.Array | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         def micro_loss(
             trainable: Tree, micro: dict[str, jax.Array], key: jax.Array
@@ -123,7 +126,7 @@ def make_train_step(
             zero = jnp.zeros((), jnp.float32)
             start = (zero, zero, jax.tree.map(jnp.zeros_like, state.trainable))
             (loss, count, grads), _ = jax.lax.scan(body, start, (micros, jnp.arange(accumulation)))
-        return _update(state, loss, count, grads, optimizer)
+        return _update(state, loss, count, grads, optimizer, factor)
 
     return train_step
 

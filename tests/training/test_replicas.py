@@ -14,7 +14,7 @@ from support import computed_lines
 from flora_jax.config_files import read_config
 from flora_jax.errors import Stopped, UserError
 from flora_jax.train import run
-from flora_jax.training.replicas import Together, train_replicas
+from flora_jax.training.replicas import Together, compute, groups, train_replicas
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -76,9 +76,11 @@ def alone(tmp_path_factory):
     return figures_of
 
 
-def test_each_is_its_lone_run(configs, alone, tmp_path):
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_each_is_its_lone_run(configs, alone, tmp_path, at_once):
+    """On a CPU one after another, by default."""
     workdirs = [tmp_path / str(i) for i in range(len(configs))]
-    assert train_replicas(configs, workdirs) == {}
+    assert train_replicas(configs, workdirs, at_once) == {}
     for config, workdir in zip(configs, workdirs, strict=True):
         run(config, workdir)
         assert_alike(figures(workdir), alone(config))
@@ -90,7 +92,7 @@ def test_each_is_its_lone_run(configs, alone, tmp_path):
 def test_one_that_diverges_leaves_the_others(configs, alone, tmp_path):
     configs[0].optim.learning_rate = 1e39  # infinite in float32
     workdirs = [tmp_path / str(i) for i in range(len(configs))]
-    diverged = train_replicas(configs, workdirs)
+    diverged = train_replicas(configs, workdirs, at_once=2)
     assert diverged.keys() == {0} and "is nan at step" in str(diverged[0])
     run(configs[1], workdirs[1])
     assert_alike(figures(workdirs[1]), alone(configs[1]))
@@ -114,10 +116,31 @@ def test_told_to_stop_all_save_and_go_on(configs, alone, tmp_path):
         patch.setattr(Together, "step", interrupted)
         with pytest.raises(Stopped, match=r"stopped by a signal after step [345]"):
             train_replicas(configs, workdirs)
-    train_replicas(configs[:2], workdirs[:2])
+    train_replicas(configs[:2], workdirs[:2], at_once=2)
     for config, workdir in zip(configs, workdirs, strict=True):
         run(config, workdir)
         assert_alike(figures(workdir), alone(config))
+
+
+def test_groups_are_of_one_size():
+    found = {at_once: list(map(list, groups(6, at_once))) for at_once in (1, 3, 4, 9)}
+    assert found[1] == [[0], [1], [2], [3], [4], [5]]
+    assert found[3] == found[4] == [[0, 1, 2], [3, 4, 5]]
+    assert found[9] == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_a_group_whose_runs_have_left_is_not_computed():
+    """And a copy stands in for one that left a group in which another goes on."""
+    called = []
+
+    def program(states, frozen, batches, rates):
+        called.append((states, batches, rates.tolist()))
+        return states, batches
+
+    given = {place: (10 * place, place) for place in (1, 4, 5)}
+    found = compute(program, given, None, np.arange(6), at_once=2)
+    assert found == {1: (10, 1), 4: (40, 4), 5: (50, 5)}
+    assert called == [((10, 10), (1, 1), [0, 1]), ((40, 50), (4, 5), [4, 5])]
 
 
 def test_what_a_program_raises_ends_all(configs, tmp_path, monkeypatch):
@@ -131,7 +154,7 @@ def test_what_a_program_raises_ends_all(configs, tmp_path, monkeypatch):
 
 def test_a_stand_in_that_cannot_be_made_ends_all():
     """Whoever waits is told."""
-    together = Together(lambda *_: None, 2)
+    together = Together(lambda *_: None, np.ones(2, np.float32), at_once=2)
     state = {"weights": np.zeros(2)}
     raised = []
 
