@@ -160,14 +160,14 @@ def main(argv: list[str]) -> None:
     for at_once in args.at_once:
         gigabytes = f"{alone:.2f}", f"{peaks[at_once]:.2f}"
         share = f"{peaks[at_once] / (args.replicas * alone):.3f}"
-        rows.append([str(args.replicas), str(at_once), spread(speeds[at_once]), *gigabytes, share])
+        rows.append([str(at_once), str(args.replicas), spread(speeds[at_once]), *gigabytes, share])
     lines = [
         header(f"Replicas over one base: {Path(args.model).name}", about),
         f"{args.method} at rank {args.rank}, {args.rows} rows of {args.length} tokens each, "
         f"{args.answers:.0%} of the targets counted, remat {args.remat}, float32; {args.rounds} "
         "rounds, median [quartiles].\n",
         *table(
-            ["replicas", "at once", "speed over lone runs", "GB alone", "GB together", "share"],
+            ["at once", "replicas", "speed over lone runs", "GB alone", "GB together", "share"],
             rows,
         ),
     ]
