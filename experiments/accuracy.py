@@ -24,7 +24,7 @@ only scored.
 for N steps each and writes their validation losses to OUT/rates/METHOD.json. Every later run of the
 method takes the best. Without that file it takes the method's own rate.
 
-`--replicas K` trains up to K runs of a method (seeds, or rates) in one program over one base
+`--replicas K` trains up to K runs of a method (seeds, or rates) together over one base
 (flora_jax/training/replicas.py). The results are those of lone runs up to rounding, but minutes
 then count the scoring alone.
 """
@@ -89,7 +89,7 @@ FLAGS: Flags = {
     "--rank": dict(type=int, default=32, help="of ffba; others at equal parameters"),
     "--steps": dict(type=int, help="default the suite's"),
     "--rate_steps": dict(type=int, default=0, help="for each rate tried; 0: none is tried"),
-    "--replicas": dict(type=int, default=1, help="runs of a method trained in one program"),
+    "--replicas": dict(type=int, default=1, help="runs of a method trained together"),
     "--validation_size": dict(type=int, default=60),
     "--limit": dict(type=int, default=200, help="test items a task"),
     "--allow_contaminated": dict(

@@ -383,7 +383,7 @@ def write(
     """Writes the cell's file: the result, and where and with what it was measured."""
     from flora_jax.analysis.results import provenance
 
-    words = [args.out.name if word == str(args.out) else word for word in argv]
+    words = [word.replace(str(args.out), args.out.name) for word in argv]
     about = provenance(module, words, packages)
     common = {
         "schema_version": SCHEMA_VERSION,

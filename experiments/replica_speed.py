@@ -1,4 +1,4 @@
-"""Speed and memory of training replicas in one program, beside one run alone.
+"""Speed and memory of training replicas over one base, beside one run alone.
 
     python -m experiments.replica_speed --out experiments/results/replica_speed
 

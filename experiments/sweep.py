@@ -105,10 +105,10 @@ def train(setup: Any, workdir: Path) -> tuple[Result, Result | None]:
 def train_together(
     runs: Sequence[tuple[Any, Path]], replicas: int
 ) -> dict[int, FloatingPointError]:
-    """Trains configurations in their workdirs, up to `replicas` in one program.
+    """Trains configurations in their workdirs, up to `replicas` together over one base.
 
-    Returns the errors of those whose loss was not finite, by place. One that would be alone in its
-    program is left to `run`, which has nothing to train for the others.
+    Returns the errors of those whose loss was not finite, by place. One that would be alone
+    is left to `run`, which has nothing to train for the others.
     """
     diverged = {}
     for start in range(0, len(runs), replicas):

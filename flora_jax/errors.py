@@ -70,7 +70,7 @@ def told_of(where: str) -> Iterator[None]:
 def in_a_line(error: BaseException, most: int = 200) -> str:
     """An error's message in one line of at most so many characters."""
     line = " ".join(str(error).split())
-    return line if len(line) <= most else f"{line[:most]}…"
+    return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:

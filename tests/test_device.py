@@ -74,6 +74,10 @@ def test_cuda_without_its_plugin(monkeypatch):
     monkeypatch.setattr(jax, "devices", devices)
     with pytest.raises(UserError, match=r"JAX_PLATFORMS=.*no plugin for it is installed.*cpu"):
         check_device()
+    config = get_config("tiny", "ffba")
+    config.model.dtype = "auto"
+    with pytest.raises(UserError, match="no plugin for it is installed"):
+        settle(config)
 
 
 def test_no_home_directory(monkeypatch, tmp_path, capsys):

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flora_jax.device import fast_dtype
+from flora_jax.device import check_device, fast_dtype
 from flora_jax.errors import UserError
 
 T = TypeVar("T")
@@ -46,10 +46,12 @@ def join(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def settle(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The configuration with the dtype that `auto` stands for: the one this device is faster in;
-    of several processes bfloat16 only where all are. Call it after `join`."""
+    of several processes bfloat16 only where all are. Call it after `join`. Raises UserError where
+    JAX is told to use devices that are not there."""
     chosen = [name for name in ("dtype", "param_dtype") if config.model[name] == "auto"]
     if not chosen:
         return config
+    check_device()
     dtype = fast_dtype()
     if jax.distributed.is_initialized():
         halves = multihost_utils.process_allgather(np.asarray(dtype == "bfloat16"))

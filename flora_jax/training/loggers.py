@@ -83,7 +83,7 @@ class WandB:
             )
         except wandb.errors.Error as error:
             raise UserError(
-                f"config.train.logger='wandb': {in_a_line(error)}; see `wandb login`, or set "
+                f"config.train.logger='wandb': {in_a_line(error, 1000)}; see `wandb login`, or set "
                 "WANDB_MODE=offline"
             ) from None
         # wandb's own steps may not go back, as ours do when a run resumes.

@@ -1,5 +1,5 @@
-"""Several runs over one base in one program: seeds and rates of a method, which share the products
-with the base.
+"""Several runs over one base: seeds and rates of a method. Those that are computed at once share
+the products with the base.
 
 Each run has its own loop in a thread, with its own directory, data, validation, checkpoints and
 log. These are a lone run's, so a lone run can continue a replica and the other way about. Only the
@@ -58,6 +58,9 @@ def train_replicas(
     is returned by its place in `configs`. Otherwise raises as `train` does, and UserError for runs
     that differ in other fields than OWN_FIELDS, that train base leaves, or on several devices.
     """
+    if at_once is None:
+        at_once = default_at_once(len(configs))
+    require(at_once >= 1, f"at_once={at_once} must be a positive number of replicas")
     configs = [settle(config) for config in configs]
     _check(configs)
     places = [Path(expand_path(workdir)) for workdir in workdirs]
@@ -68,7 +71,7 @@ def train_replicas(
     rates = np.asarray([learning_rate(config) for config in configs], np.float32)
     chunk = configs[0].train.chunk_tokens
     program = replica_program(first.model, _unit_optimizer(first), chunk)
-    together = Together(program, rates, at_once or default_at_once(len(runs)))
+    together = Together(program, rates, at_once)
     for i, run in enumerate(runs):
         run.compiled_step = functools.partial(together.step, i)
         run.compiled_eval = first.compiled_eval
@@ -177,11 +180,14 @@ def compute(
     given and some not, copies of the first one take the others' place.
     """
     results: dict[int, Any] = {}
-    for group in groups(len(rates), at_once):
+    in_turn = groups(len(rates), at_once)
+    # A CPU would begin a group before the last one's end, and hold what both keep.
+    if len(in_turn) > 1:
+        jax.block_until_ready([state for state, _ in given.values()])
+    for group in in_turn:
         present = [place for place in group if place in given]
         if not present:
             continue
-        # Else a CPU would begin the next group before this one's end, and hold what both keep.
         jax.block_until_ready(results)
         taken = [given[place] if place in given else _copy(given[present[0]]) for place in group]
         states, batches = zip(*taken, strict=True)

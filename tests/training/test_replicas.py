@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -141,6 +142,29 @@ def test_a_group_whose_runs_have_left_is_not_computed():
     found = compute(program, given, None, np.arange(6), at_once=2)
     assert found == {1: (10, 1), 4: (40, 4), 5: (50, 5)}
     assert called == [((10, 10), (1, 1), [0, 1]), ((40, 50), (4, 5), [4, 5])]
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_groups_do_not_overlap(monkeypatch, at_once):
+    """Neither in a step nor at its end; one group alone is not waited for."""
+    running = set()
+
+    def program(states, frozen, batches, rates):
+        assert at_once == 4 or not running
+        states = tuple(state + 10 for state in states)
+        running.update(states)
+        return states, batches
+
+    monkeypatch.setattr(
+        jax, "block_until_ready", lambda x: running.difference_update(jax.tree.leaves(x))
+    )
+    states = dict(enumerate(range(4)))
+    for _ in range(3):
+        given = {place: (state, 0) for place, state in states.items()}
+        found = compute(program, given, None, np.ones(4, np.float32), at_once)
+        states = {place: state for place, (state, _) in found.items()}
+    assert states == {0: 30, 1: 31, 2: 32, 3: 33}
+    assert len(running) == (1 if at_once == 1 else 12)
 
 
 def test_what_a_program_raises_ends_all(configs, tmp_path, monkeypatch):
