@@ -60,8 +60,8 @@ def test_a_frozen_kernel_has_no_gradient(trains, products):
 @pytest.mark.parametrize("method", ["fft", "lora", "fpa", "ffba", "zflora"])
 @pytest.mark.parametrize("remat", ["products", "full"])
 def test_every_product_of_a_step_is_of_bfloat16(method, remat, platform, gives):
-    """And for a CPU gives float32: of any other XLA makes a slow one there. For a GPU scores and logits alone do,
-    wherever the program is made."""
+    """And for a CPU gives float32: of any other XLA makes a slow one there. For a GPU scores and
+    logits alone do, wherever the program is made."""
     adapter_config = AdapterConfig(method, 8)
     model = Llama(TINY, adapter_config, jnp.bfloat16, jnp.bfloat16, remat)
 

@@ -220,6 +220,13 @@ def test_what_differs_is_refused(configs, changes, words, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("at_once", [0, -1])
+def test_no_replicas_at_once_are_refused(configs, tmp_path, at_once):
+    with pytest.raises(UserError, match=rf"at_once={at_once} must be a positive number"):
+        train_replicas(configs, [tmp_path / str(i) for i in range(len(configs))], at_once)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
