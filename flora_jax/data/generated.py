@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import warnings
 
 from flora_jax.data.tasks import Task, normalise
 from flora_jax.errors import UserError, require
+
+# Python warns as it first compiles cellpylib, which reasoning-gym imports.
+warnings.filterwarnings("ignore", '"is" with', SyntaxWarning)
 
 # reasoning-gym draws item i of seed s from Random(s + i), so neighbouring seeds give the same
 # problems. Each split has a block of seeds to itself; test and validation keep theirs whatever the
