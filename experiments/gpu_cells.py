@@ -89,11 +89,14 @@ def tests(args: argparse.Namespace) -> dict[str, Any]:
     """`pytest -m gpu`: what passed, failed and was skipped, and why."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tests.xml"
-        flags = ["tests/test_gpu.py", "-m", "gpu", "-p", "no:cacheprovider"]
+        flags = ["tests/test_gpu.py", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={file}"]
+        # Most of their time is compiling, on one core each. They share the device's memory.
+        flags += ["-n", str(_test_processes()), "--dist", "worksteal"]
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         start = time.perf_counter()
         # Failures are a result (1), and so is a selection without tests (5).
-        command = [sys.executable, "-m", "pytest", *flags, f"--junitxml={file}"]
-        done = subprocess.run(command, check=False)
+        command = [sys.executable, "-m", "pytest", *flags]
+        done = subprocess.run(command, check=False, env=environment)
         if done.returncode not in (0, 1, 5):
             raise RuntimeError(f"pytest ended with {done.returncode}")
         cases = list(ElementTree.parse(file).getroot().iter("testcase"))
@@ -108,6 +111,11 @@ def tests(args: argparse.Namespace) -> dict[str, Any]:
         "failures": failed,
         "slowest": {case.get("name"): float(case.get("time")) for case in slowest},
     }
+
+
+def _test_processes() -> int:
+    """One for every two cores, for there are threads of XLA's beside; at most 8 on one device."""
+    return min(8, max(1, (os.cpu_count() or 1) // 2))
 
 
 def _message(case: ElementTree.Element) -> str | None:
