@@ -24,6 +24,9 @@ only scored.
 for N steps each and writes their validation losses to OUT/rates/METHOD.json. Every later run of the
 method takes the best. Without that file it takes the method's own rate.
 
+`--profile gpu` fills a GPU: bfloat16, four times the suite's rows, more validations, and nothing is
+computed twice for the backward pass. A table holds runs of one profile.
+
 `--replicas K` trains up to K runs of a method (seeds, or rates) together over one base
 (flora_jax/training/replicas.py). The results are those of lone runs up to rounding, but minutes
 then count the scoring alone.
@@ -42,7 +45,7 @@ from typing import Any
 from experiments.accuracy_tables import metrics, write_tables
 from experiments.flags import Flags, parse
 from experiments.report import check_data, differences
-from experiments.suites import ARMS, SUITES, Suite
+from experiments.suites import ARMS, PROFILES, SUITES, Suite
 from experiments.sweep import (
     SCHEMA_VERSION,
     Arm,
@@ -71,9 +74,8 @@ from flora_jax.interop.adapter_files import load_adapted
 from flora_jax.models.loading import load_config
 
 OUT = Path("experiments/results/accuracy")
-_EVAL_BATCH = 32
 # Settings that the first results do not record.
-_FIRST = {"allow_contaminated": False}
+_FIRST = {"allow_contaminated": False, "profile": "cpu"}
 
 FLAGS: Flags = {
     "--suite": dict(required=True, help=", ".join(SUITES)),
@@ -83,7 +85,7 @@ FLAGS: Flags = {
         type=Path, help="default runs/accuracy, for another OUT runs/accuracy/FULL/PATH/OF/OUT"
     ),
     "--model": dict(default="smollm2-135m-instruct", help="what load_pretrained takes"),
-    "--preset": dict(help="whose settings a run starts from; default SmolLM2-135M's"),
+    "--profile": dict(default="cpu", help=", ".join(PROFILES)),
     "--methods": dict(default=",".join(ARMS), help="comma-separated, run in this order"),
     "--seeds": dict(default="0", help="comma-separated"),
     "--rank": dict(type=int, default=32, help="of ffba; others at equal parameters"),
@@ -102,8 +104,11 @@ def configuration(
     suite: Suite, method: str, rank: int, rate: float, seed: int, args: argparse.Namespace
 ) -> Any:
     """The configuration of one run."""
-    config = get_config("smollm2-135m" if args.preset is None else args.preset, method)
+    profile = PROFILES[args.profile]
+    config = get_config("smollm2-135m", method)
     config.model.weights = args.model
+    config.model.dtype = config.model.param_dtype = profile.dtype
+    config.model.remat = profile.remat
     config.adapter.rank = rank
     config.data.tasks = ",".join(suite.train)
     config.data.dir = args.data_dir
@@ -112,14 +117,15 @@ def configuration(
     config.data.allow_contaminated = args.allow_contaminated
     config.train.seed = seed
     config.train.steps = args.steps or suite.steps
-    config.train.batch_size = suite.batch_size
-    config.train.eval_every = config.train.save_every = max(1, config.train.steps // 3)
+    config.train.batch_size = suite.batch_size * profile.rows
+    evaluate_every = max(1, config.train.steps // profile.evaluations)
+    config.train.eval_every = config.train.save_every = evaluate_every
     config.train.log_every = max(1, config.train.steps // 8)
     config.optim.learning_rate = rate
     config.eval.tasks = ",".join(suite.tests)  # their records are dropped from the training data
     config.eval.protocol = suite.protocol
     config.eval.limit = args.limit
-    config.eval.batch_size = _EVAL_BATCH
+    config.eval.batch_size = profile.eval_batch
     config.eval.max_length = suite.max_length + 256
     return config
 
@@ -314,11 +320,12 @@ def score(
 ) -> dict[str, Any]:
     """The scores of the first `--limit` items of each test set, and the loss of their reference
     answers. scored: the former, if the run has made them."""
+    profile = PROFILES[args.profile]
     settings = Settings(
-        protocol=suite.protocol, batch_size=_EVAL_BATCH, max_length=suite.max_length + 256
+        protocol=suite.protocol, batch_size=profile.eval_batch, max_length=suite.max_length + 256
     )
     tasks = load_task_data(suite.tests, args.data_dir, settings, limit=args.limit)
-    model = load_adapted(args.model, adapter and str(adapter))
+    model = load_adapted(args.model, adapter and str(adapter), profile.dtype)
     result = scored or evaluate_tasks(tasks, model, settings)
     for name, losses in item_losses(model, tasks).items():
         nats, sizes = zip(*losses, strict=True)
@@ -337,6 +344,7 @@ def _asked(suite: Suite, args: argparse.Namespace) -> dict[str, Any]:
     """The settings that all results of one table share."""
     return {
         "model": args.model,
+        "profile": args.profile,
         "rank": args.rank,
         "steps": args.steps or suite.steps,
         "limit": args.limit,
@@ -357,6 +365,10 @@ def check(args: argparse.Namespace) -> tuple[list[str], list[int]]:
     """The arms and the seeds. Raises UserError for bad flags and unreadable test sets."""
     if args.suite not in SUITES:
         raise UserError(f"--suite {args.suite!r} is unknown; {near_misses(args.suite, SUITES)}")
+    if args.profile not in PROFILES:
+        raise UserError(
+            f"--profile {args.profile!r} is unknown; {near_misses(args.profile, PROFILES)}"
+        )
     arms = check_names("--methods", args.methods, ARMS, "unknown here")
     for flag in ("steps", "limit", "validation_size", "replicas"):
         value = getattr(args, flag)

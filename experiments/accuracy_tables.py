@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.report import paired_bootstrap, spread, stored, with_error, write_csv
-from experiments.suites import ARMS
+from experiments.suites import ARMS, PROFILES
 from experiments.sweep import Result, best_loss
 from flora_jax.analysis.results import about_runs, header, interval, table
 from flora_jax.data import CONTAMINATED
@@ -113,13 +113,14 @@ def _write_tables(args: argparse.Namespace, runs: list[Result]) -> str:
 def _how(run: Result, means: list[Row]) -> str:
     """What was trained and tested, and what the columns mean."""
     asked = run["asked"]
+    profile = PROFILES[asked.get("profile", "cpu")]
     units = {row["stderr_over"] for row in means}
     over = " or, of one seed, ".join(f"over {unit}" for unit in ("seeds", "items") if unit in units)
     return (
-        f"{asked['model']}, float32, {asked['steps']} steps; first {asked['limit']} test items a "
-        f"task, protocol {run['evaluation']['protocol']}; means over seeds (± standard error "
-        f"{over}; the reference loss has none over items); minutes of training and scoring in the "
-        "call that ended a run.\n"
+        f"{asked['model']}, {profile.dtype}, {asked['steps']} steps; first {asked['limit']} test "
+        f"items a task, protocol {run['evaluation']['protocol']}; means over seeds (± standard "
+        f"error {over}; the reference loss has none over items); minutes of training and scoring "
+        "in the call that ended a run.\n"
     )
 
 

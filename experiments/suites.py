@@ -1,4 +1,5 @@
-"""What experiments/accuracy.py compares: the arms, and the suites of data that they train on."""
+"""What experiments/accuracy.py compares: the arms, the suites of data that they train on, and how a
+device is filled."""
 
 from __future__ import annotations
 
@@ -39,4 +40,25 @@ SUITES = {
     ),
     "dialogue": Suite(("dailydialogpp",), ("dailydialogpp",), "llm_adapters", 256, 150, 4),
     "summary": Suite(("dialogsum",), ("dialogsum",), "llm_adapters", 512, 120, 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What a device is filled with.
+
+    dtype: of the base and of a step; rows: of a step, in those of the suite; evaluations: of the
+    validation loss in a run; eval_batch: prompts answered at once; remat: as in config.model.
+    """
+
+    dtype: str
+    rows: int
+    evaluations: int
+    eval_batch: int
+    remat: str
+
+
+PROFILES = {
+    "cpu": Profile("float32", 1, 3, 32, "products"),
+    "gpu": Profile("bfloat16", 4, 10, 256, "none"),
 }

@@ -220,15 +220,20 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
     assert found["low"] <= found["difference"] <= found["high"] and found["low"] < found["high"]
     for flags, words in (
         (("--validation_size", "2"), r"of the same table, has validation_size=4 \(now 2\)"),
-        (
-            ("--preset", "llama3.2-1b"),
-            r"ffba-seed0.*was run with model.dtype='float32' \(now 'bfloat16'\)",
-        ),
+        (("--profile", "gpu"), r"of the same table, has profile='cpu' \(now 'gpu'\)"),
         (("--steps", "2"), r"of the same table, has steps=3 \(now 2\)"),
         (("--limit", "3"), r"of the same table, has limit=4 \(now 3\)"),
     ):
         with pytest.raises(UserError, match=words):
             sweep("ffba", "a", *flags)
+    result = tmp_path / "a/tiny/ffba-seed0.json"
+    kept = result.read_text()
+    changed = json.loads(kept)
+    changed["config"]["train"]["batch_size"] = 3
+    result.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"was run with train.batch_size=3 \(now 2\)"):
+        sweep("ffba")
+    result.write_text(kept)
     records = tmp_path / "data/AddSub/test.json"
     kept = records.read_text()
     records.write_text(json.dumps(json.loads(kept)[1:]))
@@ -239,6 +244,21 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
     write_json(tmp_path / "a/rates/ffba.json", rates)
     with pytest.raises(UserError, match=r"learning_rate=0.0003 \(now 0.0005\)"):
         sweep("ffba")
+
+
+@pytest.mark.slow
+def test_profiles(sweep, tmp_path):
+    """What fills a GPU, rehearsed: bfloat16, more rows and validations; a table says which dtype."""
+    on_cpu = sweep("lora", "a")["lora-seed0"]["config"]
+    found = sweep("lora", "b", "--profile", "gpu", "--seeds", "0,1", "--replicas", "2")
+    assert found.keys() == {"lora-seed0", "lora-seed1"}
+    config = found["lora-seed0"]["config"]
+    assert config["train"]["batch_size"] == 4 * on_cpu["train"]["batch_size"]
+    assert config["model"]["dtype"] == config["model"]["param_dtype"] == "bfloat16"
+    assert on_cpu["model"]["dtype"] == "float32"
+    assert found["lora-seed0"]["validation_losses"].keys() == {"0", "1", "2", "3"}
+    assert "bfloat16, 3 steps" in (tmp_path / "b/tiny.md").read_text()
+    assert "float32, 3 steps" in (tmp_path / "a/tiny.md").read_text()
 
 
 def test_tables_of_one_seed(tmp_path, monkeypatch):
@@ -311,7 +331,7 @@ def test_every_out_has_its_workdir(tmp_path, monkeypatch):
 
 def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch):
     """Losses of a parabola in log rate: one whose best lies inside the grid, one whose best lies beyond its edge."""
-    fields = {"suite": "dialogue", "preset": None, "model": "m", "steps": None, "data_dir": "d"}
+    fields = {"suite": "dialogue", "profile": "cpu", "model": "m", "steps": None, "data_dir": "d"}
     fields["allow_contaminated"] = False
     monkeypatch.setattr(accuracy, "about_run", lambda args: {})
     for best, tried in ((3e-4, 5), (3e-2, 8), (1e-4, 5)):
@@ -432,6 +452,7 @@ def test_what_is_refused(tmp_path):
     for flags, words in (
         (["--suite", "dialog"], "'dialogue'"),
         (["--suite", "dialogue", "--methods", "lora,pf_lora"], "'pf_lora' is unknown here"),
+        (["--suite", "dialogue", "--profile", "tpu"], "--profile 'tpu' is unknown; .*cpu"),
         (["--suite", "dialogue", "--seeds", "0,x"], "--seeds"),
         (["--suite", "dialogue", "--methods", ","], "--methods ',' names none"),
         (["--suite", "dialogue"], "dailydialogpp"),
