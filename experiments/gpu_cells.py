@@ -29,6 +29,7 @@ from flora_jax.models.config import LlamaConfig
 SCHEMA_VERSION = 1
 NO_MERGER = "_no_dot_merger"  # behind a method's name: timed without XLA's dot merger
 IN_GRAPH = "_loop_in_graph"  # behind a method's name: the loop over tokens in a CUDA graph, too
+IN_KERNELS = "_in_kernels"  # behind a method's name: all of a decode step's layers in our kernels
 # By default XLA puts the launches of a step into graphs, but not the loop around them.
 LOOP_IN_GRAPH = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
@@ -124,14 +125,19 @@ def _message(case: ElementTree.Element) -> str | None:
     return found[0].get("message", "")[:500] if found else None
 
 
-def _variant(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """The way of serving that --method names, and XLA's options for it."""
+def _variant(args: argparse.Namespace) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The way of serving that --method names, XLA's options for it, and its model's own fields."""
     from flora_jax.analysis.variants import NO_DOT_MERGER
 
-    for ending, options in ((NO_MERGER, NO_DOT_MERGER), (IN_GRAPH, LOOP_IN_GRAPH)):
+    endings = {
+        NO_MERGER: (NO_DOT_MERGER, {}),
+        IN_GRAPH: (LOOP_IN_GRAPH, {}),
+        IN_KERNELS: ({}, {"decode_kernels": "layer"}),
+    }
+    for ending, (options, fields) in endings.items():
         if args.method.endswith(ending):
-            return args.method.removesuffix(ending), options
-    return args.method, {}
+            return args.method.removesuffix(ending), options, fields
+    return args.method, {}, {}
 
 
 def _served(args: argparse.Namespace, names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
@@ -156,18 +162,18 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
     """TTFT and TPOT of one way of serving, the merged base in every round, milliseconds."""
     from flora_jax.analysis.timing import Contestant, Setting, compile_programs, interleave
 
-    name, options = _variant(args)
+    name, options, fields = _variant(args)
     config, built = _served(args, list(dict.fromkeys(["base", name])))
     setting = Setting(args.prompt_length, args.batch_size, args.new_tokens)
     prompts = setting.prompts(config)
     contestants: dict[str, Contestant] = {}
     compiled: dict[str, Any] = {}
-    for who, label, extra in (("base", "base", {}), ("own", name, options)):
+    for who, label, extra, own in (("base", "base", {}, {}), ("own", name, options, fields)):
         model, params, _ = built[label]
-        if who == "own" and label == "base" and not options:
+        if who == "own" and args.method == "base":
             programs = compiled["base"]
         else:
-            programs = compile_programs(model, params, setting, options=extra)
+            programs = compile_programs(model.clone(**own), params, setting, options=extra)
         compiled[who] = programs
         contestants[who] = Contestant(programs, params, prompts, prefills=args.rounds + 1)
         contestants[who].warm_up()
@@ -202,9 +208,10 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
     from flora_jax.analysis import kernel_profile
     from flora_jax.analysis.timing import Setting, compile_programs
 
-    name, options = _variant(args)
+    name, options, fields = _variant(args)
     config, built = _served(args, [name])
     model, params, size = built[name]
+    model = model.clone(**fields)
     setting = Setting(args.prompt_length, args.batch_size, args.new_tokens)
     prompts = setting.prompts(config)
     steps = args.new_tokens - 2

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.flags import Flags, parse
-from experiments.gpu_cells import IN_GRAPH, NO_MERGER
+from experiments.gpu_cells import IN_GRAPH, IN_KERNELS, NO_MERGER
 from flora_jax.analysis.results import NONE, percent, spread, versions
 from flora_jax.analysis.results import table as markdown_table
 from flora_jax.errors import Stopped, UserError, check_writable, run_command
@@ -88,8 +88,11 @@ class Scale:
 GPU = Scale(
     presets=("llama3.2-1b", "llama3.2-3b"),
     methods=("base", "lora", "ffba", "ffba_qg_add", "zflora"),
-    others=("fpa", "pf_lora", "lora_7", "base_7", "ffa", f"lora{NO_MERGER}", f"base{IN_GRAPH}"),
-    profiled=("base", "lora", "ffba"),
+    others=(
+        *(f"{method}{IN_KERNELS}" for method in ("base", "ffba", "ffba_qg_add", "zflora")),
+        *("fpa", "pf_lora", "lora_7", "base_7", "ffa", f"lora{NO_MERGER}", f"base{IN_GRAPH}"),
+    ),
+    profiled=("base", "lora", "ffba", f"base{IN_KERNELS}", f"ffba{IN_KERNELS}"),
     torch=("peft", "bare", "ffba", "zflora"),
     dtype="bfloat16",
     rank=32,

@@ -13,7 +13,7 @@ import os
 
 from flora_jax.commands import SERVED_QUANTIZATION, read_flags
 from flora_jax.errors import path_flag, run_command
-from flora_jax.models.config import DTYPES
+from flora_jax.models.config import DECODE_KERNELS, DTYPES
 
 METHODS = "base,base_7,lora,pf_lora,fpa,ffba,ffba_qg_add,ffba_qg_add_folded,zflora"
 FLAGS = {
@@ -21,7 +21,9 @@ FLAGS = {
     "methods": dict(default=METHODS, help=f"comma-separated; default {METHODS}"),
     "targets": dict(default="h100,a100", help="comma-separated GPUs"),
     "modes": dict(default="triton,cublas", help="who computes the products, comma-separated"),
-    "attention": dict(choices=("kernel", "xla"), default="kernel", help="a step's attention"),
+    "decode_kernels": dict(
+        choices=DECODE_KERNELS, default="attention", help="what of a step our kernels compute"
+    ),
     "batch_sizes": dict(default="1,8", help="comma-separated"),
     "adapters": dict(
         default="1", help="adapters in the bank, comma-separated; above 1 with a mask"

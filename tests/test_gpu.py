@@ -24,12 +24,19 @@ from safetensors.numpy import save_file
 from support import largest, numbers, packed
 from test_adapters import DEFAULT_ADDS, numpy_logits
 
-from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter, device_layout, fuse
+from flora_jax.adapters import (
+    METHODS,
+    AdapterConfig,
+    abstract_adapter,
+    device_layout,
+    fuse,
+    gpu_layout,
+)
 from flora_jax.errors import Stopped
 from flora_jax.inference.generator import Generator
 from flora_jax.interop.exports import export
 from flora_jax.interop.formats import Trained
-from flora_jax.models import decode_attention
+from flora_jax.models import decode_attention, decode_layer
 from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.attention import attend, attend_segments, capability, cudnn_runs
 from flora_jax.models.config import LlamaConfig
@@ -400,12 +407,15 @@ def assert_same_texts(found, expected, prompts, logits_of):
 
 
 @SLOW_ON_A_CPU
-def test_texts_with_the_decode_kernel(kernels, monkeypatch):
+def test_texts_with_decode_kernels(kernels, monkeypatch):
     """Prompts shorter than their bucket, so that there are holes; more slots than a part has."""
     if not kernels.gpu:
         interpreted = test_decode_attention.interpreted
         monkeypatch.setattr(decode_attention, "decode_attention", interpreted)
+        layer = functools.partial(decode_layer.DecodeLayer, interpret=True)
+        monkeypatch.setattr(decode_layer, "DecodeLayer", layer)
         monkeypatch.setattr("flora_jax.inference.generator.kernel_runs", lambda config: True)
+        monkeypatch.setattr("flora_jax.inference.bank.device_layout", gpu_layout)
     prompts = draw_prompts(3, 200, 70, 128)
     texts = [
         Generator(
@@ -415,15 +425,16 @@ def test_texts_with_the_decode_kernel(kernels, monkeypatch):
             adapter_config("ffba"),
             max_length=512,
             batch_size=4,
-            decode_kernel=kernel,
+            decode_kernels=kernels,
         ).generate(prompts, 32)
-        for kernel in (True, False)
+        for kernels in ("none", "attention", "layer")
     ]
 
     def logits_of(_, tokens):
         return exact_logits("ffba", [tokens], adapter("ffba"))[0, -1]
 
-    assert_same_texts(*texts, prompts, logits_of)
+    for found in texts[1:]:
+        assert_same_texts(found, texts[0], prompts, logits_of)
 
 
 @SLOW_ON_A_CPU

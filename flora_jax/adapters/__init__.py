@@ -1,6 +1,6 @@
 """The adapters themselves: the method table, its configuration, the layer they ride in."""
 
-from flora_jax.adapters.config import AdapterConfig, Slot, has_adapter
+from flora_jax.adapters.config import ACTIVATIONS, AdapterConfig, Slot, has_adapter
 from flora_jax.adapters.forms import as_lora, merge, merged_kernel, widen
 from flora_jax.adapters.fusing import (
     STREAM_NORMS,
@@ -30,11 +30,18 @@ from flora_jax.adapters.leaves import (
     tree,
 )
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, PROJECTIONS, Method
-from flora_jax.adapters.products import multiply_transposed, repeat_and_add, rounded_on_cpu
+from flora_jax.adapters.products import (
+    keep_own,
+    multiply,
+    multiply_transposed,
+    repeat_and_add,
+    rounded_on_cpu,
+)
 from flora_jax.adapters.quantized import (
     NOT_QUANTIZED,
     QUANTIZATIONS,
     Quantized,
+    Scaled,
     check_quantization,
     dequantize_base,
     is_quantized,
@@ -50,6 +57,7 @@ from flora_jax.adapters.quantized import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "BLOCKS",
     "FUSED",
     "METHODS",
@@ -65,6 +73,7 @@ __all__ = [
     "Layout",
     "Method",
     "Quantized",
+    "Scaled",
     "Slot",
     "Tree",
     "abstract_adapter",
@@ -87,9 +96,11 @@ __all__ = [
     "init_adapter",
     "is_quantized",
     "join",
+    "keep_own",
     "make_room",
     "merge",
     "merged_kernel",
+    "multiply",
     "multiply_transposed",
     "own_pieces",
     "pad_layers",

@@ -463,13 +463,13 @@ def plan_step(
     row_multiple: int | None = None,
     adapters: int = 1,
     dot_merger: bool = True,
-    attention: str = "kernel",
+    decode_kernels: str = "attention",
 ) -> Plan:
     """The plan of one greedy decode step of a variant: a new token for each of `batch` rows over a
     cache of `cache_length` slots, updated in place.
 
     row_multiple: None for the one that is served; adapters: in the bank, with the mask that selects
-    among them; attention: "kernel" (models/decode_attention.py) or "xla". Raises UserError for a
+    among them; decode_kernels: as in `Llama`. Raises UserError for a
     bank of a variant that cannot be one.
     """
     check_bank(name, adapters)
@@ -484,8 +484,7 @@ def plan_step(
 
     def layout(base: Any, adapter: Any) -> Any:
         nonlocal model
-        kernel = attention == "kernel"
-        model, params = serve(name, base, config, adapter_config, adapter, lies, kernel)
+        model, params = serve(name, base, config, adapter_config, adapter, lies, decode_kernels)
         return params
 
     params = jax.eval_shape(layout, base, adapter)

@@ -139,6 +139,10 @@ def _methods(args: Namespace, config: LlamaConfig, banks: list[int]) -> list[Met
             adapter_config.check(config.widths)
         for adapters in banks:
             check_bank(name, adapters)
+        require(
+            args.decode_kernels != "layer" or variant.kind == "fused",
+            f"--decode_kernels layer is for fused methods, and {name} has its products apart",
+        )
         methods.append(Method(name, name, adapter_config))
         if adapter_config is not None and variant.kind == "unmerged":
             methods.append(Method(f"{name}, dot merger off", name, adapter_config, False))
@@ -160,7 +164,7 @@ def _row(cell: Cell, config: LlamaConfig, args: Namespace) -> Row:
         quantization=args.quantization,
         cache_length=args.cache_length,
         row_multiple=args.row_multiple,
-        attention=args.attention,
+        decode_kernels=args.decode_kernels,
     )
     step = planned["step"]
     bandwidth = TARGETS[cell.target].bandwidth
@@ -189,7 +193,11 @@ def _summary(row: Row) -> str:
 
 # ----------------------------------------------------------------------------------- as Markdown
 
-ATTENTION = {"kernel": "one Pallas kernel and the sum over its parts", "xla": "as XLA writes it"}
+KERNELS = {
+    "none": "all as XLA writes it",
+    "attention": "attention is one Pallas kernel and the sum over its parts",
+    "layer": "all of a layer is Pallas kernels and the sum over attention's parts",
+}
 _HEADS = (
     *("", "method", "launches", "GEMMs", "products", "chain", "MB moved", "copies"),
     *("temporary MB", "graphs", "model ms"),
@@ -216,7 +224,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{about['command']}`  ",
         f"{versions(about)}; {about['date']}\n",
         "Compiled for the device, not run on it: no autotuning (triton and cublas bracket it). "
-        f"Attention: {ATTENTION[settings['attention']]}. {settings['dtype']}, quantization "
+        f"Kernels: {KERNELS[settings['decode_kernels']]}. {settings['dtype']}, quantization "
         f"{settings.get('quantization', 'none')}, rank "
         f"{settings['rank']}, {settings['cache_length']} cache slots, rows filled up to multiples "
         f"of {settings['row_multiple']}. One layer's share is (4 layers − 2 layers) / 2; a step of "

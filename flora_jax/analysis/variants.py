@@ -145,12 +145,12 @@ def serve(
     adapter_config: AdapterConfig | None,
     adapter: Tree | None,
     layout: Layout,
-    decode_kernel: bool | None = None,
+    decode_kernels: str | None = None,
 ) -> tuple[Llama, Tree]:
     """`(model, params)` of a variant, for `model.apply({"params": params}, tokens)`.
 
     base, adapter: split trees; adapter_config: of the variant's method, None for the bare base;
-    layout: a fused one, of the device; decode_kernel: as in `Llama`. Works on shapes under
+    layout: a fused one, of the device; decode_kernels: as in `Llama`. Works on shapes under
     `jax.eval_shape`. Raises UserError for an unknown variant.
     """
     variant = get_variant(name)
@@ -160,13 +160,13 @@ def serve(
         dense = UnmergedDense
         if variant.seven:
             dense = SevenDense
-        return Llama(config, adapter_config, decode_kernel=decode_kernel, dense=dense), tree
+        return Llama(config, adapter_config, decode_kernels=decode_kernels, dense=dense), tree
     if variant.kind == "merged":
         quantization = quantization_format(base)
         base = quantize_base(merge(base, adapter, config, adapter_config), quantization)
         adapter = adapter_config = None
     tree = fuse(base, adapter, config, adapter_config, layout, fold_adds=variant.fold_adds)
-    return Llama(config, adapter_config, decode_kernel=decode_kernel), tree
+    return Llama(config, adapter_config, decode_kernels=decode_kernels), tree
 
 
 def read_bytes(params: Mapping[str, Any], config: LlamaConfig) -> int:

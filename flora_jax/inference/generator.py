@@ -163,7 +163,7 @@ class Generator:
       tokenizer: for prompts given as text, and for the text of the result.
       max_length: tokens of prompt and continuation together.
       batch_size: prompts computed side by side; dummies fill up a smaller batch.
-      decode_kernel: as in `Llama`.
+      decode_kernels: as in `Llama`.
 
     Arithmetic is in the dtype of the base. Raises UserError where trees and configurations
     disagree, and where the cache does not fit into memory.
@@ -181,14 +181,15 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         max_length: int = 1024,
         batch_size: int = 8,
-        decode_kernel: bool | None = None,
+        decode_kernels: str | None = None,
     ):
         check_jax()
         check_sizes(config, base, max_length, batch_size)
         _check_adapters(adapters, adapter_config)
-        if decode_kernel and not kernel_runs(config):
+        if decode_kernels in ("attention", "layer") and not kernel_runs(config):
             raise UserError(
-                "decode_kernel=True needs an NVIDIA GPU from Ampere on and heads of 32, 64, 128 or "
+                f"decode_kernels={decode_kernels!r} needs an NVIDIA GPU from Ampere on and heads "
+                "of 32, 64, 128 or "
                 f"256 channels; this is a {jax.devices()[0].device_kind} and "
                 f"head_dim={config.head_dim}; leave it None"
             )
@@ -200,7 +201,7 @@ class Generator:
         if tokenizer is not None:
             self._ends |= set(ends(tokenizer))
         self._bank = Bank(config, base, adapters or {}, adapter_config)
-        self._model = Llama(config, self.adapter_config, decode_kernel=decode_kernel)
+        self._model = Llama(config, self.adapter_config, decode_kernels=decode_kernels)
         self._name: str | None = None
         if self.adapter_config is not None:
             self.use(self._bank.names[0])

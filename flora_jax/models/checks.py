@@ -16,13 +16,14 @@ import numpy as np
 from flora_jax.adapters import (
     AdapterConfig,
     Layout,
+    Scaled,
     check_adapter,
     check_base,
     check_fused,
     has_adapter,
 )
 from flora_jax.errors import UserError, require
-from flora_jax.models.config import LlamaConfig
+from flora_jax.models.config import DECODE_KERNELS, LlamaConfig
 
 
 def check_model(
@@ -30,13 +31,19 @@ def check_model(
     adapter: AdapterConfig | None,
     remat: str,
     policies: Collection[str],
-    decode_kernel: bool | None,
+    decode_kernels: str | None,
 ) -> None:
     """Refuses wrong fields of the model."""
     require(remat in policies, f"remat={remat!r} is unknown; known: {', '.join(policies)}")
     require(
-        not (decode_kernel and config.head_dim & (config.head_dim - 1)),
-        f"decode_kernel=True needs a head_dim that is a power of two, not {config.head_dim}",
+        decode_kernels in (None, *DECODE_KERNELS),
+        f"decode_kernels={decode_kernels!r} is unknown; known: {', '.join(DECODE_KERNELS)}",
+    )
+    kernels = decode_kernels in ("attention", "layer")
+    require(
+        not (kernels and config.head_dim & (config.head_dim - 1)),
+        f"decode_kernels={decode_kernels!r} needs a head_dim that is a power of two, not "
+        f"{config.head_dim}",
     )
     if adapter is not None:
         adapter.check(config.widths)
@@ -70,6 +77,22 @@ def check_dense(layout: Layout, fuses: bool) -> None:
         not fuses or layout.kind != "unmerged",
         "these variables have products apart; serve them with dense=UnmergedDense or "
         "SevenDense (flora_jax.analysis.unmerged)",
+    )
+
+
+def check_decode_kernels(decode_kernels: str | None, params: Mapping[str, Any]) -> None:
+    """Refuses whole layers in kernels over arrays that these do not read."""
+    if decode_kernels != "layer":
+        return
+    layout = Layout.of(params)
+    quantised = any(
+        isinstance(leaf, Scaled)
+        for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Scaled))
+    )
+    require(
+        layout.kind == "fused" and not layout.transposed and not quantised,
+        "decode_kernels='layer' reads a fused model's float kernels [d_in, d_out] (fuse with "
+        "gpu_layout()); with others take 'attention'",
     )
 
 

@@ -23,6 +23,9 @@ from flora_jax.models.architectures import (
 )
 
 DTYPES = ("float32", "bfloat16")  # of parameters and of compute
+# What of a decode step our kernels compute: nothing, a layer's attention, all of a layer …
+DECODE_KERNELS = ("none", "attention", "layer")
+DECODE_ROWS = 16  # … of up to so many rows
 # Fields of LlamaConfig in which a model may differ from a Llama.
 DIFFERENCES = (
     "biases",

@@ -18,13 +18,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+from flora_jax.models.decode_product import Columns
 
 Halves = tuple[jax.Array, jax.Array]  # the channels of a head that rotary embeddings turn together
 
@@ -37,8 +39,9 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 # N heads, K key/value heads, H channels of each, S slots, and how many slots a part has.
 _Sizes = namedtuple("_Sizes", "N, K, H, S, part")
-# Of the scores, and what the norms of q and k add to a mean square, None without norms.
-_Numbers = namedtuple("_Numbers", "scale, eps")
+# Of the scores; what the norms of q and k add to a mean square, None without norms; where the
+# pieces that are repeat-and-added to q, k and v begin, and how wide they are, None without.
+_Numbers = namedtuple("_Numbers", "scale, eps, adds")
 
 
 def decode_attention(
@@ -50,6 +53,7 @@ def decode_attention(
     norms: tuple[jax.Array, jax.Array] | None = None,
     eps: float = 0.0,
     scale: float | None = None,
+    adds: Sequence[Columns | None] = (None, None, None),
     interpret: bool = False,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attention of one new token a row, `[B, N·H]`, and the cache's `(k, v)` with it in its slot.
@@ -60,7 +64,8 @@ def decode_attention(
     sees, that one too.
     past: k `[B·K, H, S]`, v `[B·K, S, H]` and the scalar `index` of the token's slot; k and v are
     consumed. heads: N. norms: the scales `[H]` of RMS norms of q's and k's heads, before they are
-    turned; eps: theirs. scale: of the scores, None for 1/sqrt(H). Products in qkv's dtype with
+    turned; eps: theirs. scale: of the scores, None for 1/sqrt(H). adds: what is repeat-and-added to
+    q, k and v before that, all in one array; None where nothing is. Products in qkv's dtype with
     float32 sums, norms and softmax in float32. H is a power of two, at least 32 on a GPU, which is
     where it runs; `interpret` runs it anywhere, slowly.
     """
@@ -72,7 +77,12 @@ def decode_attention(
     sizes = _Sizes(N=heads, K=BK // B, H=H, S=S, part=part)
     cos, sin = (table.reshape(B, H // 2) for table in rotary)
     scaling = H**-0.5 if scale is None else scale
-    numbers = _Numbers(scale=scaling, eps=None if norms is None else eps)
+    pieces = [add for add in adds if add is not None]
+    places = tuple(None if add is None else (add.start, add.width) for add in adds)
+    numbers = _Numbers(
+        scale=scaling, eps=None if norms is None else eps, adds=places if pieces else None
+    )
+    optional = [*(add.array for add in pieces[:1]), *(norms or ())]
     sums, peaks, totals, k, v = pl.pallas_call(
         functools.partial(_kernel, sizes=sizes, numbers=numbers),
         grid=(B, sizes.K, P),
@@ -87,7 +97,7 @@ def decode_attention(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="decode_attention",
-    )(index.reshape(1), qkv, cos, sin, seen, k, v, *(norms or ()))
+    )(index.reshape(1), qkv, cos, sin, seen, k, v, *optional)
     # Part by part rather than as reductions over P, so that XLA makes one kernel of it.
     peak = functools.reduce(jnp.maximum, peaks)
     shares = [jnp.exp(peaks[i] - peak)[..., None] for i in range(P)]
@@ -96,11 +106,11 @@ def decode_attention(
     return out.astype(qkv.dtype).reshape(B, heads * H), (k, v)
 
 
-# The arrays that a program reads, and those that it writes; between them, where there are norms,
-# their scales.
+# The arrays that a program reads, and those that it writes; between them, where there are any, the
+# array of the adds and the scales of the norms.
 _READ = "index, qkv, cos, sin, seen, k, v"
 _WRITTEN = "sums, peaks, totals, new_k, new_v"
-_Refs = namedtuple("_Refs", f"{_READ}, q_norm, k_norm, {_WRITTEN}")
+_Refs = namedtuple("_Refs", f"{_READ}, adds, q_norm, k_norm, {_WRITTEN}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,8 +149,10 @@ def _kernel(*refs: Any, sizes: _Sizes, numbers: _Numbers) -> None:
     The first part writes the new token's slot and counts the token itself, which no program reads
     back from the cache: nothing waits for that write.
     """
+    if numbers.adds is None:
+        refs = (*refs[:7], None, *refs[7:])
     if numbers.eps is None:
-        refs = (*refs[:7], None, None, *refs[7:])
+        refs = (*refs[:8], None, None, *refs[8:])
     program = _locate(_Refs(*refs), sizes, numbers)
     token = _load_token(program)
 
@@ -194,14 +206,29 @@ def _load_token(program: _Program) -> _Token:
     def load_q(channels: jax.Array) -> jax.Array:
         columns = program.heads[:, None] * sizes.H + channels[None, :]
         mask = jnp.broadcast_to(program.real[:, None], columns.shape)
-        return triton.load(refs.qkv.at[program.row, columns], mask=mask, other=0.0)
+        q = triton.load(refs.qkv.at[program.row, columns], mask=mask, other=0.0)
+        return _with_add(program, 0, q, columns)
 
-    at = (sizes.N + program.group) * sizes.H
+    def load_own(which: int, channels: jax.Array) -> jax.Array:
+        """Of the group's one head of k (1) or v (2)."""
+        start = (sizes.N + (which - 1) * sizes.K) * sizes.H
+        columns = program.group * sizes.H + channels
+        return _with_add(program, which, refs.qkv[program.row, start + columns], columns)
+
     q = rotated(load_q, refs.q_norm)
-    first, second = rotated(lambda channels: refs.qkv[program.row, at + channels], refs.k_norm)
+    first, second = rotated(functools.partial(load_own, 1), refs.k_norm)
     k = (first.astype(refs.k.dtype), second.astype(refs.k.dtype))
-    v = refs.qkv[program.row, at + sizes.K * sizes.H + program.lanes].astype(refs.v.dtype)
+    v = load_own(2, program.lanes).astype(refs.v.dtype)
     return _Token(q, k, v)
+
+
+def _with_add(program: _Program, which: int, values: jax.Array, columns: jax.Array) -> jax.Array:
+    """Columns of q, k or v (0, 1, 2) with what is repeat-and-added to them."""
+    adds = program.numbers.adds
+    if adds is None or adds[which] is None:
+        return values
+    start, width = adds[which]
+    return values + program.refs.adds[program.row, start + columns % width]
 
 
 def _normed(program: _Program, halves: Halves, norm: Any) -> Halves:

@@ -51,7 +51,7 @@ from flora_jax.models.attention import (
     rotary_tables,
     rotate,
 )
-from flora_jax.models.config import LlamaConfig
+from flora_jax.models.config import DECODE_ROWS, LlamaConfig
 
 # Keys and values of a layer, and the next slot.
 Past = tuple[jax.Array, jax.Array, jax.Array]
@@ -136,7 +136,7 @@ class Parts:
     """What the modules of a layer are made of. Its methods declare modules in the one that calls.
 
     adapter: None for the bare base; layout: of the leaves; dense: the class of the products;
-    decode_kernel: whether a decode step computes attention in one kernel of ours.
+    attention_kernel: whether a decode step computes attention in one kernel of ours.
     """
 
     config: LlamaConfig
@@ -144,7 +144,7 @@ class Parts:
     param_dtype: Any = jnp.float32
     layout: Layout = SPLIT
     dense: type[nn.Module] = FusedDense
-    decode_kernel: bool = False
+    attention_kernel: bool = False
 
     def product(self, name: str) -> nn.Module:
         """One of PRODUCTS."""
@@ -201,7 +201,7 @@ class Attention(nn.Module):
         how = {"select": select, "deterministic": deterministic}
         (q, k, v), z = self.parts.product("qkv")(x, z, **how)
         one_token = past is not None and x.shape[1] == 1 and seen.mask is not None
-        if self.parts.decode_kernel and one_token:
+        if self.parts.attention_kernel and one_token:
             out, z, present = self._in_one_kernel(q, k, v, z, rotary, seen.mask, past, norms)
         else:
             out, present = self._attend(q, k, v, rotary, seen, past, norms)
@@ -344,9 +344,10 @@ class Llama(nn.Module):
     tree records its layout.
 
     dtype: compute dtype, None for the embedding's. remat: what a layer keeps for the backward pass
-    ("none" keeps all, "products" the outputs of its four products, "full" nothing). decode_kernel:
-    whether a fused model's decode step computes attention in one kernel of ours, which only a GPU
-    runs; None: where it can. dense: the class of its products, for layouts unknown to FusedDense.
+    ("none" keeps all, "products" the outputs of its four products, "full" nothing). decode_kernels:
+    what of a fused model's decode step kernels of ours compute, which only a GPU runs: "none", a
+    layer's "attention", or all of a "layer" (up to 16 rows; not measured yet); None: attention,
+    where it can. dense: the class of its products, for layouts unknown to FusedDense.
     """
 
     config: LlamaConfig
@@ -354,25 +355,28 @@ class Llama(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     remat: str = "none"
-    decode_kernel: bool | None = None
+    decode_kernels: str | None = None
     dense: type[nn.Module] = FusedDense
 
     def setup(self):
         config = self.config
-        checks.check_model(config, self.adapter, self.remat, REMAT_POLICIES, self.decode_kernel)
+        checks.check_model(config, self.adapter, self.remat, REMAT_POLICIES, self.decode_kernels)
         self.layout = Layout.of(self.variables.get("params", {}))
         served = self.adapter
         if self.layout.fold_adds:
             served = dataclasses.replace(served, add_to=())
-        kernel = kernel_runs(config) if self.decode_kernel is None else self.decode_kernel
+        kernels = self.decode_kernels
+        if kernels is None:
+            kernels = "attention" if kernel_runs(config) else "none"
         parts = Parts(
             config=config,
             adapter=served,
             param_dtype=self.param_dtype,
             layout=self.layout,
             dense=self.dense,
-            decode_kernel=self._unrolled and kernel,
+            attention_kernel=self._unrolled and kernels != "none",
         )
+        self.served = served
         self.layer = Layer(parts, parent=None)
         self.embed_tokens = nn.Embed(
             config.vocab_size,
@@ -388,6 +392,7 @@ class Llama(nn.Module):
         else:
             checks.check_variables(self.variables, config, self.adapter)
             checks.check_dense(self.layout, self.dense is FusedDense)
+            checks.check_decode_kernels(self.decode_kernels, self.variables["params"])
         if not config.tie_word_embeddings:
             self.lm_head = LMHead(config, self.param_dtype)
 
@@ -541,6 +546,8 @@ class Llama(nn.Module):
             return (x, z), None
 
         layers = range(self.config.num_hidden_layers)
+        if self.decode_kernels == "layer" and cache is not None and _is_one_token(x, seen):
+            return self._layers_in_kernels(variables["params"], x, rotary, seen, cache, select)
         if not self._unrolled and cache is None:
             if self.remat != "none":
                 body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -553,10 +560,40 @@ class Llama(nn.Module):
             present.append(kv)
         return x, ((), ()) if cache is None else tuple(zip(*present, strict=True))
 
+    def _layers_in_kernels(
+        self,
+        layers: Tree,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        seen: Seen,
+        cache: KVCache,
+        select: jax.Array | None,
+    ) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]:
+        """`_layers` of one token a row, all of it in our kernels."""
+        # It imports what only a GPU needs.
+        from flora_jax.models.decode_layer import DecodeLayer
+
+        step = DecodeLayer(
+            config=self.config, adapter=self.served, layout=self.layout, select=select
+        )
+        x = x[:, 0]
+        present = []
+        for i in range(self.config.num_hidden_layers):
+            turning = rotary_of_layer(self.config, rotary, i)
+            past = (cache.k[i], cache.v[i], cache.index)
+            x, kv = step(layers[str(i)], x, turning, seen.mask[:, 0, 0], past)
+            present.append(kv)
+        return x[:, None], tuple(zip(*present, strict=True))
+
     def _of_layer(self, variables: Tree, i: int) -> Tree:
         if self._unrolled:
             return {collection: tree[str(i)] for collection, tree in variables.items()}
         return jax.tree.map(lambda leaf: leaf[i], variables)
+
+
+def _is_one_token(x: jax.Array, seen: Seen) -> bool:
+    """Whether x `[B, T, D]` is a decode step of as few rows as our products take."""
+    return x.shape[1] == 1 and len(x) <= DECODE_ROWS and seen.mask is not None
 
 
 def _positions(real: jax.Array, cache: KVCache | None, counted: bool) -> jax.Array:

@@ -196,7 +196,8 @@ def run(*flags):
         ),
         (["--launch_us", "nan"], "--launch_us nan must be zero or more"),
         (["--dtype", "float8"], "--dtype"),
-        (["--attention", "cudnn"], "--attention"),
+        (["--decode_kernels", "cudnn"], "--decode_kernels"),
+        (["--decode_kernels", "layer", "--methods", "base,lora"], "lora has its products apart"),
     ],
 )
 def test_bad_input_is_one_line(flags, line, capsys, monkeypatch):
@@ -367,7 +368,7 @@ def test_methods_keep_what_they_promise(mode, target, key_value_heads, saved):
         assert row["layer"]["launches"] <= base["layer"]["launches"] + 1
         assert row["layer"]["gemms"] == base["layer"]["gemms"] and "weights" not in row["copies"]
         assert row["step"]["moved"] > base["step"]["moved"]
-    written_out = plan("base", None, attention="xla")
+    written_out = plan("base", None, decode_kernels="none")
     assert base["layer"]["launches"] <= written_out["layer"]["launches"] - saved and not base[
         "copies"
     ].get("cache")
@@ -392,6 +393,25 @@ def test_one_token_moves_no_matrix(mode, target, method):
         batch=1,
     )
     assert not plan.copies["weights"]
+
+
+@planner
+@pytest.mark.parametrize("target", launch_plan.TARGETS)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_layer_in_our_kernels_is_six_launches(batch, target):
+    """Base and fused methods alike, and nothing of a weight's size is moved about."""
+    config = dataclasses.replace(LlamaConfig.preset("llama3.2-1b"), vocab_size=8192)
+    for method in (None, "ffba", "zflora"):
+        planned = launch_plan.plan_model(
+            method or "base",
+            config,
+            method and AdapterConfig(method, 32),
+            target=target,
+            mode="triton",
+            batch=batch,
+            decode_kernels="layer",
+        )
+        assert planned["layer"]["launches"] == 6 and "weights" not in planned["copies"]
 
 
 @planner
@@ -476,7 +496,7 @@ def test_a_token_is_one_graph_and_the_loop_can_be_in_it():
     token whether another is wanted; the report times the loop in a graph beside it."""
     config, model = (
         LlamaConfig.preset("tiny"),
-        Llama(LlamaConfig.preset("tiny"), decode_kernel=True),
+        Llama(LlamaConfig.preset("tiny"), decode_kernels="attention"),
     )
     base = abstract_base(config, jnp.bfloat16)
     params = jax.eval_shape(lambda base: fuse(base, None, config, None), base)

@@ -15,7 +15,7 @@ from support import random_adapter
 from flora_jax.adapters import METHODS, AdapterConfig, fuse, repeat_and_add, split
 from flora_jax.errors import UserError
 from flora_jax.inference.generator import Generator
-from flora_jax.models import decode_attention, llama
+from flora_jax.models import decode_attention, decode_layer, llama
 from flora_jax.models.architectures import ARCHITECTURES, PRODUCTS, Architecture
 from flora_jax.models.config import DIFFERENCES, PRESETS, LlamaConfig
 from flora_jax.models.hf import to_hf_tensors
@@ -289,17 +289,20 @@ def test_the_decode_kernel_computes_the_same(loaded, model_type, monkeypatch):
     config, base = loaded(model_type)
     interpreted = functools.partial(decode_attention.decode_attention, interpret=True)
     monkeypatch.setattr(decode_attention, "decode_attention", interpreted)
+    layer = functools.partial(decode_layer.DecodeLayer, interpret=True)
+    monkeypatch.setattr(decode_layer, "DecodeLayer", layer)
     adapter_config = AdapterConfig("ffba", 8)
     fused = {
         "params": fuse(base, random_adapter(config, adapter_config, 1), config, adapter_config)
     }
     logits = []
-    for kernel in (False, True):
-        apply = jax.jit(Llama(config, adapter_config, decode_kernel=kernel).apply)
+    for kernels in ("none", "attention", "layer"):
+        apply = jax.jit(Llama(config, adapter_config, decode_kernels=kernels).apply)
         _, cache = apply(fused, TOKENS[:, :20], cache=KVCache.empty(config, 2, 24))
         first, cache = apply(fused, TOKENS[:, 20:21], cache=cache)
         logits.append(np.concatenate([first, apply(fused, TOKENS[:, 21:22], cache=cache)[0]], 1))
-    np.testing.assert_allclose(logits[1], logits[0], atol=1e-5 * np.abs(logits[0]).max())
+    for found in logits[1:]:
+        np.testing.assert_allclose(found, logits[0], atol=1e-5 * np.abs(logits[0]).max())
 
 
 @pytest.mark.parametrize("model_type", ROWS)

@@ -123,8 +123,8 @@ def test_whole_steps_equal_those_without(method, on_this_machine):
     fused = {"params": fuse(base, adapter, config, adapter_config)}
     tokens = jax.random.randint(jax.random.key(2), (2, 6), 0, config.vocab_size)
     outs = []
-    for kernel in (False, True):
-        model = Llama(config, adapter_config, decode_kernel=kernel)
+    for kernels in ("none", "attention"):
+        model = Llama(config, adapter_config, decode_kernels=kernels)
         step = jax.jit(model.apply)
         cache = KVCache.empty(config, 2, 12)
         mask = jnp.array([[1, 1, 1, 1], [0, 1, 1, 1]], bool)
@@ -155,9 +155,9 @@ def test_a_bank_generates_the_same_text(on_this_machine):
             adapter_config,
             max_length=40,
             batch_size=3,
-            decode_kernel=kernel,
+            decode_kernels=kernels,
         ).generate(prompts, 12, adapter_names=names)
-        for kernel in (False, True)
+        for kernels in ("none", "attention")
     ]
     assert [one.tokens for one in texts[0]] == [one.tokens for one in texts[1]]
 
@@ -166,12 +166,12 @@ def test_a_bank_generates_the_same_text(on_this_machine):
 def test_only_a_gpu_runs_it():
     config = dataclasses.replace(TINY, head_dim=64)
     assert not kernel_runs(config)
-    with pytest.raises(UserError, match="decode_kernel=True needs an NVIDIA GPU"):
-        Generator(config, init_base(jax.random.key(0), config), decode_kernel=True)
+    with pytest.raises(UserError, match="decode_kernels='attention' needs an NVIDIA GPU"):
+        Generator(config, init_base(jax.random.key(0), config), decode_kernels="attention")
     odd = dataclasses.replace(TINY, head_dim=24)
     base = fuse(init_base(jax.random.key(0), odd), None, odd, None)
     with pytest.raises(UserError, match="power of two, not 24"):
-        Llama(odd, decode_kernel=True).apply({"params": base}, TOKENS)
+        Llama(odd, decode_kernels="attention").apply({"params": base}, TOKENS)
 
 
 @pytest.mark.parametrize(
