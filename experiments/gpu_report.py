@@ -89,7 +89,7 @@ GPU = Scale(
     presets=("llama3.2-1b", "llama3.2-3b"),
     methods=("base", "lora", "ffba", "ffba_qg_add", "zflora"),
     others=(
-        *(f"{method}{IN_KERNELS}" for method in ("base", "ffba", "ffba_qg_add", "zflora")),
+        *(f"{method}{IN_KERNELS}" for method in ("base", "pf_lora", "ffba", "zflora")),
         *("fpa", "pf_lora", "lora_7", "base_7", "ffa", f"lora{NO_MERGER}", f"base{IN_GRAPH}"),
     ),
     profiled=("base", "lora", "ffba", f"base{IN_KERNELS}", f"ffba{IN_KERNELS}"),

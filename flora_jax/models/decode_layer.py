@@ -1,15 +1,15 @@
 """A layer's decode step on a GPU in six launches: its products with all that is around them.
 
-    norm, qkv              decode_product
-    adds, rotary, cache    decode_attention, and the sum over its parts
-    o, residual            decode_product
-    norm, gate and up      decode_product
+    norm, qkv                          decode_product
+    adds, rotary, cache, attention     decode_attention, and the sum over its parts
+    o, residual                        decode_product
+    norm, gate and up                  decode_product
     adds, silu · up, down, residual    decode_product
 
 Forward adapters are columns of the arrays and backward adapters rows, so they are no launch; what
-is repeat-and-added is added where it is read. What no kernel takes in is left to XLA, in launches
-of its own: products with a matrix B of LoRA's, pieces that are added to the output of their own
-product (ffa's of o and down), an activation on z, and the choice of a bank's adapters.
+is repeat-and-added is added where it is read. What returns to its own product takes one launch more
+each: LoRA's matrices B of all projections of a product, ffa's pieces of o and down. An activation on
+z and the choice of a bank's adapters are left to XLA.
 
 Axis letters as in llama.py; W the width of the residual stream, with zflora's channels.
 """
@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters import (
@@ -29,14 +28,20 @@ from flora_jax.adapters import (
     PRODUCTS,
     AdapterConfig,
     Layout,
-    adapt,
     keep_own,
-    multiply,
     own_pieces,
 )
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.decode_attention import decode_attention
-from flora_jax.models.decode_product import Behind, Columns, Gated, Normed, Read, decode_product
+from flora_jax.models.decode_product import (
+    Behind,
+    Columns,
+    Gated,
+    Normed,
+    Read,
+    Term,
+    decode_product,
+)
 
 Leaves = Mapping[str, Any]
 Past = tuple[jax.Array, jax.Array, jax.Array]
@@ -44,10 +49,12 @@ Past = tuple[jax.Array, jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Riding:
-    """What an adapter's forward columns gave: all of z, and each piece's sum over the adapters."""
+    """What an adapter's forward columns gave: all of z, each piece of all adapters side by side
+    (`joined`), and each piece's sum over them (`summed`)."""
 
     z: Columns
-    pieces: Mapping[str, Columns]
+    joined: Mapping[str, Columns]
+    summed: Mapping[str, Columns]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,23 +109,24 @@ class DecodeLayer:
             return None
         return leaves["q_norm"]["scale"], leaves["k_norm"]["scale"]
 
-    def _product(
-        self, read: Read, leaves: Leaves, rows: Columns | None = None, **behind: Any
-    ) -> jax.Array:
-        behind = Behind(bias=leaves.get("bias"), **behind)
-        return decode_product(read, leaves["kernel"], rows, behind, self.interpret)
+    def _product(self, terms: Sequence[Term], columns: int, **behind: Any) -> jax.Array:
+        return decode_product(terms, columns, Behind(**behind), self.interpret)
 
     def _read(
         self, product: str, leaves: Leaves, norm: Leaves, x: jax.Array
     ) -> tuple[jax.Array, _Riding | None]:
         """What qkv or gate_up gives of the normed stream, with what its pieces return by a matrix;
         and what its pieces are."""
+        kernel = leaves[product]["kernel"]
         width = self.config.hidden_size
         normed = Normed(x, norm["scale"], width, self.config.rms_norm_eps)
-        y = self._product(normed, leaves[product])
+        bias = leaves[product].get("bias")
+        y = self._product([Term(normed, kernel)], kernel.shape[1], bias=bias)
         riding = self._riding(product, y)
-        if self.layout.slot(self.adapter, product).matrix:
-            return jnp.concatenate(self._adapted(product, leaves[product], y, riding), -1), riding
+        terms = self._matrices(product, leaves[product], riding)
+        if terms:
+            width = int(self._edges(product)[-1])
+            y = self._product(terms, width, adds=(Columns(y, 0, width),))
         return y, riding
 
     def _write(
@@ -126,21 +134,27 @@ class DecodeLayer:
     ) -> jax.Array:
         """The stream with what o or down writes to it."""
         slot = self.layout.slot(self.adapter, product)
-        factor = self.config.residual_multiplier
-        rows = incoming.z if slot.backward and incoming is not None else None
+        kernel = leaves[product]["kernel"]
+        bias = leaves[product].get("bias")
+        behind = {"factor": self.config.residual_multiplier, "residual": x}
+        terms = [Term(read, kernel)]
+        if slot.backward and incoming is not None:
+            terms.append(Term(incoming.z, kernel, row=self.config.widths[product][0]))
         stream = self.layout.adapters and self.adapter.row.writes == "stream"
-        if (stream and self.select is None) or not slot.forward:
-            adds = ()
-            if slot.repeat:
-                adds = tuple(incoming.pieces.values())
-            return self._product(read, leaves[product], rows, adds=adds, factor=factor, residual=x)
-        y = self._product(read, leaves[product], rows)
-        if stream:
-            width = self.config.hidden_size
-            y = keep_own(y[:, None], width, self.adapter.rank, self.select)[:, 0]
-        else:
-            [y] = self._adapted(product, leaves[product], y, self._riding(product, y))
-        return x + y * factor
+        if stream and self.select is not None:
+            y = self._product(terms, kernel.shape[1], bias=bias)
+            y = keep_own(y[:, None], self.config.hidden_size, self.adapter.rank, self.select)
+            return x + y[:, 0] * self.config.residual_multiplier
+        if stream or not slot.forward:
+            adds = tuple(incoming.summed.values()) if slot.repeat else ()
+            return self._product(terms, kernel.shape[1], bias=bias, adds=adds, **behind)
+        # Its own pieces are added to it: all of it has to be there first.
+        y = self._product(terms, kernel.shape[1], bias=bias)
+        riding = self._riding(product, y)
+        adds = tuple(riding.summed[name] for name in slot.repeat)
+        terms = self._matrices(product, leaves[product], riding)
+        whole = Columns(y, 0, self.config.hidden_size)
+        return self._product(terms, self.config.hidden_size, adds=(whole, *adds), **behind)
 
     def _edges(self, product: str) -> Sequence[int]:
         """Where each projection of a product ends among its columns."""
@@ -153,35 +167,40 @@ class DecodeLayer:
             return None
         start = int(self._edges(product)[-1])
         rank = self.adapter.rank
-        width = self.layout.adapters * rank * len(names)
-        z = Columns(y, start, width)
+        N = self.layout.adapters
+        z = Columns(y, start, N * rank * len(names))
         activation = self.adapter.activation
-        summed = z
         if self.select is not None or activation != "identity":
-            own = ACTIVATIONS[activation](y[:, start : start + width])
+            own = ACTIVATIONS[activation](y[:, start : start + z.width])
             if self.select is not None:
                 own = keep_own(own[:, None], 0, rank * len(names), self.select)[:, 0]
-            z = Columns(own, 0, width)
-            by_adapter = own.reshape(len(own), self.layout.adapters, -1)
-            summed = Columns(by_adapter.sum(1), 0, rank * len(names))
-        pieces = {
+            z = Columns(own, 0, z.width)
+        summed = z
+        joined = {name: Columns(z.array, z.start + i * rank, rank) for i, name in enumerate(names)}
+        if N > 1:
+            # One array, as attention takes it.
+            summed = Columns(z.array.reshape(len(y), N, -1).sum(1), 0, rank * len(names))
+            own = own_pieces(z.array, names, rank)
+            joined = {
+                name: Columns(piece.reshape(len(y), -1), 0, N * rank) for name, piece in own.items()
+            }
+        each = {
             name: Columns(summed.array, summed.start + i * rank, rank)
             for i, name in enumerate(names)
         }
-        return _Riding(z=z, pieces=pieces)
+        return _Riding(z=z, joined=joined, summed=each)
 
     def _adds(self, product: str, riding: _Riding | None) -> list[Columns | None]:
         """What is repeat-and-added to each projection of qkv or gate_up by whoever reads it."""
         slot = self.layout.slot(self.adapter, product)
-        return [riding.pieces[name] if name in slot.repeat else None for name in PRODUCTS[product]]
+        return [riding.summed[name] if name in slot.repeat else None for name in PRODUCTS[product]]
 
-    def _adapted(
-        self, product: str, leaves: Leaves, y: jax.Array, riding: _Riding
-    ) -> list[jax.Array]:
-        """The projections with what their own pieces add to them, by XLA."""
-        slot = dataclasses.replace(self.layout.slot(self.adapter, product), backward=())
-        z = riding.z.array[:, riding.z.start : riding.z.start + riding.z.width]
-        own = own_pieces(z, slot.forward, self.adapter.rank)
-        edges = self._edges(product)
-        ys = jnp.split(y[:, : edges[-1]], edges[:-1], axis=-1)
-        return adapt(ys, PRODUCTS[product], slot, leaves, own, None, multiply)
+    def _matrices(self, product: str, leaves: Leaves, riding: _Riding | None) -> list[Term]:
+        """What the pieces of lora and pf_lora return, each through its own B."""
+        slot = self.layout.slot(self.adapter, product)
+        starts = [0, *map(int, self._edges(product))]
+        return [
+            Term(riding.joined[name], leaves[f"{name}_B"], column=start)
+            for name, start in zip(PRODUCTS[product], starts, strict=False)
+            if name in slot.matrix
+        ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +60,16 @@ class Gated(NamedTuple):
     up_add: Columns | None = None
 
 
-Read = jax.Array | Normed | Gated
+Read = jax.Array | Columns | Normed | Gated
+
+
+class Term(NamedTuple):
+    """`read · kernel[row : row + width of read]`, in the result's columns from `column` on."""
+
+    read: Read
+    kernel: jax.Array
+    row: int = 0
+    column: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,45 +84,36 @@ class Behind:
 
 
 def decode_product(
-    read: Read,
-    kernel: jax.Array,
-    rows: Columns | None = None,
+    terms: Sequence[Term],
+    columns: int,
     behind: Behind | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`(read | rows) · kernel` and what is behind it, `[B, D_out]` in the dtype of what is read.
+    """The sum of the terms and what is behind it, `[B, columns]` in the dtype of what is read (of
+    the residual, where there is no term).
 
-    kernel `[≥ D_in + R_b, D_out]`; what fills up its rows is not read. rows: what the rows R_b
-    multiply. Sums, norms and all that is elementwise are in float32 and rounded once. Raises
-    UserError for more than DECODE_ROWS rows. Runs on a GPU; `interpret` runs it anywhere, slowly.
+    Sums, norms and all that is elementwise are in float32 and rounded once. Raises UserError for
+    more than DECODE_ROWS rows. Runs on a GPU; `interpret` runs it anywhere, slowly.
     """
-    behind = behind or Behind()
     operands = _Operands()
-    source = _source(read, operands)
-    B = len(source.first)
-    dtype = source.first.dtype
-    require(B <= _ROWS, f"decode_product takes up to {_ROWS} rows, not {B}")
-    tail = None if rows is None else _plain(operands.add(rows.array), rows)
-    end = _end(behind, operands)
-    weights = operands.add(kernel)
-    width = block(kernel.shape[1])
+    behind = behind or Behind()
+    placed = [_place(term, operands) for term in terms]
+    like = placed[0].source.like if placed else behind.residual
+    require(
+        len(like) <= DECODE_ROWS,
+        f"decode_product takes up to {DECODE_ROWS} rows, not {len(like)}",
+    )
+    width = block(columns)
     program = functools.partial(
         _program,
-        sizes=_Sizes(
-            rows=B,
-            columns=kernel.shape[1],
-            width=width,
-            depth=_DEPTH_BYTES // kernel.dtype.itemsize,
-        ),
-        weights=weights,
-        source=source,
-        tail=tail,
-        end=end,
+        sizes=_Sizes(rows=len(like), columns=columns, width=width),
+        terms=placed,
+        end=_end(behind, operands),
     )
     return pl.pallas_call(
         program,
-        grid=(pl.cdiv(kernel.shape[1], width),),
-        out_shape=jax.ShapeDtypeStruct((B, kernel.shape[1]), dtype),
+        grid=(pl.cdiv(columns, width),),
+        out_shape=jax.ShapeDtypeStruct((len(like), columns), like.dtype),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=_STAGES),
         interpret=interpret,
         name="decode_product",
@@ -142,47 +142,69 @@ class _Operands:
 
 
 class _Sizes(NamedTuple):
-    """rows and columns of the result; width and depth: columns and rows of a tile."""
+    """rows and columns of the result; width: columns of a program."""
 
     rows: int
     columns: int
     width: int
-    depth: int
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Rows of the array, and what they multiply.
+    """What a term reads.
 
-    first: an array of B rows; width: how many rows; load(refs, lanes, at, mask): the values `[16,
-    depth]`, float32; norm: what divides them, `(width, eps)`, for the squares' sum is only known
-    behind them; scale(refs, at, mask): what multiplies a normed value.
+    like: an array of B rows in its dtype; width: its channels; load(refs, lanes, at, mask): the
+    values at some of them, float32; norm: what divides them, `(width, eps)`, which is known only
+    behind their squares' sum; scale(refs, at, mask): what multiplies normed values.
     """
 
-    first: jax.Array
+    like: jax.Array
     width: int
     load: Callable[..., jax.Array]
     norm: tuple[int, float] | None = None
     scale: Callable[..., jax.Array] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """A term whose arrays are operands. kernel: its array's place; spans: the array's columns;
+    depth: rows of a tile."""
+
+    source: _Source
+    kernel: int
+    row: int
+    column: int
+    spans: int
+    depth: int
+
+
+def _place(term: Term, operands: _Operands) -> _Placed:
+    source = _source(term.read, operands)
+    most = _DEPTH_BYTES // term.kernel.dtype.itemsize
+    return _Placed(
+        source=source,
+        kernel=operands.add(term.kernel),
+        row=term.row,
+        column=term.column,
+        spans=term.kernel.shape[1],
+        depth=min(most, max(_ROWS, pl.next_power_of_2(source.width))),
+    )
+
+
 def _source(read: Read, operands: _Operands) -> _Source:
     if isinstance(read, Normed):
-        x = operands.add(read.x)
         scale = operands.add(read.scale)
 
         def scales(refs: Any, at: jax.Array, mask: jax.Array) -> jax.Array:
             return _wide(triton.load(refs[scale].at[at], mask=mask, other=0.0))
 
-        whole = Columns(read.x, 0, read.x.shape[1])
-        load = _plain(x, whole).load
-        return _Source(read.x, whole.width, load, (read.width, read.eps), scales)
+        plain = _source(read.x, operands)
+        return dataclasses.replace(plain, norm=(read.width, read.eps), scale=scales)
     if isinstance(read, Gated):
         return _gated(read, operands)
-    return _plain(operands.add(read), Columns(read, 0, read.shape[1]))
+    columns = read if isinstance(read, Columns) else Columns(read, 0, read.shape[1])
+    place = operands.add(columns.array)
 
-
-def _plain(place: int, columns: Columns) -> _Source:
     def load(refs: Any, lanes: jax.Array, at: jax.Array, mask: jax.Array) -> jax.Array:
         return _load(refs[place], lanes, columns.start + at, mask)
 
@@ -240,12 +262,7 @@ def _end(behind: Behind, operands: _Operands) -> Callable[..., jax.Array]:
 
 
 def _program(
-    *refs: Any,
-    sizes: _Sizes,
-    weights: int,
-    source: _Source,
-    tail: _Source | None,
-    end: Callable[..., jax.Array],
+    *refs: Any, sizes: _Sizes, terms: Sequence[_Placed], end: Callable[..., jax.Array]
 ) -> None:
     """The columns of one program."""
     # One row alone is read and gated as one, and filled up for the tensor core.
@@ -253,9 +270,8 @@ def _program(
     at = pl.program_id(0) * sizes.width + jnp.arange(sizes.width)
     inside = (lanes < sizes.rows)[:, None] & (at < sizes.columns)[None, :]
     sums = jnp.zeros((_ROWS, sizes.width), jnp.float32)
-    sums = _times(refs, sizes, weights, source, 0, lanes, at, sums)
-    if tail is not None:
-        sums = _times(refs, sizes, weights, tail, source.width, lanes, at, sums)
+    for term in terms:
+        sums = sums + _times(refs, sizes, term, lanes, at)
     y = end(refs, lanes, at, inside, sums)
     out = refs[-1]
     every = jnp.arange(_ROWS)
@@ -263,50 +279,41 @@ def _program(
     triton.store(out.at[every[:, None], at[None, :]], y.astype(out.dtype), mask=inside)
 
 
-def _times(
-    refs: Any,
-    sizes: _Sizes,
-    weights: int,
-    source: _Source,
-    start: int,
-    lanes: jax.Array,
-    at: jax.Array,
-    sums: jax.Array,
-) -> jax.Array:
-    """`sums` and the product of `source` with the array's rows from `start` on."""
-    kernel = refs[weights]
+def _times(refs: Any, sizes: _Sizes, term: _Placed, lanes: jax.Array, at: jax.Array) -> jax.Array:
+    """A term's part in the columns `at`, `[16, width]`."""
+    source = term.source
+    dtype = refs[-1].dtype
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     real = (lanes < sizes.rows)[:, None]
-    across = (at < sizes.columns)[None, :]
     first = (jnp.arange(_ROWS) < sizes.rows)[:, None]
+    columns = at - term.column
+    across = ((columns >= 0) & (columns < term.spans))[None, :]
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         sums, squares = carry
-        own = i * sizes.depth + jnp.arange(sizes.depth)
+        own = i * term.depth + jnp.arange(term.depth)
         within = own < source.width
         x = source.load(refs, lanes, own, real & within[None, :])
         if source.norm is not None:
             squares = squares + x * x
             x = x * source.scale(refs, own, within)[None, :]
         tile = triton.load(
-            kernel.at[(start + own)[:, None], at[None, :]],
+            refs[term.kernel].at[(term.row + own)[:, None], columns[None, :]],
             mask=within[:, None] & across,
             other=0.0,
         )
-        dtype = refs[-1].dtype
-        precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
         # Not repeated: Triton for Ampere takes no dot of what is but a broadcast.
         x = jnp.where(first, x, 0.0).astype(dtype)
         return sums + triton.dot(x, tile.astype(dtype), precision=precision), squares
 
-    none = jnp.zeros((len(lanes), sizes.depth if source.norm else 1), jnp.float32)
-    steps = pl.cdiv(source.width, sizes.depth)
-    begun = (jnp.zeros_like(sums), none)
-    product, squares = jax.lax.fori_loop(0, steps, step, begun)
-    if source.norm is not None:
-        width, eps = source.norm
-        mean = squares.sum(axis=1) / width
-        product = product * jax.lax.rsqrt(mean + eps)[:, None]
-    return sums + product
+    sums = jnp.zeros((_ROWS, sizes.width), jnp.float32)
+    squares = jnp.zeros((len(lanes), term.depth if source.norm else 1), jnp.float32)
+    steps = pl.cdiv(source.width, term.depth)
+    sums, squares = jax.lax.fori_loop(0, steps, step, (sums, squares))
+    if source.norm is None:
+        return sums
+    width, eps = source.norm
+    return sums * jax.lax.rsqrt(squares.sum(axis=1) / width + eps)[:, None]
 
 
 def _load(ref: Any, lanes: jax.Array, at: jax.Array, mask: jax.Array) -> jax.Array:

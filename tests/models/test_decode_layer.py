@@ -21,7 +21,14 @@ from flora_jax.adapters import (
 from flora_jax.errors import UserError
 from flora_jax.models import decode_layer
 from flora_jax.models.config import LlamaConfig
-from flora_jax.models.decode_product import Behind, Columns, Gated, Normed, decode_product
+from flora_jax.models.decode_product import (
+    Behind,
+    Columns,
+    Gated,
+    Normed,
+    Term,
+    decode_product,
+)
 from flora_jax.models.llama import KVCache, Llama, init_base
 
 TINY = LlamaConfig.preset("tiny")
@@ -58,17 +65,21 @@ def test_a_normed_product_and_what_is_behind_it(shape, seed):
     B, D, R, N = shape
     normal = draw(seed)
     x, scale, kernel, z = normal(B, D), normal(D), normal(D + R + 5, N), normal(B, 40)
-    bias, residual = normal((N + 1) // 2), normal(B, N)
-    rows = Columns(z, 3, R) if R else None
+    bias, residual = normal((N + 1) // 2), normal(B, N + 1)
+    small = normal(7, (N + 2) // 3)
+    terms = [Term(Normed(x, scale, D - 1, 1e-3), kernel), Term(Columns(z, 9, 7), small, column=1)]
+    if R:
+        terms.append(Term(Columns(z, 3, R), kernel, row=D))
     behind = Behind(bias=bias, adds=(Columns(z, 2, 7),), factor=0.5, residual=residual)
-    read = Normed(x, scale, D - 1, 1e-3)
-    found = product(read, kernel, rows, behind)
+    found = product(terms, N + 1, behind)
 
     x, kernel, z = (np.float64(one) for one in (x, kernel, z))
     normed = x / np.sqrt((x**2).sum(-1, keepdims=True) / (D - 1) + 1e-3) * scale
-    y = normed @ kernel[:D] + z[:, 3 : 3 + R] @ kernel[D : D + R]
+    y = np.zeros((B, N + 1))
+    y[:, :N] = normed @ kernel[:D] + z[:, 3 : 3 + R] @ kernel[D : D + R]
+    y[:, 1 : 1 + small.shape[1]] += z[:, 9:16] @ small
     y[:, : len(bias)] += bias
-    expected = (y + repeated(z[:, 2:9], N)) * 0.5 + residual
+    expected = (y + repeated(z[:, 2:9], N + 1)) * 0.5 + residual
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -83,7 +94,10 @@ def test_a_gated_product(shape, adds, seed):
         for name, start in (("gate", 0), ("up", 7))
     )
     rows = Columns(y, 1, R) if R and y.shape[1] >= 1 + R else None
-    found = product(Gated(y, F, gate_add, up_add), kernel, rows)
+    terms = [Term(Gated(y, F, gate_add, up_add), kernel)]
+    if rows is not None:
+        terms.append(Term(rows, kernel, row=F))
+    found = product(terms, N)
 
     y, kernel = np.float64(y), np.float64(kernel)
     gate, up = y[:, :F], y[:, F : 2 * F]
@@ -103,7 +117,7 @@ def test_half_precision():
     x, kernel, residual = (
         jnp.asarray(normal(*shape), jnp.bfloat16) for shape in ((2, 1000), (1000, 70), (2, 70))
     )
-    found = product(x, kernel, behind=Behind(residual=residual))
+    found = product([Term(x, kernel)], 70, Behind(residual=residual))
     assert found.dtype == jnp.bfloat16
     x, kernel, residual = (np.asarray(one, np.float64) for one in (x, kernel, residual))
     np.testing.assert_allclose(np.asarray(found, np.float64), x @ kernel + residual, rtol=2**-8)
@@ -111,7 +125,7 @@ def test_half_precision():
 
 def test_too_many_rows():
     with pytest.raises(UserError, match="up to 16 rows, not 17"):
-        product(jnp.zeros((17, 8)), jnp.zeros((8, 8)))
+        product([Term(jnp.zeros((17, 8)), jnp.zeros((8, 8)))], 8)
 
 
 @pytest.fixture
