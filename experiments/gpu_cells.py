@@ -10,6 +10,7 @@ are in `experiments.gpu_peers`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import subprocess
@@ -140,6 +141,11 @@ def _variant(args: argparse.Namespace) -> tuple[str, dict[str, Any], dict[str, A
     return args.method, {}, {}
 
 
+def _of_eights(adapter_config: Any) -> Any:
+    """The adapter with its rank rounded up to what our kernels read fast."""
+    return dataclasses.replace(adapter_config, rank=-(-adapter_config.rank // 8) * 8)
+
+
 def _served(args: argparse.Namespace, names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """The architecture, and `(model, params, size)` by name of ways of serving it."""
     import jax
@@ -149,6 +155,8 @@ def _served(args: argparse.Namespace, names: Sequence[str]) -> tuple[Any, dict[s
 
     config = LlamaConfig.preset(args.preset)
     configs = comparison.adapter_configs(names, config, args.rank, equal_parameters=True)
+    if args.method.endswith(IN_KERNELS):
+        configs = {name: one and _of_eights(one) for name, one in configs.items()}
     sizes = comparison.sizes(config, abstract_base(config, args.dtype), configs)
     base = init_base(jax.random.key(0), config, args.dtype)
     built = {}

@@ -7,9 +7,9 @@
     adds, silu · up, down, residual    decode_product
 
 Forward adapters are columns of the arrays and backward adapters rows, so they are no launch; what
-is repeat-and-added is added where it is read. What returns to its own product takes one launch more
-each: LoRA's matrices B of all projections of a product, ffa's pieces of o and down. An activation on
-z and the choice of a bank's adapters are left to XLA.
+is repeat-and-added is added where it is read. What returns to its own product takes another launch:
+LoRA's matrices B, those of a product together, and ffa's pieces of o and down. An activation on z
+and the choice of a bank's adapters are left to XLA.
 
 Axis letters as in llama.py; W the width of the residual stream, with zflora's channels.
 """

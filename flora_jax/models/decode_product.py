@@ -4,7 +4,8 @@ XLA makes products of one row in kernels that read far below the memory's speed,
 concatenations and residuals in launches of their own (docs/results.md, "Time per token on an
 H100"). Here a program owns some columns of the array and reads all its rows, in blocks that the
 compiler loads ahead; the few rows of x are read again by each program, from the cache. Nothing is
-summed across programs, so the result does not depend on their order.
+summed across programs, so the result does not depend on their order. Sixteen bytes are loaded at a
+time where they divide a row of the array: ranks that 8 divides see to that in half precision.
 
 Axis letters: B rows, at most 16 of them; D_in and D_out of the array, with rows R_b and columns R_f
 of adapters behind them; r channels a piece; F of the MLP.
