@@ -40,6 +40,14 @@ from flora_jax.models import decode_attention, decode_layer
 from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.attention import attend, attend_segments, capability, cudnn_runs
 from flora_jax.models.config import LlamaConfig
+from flora_jax.models.decode_product import (
+    Behind,
+    Columns,
+    Gated,
+    Normed,
+    Term,
+    decode_product,
+)
 from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import REMAT_POLICIES, Llama, init_base
 from flora_jax.models.loading import load_pretrained
@@ -70,13 +78,14 @@ class Form:
     """Where a test runs, and how much of it.
 
     decode: head_dim and heads of a group, of the decode kernel; slots: of its cache, cut into parts
-    of 256. packed: head_dim and lengths of segments; plain: head_dim, heads of a group and tokens, of
+    of 256. products: rows, width of the MLP, rows B and width of the stream. packed: head_dim and lengths of segments; plain: head_dim, heads of a group and tokens, of
     attention without segments. rows: lengths of the segments that are trained on: of unequal rows,
     which are padded at the end and do not fill a kernel's tiles."""
 
     gpu: bool
     decode: tuple
     slots: int
+    products: tuple
     packed: tuple
     plain: tuple
     rows: tuple
@@ -94,6 +103,7 @@ CPU = Form(
     gpu=False,
     decode=((64, 3), (128, 8)),
     slots=512,
+    products=((1, 96, 4, 40), (3, 130, 5, 33)),
     packed=((64, [[100, 33], [60, 70]]), (128, [[20, 12]])),
     plain=((64, 3, 77), (128, 1, 150)),
     rows=([40, 17], [20, 22, 13]),
@@ -102,6 +112,7 @@ GPU = Form(
     gpu=True,
     decode=tuple((width, group) for width in (64, 128) for group in (1, 3, 8)),
     slots=1024,
+    products=((1, 8192, 32, 2048), (8, 1536, 32, 576), (16, 1000, 5, 333)),
     packed=tuple(
         (width, rows)
         for width in (64, 128)
@@ -158,8 +169,11 @@ def edges(slots):
 
 
 @pytest.mark.parametrize("dtype, bound", [("float32", 2e-5), ("bfloat16", 1e-2)])
-def test_decode_kernel(kernels, dtype, bound):
-    """Rows without padding, with padding in front, and with holes, as a prompt's padding leaves."""
+def test_decode_kernels(kernels, dtype, bound):
+    """Attention over rows without padding, with padding in front, and with holes, as a prompt's
+    padding leaves; and products."""
+    for shape in kernels.products:
+        check_product(shape, dtype, bound, kernels.interpret)
     form, S = kernels, kernels.slots
     kernel = functools.partial(decode_attention.decode_attention, interpret=form.interpret)
     kernel = jax.jit(kernel, static_argnums=4)
@@ -178,6 +192,33 @@ def test_decode_kernel(kernels, dtype, bound):
             expected = test_decode_attention.spelt_out(*arguments)
             for one, other in zip((out, *cache), expected, strict=True):
                 assert one.dtype == dtype and error(one, other) <= bound, (H, G, index)
+
+
+def check_product(shape, dtype, bound, interpret):
+    """A gated product with rows B, and a normed one of what it gives, beside NumPy's float64."""
+    B, F, R, D = shape
+    rng = np.random.default_rng(0)
+    y, down, x, scale, up = (
+        jnp.asarray(rng.normal(size=size), dtype)
+        for size in ((B, 2 * F + R), (F + R, D), (B, D), (D,), (D, 2 * F + R))
+    )
+
+    @jax.jit
+    def block(y, down, x, scale, up):
+        gated = Gated(y, F, Columns(y, 2 * F, R), None)
+        terms = [Term(gated, down), Term(Columns(y, 2 * F, R), down, row=F)]
+        x = decode_product(terms, D, Behind(factor=F**-0.5, residual=x), interpret)
+        return x, decode_product([Term(Normed(x, scale, D, 1e-5), up)], 2 * F + R, None, interpret)
+
+    found, normed = block(y, down, x, scale, up)
+    y, down, x, scale, up = (np.asarray(one, np.float64) for one in (y, down, x, scale, up))
+    gate = y[:, :F] + y[:, 2 * F :][:, np.arange(F) % R]
+    gated = gate / (1 + np.exp(-gate)) * y[:, F : 2 * F]
+    exact = (np.concatenate([gated, y[:, 2 * F :]], 1) @ down) * F**-0.5 + x
+    assert error(found, exact) <= bound, shape
+    x = np.asarray(found, np.float64)
+    exact = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale @ up
+    assert error(normed, exact) <= bound, shape
 
 
 def compare_attention(found, mask, T, G, H, B=1, bound=1.5e-2):
