@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from flora_jax.models.decode_product import Columns
+from flora_jax.models.decode_product import Columns, in_piece
 
 Halves = tuple[jax.Array, jax.Array]  # the channels of a head that rotary embeddings turn together
 
@@ -228,7 +228,7 @@ def _with_add(program: _Program, which: int, values: jax.Array, columns: jax.Arr
     if adds is None or adds[which] is None:
         return values
     start, width = adds[which]
-    return values + program.refs.adds[program.row, start + columns % width]
+    return values + program.refs.adds[program.row, start + in_piece(columns, width)]
 
 
 def _normed(program: _Program, halves: Halves, norm: Any) -> Halves:

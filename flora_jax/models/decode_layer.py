@@ -7,9 +7,9 @@
     adds, silu · up, down, residual    decode_product
 
 Forward adapters are columns of the arrays and backward adapters rows, so they are no launch; what
-is repeat-and-added is added where it is read. What returns to its own product takes another launch:
-LoRA's matrices B, those of a product together, and ffa's pieces of o and down. An activation on z
-and the choice of a bank's adapters are left to XLA.
+is repeat-and-added is added where it is read. LoRA's matrices B are another launch for each
+product, and so are ffa's pieces of o and down in a bank. An activation on z and the choice of a
+bank's adapters are left to XLA.
 
 Axis letters as in llama.py; W the width of the residual stream, with zflora's channels.
 """
@@ -148,7 +148,12 @@ class DecodeLayer:
         if stream or not slot.forward:
             adds = tuple(incoming.summed.values()) if slot.repeat else ()
             return self._product(terms, kernel.shape[1], bias=bias, adds=adds, **behind)
-        # Its own pieces are added to it: all of it has to be there first.
+        if slot.repeat and self.select is None:
+            # ffa: each program computes what it adds, too, from the few columns that all read.
+            start = self.config.hidden_size
+            own = Term(read, kernel, repeat=(start, self.adapter.rank))
+            return self._product([*terms, own], start, bias=bias, **behind)
+        # Its own pieces return to it: all of it has to be there first.
         y = self._product(terms, kernel.shape[1], bias=bias)
         riding = self._riding(product, y)
         adds = tuple(riding.summed[name] for name in slot.repeat)

@@ -65,12 +65,14 @@ Read = jax.Array | Columns | Normed | Gated
 
 
 class Term(NamedTuple):
-    """`read · kernel[row : row + width of read]`, in the result's columns from `column` on."""
+    """`read · kernel[row : row + width of read]`, in the result's columns from `column` on; with
+    `repeat`, a start and a width, those columns of it alone, repeated."""
 
     read: Read
     kernel: jax.Array
     row: int = 0
     column: int = 0
+    repeat: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ def decode_product(
     """
     operands = _Operands()
     behind = behind or Behind()
-    placed = [_place(term, operands) for term in terms]
+    placed = [_place(term, operands, columns) for term in terms]
     like = placed[0].source.like if placed else behind.residual
     require(
         len(like) <= DECODE_ROWS,
@@ -168,18 +170,19 @@ class _Source:
 
 @dataclasses.dataclass(frozen=True)
 class _Placed:
-    """A term whose arrays are operands. kernel: its array's place; spans: the array's columns;
-    depth: rows of a tile."""
+    """A term whose arrays are operands. kernel: its array's place; spans: the columns of the result
+    that it has a part in; depth: rows of a tile."""
 
     source: _Source
     kernel: int
     row: int
     column: int
     spans: int
+    repeat: tuple[int, int] | None
     depth: int
 
 
-def _place(term: Term, operands: _Operands) -> _Placed:
+def _place(term: Term, operands: _Operands, columns: int) -> _Placed:
     source = _source(term.read, operands)
     most = _DEPTH_BYTES // term.kernel.dtype.itemsize
     return _Placed(
@@ -187,7 +190,8 @@ def _place(term: Term, operands: _Operands) -> _Placed:
         kernel=operands.add(term.kernel),
         row=term.row,
         column=term.column,
-        spans=term.kernel.shape[1],
+        spans=term.kernel.shape[1] if term.repeat is None else columns,
+        repeat=term.repeat,
         depth=min(most, max(_ROWS, pl.next_power_of_2(source.width))),
     )
 
@@ -241,7 +245,7 @@ def _with_add(
     if add is None:
         return values
     place, columns = add
-    return values + _load(refs[place], lanes, columns.start + at % columns.width, mask)
+    return values + _load(refs[place], lanes, columns.start + in_piece(at, columns.width), mask)
 
 
 def _end(behind: Behind, operands: _Operands) -> Callable[..., jax.Array]:
@@ -289,6 +293,9 @@ def _times(refs: Any, sizes: _Sizes, term: _Placed, lanes: jax.Array, at: jax.Ar
     first = (jnp.arange(_ROWS) < sizes.rows)[:, None]
     columns = at - term.column
     across = ((columns >= 0) & (columns < term.spans))[None, :]
+    if term.repeat is not None:
+        start, period = term.repeat
+        columns = start + in_piece(columns, period)
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         sums, squares = carry
@@ -320,6 +327,12 @@ def _times(refs: Any, sizes: _Sizes, term: _Placed, lanes: jax.Array, at: jax.Ar
 def _load(ref: Any, lanes: jax.Array, at: jax.Array, mask: jax.Array) -> jax.Array:
     """`ref[:, at]`, `[16, len(at)]` float32, zero where masked."""
     return _wide(triton.load(ref.at[lanes[:, None], at[None, :]], mask=mask, other=0.0))
+
+
+def in_piece(at: jax.Array, width: int) -> jax.Array:
+    """`at % width`, the channels of a piece that is repeated, as an operation that keeps neighbours
+    together for the compiler."""
+    return jax.lax.rem(at, jnp.full_like(at, width))
 
 
 def _wide(x: jax.Array) -> jax.Array:

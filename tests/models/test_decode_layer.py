@@ -67,7 +67,11 @@ def test_a_normed_product_and_what_is_behind_it(shape, seed):
     x, scale, kernel, z = normal(B, D), normal(D), normal(D + R + 5, N), normal(B, 40)
     bias, residual = normal((N + 1) // 2), normal(B, N + 1)
     small = normal(7, (N + 2) // 3)
-    terms = [Term(Normed(x, scale, D - 1, 1e-3), kernel), Term(Columns(z, 9, 7), small, column=1)]
+    terms = [
+        Term(Normed(x, scale, D - 1, 1e-3), kernel),
+        Term(Columns(z, 9, 7), small, column=1),
+        Term(Columns(z, 20, 7), small, repeat=(0, 2) if small.shape[1] > 1 else (0, 1)),
+    ]
     if R:
         terms.append(Term(Columns(z, 3, R), kernel, row=D))
     behind = Behind(bias=bias, adds=(Columns(z, 2, 7),), factor=0.5, residual=residual)
@@ -78,6 +82,7 @@ def test_a_normed_product_and_what_is_behind_it(shape, seed):
     y = np.zeros((B, N + 1))
     y[:, :N] = normed @ kernel[:D] + z[:, 3 : 3 + R] @ kernel[D : D + R]
     y[:, 1 : 1 + small.shape[1]] += z[:, 9:16] @ small
+    y += repeated(z[:, 20:27] @ small[:, :2], N + 1)
     y[:, : len(bias)] += bias
     expected = (y + repeated(z[:, 2:9], N + 1)) * 0.5 + residual
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
