@@ -178,17 +178,20 @@ def _rates_on_record(path: Path, rank: int, args: argparse.Namespace) -> Result:
     record = {
         "schema_version": SCHEMA_VERSION,
         "model": args.model,
+        "profile": args.profile,
         "suite": args.suite,
         "rank": rank,
         "steps": args.rate_steps,
     }
     if not path.exists():
         return record
-    found = read_json(path)
-    if (model := found.get("model")) != args.model:
-        raise UserError(
-            f"{path} has the rate for --model {model}, not {args.model}; name another --out"
-        )
+    found = {"profile": _FIRST["profile"], **read_json(path)}
+    for flag in ("model", "profile"):
+        if found.get(flag) != record[flag]:
+            raise UserError(
+                f"{path} has the rate for --{flag} {found.get(flag)}, not {record[flag]}; name "
+                "another --out"
+            )
     other = [field for field in ("suite", "rank", "steps") if found.get(field) != record[field]]
     if args.rate_steps and not found.get("chosen") and other:
         raise UserError(

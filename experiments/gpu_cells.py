@@ -117,7 +117,7 @@ def tests(args: argparse.Namespace) -> dict[str, Any]:
 
 def _test_processes() -> int:
     """One for every two cores, for there are threads of XLA's beside; at most 8 on one device."""
-    return min(8, max(1, (os.cpu_count() or 1) // 2))
+    return min(8, max(1, len(os.sched_getaffinity(0)) // 2))
 
 
 def _message(case: ElementTree.Element) -> str | None:
@@ -142,7 +142,8 @@ def _variant(args: argparse.Namespace) -> tuple[str, dict[str, Any], dict[str, A
 
 
 def _of_eights(adapter_config: Any) -> Any:
-    """The adapter with its rank rounded up to what our kernels read fast."""
+    """The adapter with its rank rounded up to what our kernels read fast, so at somewhat more than
+    equal parameters."""
     return dataclasses.replace(adapter_config, rank=-(-adapter_config.rank // 8) * 8)
 
 

@@ -78,9 +78,10 @@ class Form:
     """Where a test runs, and how much of it.
 
     decode: head_dim and heads of a group, of the decode kernel; slots: of its cache, cut into parts
-    of 256. products: rows, width of the MLP, rows B and width of the stream. packed: head_dim and lengths of segments; plain: head_dim, heads of a group and tokens, of
-    attention without segments. rows: lengths of the segments that are trained on: of unequal rows,
-    which are padded at the end and do not fill a kernel's tiles."""
+    of 256. products: rows, width of the MLP, rows B and width of the stream. packed: head_dim and
+    lengths of segments; plain: head_dim, heads of a group and tokens, of attention without segments.
+    rows: lengths of the segments that are trained on: of unequal rows, which are padded at the end
+    and do not fill a kernel's tiles."""
 
     gpu: bool
     decode: tuple
@@ -466,9 +467,9 @@ def test_texts_with_decode_kernels(kernels, monkeypatch):
             adapter_config("ffba"),
             max_length=512,
             batch_size=4,
-            decode_kernels=kernels,
+            decode_kernels=computed,
         ).generate(prompts, 32)
-        for kernels in ("none", "attention", "layer")
+        for computed in ("none", "attention", "layer")
     ]
 
     def logits_of(_, tokens):

@@ -44,7 +44,7 @@ class Target:
     """A device as XLA's cost models describe it; bandwidth in bytes a second.
 
     The figures are XLA's own: openxla/xla
-    `xla/backends/gpu/target_config/specs/{h100_sxm,a100_sxm_80}.txtpb`.
+    `xla/backends/gpu/target_config/specs/{h100_sxm,a100_sxm_80}.txtpb`; the L4's are NVIDIA's.
     """
 
     name: str
@@ -105,6 +105,18 @@ TARGETS = {
         85100068864,
         167936,
         166912,
+    ),
+    "l4": Target(
+        "NVIDIA L4",
+        "major: 8 minor: 9",
+        58,
+        128,
+        2.04,
+        300000000000,
+        50331648,
+        23000000000,
+        102400,
+        101376,
     ),
 }
 

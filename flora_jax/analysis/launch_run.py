@@ -26,7 +26,7 @@ from flora_jax.analysis.variants import check_served, get_variant
 from flora_jax.device import check_jax
 from flora_jax.errors import check_writable, positive_integers, require, require_known
 from flora_jax.files import write_result
-from flora_jax.models.config import LlamaConfig
+from flora_jax.models.config import DECODE_ROWS, LlamaConfig
 
 RESULT = "launches.json"
 Row = dict[str, Any]
@@ -97,6 +97,16 @@ def check(args: Namespace, config: LlamaConfig) -> Iterator[Cell]:
     for flag in ("cache_length", "row_multiple"):
         positive_integers(f"--{flag}", str(getattr(args, flag)))
     require(args.launch_us >= 0, f"--launch_us {args.launch_us} must be zero or more microseconds")
+    if args.decode_kernels == "layer":
+        most = max(batches)
+        require(
+            most <= DECODE_ROWS,
+            f"--decode_kernels layer takes up to {DECODE_ROWS} rows, not {most}",
+        )
+        require(
+            args.quantization == "none",
+            f"--decode_kernels layer reads floats, not {args.quantization}; take attention",
+        )
     held = _held(_methods(args, config, banks), banks)
     return (
         Cell(target, mode, batch, adapters, method)
@@ -140,8 +150,8 @@ def _methods(args: Namespace, config: LlamaConfig, banks: list[int]) -> list[Met
         for adapters in banks:
             check_bank(name, adapters)
         require(
-            args.decode_kernels != "layer" or variant.kind == "fused",
-            f"--decode_kernels layer is for fused methods, and {name} has its products apart",
+            args.decode_kernels != "layer" or variant.kind != "unmerged",
+            f"--decode_kernels layer is for fused arrays, and {name} has its products apart",
         )
         methods.append(Method(name, name, adapter_config))
         if adapter_config is not None and variant.kind == "unmerged":

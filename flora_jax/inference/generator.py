@@ -18,15 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from flora_jax.adapters import AdapterConfig, Tree, has_adapter, served_bytes
+from flora_jax.adapters import (
+    AdapterConfig,
+    Tree,
+    has_adapter,
+    quantization_format,
+    served_bytes,
+)
 from flora_jax.device import check_jax
-from flora_jax.errors import NOT_FINITE, UserError, check_text, require
+from flora_jax.errors import NOT_FINITE, UserError, check_text, require, require_known
 from flora_jax.inference.bank import Bank
 from flora_jax.inference.decoding import State, begin, bucket, decode, grow, prefill
 from flora_jax.inference.sampling import Sampling
 from flora_jax.models.adapted import Adapted
 from flora_jax.models.attention import kernel_runs
-from flora_jax.models.config import LlamaConfig
+from flora_jax.models.config import DECODE_KERNELS, LlamaConfig
 from flora_jax.models.llama import Llama
 from flora_jax.tokens import Tokenizer, encode_open, ends
 
@@ -129,6 +135,25 @@ def check_sizes(config: LlamaConfig, base: Tree, max_length: int, batch_size: in
     check_fits(config, batch_size, max_length, weights, base["embed_tokens"]["embedding"].dtype)
 
 
+def _check_kernels(decode_kernels: str | None, config: LlamaConfig, base: Tree) -> None:
+    """Raises UserError for kernels that this device or this base cannot have."""
+    if decode_kernels is not None:
+        require_known(decode_kernels, DECODE_KERNELS, f"decode_kernels={decode_kernels!r}")
+    if decode_kernels in (None, "none"):
+        return
+    require(
+        kernel_runs(config),
+        f"decode_kernels={decode_kernels!r} needs an NVIDIA GPU from Ampere on and heads of 32, "
+        f"64, 128 or 256 channels; this is a {jax.devices()[0].device_kind} and "
+        f"head_dim={config.head_dim}; leave it None",
+    )
+    held = quantization_format(base)
+    require(
+        decode_kernels != "layer" or held == "none",
+        f"decode_kernels='layer' reads floats, and the base is {held}; take 'attention'",
+    )
+
+
 def _check_adapters(adapters: Any, adapter_config: Any) -> None:
     """Raises UserError unless these are trees by name and their configurations."""
     if adapters is not None and not isinstance(adapters, Mapping):
@@ -186,13 +211,7 @@ class Generator:
         check_jax()
         check_sizes(config, base, max_length, batch_size)
         _check_adapters(adapters, adapter_config)
-        if decode_kernels in ("attention", "layer") and not kernel_runs(config):
-            raise UserError(
-                f"decode_kernels={decode_kernels!r} needs an NVIDIA GPU from Ampere on and heads "
-                "of 32, 64, 128 or "
-                f"256 channels; this is a {jax.devices()[0].device_kind} and "
-                f"head_dim={config.head_dim}; leave it None"
-            )
+        _check_kernels(decode_kernels, config, base)
         self.config = config
         self.tokenizer = tokenizer
         self.max_length = operator.index(max_length)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from flora_jax.errors import require
 from flora_jax.models.decode_product import Columns, in_piece
 
 Halves = tuple[jax.Array, jax.Array]  # the channels of a head that rotary embeddings turn together
@@ -78,6 +79,10 @@ def decode_attention(
     cos, sin = (table.reshape(B, H // 2) for table in rotary)
     scaling = H**-0.5 if scale is None else scale
     pieces = [add for add in adds if add is not None]
+    require(
+        all(add.array is pieces[0].array for add in pieces),
+        "decode_attention takes adds that lie in one array",
+    )
     places = tuple(None if add is None else (add.start, add.width) for add in adds)
     numbers = _Numbers(
         scale=scaling, eps=None if norms is None else eps, adds=places if pieces else None

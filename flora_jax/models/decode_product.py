@@ -30,7 +30,10 @@ _ROWS = DECODE_ROWS  # of a product on a tensor core; fewer are filled up
 # Of a column of a tile: in half precision as many rows as give each thread two of x, the fewest
 # that are loaded ahead.
 _DEPTH_BYTES = 512
-_STAGES = 4  # tiles that are on their way at once
+# Tiles that are on their way at once; fewer of several rows with adds, which are loaded ahead, too,
+# or an Ada's 99 KB of shared memory would not hold them.
+_STAGES = 4
+_STAGES_OF_ADDS = 2
 _WIDE = 8192  # columns of an array
 
 
@@ -106,7 +109,7 @@ def decode_product(
         len(like) <= DECODE_ROWS,
         f"decode_product takes up to {DECODE_ROWS} rows, not {len(like)}",
     )
-    width = block(columns)
+    width = _block(columns)
     program = functools.partial(
         _program,
         sizes=_Sizes(rows=len(like), columns=columns, width=width),
@@ -117,13 +120,19 @@ def decode_product(
         program,
         grid=(pl.cdiv(columns, width),),
         out_shape=jax.ShapeDtypeStruct((len(like), columns), like.dtype),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=_STAGES),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=_stages(terms, len(like))),
         interpret=interpret,
         name="decode_product",
     )(*operands.arrays)
 
 
-def block(columns: int) -> int:
+def _stages(terms: Sequence[Term], rows: int) -> int:
+    gates = [term.read for term in terms if isinstance(term.read, Gated)]
+    added = any(gate.gate_add is not None or gate.up_add is not None for gate in gates)
+    return _STAGES_OF_ADDS if added and rows > 1 else _STAGES
+
+
+def _block(columns: int) -> int:
     """How many columns a program owns: 16, a sector of the memory in half precision, so that every
     multiprocessor has a program; of wide arrays, which have enough, twice as many."""
     return 32 if columns >= _WIDE else 16
@@ -325,7 +334,7 @@ def _times(refs: Any, sizes: _Sizes, term: _Placed, lanes: jax.Array, at: jax.Ar
 
 
 def _load(ref: Any, lanes: jax.Array, at: jax.Array, mask: jax.Array) -> jax.Array:
-    """`ref[:, at]`, `[16, len(at)]` float32, zero where masked."""
+    """`ref[lanes, at]`, `[len(lanes), len(at)]` float32, zero where masked."""
     return _wide(triton.load(ref.at[lanes[:, None], at[None, :]], mask=mask, other=0.0))
 
 

@@ -198,6 +198,11 @@ def run(*flags):
         (["--dtype", "float8"], "--dtype"),
         (["--decode_kernels", "cudnn"], "--decode_kernels"),
         (["--decode_kernels", "layer", "--methods", "base,lora"], "lora has its products apart"),
+        (["--decode_kernels", "layer", "--batch_sizes", "1,32"], "takes up to 16 rows, not 32"),
+        (
+            ["--decode_kernels", "layer", "--methods", "base", "--quantization", "int8"],
+            "--decode_kernels layer reads floats",
+        ),
     ],
 )
 def test_bad_input_is_one_line(flags, line, capsys, monkeypatch):
@@ -308,7 +313,7 @@ def shape(*dims):
 
 
 @planner
-@pytest.mark.parametrize("target", launch_plan.TARGETS)
+@pytest.mark.parametrize("target", ["h100", "a100"])
 def test_a_single_product(target):
     """One launch, one GEMM, and the bytes of x, W and y; with W padded first, a copy of a weight."""
     params = {"w": shape(1024, 2048)}
@@ -332,7 +337,7 @@ def test_a_single_product(target):
 
 @planner
 @pytest.mark.parametrize("key_value_heads, saved", [(4, 3), (8, 2)])
-@pytest.mark.parametrize("target", launch_plan.TARGETS)
+@pytest.mark.parametrize("target", ["h100", "a100"])
 @pytest.mark.parametrize("mode", launch_plan.MODES)
 def test_methods_keep_what_they_promise(mode, target, key_value_heads, saved):
     """A small model whose weights outweigh what else there is: at most one launch a layer more than the base, as many
@@ -376,7 +381,7 @@ def test_methods_keep_what_they_promise(mode, target, key_value_heads, saved):
 
 @planner
 @pytest.mark.parametrize("method", [None, "ffba", "ffba_qg_add", "fpa", "zflora"])
-@pytest.mark.parametrize("target", launch_plan.TARGETS)
+@pytest.mark.parametrize("target", ["h100", "a100"])
 @pytest.mark.parametrize("mode", launch_plan.MODES)
 def test_one_token_moves_no_matrix(mode, target, method):
     """At batch 1 o is a sum for XLA, whose 2,048 rows of products it would round and write out, and the logits a cuBLAS
@@ -396,12 +401,14 @@ def test_one_token_moves_no_matrix(mode, target, method):
 
 
 @planner
-@pytest.mark.parametrize("target", launch_plan.TARGETS)
+@pytest.mark.parametrize("target", ["h100", "a100", "l4"])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_a_layer_in_our_kernels_is_six_launches(batch, target):
-    """Base and fused methods alike, and nothing of a weight's size is moved about."""
+    """Base and fused methods alike, and nothing of a weight's size is moved about; LoRA's B's are
+    four more."""
     config = dataclasses.replace(LlamaConfig.preset("llama3.2-1b"), vocab_size=8192)
-    for method in (None, "ffba", "zflora"):
+    launches = {None: 6, "ffa": 6, "ffba": 6, "zflora": 6, "pf_lora": 10}
+    for method, expected in launches.items():
         planned = launch_plan.plan_model(
             method or "base",
             config,
@@ -411,7 +418,7 @@ def test_a_layer_in_our_kernels_is_six_launches(batch, target):
             batch=batch,
             decode_kernels="layer",
         )
-        assert planned["layer"]["launches"] == 6 and "weights" not in planned["copies"]
+        assert planned["layer"]["launches"] == expected and "weights" not in planned["copies"]
 
 
 @planner
@@ -477,7 +484,7 @@ def train_step(T, config):
 
 @planner
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("target", launch_plan.TARGETS)
+@pytest.mark.parametrize("target", ["h100", "a100"])
 def test_packed_training_holds_no_square(target, head_dim, monkeypatch):
     """A step over 8,192 packed tokens: Pallas's attention, forward and backward, fits the device
     and takes the segments as they are."""

@@ -1,5 +1,6 @@
 """A layer's decode step in our kernels: each product beside its formula, whole steps beside XLA's."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from support import random_adapter, spread
 
 from flora_jax.adapters import (
-    METHODS,
+    PRODUCTS,
     AdapterConfig,
     Layout,
     fuse,
@@ -21,6 +22,7 @@ from flora_jax.adapters import (
 from flora_jax.errors import UserError
 from flora_jax.models import decode_layer
 from flora_jax.models.config import LlamaConfig
+from flora_jax.models.decode_attention import decode_attention
 from flora_jax.models.decode_product import (
     Behind,
     Columns,
@@ -34,6 +36,11 @@ from flora_jax.models.llama import KVCache, Llama, init_base
 TINY = LlamaConfig.preset("tiny")
 pytestmark = pytest.mark.usefixtures("quick_compile")
 product = functools.partial(decode_product, interpret=True)
+
+
+def slow(*names):
+    """Parameters that take the paths of faster tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def draw(seed):
@@ -98,10 +105,9 @@ def test_a_gated_product(shape, adds, seed):
         Columns(y, 2 * F + start, 7) if name in adds.split() else None
         for name, start in (("gate", 0), ("up", 7))
     )
-    rows = Columns(y, 1, R) if R and y.shape[1] >= 1 + R else None
     terms = [Term(Gated(y, F, gate_add, up_add), kernel)]
-    if rows is not None:
-        terms.append(Term(rows, kernel, row=F))
+    if R:
+        terms.append(Term(Columns(y, 1, R), kernel, row=F))
     found = product(terms, N)
 
     y, kernel = np.float64(y), np.float64(kernel)
@@ -110,9 +116,7 @@ def test_a_gated_product(shape, adds, seed):
         gate = gate + repeated(y[:, 2 * F : 2 * F + 7], F)
     if up_add is not None:
         up = up + repeated(y[:, 2 * F + 7 :], F)
-    expected = silu(gate) * up @ kernel[:F]
-    if rows is not None:
-        expected = expected + y[:, 1 : 1 + R] @ kernel[F:]
+    expected = silu(gate) * up @ kernel[:F] + y[:, 1 : 1 + R] @ kernel[F:]
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -142,21 +146,31 @@ def on_this_machine(monkeypatch):
 def two_steps(model, params, tokens, select=None):
     """Logits of two tokens a row behind a prompt, and the cache; one prompt is padded in front."""
     step = jax.jit(functools.partial(model.apply, {"params": params}, select=select))
-    mask = jnp.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]], bool)
-    _, cache = step(tokens[:, :4], mask=mask, cache=KVCache.empty(model.config, 3, 12))
+    rows = len(tokens)
+    mask = (jnp.arange(4) > 0)[None, :] | (jnp.arange(rows) != 1)[:, None]
+    _, cache = step(tokens[:, :4], mask=mask, cache=KVCache.empty(model.config, rows, 12))
     logits = []
     for i in (4, 5):
-        real = jnp.ones((3, 1), bool)
+        real = jnp.ones((rows, 1), bool)
         found, cache = step(tokens[:, i : i + 1], mask=real, cache=cache)
         logits.append(found)
     return jnp.concatenate(logits, axis=1), cache
 
 
-def compare(adapter_config, adapter, select=None, config=TINY):
+def varied(path, leaf):
+    """Biases and scales that are not all alike."""
+    name = jax.tree_util.keystr(path)
+    if "bias" not in name and "scale" not in name:
+        return leaf
+    return leaf + 0.3 * jax.random.normal(jax.random.key(len(name)), leaf.shape)
+
+
+def compare(adapter_config, adapter, select=None, config=TINY, rows=3):
     """Whole steps in our kernels beside XLA's, logits and cache."""
     base = spread(init_base(jax.random.key(0), config))
+    base = jax.tree_util.tree_map_with_path(varied, base)
     params = fuse(base, adapter, config, adapter_config, gpu_layout())
-    tokens = jax.random.randint(jax.random.key(2), (3, 6), 0, config.vocab_size)
+    tokens = jax.random.randint(jax.random.key(2), (rows, 6), 0, config.vocab_size)
     plain, ours = (
         two_steps(Llama(config, adapter_config, decode_kernels=kernels), params, tokens, select)
         for kernels in ("none", "layer")
@@ -174,7 +188,13 @@ SETTINGS = {
 
 
 @pytest.mark.usefixtures("on_this_machine")
-@pytest.mark.parametrize("name", ["base", *(m for m in METHODS if m != "fft"), *SETTINGS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("base", "lora", "ffa", "fpa", "ffba", "zflora", "activation", "add_to"),
+        *slow("pf_lora", "parallel", "ffba_qg_add", "ffba_qd_add", "targets"),
+    ],
+)
 def test_whole_steps_equal_those_without(name):
     if name == "base":
         compare(None, None)
@@ -184,7 +204,9 @@ def test_whole_steps_equal_those_without(name):
 
 
 @pytest.mark.usefixtures("on_this_machine")
-@pytest.mark.parametrize("method", ["pf_lora", "ffa", "fpa", "ffba", "ffba_qd_add", "zflora"])
+@pytest.mark.parametrize(
+    "method", ["pf_lora", "ffba", *slow("ffa", "fpa", "ffba_qd_add", "zflora")]
+)
 def test_banks(method):
     """Each row its own adapter, or none."""
     adapter_config = AdapterConfig(method, 4)
@@ -193,7 +215,64 @@ def test_banks(method):
     compare(adapter_config, adapters, select)
 
 
+# All in which an architecture differs from a Llama.
+OTHER = dataclasses.replace(
+    TINY,
+    biases=tuple(PRODUCTS),
+    qk_norm=True,
+    residual_multiplier=0.4,
+    attention_multiplier=0.2,
+    embedding_multiplier=3.0,
+    logits_divisor=2.0,
+    no_rope_layers=(1,),
+)
+
+
 @pytest.mark.usefixtures("on_this_machine")
+@pytest.mark.parametrize("banked", [False, True])
+@pytest.mark.parametrize("method", ["ffa", "zflora", *slow("pf_lora", "ffba_qd_add")])
+def test_other_architectures(method, banked):
+    adapter_config = AdapterConfig(method, 4)
+    adapters = [random_adapter(OTHER, adapter_config, seed) for seed in (1, 2)]
+    if banked:
+        select = jnp.array([[False, True], [False, False], [True, False]])
+        compare(adapter_config, adapters, select, OTHER)
+    else:
+        compare(adapter_config, adapters[0], config=OTHER)
+
+
+@pytest.mark.usefixtures("on_this_machine")
+@pytest.mark.parametrize("rows, in_kernels", [(1, 8), (16, 8), (17, 0)])
+def test_rows(rows, in_kernels):
+    """One row is read as one; more than 16 are left to XLA, but for attention."""
+    adapter_config = AdapterConfig("ffba", 4)
+    adapter = random_adapter(TINY, adapter_config, 1)
+    if in_kernels:
+        compare(adapter_config, adapter, rows=rows)
+    base = init_base(jax.random.key(0), TINY)
+    params = fuse(base, adapter, TINY, adapter_config, gpu_layout())
+    model = Llama(TINY, adapter_config, decode_kernels="layer")
+    cache = KVCache.empty(TINY, rows, 12)
+    step = functools.partial(model.apply, {"params": params}, cache=cache)
+    jaxpr = jax.make_jaxpr(step)(jnp.zeros((rows, 1), jnp.int32))
+    assert str(jaxpr).count("name=decode_product") == in_kernels
+
+
+def test_adds_lie_in_one_array():
+    z = jnp.ones((1, 4))
+    adds = (Columns(z, 0, 4), None, Columns(z + 1, 0, 4))
+    with pytest.raises(UserError, match="adds that lie in one array"):
+        decode_attention(
+            jnp.zeros((1, 24)),
+            (jnp.ones((1, 1, 1, 4)),) * 2,
+            jnp.ones((1, 5), bool),
+            (jnp.zeros((1, 8, 5)), jnp.zeros((1, 5, 8)), jnp.int32(2)),
+            1,
+            adds=adds,
+            interpret=True,
+        )
+
+
 def test_what_it_does_not_read():
     base = init_base(jax.random.key(0), TINY)
     transposed = Layout(kind="fused", transposed=True)
