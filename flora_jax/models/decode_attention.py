@@ -78,16 +78,8 @@ def decode_attention(
     sizes = _Sizes(N=heads, K=BK // B, H=H, S=S, part=part)
     cos, sin = (table.reshape(B, H // 2) for table in rotary)
     scaling = H**-0.5 if scale is None else scale
-    pieces = [add for add in adds if add is not None]
-    require(
-        all(add.array is pieces[0].array for add in pieces),
-        "decode_attention takes adds that lie in one array",
-    )
-    places = tuple(None if add is None else (add.start, add.width) for add in adds)
-    numbers = _Numbers(
-        scale=scaling, eps=None if norms is None else eps, adds=places if pieces else None
-    )
-    optional = [*(add.array for add in pieces[:1]), *(norms or ())]
+    added, places = _placed(adds)
+    numbers = _Numbers(scale=scaling, eps=None if norms is None else eps, adds=places)
     sums, peaks, totals, k, v = pl.pallas_call(
         functools.partial(_kernel, sizes=sizes, numbers=numbers),
         grid=(B, sizes.K, P),
@@ -102,13 +94,27 @@ def decode_attention(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="decode_attention",
-    )(index.reshape(1), qkv, cos, sin, seen, k, v, *optional)
+    )(index.reshape(1), qkv, cos, sin, seen, k, v, *added, *(norms or ()))
     # Part by part rather than as reductions over P, so that XLA makes one kernel of it.
     peak = functools.reduce(jnp.maximum, peaks)
     shares = [jnp.exp(peaks[i] - peak)[..., None] for i in range(P)]
     out = sum(share * sums[i] for i, share in enumerate(shares))
     out = out / sum(share * totals[i][..., None] for i, share in enumerate(shares))
     return out.astype(qkv.dtype).reshape(B, heads * H), (k, v)
+
+
+def _placed(adds: Sequence[Columns | None]) -> tuple[list[jax.Array], Any]:
+    """The array of the adds, in a list, and where each begins and how wide it is; without any an
+    empty list and None."""
+    pieces = [add for add in adds if add is not None]
+    require(
+        all(add.array is pieces[0].array for add in pieces),
+        "decode_attention takes adds that lie in one array",
+    )
+    if not pieces:
+        return [], None
+    places = tuple(None if add is None else (add.start, add.width) for add in adds)
+    return [pieces[0].array], places
 
 
 # The arrays that a program reads, and those that it writes; between them, where there are any, the
