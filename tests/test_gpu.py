@@ -79,7 +79,7 @@ class Form:
 
     decode: head_dim and heads of a group, of the decode kernel; slots: of its cache, cut into parts
     of 256. products: rows, width of the MLP, rows B and width of the stream. packed: head_dim and
-    lengths of segments; plain: head_dim, heads of a group and tokens, of attention without segments.
+    lengths of segments; plain: head_dim, heads of a group and tokens, of attention without any.
     rows: lengths of the segments that are trained on: of unequal rows, which are padded at the end
     and do not fill a kernel's tiles."""
 

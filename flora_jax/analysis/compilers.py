@@ -9,6 +9,8 @@ import importlib.util
 from flora_jax.errors import require
 
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+# Those read what jaxlib of another version does not write.
+_VERSIONED = (*_PLUGINS, "jax-cuda12-pjrt", "jax-cuda13-pjrt")
 # May be absent: ptxas may come from the PATH.
 _ASSEMBLERS = ("nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc")
 
@@ -21,13 +23,22 @@ def has_compiler() -> bool:
 
 
 def require_compiler() -> None:
-    """Raises UserError unless jax's compiler plugin for CUDA is installed."""
+    """Raises UserError unless jax's compiler plugin for CUDA is installed, of jax's version."""
     require(
         has_compiler(),
         "planning for a GPU needs jax's CUDA compiler, which is not installed (no GPU is "
         "needed): pip install -e '.[gpu-plan]' brings that of CUDA 12, '.[gpu-plan-cuda13]' "
         "that of CUDA 13",
     )
+    ours = importlib.metadata.version("jaxlib")
+    for name in _VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found = importlib.metadata.version(name)
+            require(
+                found.split(".")[:2] == ours.split(".")[:2],
+                f"{name} is {found} and jaxlib is {ours}, which does not fit: pip install "
+                f"{name}=={ours}",
+            )
 
 
 def installed() -> tuple[str, ...]:

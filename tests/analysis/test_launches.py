@@ -1,8 +1,10 @@
 """The GPU launch plan: what is read out of a compiled step, on text whose counts are known; the command; and, where the
 extra `gpu-plan` or `gpu-plan-cuda13` is installed, real compilations held to what the methods promise."""
 
+import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -23,6 +25,7 @@ from flora_jax.errors import UserError, run_command
 from flora_jax.inference.decoding import begin, decode
 from flora_jax.inference.sampling import Sampling
 from flora_jax.models import attention
+from flora_jax.models.decode_product import Behind, Columns, Gated, Term, decode_product
 from flora_jax.models.llama import KVCache, abstract_base
 from flora_jax.training.step import TrainState, make_train_step
 
@@ -419,6 +422,45 @@ def test_a_layer_in_our_kernels_is_six_launches(batch, target):
             decode_kernels="layer",
         )
         assert planned["layer"]["launches"] == expected and "weights" not in planned["copies"]
+
+
+@planner
+@pytest.mark.parametrize("target", launch_plan.TARGETS)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_weights_are_loaded_ahead_in_sixteen_bytes(rows, target, monkeypatch, tmp_path):
+    """down of a 1B: all of a tile's weights, 8 KB by 128 threads, are four such loads a thread, none
+    of which waits in a register."""
+    folder = contextlib.nullcontext(str(tmp_path))
+    monkeypatch.setattr(launch_plan.tempfile, "TemporaryDirectory", lambda: folder)
+    F, D = 8192, 2048
+
+    def product(y, kernel, x):
+        gated = Gated(y, F, Columns(y, 2 * F, 32), Columns(y, 2 * F + 32, 32))
+        return decode_product([Term(gated, kernel)], D, Behind(residual=x))
+
+    shapes = ((rows, 2 * F + 64), (F, D), (rows, D))
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    launch_plan.compile_for(target, product, *arguments)
+    [code] = [text for path in tmp_path.glob("*.ptx") if "mma.sync" in (text := path.read_text())]
+    assert len(re.findall(r"cp\.async\.cg\.shared\S* [^;]*, 0x10", code)) >= 4 * 2
+    assert len(re.findall(r"ld\.global", code)) <= 4
+
+
+def test_a_plugin_of_another_version_is_refused(monkeypatch):
+    """It would end in a compiler's traceback."""
+    versions = {"jaxlib": "0.11.2", "jax-cuda13-plugin": "0.12.0.1"}
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(compilers, "has_compiler", lambda: True)
+    with pytest.raises(UserError, match=r"pip install jax-cuda13-plugin==0\.11\.2"):
+        compilers.require_compiler()
+    versions["jax-cuda13-plugin"] = "0.11.1"
+    compilers.require_compiler()
 
 
 @planner

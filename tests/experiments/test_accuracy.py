@@ -248,7 +248,7 @@ def test_a_sweep_goes_on_and_repeats_itself(sweep, tmp_path, monkeypatch, capsys
 
 @pytest.mark.slow
 def test_profiles(sweep, tmp_path):
-    """What fills a GPU, rehearsed: bfloat16, more rows and validations; a table says which dtype."""
+    """What fills a GPU, rehearsed: bfloat16, more rows and validations; tables say which dtype."""
     on_cpu = sweep("lora", "a")["lora-seed0"]["config"]
     found = sweep("lora", "b", "--profile", "gpu", "--seeds", "0,1", "--replicas", "2")
     assert found.keys() == {"lora-seed0", "lora-seed1"}
@@ -377,6 +377,17 @@ def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch
             choose(args)
         args.model, args.out = "m", tmp_path / "elsewhere"
         assert choose(args) == (METHODS["ffba"].learning_rate, {})
+
+
+def test_a_rate_belongs_to_its_profile(tmp_path):
+    """A search from before profiles is a CPU's."""
+    path = tmp_path / "ffba.json"
+    write_json(path, {"model": "m", "suite": "dialogue", "rank": 32, "steps": 5, "chosen": 1e-3})
+    args = argparse.Namespace(model="m", suite="dialogue", rate_steps=5, profile="cpu")
+    assert accuracy._rates_on_record(path, 32, args)["chosen"] == 1e-3
+    args.profile = "gpu"
+    with pytest.raises(UserError, match="has the rate for --profile cpu, not gpu"):
+        accuracy._rates_on_record(path, 32, args)
 
 
 def test_arms_have_the_budget_as_nearly_as_their_ranks_allow():

@@ -210,6 +210,7 @@ def test_the_table_in_closed_form(tmp_path):
         "base_ttft_ms": [1.0],
     }
     rows = {"base": (1.0, None), "lora": (1.5, 15), "ffba": (1.1, 32)}
+    rows["ffba_in_kernels"] = (0.75, 32)  # which is no method's gain over XLA's LoRA
     for method, (ratio, rank) in rows.items():
         own = {
             "tpot_ms": [ratio, 2 * ratio],
@@ -221,6 +222,7 @@ def test_the_table_in_closed_form(tmp_path):
         (tmp_path / f"latency-{method}.json").write_text(json.dumps(cell))
     text = gpu_report.table(tmp_path, {"tests": "stopped after 9 s", "latency-ffba": "done"})
     assert "| ffba | 32 | 1.010 | 1.650 | 1.100 [1.100, 1.100] | 2.000 | 27 % | 80 % | – |" in text
+    assert "| 1.125 | 0.750 [0.750, 0.750] | 2.000 | – | – | – |" in text
     assert "| base | – | 1.010 | 1.500 | 1.000 [1.000, 1.000] | 2.000 | – | – | – |" in text
     assert text.endswith("## Not measured\n\n- tests: stopped after 9 s\n")
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support import random_adapter, spread
 
 from flora_jax import AdapterConfig, Generator, Llama, fuse
+from flora_jax.adapters import quantize_base
 from flora_jax.errors import UserError
 from flora_jax.models import decode_attention as module
 from flora_jax.models.attention import kernel_runs
@@ -168,10 +169,19 @@ def test_only_a_gpu_runs_it():
     assert not kernel_runs(config)
     with pytest.raises(UserError, match="decode_kernels='attention' needs an NVIDIA GPU"):
         Generator(config, init_base(jax.random.key(0), config), decode_kernels="attention")
+    with pytest.raises(UserError, match=r"decode_kernels='Layer'.*'layer'"):
+        Generator(config, init_base(jax.random.key(0), config), decode_kernels="Layer")
     odd = dataclasses.replace(TINY, head_dim=24)
     base = fuse(init_base(jax.random.key(0), odd), None, odd, None)
     with pytest.raises(UserError, match="power of two, not 24"):
         Llama(odd, decode_kernels="attention").apply({"params": base}, TOKENS)
+
+
+@pytest.mark.usefixtures("on_this_machine")
+def test_layers_over_codes_are_refused_at_once():
+    base = quantize_base(init_base(jax.random.key(0), TINY), "int8")
+    with pytest.raises(UserError, match="reads floats, and the base is int8; take 'attention'"):
+        Generator(TINY, base, decode_kernels="layer")
 
 
 @pytest.mark.parametrize(

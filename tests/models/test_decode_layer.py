@@ -1,4 +1,4 @@
-"""A layer's decode step in our kernels: each product beside its formula, whole steps beside XLA's."""
+"""A layer's decode step in our kernels: products beside their formula, whole steps beside XLA's."""
 
 import dataclasses
 import functools
