@@ -67,7 +67,10 @@ setup(
     # A wheel carries the configurations, for `--config ffba_1b`.
     packages=[*find_packages(include=["flora_jax", "flora_jax.*"]), "flora_jax.configs"],
     package_dir={"flora_jax.configs": "configs"},
-    package_data={"flora_jax.interop": ["remote_code/*.py"]},
+    package_data={
+        "flora_jax.interop": ["remote_code/*.py"],
+        "flora_jax.models": ["decode_blocks.json"],
+    },
     install_requires=RUNTIME,
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10"],

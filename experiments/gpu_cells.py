@@ -126,19 +126,19 @@ def _message(case: ElementTree.Element) -> str | None:
     return found[0].get("message", "")[:500] if found else None
 
 
-def _variant(args: argparse.Namespace) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The way of serving that --method names, XLA's options for it, and its model's own fields."""
+def _variant(args: argparse.Namespace) -> tuple[str, dict[str, Any], str | None]:
+    """The way of serving that --method names, XLA's options for it, and its decode kernels."""
     from flora_jax.analysis.variants import NO_DOT_MERGER
 
     endings = {
-        NO_MERGER: (NO_DOT_MERGER, {}),
-        IN_GRAPH: (LOOP_IN_GRAPH, {}),
-        IN_KERNELS: ({}, {"decode_kernels": "layer"}),
+        NO_MERGER: (NO_DOT_MERGER, None),
+        IN_GRAPH: (LOOP_IN_GRAPH, None),
+        IN_KERNELS: ({}, "layer"),
     }
-    for ending, (options, fields) in endings.items():
+    for ending, (options, kernels) in endings.items():
         if args.method.endswith(ending):
-            return args.method.removesuffix(ending), options, fields
-    return args.method, {}, {}
+            return args.method.removesuffix(ending), options, kernels
+    return args.method, {}, None
 
 
 def _of_eights(adapter_config: Any) -> Any:
@@ -147,23 +147,27 @@ def _of_eights(adapter_config: Any) -> Any:
     return dataclasses.replace(adapter_config, rank=-(-adapter_config.rank // 8) * 8)
 
 
-def _served(args: argparse.Namespace, names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """The architecture, and `(model, params, size)` by name of ways of serving it."""
+def _served(
+    args: argparse.Namespace, ways: Sequence[tuple[str, str | None]]
+) -> tuple[LlamaConfig, dict[tuple[str, str | None], Any]]:
+    """The architecture, and `(model, params, size)` of ways of serving it: names and decode
+    kernels."""
     import jax
 
     from flora_jax.analysis import comparison
     from flora_jax.models.llama import abstract_base, init_base
 
     config = LlamaConfig.preset(args.preset)
-    configs = comparison.adapter_configs(names, config, args.rank, equal_parameters=True)
+    names = dict.fromkeys(name for name, _ in ways)
+    configs = comparison.adapter_configs(list(names), config, args.rank, equal_parameters=True)
     if args.method.endswith(IN_KERNELS):
         configs = {name: one and _of_eights(one) for name, one in configs.items()}
     sizes = comparison.sizes(config, abstract_base(config, args.dtype), configs)
     base = init_base(jax.random.key(0), config, args.dtype)
     built = {}
-    for name, adapter_config in configs.items():
-        built[name] = (*comparison.build(name, base, config, adapter_config), sizes[name])
-        jax.block_until_ready(built[name][1])
+    for name, kernels in ways:
+        model, params = comparison.build(name, base, config, configs[name], kernels)
+        built[name, kernels] = model, jax.block_until_ready(params), sizes[name]
     return config, built
 
 
@@ -171,18 +175,20 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
     """TTFT and TPOT of one way of serving, the merged base in every round, milliseconds."""
     from flora_jax.analysis.timing import Contestant, Setting, compile_programs, interleave
 
-    name, options, fields = _variant(args)
-    config, built = _served(args, list(dict.fromkeys(["base", name])))
+    name, options, kernels = _variant(args)
+    ways = {"base": ("base", None), "own": (name, kernels)}
+    config, built = _served(args, list(dict.fromkeys(ways.values())))
     setting = Setting(args.prompt_length, args.batch_size, args.new_tokens)
     prompts = setting.prompts(config)
     contestants: dict[str, Contestant] = {}
     compiled: dict[str, Any] = {}
-    for who, label, extra, own in (("base", "base", {}, {}), ("own", name, options, fields)):
-        model, params, _ = built[label]
+    for who, way in ways.items():
+        model, params, _ = built[way]
         if who == "own" and args.method == "base":
             programs = compiled["base"]
         else:
-            programs = compile_programs(model.clone(**own), params, setting, options=extra)
+            extra = options if who == "own" else {}
+            programs = compile_programs(model, params, setting, options=extra)
         compiled[who] = programs
         contestants[who] = Contestant(programs, params, prompts, prefills=args.rounds + 1)
         contestants[who].warm_up()
@@ -192,7 +198,7 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
     def ms(who, i):
         return [1e3 * one[who][i] for one in rounds]
 
-    size = built[name][2]
+    size = built[ways["own"]][2]
     return {
         "method": args.method,
         "rank": size.rank,
@@ -204,7 +210,7 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
         "base_tpot_ms": ms("base", 1),
         "ttft_ms": ms("own", 0),
         "base_ttft_ms": ms("base", 0),
-        "bytes": size.read_bytes / built["base"][2].read_bytes,
+        "bytes": size.read_bytes / built[ways["base"]][2].read_bytes,
         "read_bytes": size.read_bytes,
         "compile_seconds": {who: one.compile_seconds for who, one in compiled.items()},
         "compile_cached": {who: one.cached for who, one in compiled.items()},
@@ -217,10 +223,9 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
     from flora_jax.analysis import kernel_profile
     from flora_jax.analysis.timing import Setting, compile_programs
 
-    name, options, fields = _variant(args)
-    config, built = _served(args, [name])
-    model, params, size = built[name]
-    model = model.clone(**fields)
+    name, options, kernels = _variant(args)
+    config, built = _served(args, [(name, kernels)])
+    model, params, size = built[name, kernels]
     setting = Setting(args.prompt_length, args.batch_size, args.new_tokens)
     prompts = setting.prompts(config)
     steps = args.new_tokens - 2

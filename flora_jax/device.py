@@ -13,6 +13,7 @@ import jax
 from flora_jax.errors import UserError, require
 
 AMPERE = (8, 0)  # the first compute capability with bfloat16
+ADA = (8, 9)  # the first with float8
 _CPU = Path("/proc/cpuinfo")
 
 

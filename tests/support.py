@@ -1,5 +1,6 @@
 """What tests of several rooms use: constants, random trees."""
 
+import functools
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from flora_jax.adapters import abstract_adapter
 from flora_jax.analysis.compilers import has_compiler
+from flora_jax.models import decode_attention, decode_layer
 from flora_jax.training.measure import MEASURED
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +30,19 @@ def random_adapter(config, adapter_config, seed, std=0.1):
     return structure.unflatten(
         [std * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     )
+
+
+def interpret_decode_kernels(monkeypatch):
+    """Our kernels of a decode step run on this machine, interpreted."""
+    kernels = (
+        (decode_attention, "decode_attention"),
+        (decode_layer, "DecodeLayer"),
+        (decode_layer, "decode_logits"),
+    )
+    for module, name in kernels:
+        interpreted = functools.partial(getattr(module, name), interpret=True)
+        monkeypatch.setattr(module, name, interpreted)
+    monkeypatch.setattr("flora_jax.inference.generator.kernel_runs", lambda config: True)
 
 
 def spread(base):

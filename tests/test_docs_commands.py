@@ -62,6 +62,7 @@ SMALLER = {
     "experiments.replica_speed": "--model model --rank 8 --replicas 2 --rows 1 --length 16",
     "experiments.switching": "--rank 8 --rounds 2",
     "experiments.train_throughput": "--rows 1 --length 16 --rounds 1",
+    "experiments.tune_decode": "--batch_sizes 1 --rank 4 --minutes 0.1",
     "experiments.vllm_exports": "--model model --rank 8",
 }
 # What is large, or stands for something of the reader's own.
@@ -69,6 +70,7 @@ REPLACED = {
     r"--preset \S+": "--preset tiny",
     r"smollm2-135m-instruct|llama3\.2-1b|\b(MODEL|FILE)\b": "model",
     r"\b(DATA|DIR)\b": "data",
+    r"\bTABLE\b": "table.json",
     r"\bADAPTER\b": "runs/ffba_1b/adapter",
     r"\bnf4\b": "fp8",  # whose blocks the tiny model's rows do not fill
 }

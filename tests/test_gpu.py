@@ -21,7 +21,7 @@ import test_attention
 import test_decode_attention
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import save_file
-from support import largest, numbers, packed
+from support import interpret_decode_kernels, largest, numbers, packed
 from test_adapters import DEFAULT_ADDS, numpy_logits
 
 from flora_jax.adapters import (
@@ -36,7 +36,7 @@ from flora_jax.errors import Stopped
 from flora_jax.inference.generator import Generator
 from flora_jax.interop.exports import export
 from flora_jax.interop.formats import Trained
-from flora_jax.models import decode_attention, decode_layer
+from flora_jax.models import decode_attention
 from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.attention import attend, attend_segments, capability, cudnn_runs
 from flora_jax.models.config import LlamaConfig
@@ -452,12 +452,8 @@ def assert_same_texts(found, expected, prompts, logits_of):
 def test_texts_with_decode_kernels(kernels, monkeypatch):
     """Prompts shorter than their bucket, so that there are holes; more slots than a part has."""
     if not kernels.gpu:
-        interpreted = test_decode_attention.interpreted
-        monkeypatch.setattr(decode_attention, "decode_attention", interpreted)
-        layer = functools.partial(decode_layer.DecodeLayer, interpret=True)
-        monkeypatch.setattr(decode_layer, "DecodeLayer", layer)
-        monkeypatch.setattr("flora_jax.inference.generator.kernel_runs", lambda config: True)
-        monkeypatch.setattr("flora_jax.inference.bank.device_layout", gpu_layout)
+        interpret_decode_kernels(monkeypatch)
+        monkeypatch.setattr("flora_jax.inference.generator.device_layout", gpu_layout)
     prompts = draw_prompts(3, 200, 70, 128)
     texts = [
         Generator(

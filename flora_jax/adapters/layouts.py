@@ -152,15 +152,18 @@ SPLIT = Layout()
 FUSED = Layout(kind="fused")
 
 
-def device_layout(quantized: bool = False) -> Layout:
+def device_layout(quantized: bool = False, in_kernels: bool = False) -> Layout:
     """The fused layout that this device reads fastest, without copies: on a GPU rows in blocks,
-    larger ones for 8-bit codes; on a CPU transposed arrays."""
+    larger ones for 8-bit codes; on a CPU transposed arrays. in_kernels: by decode kernels of ours
+    (`decode_kernels="layer"`)."""
     backend = jax.default_backend()
     if backend == "gpu":
-        return gpu_layout(quantized)
+        return gpu_layout(quantized, in_kernels)
     return Layout(kind="fused", transposed=backend == "cpu")
 
 
-def gpu_layout(quantized: bool = False) -> Layout:
-    """`device_layout` of a GPU, on any machine."""
-    return Layout(kind="fused", row_multiple=256 if quantized else 128)
+def gpu_layout(quantized: bool = False, in_kernels: bool = False) -> Layout:
+    """`device_layout` of a GPU, on any machine. Kernels of ours read transposed arrays: what a
+    program reads is then contiguous at any rank, and a thread's codes are neighbours."""
+    row_multiple = 256 if quantized else 128
+    return Layout(kind="fused", row_multiple=row_multiple, transposed=in_kernels)

@@ -123,8 +123,8 @@ def _multiply_scaled(
 
 
 def multiply_transposed(x: jax.Array, weight: jax.Array | Scaled, dtype: Any = None) -> jax.Array:
-    """`x Wᵀ` in `dtype` (default x's), x `[..., d_in]`, weight `[d_out, d_in]`; for few rows
-    computed as `(W xᵀ)ᵀ`.
+    """`x Wᵀ` in `dtype` (default x's), x `[..., d_in]`, weight `[d_out, d_in]`; on a CPU for few
+    rows computed as `(W xᵀ)ᵀ`.
 
     With the weight on the left XLA's CPU products read it at the speed of memory for any small
     batch; on the right they are a third slower at batch 1 and 2 to 3 times at batch 8. The barrier
@@ -133,11 +133,18 @@ def multiply_transposed(x: jax.Array, weight: jax.Array | Scaled, dtype: Any = N
     """
     if isinstance(weight, Scaled):
         return _multiply_scaled(multiply_transposed, x, weight)
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > _FEW_ROWS:
+
+    def plain(x: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
-    y = jnp.matmul(weight, rows.T, preferred_element_type=dtype)
-    return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], weight.shape[0])
+
+    def turned(x: jax.Array, weight: jax.Array) -> jax.Array:
+        rows = x.reshape(-1, x.shape[-1])
+        y = jnp.matmul(weight, rows.T, preferred_element_type=dtype)
+        return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], weight.shape[0])
+
+    if x.size > _FEW_ROWS * x.shape[-1]:
+        return plain(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=turned, default=plain)
 
 
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -120,15 +120,19 @@ def on_disk(tree: Tree, folder: Path) -> Tree:
 
 
 def build(
-    name: str, base: Tree, config: LlamaConfig, adapter_config: AdapterConfig | None
+    name: str,
+    base: Tree,
+    config: LlamaConfig,
+    adapter_config: AdapterConfig | None,
+    decode_kernels: str | None = None,
 ) -> tuple[Llama, Tree]:
     """`(model, params)` of a variant with a random adapter, on the device; base: in the split
-    layout, leaves of any array type."""
+    layout, leaves of any array type; decode_kernels: as in `Llama`."""
     adapter = None
     if adapter_config is not None:
         adapter = random_adapter(jax.random.key(1), config, adapter_config)
-    layout = device_layout(quantization_format(base) != "none")
-    model, params = serve(name, base, config, adapter_config, adapter, layout)
+    layout = device_layout(quantization_format(base) != "none", decode_kernels == "layer")
+    model, params = serve(name, base, config, adapter_config, adapter, layout, decode_kernels)
     return model, jax.tree.map(_on_device, params)
 
 

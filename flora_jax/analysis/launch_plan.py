@@ -33,6 +33,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use
 
 from flora_jax.adapters import AdapterConfig, abstract_adapter, gpu_layout
 from flora_jax.analysis.variants import NO_DOT_MERGER, get_variant, serve, variants
+from flora_jax.device import ADA
 from flora_jax.errors import require
 from flora_jax.inference.decoding import last_logits
 from flora_jax.models.config import LlamaConfig
@@ -57,6 +58,12 @@ class Target:
     memory_bytes: int
     shared_per_core: int
     shared_per_block: int
+
+    @property
+    def has_float8(self) -> bool:
+        """Whether its processors convert float8."""
+        major, minor = re.fullmatch(r"major: (\d+)(?: minor: (\d+))?.*", self.capability).groups()
+        return (int(major), int(minor or 0)) >= ADA
 
     @property
     def description(self) -> str:
@@ -489,7 +496,7 @@ def plan_step(
     adapter = select = None
     if get_variant(name).method is not None:
         adapter, select = _bank(config, adapter_config, adapters, batch)
-    lies = gpu_layout(quantization != "none")
+    lies = gpu_layout(quantization != "none", decode_kernels == "layer")
     if row_multiple is not None:
         lies = dataclasses.replace(lies, row_multiple=row_multiple)
     model = None

@@ -104,8 +104,8 @@ def check(args: Namespace, config: LlamaConfig) -> Iterator[Cell]:
             f"--decode_kernels layer takes up to {DECODE_ROWS} rows, not {most}",
         )
         require(
-            args.quantization == "none",
-            f"--decode_kernels layer reads floats, not {args.quantization}; take attention",
+            args.quantization != "fp8" or all(TARGETS[name].has_float8 for name in targets),
+            "--decode_kernels layer reads fp8 on a GPU from Ada on, not on an a100; take int8",
         )
     held = _held(_methods(args, config, banks), banks)
     return (

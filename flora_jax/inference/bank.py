@@ -19,13 +19,11 @@ from flora_jax.adapters import (
     Layout,
     Tree,
     check_adapter,
-    device_layout,
     fuse,
     has_adapter,
     make_room,
     parts_of,
     paths,
-    quantization_format,
     widen,
     write_adapter,
 )
@@ -46,6 +44,7 @@ class Bank:
       adapters: split trees by name.
       adapter_config: one for all adapters, or one for each by name. They may differ in rank and
         alpha alone; smaller ranks are widened.
+      layout: of the fused arrays.
 
     params: the fused tree; places: the name of the adapter at each place, None for zeros;
     side_by_side: whether all adapters are in the arrays; adapter_config: of the widened adapters,
@@ -59,6 +58,7 @@ class Bank:
         base: Tree,
         adapters: Mapping[str, Tree],
         adapter_config: AdapterConfig | Mapping[str, AdapterConfig] | None,
+        layout: Layout,
     ):
         configs = adapter_config
         if not isinstance(adapter_config, Mapping):
@@ -69,8 +69,7 @@ class Bank:
             name: _shared_parts(name, adapter, configs[name], self.adapter_config, config)
             for name, adapter in adapters.items()
         }
-        quantized = quantization_format(base) != "none"
-        self.params = fuse(base, None, config, None, device_layout(quantized))
+        self.params = fuse(base, None, config, None, layout)
         self.places: list[str | None] = [None]
         self.side_by_side = False
         if self.adapter_config is not None:

@@ -21,11 +21,12 @@ from tqdm import tqdm
 from flora_jax.adapters import (
     AdapterConfig,
     Tree,
+    device_layout,
     has_adapter,
     quantization_format,
     served_bytes,
 )
-from flora_jax.device import check_jax
+from flora_jax.device import ADA, capability, check_jax
 from flora_jax.errors import NOT_FINITE, UserError, check_text, require, require_known
 from flora_jax.inference.bank import Bank
 from flora_jax.inference.decoding import State, begin, bucket, decode, grow, prefill
@@ -147,10 +148,11 @@ def _check_kernels(decode_kernels: str | None, config: LlamaConfig, base: Tree) 
         f"64, 128 or 256 channels; this is a {jax.devices()[0].device_kind} and "
         f"head_dim={config.head_dim}; leave it None",
     )
-    held = quantization_format(base)
+    coded = quantization_format(base) == "fp8"
     require(
-        decode_kernels != "layer" or held == "none",
-        f"decode_kernels='layer' reads floats, and the base is {held}; take 'attention'",
+        decode_kernels != "layer" or not coded or (capability() or ADA) >= ADA,
+        "decode_kernels='layer' reads a base in fp8 on a GPU from Ada on, and this is a "
+        f"{jax.devices()[0].device_kind}; take 'attention', or int8",
     )
 
 
@@ -219,7 +221,8 @@ class Generator:
         self._ends = set(config.eos_token_id)
         if tokenizer is not None:
             self._ends |= set(ends(tokenizer))
-        self._bank = Bank(config, base, adapters or {}, adapter_config)
+        layout = device_layout(quantization_format(base) != "none", decode_kernels == "layer")
+        self._bank = Bank(config, base, adapters or {}, adapter_config, layout)
         self._model = Llama(config, self.adapter_config, decode_kernels=decode_kernels)
         self._name: str | None = None
         if self.adapter_config is not None:

@@ -16,7 +16,6 @@ import numpy as np
 from flora_jax.adapters import (
     AdapterConfig,
     Layout,
-    Scaled,
     check_adapter,
     check_base,
     check_fused,
@@ -84,15 +83,10 @@ def check_decode_kernels(decode_kernels: str | None, params: Mapping[str, Any]) 
     """Refuses whole layers in kernels over arrays that these do not read."""
     if decode_kernels != "layer":
         return
-    layout = Layout.of(params)
-    quantised = any(
-        isinstance(leaf, Scaled)
-        for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Scaled))
-    )
     require(
-        layout.kind == "fused" and not layout.transposed and not quantised,
-        "decode_kernels='layer' reads a fused model's float kernels [d_in, d_out] (fuse with "
-        "gpu_layout()); with others take 'attention'",
+        Layout.of(params).kind == "fused",
+        "decode_kernels='layer' reads a fused model's arrays (fuse with "
+        "device_layout(in_kernels=True)); with others take 'attention'",
     )
 
 

@@ -41,7 +41,7 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 # N heads, K key/value heads, H channels of each, S slots, and how many slots a part has.
 _Sizes = namedtuple("_Sizes", "N, K, H, S, part")
 # Of the scores; what the norms of q and k add to a mean square, None without norms; where the
-# pieces that are repeat-and-added to q, k and v begin, and how wide they are, None without.
+# pieces that are repeat-and-added to q, k and v lie, None without.
 _Numbers = namedtuple("_Numbers", "scale, eps, adds")
 
 
@@ -78,10 +78,14 @@ def decode_attention(
     sizes = _Sizes(N=heads, K=BK // B, H=H, S=S, part=part)
     cos, sin = (table.reshape(B, H // 2) for table in rotary)
     scaling = H**-0.5 if scale is None else scale
-    added, places = _placed(adds)
-    numbers = _Numbers(scale=scaling, eps=None if norms is None else eps, adds=places)
+    array, own, pieces = _placed(adds)
+    q_norm, k_norm = norms or (None, None)
+    optional = {"adds": array, "own": own, "q_norm": q_norm, "k_norm": k_norm}
+    optional = {name: one for name, one in optional.items() if one is not None}
+    numbers = _Numbers(scale=scaling, eps=None if norms is None else eps, adds=pieces)
+    names = (*_READ, *optional, *_WRITTEN)
     sums, peaks, totals, k, v = pl.pallas_call(
-        functools.partial(_kernel, sizes=sizes, numbers=numbers),
+        functools.partial(_kernel, names=names, sizes=sizes, numbers=numbers),
         grid=(B, sizes.K, P),
         out_shape=[
             jax.ShapeDtypeStruct((P, B, heads, H), jnp.float32),
@@ -94,7 +98,7 @@ def decode_attention(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="decode_attention",
-    )(index.reshape(1), qkv, cos, sin, seen, k, v, *added, *(norms or ()))
+    )(index.reshape(1), qkv, cos, sin, seen, k, v, *optional.values())
     # Part by part rather than as reductions over P, so that XLA makes one kernel of it.
     peak = functools.reduce(jnp.maximum, peaks)
     shares = [jnp.exp(peaks[i] - peak)[..., None] for i in range(P)]
@@ -103,25 +107,25 @@ def decode_attention(
     return out.astype(qkv.dtype).reshape(B, heads * H), (k, v)
 
 
-def _placed(adds: Sequence[Columns | None]) -> tuple[list[jax.Array], Any]:
-    """The array of the adds, in a list, and where each begins and how wide it is; without any an
-    empty list and None."""
-    pieces = [add for add in adds if add is not None]
+def _placed(adds: Sequence[Columns | None]) -> tuple[jax.Array | None, jax.Array | None, Any]:
+    """The array of the adds, each row's own block of it, and the adds without these; None for what
+    there is not."""
+    given = [add for add in adds if add is not None]
+    if not given:
+        return None, None, None
+    first = given[0]
     require(
-        all(add.array is pieces[0].array for add in pieces),
+        all(add.array is first.array and add.own is first.own for add in given),
         "decode_attention takes adds that lie in one array",
     )
-    if not pieces:
-        return [], None
-    places = tuple(None if add is None else (add.start, add.width) for add in adds)
-    return [pieces[0].array], places
+    return first.array, first.own, [add and add._replace(array=None, own=None) for add in adds]
 
 
-# The arrays that a program reads, and those that it writes; between them, where there are any, the
-# array of the adds and the scales of the norms.
-_READ = "index, qkv, cos, sin, seen, k, v"
-_WRITTEN = "sums, peaks, totals, new_k, new_v"
-_Refs = namedtuple("_Refs", f"{_READ}, adds, q_norm, k_norm, {_WRITTEN}")
+# The arrays that a program reads, those that it may be given, and those that it writes.
+_READ = ("index", "qkv", "cos", "sin", "seen", "k", "v")
+_OPTIONAL = ("adds", "own", "q_norm", "k_norm")
+_WRITTEN = ("sums", "peaks", "totals", "new_k", "new_v")
+_Refs = namedtuple("_Refs", (*_READ, *_OPTIONAL, *_WRITTEN))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,17 +158,14 @@ _Token = namedtuple("_Token", "q, k, v")
 _Running = namedtuple("_Running", "peaks, totals, sums")
 
 
-def _kernel(*refs: Any, sizes: _Sizes, numbers: _Numbers) -> None:
+def _kernel(*refs: Any, names: Sequence[str], sizes: _Sizes, numbers: _Numbers) -> None:
     """The heads of one group of one row over one part of the slots.
 
     The first part writes the new token's slot and counts the token itself, which no program reads
     back from the cache: nothing waits for that write.
     """
-    if numbers.adds is None:
-        refs = (*refs[:7], None, *refs[7:])
-    if numbers.eps is None:
-        refs = (*refs[:8], None, None, *refs[8:])
-    program = _locate(_Refs(*refs), sizes, numbers)
+    given = dict.fromkeys(_OPTIONAL) | dict(zip(names, refs, strict=True))
+    program = _locate(_Refs(**given), sizes, numbers)
     token = _load_token(program)
 
     @pl.when(program.part == 0)
@@ -238,8 +239,11 @@ def _with_add(program: _Program, which: int, values: jax.Array, columns: jax.Arr
     adds = program.numbers.adds
     if adds is None or adds[which] is None:
         return values
-    start, width = adds[which]
-    return values + program.refs.adds[program.row, start + in_piece(columns, width)]
+    add = adds[which]
+    places = add.at(in_piece(columns, add.width))
+    if program.refs.own is not None:
+        places = program.refs.own[program.row] * add.stride + places
+    return values + program.refs.adds[program.row, places]
 
 
 def _normed(program: _Program, halves: Halves, norm: Any) -> Halves:

@@ -7,9 +7,9 @@
     adds, silu · up, down, residual    decode_product
 
 Forward adapters are columns of the arrays and backward adapters rows, so they are no launch; what
-is repeat-and-added is added where it is read. LoRA's matrices B are another launch for each
-product, and so are ffa's pieces of o and down in a bank. An activation on z and the choice of a
-bank's adapters are left to XLA.
+is repeat-and-added is added where it is read; in a bank a product keeps of each row what its own
+adapter read. LoRA's matrices B are another launch for each product, and so are ffa's pieces of o
+and down in a bank.
 
 Axis letters as in llama.py; W the width of the residual stream, with zflora's channels.
 """
@@ -17,20 +17,15 @@ Axis letters as in llama.py; W the width of the residual stream, with zflora's c
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import (
-    ACTIVATIONS,
-    PRODUCTS,
-    AdapterConfig,
-    Layout,
-    keep_own,
-    own_pieces,
-)
+from flora_jax.adapters import PRODUCTS, AdapterConfig, Layout, Scaled
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.decode_attention import decode_attention
 from flora_jax.models.decode_product import (
@@ -38,6 +33,7 @@ from flora_jax.models.decode_product import (
     Columns,
     Gated,
     Normed,
+    Pieces,
     Read,
     Term,
     decode_product,
@@ -50,19 +46,19 @@ Past = tuple[jax.Array, jax.Array, jax.Array]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Riding:
     """What an adapter's forward columns gave: all of z, each piece of all adapters side by side
-    (`joined`), and each piece's sum over them (`summed`)."""
+    (`joined`), and each piece of the row's own adapter (`own`)."""
 
     z: Columns
     joined: Mapping[str, Columns]
-    summed: Mapping[str, Columns]
+    own: Mapping[str, Columns]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeLayer:
     """One token a row through one layer of a fused model.
 
-    adapter: None for the bare base; layout: of the leaves, fused and not transposed; select `[B,
-    N]` bool: which of a bank's adapters each row uses. interpret: of the kernels.
+    adapter: None for the bare base; layout: of the leaves, fused; select `[B, N]` bool: which one
+    of a bank's adapters each row uses, if any. interpret: of the kernels.
     """
 
     config: LlamaConfig
@@ -112,16 +108,25 @@ class DecodeLayer:
     def _product(self, terms: Sequence[Term], columns: int, **behind: Any) -> jax.Array:
         return decode_product(terms, columns, Behind(**behind), self.interpret)
 
+    def _term(self, read: Read, kernel: jax.Array | Scaled, **place: Any) -> Term:
+        return Term(read, kernel, transposed=self.layout.transposed, **place)
+
+    def _array(self, leaves: Leaves) -> tuple[jax.Array | Scaled, int]:
+        """A product's array, and its columns."""
+        array = leaves[self.layout.matrix]
+        return array, array.shape[0 if self.layout.transposed else 1]
+
     def _read(
         self, product: str, leaves: Leaves, norm: Leaves, x: jax.Array
     ) -> tuple[jax.Array, _Riding | None]:
         """What qkv or gate_up gives of the normed stream, with what its pieces return by a matrix;
         and what its pieces are."""
-        kernel = leaves[product]["kernel"]
+        kernel, columns = self._array(leaves[product])
         width = self.config.hidden_size
         normed = Normed(x, norm["scale"], width, self.config.rms_norm_eps)
         bias = leaves[product].get("bias")
-        y = self._product([Term(normed, kernel)], kernel.shape[1], bias=bias)
+        pieces = self._pieces(product)
+        y = self._product([self._term(normed, kernel)], columns, bias=bias, pieces=pieces)
         riding = self._riding(product, y)
         terms = self._matrices(product, leaves[product], riding)
         if terms:
@@ -134,29 +139,27 @@ class DecodeLayer:
     ) -> jax.Array:
         """The stream with what o or down writes to it."""
         slot = self.layout.slot(self.adapter, product)
-        kernel = leaves[product]["kernel"]
+        kernel, columns = self._array(leaves[product])
         bias = leaves[product].get("bias")
         behind = {"factor": self.config.residual_multiplier, "residual": x}
-        terms = [Term(read, kernel)]
+        terms = [self._term(read, kernel)]
         if slot.backward and incoming is not None:
-            terms.append(Term(incoming.z, kernel, row=self.config.widths[product][0]))
+            terms.append(self._term(incoming.z, kernel, row=self.config.widths[product][0]))
         stream = self.layout.adapters and self.adapter.row.writes == "stream"
-        if stream and self.select is not None:
-            y = self._product(terms, kernel.shape[1], bias=bias)
-            y = keep_own(y[:, None], self.config.hidden_size, self.adapter.rank, self.select)
-            return x + y[:, 0] * self.config.residual_multiplier
         if stream or not slot.forward:
-            adds = tuple(incoming.summed.values()) if slot.repeat else ()
-            return self._product(terms, kernel.shape[1], bias=bias, adds=adds, **behind)
+            adds = tuple(incoming.own.values()) if slot.repeat else ()
+            pieces = self._pieces(product)
+            return self._product(terms, columns, bias=bias, adds=adds, pieces=pieces, **behind)
         if slot.repeat and self.select is None:
             # ffa: each program computes what it adds, too, from the few columns that all read.
             start = self.config.hidden_size
-            own = Term(read, kernel, repeat=(start, self.adapter.rank))
+            own = self._term(read, kernel, repeat=(start, self.adapter.rank))
             return self._product([*terms, own], start, bias=bias, **behind)
         # Its own pieces return to it: all of it has to be there first.
-        y = self._product(terms, kernel.shape[1], bias=bias)
+        pieces = self._pieces(product)
+        y = self._product(terms, columns, bias=bias, pieces=pieces)
         riding = self._riding(product, y)
-        adds = tuple(riding.summed[name] for name in slot.repeat)
+        adds = tuple(riding.own[name] for name in slot.repeat)
         terms = self._matrices(product, leaves[product], riding)
         whole = Columns(y, 0, self.config.hidden_size)
         return self._product(terms, self.config.hidden_size, adds=(whole, *adds), **behind)
@@ -164,6 +167,21 @@ class DecodeLayer:
     def _edges(self, product: str) -> Sequence[int]:
         """Where each projection of a product ends among its columns."""
         return np.cumsum([self.config.widths[name][1] for name in PRODUCTS[product]])
+
+    @functools.cached_property
+    def _own(self) -> jax.Array | None:
+        """The number of each row's adapter, `[B]`; of none, that of one which the row keeps no
+        channel of."""
+        return None if self.select is None else jnp.argmax(self.select, axis=1).astype(jnp.int32)
+
+    def _pieces(self, product: str) -> Pieces | None:
+        """What becomes of a product's forward columns; None where nothing does."""
+        names = self.layout.slot(self.adapter, product).forward
+        if not names or (self.select is None and self.adapter.activation == "identity"):
+            return None
+        width = self.adapter.rank * len(names)
+        start = int(self._edges(product)[-1])
+        return Pieces(start, width, self.adapter.activation, self.select)
 
     def _riding(self, product: str, y: jax.Array) -> _Riding | None:
         """The forward pieces among the columns of `y`; None where none ride."""
@@ -173,39 +191,37 @@ class DecodeLayer:
         start = int(self._edges(product)[-1])
         rank = self.adapter.rank
         N = self.layout.adapters
-        z = Columns(y, start, N * rank * len(names))
-        activation = self.adapter.activation
-        if self.select is not None or activation != "identity":
-            own = ACTIVATIONS[activation](y[:, start : start + z.width])
-            if self.select is not None:
-                own = keep_own(own[:, None], 0, rank * len(names), self.select)[:, 0]
-            z = Columns(own, 0, z.width)
-        summed = z
-        joined = {name: Columns(z.array, z.start + i * rank, rank) for i, name in enumerate(names)}
-        if N > 1:
-            # One array, as attention takes it.
-            summed = Columns(z.array.reshape(len(y), N, -1).sum(1), 0, rank * len(names))
-            own = own_pieces(z.array, names, rank)
-            joined = {
-                name: Columns(piece.reshape(len(y), -1), 0, N * rank) for name, piece in own.items()
-            }
-        each = {
-            name: Columns(summed.array, summed.start + i * rank, rank)
-            for i, name in enumerate(names)
-        }
-        return _Riding(z=z, joined=joined, summed=each)
+        block = rank * len(names)
+        joined = Columns(y, start, N * rank, stride=block, piece=rank if N > 1 else 0)
+        own = Columns(y, start, rank, stride=block, own=self._own)
+        starts = {name: start + i * rank for i, name in enumerate(names)}
+        return _Riding(
+            z=Columns(y, start, N * block),
+            joined={name: joined._replace(start=at) for name, at in starts.items()},
+            own={name: own._replace(start=at) for name, at in starts.items()},
+        )
 
     def _adds(self, product: str, riding: _Riding | None) -> list[Columns | None]:
         """What is repeat-and-added to each projection of qkv or gate_up by whoever reads it."""
         slot = self.layout.slot(self.adapter, product)
-        return [riding.summed[name] if name in slot.repeat else None for name in PRODUCTS[product]]
+        return [riding.own[name] if name in slot.repeat else None for name in PRODUCTS[product]]
 
     def _matrices(self, product: str, leaves: Leaves, riding: _Riding | None) -> list[Term]:
         """What the pieces of lora and pf_lora return, each through its own B."""
         slot = self.layout.slot(self.adapter, product)
         starts = [0, *map(int, self._edges(product))]
         return [
-            Term(riding.joined[name], leaves[f"{name}_B"], column=start)
+            self._term(riding.joined[name], leaves[f"{name}_B"], column=start)
             for name, start in zip(PRODUCTS[product], starts, strict=False)
             if name in slot.matrix
         ]
+
+
+def decode_logits(
+    hidden: jax.Array, unembedding: jax.Array, transposed: bool, interpret: bool = False
+) -> jax.Array:
+    """Logits `[B, V]`, float32, of final normed states `[B, D]`; the unembedding is `[D, V]`,
+    transposed `[V, D]`."""
+    columns = unembedding.shape[0 if transposed else 1]
+    term = Term(hidden, unembedding, transposed=transposed)
+    return decode_product([term], columns, interpret=interpret, dtype=jnp.float32)

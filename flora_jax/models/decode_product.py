@@ -4,11 +4,12 @@ XLA makes products of one row in kernels that read far below the memory's speed,
 concatenations and residuals in launches of their own (docs/results.md, "Time per token on an
 H100"). Here a program owns some columns of the array and reads all its rows, in blocks that the
 compiler loads ahead; the few rows of x are read again by each program, from the cache. Nothing is
-summed across programs, so the result does not depend on their order. Sixteen bytes are loaded at a
-time where they divide a row of the array: ranks that 8 divides see to that in half precision.
+summed across programs, so the result does not depend on their order. An array that lies transposed
+is read in long runs, sixteen bytes at a time; one that does not, if they divide its rows. Codes of
+8 bits become floats on their way to the tensor core.
 
 Axis letters: B rows, at most 16 of them; D_in and D_out of the array, with rows R_b and columns R_f
-of adapters behind them; r channels a piece; F of the MLP.
+of adapters behind them; N adapters of a bank; r channels a piece; F of the MLP.
 """
 
 from __future__ import annotations
@@ -23,26 +24,36 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from flora_jax.adapters import ACTIVATIONS, Scaled
 from flora_jax.errors import require
 from flora_jax.models.config import DECODE_ROWS
+from flora_jax.models.decode_blocks import Blocks, Shape, blocks_for
 
 _ROWS = DECODE_ROWS  # of a product on a tensor core; fewer are filled up
-# Of a column of a tile: in half precision as many rows as give each thread two of x, the fewest
-# that are loaded ahead.
-_DEPTH_BYTES = 512
-# Tiles that are on their way at once; fewer of several rows with adds, which are loaded ahead, too,
-# or an Ada's 99 KB of shared memory would not hold them.
-_STAGES = 4
-_STAGES_OF_ADDS = 2
-_WIDE = 8192  # columns of an array
 
 
 class Columns(NamedTuple):
-    """`array[:, start : start + width]`, read in place: XLA would copy the slice."""
+    """`width` channels of an array `[B, …]` from `start` on, read in place: XLA would copy them.
+
+    A bank has blocks of `stride` channels, one for each adapter. With `piece` the channels are so
+    many of every block; with `own` `[B]` int32 they are those of the block that the row's number
+    says.
+    """
 
     array: jax.Array
     start: int
     width: int
+    stride: int = 0
+    piece: int = 0
+    own: jax.Array | None = None
+
+    def at(self, channels: jax.Array) -> jax.Array:
+        """Where these channels lie, in the first block with `own`."""
+        if self.piece:
+            channels = _quotient(channels, self.piece) * self.stride + in_piece(
+                channels, self.piece
+            )
+        return self.start + channels
 
 
 class Normed(NamedTuple):
@@ -65,26 +76,41 @@ class Gated(NamedTuple):
 
 
 Read = jax.Array | Columns | Normed | Gated
+# What loads values, float32: (refs, lanes, at, mask) to [lanes, at], zeros where masked.
+Load = Callable[..., jax.Array]
 
 
 class Term(NamedTuple):
     """`read · kernel[row : row + width of read]`, in the result's columns from `column` on; with
-    `repeat`, a start and a width, those columns of it alone, repeated."""
+    `repeat`, a start and a width, those columns of it alone, repeated. transposed: the kernel is
+    stored `[D_out, D_in]`."""
 
     read: Read
-    kernel: jax.Array
+    kernel: jax.Array | Scaled
     row: int = 0
     column: int = 0
     repeat: tuple[int, int] | None = None
+    transposed: bool = False
+
+
+class Pieces(NamedTuple):
+    """What adapters read, in the columns from `start` on, `width` for each: their activation, and
+    zeros but for those that `select` `[B, N]` bool chooses for a row."""
+
+    start: int
+    width: int
+    activation: str = "identity"
+    select: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Behind:
-    """What follows a product: the bias `[≤ D_out]`, the repeat-and-adds, the factor, the residual
-    `[B, D_out]`, in this order."""
+    """What follows a product: the bias `[≤ D_out]`, the repeat-and-adds, what the pieces of
+    adapters go through, the factor, the residual `[B, D_out]`, in this order."""
 
     bias: jax.Array | None = None
     adds: tuple[Columns, ...] = ()
+    pieces: Pieces | None = None
     factor: float = 1.0
     residual: jax.Array | None = None
 
@@ -94,48 +120,66 @@ def decode_product(
     columns: int,
     behind: Behind | None = None,
     interpret: bool = False,
+    dtype: Any = None,
+    blocks: Blocks | None = None,
 ) -> jax.Array:
-    """The sum of the terms and what is behind it, `[B, columns]` in the dtype of what is read (of
-    the residual, where there is no term).
+    """The sum of the terms and what is behind it, `[B, columns]` in `dtype`, by default that of
+    what is read (of the adds, where there is no term).
 
-    Sums, norms and all that is elementwise are in float32 and rounded once. Raises UserError for
-    more than DECODE_ROWS rows. Runs on a GPU; `interpret` runs it anywhere, slowly.
+    Sums, norms and all that is elementwise are in float32 and rounded once. blocks: None for those
+    of decode_blocks.py. Raises UserError for more than DECODE_ROWS rows. Runs on a GPU; `interpret`
+    runs it anywhere, slowly.
     """
     operands = _Operands()
     behind = behind or Behind()
-    placed = [_place(term, operands, columns) for term in terms]
-    like = placed[0].source.like if placed else behind.residual
+    blocks = blocks or _blocks(terms, columns)
+    placed = [_place(term, operands, columns, blocks) for term in terms]
+    like = placed[0].source.like if placed else behind.adds[0].array
     require(
         len(like) <= DECODE_ROWS,
         f"decode_product takes up to {DECODE_ROWS} rows, not {len(like)}",
     )
-    width = _block(columns)
     program = functools.partial(
         _program,
-        sizes=_Sizes(rows=len(like), columns=columns, width=width),
+        sizes=_Sizes(rows=len(like), columns=columns, width=blocks.columns, dtype=like.dtype),
         terms=placed,
         end=_end(behind, operands),
     )
     return pl.pallas_call(
         program,
-        grid=(pl.cdiv(columns, width),),
-        out_shape=jax.ShapeDtypeStruct((len(like), columns), like.dtype),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=_stages(terms, len(like))),
+        grid=(pl.cdiv(columns, blocks.columns),),
+        out_shape=jax.ShapeDtypeStruct((len(like), columns), dtype or like.dtype),
+        compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="decode_product",
     )(*operands.arrays)
 
 
-def _stages(terms: Sequence[Term], rows: int) -> int:
-    gates = [term.read for term in terms if isinstance(term.read, Gated)]
-    added = any(gate.gate_add is not None or gate.up_add is not None for gate in gates)
-    return _STAGES_OF_ADDS if added and rows > 1 else _STAGES
+def _blocks(terms: Sequence[Term], columns: int) -> Blocks:
+    """How it is cut up: by its first term, which is by far the largest."""
+    if not terms:
+        return Blocks(columns=_ROWS, rows=_ROWS, stages=1, warps=4)
+    read, kernel, *_ = first = terms[0]
+    stored = kernel.codes if isinstance(kernel, Scaled) else kernel
+    adds = (read.gate_add, read.up_add) if isinstance(read, Gated) else ()
+    shape = Shape(
+        batch=len(_array(read)),
+        d_in=stored.shape[1 if first.transposed else 0],
+        d_out=columns,
+        dtype=stored.dtype.name,
+        transposed=first.transposed,
+        added=any(add is not None for add in adds),
+    )
+    return blocks_for(shape)
 
 
-def _block(columns: int) -> int:
-    """How many columns a program owns: 16, a sector of the memory in half precision, so that every
-    multiprocessor has a program; of wide arrays, which have enough, twice as many."""
-    return 32 if columns >= _WIDE else 16
+def _array(read: Read) -> jax.Array:
+    """An array of B rows in the dtype of what is read."""
+    if isinstance(read, Normed):
+        return _array(read.x)
+    if isinstance(read, Gated):
+        return read.y
+    return read.array if isinstance(read, Columns) else read
 
 
 class _Operands:
@@ -154,11 +198,12 @@ class _Operands:
 
 
 class _Sizes(NamedTuple):
-    """rows and columns of the result; width: columns of a program."""
+    """rows and columns of the result; width: columns of a program; dtype: of the products."""
 
     rows: int
     columns: int
     width: int
+    dtype: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,36 +217,48 @@ class _Source:
 
     like: jax.Array
     width: int
-    load: Callable[..., jax.Array]
+    load: Load
     norm: tuple[int, float] | None = None
     scale: Callable[..., jax.Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Placed:
-    """A term whose arrays are operands. kernel: its array's place; spans: the columns of the result
-    that it has a part in; depth: rows of a tile."""
+    """A term whose arrays are operands. kernel, scale, factor: the places of its array, or of its
+    codes and what multiplies their columns and rows; spans: the columns of the result that it has a
+    part in; depth: rows of a tile."""
 
     source: _Source
     kernel: int
+    scale: int | None
+    factor: int | None
     row: int
     column: int
     spans: int
     repeat: tuple[int, int] | None
     depth: int
+    transposed: bool
 
 
-def _place(term: Term, operands: _Operands, columns: int) -> _Placed:
+def _place(term: Term, operands: _Operands, columns: int, blocks: Blocks) -> _Placed:
     source = _source(term.read, operands)
-    most = _DEPTH_BYTES // term.kernel.dtype.itemsize
+    scale = factor = None
+    kernel = term.kernel
+    if isinstance(kernel, Scaled):
+        scale = operands.add(kernel.scale)
+        factor = kernel.factor if kernel.factor is None else operands.add(kernel.factor)
+        kernel = kernel.codes
     return _Placed(
         source=source,
-        kernel=operands.add(term.kernel),
+        kernel=operands.add(kernel),
+        scale=scale,
+        factor=factor,
         row=term.row,
         column=term.column,
-        spans=term.kernel.shape[1] if term.repeat is None else columns,
+        spans=kernel.shape[0 if term.transposed else 1] if term.repeat is None else columns,
         repeat=term.repeat,
-        depth=min(most, max(_ROWS, pl.next_power_of_2(source.width))),
+        transposed=term.transposed,
+        depth=min(blocks.rows, max(_ROWS, pl.next_power_of_2(source.width))),
     )
 
 
@@ -217,50 +274,51 @@ def _source(read: Read, operands: _Operands) -> _Source:
     if isinstance(read, Gated):
         return _gated(read, operands)
     columns = read if isinstance(read, Columns) else Columns(read, 0, read.shape[1])
-    place = operands.add(columns.array)
+    return _Source(columns.array, columns.width, _loaded(columns, operands))
+
+
+def _loaded(columns: Columns, operands: _Operands) -> Load:
+    """What loads these channels."""
+    array = operands.add(columns.array)
+    own = None if columns.own is None else operands.add(columns.own)
 
     def load(refs: Any, lanes: jax.Array, at: jax.Array, mask: jax.Array) -> jax.Array:
-        return _load(refs[place], lanes, columns.start + at, mask)
+        places = columns.at(at)[None, :]
+        if own is not None:
+            # Lanes behind the last row are masked; they, too, must not read behind the array.
+            rows = jnp.minimum(lanes, len(columns.own) - 1)
+            places = triton.load(refs[own].at[rows])[:, None] * columns.stride + places
+        return _load(refs[array], lanes, places, mask)
 
-    return _Source(columns.array, columns.width, load)
+    return load
+
+
+def _added(add: Columns | None, operands: _Operands) -> Load:
+    """What loads these channels repeated, or zeros."""
+    if add is None:
+        return lambda refs, lanes, at, mask: jnp.zeros(mask.shape, jnp.float32)
+    loaded = _loaded(add, operands)
+    return lambda refs, lanes, at, mask: loaded(refs, lanes, in_piece(at, add.width), mask)
 
 
 def _gated(read: Gated, operands: _Operands) -> _Source:
-    y = operands.add(read.y)
-    adds = [
-        None if add is None else (operands.add(add.array), add)
-        for add in (read.gate_add, read.up_add)
+    halves = [
+        (_loaded(Columns(read.y, start, read.width), operands), _added(add, operands))
+        for start, add in ((0, read.gate_add), (read.width, read.up_add))
     ]
 
-    def load(refs: Any, lanes: jax.Array, at: jax.Array, mask: jax.Array) -> jax.Array:
-        gate, up = (
-            _with_add(refs, lanes, at, mask, _load(refs[y], lanes, start + at, mask), add)
-            for start, add in zip((0, read.width), adds, strict=True)
-        )
+    def load(refs: Any, *where: jax.Array) -> jax.Array:
+        gate, up = (half(refs, *where) + add(refs, *where) for half, add in halves)
         return gate * jax.nn.sigmoid(gate) * up
 
     return _Source(read.y, read.width, load)
 
 
-def _with_add(
-    refs: Any,
-    lanes: jax.Array,
-    at: jax.Array,
-    mask: jax.Array,
-    values: jax.Array,
-    add: tuple[int, Columns] | None,
-) -> jax.Array:
-    """`values + rep(z)` at the channels `at`."""
-    if add is None:
-        return values
-    place, columns = add
-    return values + _load(refs[place], lanes, columns.start + in_piece(at, columns.width), mask)
-
-
 def _end(behind: Behind, operands: _Operands) -> Callable[..., jax.Array]:
     """What turns the sums `[16, width]` of the columns `at` into the result."""
     bias = None if behind.bias is None else operands.add(behind.bias)
-    adds = [(operands.add(add.array), add) for add in behind.adds]
+    adds = [_added(add, operands) for add in behind.adds]
+    pieces = None if behind.pieces is None else _pieces(behind.pieces, operands)
     residual = None if behind.residual is None else operands.add(behind.residual)
 
     def end(refs: Any, lanes: jax.Array, at: jax.Array, mask: jax.Array, y: jax.Array) -> jax.Array:
@@ -268,11 +326,33 @@ def _end(behind: Behind, operands: _Operands) -> Callable[..., jax.Array]:
             has = at < len(behind.bias)
             y = y + _wide(triton.load(refs[bias].at[at], mask=has, other=0.0))[None, :]
         for add in adds:
-            y = _with_add(refs, lanes, at, mask, y, add)
+            y = y + add(refs, lanes, at, mask)
+        if pieces is not None:
+            y = pieces(refs, lanes, at, mask, y)
         y = y * behind.factor
-        return y if residual is None else y + _load(refs[residual], lanes, at, mask)
+        return y if residual is None else y + _load(refs[residual], lanes, at[None, :], mask)
 
     return end
+
+
+def _pieces(pieces: Pieces, operands: _Operands) -> Callable[..., jax.Array]:
+    """What makes of the columns `at` of y what the pieces of adapters there become."""
+    select = None if pieces.select is None else operands.add(pieces.select)
+
+    def become(
+        refs: Any, lanes: jax.Array, at: jax.Array, mask: jax.Array, y: jax.Array
+    ) -> jax.Array:
+        z = ACTIVATIONS[pieces.activation](y)
+        theirs = at >= pieces.start
+        if select is not None:
+            adapter = _quotient(at - pieces.start, pieces.width)
+            has = theirs & (adapter < pieces.select.shape[1])
+            where = (lanes[:, None], adapter[None, :])
+            chosen = triton.load(refs[select].at[where], mask=mask & has[None, :], other=False)
+            z = jnp.where(chosen, z, 0.0)
+        return jnp.where(theirs[None, :], z, y)
+
+    return become
 
 
 def _program(
@@ -296,7 +376,7 @@ def _program(
 def _times(refs: Any, sizes: _Sizes, term: _Placed, lanes: jax.Array, at: jax.Array) -> jax.Array:
     """A term's part in the columns `at`, `[16, width]`."""
     source = term.source
-    dtype = refs[-1].dtype
+    dtype = sizes.dtype
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     real = (lanes < sizes.rows)[:, None]
     first = (jnp.arange(_ROWS) < sizes.rows)[:, None]
@@ -314,8 +394,11 @@ def _times(refs: Any, sizes: _Sizes, term: _Placed, lanes: jax.Array, at: jax.Ar
         if source.norm is not None:
             squares = squares + x * x
             x = x * source.scale(refs, own, within)[None, :]
+        if term.factor is not None:
+            x = x * triton.load(refs[term.factor].at[term.row + own], mask=within, other=0.0)[None]
+        where = ((term.row + own)[:, None], columns[None, :])
         tile = triton.load(
-            refs[term.kernel].at[(term.row + own)[:, None], columns[None, :]],
+            refs[term.kernel].at[where[::-1] if term.transposed else where],
             mask=within[:, None] & across,
             other=0.0,
         )
@@ -327,21 +410,29 @@ def _times(refs: Any, sizes: _Sizes, term: _Placed, lanes: jax.Array, at: jax.Ar
     squares = jnp.zeros((len(lanes), term.depth if source.norm else 1), jnp.float32)
     steps = pl.cdiv(source.width, term.depth)
     sums, squares = jax.lax.fori_loop(0, steps, step, (sums, squares))
+    if term.scale is not None:
+        sums = sums * triton.load(refs[term.scale].at[columns[None, :]], mask=across, other=0.0)
     if source.norm is None:
         return sums
     width, eps = source.norm
     return sums * jax.lax.rsqrt(squares.sum(axis=1) / width + eps)[:, None]
 
 
-def _load(ref: Any, lanes: jax.Array, at: jax.Array, mask: jax.Array) -> jax.Array:
-    """`ref[lanes, at]`, `[len(lanes), len(at)]` float32, zero where masked."""
-    return _wide(triton.load(ref.at[lanes[:, None], at[None, :]], mask=mask, other=0.0))
+def _load(ref: Any, lanes: jax.Array, places: jax.Array, mask: jax.Array) -> jax.Array:
+    """The values of each lane at its places `[1 or lanes, channels]`, float32, zero where
+    masked."""
+    return _wide(triton.load(ref.at[lanes[:, None], places], mask=mask, other=0.0))
 
 
 def in_piece(at: jax.Array, width: int) -> jax.Array:
     """`at % width`, the channels of a piece that is repeated, as an operation that keeps neighbours
     together for the compiler."""
     return jax.lax.rem(at, jnp.full_like(at, width))
+
+
+def _quotient(at: jax.Array, width: int) -> jax.Array:
+    """`at // width` of what is not negative; rounded towards zero of the rest."""
+    return jax.lax.div(at, jnp.full_like(at, width))
 
 
 def _wide(x: jax.Array) -> jax.Array:

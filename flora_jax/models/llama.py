@@ -346,8 +346,8 @@ class Llama(nn.Module):
     dtype: compute dtype, None for the embedding's. remat: what a layer keeps for the backward pass
     ("none" keeps all, "products" the outputs of its four products, "full" nothing). decode_kernels:
     what of a fused model's decode step kernels of ours compute, which only a GPU runs: "none", a
-    layer's "attention", or all of a "layer" (up to 16 rows; not measured yet); None: attention,
-    where it can. dense: the class of its products, for layouts unknown to FusedDense.
+    layer's "attention", or all of a "layer" and the logits (up to 16 rows; not measured yet); None:
+    attention, where it can. dense: the class of its products, for layouts unknown to FusedDense.
     """
 
     config: LlamaConfig
@@ -430,8 +430,10 @@ class Llama(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits `[…, V]`, float32, of final normed states `[…, D]`."""
-        unembedding = self.unembedding().astype(hidden.dtype)
         with jax.named_scope("logits"):
+            if self.decode_kernels == "layer" and hidden.size <= DECODE_ROWS * hidden.shape[-1]:
+                return self._logits_in_kernels(hidden)
+            unembedding = self.unembedding().astype(hidden.dtype)
             if self.layout.transposed:
                 return multiply_transposed(hidden, unembedding, jnp.float32)
             product = functools.partial(
@@ -442,6 +444,15 @@ class Llama(nn.Module):
                 # every token.
                 return product(jnp.stack([hidden, hidden]), unembedding)[0]
             return product(hidden, unembedding)
+
+    def _logits_in_kernels(self, hidden: jax.Array) -> jax.Array:
+        # It imports what only a GPU needs.
+        from flora_jax.models.decode_layer import decode_logits
+
+        tied = self.config.tie_word_embeddings
+        matrix = self.embed_tokens.embedding if tied else self.lm_head()
+        logits = decode_logits(hidden.reshape(-1, hidden.shape[-1]), matrix, transposed=tied)
+        return logits.reshape(*hidden.shape[:-1], -1)
 
     def unembedding(self) -> jax.Array:
         """The matrix `[V, D]` that makes logits of hidden states."""
@@ -471,8 +482,8 @@ class Llama(nn.Module):
             either.
         cache: T new tokens follow those of the cache, which must have room for them (under jit
             nothing can check its index); row by row they need not be at the same position.
-        select: `[B, N]` bool, which of a fused bank's N adapters each row uses; a row of False is
-            the bare base.
+        select: `[B, N]` bool, which one of a fused bank's N adapters each row uses; a row of False
+            is the bare base.
         deterministic: no dropout; otherwise apply needs `rngs={"dropout": key}`.
         """
         checks.check_tokens(tokens, self.config.vocab_size)

@@ -20,6 +20,7 @@ from support import PLANS, largest
 
 from experiments.gpu_cells import LOOP_IN_GRAPH
 from flora_jax import AdapterConfig, Llama, LlamaConfig, fuse, init_adapter, launches
+from flora_jax.adapters import Scaled
 from flora_jax.analysis import compilers, launch_plan
 from flora_jax.errors import UserError, run_command
 from flora_jax.inference.decoding import begin, decode
@@ -203,8 +204,8 @@ def run(*flags):
         (["--decode_kernels", "layer", "--methods", "base,lora"], "lora has its products apart"),
         (["--decode_kernels", "layer", "--batch_sizes", "1,32"], "takes up to 16 rows, not 32"),
         (
-            ["--decode_kernels", "layer", "--methods", "base", "--quantization", "int8"],
-            "--decode_kernels layer reads floats",
+            ["--decode_kernels", "layer", "--targets", "h100,a100", "--quantization", "fp8"],
+            "--decode_kernels layer reads fp8 on a GPU from Ada on",
         ),
     ],
 )
@@ -403,46 +404,73 @@ def test_one_token_moves_no_matrix(mode, target, method):
     assert not plan.copies["weights"]
 
 
+def planned_in_kernels(method, **settings):
+    """A step of a 1B's shapes in our kernels, on an H100 by default; its launches a layer."""
+    config = dataclasses.replace(LlamaConfig.preset("llama3.2-1b"), vocab_size=8192)
+    planned = launch_plan.plan_model(
+        method or "base",
+        config,
+        method and AdapterConfig(method, 32),
+        **{"target": "h100", "mode": "triton", "batch": 8, "decode_kernels": "layer"} | settings,
+    )
+    # Not even the unembedding is a library's product, and no weight is moved about.
+    assert planned["step"]["gemms"] == 0 and "weights" not in planned["copies"]
+    return planned["layer"]["launches"]
+
+
 @planner
 @pytest.mark.parametrize("target", ["h100", "a100", "l4"])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_a_layer_in_our_kernels_is_six_launches(batch, target):
-    """Base and fused methods alike, and nothing of a weight's size is moved about; LoRA's B's are
-    four more."""
-    config = dataclasses.replace(LlamaConfig.preset("llama3.2-1b"), vocab_size=8192)
-    launches = {None: 6, "ffa": 6, "ffba": 6, "zflora": 6, "pf_lora": 10}
-    for method, expected in launches.items():
-        planned = launch_plan.plan_model(
-            method or "base",
-            config,
-            method and AdapterConfig(method, 32),
-            target=target,
-            mode="triton",
-            batch=batch,
-            decode_kernels="layer",
-        )
-        assert planned["layer"]["launches"] == expected and "weights" not in planned["copies"]
+    """Base and fused methods alike; LoRA's B's are four more."""
+    for method, expected in {None: 6, "ffa": 6, "ffba": 6, "zflora": 6, "pf_lora": 10}.items():
+        assert planned_in_kernels(method, batch=batch, target=target) == expected
+
+
+@planner
+def test_a_bank_in_our_kernels():
+    """As many launches as of one adapter; what ffa's o and down read has to be there before it is
+    added to them."""
+    for method, expected in {"ffa": 8, "ffba": 6, "zflora": 6, "pf_lora": 10}.items():
+        assert planned_in_kernels(method, adapters=4) == expected
+
+
+@planner
+@pytest.mark.parametrize(
+    "quantization, target", [("int8", "h100"), ("int8", "l4"), ("fp8", "h100"), ("fp8", "l4")]
+)
+def test_codes_in_our_kernels(quantization, target):
+    for method in (None, "ffba"):
+        assert planned_in_kernels(method, quantization=quantization, target=target) == 6
 
 
 @planner
 @pytest.mark.parametrize("target", launch_plan.TARGETS)
 @pytest.mark.parametrize("rows", [1, 8])
-def test_weights_are_loaded_ahead_in_sixteen_bytes(rows, target, monkeypatch, tmp_path):
-    """down of a 1B: all of a tile's weights, 8 KB by 128 threads, are four such loads a thread, none
-    of which waits in a register."""
+@pytest.mark.parametrize("codes", [False, True])
+def test_weights_are_loaded_ahead_in_sixteen_bytes(codes, rows, target, monkeypatch, tmp_path):
+    """down of a 1B: all of a tile's weights, 8 KB by 128 threads, by 64 for codes, are four or eight
+    such loads a thread, none of which waits in a register."""
     folder = contextlib.nullcontext(str(tmp_path))
     monkeypatch.setattr(launch_plan.tempfile, "TemporaryDirectory", lambda: folder)
     F, D = 8192, 2048
 
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
     def product(y, kernel, x):
         gated = Gated(y, F, Columns(y, 2 * F, 32), Columns(y, 2 * F + 32, 32))
-        return decode_product([Term(gated, kernel)], D, Behind(residual=x))
+        return decode_product([Term(gated, kernel, transposed=True)], D, Behind(residual=x))
 
-    shapes = ((rows, 2 * F + 64), (F, D), (rows, D))
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    kernel = shape(D, F)
+    if codes:
+        scales = (shape(size, dtype=jnp.float32) for size in (D, F))
+        kernel = Scaled(shape(D, F, dtype=jnp.int8), *scales, transposed=True)
+    arguments = shape(rows, 2 * F + 64), kernel, shape(rows, D)
     launch_plan.compile_for(target, product, *arguments)
     [code] = [text for path in tmp_path.glob("*.ptx") if "mma.sync" in (text := path.read_text())]
-    assert len(re.findall(r"cp\.async\.cg\.shared\S* [^;]*, 0x10", code)) >= 4 * 2
+    loads = 8 if codes else 4
+    assert len(re.findall(r"cp\.async\.cg\.shared\S* [^;]*, 0x10", code)) >= loads * 2
     assert len(re.findall(r"ld\.global", code)) <= 4
 
 
@@ -467,6 +495,7 @@ def test_a_plugin_of_another_version_is_refused(monkeypatch):
 def test_the_kernel_warns_of_nothing():
     """Where every warning is shown, that of Pallas's Triton backend is not, which jax repeats at every lowering."""
     code = """
+from flora_jax.adapters import Scaled
 from flora_jax.analysis import compilers, launch_plan
 from flora_jax.models.config import LlamaConfig
 plan = launch_plan.plan_step("base", LlamaConfig.preset("tiny"), None, target="h100", mode="triton",

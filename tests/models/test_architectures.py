@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from support import random_adapter
+from support import interpret_decode_kernels, random_adapter
 
 from flora_jax.adapters import METHODS, AdapterConfig, fuse, repeat_and_add, split
 from flora_jax.errors import UserError
 from flora_jax.inference.generator import Generator
-from flora_jax.models import decode_attention, decode_layer, llama
+from flora_jax.models import llama
 from flora_jax.models.architectures import ARCHITECTURES, PRODUCTS, Architecture
 from flora_jax.models.config import DIFFERENCES, PRESETS, LlamaConfig
 from flora_jax.models.hf import to_hf_tensors
@@ -287,10 +287,7 @@ def test_norms_of_q_and_k_come_behind_repeat_and_add(loaded):
 def test_the_decode_kernel_computes_the_same(loaded, model_type, monkeypatch):
     """Interpreted: norms, layers that are not turned and the scale are inside."""
     config, base = loaded(model_type)
-    interpreted = functools.partial(decode_attention.decode_attention, interpret=True)
-    monkeypatch.setattr(decode_attention, "decode_attention", interpreted)
-    layer = functools.partial(decode_layer.DecodeLayer, interpret=True)
-    monkeypatch.setattr(decode_layer, "DecodeLayer", layer)
+    interpret_decode_kernels(monkeypatch)
     adapter_config = AdapterConfig("ffba", 8)
     fused = {
         "params": fuse(base, random_adapter(config, adapter_config, 1), config, adapter_config)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import random_adapter, spread
+from support import interpret_decode_kernels, random_adapter, spread
 
 from flora_jax import AdapterConfig, Generator, Llama, fuse
 from flora_jax.adapters import quantize_base
@@ -111,8 +111,7 @@ def test_many_parts_and_long_scores():
 
 @pytest.fixture
 def on_this_machine(monkeypatch):
-    monkeypatch.setattr(module, "decode_attention", interpreted)
-    monkeypatch.setattr("flora_jax.inference.generator.kernel_runs", lambda config: True)
+    interpret_decode_kernels(monkeypatch)
 
 
 @pytest.mark.parametrize("method", [None, "ffba", "fpa", "zflora", "ffa", "pf_lora"])
@@ -178,9 +177,10 @@ def test_only_a_gpu_runs_it():
 
 
 @pytest.mark.usefixtures("on_this_machine")
-def test_layers_over_codes_are_refused_at_once():
-    base = quantize_base(init_base(jax.random.key(0), TINY), "int8")
-    with pytest.raises(UserError, match="reads floats, and the base is int8; take 'attention'"):
+def test_float8_before_ada_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr("flora_jax.inference.generator.capability", lambda: (8, 0))
+    base = quantize_base(init_base(jax.random.key(0), TINY), "fp8")
+    with pytest.raises(UserError, match=r"reads a base in fp8 on a GPU from Ada on.*or int8"):
         Generator(TINY, base, decode_kernels="layer")
 
 
