@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from experiments.flags import MODEL, Flags, parse
+from experiments.flags import KERNELS, MODEL, Flags, parse
 from experiments.report import check_generation, load_model, write_result
 from flora_jax.adapters import AdapterConfig, device_layout, fuse
 from flora_jax.analysis.comparison import on_disk
@@ -44,6 +44,7 @@ from flora_jax.analysis.unmerged import UnmergedDense, unmerge
 from flora_jax.analysis.variants import random_adapter, rank_for, trained_parameters
 from flora_jax.errors import UserError, run_command
 from flora_jax.inference.decoding import bucket
+from flora_jax.inference.generator import check_kernels
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import KVCache, Llama
 
@@ -52,6 +53,7 @@ Tree = dict[str, Any]
 
 FLAGS: Flags = {
     **MODEL,
+    **KERNELS,
     "--adapters": dict(default="1,4,16"),
     "--batch_size": dict(type=int, default=8),
     "--prompt_length": dict(type=int, default=128),
@@ -150,10 +152,12 @@ def measure(
     lora: AdapterConfig,
     count: int,
     rounds: int,
+    decode_kernels: str | None = None,
 ) -> dict[str, Any]:
-    """Times of a bank of `count` adapters and of what it stands beside."""
+    """Times of a bank of `count` adapters and of what it stands beside. decode_kernels: of all but
+    the gathered LoRA."""
     B = setting.batch_size
-    layout = device_layout()
+    layout = device_layout(in_kernels=decode_kernels == "layer")
 
     def draw(own):
         return [random_adapter(jax.random.key(i), config, own) for i in range(count)]
@@ -174,7 +178,7 @@ def measure(
     batches = min(count, B)
     few = Setting(setting.prompt_length, B // batches, setting.new_tokens)
 
-    model = Llama(config, adapter_config)
+    model = Llama(config, adapter_config, decode_kernels=decode_kernels)
     prompts = setting.prompts(config)
     single = compile_programs(model, one, setting)
     few_rows = compile_programs(model, one, few)
@@ -255,6 +259,7 @@ def main(argv: list[str]) -> None:
             f"--prompt_length {args.prompt_length} plus --new_tokens {args.new_tokens} is more "
             f"than the model's max_position_embeddings={config.max_position_embeddings}"
         )
+    check_kernels(args.decode_kernels, config, "none")
     adapter_config = AdapterConfig(args.method, args.rank)
     adapter_config.check(config.widths)
     parameters = trained_parameters(config, adapter_config)
@@ -264,7 +269,10 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = on_disk(base, Path(folder))
         for n in counts:
-            results.append(measure(base, config, setting, adapter_config, lora, n, args.rounds))
+            found = measure(
+                base, config, setting, adapter_config, lora, n, args.rounds, args.decode_kernels
+            )
+            results.append(found)
             print(f"{n} adapters done", file=sys.stderr)
     about = about_process()
     text = markdown(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_jax.errors import CommandParser
-from flora_jax.models.config import DTYPES
+from flora_jax.models.config import DECODE_KERNELS, DTYPES
 
 Flags = Mapping[str, Mapping[str, Any]]
 
@@ -19,6 +19,9 @@ MODEL: Flags = {
     "--rank": dict(type=int, default=32),
     "--dtype": dict(choices=DTYPES, default="float32"),
     "--out": dict(type=Path, help="write OUT.json and OUT.md"),
+}
+KERNELS: Flags = {
+    "--decode_kernels": dict(choices=DECODE_KERNELS, help="kernels of ours, which only a GPU runs"),
 }
 
 

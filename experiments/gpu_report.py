@@ -34,7 +34,7 @@ from flora_jax.analysis.results import NONE, percent, spread, versions
 from flora_jax.analysis.results import table as markdown_table
 from flora_jax.errors import Stopped, UserError, check_writable, run_command
 from flora_jax.files import read_json, write_json
-from flora_jax.models.config import LlamaConfig
+from flora_jax.models.config import DECODE_ROWS, LlamaConfig
 
 SCHEMA_VERSION = 1
 RESULT = "report.json"
@@ -82,6 +82,9 @@ class Scale:
     length: int
     settings: tuple[tuple[int, int], ...]  # batch size and prompt length of the wider table
     banks: tuple[str, int]  # adapters, batch size
+    large: tuple[
+        str, ...
+    ]  # architectures for our kernels alone; without any there are none of these
     patience: float  # factor of the cells' limits, which are for a GPU
 
 
@@ -103,6 +106,7 @@ GPU = Scale(
     length=1024,
     settings=((8, 512), (32, 512), (8, 2048), (32, 2048), (1, 512), (1, 2048)),
     banks=("1,4,16", 32),
+    large=("llama3.1-8b",),
     patience=1.0,
 )
 # A rehearsal has cells of every kind but those of our kernels, which a CPU does not run.
@@ -121,6 +125,7 @@ CPU = Scale(
     length=64,
     settings=((2, 16),),
     banks=("1,2", 2),
+    large=(),
     patience=0.25,
 )
 
@@ -158,7 +163,7 @@ def _train(scale: Scale, method: str, torch: bool = False) -> Cell:
 
 def _others(scale: Scale, results: Path) -> list[Cell]:
     """The other cells of the first architecture: the launch plan, the bank of adapters, the switch
-    between two, the quantised base."""
+    between two, the quantised base; banks and codes in our kernels."""
     first = scale.presets[0]
     sizes = _flags(dtype=scale.dtype, rank=scale.rank)
     plan = ("experiments.gpu_cells", "plan", *_flags(preset=first), *sizes)
@@ -167,12 +172,20 @@ def _others(scale: Scale, results: Path) -> list[Cell]:
     few = _flags(prompt_length=scale.prompt_length, new_tokens=scale.new_tokens)
     bank = ("experiments.bank", *plain, *few, *_flags(adapters=adapters, batch_size=batch))
     quantised = ("experiments.quantized_latency", *plain, *few, *_flags(batch_sizes=1))
-    return [
+    out = [
         Cell(f"plan-{first}", (*plan, *_flags(results=results)), 240),
         Cell(f"bank-{first}", bank, 300),
         Cell(f"switching-{first}", ("experiments.switching", *plain), 180),
         Cell(f"quantized-{first}", quantised, 240),
     ]
+    if scale.large:
+        ours = _flags(decode_kernels="layer")
+        most = _flags(batch_size=DECODE_ROWS)
+        out += [
+            Cell(f"bank-{first}{IN_KERNELS}", (*bank, *most, *ours), 300),
+            Cell(f"quantized-{first}{IN_KERNELS}", (*quantised, *ours), 240),
+        ]
+    return out
 
 
 def cells(scale: Scale, results: Path) -> list[Cell]:
@@ -205,6 +218,11 @@ def cells(scale: Scale, results: Path) -> list[Cell]:
         for method in scale.methods
     ]
     out += last
+    out += [
+        _measure(scale, "latency", preset, method, alone, 400)
+        for preset in scale.large
+        for method in ("base", f"base{IN_KERNELS}", f"ffba{IN_KERNELS}")
+    ]
     patient = [dataclasses.replace(cell, limit=round(scale.patience * cell.limit)) for cell in out]
     assert len({cell.name for cell in patient}) == len(patient)
     return patient

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.flags import MODEL, Flags, parse
+from experiments.flags import KERNELS, MODEL, Flags, parse
 from experiments.report import beside, load_model
 from flora_jax.adapters import AdapterConfig, Tree, quantize_base
 from flora_jax.analysis.comparison import build, turns
@@ -30,12 +30,14 @@ from flora_jax.analysis.timing import (
 from flora_jax.analysis.variants import read_bytes
 from flora_jax.errors import positive_integers, run_command, split_names
 from flora_jax.files import keep_programs, write_json
+from flora_jax.inference.generator import check_kernels
 from flora_jax.models.config import LlamaConfig
 
 _REFERENCE = "base"
 
 FLAGS: Flags = {
     **MODEL,
+    **KERNELS,
     "--quantizations": dict(default="int8,fp8"),
     "--batch_sizes": dict(default="1,8"),
     "--prompt_length": dict(type=int, default=128),
@@ -51,10 +53,11 @@ def models(args: argparse.Namespace) -> tuple[LlamaConfig, dict[str, tuple[Any, 
     adapter_config = AdapterConfig(args.method, args.rank)
     out = {}
     for quantization in ("none", *split_names(args.quantizations)):
+        check_kernels(args.decode_kernels, config, quantization)
         base = quantize_base(floats, quantization)
         suffix = "" if quantization == "none" else f"_{quantization}"
-        out[f"base{suffix}"] = build("base", base, config, None)
-        out[f"{args.method}{suffix}"] = build(args.method, base, config, adapter_config)
+        for name, own in (("base", None), (args.method, adapter_config)):
+            out[name + suffix] = build(name, base, config, own, args.decode_kernels)
     return config, {**out, "base_again": out[_REFERENCE]}
 
 
@@ -98,7 +101,8 @@ def markdown(args: argparse.Namespace, about: dict[str, Any], found: dict[str, A
     shapes = args.preset if args.model == "random" else args.model
     lines = [
         header(f"Time per token over quantised bases: {shapes}", about),
-        f"{args.dtype} beside what is quantised; {args.method} at rank {args.rank}; prompt "
+        f"{args.dtype} beside what is quantised; {args.method} at rank {args.rank}; decode "
+        f"kernels {args.decode_kernels or 'as by default'}; prompt "
         f"{args.prompt_length}, {args.rounds} rounds of {args.new_tokens} tokens, "
         f"{args.turn_tokens} at a turn. Medians [quartiles]; ratios to the float base's turn.\n",
         *table(heads, rows),

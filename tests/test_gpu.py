@@ -27,6 +27,7 @@ from test_adapters import DEFAULT_ADDS, numpy_logits
 from flora_jax.adapters import (
     METHODS,
     AdapterConfig,
+    Scaled,
     abstract_adapter,
     device_layout,
     fuse,
@@ -174,7 +175,8 @@ def test_decode_kernels(kernels, dtype, bound):
     """Attention over rows without padding, with padding in front, and with holes, as a prompt's
     padding leaves; and products."""
     for shape in kernels.products:
-        check_product(shape, dtype, bound, kernels.interpret)
+        for codes in ("straight", "none", "int8"):
+            check_product(shape, dtype, bound, kernels.interpret, codes)
     form, S = kernels, kernels.slots
     kernel = functools.partial(decode_attention.decode_attention, interpret=form.interpret)
     kernel = jax.jit(kernel, static_argnums=4)
@@ -195,30 +197,47 @@ def test_decode_kernels(kernels, dtype, bound):
                 assert one.dtype == dtype and error(one, other) <= bound, (H, G, index)
 
 
-def check_product(shape, dtype, bound, interpret):
-    """A gated product with rows B, and a normed one of what it gives, beside NumPy's float64."""
+def check_product(shape, dtype, bound, interpret, codes):
+    """A gated product with rows B, and a normed one of what it gives, beside NumPy's float64; over
+    arrays that lie transposed, of floats or of codes, and over those that do not."""
     B, F, R, D = shape
     rng = np.random.default_rng(0)
-    y, down, x, scale, up = (
-        jnp.asarray(rng.normal(size=size), dtype)
-        for size in ((B, 2 * F + R), (F + R, D), (B, D), (D,), (D, 2 * F + R))
+    y, x, scale = (
+        jnp.asarray(rng.normal(size=size), dtype) for size in ((B, 2 * F + R), (B, D), (D,))
     )
+    down, up = (rng.normal(size=size) for size in ((F + R, D), (D, 2 * F + R)))
+    how = {"transposed": codes != "straight"}
+
+    def stored(array):
+        array = jnp.asarray(array.T if how["transposed"] else array, dtype)
+        if codes != "int8":
+            return array
+        columns, rows = array.shape
+        return Scaled(
+            jnp.round(30 * array).astype(jnp.int8), jnp.full(columns, 0.03), jnp.ones(rows)
+        )
+
+    def value(array):
+        if codes != "int8":
+            return np.asarray(jnp.asarray(array, dtype), np.float64)
+        return np.asarray(stored(array).codes.T, np.float64) * 0.03
 
     @jax.jit
     def block(y, down, x, scale, up):
         gated = Gated(y, F, Columns(y, 2 * F, R), None)
-        terms = [Term(gated, down), Term(Columns(y, 2 * F, R), down, row=F)]
+        terms = [Term(gated, down, **how), Term(Columns(y, 2 * F, R), down, row=F, **how)]
         x = decode_product(terms, D, Behind(factor=F**-0.5, residual=x), interpret)
-        return x, decode_product([Term(Normed(x, scale, D, 1e-5), up)], 2 * F + R, None, interpret)
+        terms = [Term(Normed(x, scale, D, 1e-5), up, **how)]
+        return x, decode_product(terms, 2 * F + R, None, interpret)
 
-    found, normed = block(y, down, x, scale, up)
-    y, down, x, scale, up = (np.asarray(one, np.float64) for one in (y, down, x, scale, up))
+    found, normed = block(y, stored(down), x, scale, stored(up))
+    y, x, scale = (np.asarray(one, np.float64) for one in (y, x, scale))
     gate = y[:, :F] + y[:, 2 * F :][:, np.arange(F) % R]
     gated = gate / (1 + np.exp(-gate)) * y[:, F : 2 * F]
-    exact = (np.concatenate([gated, y[:, 2 * F :]], 1) @ down) * F**-0.5 + x
+    exact = (np.concatenate([gated, y[:, 2 * F :]], 1) @ value(down)) * F**-0.5 + x
     assert error(found, exact) <= bound, shape
     x = np.asarray(found, np.float64)
-    exact = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale @ up
+    exact = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale @ value(up)
     assert error(normed, exact) <= bound, shape
 
 

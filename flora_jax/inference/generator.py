@@ -136,8 +136,8 @@ def check_sizes(config: LlamaConfig, base: Tree, max_length: int, batch_size: in
     check_fits(config, batch_size, max_length, weights, base["embed_tokens"]["embedding"].dtype)
 
 
-def _check_kernels(decode_kernels: str | None, config: LlamaConfig, base: Tree) -> None:
-    """Raises UserError for kernels that this device or this base cannot have."""
+def check_kernels(decode_kernels: str | None, config: LlamaConfig, quantization: str) -> None:
+    """Raises UserError for kernels that this device, or a base so quantised, cannot have."""
     if decode_kernels is not None:
         require_known(decode_kernels, DECODE_KERNELS, f"decode_kernels={decode_kernels!r}")
     if decode_kernels in (None, "none"):
@@ -148,9 +148,9 @@ def _check_kernels(decode_kernels: str | None, config: LlamaConfig, base: Tree) 
         f"64, 128 or 256 channels; this is a {jax.devices()[0].device_kind} and "
         f"head_dim={config.head_dim}; leave it None",
     )
-    coded = quantization_format(base) == "fp8"
+    float8 = decode_kernels == "layer" and quantization == "fp8"
     require(
-        decode_kernels != "layer" or not coded or (capability() or ADA) >= ADA,
+        not float8 or (capability() or ADA) >= ADA,
         "decode_kernels='layer' reads a base in fp8 on a GPU from Ada on, and this is a "
         f"{jax.devices()[0].device_kind}; take 'attention', or int8",
     )
@@ -213,7 +213,8 @@ class Generator:
         check_jax()
         check_sizes(config, base, max_length, batch_size)
         _check_adapters(adapters, adapter_config)
-        _check_kernels(decode_kernels, config, base)
+        quantization = quantization_format(base)
+        check_kernels(decode_kernels, config, quantization)
         self.config = config
         self.tokenizer = tokenizer
         self.max_length = operator.index(max_length)
@@ -221,7 +222,7 @@ class Generator:
         self._ends = set(config.eos_token_id)
         if tokenizer is not None:
             self._ends |= set(ends(tokenizer))
-        layout = device_layout(quantization_format(base) != "none", decode_kernels == "layer")
+        layout = device_layout(quantization != "none", decode_kernels == "layer")
         self._bank = Bank(config, base, adapters or {}, adapter_config, layout)
         self._model = Llama(config, self.adapter_config, decode_kernels=decode_kernels)
         self._name: str | None = None
