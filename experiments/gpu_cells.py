@@ -142,8 +142,8 @@ def _variant(args: argparse.Namespace) -> tuple[str, dict[str, Any], str | None]
 
 
 def _of_eights(adapter_config: Any) -> Any:
-    """The adapter with its rank rounded up to what our kernels read fast, so at somewhat more than
-    equal parameters."""
+    """The adapter with its rank rounded up to one whose repeat-and-adds our kernels read fast, so
+    at somewhat more than equal parameters."""
     return dataclasses.replace(adapter_config, rank=-(-adapter_config.rank // 8) * 8)
 
 

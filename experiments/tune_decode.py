@@ -8,7 +8,7 @@ was tried before. A program runs the product over arrays that the cache cannot h
 another. Candidates take turns with the default, and must give what it gives. Those that are faster
 once more in the end go into TABLE, which is read where it stands as
 flora_jax/models/decode_blocks.json. Without a GPU kernels are interpreted: that shows that the
-command works, and nothing of speed.
+command works, nothing of speed, and makes no table.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ from flora_jax.analysis.results import about_process, header, percent, table
 from flora_jax.errors import UserError, positive_integers, require, run_command
 from flora_jax.files import keep_programs, write_json
 from flora_jax.models.config import DECODE_ROWS, LlamaConfig
-from flora_jax.models.decode_blocks import Blocks, Shape, default_blocks, merged, read_table
+from flora_jax.models.decode_blocks import Blocks, Shape, default_blocks, read_table, replaced
+from flora_jax.models.decode_layer import FEW_PARTS
 from flora_jax.models.decode_product import (
     Behind,
     Columns,
     Gated,
     Normed,
+    Parts,
     Term,
     decode_product,
 )
@@ -50,7 +52,7 @@ from flora_jax.models.decode_product import (
 FLAGS: Flags = {
     "--preset": dict(default="llama3.2-1b"),
     "--rank": dict(type=int, default=32, help="of the ffba that rides"),
-    "--batch_sizes": dict(default="1,8"),
+    "--batch_sizes": dict(default="1,8,16", help="one row, up to 8 and up to 16 have entries"),
     "--quantization": dict(choices=("none", "int8", "fp8"), default="none"),
     "--straight": dict(action="store_true", help="arrays that are not transposed"),
     "--minutes": dict(type=float, default=6.0, help="begins no product after so many"),
@@ -62,22 +64,25 @@ _COLUMNS = (16, 32, 64)
 _TILES = (4096, 8192, 16384)  # bytes
 _STAGES = (2, 3, 4, 5, 6)
 _WARPS = (1, 2, 4, 8)
+_ALIKE = 0.02  # so far, as a share of the largest, a product may be from the default's
 _GAIN = 0.97  # of the default's time: what is not below it is no entry
 _BYTES = 2**28  # of the arrays that take turns
-_SECONDS = 2e-3  # that a program runs, about
+_SECONDS = 2e-2  # that a program runs, so that starting it is no part of its time
 _ROUNDS = 5
 
-Step = Callable[..., jax.Array]  # (x, array, blocks=…) to the next x
+Step = Callable[..., jax.Array]  # (x, array, blocks=…) to the product
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A product to find blocks for: `step` runs it once, on an x of the width `reads`."""
+    """A product to find blocks for: `step` computes it of an x of the width `reads`, and `then` the
+    next x of both."""
 
     name: str
     shape: Shape
     reads: int
     step: Step
+    then: Callable[[jax.Array, jax.Array], jax.Array] = lambda x, y: y
 
     @property
     def bytes(self) -> int:
@@ -95,6 +100,7 @@ def tasks(args: argparse.Namespace, batch: int) -> Iterator[Task]:
     draw = functools.partial(jax.random.normal, jax.random.key(0), dtype=jnp.bfloat16)
     product = functools.partial(decode_product, interpret=jax.default_backend() != "gpu")
     term = functools.partial(Term, transposed=not args.straight)
+    tied = config.tie_word_embeddings
 
     def read(d_out: int) -> Step:
         scale = draw((D,))
@@ -112,56 +118,72 @@ def tasks(args: argparse.Namespace, batch: int) -> Iterator[Task]:
         )
 
     def logits(x: jax.Array, kernel: jax.Array, blocks: Blocks) -> jax.Array:
-        found = product([term(x, kernel)], config.vocab_size, dtype=jnp.float32, blocks=blocks)
-        return (x + found[:, :D]).astype(x.dtype)
+        terms = [Term(x, kernel, transposed=tied)]
+        return product(terms, config.vocab_size, dtype=jnp.float32, blocks=blocks)
 
     def task(name: str, step: Step, added: bool = False) -> Task:
         d_in, d_out = layout.fused_shape(config.widths, adapter, name)
         dtype = jnp.dtype(_DTYPES[args.quantization]).name
-        shape = Shape(batch, d_in, d_out, dtype, not args.straight, added)
+        shape = Shape(batch, d_in, d_out, dtype, not args.straight, added=added)
         return Task(name, shape, d_out, step)
 
     def back(name: str) -> int:
         return adapter.slots[name].backward_rank
 
     heads = config.widths["o"][0]
-    attended = draw((batch, heads + back("o")))
+    z = Columns(draw((batch, back("o"))), 0, back("o"))
+    N = config.num_attention_heads
+    # The most that o reads: a serving program must not need more shared memory.
+    attended = Columns(draw((batch, heads)), 0, heads)
+    if batch == 1:
+        sums, peaks, totals = (
+            jnp.abs(draw((FEW_PARTS, 1, N, *more)).astype(jnp.float32))
+            for more in ((heads // N,), (), ())
+        )
+        attended = Parts(sums, peaks, totals, jnp.bfloat16)
     y = draw((batch, 2 * F + max(2 * args.rank, back("down"))))
     gate_add, up_add = (Columns(y, 2 * F + i * args.rank, args.rank) for i in range(2))
     yield task("qkv", read(layout.fused_shape(config.widths, adapter, "qkv")[1]))
-    yield task("o", write("o", Columns(attended, 0, heads), Columns(attended, heads, back("o"))))
+    yield task("o", write("o", attended, z), added=batch == 1)
     yield task("gate_up", read(layout.fused_shape(config.widths, adapter, "gate_up")[1]))
     gated = Gated(y, F, gate_add, up_add)
     yield task("down", write("down", gated, Columns(y, 2 * F, back("down"))), added=True)
-    shape = Shape(batch, D, config.vocab_size, "bfloat16", not args.straight)
-    yield Task("logits", shape, D, logits)
+    shape = Shape(batch, D, config.vocab_size, "bfloat16", tied)
+    yield Task("logits", shape, D, logits, lambda x, y: (x + y[:, :D]).astype(x.dtype))
 
 
 class Trials:
-    """Timed programs of a task, by their blocks; None where it cannot be compiled, or is wrong."""
+    """Timed programs of a task, by their blocks; None for what cannot be compiled or run, or gives
+    something else than the default."""
 
     def __init__(self, task: Task, pool: ThreadPoolExecutor):
         self.task = task
         self.pool = pool
-        on_gpu = jax.default_backend() == "gpu"
-        count = math.ceil(_BYTES / task.bytes) if on_gpu else 1
+        self.on_gpu = jax.default_backend() == "gpu"
+        count = math.ceil(_BYTES / task.bytes) if self.on_gpu else 1
         self.kernels = [_array(task.shape, seed) for seed in range(count)]
         self.x = jax.random.normal(jax.random.key(9), (task.shape.batch, task.reads), jnp.bfloat16)
         self.default = default_blocks(task.shape)
         self.loops = 1
+        self.expected: np.ndarray | None = None
         self.programs: dict[Blocks, Any] = {}
-        self._compile([self.default])
-        expected = self.programs[self.default]
-        self.expected = np.asarray(expected(self.x, self.kernels)[0], np.float32)
-        if on_gpu:
+        self._add([self.default])
+        require(
+            self.programs[self.default] is not None,
+            f"{task.name}: the default {self.default} does not run here",
+        )
+        if self.on_gpu:
             self.loops = max(1, math.ceil(_SECONDS / self._seconds(self.default)))
             self.programs.clear()
-            self._compile([self.default])
+            self._add([self.default])
 
-    def _compile(self, blocks: Sequence[Blocks]) -> None:
-        """Adds the programs of blocks that have none yet."""
+    def _add(self, blocks: Sequence[Blocks]) -> None:
+        """The programs of blocks that have not been tried yet."""
         new = [one for one in dict.fromkeys(blocks) if one not in self.programs]
-        self.programs.update(zip(new, self.pool.map(self._program, new), strict=True))
+        compiled = self.pool.map(self._program, new)
+        self.programs |= {
+            one: self._checked(one, program) for one, program in zip(new, compiled, strict=True)
+        }
 
     def _program(self, blocks: Blocks) -> Any:
         step = jax.jit(functools.partial(self.task.step, blocks=blocks))
@@ -169,21 +191,35 @@ class Trials:
         def run(x: jax.Array, kernels: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
             def body(_: int, x: jax.Array) -> jax.Array:
                 for kernel in kernels:
-                    x = step(x, kernel)
+                    x = self.task.then(x, step(x, kernel))
                 return x
 
             return step(x, kernels[0]), jax.lax.fori_loop(0, self.loops, body, x)
 
-        try:
-            return jax.jit(run).lower(self.x, self.kernels).compile()
         # A block size that the compiler refuses, as for its shared memory, is no candidate.
+        return self._tried(blocks, lambda: jax.jit(run).lower(self.x, self.kernels).compile())
+
+    def _checked(self, blocks: Blocks, program: Any) -> Any:
+        """The program, if its product is what the default's is."""
+        if program is None:
+            return None
+        run = self._tried(blocks, lambda: program(self.x, self.kernels)[0].astype(jnp.float32))
+        if run is None:
+            return None
+        found = np.asarray(run)
+        if self.expected is None:
+            self.expected = found
+        if np.abs(found - self.expected).max() <= _ALIKE * np.abs(self.expected).max():
+            return program
+        print(f"{self.task.name}: {blocks}: another result than the default's")
+        return None
+
+    def _tried(self, blocks: Blocks, attempt: Callable[[], Any]) -> Any:
+        try:
+            return jax.block_until_ready(attempt())
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
             print(f"{self.task.name}: {blocks}: {str(error).splitlines()[0][:120]}")
             return None
-
-    def _right(self, blocks: Blocks) -> bool:
-        found = np.asarray(self.programs[blocks](self.x, self.kernels)[0], np.float32)
-        return np.abs(found - self.expected).max() <= 0.02 * np.abs(self.expected).max()
 
     def _seconds(self, blocks: Blocks) -> float:
         """A run's."""
@@ -195,19 +231,15 @@ class Trials:
         """Seconds of one product by its blocks, those of the default among them, medians of
         interleaved rounds."""
         blocks = list(dict.fromkeys([self.default, *blocks]))
-        self._compile(blocks)
-        blocks = [one for one in blocks if self.programs[one] is not None and self._right(one)]
-        taken: dict[Blocks, list[float]] = {one: [] for one in blocks}
-        for _ in range(_ROUNDS):
-            for one in blocks:
-                taken[one].append(self._seconds(one))
+        self._add(blocks)
+        blocks = [one for one in blocks if self.programs[one] is not None]
+        rounds = [{one: self._seconds(one) for one in blocks} for _ in range(_ROUNDS)]
         products = 1 + self.loops * len(self.kernels)
-        return {one: statistics.median(found) / products for one, found in taken.items()}
+        return {one: statistics.median(found[one] for found in rounds) / products for one in blocks}
 
     def best(self) -> tuple[Blocks, float, float]:
         """The fastest blocks, their seconds and the default's, from a last trial of the two."""
-        shape = self.task.shape
-        itemsize = jnp.dtype(shape.dtype).itemsize
+        itemsize = jnp.dtype(self.task.shape.dtype).itemsize
         best = self.default
         stages = [
             [{"columns": n, "rows": t // n // itemsize} for n in _COLUMNS for t in _TILES],
@@ -254,14 +286,15 @@ def tune(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def entries(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What of the rows belongs in a table."""
-    fields = [field for field in (*Shape._fields, *Blocks._fields) if field != "added"]
+    """The rows as entries of a table."""
     device = jax.devices()[0].device_kind
-    return [
-        {"device": device, **{field: row[field] for field in fields}}
-        for row in rows
-        if row["us"] <= _GAIN * row["default_us"]
-    ]
+    fields = (*Shape._fields, *Blocks._fields)
+    return [{"device": device, **{field: row[field] for field in fields}} for row in rows]
+
+
+def faster(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that are worth an entry."""
+    return [row for row in rows if row["us"] <= _GAIN * row["default_us"]]
 
 
 def markdown(rows: Sequence[dict[str, Any]], copied: float, about: dict[str, Any]) -> str:
@@ -288,6 +321,11 @@ def main(argv: list[str]) -> None:
     args = parse(argv, "python -m experiments.tune_decode", __doc__, FLAGS)
     most = max(positive_integers("--batch_sizes", args.batch_sizes))
     require(most <= DECODE_ROWS, f"--batch_sizes {most}: our products take up to {DECODE_ROWS}")
+    require(args.minutes > 0, f"--minutes {args.minutes:g} must be more than 0")
+    require(
+        not args.table or jax.default_backend() == "gpu",
+        f"--table {args.table}: there is no GPU here to measure",
+    )
     file = Path(args.table or "")
     try:
         old = read_table(file) if args.table else []
@@ -306,7 +344,7 @@ def main(argv: list[str]) -> None:
         )
         beside(args.out, ".md").write_text(text)
         if args.table:
-            write_json(file, merged(old, entries(rows)))
+            write_json(file, replaced(old, entries(rows), entries(faster(rows))))
     print(text)
 
 

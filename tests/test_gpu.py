@@ -19,6 +19,7 @@ import optax
 import pytest
 import test_attention
 import test_decode_attention
+import test_decode_layer
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import save_file
 from support import interpret_decode_kernels, largest, numbers, packed
@@ -37,7 +38,6 @@ from flora_jax.errors import Stopped
 from flora_jax.inference.generator import Generator
 from flora_jax.interop.exports import export
 from flora_jax.interop.formats import Trained
-from flora_jax.models import decode_attention
 from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.attention import attend, attend_segments, capability, cudnn_runs
 from flora_jax.models.config import LlamaConfig
@@ -177,8 +177,9 @@ def test_decode_kernels(kernels, dtype, bound):
     for shape in kernels.products:
         for codes in ("straight", "none", "int8"):
             check_product(shape, dtype, bound, kernels.interpret, codes)
+    check_reads(kernels.interpret, dtype, bound)
     form, S = kernels, kernels.slots
-    kernel = functools.partial(decode_attention.decode_attention, interpret=form.interpret)
+    kernel = functools.partial(test_decode_attention.attend, interpret=form.interpret)
     kernel = jax.jit(kernel, static_argnums=4)
     for H, G in form.decode:
         qkv, rotary, holes, (k, v, _), heads = test_decode_attention.draw(
@@ -195,6 +196,18 @@ def test_decode_kernels(kernels, dtype, bound):
             expected = test_decode_attention.spelt_out(*arguments)
             for one, other in zip((out, *cache), expected, strict=True):
                 assert one.dtype == dtype and error(one, other) <= bound, (H, G, index)
+
+
+def check_reads(interpret, dtype, bound):
+    """What a bank's products and those of attention's parts read."""
+    product = functools.partial(decode_product, interpret=interpret)
+    how = {"dtype": jnp.dtype(dtype)}
+    for B, N, r in ((1, 3, 8), (8, 16, 8), (5, 4, 6)):
+        for found, exact in test_decode_layer.products_of_a_bank(product, B, N, r, "silu", **how):
+            assert error(found, exact) <= bound, (B, N, r)
+    for B, P in ((1, 1), (1, 4), (3, 2)):
+        for found, exact in test_decode_layer.product_of_parts(product, B, P, 4, 64, **how):
+            assert error(found, exact) <= bound, (B, P)
 
 
 def check_product(shape, dtype, bound, interpret, codes):

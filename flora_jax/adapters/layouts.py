@@ -39,7 +39,8 @@ class Layout:
     row_multiple: products with rows B (for zflora: the whole stream) are filled up with zeros to a
         multiple of it. 128 or 256 keep a GPU's compiler from padding at run time; on a CPU it is
         wasted bandwidth.
-    transposed: `weight [d_out, d_in]` in place of `kernel [d_in, d_out]`, which a CPU reads faster.
+    transposed: `weight [d_out, d_in]` in place of `kernel [d_in, d_out]`, which a CPU and our
+        decode kernels read faster.
     fold_adds: repeat-and-adds (of an ffba) lie in W and B, and are not computed any more.
     """
 

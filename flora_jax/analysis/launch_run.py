@@ -103,9 +103,11 @@ def check(args: Namespace, config: LlamaConfig) -> Iterator[Cell]:
             most <= DECODE_ROWS,
             f"--decode_kernels layer takes up to {DECODE_ROWS} rows, not {most}",
         )
+        lacking = [name for name in targets if not TARGETS[name].has_float8]
         require(
-            args.quantization != "fp8" or all(TARGETS[name].has_float8 for name in targets),
-            "--decode_kernels layer reads fp8 on a GPU from Ada on, not on an a100; take int8",
+            args.quantization != "fp8" or not lacking,
+            "--decode_kernels layer reads fp8 on a GPU from Ada on, not on "
+            f"{' and '.join(lacking)}; take int8",
         )
     held = _held(_methods(args, config, banks), banks)
     return (
@@ -206,7 +208,8 @@ def _summary(row: Row) -> str:
 KERNELS = {
     "none": "all as XLA writes it",
     "attention": "attention is one Pallas kernel and the sum over its parts",
-    "layer": "all of a layer is Pallas kernels and the sum over attention's parts",
+    "layer": "all of a layer and the logits are Pallas kernels, but for the sum of several rows' "
+    "attention",
 }
 _HEADS = (
     *("", "method", "launches", "GEMMs", "products", "chain", "MB moved", "copies"),

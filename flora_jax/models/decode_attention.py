@@ -2,10 +2,10 @@
 
 The kernel norms q and k where they have norms, turns them by their rotary embeddings, fills the
 cache's new slot and attends. Written out for XLA this is five to eight launches a layer. The kernel
-is one, and the sum over its parts a second, which takes in what o reads beside attention. Axis
-letters as in llama.py; P parts that the slots are cut into, each read by a program of its own
-(flash decoding: one query has too few heads to keep a GPU busy); G heads of a group, filled up to R
-rows of a product.
+is one. The sum over its parts is a second, which takes in what o reads beside attention; or o, in a
+kernel of ours, sums them as it reads. Axis letters as in llama.py; P parts that the slots are cut
+into, each read by a program of its own (flash decoding: one query has too few heads to keep a GPU
+busy); G heads of a group, filled up to R rows of a product.
 
 The kernel is written for Pallas's Triton backend, which jax deprecates since 0.11.0 and will
 remove. jax names two replacements: Pallas's Mosaic GPU backend
@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from flora_jax.errors import require
-from flora_jax.models.decode_product import Columns, in_piece
+from flora_jax.models.decode_product import Columns, Parts, in_piece
 
 Halves = tuple[jax.Array, jax.Array]  # the channels of a head that rotary embeddings turn together
 
@@ -56,8 +56,9 @@ def decode_attention(
     scale: float | None = None,
     adds: Sequence[Columns | None] = (None, None, None),
     interpret: bool = False,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Attention of one new token a row, `[B, N·H]`, and the cache's `(k, v)` with it in its slot.
+) -> tuple[Parts, tuple[jax.Array, jax.Array]]:
+    """Attention of one new token a row, `[B, N·H]` in parts that are still to be summed, and the
+    cache's `(k, v)` with it in its slot.
 
     qkv `[B, ≥ (N+2K)·H]`: q, k and v as their product gives them, heads side by side, and any
     columns behind them.
@@ -99,12 +100,7 @@ def decode_attention(
         interpret=interpret,
         name="decode_attention",
     )(index.reshape(1), qkv, cos, sin, seen, k, v, *optional.values())
-    # Part by part rather than as reductions over P, so that XLA makes one kernel of it.
-    peak = functools.reduce(jnp.maximum, peaks)
-    shares = [jnp.exp(peaks[i] - peak)[..., None] for i in range(P)]
-    out = sum(share * sums[i] for i, share in enumerate(shares))
-    out = out / sum(share * totals[i][..., None] for i, share in enumerate(shares))
-    return out.astype(qkv.dtype).reshape(B, heads * H), (k, v)
+    return Parts(sums, peaks, totals, qkv.dtype), (k, v)
 
 
 def _placed(adds: Sequence[Columns | None]) -> tuple[jax.Array | None, jax.Array | None, Any]:

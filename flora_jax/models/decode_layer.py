@@ -1,15 +1,17 @@
-"""A layer's decode step on a GPU in six launches: its products with all that is around them.
+"""A layer's decode step on a GPU in five or six launches: its products with all that is around
+them.
 
     norm, qkv                          decode_product
-    adds, rotary, cache, attention     decode_attention, and the sum over its parts
-    o, residual                        decode_product
+    adds, rotary, cache, attention     decode_attention
+    sum of its parts, o, residual      decode_product
     norm, gate and up                  decode_product
     adds, silu · up, down, residual    decode_product
 
 Forward adapters are columns of the arrays and backward adapters rows, so they are no launch; what
-is repeat-and-added is added where it is read; in a bank a product keeps of each row what its own
-adapter read. LoRA's matrices B are another launch for each product, and so are ffa's pieces of o
-and down in a bank.
+is repeat-and-added is added where it is read. Attention's parts are summed by each program of o
+that reads them; those of several rows, or many, in a launch of XLA's before. In a bank a product
+keeps of each row what its own adapter read. LoRA's matrices B are another launch for each product,
+and so are ffa's pieces of o and down in a bank.
 
 Axis letters as in llama.py; W the width of the residual stream, with zflora's channels.
 """
@@ -40,6 +42,9 @@ from flora_jax.models.decode_product import (
 )
 
 Leaves = Mapping[str, Any]
+# Of one row. More, or several rows', are loads and sums in each program that cost more than a
+# launch, and more shared memory than there is.
+FEW_PARTS = 4
 Past = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -81,7 +86,7 @@ class DecodeLayer:
         """
         with jax.named_scope("attention"):
             qkv, riding = self._read("qkv", leaves["attention"], leaves["attention_norm"], x)
-            out, present = decode_attention(
+            parts, present = decode_attention(
                 qkv,
                 rotary,
                 seen,
@@ -93,7 +98,9 @@ class DecodeLayer:
                 adds=self._adds("qkv", riding),
                 interpret=self.interpret,
             )
-            x = self._write("o", leaves["attention"], out, riding, x)
+            few = len(x) == 1 and len(parts.peaks) <= FEW_PARTS
+            read = parts if few else parts.summed()
+            x = self._write("o", leaves["attention"], read, riding, x)
         with jax.named_scope("mlp"):
             y, riding = self._read("gate_up", leaves["mlp"], leaves["mlp_norm"], x)
             gated = Gated(y, self.config.intermediate_size, *self._adds("gate_up", riding))

@@ -75,7 +75,30 @@ class Gated(NamedTuple):
     up_add: Columns | None = None
 
 
-Read = jax.Array | Columns | Normed | Gated
+class Parts(NamedTuple):
+    """Attention of one query a row, `[B, N·H]` in `dtype`, whose slots were cut into P parts: each
+    part's weighted sums `[P, B, N, H]`, highest scores and sums of weights `[P, B, N]`, float32.
+    Read as such, every program of a product sums what it reads."""
+
+    sums: jax.Array
+    peaks: jax.Array
+    totals: jax.Array
+    dtype: Any
+
+    @property
+    def like(self) -> jax.ShapeDtypeStruct:
+        """Its shape and dtype."""
+        _, B, N, H = self.sums.shape
+        return jax.ShapeDtypeStruct((B, N * H), self.dtype)
+
+    def summed(self) -> jax.Array:
+        """By XLA."""
+        peaks, totals = ([*array[..., None]] for array in (self.peaks, self.totals))
+        out = _sum_of_parts([*self.sums], peaks, totals)
+        return out.astype(self.dtype).reshape(self.like.shape)
+
+
+Read = jax.Array | Columns | Normed | Gated | Parts
 # What loads values, float32: (refs, lanes, at, mask) to [lanes, at], zeros where masked.
 Load = Callable[..., jax.Array]
 
@@ -162,23 +185,27 @@ def _blocks(terms: Sequence[Term], columns: int) -> Blocks:
     read, kernel, *_ = first = terms[0]
     stored = kernel.codes if isinstance(kernel, Scaled) else kernel
     adds = (read.gate_add, read.up_add) if isinstance(read, Gated) else ()
+    like = _array(read)
     shape = Shape(
-        batch=len(_array(read)),
+        batch=len(like),
+        reads=like.dtype.name,
         d_in=stored.shape[1 if first.transposed else 0],
         d_out=columns,
         dtype=stored.dtype.name,
         transposed=first.transposed,
-        added=any(add is not None for add in adds),
+        added=isinstance(read, Parts) or any(add is not None for add in adds),
     )
     return blocks_for(shape)
 
 
-def _array(read: Read) -> jax.Array:
-    """An array of B rows in the dtype of what is read."""
+def _array(read: Read) -> jax.Array | jax.ShapeDtypeStruct:
+    """An array of B rows in the dtype of what is read, or what has its shape and dtype."""
     if isinstance(read, Normed):
         return _array(read.x)
     if isinstance(read, Gated):
         return read.y
+    if isinstance(read, Parts):
+        return read.like
     return read.array if isinstance(read, Columns) else read
 
 
@@ -215,7 +242,7 @@ class _Source:
     behind their squares' sum; scale(refs, at, mask): what multiplies normed values.
     """
 
-    like: jax.Array
+    like: jax.Array | jax.ShapeDtypeStruct
     width: int
     load: Load
     norm: tuple[int, float] | None = None
@@ -273,6 +300,8 @@ def _source(read: Read, operands: _Operands) -> _Source:
         return dataclasses.replace(plain, norm=(read.width, read.eps), scale=scales)
     if isinstance(read, Gated):
         return _gated(read, operands)
+    if isinstance(read, Parts):
+        return _parts(read, operands)
     columns = read if isinstance(read, Columns) else Columns(read, 0, read.shape[1])
     return _Source(columns.array, columns.width, _loaded(columns, operands))
 
@@ -312,6 +341,38 @@ def _gated(read: Gated, operands: _Operands) -> _Source:
         return gate * jax.nn.sigmoid(gate) * up
 
     return _Source(read.y, read.width, load)
+
+
+def _parts(read: Parts, operands: _Operands) -> _Source:
+    sums, *others = (operands.add(array) for array in (read.sums, read.peaks, read.totals))
+    P, _, _, H = read.sums.shape
+
+    def load(refs: Any, lanes: jax.Array, at: jax.Array, mask: jax.Array) -> jax.Array:
+        head = (lanes[:, None], _quotient(at, H)[None, :])
+        channel = (*head, in_piece(at, H)[None, :])
+
+        def of_parts(place: int, where: tuple[jax.Array, ...]) -> list[jax.Array]:
+            loads = (triton.load(refs[place].at[p, *where], mask=mask, other=0.0) for p in range(P))
+            return list(loads)
+
+        peaks, totals = (of_parts(place, head) for place in others)
+        # What is masked is 0 / 0.
+        return jnp.where(mask, _sum_of_parts(of_parts(sums, channel), peaks, totals), 0.0)
+
+    return _Source(read.like, read.like.shape[1], load)
+
+
+def _sum_of_parts(
+    sums: Sequence[jax.Array], peaks: Sequence[jax.Array], totals: Sequence[jax.Array]
+) -> jax.Array:
+    """Part by part rather than as reductions, so that XLA makes one kernel of it."""
+    peak = functools.reduce(jnp.maximum, peaks)
+    shares = [jnp.exp(one - peak) for one in peaks]
+    weighted, weights = (
+        sum(share * part for share, part in zip(shares, parts, strict=True))
+        for parts in (sums, totals)
+    )
+    return weighted / weights
 
 
 def _end(behind: Behind, operands: _Operands) -> Callable[..., jax.Array]:
@@ -397,10 +458,11 @@ def _times(refs: Any, sizes: _Sizes, term: _Placed, lanes: jax.Array, at: jax.Ar
         if term.factor is not None:
             x = x * triton.load(refs[term.factor].at[term.row + own], mask=within, other=0.0)[None]
         where = ((term.row + own)[:, None], columns[None, :])
+        kernel = refs[term.kernel]
         tile = triton.load(
-            refs[term.kernel].at[where[::-1] if term.transposed else where],
+            kernel.at[where[::-1] if term.transposed else where],
             mask=within[:, None] & across,
-            other=0.0,
+            other=jnp.zeros((), kernel.dtype),
         )
         # Not repeated: Triton for Ampere takes no dot of what is but a broadcast.
         x = jnp.where(first, x, 0.0).astype(dtype)

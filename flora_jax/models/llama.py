@@ -232,8 +232,8 @@ class Attention(nn.Module):
         config = self.parts.config
         how = {"norms": norms, "eps": config.rms_norm_eps, "scale": config.attention_scale}
         heads = config.num_attention_heads
-        out, present = decode_attention(qkv[:, 0], rotary, mask[:, 0, 0], past, heads, **how)
-        return out[:, None], z, present
+        parts, present = decode_attention(qkv[:, 0], rotary, mask[:, 0, 0], past, heads, **how)
+        return parts.summed()[:, None], z, present
 
     def _attend(
         self,
@@ -346,8 +346,9 @@ class Llama(nn.Module):
     dtype: compute dtype, None for the embedding's. remat: what a layer keeps for the backward pass
     ("none" keeps all, "products" the outputs of its four products, "full" nothing). decode_kernels:
     what of a fused model's decode step kernels of ours compute, which only a GPU runs: "none", a
-    layer's "attention", or all of a "layer" and the logits (up to 16 rows; not measured yet); None:
-    attention, where it can. dense: the class of its products, for layouts unknown to FusedDense.
+    layer's "attention", or all of a "layer" and the logits (up to 16 rows, without gradients; not
+    measured yet); None: attention, where it can. dense: the class of its products, for layouts
+    unknown to FusedDense.
     """
 
     config: LlamaConfig

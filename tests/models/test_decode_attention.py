@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support import interpret_decode_kernels, random_adapter, spread
 
 from flora_jax import AdapterConfig, Generator, Llama, fuse
-from flora_jax.adapters import quantize_base
+from flora_jax.adapters import Layout, gpu_layout, quantize_base
 from flora_jax.errors import UserError
 from flora_jax.models import decode_attention as module
 from flora_jax.models.attention import kernel_runs
@@ -23,12 +23,20 @@ from flora_jax.models.llama import KVCache, init_base
 
 TINY = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=())
 TOKENS = jnp.zeros((1, 2), jnp.int32)
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def attend(*arguments, **how):
+    """The kernel's attention, its parts summed."""
+    parts, cache = module.decode_attention(*arguments, **how)
+    return parts.summed(), cache
+
+
 interpreted = jax.jit(
-    functools.partial(module.decode_attention, interpret=True),
+    functools.partial(attend, interpret=True),
     static_argnums=4,
     static_argnames=("eps", "scale"),
 )
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def spelt_out(qkv, rotary, seen, past, heads):
@@ -142,24 +150,22 @@ def test_whole_steps_equal_those_without(method, on_this_machine):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_a_bank_generates_the_same_text(on_this_machine):
+def test_a_bank_generates_the_same_text(on_this_machine, monkeypatch):
+    """In a GPU's layouts, that of whole layers transposed."""
+    monkeypatch.setattr("flora_jax.inference.generator.device_layout", gpu_layout)
     config, adapter_config = TINY, AdapterConfig("ffba", 4)
     base = spread(init_base(jax.random.key(0), config))
     adapters = {name: random_adapter(config, adapter_config, i) for i, name in enumerate("ab")}
     prompts, names = [[1, 2, 3], [4, 5], [6, 7, 8, 9]], ["a", None, "b"]
-    texts = [
-        Generator(
-            config,
-            base,
-            adapters,
-            adapter_config,
-            max_length=40,
-            batch_size=3,
-            decode_kernels=kernels,
-        ).generate(prompts, 12, adapter_names=names)
-        for kernels in ("none", "attention")
-    ]
-    assert [one.tokens for one in texts[0]] == [one.tokens for one in texts[1]]
+    sizes = {"max_length": 40, "batch_size": 3}
+    texts = []
+    for kernels in ("none", "attention", "layer"):
+        how = {**sizes, "decode_kernels": kernels}
+        generator = Generator(config, base, adapters, adapter_config, **how)
+        assert Layout.of(generator.params).transposed == (kernels == "layer")
+        found = generator.generate(prompts, 12, adapter_names=names)
+        texts.append([one.tokens for one in found])
+    assert texts[0] == texts[1] == texts[2]
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="on a GPU it runs")

@@ -12,7 +12,7 @@ from flora_jax.models.decode_product import Term, decode_product
 SHAPE = Shape(8, 2048, 3072, "bfloat16", True)
 ENTRY = {
     **{"device": "a card", "batch": 4, "d_in": 2048, "d_out": 3000},
-    **{"dtype": "bfloat16", "transposed": True},
+    **{"dtype": "bfloat16", "transposed": True, "reads": "bfloat16", "added": False},
     **{"columns": 64, "rows": 128, "stages": 3, "warps": 8},
 }
 
@@ -27,8 +27,10 @@ def measured(monkeypatch):
     "changes, found",
     [
         ({}, True),
-        ({"d_out": 3374, "added": True}, True),
+        ({"d_out": 3374}, True),
         ({"d_out": 3376}, False),
+        ({"added": True}, False),
+        ({"reads": "float32"}, False),
         ({"d_in": 1792}, True),
         ({"d_in": 1791}, False),
         ({"batch": 2}, True),
@@ -64,10 +66,17 @@ def test_a_product_is_cut_as_its_entry_says(measured):
     assert "grid=(48,)" in program and "num_warps=8" in program and "num_stages=3" in program
 
 
-def test_a_new_entry_takes_the_place_of_the_old():
-    new = ENTRY | {"columns": 16}
-    other = ENTRY | {"batch": 1}
-    assert decode_blocks.merged([ENTRY, other], [new]) == [new, other]
+def test_the_nearest_entry_serves(measured, monkeypatch):
+    near = ENTRY | {"d_out": 3072, "columns": 16}
+    monkeypatch.setattr(decode_blocks, "table", lambda: [ENTRY, near, ENTRY | {"d_out": 3100}])
+    assert blocks_for(SHAPE).columns == 16
+
+
+def test_what_is_measured_again_is_replaced():
+    """Also by nothing, where the default is as fast."""
+    new, other = ENTRY | {"columns": 16}, ENTRY | {"batch": 1}
+    assert decode_blocks.replaced([ENTRY, other], [new], [new]) == [other, new]
+    assert decode_blocks.replaced([ENTRY, other], [new], []) == [other]
 
 
 def test_the_table_that_is_served_from():
