@@ -70,7 +70,7 @@ _BYTES = 2**28  # of the arrays that take turns
 _SECONDS = 2e-2  # that a program runs, so that starting it is no part of its time
 _ROUNDS = 5
 
-Step = Callable[..., jax.Array]  # (x, array, blocks=…) to the product
+Step = Callable[..., jax.Array]  # (x, array, blocks) to the product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,34 +102,33 @@ def tasks(args: argparse.Namespace, batch: int) -> Iterator[Task]:
     term = functools.partial(Term, transposed=not args.straight)
     tied = config.tie_word_embeddings
 
-    def read(d_out: int) -> Step:
-        scale = draw((D,))
-        return lambda x, kernel, blocks: product(
-            [term(Normed(Columns(x, 0, D), scale, D, 1e-5), kernel)], d_out, blocks=blocks
-        )
+    def task(name: str, step: Step, added: bool = False) -> Task:
+        d_in, d_out = layout.fused_shape(config.widths, adapter, name)
+        dtype = jnp.dtype(_DTYPES[args.quantization]).name
+        shape = Shape(batch, d_in, d_out, dtype, not args.straight, added=added)
+        return Task(name, shape, d_out, functools.partial(step, d_out))
+
+    def read(d_out: int, x: jax.Array, kernel: Any, blocks: Blocks) -> jax.Array:
+        normed = Normed(Columns(x, 0, D), scale, D, 1e-5)
+        return product([term(normed, kernel)], d_out, blocks=blocks)
 
     def write(name: str, what: Any, z: Columns) -> Step:
         rows = config.widths[name][0]
-        return lambda x, kernel, blocks: product(
-            [term(what, kernel), term(z, kernel, row=rows)],
-            D,
-            Behind(residual=x),
-            blocks=blocks,
-        )
+
+        def step(d_out: int, x: jax.Array, kernel: Any, blocks: Blocks) -> jax.Array:
+            terms = [term(what, kernel), term(z, kernel, row=rows)]
+            return product(terms, d_out, Behind(residual=x), blocks=blocks)
+
+        return step
 
     def logits(x: jax.Array, kernel: jax.Array, blocks: Blocks) -> jax.Array:
         terms = [Term(x, kernel, transposed=tied)]
         return product(terms, config.vocab_size, dtype=jnp.float32, blocks=blocks)
 
-    def task(name: str, step: Step, added: bool = False) -> Task:
-        d_in, d_out = layout.fused_shape(config.widths, adapter, name)
-        dtype = jnp.dtype(_DTYPES[args.quantization]).name
-        shape = Shape(batch, d_in, d_out, dtype, not args.straight, added=added)
-        return Task(name, shape, d_out, step)
-
     def back(name: str) -> int:
         return adapter.slots[name].backward_rank
 
+    scale = draw((D,))
     heads = config.widths["o"][0]
     z = Columns(draw((batch, back("o"))), 0, back("o"))
     N = config.num_attention_heads
@@ -143,9 +142,9 @@ def tasks(args: argparse.Namespace, batch: int) -> Iterator[Task]:
         attended = Parts(sums, peaks, totals, jnp.bfloat16)
     y = draw((batch, 2 * F + max(2 * args.rank, back("down"))))
     gate_add, up_add = (Columns(y, 2 * F + i * args.rank, args.rank) for i in range(2))
-    yield task("qkv", read(layout.fused_shape(config.widths, adapter, "qkv")[1]))
+    yield task("qkv", read)
     yield task("o", write("o", attended, z), added=batch == 1)
-    yield task("gate_up", read(layout.fused_shape(config.widths, adapter, "gate_up")[1]))
+    yield task("gate_up", read)
     gated = Gated(y, F, gate_add, up_add)
     yield task("down", write("down", gated, Columns(y, 2 * F, back("down"))), added=True)
     shape = Shape(batch, D, config.vocab_size, "bfloat16", tied)

@@ -50,9 +50,8 @@ class Columns(NamedTuple):
     def at(self, channels: jax.Array) -> jax.Array:
         """Where these channels lie, in the first block with `own`."""
         if self.piece:
-            channels = _quotient(channels, self.piece) * self.stride + in_piece(
-                channels, self.piece
-            )
+            block = _quotient(channels, self.piece)
+            channels = block * self.stride + in_piece(channels, self.piece)
         return self.start + channels
 
 
