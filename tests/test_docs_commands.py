@@ -70,7 +70,6 @@ REPLACED = {
     r"--preset \S+": "--preset tiny",
     r"smollm2-135m-instruct|llama3\.2-1b|\b(MODEL|FILE)\b": "model",
     r"\b(DATA|DIR)\b": "data",
-    r"\bTABLE\b": "table.json",
     r"\bADAPTER\b": "runs/ffba_1b/adapter",
     r"\bnf4\b": "fp8",  # whose blocks the tiny model's rows do not fill
 }
