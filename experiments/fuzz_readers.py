@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-from experiments import gpu_report, quantized_training, real_text
+from experiments import gpu_table, quantized_training, real_text
 from flora_jax import evaluate, export, generate, harness, latency, launches, train
 from flora_jax.adapters import AdapterConfig, init_adapter, paths
 from flora_jax.analysis import latency_run
@@ -283,7 +283,7 @@ def _latency_flags(folder: Path) -> argparse.Namespace:
 
 def read_results(folder: Path) -> None:
     """The results that later calls resume from or make tables of."""
-    gpu_report.table(folder / "gpu", {})
+    gpu_table.table(folder / "gpu", {})
     real_text.read_before(folder / "real_text.json")
     quantized_training.read_before(folder / "training.json")
     latency_run.check(_latency_flags(folder))

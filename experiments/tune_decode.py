@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from experiments.flags import Flags, parse
 from experiments.gpu_cells import device_rates
-from experiments.report import beside
+from experiments.report import beside, stored
 from flora_jax.adapters import AdapterConfig, Scaled, gpu_layout
 from flora_jax.analysis.results import about_process, header, percent, table
-from flora_jax.errors import UserError, positive_integers, require, run_command
+from flora_jax.errors import check_writable, positive_integers, require, run_command
 from flora_jax.files import keep_programs, write_json
 from flora_jax.models.config import DECODE_ROWS, LlamaConfig
 from flora_jax.models.decode_blocks import Blocks, Shape, default_blocks, read_table, replaced
@@ -325,11 +325,13 @@ def main(argv: list[str]) -> None:
         not args.table or jax.default_backend() == "gpu",
         f"--table {args.table}: there is no GPU here to measure",
     )
+    check_writable(beside(args.out, ".json"), "--out")
     file = Path(args.table or "")
-    try:
-        old = read_table(file) if args.table else []
-    except ValueError as error:
-        raise UserError(f"--table {file} is no JSON ({error})") from error
+    old: list[dict[str, Any]] = []
+    if args.table:
+        check_writable(file, "--table")
+        with stored(file):
+            old = replaced(read_table(file), [], [])
     keep_programs()
     about = about_process()
     copied = device_rates()["copy_gb_per_s"]

@@ -42,8 +42,8 @@ from flora_jax.models.decode_product import (
 )
 
 Leaves = Mapping[str, Any]
-# Of one row. More, or several rows', are loads and sums in each program that cost more than a
-# launch, and more shared memory than there is.
+# Of one row. More, or those of several rows, are many loads and sums in each program, and more
+# shared memory than there is.
 FEW_PARTS = 4
 Past = tuple[jax.Array, jax.Array, jax.Array]
 

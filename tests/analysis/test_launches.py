@@ -453,8 +453,8 @@ def test_codes_in_our_kernels(quantization, target):
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("codes", [False, True])
 def test_weights_are_loaded_ahead_in_sixteen_bytes(codes, rows, target, monkeypatch, tmp_path):
-    """down of a 1B: all of a tile's weights, 8 KB by 128 threads, by 64 for codes, are four or eight
-    such loads a thread, none of which waits in a register."""
+    """down of a 1B: all of a tile's weights, 8 KB by 128 threads or by 64 for codes, are four or
+    eight such loads a thread, none of which waits in a register."""
     folder = contextlib.nullcontext(str(tmp_path))
     monkeypatch.setattr(launch_plan.tempfile, "TemporaryDirectory", lambda: folder)
     F, D = 8192, 2048

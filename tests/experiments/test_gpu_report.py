@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import gpu_cells, gpu_peers, gpu_report
+from experiments import gpu_cells, gpu_peers, gpu_report, gpu_table
 from experiments.flags import parse
 from experiments.gpu_report import Cell
 from flora_jax.analysis import kernel_profile
@@ -220,7 +220,7 @@ def test_the_table_in_closed_form(tmp_path):
         }
         cell = {**common, **own, "method": method, "rank": rank}
         (tmp_path / f"latency-{method}.json").write_text(json.dumps(cell))
-    text = gpu_report.table(tmp_path, {"tests": "stopped after 9 s", "latency-ffba": "done"})
+    text = gpu_table.table(tmp_path, {"tests": "stopped after 9 s", "latency-ffba": "done"})
     assert "| ffba | 32 | 1.010 | 1.650 | 1.100 [1.100, 1.100] | 2.000 | 27 % | 80 % | – |" in text
     assert "| 1.125 | 0.750 [0.750, 0.750] | 2.000 | – | – | – |" in text
     assert "| base | – | 1.010 | 1.500 | 1.000 [1.000, 1.000] | 2.000 | – | – | – |" in text

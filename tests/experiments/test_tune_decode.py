@@ -134,11 +134,14 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     for flags, line in cases:
         assert_refused(flags, line, tmp_path, capsys)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert_refused(table, f"--table {file} is no JSON", tmp_path, capsys)
+    for text in ("[", "{", '[{"device": "a card"}]', '{"a": 1}', "7"):
+        file.write_text(text)
+        assert_refused(table, f"{file} holds results that are damaged", tmp_path, capsys)
 
 
 def assert_refused(flags, line, folder, capsys):
+    before = [file.read_text() for file in folder.iterdir()]
     assert run("--out", str(folder / "out"), *flags) == 2
     error = capsys.readouterr().err
     assert line in error and error.startswith("error: ") and error.count("\n") == 1
-    assert [file.read_text() for file in folder.iterdir()] == ["["]
+    assert [file.read_text() for file in folder.iterdir()] == before

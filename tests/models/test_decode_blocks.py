@@ -1,4 +1,4 @@
-"""Block sizes: an entry of the table serves its device, its kind of array and widths near its own."""
+"""Block sizes: an entry of the table serves its device, its kind of array and widths near it."""
 
 import jax
 import jax.numpy as jnp

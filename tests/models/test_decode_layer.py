@@ -158,8 +158,8 @@ def test_a_bank(B, N, r, activation, seed):
 
 
 def products_of_a_bank(product, B, N, r, activation="identity", seed=0, dtype=jnp.float32):
-    """What a product keeps of each row's adapter, and how the next one reads it; each beside what it
-    is in float64."""
+    """What a product keeps of each row's adapter, and how the next one reads it; each beside what
+    it is in float64."""
     normal = draw(seed)
     x, kernel, back, matrix = (
         jnp.asarray(normal(*size), dtype)
@@ -442,8 +442,8 @@ def test_other_architectures(method, banked):
 @pytest.mark.usefixtures("on_this_machine")
 @pytest.mark.parametrize("rows, in_kernels", [(1, 9), (16, 9), (17, 0)])
 def test_rows(rows, in_kernels):
-    """Four products a layer and the logits. One row is read as one; more than 16 are left to XLA, but
-    for attention."""
+    """Four products a layer and the logits. One row is read as one; more than 16 are left to XLA,
+    but for attention."""
     adapter_config = AdapterConfig("ffba", 4)
     adapter = random_adapter(TINY, adapter_config, 1)
     if in_kernels:
