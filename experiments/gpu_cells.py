@@ -342,7 +342,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     """Launches a layer as XLA plans them without the device, and as the profiles counted them."""
     from flora_jax.adapters import AdapterConfig
     from flora_jax.analysis.compilers import require_compiler
-    from flora_jax.analysis.launch_plan import MODES, TARGETS, plan_model
+    from flora_jax.analysis.launch_plan import MODES, plan_model
+    from flora_jax.analysis.targets import TARGETS
     from flora_jax.analysis.variants import get_variant
 
     if args.target not in TARGETS:

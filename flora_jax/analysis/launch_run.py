@@ -15,13 +15,13 @@ from flora_jax.adapters import AdapterConfig, gpu_layout
 from flora_jax.analysis import compilers
 from flora_jax.analysis.launch_plan import (
     MODES,
-    TARGETS,
     check_bank,
     modelled_ms,
     plan_model,
     smallest_kernel,
 )
 from flora_jax.analysis.results import NONE, provenance, table, versions
+from flora_jax.analysis.targets import TARGETS
 from flora_jax.analysis.variants import check_served, get_variant
 from flora_jax.device import check_jax
 from flora_jax.errors import check_writable, positive_integers, require, require_known

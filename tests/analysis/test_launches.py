@@ -22,6 +22,7 @@ from experiments.gpu_cells import LOOP_IN_GRAPH
 from flora_jax import AdapterConfig, Llama, LlamaConfig, fuse, init_adapter, launches
 from flora_jax.adapters import Scaled
 from flora_jax.analysis import compilers, launch_plan
+from flora_jax.analysis.targets import TARGETS
 from flora_jax.errors import UserError, run_command
 from flora_jax.inference.decoding import begin, decode
 from flora_jax.inference.sampling import Sampling
@@ -449,7 +450,7 @@ def test_codes_in_our_kernels(quantization, target):
 
 
 @planner
-@pytest.mark.parametrize("target", launch_plan.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("codes", [False, True])
 def test_weights_are_loaded_ahead_in_sixteen_bytes(codes, rows, target, monkeypatch, tmp_path):
