@@ -36,6 +36,7 @@ from flora_jax.models.decode_product import (
     decode_product,
 )
 from flora_jax.models.llama import KVCache, Llama, init_base
+from flora_jax.models.presets import PRESETS
 
 TINY = LlamaConfig.preset("tiny")
 LAYOUT = gpu_layout(in_kernels=True)
@@ -389,6 +390,18 @@ def test_codes(method, format, banked):
         return
     select = jnp.array([[False, True], [False, False], [True, False]])
     compare(adapter_config, adapters, select, format=format)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_this_machine")
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_shapes_of_presets(preset):
+    """One layer of each, with a vocabulary that is soon computed."""
+    one_layer = {"num_hidden_layers": 1, "vocab_size": 1000, "no_rope_layers": ()}
+    config = dataclasses.replace(LlamaConfig.preset(preset), **one_layer)
+    adapter_config = AdapterConfig("ffba_qg_add", 32)
+    adapter = random_adapter(config, adapter_config, 1, std=0.05)
+    compare(adapter_config, adapter, config=config, rows=2)
 
 
 @pytest.mark.usefixtures("on_this_machine")
