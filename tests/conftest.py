@@ -1,4 +1,5 @@
-"""What the tests of the training command share: one cache of prepared data, one of compiled programs, small runs."""
+"""What the tests of the training command share: one cache of prepared data, one of compiled
+programs, small runs."""
 
 import hashlib
 import json
@@ -19,14 +20,16 @@ from flora_jax.models.hf import to_hf_tensors
 from flora_jax.models.llama import init_base
 from flora_jax.models.tokenizer import load_tokenizer
 
-# Without a device (as JAX looks for one, or through WSL) its plugin does not start, and then plans for no GPU either.
+# Without a device (as JAX looks for one, or through WSL) its plugin does not start, and then plans
+# for no GPU either.
 if (
     PLANS
     and not jax.config.jax_platforms
     and not any(Path("/dev", name).exists() for name in ("nvidia0", "dxg"))
 ):
     jax.config.update("jax_platforms", "cpu")
-# XLA's older emitters compile in half the time what these tests run. Later jaxlibs have them no more.
+# XLA's older emitters compile in half the time what these tests run. Later jaxlibs have them no
+# more.
 if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = " ".join(
         [
@@ -71,7 +74,8 @@ def quick_compile(caches):
 
 @pytest.fixture(scope="session")
 def small(caches):
-    """`small(method, **{"train.steps": 8})`: the configuration of configs/tiny.py, shrunk, with fields set."""
+    """`small(method, **{"train.steps": 8})`: the configuration of configs/tiny.py, shrunk, with
+    fields set."""
 
     def make(method="ffba_qg_add", **fields):
         config = get_config("tiny", method)
@@ -107,7 +111,8 @@ def small(caches):
 
 @pytest.fixture(scope="session")
 def hf_directory():
-    """`hf_directory(path, seed=0)` writes a checkpoint directory of the tiny preset and returns its path."""
+    """`hf_directory(path, seed=0)` writes a checkpoint directory of the tiny preset and returns its
+    path."""
     config = LlamaConfig.preset("tiny")
 
     def make(path, seed=0):
@@ -135,7 +140,8 @@ def tree_hash():
 
 @pytest.fixture(scope="session")
 def folder_at():
-    """`folder_at("FLORA_DATA", "data")`: the folder that the variable names, or else ../shared/data; skips without."""
+    """`folder_at("FLORA_DATA", "data")`: the folder that the variable names, or else
+    ../shared/data; skips without."""
 
     def find(variable, name):
         folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / name)
@@ -161,7 +167,8 @@ def environment(caches):
 
 @pytest.fixture(scope="session")
 def command(environment):
-    """`command(*flags)` runs `python -m flora_jax.train` to its end; `start(*flags)` only starts it."""
+    """`command(*flags)` runs `python -m flora_jax.train` to its end; `start(*flags)` only starts
+    it."""
 
     def start(*flags, **variables):
         return subprocess.Popen(

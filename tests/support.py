@@ -46,13 +46,14 @@ def interpret_decode_kernels(monkeypatch):
 
 
 def spread(base):
-    """Initial weights give every token nearly the same logit; wider ones make the best token a clear one."""
+    """Initial weights give every token nearly the same logit; wider ones make the best token a
+    clear one."""
     return jax.tree.map(lambda x: x * 8.0 if x.ndim > 2 else x, base)
 
 
 def silent_pieces(variables, rank):
-    """The parts of a tree that are zero throughout, by path: of stacked leaves each layer, and of an adapter's leaves
-    each piece of `rank` channels, columns of A and rows of B."""
+    """The parts of a tree that are zero throughout, by path: of stacked leaves each layer, and of
+    an adapter's leaves each piece of `rank` channels, columns of A and rows of B."""
     silent = []
     for path, leaf in flatten_dict(variables, sep="/").items():
         for i, layer in enumerate(np.asarray(leaf) if "/layers/" in path else [np.asarray(leaf)]):

@@ -1,4 +1,5 @@
-"""What the training command says to bad input: exit code 2, one line that names the field or file, nothing written."""
+"""What the training command says to bad input: exit code 2, one line that names the field or file,
+nothing written."""
 
 import json
 import struct
@@ -26,7 +27,8 @@ TINY = (
 
 @pytest.fixture
 def refused(tmp_path, tree_hash, capsys, caches):
-    """`refused(words, *flags)`: the command refuses them with one line that holds the words, and writes nothing."""
+    """`refused(words, *flags)`: the command refuses them with one line that holds the words, and
+    writes nothing."""
 
     def check(words, *flags, workdir=None):
         workdir = tmp_path / "new/workdir" if workdir is None else workdir
@@ -66,7 +68,10 @@ def test_command_line(refused, capsys):
 
 
 def test_configuration_file(refused, tmp_path):
-    begin = "from flora_jax.config import get_config as base\n\ndef get_config():\n    c = base('tiny')\n"
+    begin = (
+        "from flora_jax.config import get_config as base\n\ndef get_config():\n"
+        "    c = base('tiny')\n"
+    )
 
     def file(text):
         path = tmp_path / "mine.py"
@@ -174,11 +179,13 @@ FIELDS = [
     (["eval.max_new_tokens=0", "at least 1"], "--config.eval.max_new_tokens=0"),
     (
         ["protocol lm_eval scores choices as plain text", "prompt_style='chat'"],
-        "--config.eval.tasks=boolq,chain_sum --config.eval.protocol=lm_eval --config.data.prompt_style=chat",
+        "--config.eval.tasks=boolq,chain_sum --config.eval.protocol=lm_eval "
+        "--config.data.prompt_style=chat",
     ),
     (
         ["leaves no room", "chain_sum"],
-        "--config.eval.max_length=40 --config.eval.tasks=chain_sum --config.eval.protocol=llm_adapters",
+        "--config.eval.max_length=40 --config.eval.tasks=chain_sum "
+        "--config.eval.protocol=llm_adapters",
     ),
 ]
 

@@ -81,7 +81,8 @@ def test_cuda_without_its_plugin(monkeypatch):
 
 
 def test_no_home_directory(monkeypatch, tmp_path, capsys):
-    """As in a container that is run under a user number of its own: only what needs the cache says so."""
+    """As in a container that is run under a user number of its own: only what needs the cache says
+    so."""
 
     def absent(number):
         raise KeyError(number)
@@ -106,8 +107,14 @@ def test_no_home_directory(monkeypatch, tmp_path, capsys):
         and "FLORA_CACHE" in err
     )
     assert not list(tmp_path.iterdir())
-    code = "from flora_jax.evaluation.rouge import rouge\nimport json\nprint(json.dumps(rouge(['a b'], [['a b']])))"
-    code = f"import pwd\n\ndef absent(number):\n    raise KeyError(number)\n\npwd.getpwuid = absent\n{code}"
+    code = (
+        "from flora_jax.evaluation.rouge import rouge\nimport json\n"
+        "print(json.dumps(rouge(['a b'], [['a b']])))"
+    )
+    code = (
+        f"import pwd\n\ndef absent(number):\n    raise KeyError(number)\n\n"
+        f"pwd.getpwuid = absent\n{code}"
+    )
     environment = {key: value for key, value in os.environ.items() if key != "NLTK_DATA"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True

@@ -1,6 +1,8 @@
-"""A disk that takes no more: one line, what was there before is whole, and the same command goes on when there is room.
+"""A disk that takes no more: one line, what was there before is whole, and the same command goes on
+when there is room.
 
-The limit on the size of a file stands for the disk: a write beyond it fails in the system, whoever does it.
+The limit on the size of a file stands for the disk: a write beyond it fails in the system, whoever
+does it.
 """
 
 import contextlib
@@ -49,7 +51,8 @@ def whole(small, tmp_path_factory, quick_compile):
 
 
 def test_a_checkpoint_that_finds_no_room(small, whole, monkeypatch, tmp_path):
-    """The one before is named and whole, and the run that goes on from it ends as if nothing had happened."""
+    """The one before is named and whole, and the run that goes on from it ends as if nothing had
+    happened."""
     write, workdir = Metrics.write, tmp_path / "w"
 
     def fill(self, step, values):
@@ -122,7 +125,8 @@ def test_an_export_that_finds_no_room(whole, tmp_path, capsys, form):
     assert ended.value.code == 2 and out == "", err
     assert (
         err
-        == f"error: --out {tmp_path}/new/out cannot be written: File too large; nothing is left of it\n"
+        == f"error: --out {tmp_path}/new/out cannot be written: File too large; nothing is left "
+        f"of it\n"
     )
     assert not list(tmp_path.iterdir())
 

@@ -1,7 +1,9 @@
-"""Every command of README and docs is run, and so is their Python: on a tiny model, in a folder of its own.
+"""Every command of README and docs is run, and so is their Python: on a tiny model, in a folder of
+its own.
 
-What a command is given beside its own flags, so that it ends soon, stands in SMALLER. Where a page says
-`<!-- not run: REASON -->` nothing is run. `make test-slow` runs all but the README's, which are fast.
+What a command is given beside its own flags, so that it ends soon, stands in SMALLER. Where a page
+says `<!-- not run: REASON -->` nothing is run. `make test-slow` runs all but the README's, which
+are fast.
 """
 
 import contextlib
@@ -46,17 +48,21 @@ SMALLER = {
     "flora_jax.launches": "--batch_sizes 1 --targets h100 --methods base,ffba",
     "experiments.ablations": "--model model --steps 1 --limit 2",
     "experiments.accuracy": RUNS + " --methods base,lora,ffba --validation_size 4",
-    "experiments.bank": f"--model random --preset tiny --rank 8 --adapters 1,2 --batch_size 2 {CLOCK}",
+    "experiments.bank": f"--model random --preset tiny --rank 8 --adapters 1,2 --batch_size 2 "
+    f"{CLOCK}",
     "experiments.export_latency": f"--model random --preset tiny --rank 8 --batch_sizes 1 {CLOCK}",
     "experiments.export_memory": "--preset tiny",
     "experiments.faults": "--kills 2 --others 1",
     "experiments.fuzz": "--count 2",
-    "experiments.gpu_report": "--minutes 4 --device cpu --preset tiny --cells device,latency-tiny-ffba-b1-p8",
+    "experiments.gpu_report": "--minutes 4 --device cpu --preset tiny --cells "
+    "device,latency-tiny-ffba-b1-p8",
     "experiments.harness_peer": "--limit 2 --new_tokens 4",
     "experiments.load": "--requests 20",
-    "experiments.quantized_latency": f"--model random --preset tiny --rank 8 --batch_sizes 1 {CLOCK}",
+    "experiments.quantized_latency": f"--model random --preset tiny --rank 8 --batch_sizes 1 "
+    f"{CLOCK}",
     "experiments.quantized_memory": "--preset tiny --quantizations int8,fp8 --rank 8 --length 16",
-    "experiments.quantized_quality": "--model model --quantizations int8,fp8 --limit 2 --tokens 600",
+    "experiments.quantized_quality": "--model model --quantizations int8,fp8 --limit 2 --tokens "
+    "600",
     "experiments.quantized_training": "--model model --methods ffba --steps 2 --rounds 1",
     "experiments.real_text": "--methods ffba --steps 1 --limit 2",
     "experiments.replica_speed": "--model model --rank 8 --replicas 2 --rows 1 --length 16",
@@ -84,7 +90,8 @@ def record(task, i):
     answers = ("true", "false") if task == "boolq" else tuple(f"answer{n}" for n in (1, 2, 3, 4))
     lines = "" if task == "boolq" else "Answer1: one Answer2: two Answer3: three Answer4: four\n\n"
     return {
-        "instruction": f"Answer the question: is it {task} {i}?\n\n{lines}Answer format: {'/'.join(answers)}",
+        "instruction": f"Answer the question: is it {task} {i}?\n\n"
+        f"{lines}Answer format: {'/'.join(answers)}",
         "input": "",
         "output": f"the correct answer is {answers[i % len(answers)]}",
         "answer": answers[i % len(answers)],
@@ -93,8 +100,8 @@ def record(task, i):
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory, hf_directory):
-    """What commands are asked to read: a tiny model, benchmarks, records, and of the repository what
-    a command reads or starts."""
+    """What commands are asked to read: a tiny model, benchmarks, records, and of the repository
+    what a command reads or starts."""
     folder = tmp_path_factory.mktemp("material")
     hf_directory(folder / "model")
     for name in ("configs", "flora_jax"):
@@ -227,7 +234,8 @@ def test_it_runs(command, folder, trained, environment, folder_at):
 
 @pytest.mark.parametrize("page", documents.TEXTS)
 def test_every_mark_is_of_commands(page):
-    """Each is read, and no command stands outside a block and backticks, where none is looked for."""
+    """Each is read, and no command stands outside a block and backticks, where none is looked
+    for."""
     text = documents.TEXTS[page]
     read = {one.reason for one in documents.commands() if one.page == page and one.reason}
     assert read == set(re.findall("<!-- not run: ([^…]*?) -->", text, re.DOTALL))

@@ -44,7 +44,8 @@ def test_nothing_is_left_of_one_that_fails(tmp_path, error):
 def test_what_stood_there_stands_after_an_interrupt_between_the_renames(
     tmp_path, monkeypatch, at, after
 ):
-    """An interrupt just before or just after either rename leaves the old directory or the new one, whole."""
+    """An interrupt just before or just after either rename leaves the old directory or the new one,
+    whole."""
     fill(tmp_path / "a", "old")
     given, calls = os.rename, []
 
@@ -68,7 +69,8 @@ import jax
 from flora_jax.files import keep_programs
 keep_programs()
 hits = []
-jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("/cache_hits")))
+listen = jax.monitoring.register_event_listener
+listen(lambda event, **_: hits.append(event.endswith("/cache_hits")))
 jax.jit(lambda x: 2 * x + 1)(1.0)
 print(sum(hits))
 """

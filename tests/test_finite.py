@@ -1,7 +1,8 @@
-"""No score and no token of values that are not finite: where logits are NaN or infinite, an error names the place.
+"""No score and no token of values that are not finite: where logits are NaN or infinite, an error
+names the place.
 
-Weights that are not finite are refused as they are read: test_loading, test_gguf, test_adapter_files; checkpoints:
-test_export_command.
+Weights that are not finite are refused as they are read: test_loading, test_gguf,
+test_adapter_files; checkpoints: test_export_command.
 """
 
 import dataclasses
@@ -47,7 +48,8 @@ def read_as_nan(base, token):
 
 
 def test_the_row_whose_logits_are_nan_is_named(base):
-    """Token 5 is read as NaN, and never chosen, so that no row without it sees that; sampled, streamed or neither."""
+    """Token 5 is read as NaN, and never chosen, so that no row without it sees that; sampled,
+    streamed or neither."""
     hole = read_as_nan(
         with_leaf(base, "lm_head", "kernel", lambda kernel: kernel.at[:, 5].set(0)), 5
     )
@@ -66,7 +68,8 @@ def test_the_row_whose_logits_are_nan_is_named(base):
 
 
 def test_it_is_met_at_its_token(base):
-    """The third token that is chosen is one that is read as NaN. A row that has ended by then does not fail."""
+    """The third token that is chosen is one that is read as NaN. A row that has ended by then does
+    not fail."""
     sound = Generator(TINY, base, max_length=32, batch_size=2)
     chosen = sound.generate([[1, 2, 3]], 4)[0].tokens
     assert chosen[2] not in {1, 2, 3, 4, *chosen[:2]}
@@ -110,7 +113,8 @@ def test_one_logit_spoils_a_score(base):
 
 
 def test_commands(hf_directory, tmp_path, monkeypatch, capsys):
-    """Finite weights whose logits overflow. The argmax of NaN would be right wherever the first choice is."""
+    """Finite weights whose logits overflow. The argmax of NaN would be right wherever the first
+    choice is."""
     monkeypatch.setenv("FLORA_CACHE", str(tmp_path / "cache"))
     model = hf_directory(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")

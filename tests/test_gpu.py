@@ -1,9 +1,10 @@
-"""What a GPU computes, each test in two forms: `pytest -m gpu` runs them where there is one. The other
-form runs the same test on a CPU, with kernels interpreted or XLA's attention in their place, so that
-a mistake in a test is found before a GPU sees it.
+"""What a GPU computes, each test in two forms: `pytest -m gpu` runs them where there is one. The
+other form runs the same test on a CPU, with kernels interpreted or XLA's attention in their place,
+so that a mistake in a test is found before a GPU sees it.
 
-Models are small, with heads as wide as the kernels want them, and compute in bfloat16. They are held
-to float64 in NumPy, to XLA's own attention in float32, or to their own bits. No weights, no data.
+Models are small, with heads as wide as the kernels want them, and compute in bfloat16. They are
+held to float64 in NumPy, to XLA's own attention in float32, or to their own bits. No weights, no
+data.
 """
 
 import dataclasses
@@ -414,8 +415,8 @@ def by_method():
     "form, method", by_method(), indirect=["form"], ids=lambda value: getattr(value, "name", value)
 )
 def test_method(form, method):
-    """Fused equals split. The loss of training starts where NumPy has it, falls, and only what trains
-    moves."""
+    """Fused equals split. The loss of training starts where NumPy has it, falls, and only what
+    trains moves."""
     batch = draw_batch(form.rows)
     exact = exact_logits(method, batch["tokens"], adapter(method), batch["segment_ids"])
     if method != "fft":

@@ -1,4 +1,5 @@
-"""Every path that a file system takes works with every command, and `~` is the home directory in all of them."""
+"""Every path that a file system takes works with every command, and `~` is the home directory in
+all of them."""
 
 import json
 import signal
@@ -15,7 +16,8 @@ from flora_jax.training.workdir import Metrics, check_workdir
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-# Patterns of glob, of str.format and of shells, separators of other programs, and what no one expects in a name.
+# Patterns of glob, of str.format and of shells, separators of other programs, and what no one
+# expects in a name.
 NASTY = "-a[b]*?{c,d} %s=#é\n:;'\"\\$(x)&~."
 # As of the fixture `small`, so that its compiled programs serve here, too.
 CONFIG = """
@@ -81,7 +83,8 @@ def home_at(hf_directory, monkeypatch):
 
 
 def test_every_command_below_a_home_with_every_sign(home_at, tmp_path, monkeypatch, capsys):
-    """Stopped and resumed there, a run ends as below a plain home; and all else reads and writes there."""
+    """Stopped and resumed there, a run ends as below a plain home; and all else reads and writes
+    there."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     plain = home_at(tmp_path / "plain")
@@ -126,7 +129,8 @@ def test_every_command_below_a_home_with_every_sign(home_at, tmp_path, monkeypat
 
 
 def test_where_no_second_name_can_be_had(tmp_path, monkeypatch):
-    """Without Linux's names of open directories such paths are refused before anything is written, others are not."""
+    """Without Linux's names of open directories such paths are refused before anything is written,
+    others are not."""
     monkeypatch.setattr(files, "_OPEN", str(tmp_path / "absent"))
     config = get_config("tiny")
     for path in (

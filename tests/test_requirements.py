@@ -1,4 +1,5 @@
-"""What is locked: that it is what setup.py asks for, whole and with hashes; and how it is installed."""
+"""What is locked: that it is what setup.py asks for, whole and with hashes; and how it is
+installed."""
 
 import re
 import runpy

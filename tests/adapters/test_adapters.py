@@ -1,5 +1,6 @@
-"""The adapter family against its equations: configuration, trees, initial values, and the logits of every method,
-computed a second time in NumPy float64 from the paper's table, block by block, with the fused matrices it draws."""
+"""The adapter family against its equations: configuration, trees, initial values, and the logits of
+every method, computed a second time in NumPy float64 from the paper's table, block by block, with
+the fused matrices it draws."""
 
 import dataclasses
 import functools
@@ -39,7 +40,7 @@ def by_path(tree):
     return flatten_dict(tree, sep="/")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sizes and shapes
 
 
@@ -174,7 +175,7 @@ def test_tree_of_some_targets():
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration
 
 
@@ -303,7 +304,7 @@ def test_methods_without_adds_take_any_rank():
         assert count(TINY, AdapterConfig(method, 7)) == paper_count(method, 7, TINY)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Initial values
 
 WIDE = dataclasses.replace(TINY, hidden_size=256, intermediate_size=320, num_hidden_layers=3)
@@ -371,7 +372,7 @@ def test_init_touches_no_base():
     assert init_adapter(jax.random.key(0), config, AdapterConfig("fft", 8)) == {}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The whole Llama in NumPy float64
 
 
@@ -463,7 +464,8 @@ def numpy_logits(
         return None if value is None else value[layer]
 
     def project(block, product, names, layer, x, carried):
-        """The projections `names` of one product over x; carried is the z that arrives. Returns (ys, z)."""
+        """The projections `names` of one product over x; carried is the z that arrives. Returns
+        (ys, z)."""
         W = [kernels[block][product][f"{p}_kernel"][layer] for p in names]
         widths = np.cumsum([w.shape[1] for w in W])
         A = leaf(block, product, "A", layer)
@@ -560,8 +562,8 @@ DEFAULT_ADDS = {
     ],
 )
 def test_method_is_its_equation(method, rank):
-    """With one side zero, as at step 0, the logits are the base's bit for bit; with random leaves (s = 1/2) they are
-    NumPy's, and not the base's."""
+    """With one side zero, as at step 0, the logits are the base's bit for bit; with random leaves
+    (s = 1/2) they are NumPy's, and not the base's."""
     adapter_config = AdapterConfig(method, rank, alpha=rank / 2)
     bare, adapter = apply(None, {}), random_adapter(adapter_config)
     zero = "B" if method in ("lora", "pf_lora", "fpa", "parallel", "zflora") else "A"
@@ -625,7 +627,8 @@ def test_two_layouts_of_one_function(one, other):
     [("attention", "qkv", "qkv", "o"), ("mlp", "gate_up", ["gate", "up"], "down")],
 )
 def test_ffba_is_ffa_merged_plus_fpa(block, product, names, out):
-    """Repeat-and-add is linear in x: fold it into W, and what is left is fpa of as many ranks as there are pieces."""
+    """Repeat-and-add is linear in x: fold it into W, and what is left is fpa of as many ranks as
+    there are pieces."""
     targets, r, s = (*names, out), 8, 0.5
     ffba = AdapterConfig("ffba", r, alpha=r * s, targets=targets)
     fpa = AdapterConfig("fpa", r * len(names), alpha=r * len(names) * s, targets=targets)
@@ -655,7 +658,7 @@ def test_fft_is_the_base():
     np.testing.assert_array_equal(apply(AdapterConfig("fft", 8), {}), apply(None, {}))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Dropout and half precision
 
 
@@ -690,7 +693,8 @@ def test_dropout_is_on_the_adapters_input_alone(method):
 
 
 def test_each_layer_draws_its_own_mask():
-    """Two equal layers, of which the base adds nothing and the adapter one at a time: only the mask can differ."""
+    """Two equal layers, of which the base adds nothing and the adapter one at a time: only the mask
+    can differ."""
     adapter_config = AdapterConfig("lora", 8, targets="o", dropout=0.5)
     base, adapter = by_path(base_tree()), by_path(random_adapter(adapter_config))
     for leaves in (base, adapter):
@@ -746,7 +750,8 @@ def test_dropout_keeps_the_mean():
 
 
 def test_one_dropout_mask_a_product():
-    """With equal A's, q, k and v see equal z: they read one masked input, as the fused product [W | A] does."""
+    """With equal A's, q, k and v see equal z: they read one masked input, as the fused product [W |
+    A] does."""
     dense, params, leaves, x = fused_dense("ffa", 0.5)
     leaves = {"A": np.tile(leaves["A"][:, :8], 3)}
     variables = {"params": params, "adapter": leaves}
@@ -759,7 +764,8 @@ def test_one_dropout_mask_a_product():
 
 @pytest.mark.parametrize("method", ["lora", "ffba", "zflora"])
 def test_bfloat16_compute(method):
-    """Base in bfloat16, adapter in float32: logits float32, within 4 % of max |logit| of float32 arithmetic."""
+    """Base in bfloat16, adapter in float32: logits float32, within 4 % of max |logit| of float32
+    arithmetic."""
     adapter_config = AdapterConfig(method, 8, alpha=4.0)
     adapter = random_adapter(adapter_config)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base_tree())
@@ -773,7 +779,8 @@ def test_bfloat16_compute(method):
 # one row of copies, several, a prime number of them
 @pytest.mark.parametrize("copies", [1, 6, 64, 96, 131, 256])
 def test_repeat_and_add_is_the_same_on_every_device(copies):
-    """What a CPU runs, what others run, and tiling in NumPy; the gradient is the sum over a channel's copies."""
+    """What a CPU runs, what others run, and tiling in NumPy; the gradient is the sum over a
+    channel's copies."""
     y, z = (jax.random.normal(jax.random.key(i), (2, 3, n)) for i, n in enumerate((5 * copies, 5)))
     expected = np.asarray(y) + np.tile(z, copies)
     for add in (repeat_and_add, products_module._add_copies, products_module._add_broadcast):

@@ -1,5 +1,5 @@
-"""`merge`, `fuse`, `split` and `unmerge` against the adapted model in the split layout (itself held to NumPy in
-test_adapters), and `merge` against the arithmetic of one kernel."""
+"""`merge`, `fuse`, `split` and `unmerge` against the adapted model in the split layout (itself held
+to NumPy in test_adapters), and `merge` against the arithmetic of one kernel."""
 
 import dataclasses
 import functools
@@ -119,7 +119,7 @@ def test_an_adapter_of_another_rank_is_refused():
         merge(base, adapter, TINY, AdapterConfig("lora", 4))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # fuse and split
 
 
@@ -187,7 +187,8 @@ def test_fused_equals_split_and_is_undone(config, method):
     ],
 )
 def test_some_targets_alone(method, targets):
-    """Fused, unmerged, in a bank and back; an ffba need not write where its z is added beside it."""
+    """Fused, unmerged, in a bank and back; an ffba need not write where its z is added beside
+    it."""
     adapter_config = AdapterConfig(method, 8, alpha=12.0, targets=targets)
     base, adapters = (
         random_base(TINY),
@@ -220,8 +221,8 @@ def test_some_targets_alone(method, targets):
     "method", ["pf_lora", "ffa", "fpa", "ffba", "ffba_qg_add", "ffba_qd_add", "zflora"]
 )
 def test_each_row_of_a_bank_has_its_adapters_logits(method, places):
-    """Batches of 8 rows in which every adapter has its turn, all with logits far apart; and `split` finds each of them
-    at its place."""
+    """Batches of 8 rows in which every adapter has its turn, all with logits far apart; and `split`
+    finds each of them at its place."""
     adapter_config, base = AdapterConfig(method, 8, alpha=16.0), random_base(TINY)
     tokens = jax.random.randint(jax.random.key(4), (8, 12), 0, TINY.vocab_size)
     adapters = [random_adapter(adapter_config, seed=seed) for seed in range(places)]
@@ -261,7 +262,8 @@ def test_each_row_of_a_bank_has_its_adapters_logits(method, places):
 
 @pytest.mark.parametrize("method", ADAPTED)
 def test_the_arrays_are_those_of_the_design(method):
-    """Rows and columns of a layer's four arrays at r = 8: D 96, Q 96, K·H 32, F 192; and what else is there."""
+    """Rows and columns of a layer's four arrays at r = 8: D 96, Q 96, K·H 32, F 192; and what else
+    is there."""
     r, D, Q, qkv, F = 8, 96, 96, 160, 192
     shapes = {
         "ffa": [(D, qkv + 3 * r), (Q, D + r), (D, 2 * F + 2 * r), (F, D + r)],
@@ -319,7 +321,8 @@ def test_the_bare_base_has_four_arrays_a_layer():
 
 @pytest.mark.parametrize("method", ["lora", "ffba_qg_add", "zflora"])
 def test_bfloat16(method):
-    """Fused and split in bfloat16, each against float32: both are rounded, neither more than the other."""
+    """Fused and split in bfloat16, each against float32: both are rounded, neither more than the
+    other."""
     adapter_config = AdapterConfig(method, 8, alpha=16.0)
     base, adapter = random_base(TINY, jnp.bfloat16), random_adapter(adapter_config)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), base)
@@ -445,7 +448,8 @@ def test_a_tensor_parallel_base_is_refused():
 
 
 def test_marks_outlive_a_trip_through_paths():
-    """Saved by path and read back, a fused tree still says what is in it and that its adds are folded."""
+    """Saved by path and read back, a fused tree still says what is in it and that its adds are
+    folded."""
     base, ffba = init_base(jax.random.key(0), TINY), AdapterConfig("ffba", 8)
     adapter = random_adapter(ffba)
     for adapters, fold in ((adapter, True), ([adapter, adapter], False)):

@@ -1,5 +1,5 @@
-"""A method is one row of the table: one that is defined here, at run time, trains, is fused, served, exported and
-read back, and nothing else knows of it."""
+"""A method is one row of the table: one that is defined here, at run time, trains, is fused,
+served, exported and read back, and nothing else knows of it."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TINY = LlamaConfig.preset("tiny")
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 12))
-# LoRA's way back for what reads the blocks' inputs, and ffba's way around them: no method of the family does both.
+# LoRA's way back for what reads the blocks' inputs, and ffba's way around them: no method of the
+# family does both.
 ROW = Method(reads="input", adds="matrix", writes="block", zero="B")
 
 

@@ -1,5 +1,5 @@
-"""Quantised bases: codes against closed forms and bitsandbytes, what is computed over them against the floats that they
-stand for, and what rides in their codes."""
+"""Quantised bases: codes against closed forms and bitsandbytes, what is computed over them against
+the floats that they stand for, and what rides in their codes."""
 
 import dataclasses
 from pathlib import Path
@@ -108,7 +108,8 @@ def test_int8_and_fp8_are_rounded_to_the_nearest(seed, rows, columns):
 
 
 def test_nf4_has_the_codes_of_bitsandbytes():
-    """Its blocks run along a row of `[out, in]`. Our scales are in 8 bits, so values differ by a half of their step."""
+    """Its blocks run along a row of `[out, in]`. Our scales are in 8 bits, so values differ by a
+    half of their step."""
     theirs = np.load(REFERENCE)
     found = quantize(theirs["weights"].T, "nf4")
     np.testing.assert_array_equal(unpacked(np.asarray(found.codes)), theirs["codes"].T)
@@ -198,7 +199,8 @@ def test_a_product_and_its_gradient(bases, name):
     ],
 )
 def test_every_method_over_codes(bases, name, method):
-    """Logits and gradients are those over the floats that the codes stand for; fused, the adapter is in codes, too."""
+    """Logits and gradients are those over the floats that the codes stand for; fused, the adapter
+    is in codes, too."""
     adapter_config = AdapterConfig(method, 8, alpha=6.0)
     adapter = random_adapter(CONFIG, adapter_config, 1, std=0.05)
     model = Llama(CONFIG, adapter_config, remat="full")
@@ -269,7 +271,8 @@ def test_the_bare_base_is_served_as_it_is(bases, name):
     ],
 )
 def test_switching_and_banks(bases, prompts, name, method):
-    """An adapter that was written over another answers as one that was fused alone, and so does each row of a bank."""
+    """An adapter that was written over another answers as one that was fused alone, and so does
+    each row of a bank."""
     adapter_config = AdapterConfig(method, 8, alpha=12.0)
     adapters = {one: random_adapter(CONFIG, adapter_config, i) for i, one in enumerate("abc")}
     settings = {"max_length": 64, "batch_size": 8}

@@ -1,4 +1,5 @@
-"""The latency command and what stands behind it: the times it reports, the arithmetic on them, what it refuses."""
+"""The latency command and what stands behind it: the times it reports, the arithmetic on them, what
+it refuses."""
 
 import importlib.util
 import itertools
@@ -108,7 +109,8 @@ def test_the_command(tmp_path, small_reads, capsys):
     assert claim["less_than_lora"] == pytest.approx(1 - ratio / lora)
     assert not rows["base"]["beside"] and "lora" not in rows["lora"]["beside"]
 
-    # In turns of 2 of the 3 tokens after the first: two a round, of which the first reads the prompts.
+    # In turns of 2 of the 3 tokens after the first: two a round, of which the first reads the
+    # prompts.
     turns = [
         "latency",
         *FLAGS,
@@ -124,7 +126,8 @@ def test_the_command(tmp_path, small_reads, capsys):
     assert len(row["tpot"]["rounds"]) == 4 and len(row["ttft"]["rounds"]) == 2
     assert "2 rounds, 4 new tokens, 2 at a turn. Medians" in capsys.readouterr().out
 
-    # The same command again is welcome, another one is not; results of before there were turns have no word of them.
+    # The same command again is welcome, another one is not; results of before there were turns have
+    # no word of them.
     del result["arguments"]["turn_tokens"]
     (out / "latency.json").write_text(json.dumps(result))
     main(["latency", *FLAGS, "--methods", "base,lora,ffba_folded", "--out", str(out)])
@@ -138,7 +141,8 @@ def test_the_command(tmp_path, small_reads, capsys):
 
 
 def test_what_is_timed_is_the_generator(base):
-    """The programs make the tokens that `Generator.generate` makes, and a time is that of all of them."""
+    """The programs make the tokens that `Generator.generate` makes, and a time is that of all of
+    them."""
     config, setting = AdapterConfig("ffba", 8), Setting(prompt_length=5, batch_size=2, new_tokens=6)
     model, params = comparison.build("ffba", base, TINY, config)
     programs, prompts = timing.compile_programs(model, params, setting), setting.prompts(TINY)
@@ -165,8 +169,8 @@ def test_what_is_timed_is_the_generator(base):
 
 
 def test_prompts_are_read_in_the_first_rounds_only(base, monkeypatch):
-    """Not counting the warm-up, whose time is never reported; and what is decoded after a copied state is what was
-    decoded before."""
+    """Not counting the warm-up, whose time is never reported; and what is decoded after a copied
+    state is what was decoded before."""
     model, params = comparison.build("base", base, TINY, None)
     setting = Setting(prompt_length=5, batch_size=2, new_tokens=6)
     programs, prompts, seen = (
@@ -201,8 +205,9 @@ def test_prompts_are_read_in_the_first_rounds_only(base, monkeypatch):
         np.testing.assert_array_equal(state.out, seen[0].out)
     whole = seen[0].out
 
-    # In turns of 2: the second and third token, the next two, the last; then the same again. The clock moves on by one
-    # second each time it is read, so that a turn takes one second, whatever its tokens.
+    # In turns of 2: the second and third token, the next two, the last; then the same again. The
+    # clock moves on by one second each time it is read, so that a turn takes one second, whatever
+    # its tokens.
     starts, limits = [], []
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     contestant = timing.Contestant(watched, params, prompts, prefills=1, turn=2)

@@ -1,5 +1,6 @@
-"""The GPU launch plan: what is read out of a compiled step, on text whose counts are known; the command; and, where the
-extra `gpu-plan` or `gpu-plan-cuda13` is installed, real compilations held to what the methods promise."""
+"""The GPU launch plan: what is read out of a compiled step, on text whose counts are known; the
+command; and, where the extra `gpu-plan` or `gpu-plan-cuda13` is installed, real compilations held
+to what the methods promise."""
 
 import contextlib
 import dataclasses
@@ -31,7 +32,8 @@ from flora_jax.models.decode_product import Behind, Columns, Gated, Term, decode
 from flora_jax.models.llama import KVCache, abstract_base
 from flora_jax.training.step import TrainState, make_train_step
 
-# x [8, 64] times W [64, 128]: a pad of W, a copy of the cache, an update of the cache in place, and a slice read.
+# x [8, 64] times W [64, 128]: a pad of W, a copy of the cache, an update of the cache in place, and
+# a slice read.
 HLO = """HloModule jit_step
 
 %fused_pad (param_0.1: bf16[64,128]) -> bf16[128,128] {
@@ -46,7 +48,8 @@ HLO = """HloModule jit_step
   %bitcast.2 = bf16[8,1,64]{2,1,0} bitcast(%param_1.2)
   %zero.2 = s32[] constant(0)
   %param_2.2 = s32[] parameter(2)
-  ROOT %update.2 = bf16[8,32,64]{2,1,0} dynamic-update-slice(%param_0.2, %bitcast.2, %zero.2, %param_2.2, %zero.2)
+  ROOT %update.2 = bf16[8,32,64]{2,1,0} dynamic-update-slice(\
+%param_0.2, %bitcast.2, %zero.2, %param_2.2, %zero.2)
 }
 
 %fused_slice (param_0.3: f32[8,128]) -> (f32[8,64], /*index=1*/bf16[8,64]) {
@@ -56,13 +59,15 @@ HLO = """HloModule jit_step
   ROOT %tuple.3 = (f32[8,64]{1,0}, bf16[8,64]{1,0}) tuple(%slice.3, %convert.3)
 }
 
-ENTRY %main.9 (params__w.1: bf16[64,128], x.1: bf16[8,128], cache_k.1: bf16[8,32,64], i.1: s32[]) -> bf16[8,32,64] {
+ENTRY %main.9 (params__w.1: bf16[64,128], x.1: bf16[8,128], cache_k.1: bf16[8,32,64], i.1: s32[]) \
+-> bf16[8,32,64] {
   %params__w.1 = bf16[64,128]{1,0} parameter(0), metadata={op_name="params['w']"}
   %x.1 = bf16[8,128]{1,0} parameter(1)
   %cache_k.1 = bf16[8,32,64]{2,1,0} parameter(2)
   %i.1 = s32[] parameter(3)
   %wide = bf16[128,128]{1,0} fusion(%params__w.1), kind=kLoop, calls=%fused_pad
-  %call = (f32[8,128]{1,0}, s8[4194304]{0}) custom-call(%x.1, %wide), custom_call_target="__cublas$lt$matmul"
+  %call = (f32[8,128]{1,0}, s8[4194304]{0}) custom-call(%x.1, %wide), \
+custom_call_target="__cublas$lt$matmul"
   %y = f32[8,128]{1,0} get-tuple-element(%call), index=0
   %parts = (f32[8,64]{1,0}, bf16[8,64]{1,0}) fusion(%y), kind=kLoop, calls=%fused_slice
   %part = bf16[8,64]{1,0} get-tuple-element(%parts), index=1
@@ -83,7 +88,8 @@ SEQUENCE = """001: kCustomKernel   [source | next=002 (1)] fused_pad grid: [1, 1
 """
 NAMES = {1: "wide", 2: "call", 3: "parts", 5: "less", 6: "again", 7: "grown"}
 METADATA = "".join(
-    f'thunk_metadata {{\n  thunk_info {{\n    profile_annotation: "{name}"\n    thunk_id: {i}\n  }}\n}}\n'
+    f'thunk_metadata {{\n  thunk_info {{\n    profile_annotation: "{name}"\n    thunk_id: {i}\n'
+    "  }\n}\n"
     for i, name in NAMES.items()
 )
 
@@ -320,7 +326,8 @@ def shape(*dims):
 @planner
 @pytest.mark.parametrize("target", ["h100", "a100"])
 def test_a_single_product(target):
-    """One launch, one GEMM, and the bytes of x, W and y; with W padded first, a copy of a weight."""
+    """One launch, one GEMM, and the bytes of x, W and y; with W padded first, a copy of a
+    weight."""
     params = {"w": shape(1024, 2048)}
     plan = {}
     for name, step in {
@@ -345,9 +352,9 @@ def test_a_single_product(target):
 @pytest.mark.parametrize("target", ["h100", "a100"])
 @pytest.mark.parametrize("mode", launch_plan.MODES)
 def test_methods_keep_what_they_promise(mode, target, key_value_heads, saved):
-    """A small model whose weights outweigh what else there is: at most one launch a layer more than the base, as many
-    GEMMs, and nothing of a weight's size moved about; lora needs ten more. The attention kernel saves launches, most
-    where query heads share keys, as they do in Llamas."""
+    """A small model whose weights outweigh what else there is: at most one launch a layer more than
+    the base, as many GEMMs, and nothing of a weight's size moved about; lora needs ten more. The
+    attention kernel saves launches, most where query heads share keys, as they do in Llamas."""
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=512,
@@ -389,8 +396,8 @@ def test_methods_keep_what_they_promise(mode, target, key_value_heads, saved):
 @pytest.mark.parametrize("target", ["h100", "a100"])
 @pytest.mark.parametrize("mode", launch_plan.MODES)
 def test_one_token_moves_no_matrix(mode, target, method):
-    """At batch 1 o is a sum for XLA, whose 2,048 rows of products it would round and write out, and the logits a cuBLAS
-    call without float32 results, for which it would cast the unembedding."""
+    """At batch 1 o is a sum for XLA, whose 2,048 rows of products it would round and write out, and
+    the logits a cuBLAS call without float32 results, for which it would cast the unembedding."""
     config = dataclasses.replace(
         LlamaConfig.preset("llama3.2-1b"), vocab_size=8192, num_hidden_layers=2
     )
@@ -498,7 +505,8 @@ def test_a_plugin_of_another_version_is_refused(monkeypatch):
 
 @planner
 def test_the_kernel_warns_of_nothing():
-    """Where every warning is shown, that of Pallas's Triton backend is not, which jax repeats at every lowering."""
+    """Where every warning is shown, that of Pallas's Triton backend is not, which jax repeats at
+    every lowering."""
     code = """
 from flora_jax.adapters import Scaled
 from flora_jax.analysis import compilers, launch_plan

@@ -1,4 +1,5 @@
-"""The launch plans in experiments/results keep what the README says of the fused methods, cell by cell."""
+"""The launch plans in experiments/results keep what the README says of the fused methods, cell by
+cell."""
 
 import json
 
@@ -18,7 +19,8 @@ def stored(model):
     return json.loads((ROOT / f"experiments/results/launches_{model}/launches.json").read_text())
 
 
-# What an adapter of rank 32 adds to the bytes: its own and the rows filled up; zflora's are of the whole stream.
+# What an adapter of rank 32 adds to the bytes: its own and the rows filled up; zflora's are of the
+# whole stream.
 LARGE = {"zflora": 1.05, "ffba": 1.015}
 SMALL = {"zflora": 1.12, "ffba": 1.03}
 
@@ -26,7 +28,8 @@ SMALL = {"zflora": 1.12, "ffba": 1.03}
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
 @pytest.mark.parametrize("model, whole", [("1b", 0.61), ("8b", 0.55)])
 def test_stored_plans_over_codes_keep_the_promises(quantization, model, whole):
-    """In Triton's products no weight is written out, and an adapter is one launch a step at most."""
+    """In Triton's products no weight is written out, and an adapter is one launch a step at
+    most."""
     result = stored(f"{quantization}_{model}")
     assert result["settings"]["quantization"] == quantization
     assert result["settings"]["row_multiple"] == 256
@@ -92,7 +95,8 @@ def test_stored_plans_keep_the_promises(model, planned, sizes, left_out, bounds)
 
 
 def test_both_versions_of_cuda_plan_the_same():
-    """But for LoRA under the dot merger above batch 1, which only the older XLA joins to copies of the weights."""
+    """But for LoRA under the dot merger above batch 1, which only the older XLA joins to copies of
+    the weights."""
 
     def place(row):
         return (row["target"], row["mode"], row["batch"], row["label"])

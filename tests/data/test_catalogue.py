@@ -1,4 +1,5 @@
-"""The TFDS catalogue as a source: TFDS's own builders, prepared here from a few elements written by hand."""
+"""The TFDS catalogue as a source: TFDS's own builders, prepared here from a few elements written by
+hand."""
 
 import importlib.util
 import json
@@ -82,7 +83,8 @@ NEWS = {
     "id": "1",
 }
 
-# task, our split, its official split, an element as TFDS's builder would yield it, the same record as a file holds it
+# task, our split, its official split, an element as TFDS's builder would yield it, the same record
+# as a file holds it
 CASES = [
     (
         "ARC-Easy",
@@ -154,7 +156,8 @@ CASES = [
         "validation",
         {"question": "is it so", "passage": "p", "answer": np.bool_(False), "title": "t"},
         {
-            "instruction": "Please answer the following question with true or false, question: is it so?\n\n"
+            "instruction": "Please answer the following question with true or false, question: is "
+            "it so?\n\n"
             "Answer format: true/false",
             "answer": "false",
         },
@@ -194,7 +197,8 @@ CASES = [
 
 
 def builder_class(name):
-    """TFDS's own. The older ones are in packages that import TensorFlow as a whole, although each does without."""
+    """TFDS's own. The older ones are in packages that import TensorFlow as a whole, although each
+    does without."""
     try:
         return tfds.builder_cls(name)
     except registered.DatasetNotFoundError:
@@ -217,7 +221,8 @@ def builder_class(name):
 
 
 def prepare(directory, name, **splits):
-    """Prepares TFDS's data set `name` with `splits`, a list of elements each, in place of a download."""
+    """Prepares TFDS's data set `name` with `splits`, a list of elements each, in place of a
+    download."""
     kind, _, config = name.partition("/")
     real = builder_class(kind)
     changed = {
@@ -412,7 +417,8 @@ def test_what_the_catalogue_cannot_give(tmp_path, monkeypatch, capfd):
         assert all(task in words for task in ("hellaswag", "cnn_dailymail", "data.dir"))
     refused("task 'dialogsum' is not in the TFDS catalogue", "dialogsum", "train", here)
     refused(
-        "split 'validation' of task 'piqa' is not in the TFDS catalogue; TFDS piqa gives train, test",
+        "split 'validation' of task 'piqa' is not in the TFDS catalogue;"
+        " TFDS piqa gives train, test",
         "piqa",
         "validation",
         here,
@@ -447,7 +453,8 @@ def test_what_the_catalogue_cannot_give(tmp_path, monkeypatch, capfd):
     prepare(tmp_path, "winogrande", validation=[{**BLANK, "label": -1}])
     capfd.readouterr()
     refused(
-        r"TFDS winogrande, split validation: record 0 \(from 0\): field 'label' is -1; .* one of 2 options",
+        r"TFDS winogrande, split validation: record 0 \(from 0\): field 'label' is -1;"
+        r" .* one of 2 options",
         "winogrande",
         "test",
         here,
@@ -472,7 +479,8 @@ def test_absent_files_name_the_catalogue(tmp_path):
 
 
 def test_hellaswag_files_of_either_layout_are_one_record(tmp_path):
-    """The published one (`activity_label`, `ctx`, WikiHow's marks) and the one with both joined and no marks."""
+    """The published one (`activity_label`, `ctx`, WikiHow's marks) and the one with both joined and
+    no marks."""
     endings = ["[title] Wash it [step] twice.", "Eat it.", "Paint it.", "Sell it."]
     published = {
         "ind": 1,

@@ -1,7 +1,9 @@
-"""Chat style under many tokenizers and templates: the ids are transformers' own, the mask what generation would write.
+"""Chat style under many tokenizers and templates: the ids are transformers' own, the mask what
+generation would write.
 
-The small tokenizers have the pipelines of real ones: SentencePiece's as transformers converts them (a prefix put before
-each stretch of text, before the first, or before none; bytes for characters without a token), GPT-2's and Llama 3's.
+The small tokenizers have the pipelines of real ones: SentencePiece's as transformers converts them
+(a prefix put before each stretch of text, before the first, or before none; bytes for characters
+without a token), GPT-2's and Llama 3's.
 """
 
 import dataclasses
@@ -26,23 +28,29 @@ from flora_jax.tokens import DATE, ends, set_template_arguments
 
 CHATML = byte_tokenizer().chat_template
 LLAMA3 = (
-    "{{- bos_token }}{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] | trim %}"
+    "{{- bos_token }}{%- if messages[0]['role'] == 'system' %}"
+    "{%- set system = messages[0]['content'] | trim %}"
     "{%- set messages = messages[1:] %}{%- else %}{%- set system = '' %}{%- endif %}"
-    "{{- '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date_string + '\n\n' + system + '<|eot_id|>' }}"
-    "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "{{- '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date_string + '\n\n' + "
+    "system + '<|eot_id|>' }}"
+    "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' "
     "+ message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{%- endif %}"
 )
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
     "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
     "{% else %}{% set turns = messages %}{% set system = '' %}{% endif %}"
     "{% for m in turns %}{% if m['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'].strip() + ' [/INST]' }}"
+    "{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'].strip() + "
+    "' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + "
+    "m['content'] + ' [/INST]' }}"
     "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 VICUNA = (
@@ -51,7 +59,8 @@ VICUNA = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
     "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
@@ -67,11 +76,12 @@ QWEN3 = (
     "{%- set thought = m.content.split('</think>')[0].split('<think>')[-1].strip() %}"
     "{%- if '</think>' not in m.content %}{%- set thought = '' %}{%- endif %}"
     "{{- '<|im_start|>assistant\n<think>\n' + thought + '\n</think>\n\n' + said + '<|im_end|>\n' }}"
-    "{%- else %}{{- '<|im_start|>' + m.role + '\n' + said + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+    "{%- else %}{{- '<|im_start|>' + m.role + '\n' + said + '<|im_end|>\n' }}{%- endif %}"
+    "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 
-# ------------------------------------------------------------------------------------------------ tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
 MERGES = [
     "Ċ Ċ",
@@ -135,7 +145,10 @@ def byte_level(cut, template):
     )
 
 
-WORDS = "El be . river question answer USER ASSISTANT INST Hello there user assistant model hello a 12 think system"
+WORDS = (
+    "El be . river question answer USER ASSISTANT INST Hello there user assistant model hello "
+    "a 12 think system"
+)
 WORDS = WORDS.split()
 CONTROL = ["<unk>", "<s>", "</s>"]
 MARKS = [
@@ -163,8 +176,8 @@ def bpe_parts():
 
 
 def sentencepiece(kind, prefix, template, marks=MARKS, **flags):
-    """As transformers converts one: kind 'bpe' or 'unigram'; prefix 'legacy' (a normalizer's) or a scheme of
-    Metaspace's; flags: of the template's own tokens."""
+    """As transformers converts one: kind 'bpe' or 'unigram'; prefix 'legacy' (a normalizer's) or a
+    scheme of Metaspace's; flags: of the template's own tokens."""
     if kind == "bpe":
         vocabulary, merges = bpe_parts()
         model = tokenizers.models.BPE(
@@ -226,7 +239,7 @@ def llama(template, **flags):
     return tokenizer
 
 
-# --------------------------------------------------------------------------------------------- conversations
+# ------------------------------------------------------------------------------------ conversations
 
 TEXTS = [
     "Hi",
@@ -307,7 +320,8 @@ def digest(tokenizer):
     ],
 )
 def test_byte_level_ids_are_those_of_earlier_versions(which, expected):
-    """So that a run goes on after an update. The digests were taken when prompt and answer were tokenised apart."""
+    """So that a run goes on after an update. The digests were taken when prompt and answer were
+    tokenised apart."""
     tokenizer = {
         "byte": byte_tokenizer,
         "smollm": lambda: byte_level(ours._smollm(), CHATML),
@@ -346,7 +360,8 @@ def runs(loss):
 
 
 def check(tokenizer, example):
-    """One example with the template's ids; each answer counts, behind the very prompt that the template gives it."""
+    """One example with the template's ids; each answer counts, behind the very prompt that the
+    template gives it."""
     [encoded], _ = encode_all(
         [example], tokenizer, style="chat", loss_on="answer", max_length=10**6
     )
@@ -435,8 +450,8 @@ def test_issue_sample_written_out():
 
 @pytest.mark.parametrize("prefix", ["legacy", "always", "first", "never"])
 def test_a_prompt_that_ends_in_a_space_is_cut_there(prefix):
-    """The one case in which the template's ids would give the answer a token that begins in the prompt: generation is
-    given that space, and writes no second one."""
+    """The one case in which the template's ids would give the answer a token that begins in the
+    prompt: generation is given that space, and writes no second one."""
     tokenizer = sentencepiece("bpe", prefix, VICUNA.replace("'ASSISTANT:' }}", "'ASSISTANT: ' }}"))
     example = Example(
         (
@@ -569,7 +584,8 @@ def test_of_turns_that_change_each_other_each_token_counts_once():
     ends = ["<think>\nt\n</think>\n\na1<|im_end|>", "<think>\n\n</think>\n\na2<|im_end|>"]
     assert counted(messages) == ends
     trained = tuple(Message(message.role, message.content) for message in messages)
-    first = "<|im_start|>user\nq0<|im_end|>\n<|im_start|>assistant\n<think>\nt\n</think>\n\na0<|im_end|>"
+    asked = "<|im_start|>user\nq0<|im_end|>\n<|im_start|>assistant\n"
+    first = f"{asked}<think>\nt\n</think>\n\na0<|im_end|>"
     assert counted(trained) == [first, *ends]
 
 
@@ -588,14 +604,16 @@ def test_a_prompt_that_opens_thinking_which_turns_do_not_have_is_named():
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------- weights, tools, records
+# -------------------------------------------------------------------------- weights, tools, records
 
 # As Qwen2.5's, in short.
 TOOLS = (
-    "{%- if tools %}{{- '<|im_start|>system\n' }}{%- for tool in tools %}{{- tool | tojson + '\n' }}{%- endfor %}"
+    "{%- if tools %}{{- '<|im_start|>system\n' }}{%- for tool in tools %}{{- tool | tojson + "
+    "'\n' }}{%- endfor %}"
     "{{- '<|im_end|>\n' }}{%- endif %}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
     "{%- if m.content %}{{- m.content }}{%- endif %}{%- for call in m.tool_calls or [] %}"
-    "{{- '<tool_call>' + call.function | tojson + '</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}{%- endfor %}"
+    "{{- '<tool_call>' + call.function | tojson + '</tool_call>' }}{%- endfor %}"
+    "{{- '<|im_end|>\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 CALL = {
@@ -644,7 +662,10 @@ def test_tools_pass_through_to_the_template(read, tools):
         t for t in whole if t < 256
     )
     (first, end), (second, _) = runs(encoded.loss)
-    call = '<tool_call>{"name": "weather", "arguments": {"city": "Zürich", "days": 2}}</tool_call><|im_end|>'
+    call = (
+        '<tool_call>{"name": "weather", "arguments": {"city": "Zürich", "days": 2}}'
+        "</tool_call><|im_end|>"
+    )
     assert tokenizer.decode(encoded.tokens[first:end]) == call
     assert tokenizer.decode(encoded.tokens[second:]) == "It rains.<|im_end|>"
     prompt = tokenizer.apply_chat_template(
@@ -671,7 +692,10 @@ def test_a_template_may_leave_out_the_text_beside_a_call(read, content):
     encoded = encode(example, tokenizer, style="chat", loss_on="answer", max_length=999)
     whole = tokenizer.apply_chat_template(turns, tools=FUNCTIONS, tokenize=True)["input_ids"]
     assert encoded.tokens.tolist() == whole[:-1]
-    call = '<tool_call>{"name": "weather", "arguments": {"city": "Zürich", "days": 2}}</tool_call><|im_end|>'
+    call = (
+        '<tool_call>{"name": "weather", "arguments": {"city": "Zürich", "days": 2}}'
+        "</tool_call><|im_end|>"
+    )
     said = [tokenizer.decode(encoded.tokens[start:stop]) for start, stop in runs(encoded.loss)]
     assert said == [call, "It rains.<|im_end|>"]
 
@@ -785,7 +809,7 @@ def test_a_record_may_say_that_it_counts(read):
     assert first == second
 
 
-# --------------------------------------------------------------------------------------------- ends of turns
+# ------------------------------------------------------------------------------------ ends of turns
 
 
 @pytest.mark.parametrize(
@@ -803,7 +827,8 @@ def test_a_record_may_say_that_it_counts(read):
 @pytest.mark.parametrize("prefix", ["legacy", "always", "first"])
 @pytest.mark.parametrize("closing", ["{}", "\n{}\n", " {}", "{}\n\n", "</answer>{}\n"])
 def test_any_added_token_that_ends_a_turn_ends_an_answer(flags, prefix, closing):
-    """Read off the ids of the template's own text: the first id behind the answer that is an added token."""
+    """Read off the ids of the template's own text: the first id behind the answer that is an added
+    token."""
     template = CHATML.replace("'<|im_end|>' + '\n'", repr(closing.format("<|im_end|>")))
     tokenizer = sentencepiece("bpe", prefix, template, **flags)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -824,12 +849,14 @@ def test_any_added_token_that_ends_a_turn_ends_an_answer(flags, prefix, closing)
         ),
         ("{% for m in messages %}{{ m.content }}\n\nriver\n{% endfor %}", []),
         (
-            "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + ' . ' }}{% endfor %}<|assistant|>\n",
+            "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + ' . ' }}{% endfor %}"
+            "<|assistant|>\n",
             [],
         ),
         ("{% for m in messages %}{{ m.content }}\n\n{% endfor %}", []),
         (
-            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}<|im_start|>",
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + "
+            "'<|im_end|>' }}{% endfor %}<|im_start|>",
             ["<|im_end|>"],
         ),
         (
@@ -845,12 +872,13 @@ def test_any_added_token_that_ends_a_turn_ends_an_answer(flags, prefix, closing)
     ],
 )
 def test_what_else_stands_behind_an_answer_ends_none(template, names):
-    """`\n` is an added token of some vocabularies, and the opening of the next answer is one of nearly all."""
+    """`\n` is an added token of some vocabularies, and the opening of the next answer is one of
+    nearly all."""
     tokenizer = sentencepiece("bpe", "first", template, marks=[*MARKS, "\n", "\n\n"], special=False)
     assert ends(tokenizer) == [2, *map(tokenizer.convert_tokens_to_ids, names)]
 
 
-# ----------------------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------------------- arguments
 
 # The switch at the end of Qwen3's own.
 SWITCHED = QWEN3.removesuffix("{%- endif %}") + (

@@ -192,7 +192,10 @@ def test_too_long_examples_are_counted(byte):
 CHATML = byte_tokenizer().chat_template
 FORGETFUL = CHATML.replace("message['content']", "(message['content'] if loop.last else '…')")
 HEADLESS = CHATML.replace("'<|im_start|>assistant\n'", "''")
-ENDLESS = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+ENDLESS = (
+    "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 STRICT = "{{ raise_exception('only users may speak') }}"
 
 
@@ -313,7 +316,8 @@ def test_a_rendered_chat_gets_no_second_bos():
         ("{% for m in messages %}{{ m['content'] }}<|im_end|><|eos|>{% endfor %}", [257, 260]),
         ("{% for m in messages %}{{ m['content'] }} END{% endfor %}", [257]),
         (
-            "{% for m in messages %}{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n",
+            "{% for m in messages %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+            "<|im_start|>assistant\n",
             [257, 260],
         ),
         ("<|bos|><|im_start|>{{ messages[0]['content'] }}<|im_end|>", [257]),

@@ -1,4 +1,5 @@
-"""Batches: nothing lost, nothing mixed, every epoch whole, and a restored iterator continues bit for bit."""
+"""Batches: nothing lost, nothing mixed, every epoch whole, and a restored iterator continues bit
+for bit."""
 
 import itertools
 import json
@@ -25,8 +26,8 @@ T = 16
 
 
 def corpus(lengths, seed=0):
-    """Examples of the given token counts. The first token is the example's number, so that it can be told apart;
-    zero occurs as a token, so that padding cannot be told from ids."""
+    """Examples of the given token counts. The first token is the example's number, so that it can
+    be told apart; zero occurs as a token, so that padding cannot be told from ids."""
     rng = np.random.default_rng(seed)
     return [
         Encoded(
@@ -38,7 +39,8 @@ def corpus(lengths, seed=0):
 
 
 def rows_of(batch):
-    """The examples of a batch, found by segment id alone, as (tokens, targets, weights, positions)."""
+    """The examples of a batch, found by segment id alone, as (tokens, targets, weights,
+    positions)."""
     for row in range(len(batch["tokens"])):
         segments = batch["segment_ids"][row]
         for segment in range(1, segments.max() + 1):
@@ -140,7 +142,8 @@ def test_shards_are_disjoint_and_together_whole(packing):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_parts_are_drawn_by_their_weights(packing):
-    """A part of 8 with three quarters of the draws beside one of 40: each of the 8 comes fifteen times as often."""
+    """A part of 8 with three quarters of the draws beside one of 40: each of the 8 comes fifteen
+    times as often."""
     options = {"packing": packing, "parts": [(8, 3.0), (40, 1.0)]}
     examples = corpus([4] * 48)
     order = np.array(numbers(make(examples, **options), examples, 640))
@@ -218,7 +221,8 @@ def test_packing_loses_no_token_and_mixes_no_segments(lengths, seed):
         assert found and (batch["segment_ids"] > 0).sum() == sum(lengths[i] - 1 for i in found)
         seen += found
     assert sorted(seen) == list(range(len(examples)))  # rows end where the epoch ends
-    # First fit leaves at most one row in each round half empty: it would have taken the next one's examples.
+    # First fit leaves at most one row in each round half empty: it would have taken the next one's
+    # examples.
     positions = sum(length - 1 for length in lengths)
     assert rows <= 2 * positions / T + -(-len(lengths) // 64) + 1
 

@@ -239,7 +239,10 @@ def test_data_hash_is_that_of_the_file(tmp_path):
     )
 
 
-CHOICE = "Please choose the correct answer to the question: Q?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2"
+CHOICE = (
+    "Please choose the correct answer to the question: Q?\n\nAnswer1: a Answer2: b\n\n"
+    "Answer format: answer1/answer2"
+)
 GOOD_LINE = '{"prompt": "p", "completion": "c"}\n'
 HOSTILE = [  # task, file, content, what the one line must say
     (
@@ -509,7 +512,8 @@ def test_a_wrong_rationale_is_no_target():
 def test_requests_of_each_format():
     piqa = TASKS["piqa"].parse(
         record(
-            instruction="Please choose the correct solution to the question: How: why?\n\nSolution1: cut it\n\n"
+            instruction="Please choose the correct solution to the question: How: why?\n\n"
+            "Solution1: cut it\n\n"
             "Solution2: glue: it\n\nAnswer format: solution1/solution2",
             answer="solution2",
         )
@@ -526,7 +530,8 @@ def test_requests_of_each_format():
 
     winogrande = TASKS["winogrande"].parse(
         record(
-            instruction="Please choose the correct answer to fill in the blank to complete the given sentence: Sarah was "
+            instruction="Please choose the correct answer to fill in the blank to complete the "
+            "given sentence: Sarah was "
             "better than Maria so _ got the easy cases.\n\nOption1: Sarah Option2: Maria Answer "
             "format: option1/option2",
             answer="option2",
@@ -539,7 +544,8 @@ def test_requests_of_each_format():
 
     boolq = TASKS["boolq"].parse(
         record(
-            instruction="Please answer the following question with true or false, question: is it?\n\n"
+            instruction="Please answer the following question with true or false, question: is "
+            "it?\n\n"
             "Answer format: true/false",
             answer="false",
         )

@@ -1,4 +1,5 @@
-"""Encoded examples in a file: the arrays that went in come out, or the file is known to be damaged."""
+"""Encoded examples in a file: the arrays that went in come out, or the file is known to be
+damaged."""
 
 import hashlib
 

@@ -1,4 +1,5 @@
-"""Evaluation: answers in texts, log-likelihoods against PyTorch's, results and commands end to end on tiny models."""
+"""Evaluation: answers in texts, log-likelihoods against PyTorch's, results and commands end to end
+on tiny models."""
 
 import dataclasses
 import json
@@ -202,7 +203,8 @@ LABELS = [
     ("the answer is not answer1", ANSWERS, None),
 ]
 
-# By kind, with what a person reads: thousands; a remark behind the answer; ordinals; another question behind it.
+# By kind, with what a person reads: thousands; a remark behind the answer; ordinals; another
+# question behind it.
 NUMBERS += [
     ("1,00,000", "100000"),
     ("It costs Rs. 12,34,567.50.", "1234567.50"),
@@ -436,7 +438,7 @@ def test_is_right_by_metric():
         is_right("rouge", "a", "a")
 
 
-# ------------------------------------------------------------------------------------------------ log-likelihood
+# ----------------------------------------------------------------------------------- log-likelihood
 
 REQUESTS = [
     [("Question: why?\nAnswer:", c) for c in (" yes", " because it is so", " n")],
@@ -530,7 +532,8 @@ def test_pairs_are_cut_where_the_context_ends(tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ARC-Easy", "piqa", "openbookqa"])
 def test_smollm2_equals_an_independent_harness(name, folder_at):
-    """First 200 questions, within one example and 0.02 a choice of a PyTorch harness on the same weights."""
+    """First 200 questions, within one example and 0.02 a choice of a PyTorch harness on the same
+    weights."""
     from flora_jax.data.sources import load_examples
     from flora_jax.models.loading import load_pretrained
 
@@ -582,7 +585,7 @@ def test_smollm2_scores_are_equal_at_batch_1_and_16(name, protocol, folder_at):
     assert alone == together and len(alone["items"]) == 40
 
 
-# ------------------------------------------------------------------------------------------------------- tasks
+# -------------------------------------------------------------------------------------------- tasks
 
 
 @pytest.fixture(scope="module")
@@ -591,7 +594,10 @@ def data_dir(tmp_path_factory):
 
     def choice(i):
         text = f"Please choose the correct answer to the question: Which is {i}?\n\n"
-        text += f"Answer1: {i} Answer2: {i + 1} Answer3: a long one\n\nAnswer format: answer1/answer2/answer3"
+        text += (
+            f"Answer1: {i} Answer2: {i + 1} Answer3: a long one\n\n"
+            "Answer format: answer1/answer2/answer3"
+        )
         return {"instruction": text, "input": "", "output": "", "answer": f"answer{1 + i % 3}"}
 
     def math_problem(i):
@@ -634,7 +640,8 @@ def checkpoint(tiny, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def cache(request, tmp_path_factory, monkeypatch):
-    """Prepared data goes to a temporary place; slow tests keep the cache that holds real weights."""
+    """Prepared data goes to a temporary place; slow tests keep the cache that holds real
+    weights."""
     if "slow" not in request.keywords:
         monkeypatch.setenv("FLORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
@@ -791,7 +798,8 @@ def test_sizes_are_checked_before_another_task_is_scored(
 
 
 def test_a_test_that_was_trained_on_is_refused(checkpoint, data_dir, tmp_path, capsys):
-    """Above 1 % of the questions asked, unless that is allowed; the share is in the result either way."""
+    """Above 1 % of the questions asked, unless that is allowed; the share is in the result either
+    way."""
     adapter, out = tmp_path / "adapter", tmp_path / "result.json"
     shutil.copytree(checkpoint / "adapter", adapter)
     arguments = [
@@ -831,7 +839,8 @@ def test_a_test_that_was_trained_on_is_refused(checkpoint, data_dir, tmp_path, c
 
 
 def test_llm_adapters_protocol_and_math(checkpoint, data_dir, tmp_path, monkeypatch):
-    """The answers are put into the generator's mouth; what is checked is that they are asked for, read and counted."""
+    """The answers are put into the generator's mouth; what is checked is that they are asked for,
+    read and counted."""
     from flora_jax.evaluation import task_data
 
     asked = []
@@ -936,7 +945,8 @@ def test_published_faults_and_their_mending(metric, text, answer, theirs, ours):
 
 
 def test_published_prompts(checkpoint, data_dir, tmp_path, monkeypatch):
-    """The trained frame where faults are mended; with them the scored one, and of choice tasks padding that is read."""
+    """The trained frame where faults are mended; with them the scored one, and of choice tasks
+    padding that is read."""
     asked = put_words_into(monkeypatch, "It is 1,2")
     out, space = tmp_path / "result.json", " " * 16
     arguments = [
@@ -951,9 +961,18 @@ def test_published_prompts(checkpoint, data_dir, tmp_path, monkeypatch):
         "--out",
         out,
     ]
-    task = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    trained = f"{task}  \n\n{space}### Instruction:\n{space}What is 0 + 1?\n{space}\n{space}### Response:\n{space}"
-    scored = f"{task} \n\n{space}### Instruction:\n{space}What is 0 + 1?\n\n{space}### Response:\n{space}"
+    task = (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request."
+    )
+    trained = (
+        f"{task}  \n\n{space}### Instruction:\n{space}What is 0 + 1?\n{space}\n"
+        f"{space}### Response:\n{space}"
+    )
+    scored = (
+        f"{task} \n\n{space}### Instruction:\n{space}What is 0 + 1?\n\n{space}### Response:\n"
+        f"{space}"
+    )
     assert command("evaluate", *arguments, "--tasks", "gsm8k") == 0
     assert json.loads(out.read_text())["published_faults"] is False and asked[0] == trained
     tokenizer = load_tokenizer(checkpoint)
@@ -979,7 +998,8 @@ def test_published_prompts(checkpoint, data_dir, tmp_path, monkeypatch):
 
 
 def test_a_long_prompt_is_no_fault_of_its_batch(checkpoint, data_dir, tmp_path, monkeypatch):
-    """Under the published faults too, what does not fit is left out before the others are padded to it."""
+    """Under the published faults too, what does not fit is left out before the others are padded to
+    it."""
     asked = put_words_into(monkeypatch, "the correct answer is answer1")
     records = json.loads((data_dir / "ARC-Easy/test.json").read_text())
     records[1]["instruction"] = records[1]["instruction"].replace("Which", "Which " + "x" * 900)
@@ -1020,7 +1040,8 @@ def write_problems(folder, texts):
 
 
 def put_words_into(monkeypatch, reply):
-    """Every prompt is answered with `reply`; the prompts asked come into the list that is returned."""
+    """Every prompt is answered with `reply`; the prompts asked come into the list that is
+    returned."""
     asked = []
 
     def generate(self, prompts, max_new_tokens):
@@ -1082,7 +1103,8 @@ def test_prompts_that_are_too_long_are_wrong_and_counted(
 
 
 def recite(monkeypatch, answers):
-    """Each question, by how its prompt begins, is answered with what was learnt by heart, as far as tokens last."""
+    """Each question, by how its prompt begins, is answered with what was learnt by heart, as far as
+    tokens last."""
 
     def generate(self, prompts, max_new_tokens):
         out = []
@@ -1098,7 +1120,8 @@ def recite(monkeypatch, answers):
 
 
 def test_own_answers_have_room(checkpoint, data_dir, tmp_path, monkeypatch, capsys, caplog):
-    """From the longest of them, or what a flag says; what is cut is said, before scoring and in the result."""
+    """From the longest of them, or what a flag says; what is cut is said, before scoring and in the
+    result."""
     answers = {"first": "x" * 299, "second": "short"}
     recite(monkeypatch, answers)
     turns = [
@@ -1255,7 +1278,8 @@ def test_generate_command(checkpoint, tiny, capsys):
 
 
 def test_rounds_are_one_generation(tiny, monkeypatch):
-    """Rows that stop at a token, at what they say and not at all, over rounds of 3, 3, 6 and 1 tokens."""
+    """Rows that stop at a token, at what they say and not at all, over rounds of 3, 3, 6 and 1
+    tokens."""
     base, tokenizer = tiny
     prompts = [
         tokenizer(text)["input_ids"] for text in ("ab", "The sky is", "x", "once upon a time", "7")

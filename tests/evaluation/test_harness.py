@@ -1,4 +1,5 @@
-"""The lm-evaluation-harness on our models: against its own Hugging Face model in torch, and against our protocol."""
+"""The lm-evaluation-harness on our models: against its own Hugging Face model in torch, and against
+our protocol."""
 
 import dataclasses
 import functools
@@ -39,7 +40,8 @@ from lm_eval.tasks import TaskManager
 from flora_jax.evaluation import harness, rounds
 from flora_jax.evaluation.harness import HarnessLM, load_harness_tasks
 
-# As many embeddings as the tokenizer has ids: with an adapter, the harness's torch model drops those beyond.
+# As many embeddings as the tokenizer has ids: with an adapter, the harness's torch model drops
+# those beyond.
 TINY = dataclasses.replace(LlamaConfig.preset("tiny"), vocab_size=261)
 MAX_LENGTH = 64
 
@@ -85,8 +87,8 @@ def base(quick_compile):
 
 @pytest.fixture(scope="module")
 def checkpoint(base, tmp_path_factory):
-    """`checkpoint(adds_bos)`: a tiny HF checkpoint whose tokenizer does or does not begin each text with bos, and a
-    LoRA for it in PEFT's format."""
+    """`checkpoint(adds_bos)`: a tiny HF checkpoint whose tokenizer does or does not begin each text
+    with bos, and a LoRA for it in PEFT's format."""
 
     @functools.cache
     def make(adds_bos):
@@ -356,7 +358,7 @@ def test_what_cannot_be_scored_is_refused(models, base):
             HarnessLM(adapted(base), **arguments)
 
 
-# ------------------------------------------------------------------------------------------------------- tasks
+# -------------------------------------------------------------------------------------------- tasks
 
 
 def official(name):
@@ -564,8 +566,8 @@ def test_without_the_extra(monkeypatch, capsys):
 def test_smollm2_equals_our_protocol(
     name, task, file, doc, tmp_path, monkeypatch, capsys, folder_at
 ):
-    """The first 50 questions in the harness's own templates: each log-likelihood, accuracy and acc_norm is ours,
-    whatever the batch."""
+    """The first 50 questions in the harness's own templates: each log-likelihood, accuracy and
+    acc_norm is ours, whatever the batch."""
     from flora_jax.evaluation import run
 
     [data] = load_task_data([name], folder_at("FLORA_DATA", "data"), limit=50)
@@ -600,5 +602,6 @@ def test_smollm2_equals_our_protocol(
     )
     with capsys.disabled():
         print(
-            f"\n{name}: acc {ours['accuracy']} norm {ours['accuracy_norm']}, largest difference {worst:.1e}"
+            f"\n{name}: acc {ours['accuracy']} norm {ours['accuracy_norm']}, largest difference "
+            f"{worst:.1e}"
         )

@@ -36,7 +36,8 @@ def test_means_and_best_are_those_of_the_package():
 
 
 def test_by_hand():
-    """Three of four words are shared, two of three pairs; against the second reference both of its two words."""
+    """Three of four words are shared, two of three pairs; against the second reference both of its
+    two words."""
     found = rouge(["a b c d"], [["a x c d"]])
     assert found["rouge1"] == pytest.approx(3 / 4) and found["rouge2"] == pytest.approx(1 / 3)
     assert found["rougeL"] == pytest.approx(3 / 4) and found["rougeL_stderr"] == 0
@@ -44,7 +45,8 @@ def test_by_hand():
     assert two["rouge1"] == pytest.approx((3 / 4 + 2 / 3) / 2) and two[
         "rouge1_max"
     ] == pytest.approx(3 / 4)
-    # Stemming: cats and cat are one word. Lsum joins what separate lines share, L does not cross their order.
+    # Stemming: cats and cat are one word. Lsum joins what separate lines share, L does not cross
+    # their order.
     assert rouge(["cats"], [["cat"]])["rouge1"] == 1
     turned = rouge(["one two\nthree four"], [["three four\none two"]])
     assert turned["rougeLsum"] == pytest.approx(1) and turned["rougeL"] == pytest.approx(1 / 2)
@@ -83,8 +85,9 @@ def test_texts_that_the_package_would_drop(text, reference, words, pairs, sequen
 
 
 def test_a_task_has_one_tokenizer_and_english_keeps_the_packages():
-    """By its references: a name with an accent here and there makes no other language of a task, nor does an answer in
-    Chinese; and one that is another language is not scored with two tokenizers."""
+    """By its references: a name with an accent here and there makes no other language of a task,
+    nor does an answer in Chinese; and one that is another language is not scored with two
+    tokenizers."""
     english = [
         "The café in Zürich was closed, so they went home and had dinner there instead. "
         + "It rained. " * 60

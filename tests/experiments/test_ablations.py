@@ -67,7 +67,8 @@ def test_budgets_and_adds_are_what_the_names_say():
 
 
 def test_the_script(tmp_path, hf_directory, caches, monkeypatch, capsys, quick_compile):
-    """Two names of one run, one that differs, one that trains leaves of the base; then again, and asked otherwise."""
+    """Two names of one run, one that differs, one that trains leaves of the base; then again, and
+    asked otherwise."""
     monkeypatch.setenv("FLORA_CACHE", str(caches / "data"))
     monkeypatch.chdir(tmp_path)  # where runs/ is
     (tmp_path / "samsum").mkdir()

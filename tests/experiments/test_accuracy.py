@@ -1,4 +1,5 @@
-"""The sweep of experiments/accuracy.py on the tiny model: what it leaves, that it goes on, that it repeats itself."""
+"""The sweep of experiments/accuracy.py on the tiny model: what it leaves, that it goes on, that it
+repeats itself."""
 
 import argparse
 import csv
@@ -31,7 +32,8 @@ SUITE = accuracy.Suite(("gsm8k", "samsum"), ("AddSub", "samsum"), "llm_adapters"
 
 @pytest.fixture
 def sweep(tmp_path, hf_directory, caches, monkeypatch):
-    """`sweep("base,lora", out="a")` runs the command on a tiny suite; returns the JSON of each run by name."""
+    """`sweep("base,lora", out="a")` runs the command on a tiny suite; returns the JSON of each run
+    by name."""
     monkeypatch.setitem(accuracy.SUITES, "tiny", SUITE)
     monkeypatch.setenv("FLORA_CACHE", str(caches / "data"))
     monkeypatch.chdir(tmp_path)  # where runs/ is
@@ -262,7 +264,8 @@ def test_profiles(sweep, tmp_path):
 
 
 def test_tables_of_one_seed(tmp_path, monkeypatch):
-    """Without any training: errors over items as the results have them, and what tells two methods apart."""
+    """Without any training: errors over items as the results have them, and what tells two methods
+    apart."""
     monkeypatch.setattr("sys.argv", ["accuracy"])
     items = {"base": [0, 0, 1, 1], "lora": [0, 1, 1, 1]}
     for place, (arm, own) in enumerate(items.items()):
@@ -330,7 +333,8 @@ def test_every_out_has_its_workdir(tmp_path, monkeypatch):
 
 
 def test_rates_are_chosen_on_validation_and_the_grid_grows(tmp_path, monkeypatch):
-    """Losses of a parabola in log rate: one whose best lies inside the grid, one whose best lies beyond its edge."""
+    """Losses of a parabola in log rate: one whose best lies inside the grid, one whose best lies
+    beyond its edge."""
     fields = {"suite": "dialogue", "profile": "cpu", "model": "m", "steps": None, "data_dir": "d"}
     fields["allow_contaminated"] = False
     monkeypatch.setattr(accuracy, "about_run", lambda args: {})
@@ -473,7 +477,8 @@ def test_what_is_refused(tmp_path):
 
 
 def test_differences_of_configurations():
-    """A field that is younger than the record had its default then; those that change no number do not count."""
+    """A field that is younger than the record had its default then; those that change no number do
+    not count."""
     asked = get_config("smollm2-135m", "ffba").to_dict()
     record = get_config("smollm2-135m", "ffba").to_dict()
     (

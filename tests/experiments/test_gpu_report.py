@@ -173,7 +173,8 @@ def test_a_signal_ends_it_whole(tmp_path):
 
 @pytest.mark.parametrize("scale", [gpu_report.GPU, gpu_report.CPU])
 def test_every_cell_is_a_command(scale, tmp_path):
-    """Names are told apart, flags are known, and what is asked for comes in the order of its worth."""
+    """Names are told apart, flags are known, and what is asked for comes in the order of its
+    worth."""
     own = {module.__name__ for module in (gpu_cells, gpu_peers)}
     known = {"cell": {}, **gpu_cells.FLAGS}
     found = gpu_report.cells(scale, tmp_path)

@@ -1,4 +1,5 @@
-"""Every notebook runs from top to bottom at tiny settings, and the outputs in the repository are of a real run."""
+"""Every notebook runs from top to bottom at tiny settings, and the outputs in the repository are of
+a real run."""
 
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from experiments.notebooks import NOTEBOOKS, execute, find_parameters, setup_cel
 from flora_jax.errors import UserError  # noqa: E402
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
-# Of what has a `model`, that is a tiny one in a folder; what has a `workdir` or an `out` gets one, too.
+# Of what has a `model`, that is a tiny one in a folder; what has a `workdir` or an `out` gets one,
+# too.
 TINY = {
     "quick_start": {
         "rank": 8,
@@ -35,7 +37,8 @@ TINY = {
     },
     "export": {"steps": 2, "training_examples": 60},
 }
-# What only a run at real settings prints: sizes of SmolLM2-135M and Llama-3.2-1B, or its parameters.
+# What only a run at real settings prints: sizes of SmolLM2-135M and Llama-3.2-1B, or its
+# parameters.
 REAL = {
     "quick_start": "134,515,008 parameters",
     "family": "20,971,520",

@@ -22,7 +22,8 @@ PACKAGES = {
 
 
 def test_what_a_machine_lacks():
-    """Neither jax nor what jax needs, though our packages need that, too; extras and markers count."""
+    """Neither jax nor what jax needs, though our packages need that, too; extras and markers
+    count."""
     assert missing(PACKAGES, Requirement("ours[demo]"), ["JAX"]) == {
         "data-set",
         "tree",

@@ -1,4 +1,5 @@
-"""Switching adapters in place, and banks of them: what each row gets is what the adapter gives it alone."""
+"""Switching adapters in place, and banks of them: what each row gets is what the adapter gives it
+alone."""
 
 import dataclasses
 
@@ -28,7 +29,8 @@ ADAPTED = [m for m in METHODS if m != "fft"]
 
 @pytest.fixture(scope="module")
 def two_layers():
-    """zflora's channels cross layers, so there are two; spread, so that greedy choices are clear ones."""
+    """zflora's channels cross layers, so there are two; spread, so that greedy choices are clear
+    ones."""
     config = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=())
     return config, spread(init_base(jax.random.key(0), config))
 

@@ -1,4 +1,5 @@
-"""Generator against transformers' own generate, against itself with other batches, and sampling in closed form."""
+"""Generator against transformers' own generate, against itself with other batches, and sampling in
+closed form."""
 
 import dataclasses
 import functools
@@ -41,7 +42,8 @@ def forward(model, variables, tokens):
 
 
 def naive(config, base, prompt, n, adapter=None, adapter_config=None):
-    """Greedy continuation by whole forward passes, padded to one length so that it compiles once."""
+    """Greedy continuation by whole forward passes, padded to one length so that it compiles
+    once."""
     model = Llama(config, adapter_config)
     variables = {"params": base, **({"adapter": adapter} if adapter else {})}
     tokens = list(prompt)
@@ -92,8 +94,9 @@ def test_greedy_equals_transformers(prompts):
 
 @pytest.mark.slow
 def test_smollm2_equals_transformers():
-    """Real weights: 64 tokens of five unequal prompts in one batch. Each is the best in transformers' logits after
-    the same text, each prompt alone, which is what its greedy generate is; one whole forward pass shows all 64."""
+    """Real weights: 64 tokens of five unequal prompts in one batch. Each is the best in
+    transformers' logits after the same text, each prompt alone, which is what its greedy generate
+    is; one whole forward pass shows all 64."""
     torch = pytest.importorskip("torch")
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM
@@ -143,7 +146,8 @@ def test_smollm2_equals_transformers():
     ],
 )
 def test_rows_equal_whole_forward_passes_with_an_adapter(prompts, method):
-    """What is served fused gives the tokens of the split model, over two layers, since zflora's channels cross them."""
+    """What is served fused gives the tokens of the split model, over two layers, since zflora's
+    channels cross them."""
     config = dataclasses.replace(LlamaConfig.preset("tiny"), eos_token_id=())
     base = spread(init_base(jax.random.key(0), config))
     adapter_config = AdapterConfig(method, rank=8)
@@ -210,7 +214,8 @@ def test_the_templates_end_of_turn_ends_a_row(tiny):
 
 
 def test_compilations(tiny, prompts):
-    """One prefill a bucket and one decode a cache length, whatever max_new_tokens, stops, seed or adapter."""
+    """One prefill a bucket and one decode a cache length, whatever max_new_tokens, stops, seed or
+    adapter."""
     config, base = tiny
     # a model of its own, so that nothing is compiled yet
     config = dataclasses.replace(config, rms_norm_eps=2e-5)
@@ -235,8 +240,8 @@ def test_compilations(tiny, prompts):
 
 
 def test_decode_holds_no_weights_and_no_second_cache():
-    """The compiled loop: weights come as arguments, and the cache is updated in the memory it came in. Attention
-    reorders the keys and values of the layer at hand, one of four."""
+    """The compiled loop: weights come as arguments, and the cache is updated in the memory it came
+    in. Attention reorders the keys and values of the layer at hand, one of four."""
     config = dataclasses.replace(LlamaConfig.preset("tiny"), num_hidden_layers=4)
     base = init_base(jax.random.key(0), config)
     params = fuse(base, None, config, None)
@@ -288,7 +293,8 @@ def test_stream_gives_the_text_of_generate(tiny, sampling):
 
 
 def test_a_stream_keeps_its_adapter(tiny):
-    """Whatever was generated before with another one; and it stops where that one is written over it."""
+    """Whatever was generated before with another one; and it stops where that one is written over
+    it."""
     config, base = tiny
     ffba, tokenizer = AdapterConfig("ffba", rank=8), load_tokenizer("tiny")
     adapters = {
@@ -405,7 +411,8 @@ def test_bad_input(tiny):
 
 
 def test_the_cache_is_as_long_as_max_length_needs(tiny, monkeypatch):
-    """A prompt whose bucket would leave the new tokens no room is padded to less; the text is the same."""
+    """A prompt whose bucket would leave the new tokens no room is padded to less; the text is the
+    same."""
     config, base = tiny
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, 20).tolist()
     slots, grow = [], generator_module.grow

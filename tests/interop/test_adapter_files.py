@@ -1,4 +1,5 @@
-"""Adapter directories: the same leaves back, PEFT's own reading of ours and ours of PEFT's, and what is refused."""
+"""Adapter directories: the same leaves back, PEFT's own reading of ours and ours of PEFT's, and
+what is refused."""
 
 import dataclasses
 import json
@@ -188,7 +189,8 @@ def test_what_peft_excludes_is_not_targeted(
 
 
 def test_every_field_of_peft_is_known():
-    """Read, refused, or without a part in what is computed; a newer PEFT's fields are to be looked at."""
+    """Read, refused, or without a part in what is computed; a newer PEFT's fields are to be looked
+    at."""
     peft = pytest.importorskip("peft")
     read = {
         "peft_type",
@@ -200,8 +202,9 @@ def test_every_field_of_peft_is_known():
         "exclude_modules",
         "init_lora_weights",
     }
-    # layers_pattern goes with layers_to_transform, qalora_group_size with use_qalora, the configs with their
-    # initialisation; megatron_core with megatron_config; the others say how an adapter came about.
+    # layers_pattern goes with layers_to_transform, qalora_group_size with use_qalora, the configs
+    # with their initialisation; megatron_core with megatron_config; the others say how an adapter
+    # came about.
     idle = {
         "task_type",
         "auto_mapping",

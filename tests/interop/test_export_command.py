@@ -1,4 +1,5 @@
-"""`python -m flora_jax.export`: runs and adapter directories in, directories for others out; what it refuses."""
+"""`python -m flora_jax.export`: runs and adapter directories in, directories for others out; what
+it refuses."""
 
 import hashlib
 import json
@@ -150,7 +151,8 @@ def test_a_method_of_its_own_with_trained_norms(ffba_run, tmp_path):
 
 
 def test_without_scores_and_from_an_adapter_directory(ffba_run, hf_directory, tmp_path):
-    """A run whose eval.json is gone, and an adapter directory of our own over the base it belongs to."""
+    """A run whose eval.json is gone, and an adapter directory of our own over the base it belongs
+    to."""
     workdir = tmp_path / "run"
     workdir.mkdir()
     for name in ("adapter", "config.json"):
@@ -190,7 +192,8 @@ def test_without_scores_and_from_an_adapter_directory(ffba_run, hf_directory, tm
 
 
 def test_a_tied_base_with_a_head_of_its_own(hf_directory, tmp_path):
-    """What is exported loads in transformers with the logits of the base's own head, adapter and all."""
+    """What is exported loads in transformers with the logits of the base's own head, adapter and
+    all."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -237,7 +240,8 @@ def test_licences_of_strange_cards(hf_directory, tmp_path, readme):
     [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, False)],
 )
 def test_interrupted(lora_run, tmp_path, monkeypatch, capsys, number, overwrite, tree_hash):
-    """By a signal in the middle of the weights: exit code 1, one line, and what stood there stands."""
+    """By a signal in the middle of the weights: exit code 1, one line, and what stood there
+    stands."""
     # where tests run under nohup it is ignored
     before_it = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     out = tmp_path / "new/out"
@@ -415,7 +419,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused(refused, lora_run, tmp_path)
         train(config, workdir)
 
 
-# ---------------------------------------------------------------------------------------------- hostile input
+# ------------------------------------------------------------------------------------ hostile input
 
 
 class Payload:

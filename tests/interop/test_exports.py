@@ -1,4 +1,5 @@
-"""Exports against their real consumers: transformers, PEFT, safetensors; our own logits and text are what they owe."""
+"""Exports against their real consumers: transformers, PEFT, safetensors; our own logits and text
+are what they owe."""
 
 import dataclasses
 import json
@@ -169,8 +170,9 @@ def test_transformers_export_gives_our_logits(tmp_path, bases, config, method):
 
 
 def assert_four_products(model):
-    """A layer has four fused products and the B's of a LoRA. vLLM's Transformers backend replaces every nn.Linear, and
-    every norm that is nothing but one: those products are none, and zflora's norms have a class of their own."""
+    """A layer has four fused products and the B's of a LoRA. vLLM's Transformers backend replaces
+    every nn.Linear, and every norm that is nothing but one: those products are none, and zflora's
+    norms have a class of their own."""
     import torch
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -191,7 +193,8 @@ def assert_four_products(model):
 
 @pytest.mark.parametrize("config, method", [(TINY, "lora"), (OTHER, "zflora")])
 def test_remote_code_by_its_other_doors(tmp_path, bases, config, method):
-    """AutoModel loads the stack without the head; from_config draws every weight as transformers draws a Llama's."""
+    """AutoModel loads the stack without the head; from_config draws every weight as transformers
+    draws a Llama's."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     export(make(bases[config], config, ADAPTERS[method]), tmp_path / "out", "transformers")
     stack = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -233,7 +236,8 @@ def test_remote_code_refuses_to_be_split(tmp_path, bases):
 )
 @pytest.mark.parametrize("method", MERGEABLE)
 def test_exports_of_a_lora_give_our_logits_and_text(tmp_path, bases, hf_base, method, form):
-    """Logits, and greedy text in batches padded on either side, of every format that can hold the method."""
+    """Logits, and greedy text in batches padded on either side, of every format that can hold the
+    method."""
     pytest.importorskip("torch")
     trained = make(bases[TINY], TINY, ADAPTERS[method])
     export(trained, tmp_path / "out", form)
@@ -258,7 +262,8 @@ def test_transformers_export_generates_our_text(tmp_path, bases, method):
 
 
 def assert_padding_changes_nothing(model, trained):
-    """A batch of unequal rows, padded on the left and on the right: logits of the real tokens are ours."""
+    """A batch of unequal rows, padded on the left and on the right: logits of the real tokens are
+    ours."""
     import torch
 
     lengths = [100, 37]
@@ -275,7 +280,8 @@ def assert_padding_changes_nothing(model, trained):
 
 
 def assert_same_text(model, trained):
-    """Greedy, 64 tokens, a batch of unequal prompts padded on the left, as transformers wants it."""
+    """Greedy, 64 tokens, a batch of unequal prompts padded on the left, as transformers wants
+    it."""
     import torch
 
     prompts = [TOKENS[0, :40].tolist(), TOKENS[1, :7].tolist()]
@@ -317,8 +323,8 @@ def hf_base(bases, tmp_path_factory):
 
 @pytest.mark.parametrize("model_type", EACH)
 def test_each_architecture_in_its_own_class(tmp_path, bases, model_type):
-    """Merged, and as PEFT's LoRA over the base; both are transformers' own class of it, and ours again; in the export
-    with code, padded rows and greedy text, too."""
+    """Merged, and as PEFT's LoRA over the base; both are transformers' own class of it, and ours
+    again; in the export with code, padded rows and greedy text, too."""
     pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     config = ROWS[model_type]
@@ -387,7 +393,8 @@ def test_merged_equals_merge_and_peft(tmp_path, bases, hf_base, method):
 
 
 def test_full_fine_tuning_and_trained_norms(tmp_path, bases):
-    """Base leaves that trained are in merged and transformers exports; a LoRA has no place for them."""
+    """Base leaves that trained are in merged and transformers exports; a LoRA has no place for
+    them."""
     moved = jax.tree.map(lambda x: x + 0.05, bases[TINY])
     fft = Trained(
         config=TINY,
@@ -442,14 +449,16 @@ def test_full_fine_tuning_and_trained_norms(tmp_path, bases):
     ],
 )
 def test_bfloat16(tmp_path, bases, hf_base, method, form):
-    """Within the bound that LOGIT_BOUNDS states; and transformers runs it in bfloat16 throughout, cache and all."""
+    """Within the bound that LOGIT_BOUNDS states; and transformers runs it in bfloat16 throughout,
+    cache and all."""
     torch = pytest.importorskip("torch")
     trained = make(bases[TINY], TINY, ADAPTERS[method])
     report = export(trained, tmp_path / "out", form, dtype="bfloat16")
     alone = form in ("peft", "vllm")
     file = "adapter_model.safetensors" if alone else "model.safetensors"
     with safe_open(tmp_path / "out" / file, framework="np") as opened:
-        assert {opened.get_slice(name).get_dtype() for name in opened.keys()} == {"BF16"}  # noqa: SIM118
+        names = opened.keys()
+        assert {opened.get_slice(name).get_dtype() for name in names} == {"BF16"}
     ours = our_logits(trained, TOKENS)
     assert 1e-5 < report["logits"]["max_change"] <= report["logits"]["bound"]
     if alone:
@@ -468,7 +477,8 @@ def test_bfloat16(tmp_path, bases, hf_base, method, form):
 
 
 def test_saved_again_piped_and_recorded(tmp_path, bases):
-    """save_pretrained of what AutoModelForCausalLM gave, a pipeline, and hidden states of every layer."""
+    """save_pretrained of what AutoModelForCausalLM gave, a pipeline, and hidden states of every
+    layer."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     trained = make(bases[TINY], TINY, ADAPTERS["ffba_qg_add"])
     export(trained, tmp_path / "out", "transformers")
@@ -508,7 +518,8 @@ def files(path):
 
 
 def test_peft_round_trips(tmp_path, bases, hf_base):
-    """PEFT -> ours -> PEFT and ours -> PEFT -> ours to the bit; an ffa comes back as a lora of equal logits."""
+    """PEFT -> ours -> PEFT and ours -> PEFT -> ours to the bit; an ffa comes back as a lora of
+    equal logits."""
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     fields = dict(
         r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
@@ -571,7 +582,7 @@ def test_peft_round_trips(tmp_path, bases, hf_base):
     assert np.abs(np.asarray(logits) - our_logits(ffa, TOKENS)).max() <= 1e-4
 
 
-# ------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_what_exists_is_kept(tmp_path, bases, tree_hash):
@@ -665,7 +676,8 @@ def test_an_export_that_is_not_what_was_trained_is_not_written(tmp_path, bases, 
         (
             "ffba",
             "merged",
-            "ffba goes around the blocks and is no change of W; --format transformers or vllm can hold it",
+            "ffba goes around the blocks and is no change of W;"
+            " --format transformers or vllm can hold it",
         ),
         ("zflora", "peft", "zflora is no LoRA; --format transformers can hold it"),
         ("ffba", "peft", "ffba is no LoRA; --format transformers or vllm can hold it"),
@@ -681,7 +693,8 @@ def test_formats_that_cannot_hold_a_method(tmp_path, bases, method, form, words)
 
 
 def test_killed_half_way(tmp_path):
-    """SIGKILL in the middle of the weights: nothing of the name asked for, nor anything that looks finished."""
+    """SIGKILL in the middle of the weights: nothing of the name asked for, nor anything that looks
+    finished."""
     script = f"""
 import os, signal, sys
 sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests/interop")!r}]
@@ -710,13 +723,14 @@ export(trained, {str(tmp_path / "out")!r}, "transformers")
     assert not list(left.rglob("config.json")) and not list(left.rglob(MARKER))
 
 
-# --------------------------------------------------------------------------------------------------- shards
+# ------------------------------------------------------------------------------------------- shards
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_shards_are_safetensors(tmp_path_factory, data):
-    """Whatever the sizes and the order, the library reads back what was written, and so does `map_shards`."""
+    """Whatever the sizes and the order, the library reads back what was written, and so does
+    `map_shards`."""
     path = tmp_path_factory.mktemp("shards")
     dtype = data.draw(st.sampled_from(["float32", "bfloat16"]))
     shapes = {
@@ -778,7 +792,7 @@ def test_shards_refuse_what_was_not_announced(tmp_path):
             shards.write_shards(tmp_path, {"a": (2,)}, "float32", iter(tensors))
 
 
-# --------------------------------------------------------------------------------------------- real weights
+# ------------------------------------------------------------------------------------- real weights
 
 
 @pytest.mark.slow
@@ -795,7 +809,8 @@ def test_shards_refuse_what_was_not_announced(tmp_path):
     ],
 )
 def test_real_weights(tmp_path, smollm2, method, form):
-    """SmolLM2: logits within 1e-3, and the same 64 greedy tokens unless the two best logits are within 1e-3."""
+    """SmolLM2: logits within 1e-3, and the same 64 greedy tokens unless the two best logits are
+    within 1e-3."""
     torch = pytest.importorskip("torch")
     config, base, tokenizer, hf_path = smollm2
     adapter_config = AdapterConfig(method, 16)
@@ -816,7 +831,10 @@ def test_real_weights(tmp_path, smollm2, method, form):
         model = peft.PeftModel.from_pretrained(torch_model(hf_path), str(tmp_path / "out")).eval()
     else:
         model = torch_model(tmp_path / "out")
-    text = "The capital of France is Paris. 17 - 5 = 12, and then there were three more of them in the garden."
+    text = (
+        "The capital of France is Paris. 17 - 5 = 12, and then there were three more of them "
+        "in the garden."
+    )
     ids = np.array([tokenizer(text).input_ids])
     assert np.abs(torch_logits(model, ids) - our_logits(trained, ids)).max() <= 1e-3
     generator = Generator(
@@ -849,7 +867,8 @@ def test_real_weights(tmp_path, smollm2, method, form):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """Configuration, base and tokenizer of SmolLM2-135M-Instruct, and the same as an HF directory."""
+    """Configuration, base and tokenizer of SmolLM2-135M-Instruct, and the same as an HF
+    directory."""
     config, base = load_pretrained("smollm2-135m-instruct")
     tokenizer, path = load_tokenizer("smollm2-135m-instruct"), tmp_path_factory.mktemp("smollm2")
     save_file(
@@ -915,8 +934,8 @@ def test_a_tokenizer_that_was_changed_is_written_as_it_is(tmp_path, change):
 
 @pytest.mark.parametrize("extra", [[], ["<extra>"]])
 def test_a_tokenizer_of_no_directory_is_written_for_transformers_4(tmp_path, extra):
-    """Which knows no class TokenizersBackend and takes no list for `extra_special_tokens`; the older of it look for the
-    chat template in tokenizer_config.json alone."""
+    """Which knows no class TokenizersBackend and takes no list for `extra_special_tokens`; the
+    older of it look for the chat template in tokenizer_config.json alone."""
     tokenizer = load_tokenizer("tiny")
     tokenizer.add_special_tokens({"extra_special_tokens": extra})
     out = write_beside_the_weights(tmp_path / "out", tokenizer)

@@ -1,4 +1,5 @@
-"""`export --push`: what it says and asks of the hub, whose client's own signatures stand in for it."""
+"""`export --push`: what it says and asks of the hub, whose client's own signatures stand in for
+it."""
 
 from unittest.mock import create_autospec
 

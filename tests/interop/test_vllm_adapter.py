@@ -1,4 +1,5 @@
-"""The `vllm` export: names, shapes and values of its tensors, written out; what vLLM reads beside them; the way back."""
+"""The `vllm` export: names, shapes and values of its tensors, written out; what vLLM reads beside
+them; the way back."""
 
 import dataclasses
 import json
@@ -167,7 +168,8 @@ def test_the_configuration(tmp_path, base, adapter_config, scale, shapes):
 
 
 def test_without_a_path_to_the_output(tmp_path, base):
-    """Each projection's own z is added to it, and that is all: there are no rows, and no zeros for them."""
+    """Each projection's own z is added to it, and that is all: there are no rows, and no zeros for
+    them."""
     trained = make(base, AdapterConfig("ffba", 8, targets="q,gate"))
     export(trained, tmp_path / "out", "vllm")
     shapes = {QKV: (8, 96), GATE_UP: (8, 96)}
@@ -250,7 +252,7 @@ def test_a_bank_takes_what_a_transformers_export_has_beside_its_base(tmp_path, b
             )
 
 
-# ------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,8 @@ def test_a_bank_takes_what_a_transformers_export_has_beside_its_base(tmp_path, b
         (AdapterConfig("fft", 1), "fft has no adapter; --format merged can hold it"),
         (
             AdapterConfig("lora", 4),
-            "lora is a LoRA to vLLM, which reads --format peft; --format merged or peft or transformers can hold it",
+            "lora is a LoRA to vLLM, which reads --format peft;"
+            " --format merged or peft or transformers can hold it",
         ),
         (AdapterConfig("pf_lora", 4), "pf_lora is a LoRA to vLLM, which reads --format peft; "),
         (AdapterConfig("ffa", 8), "ffa is a LoRA to vLLM, which reads --format peft; "),
@@ -270,7 +273,8 @@ def test_a_bank_takes_what_a_transformers_export_has_beside_its_base(tmp_path, b
         ),
         (
             AdapterConfig("ffba_qg_add", 24),
-            "rank 24 goes into no --max-lora-rank of vLLM's (1, 8, 16, 32, 64, 128, 256, 320, 512); "
+            "rank 24 goes into no --max-lora-rank of vLLM's (1, 8, 16, 32, 64, 128, 256, 320, "
+            "512); "
             "--format transformers can hold it",
         ),
     ],
@@ -328,11 +332,12 @@ def test_max_lora_rank(adapter_config, wanted):
     assert wanted is None or wanted in MAX_LORA_RANKS
 
 
-# --------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_and_its_card(hf_directory, tmp_path, capsys):
-    """In float32 unless another dtype is asked for, as the adapter was trained; nothing of the base comes along."""
+    """In float32 unless another dtype is asked for, as the adapter was trained; nothing of the base
+    comes along."""
     where = hf_directory(tmp_path / "base")
     (where / "README.md").write_text("---\nlicense: mit\n---\nA base.")
     adapter_config = AdapterConfig("ffba", 4, alpha=8.0)

@@ -1,5 +1,6 @@
-"""The rows of ARCHITECTURES against transformers: values, logits, text, exports; each difference counts, what is not
-understood is refused, and another row is all that another architecture takes."""
+"""The rows of ARCHITECTURES against transformers: values, logits, text, exports; each difference
+counts, what is not understood is refused, and another row is all that another architecture
+takes."""
 
 import dataclasses
 import functools
@@ -75,8 +76,8 @@ TOKENS = np.random.default_rng(0).integers(3, 128, (2, 40))
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """`published("qwen3")`: a directory that transformers wrote and its model, small and random, in which no parameter
-    (bias, norm) keeps a trivial value."""
+    """`published("qwen3")`: a directory that transformers wrote and its model, small and random, in
+    which no parameter (bias, norm) keeps a trivial value."""
     torch = pytest.importorskip("torch")
     import transformers
 
@@ -145,7 +146,8 @@ def test_logits_are_those_of_transformers(published, loaded, model_type):
 
 @pytest.mark.parametrize("model_type", ROWS)
 def test_padded_batches_and_greedy_text(published, loaded, model_type):
-    """Rows of 40 and 25 tokens padded on the left, in one pass and with a cache; then 64 tokens of greedy text."""
+    """Rows of 40 and 25 tokens padded on the left, in one pass and with a cache; then 64 tokens of
+    greedy text."""
     torch = pytest.importorskip("torch")
     _, model = published(model_type)
     config, base = loaded(model_type)
@@ -218,7 +220,8 @@ METHODS_HERE = [method for method in METHODS if method != "fft"]
     ],
 )
 def test_a_method_over_each(loaded, model_type, method):
-    """Step 0 is the base; fused is split, and split again bit-equal; every leaf of the adapter has a gradient."""
+    """Step 0 is the base; fused is split, and split again bit-equal; every leaf of the adapter has
+    a gradient."""
     config, base = loaded(model_type)
     adapter_config = AdapterConfig(method, 8)
     model = Llama(config, adapter_config)
@@ -249,7 +252,8 @@ def test_a_method_over_each(loaded, model_type, method):
 
 
 def test_norms_of_q_and_k_come_behind_repeat_and_add(loaded):
-    """Our choice, spelt out on the first layer: the product and its adapter, the norm, then attention."""
+    """Our choice, spelt out on the first layer: the product and its adapter, the norm, then
+    attention."""
     config, base = loaded("qwen3")
     adapter_config = AdapterConfig("ffba", 8)
     adapter = random_adapter(config, adapter_config, 1)
@@ -319,7 +323,7 @@ def test_a_bank_over_each(loaded, model_type):
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def config_of(model_type, **changes):
@@ -474,11 +478,12 @@ def test_tables_agree():
         assert LlamaConfig.from_hf(config.to_hf()) == config, name
 
 
-# --------------------------------------------------------------------------------------------------------- one row more
+# ------------------------------------------------------------------------------------- one row more
 
 
 def test_another_architecture_is_another_row(monkeypatch, published):
-    """ByteDance's Seed-OSS: a Llama with biases on q, k and v, and a flag of its own for o (docs/develop.md)."""
+    """ByteDance's Seed-OSS: a Llama with biases on q, k and v, and a flag of its own for o
+    (docs/develop.md)."""
     row = Architecture(
         hf_class="SeedOssForCausalLM",
         biases={

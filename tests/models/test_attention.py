@@ -1,5 +1,5 @@
-"""Attention of training and prompts: who computes it. That packed rows hold nothing of `[T, T]`, and
-what a GPU's kernels compute, is in test_gpu.py."""
+"""Attention of training and prompts: who computes it. That packed rows hold nothing of `[T, T]`,
+and what a GPU's kernels compute, is in test_gpu.py."""
 
 import dataclasses
 import functools

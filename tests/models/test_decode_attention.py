@@ -1,5 +1,5 @@
-"""The decode step's kernel, interpreted: beside attention spelt out in float64, and in whole models beside XLA's.
-On a GPU it is held to the same in test_gpu.py."""
+"""The decode step's kernel, interpreted: beside attention spelt out in float64, and in whole models
+beside XLA's. On a GPU it is held to the same in test_gpu.py."""
 
 import dataclasses
 import functools
@@ -40,7 +40,8 @@ interpreted = jax.jit(
 
 
 def spelt_out(qkv, rotary, seen, past, heads):
-    """Row by row and head by head, in float64: the output `[B, N·H]`, and the cache with the new token in it."""
+    """Row by row and head by head, in float64: the output `[B, N·H]`, and the cache with the new
+    token in it."""
     k, v, index = (np.array(one, np.float64) for one in past)
     qkv, seen = np.asarray(qkv, np.float64), np.asarray(seen)
     cos, sin = (np.asarray(table, np.float64)[:, 0, 0] for table in rotary)
@@ -109,7 +110,8 @@ def test_half_precision():
 
 
 def test_many_parts_and_long_scores():
-    """More slots than parts of 256, and scores that would overflow without their peak taken off, in part 0 or not."""
+    """More slots than parts of 256, and scores that would overflow without their peak taken off, in
+    part 0 or not."""
     qkv, rotary, seen, (k, v, index), heads = draw(1, 1, 2, 8, 32 * 256 + 100, 32 * 256 + 90, 0, 2)
     for scaled in (k.at[..., :10].mul(300.0), k.at[..., -200:].mul(300.0)):
         past = scaled, v, index
@@ -204,7 +206,8 @@ def test_float8_before_ada_is_refused_at_once(monkeypatch):
     ],
 )
 def test_which_devices_run_it(capability, head_dim, runs, monkeypatch):
-    """XLA compiles Triton from compute capability 8.0 on; AMD's devices name theirs otherwise, a CPU has none."""
+    """XLA compiles Triton from compute capability 8.0 on; AMD's devices name theirs otherwise, a
+    CPU has none."""
     device = types.SimpleNamespace(
         **({} if capability is None else {"compute_capability": capability})
     )

@@ -1,4 +1,5 @@
-"""GGUF files: written here as llama.cpp's converter writes them, and read back against torch and transformers."""
+"""GGUF files: written here as llama.cpp's converter writes them, and read back against torch and
+transformers."""
 
 import dataclasses
 import json
@@ -57,7 +58,8 @@ def gguf_name(hf_name):
 
 
 def interleave(rows, heads):
-    """llama.cpp's order of q and k rows, spelt out: row j of a head's first half, then row j of its second."""
+    """llama.cpp's order of q and k rows, spelt out: row j of a head's first half, then row j of its
+    second."""
     half = rows.shape[0] // heads // 2
     order = [
         h * 2 * half + part * half + j for h in range(heads) for j in range(half) for part in (0, 1)
@@ -90,7 +92,8 @@ def write_gguf(
     architecture="llama",
     tokenizer=None,
 ):
-    """Writes `tensors` (HF names) to `path`; `fields` override metadata, `tokenizer(writer)` adds its own."""
+    """Writes `tensors` (HF names) to `path`; `fields` override metadata, `tokenizer(writer)` adds
+    its own."""
     writer = gguf.GGUFWriter(path, architecture)
     metadata = {
         "block_count": config.num_hidden_layers,
@@ -153,7 +156,8 @@ def test_values_come_back_bit_equal(config, tmp_path):
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1"])
 def test_quantised_values_are_those_of_the_reference(kind, tmp_path):
-    """Rows are quantised one by one, so taking them out of order and in blocks must not change a value."""
+    """Rows are quantised one by one, so taking them out of order and in blocks must not change a
+    value."""
     kind = gguf.GGMLQuantizationType[kind]
     tensors = random_tensors(TINY)
     config, base = load_pretrained(
@@ -166,7 +170,8 @@ def test_quantised_values_are_those_of_the_reference(kind, tmp_path):
 
 
 def test_transformers_reads_the_same_model(tmp_path):
-    """Its GGUF reader (with torch) is independent of ours: the same tensors, and our logits are its logits."""
+    """Its GGUF reader (with torch) is independent of ours: the same tensors, and our logits are its
+    logits."""
     torch = pytest.importorskip("torch")
     from transformers import LlamaForCausalLM
 
@@ -198,7 +203,8 @@ def test_transformers_reads_the_same_model(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        # its heads, whose width transformers does not read there, are as wide as in every published one
+        # its heads, whose width transformers does not read there, are as wide as in every published
+        # one
         {
             "model_type": "qwen3",
             "qk_norm": True,
@@ -397,7 +403,8 @@ except ModuleNotFoundError:
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """SmolLM2-135M-Instruct: its file, our configuration and base, and transformers' model from our tensors."""
+    """SmolLM2-135M-Instruct: its file, our configuration and base, and transformers' model from our
+    tensors."""
     torch = pytest.importorskip("torch")
     from transformers import LlamaConfig as HfConfig
     from transformers import LlamaForCausalLM
@@ -429,7 +436,8 @@ def test_smollm2_is_the_preset_and_what_transformers_reads(smollm2):
 
 @pytest.mark.slow
 def test_smollm2_speaks_as_in_transformers(smollm2):
-    """Logits within 1e-3, and the same greedy 64 tokens unless the two best logits are closer than that."""
+    """Logits within 1e-3, and the same greedy 64 tokens unless the two best logits are closer than
+    that."""
     torch = pytest.importorskip("torch")
 
     from flora_jax.models.llama import Llama
@@ -472,7 +480,7 @@ def test_smollm2_speaks_as_in_transformers(smollm2):
     assert worst <= 1e-3
 
 
-# ------------------------------------------------------------------------------------- keys that change numbers
+# ------------------------------------------------------------------------- keys that change numbers
 
 
 @pytest.mark.parametrize(
@@ -521,7 +529,8 @@ def test_a_key_that_may_change_the_numbers_is_refused_by_name(key, value, tmp_pa
 
 
 def test_keys_that_change_nothing_pass(tmp_path):
-    """Every key that the format lists for rotary embeddings and attention, at the value that a plain Llama has."""
+    """Every key that the format lists for rotary embeddings and attention, at the value that a
+    plain Llama has."""
     neutral = {
         "rope.scaling.type": "linear",
         "rope.scaling.factor": 1.0,
@@ -550,7 +559,8 @@ def test_keys_that_change_nothing_pass(tmp_path):
         "use_parallel_residual": False,
         "embedding_length_out": 96,
     }
-    # What speaks of parts that a dense Llama has not, and a factor where the type says that there is no scaling.
+    # What speaks of parts that a dense Llama has not, and a factor where the type says that there
+    # is no scaling.
     idle = {
         "expert_used_count": 2,
         "expert_feed_forward_length": 128,
@@ -586,7 +596,8 @@ def test_keys_that_change_nothing_pass(tmp_path):
 
 
 def test_values_that_are_not_finite_are_refused_with_their_tensor(tmp_path):
-    """Stored as they are, as the scale of a quantised block, or too large for the dtype that is asked for."""
+    """Stored as they are, as the scale of a quantised block, or too large for the dtype that is
+    asked for."""
     name = "model.layers.0.mlp.up_proj.weight"
     for value, quantise, dtype, words in (
         (np.nan, None, jnp.float32, "is not finite"),
@@ -604,7 +615,7 @@ def test_values_that_are_not_finite_are_refused_with_their_tensor(tmp_path):
         assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------ a real Qwen2
+# ------------------------------------------------------------------------------------- a real Qwen2
 
 
 @pytest.fixture(scope="module")

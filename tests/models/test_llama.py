@@ -1,5 +1,6 @@
-"""The Llama around the adapters: packing, padding, positions, cache, rematerialisation, and the trees it refuses. Its
-logits are held to transformers' in test_loading.py and to NumPy's in test_adapters.py."""
+"""The Llama around the adapters: packing, padding, positions, cache, rematerialisation, and the
+trees it refuses. Its logits are held to transformers' in test_loading.py and to NumPy's in
+test_adapters.py."""
 
 import dataclasses
 import functools
@@ -67,7 +68,7 @@ def assert_close(found, expected):
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Packing, padding, masks
 
 
@@ -115,7 +116,8 @@ def test_positions():
 
 
 def test_a_mask_by_query():
-    """`[B, T, S]`, causality on top; the same as the padding mask and as the segments that it spells out."""
+    """`[B, T, S]`, causality on top; the same as the padding mask and as the segments that it
+    spells out."""
     variables, forward = model_of(FFBA)
     everything = np.ones((2, 10, 10), bool)
     assert_close(forward(variables, TOKENS, mask=everything), forward(variables, TOKENS))
@@ -138,7 +140,8 @@ def test_later_tokens_are_not_seen():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("T", [13, 130])
 def test_attention_is_jaxs_own(groups, masked, T):
-    """Output and gradients equal those of jax.nn.dot_product_attention, in which each head is a product of its own."""
+    """Output and gradients equal those of jax.nn.dot_product_attention, in which each head is a
+    product of its own."""
     B, K, H = 2, 2, 8
     keys = jax.random.split(jax.random.key(0), 5)
     q, cotangent = (jax.random.normal(key, (B, T, K * groups, H)) for key in keys[:2])
@@ -161,7 +164,7 @@ def test_attention_is_jaxs_own(groups, masked, T):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The cache
 
 
@@ -184,8 +187,8 @@ def decode(adapter_config, variables, tokens, prompt, mask=None):
     return run(variables, tokens)
 
 
-# Nothing, a path around the blocks (with an add in `down`), and a stream with a first layer of its own; the others do
-# with the cache what these do.
+# Nothing, a path around the blocks (with an add in `down`), and a stream with a first layer of its
+# own; the others do with the cache what these do.
 @pytest.mark.parametrize(
     "method",
     [
@@ -210,8 +213,8 @@ def test_decoding_is_one_forward_pass(method):
 
 
 def test_a_long_prefill_is_one_forward_pass(monkeypatch):
-    """150 and 131 tokens in an empty cache of 150: attention goes block by block, and products have hundreds of rows;
-    the arrays are those of a CPU."""
+    """150 and 131 tokens in an empty cache of 150: attention goes block by block, and products have
+    hundreds of rows; the arrays are those of a CPU."""
     variables, forward = model_of(FFBA)
     tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 150)).astype(np.int32)
     mask = np.arange(150) < np.array([[150], [131]])
@@ -251,7 +254,7 @@ def test_segments_with_a_cache_are_refused():
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rematerialisation
 
 
@@ -293,7 +296,8 @@ def test_remat_keeps_less():
 
 @pytest.mark.parametrize("method", ["ffba", "lora"])
 def test_no_product_is_computed_twice(method):
-    """Beside attention's, which `attend` recomputes whatever is kept, the program has the products it has without."""
+    """Beside attention's, which `attend` recomputes whatever is kept, the program has the products
+    it has without."""
     none, products = (
         len(re.findall(r" dot\(", compiled_gradient(remat, method)[0].as_text()))
         for remat in ("none", "products")
@@ -306,7 +310,7 @@ def test_an_unknown_remat_is_refused():
         Llama(TINY, None, remat="some").apply(model_of(None)[0], TOKENS)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Trees
 
 
@@ -318,7 +322,8 @@ def test_base_tree_is_the_hf_tables(config):
 
 
 def test_random_base():
-    """HF's initialisation: kernels and embedding with std 0.02, scales one; a key of its own for each layer."""
+    """HF's initialisation: kernels and embedding with std 0.02, scales one; a key of its own for
+    each layer."""
     leaves = flatten_dict(init_base(jax.random.key(0), UNTIED), sep="/")
     assert {path: leaf.shape for path, leaf in leaves.items()} == leaf_shapes(UNTIED)
     for path, leaf in leaves.items():
@@ -342,7 +347,8 @@ def test_untied_head_and_biases():
     for path in [path for path in leaves if path.endswith("_bias")]:
         without = unflatten_dict({**leaves, path: np.zeros_like(leaves[path])}, sep="/")
         moved = np.abs(forward(without, TOKENS) - logits).max()
-        # A key's bias turns with its position, so here it matters; without rotary embeddings it would not.
+        # A key's bias turns with its position, so here it matters; without rotary embeddings it
+        # would not.
         assert moved > 1e-2, path
 
 
@@ -365,11 +371,13 @@ def change(leaves, case):
         ("missing", "adapter leaf 'layers/attention/o/o_B' is absent, but ffba at rank 8"),
         (
             "extra",
-            "adapter leaf 'layers/attention/o/A' is (2, 96, 8), but ffba at rank 8 on this model has none",
+            "adapter leaf 'layers/attention/o/A' is (2, 96, 8), but ffba at rank 8 on this model "
+            "has none",
         ),
         (
             "shape",
-            "'layers/attention/o/o_B' is (2, 16, 96), but ffba at rank 8 on this model has (2, 24, 96)",
+            "'layers/attention/o/o_B' is (2, 16, 96), but ffba at rank 8 on this model has (2, "
+            "24, 96)",
         ),
         ("all", "is absent, but ffba at rank 8"),
     ],
@@ -392,7 +400,8 @@ def test_a_tree_of_another_adapter_is_refused(case, words):
         (
             AdapterConfig("ffba", 4),
             None,
-            "the fused tree holds an adapter of rank 8, but adapter_config is of an adapter of rank 4",
+            "the fused tree holds an adapter of rank 8, but adapter_config is of an adapter of "
+            "rank 4",
         ),
         (AdapterConfig("lora", 8), None, "but lora at rank 8"),
         (AdapterConfig("zflora", 8), None, "zflora at rank 8"),
@@ -409,7 +418,8 @@ def test_a_fused_tree_of_another_adapter_is_refused(served_by, places, words):
 
 
 def test_a_zflora_of_another_rank_is_refused():
-    """Its stream may be filled up, so that shapes alone would let rank 16 pass for rank 8, and two places for one."""
+    """Its stream may be filled up, so that shapes alone would let rank 16 pass for rank 8, and two
+    places for one."""
     config = AdapterConfig("zflora", 16)
     base, adapter = init_base(jax.random.key(0), TINY), random_adapter(TINY, config, 1)
     for made_of, served_by, words in [
@@ -454,7 +464,8 @@ def test_what_would_be_ignored_or_clamped_is_refused():
 @pytest.mark.parametrize("tokens", [TOKENS, TOKENS[:1, :1]], ids=["batch", "one token"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_logits_of_a_bfloat16_model_are_not_rounded(transposed, tokens):
-    """They are sums in float32 of products of bfloat16 numbers, whatever the layout and however many."""
+    """They are sums in float32 of products of bfloat16 numbers, whatever the layout and however
+    many."""
     base = init_base(jax.random.key(0), TINY, jnp.bfloat16)
     fused = {"params": fuse(base, None, TINY, None, transposed=transposed)}
     model = Llama(TINY)

@@ -1,4 +1,5 @@
-"""Weights from HF directories: values and logits against transformers, every refusal, shards, memory."""
+"""Weights from HF directories: values and logits against transformers, every refusal, shards,
+memory."""
 
 import dataclasses
 import hashlib
@@ -41,7 +42,8 @@ ROPE_LLAMA3 = {
 
 
 def torch_llama(**settings):
-    """A small random transformers Llama in which no parameter (bias, norm) keeps a trivial value."""
+    """A small random transformers Llama in which no parameter (bias, norm) keeps a trivial
+    value."""
     torch = pytest.importorskip("torch")
     from transformers import LlamaConfig as HfConfig
     from transformers import LlamaForCausalLM
@@ -190,7 +192,8 @@ def test_redundant_tensors_pass(tmp_path):
 
 
 def test_the_loaded_memory_is_safe_to_donate(tmp_path):
-    """CPU arrays take over the buffer that was read into; a donated one must leave every other array alone."""
+    """CPU arrays take over the buffer that was read into; a donated one must leave every other
+    array alone."""
     _, base = load_pretrained(str(write_checkpoint(tmp_path)))
     before = jax.tree.map(np.array, base)
     other = jax.tree.map(lambda x: x + 0, base)
@@ -447,7 +450,8 @@ def run_python(code, *arguments, **environment):
 
 
 def test_each_device_reads_its_shard_alone(tmp_path):
-    """Two devices: columns of kernels on each; the same values, and each value is read once in all."""
+    """Two devices: columns of kernels on each; the same values, and each value is read once in
+    all."""
     write_checkpoint(tmp_path)
     out = run_python(
         """
@@ -458,8 +462,9 @@ def test_each_device_reads_its_shard_alone(tmp_path):
         from flora_jax.models.hf import leaf_shapes
         mesh = jax.make_mesh((2,), ("model",))
         def place(path):
-            spec = P(None, None, "model") if path.endswith("kernel") else P("model") if "embed" in path else P()
-            return NamedSharding(mesh, spec)
+            if path.endswith("kernel"):
+                return NamedSharding(mesh, P(None, None, "model"))
+            return NamedSharding(mesh, P("model") if "embed" in path else P())
         config, whole = loading.load_pretrained(sys.argv[1])
         read, plain = [0], loading._FileTensor.__getitem__
         def counted(self, index):
@@ -467,7 +472,8 @@ def test_each_device_reads_its_shard_alone(tmp_path):
             read[0] += value.size
             return value
         loading._FileTensor.__getitem__ = counted
-        tree = traverse_util.unflatten_dict({path: place(path) for path in leaf_shapes(config)}, sep="/")
+        placed = {path: place(path) for path in leaf_shapes(config)}
+        tree = traverse_util.unflatten_dict(placed, sep="/")
         for shardings in (place, tree):
             read[0] = 0
             _, parts = loading.load_pretrained(sys.argv[1], shardings=shardings)
@@ -494,7 +500,8 @@ def test_a_sharding_tree_of_another_model_is_refused():
 
 @pytest.mark.slow
 def test_memory_of_a_1b_load(tmp_path):
-    """Llama-3.2-1B's shapes, bf16 shards read as fp32: anonymous memory grows by less than 1.3 parameter bytes."""
+    """Llama-3.2-1B's shapes, bf16 shards read as fp32: anonymous memory grows by less than 1.3
+    parameter bytes."""
     config = LlamaConfig.preset("llama3.2-1b")
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
     shards = {}
@@ -573,7 +580,7 @@ def test_old_and_new_rotary_fields_together_are_read_as_transformers_does(both):
         assert ours.rope_scaling.factor == theirs["factor"]
 
 
-# ------------------------------------------------------------------------------- values that are not finite
+# ----------------------------------------------------------------------- values that are not finite
 
 
 @pytest.mark.parametrize(
@@ -616,11 +623,12 @@ def test_the_largest_and_smallest_values_of_a_dtype_pass(tmp_path):
         assert not all_finite(np.append(values, np.array([-np.inf], dtype)))
 
 
-# ------------------------------------------------------------------------------------------- a tied lm_head
+# ----------------------------------------------------------------------------------- a tied lm_head
 
 
 def tied_with_head(folder, change):
-    """A tied transformers Llama, saved with an lm_head beside its embedding: `change(embedding)`."""
+    """A tied transformers Llama, saved with an lm_head beside its embedding:
+    `change(embedding)`."""
     torch_llama(
         num_attention_heads=3, num_key_value_heads=3, tie_word_embeddings=True
     ).save_pretrained(folder)

@@ -1,4 +1,5 @@
-"""Tokenizers: the byte tokenizer, those of GGUF files cut and merged as their models expect, saving, refusals."""
+"""Tokenizers: the byte tokenizer, those of GGUF files cut and merged as their models expect,
+saving, refusals."""
 
 import dataclasses
 import json
@@ -171,7 +172,8 @@ def test_bos_follows_the_file_and_survives_saving(pre, flags, expected, tmp_path
 
 
 def test_llama3_takes_whole_words_before_merges(tmp_path):
-    """Llama 3 looks a word up before it merges: '1234'[:3] is cut first, but 'Ġthe' needs no merge to be found."""
+    """Llama 3 looks a word up before it merges: '1234'[:3] is cut first, but 'Ġthe' needs no merge
+    to be found."""
     merges = [merge for merge in MERGES if merge != "Ġ the"]
     assert pieces(load_tokenizer(gguf_with(tmp_path, "llama-bpe", merges=merges)), " the") == [
         "<s>",
@@ -235,7 +237,8 @@ def test_a_broken_tokenizer_is_refused_in_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_tokenizer():
-    """Where no digit is near, transformers' own GGUF tokenizer agrees; numbers split digit by digit."""
+    """Where no digit is near, transformers' own GGUF tokenizer agrees; numbers split digit by
+    digit."""
     from transformers import AutoTokenizer
 
     path = resolve_source("smollm2-135m-instruct")
@@ -330,7 +333,8 @@ def test_a_tokenizer_that_is_read_right_is_not_refused(tmp_path, make, tokenizer
 
 
 def test_a_tokenizer_that_transformers_misreads_is_refused(tmp_path, monkeypatch):
-    """As many releases read a byte-level Llama that is declared a LlamaTokenizer: without its spaces."""
+    """As many releases read a byte-level Llama that is declared a LlamaTokenizer: without its
+    spaces."""
     path = declared(tmp_path / "llama3", llama3(), "LlamaTokenizer")
     assert load_tokenizer(path)(" the", add_special_tokens=False).input_ids == [
         llama3().get_vocab()["Ġthe"]
@@ -341,11 +345,15 @@ def test_a_tokenizer_that_transformers_misreads_is_refused(tmp_path, monkeypatch
             transformers.LlamaTokenizer.from_pretrained,
         )
         patch.setattr("transformers.__version__", "5.19.0")
-        line = r"llama3: transformers 5\.19\.0 reads the tokenizer, as a Llama.*pip install transformers==5\.24\.0"
+        line = (
+            r"llama3: transformers 5\.19\.0 reads the tokenizer, as a Llama.*pip install "
+            r"transformers==5\.24\.0"
+        )
         with pytest.raises(UserError, match=line) as error:
             load_tokenizer(path)
         assert "\n" not in str(error.value)
-    # One that the installed release misreads, too: Unigram read as BPE. The remedy that the line names mends it.
+    # One that the installed release misreads, too: Unigram read as BPE. The remedy that the line
+    # names mends it.
     path = declared(
         tmp_path / "unigram", sentencepiece("unigram", "first", LLAMA2), "LlamaTokenizer"
     )

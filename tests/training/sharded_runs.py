@@ -1,7 +1,9 @@
-"""What tests/training/test_sharding.py runs in processes of their own, where XLA is told how many devices there are.
+"""What tests/training/test_sharding.py runs in processes of their own, where XLA is told how many
+devices there are.
 
-    python tests/training/sharded_runs.py meshes FOLDER lora-8x1x1,fft-2x2x2    these runs, a method on a mesh
-    python tests/training/sharded_runs.py others FOLDER                         a run on two meshes, weights, attention
+    python tests/training/sharded_runs.py meshes FOLDER lora-8x1x1,fft-2x2x2 these runs, a method on
+    a mesh python tests/training/sharded_runs.py others FOLDER a run on two meshes, weights,
+    attention
 
 FOLDER/METHOD.json is a configuration; bytes and the like go to FOLDER as JSON.
 """
@@ -72,7 +74,8 @@ def resumed(folder: Path) -> None:
 
 
 def loaded(folder: Path) -> None:
-    """Weights read straight into shards: which leaves differ from those read whole, and what one device has."""
+    """Weights read straight into shards: which leaves differ from those read whole, and what one
+    device has."""
     model = LlamaConfig.preset("tiny")
     mesh = make_mesh(config_of(folder / "fft.json", (1, 8, 1)))
     placed = shardings({"params": abstract_base(model)}, mesh, model, AdapterConfig("fft", 1))
@@ -113,7 +116,8 @@ def quantised(folder: Path) -> None:
 
 
 def attention(folder: Path) -> None:
-    """The all-gathers in the compiled gradient of attention, rows over data and fsdp, heads over tensor."""
+    """The all-gathers in the compiled gradient of attention, rows over data and fsdp, heads over
+    tensor."""
     mesh = make_mesh(config_of(folder / "fft.json", (2, 2, 2)))
     place = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor", None))
     q, k, v = (

@@ -1,4 +1,5 @@
-"""What a run trains on: never a record of a test set or of the validation set, every drop counted, all of it hashed."""
+"""What a run trains on: never a record of a test set or of the validation set, every drop counted,
+all of it hashed."""
 
 import collections
 import importlib
@@ -23,7 +24,8 @@ from flora_jax.training.inputs import load_inputs
 
 @pytest.fixture
 def inputs(small, tmp_path):
-    """`inputs(**{"data.limit": 3})`: the inputs of this configuration over the folder `tmp_path`."""
+    """`inputs(**{"data.limit": 3})`: the inputs of this configuration over the folder
+    `tmp_path`."""
 
     def load(tokenizer=None, **fields):
         config = small(
@@ -81,7 +83,8 @@ def test_records_of_test_and_validation_sets_are_dropped_and_counted(inputs, wri
     )
     assert asked(scored.train) == list(range(3, 16))
     assert asked(scored.validation) == [16, *range(18, 24)] and counts(scored.account) == (7, 2)
-    # So does a task trained beside it, whose own records are held out where it has no validation split.
+    # So does a task trained beside it, whose own records are held out where it has no validation
+    # split.
     both = inputs(**{"data.tasks": "gsm8k,AddSub"})
     [held_out] = set(range(50, 53)) & set(asked(both.validation))
     assert asked(both.train) == [*range(3, 16), *sorted({50, 51, 52} - {held_out})]
@@ -142,7 +145,8 @@ def test_mixtures_and_weights(inputs, write, small):
 
 
 def test_what_a_task_is_tested_on_does_not_validate_it(inputs):
-    """HellaSwag's test is the file of its official validation split: records of train are held out instead."""
+    """HellaSwag's test is the file of its official validation split: records of train are held out
+    instead."""
     folder = inputs.folder / "hellaswag"
     folder.mkdir()
     for split, first in (("train", 0), ("validation", 50)):
@@ -178,7 +182,8 @@ def test_nothing_left_is_refused(inputs, write):
 
 
 def test_one_prompt_may_have_many_answers_in_a_file_of_ones_own(inputs, tmp_path):
-    """What is held out is left out of training with its answer, not with all that shares its prompt."""
+    """What is held out is left out of training with its answer, not with all that shares its
+    prompt."""
     mine = tmp_path / "mine.jsonl"
     lines = [
         json.dumps({"prompt": "Write in my style.", "completion": f"Text {i}."}) for i in range(20)
@@ -216,7 +221,8 @@ def test_one_file_is_a_test_set_only_where_it_is_scored(inputs, tmp_path):
 
 
 def test_data_that_holds_a_test_is_refused_by_name(inputs, write):
-    """More than one question in a hundred; those that match are dropped either way, their near doubles cannot be."""
+    """More than one question in a hundred; those that match are dropped either way, their near
+    doubles cannot be."""
     write("gsm8k", train=range(300), validation=range(500, 510), test=range(900, 910))
     write("AddSub", test=[*range(4), *range(1000, 1196)])
     write("SingleEq", test=[*range(2), *range(1000, 1198)])
@@ -271,7 +277,8 @@ def test_the_hashes_tell_templates_and_tokenizers_apart(inputs, write):
 
 
 def test_limit(inputs, write):
-    """N of the records that are left, in their order and not simply the first; the same ones every time."""
+    """N of the records that are left, in their order and not simply the first; the same ones every
+    time."""
     write("gsm8k", train=range(40), validation=(50,), test=range(10))
     everything, some = inputs(), inputs(**{"data.limit": 7})
     numbers = asked(some.train)

@@ -1,4 +1,5 @@
-"""The chunked cross-entropy against optax on whole logits, and what its compiled program holds and skips."""
+"""The chunked cross-entropy against optax on whole logits, and what its compiled program holds and
+skips."""
 
 import functools
 import math
@@ -70,8 +71,8 @@ def assert_same(found, expected, tolerance=2e-6):
     zero_row=st.booleans(),
 )
 def test_value_and_gradients_are_optaxs(shape, chunk, block, counted, seed, zero_row):
-    """Non-binary weights, rows and batches without a counted token, chunks that do not divide the row, the vocabulary
-    whole and in blocks."""
+    """Non-binary weights, rows and batches without a counted token, chunks that do not divide the
+    row, the vocabulary whole and in blocks."""
     hidden, unembedding, targets, weights = draw(seed, *shape, counted=counted)
     if zero_row:
         weights[0] = 0
@@ -104,7 +105,8 @@ def test_huge_logits_stay_finite(block):
 
 @pytest.mark.parametrize("block", [26, V])
 def test_bfloat16_hidden(block):
-    """Logits are summed in float32 and the sum kept there: the loss of bfloat16 states is right to 1e-5."""
+    """Logits are summed in float32 and the sum kept there: the loss of bfloat16 states is right to
+    1e-5."""
     hidden, unembedding, targets, weights = draw(2, 3, 12)
     hidden, unembedding = (
         hidden.astype(jnp.bfloat16),
@@ -124,7 +126,7 @@ def test_loss_of_uniform_logits():
     assert loss == pytest.approx(weights.sum() * math.log(V), rel=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The compiled program. B · T · V = 4992, V · D = 832, B · chunk · V = 624, B · chunk · block = 156.
 
 B, T, CHUNK, BLOCK = 2, 24, 3, 26
@@ -188,7 +190,8 @@ def test_no_array_holds_a_chunks_logits_where_the_vocabulary_is_cut():
 
 
 def test_blocks_of_the_vocabulary(monkeypatch):
-    """A divisor that fits a cache, of SmolLM2, Llama 3 and Llama 2; all of a prime, of few, and on a GPU."""
+    """A divisor that fits a cache, of SmolLM2, Llama 3 and Llama 2; all of a prime, of few, and on
+    a GPU."""
     assert [vocabulary_block(n) for n in (49152, 128256, 32000, 32003, 300)] == [
         2048,
         2004,
@@ -201,7 +204,8 @@ def test_blocks_of_the_vocabulary(monkeypatch):
 
 
 def test_a_frozen_unembedding_has_no_gradient():
-    """Nothing of V x D is computed unless something asks for it; likewise, no gradient at all for a value."""
+    """Nothing of V x D is computed unless something asks for it; likewise, no gradient at all for a
+    value."""
     weight_gradient = {(V, D), (D, V)}
     assert dots(texts()["both"]) & weight_gradient
     assert dots(texts()["frozen"]) and not dots(texts()["frozen"]) & weight_gradient
@@ -213,7 +217,8 @@ def test_a_frozen_unembedding_has_no_gradient():
 
 
 def test_chunks_without_counted_tokens_are_skipped():
-    """Two chunks' worth of positions count, wherever they lie; all others are NaN, and nobody looks at them."""
+    """Two chunks' worth of positions count, wherever they lie; all others are NaN, and nobody looks
+    at them."""
     assert "conditional(" in texts()["frozen"]
     hidden, unembedding, targets, _ = draw(5, B, T)
     weights = np.zeros((B, T), np.float32)

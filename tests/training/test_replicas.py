@@ -205,7 +205,8 @@ def test_a_stand_in_that_cannot_be_made_ends_all():
     [
         (
             {"adapter.rank": 4},
-            "config.adapter.rank is 8 in one replica and 4 in another; they may differ in train.seed and",
+            "config.adapter.rank is 8 in one replica and 4 in another;"
+            " they may differ in train.seed and",
         ),
         ({"train.steps": 9}, "config.train.steps is 8 in one replica and 9"),
     ],

@@ -1,5 +1,5 @@
-"""Stopping and going on: killed, told to stop, or finished, a run ends as if nothing had happened; and a workdir is
-never mixed with another run."""
+"""Stopping and going on: killed, told to stop, or finished, a run ends as if nothing had happened;
+and a workdir is never mixed with another run."""
 
 import errno
 import json
@@ -26,7 +26,8 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """Packing, dropout and accumulation on; saved more seldom than logged, and validated at other steps."""
+    """Packing, dropout and accumulation on; saved more seldom than logged, and validated at other
+    steps."""
     return [
         "--config",
         "configs/tiny.py",
@@ -65,7 +66,8 @@ def wait_for(process, workdir, step):
 
 
 def test_a_killed_run_goes_on_bit_equal(command, flags, uninterrupted, tmp_path):
-    """Killed before its first checkpoint and again later, at steps drawn from a seed, the second time in a line."""
+    """Killed before its first checkpoint and again later, at steps drawn from a seed, the second
+    time in a line."""
     draw, workdir = random.Random(0), tmp_path / "w"
     for step in (draw.randint(1, 3), draw.randint(8, STEPS - 4)):
         process = command.start(*flags, "--workdir", workdir)
@@ -109,7 +111,8 @@ def test_a_finished_run_started_again_changes_nothing(command, flags, uninterrup
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, small, quick_compile, hf_directory):
-    """A run on a checkpoint directory and a file of records: `(folder, its configuration's fields)`."""
+    """A run on a checkpoint directory and a file of records: `(folder, its configuration's
+    fields)`."""
     folder = tmp_path_factory.mktemp("finished")
     records = folder / "mine.jsonl"
     records.write_text(
@@ -134,7 +137,8 @@ def test_two_runs_in_one_directory(finished, small):
 
 
 def test_a_run_that_another_overtook(small, quick_compile, monkeypatch, tmp_path, tree_hash):
-    """Both found the directory empty; while one waits for its weights the other trains there, to its end."""
+    """Both found the directory empty; while one waits for its weights the other trains there, to
+    its end."""
     prepare, before = loop.prepare, {}
 
     def slow(config, workdir):
@@ -155,7 +159,8 @@ def test_a_run_that_another_overtook(small, quick_compile, monkeypatch, tmp_path
 
 
 def test_a_kill_before_anything_was_written(small, tmp_path):
-    """What is left of a config.json that was being written does not keep the same command from starting."""
+    """What is left of a config.json that was being written does not keep the same command from
+    starting."""
     (tmp_path / "config.json.tmp").write_text('{"schema')
     (tmp_path / ".lock").touch()
     check_workdir(tmp_path, small())
@@ -165,7 +170,8 @@ def test_a_kill_before_anything_was_written(small, tmp_path):
 
 
 def test_a_second_ctrl_c_ends_at_once():
-    """Not the first one after a SIGTERM, which asked for a save; schedulers may send that more than once."""
+    """Not the first one after a SIGTERM, which asked for a save; schedulers may send that more than
+    once."""
     # where tests run in the background it is ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with noted_signals() as noted:
@@ -178,7 +184,8 @@ def test_a_second_ctrl_c_ends_at_once():
 
 
 def test_a_closed_terminal_ends_a_run_as_a_termination_does():
-    """Unless it is told not to: `nohup` has SIGHUP ignored. With other processes beside, all of them are to stop."""
+    """Unless it is told not to: `nohup` has SIGHUP ignored. With other processes beside, all of
+    them are to stop."""
     given = [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)]
     told = []
     try:
@@ -200,7 +207,8 @@ def test_a_closed_terminal_ends_a_run_as_a_termination_does():
 
 
 def test_a_run_outlives_who_reads_what_it_says(small, quick_compile, capfd, monkeypatch, tmp_path):
-    """A terminal that is closed gives an input/output error at every line; the checkpoint is written all the same."""
+    """A terminal that is closed gives an input/output error at every line; the checkpoint is
+    written all the same."""
     write = Metrics.write
 
     def close(self, step, values):
@@ -344,7 +352,8 @@ def test_what_a_resumed_run_may_change(finished, small, tree_hash, tmp_path):
 
 
 def test_resumed_in_the_middle_with_other_free_fields(small, quick_compile, monkeypatch, tmp_path):
-    """Told to stop after step 5 and gone on with other intervals: the losses and the adapter are bit-equal."""
+    """Told to stop after step 5 and gone on with other intervals: the losses and the adapter are
+    bit-equal."""
     values = {"train.steps": 10, "adapter.dropout": 0.1, "train.eval_every": 4}
     run(small(**values), tmp_path / "whole")
     write = Metrics.write
@@ -391,8 +400,8 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
 
 
 def scalars(workdir):
-    """`(step, [(name, value), …])` of each event after a file's first, by file: a record is its length in 8 bytes, 4
-    of a checksum, the event, and 4 of another."""
+    """`(step, [(name, value), …])` of each event after a file's first, by file: a record is its
+    length in 8 bytes, 4 of a checksum, the event, and 4 of another."""
     found = []
     for file in sorted((workdir / "tensorboard").iterdir()):
         data, events = file.read_bytes(), []
@@ -408,7 +417,8 @@ def scalars(workdir):
 
 
 def test_the_best_checkpoint_outlives_a_resume(finished, small, monkeypatch, tmp_path):
-    """Best at step 2, stopped, and twice more saved: its adapter is still the one that comes out."""
+    """Best at step 2, stopped, and twice more saved: its adapter is still the one that comes
+    out."""
     from flora_jax.interop.adapter_files import load_adapter
     from flora_jax.models.config import LlamaConfig
     from flora_jax.training import loop

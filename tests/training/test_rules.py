@@ -38,7 +38,7 @@ def settings(method="ffba", **fields):
     return config
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The table
 
 
@@ -82,7 +82,7 @@ def test_partition_and_combine_are_inverse(decision):
     assert combine(trainable, frozen) == variables
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What trains
 
 
@@ -130,7 +130,7 @@ def test_a_rule_that_trains_nothing_is_refused():
         trains(settings("fft", train__trainable="params/.*norm/scale"), variables_of("fft"))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The optimizer
 
 
@@ -161,7 +161,8 @@ def test_decay_spares_norms():
 
 
 def test_first_adam_step_is_the_rate():
-    """Bias-corrected, Adam's first step is the sign of the gradient times the rate, whatever clipping scaled it to."""
+    """Bias-corrected, Adam's first step is the sign of the gradient times the rate, whatever
+    clipping scaled it to."""
     config = settings("lora", optim__warmup_steps=0)
     _, updates = first_updates(config, variables_of("lora"), lambda p: np.sign(p) * np.float32(3))
     for update in updates.values():
@@ -233,7 +234,7 @@ def test_schedule(fields, rates):
         assert float(schedule(step)) == pytest.approx(1e-3 * rate, rel=1e-5, abs=1e-12), step
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sharding
 
 

@@ -44,8 +44,9 @@ NAMES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 def devices(count):
-    """XLA's flags for this many CPU devices. Its concurrent scheduler starts independent collectives in another order
-    on each device, and with fewer cores than devices they can wait for each other for ever."""
+    """XLA's flags for this many CPU devices. Its concurrent scheduler starts independent
+    collectives in another order on each device, and with fewer cores than devices they can wait for
+    each other for ever."""
     return (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count} "
         "--xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -95,7 +96,8 @@ def folder(tmp_path_factory, small, quick_compile):
 
 @pytest.fixture(scope="module")
 def ran(folder, script):
-    """`ran(name)` makes sure of a run: the first asked for brings all of its kind, in one process a device count."""
+    """`ran(name)` makes sure of a run: the first asked for brings all of its kind, in one process a
+    device count."""
 
     def ensure(name):
         if not (folder / name).exists():
@@ -117,7 +119,8 @@ def test_every_mesh_computes_the_same(folder, ran, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_device_holds(ran, name):
-    """Kernels and embedding whole over fsdp times tensor, norms whole everywhere, adapters over fsdp alone."""
+    """Kernels and embedding whole over fsdp times tensor, norms whole everywhere, adapters over
+    fsdp alone."""
     _, fsdp, tensor = sizes(name)
     held = json.loads((ran(name) / "held.json").read_text())
     leaves = held["frozen"] | held["trainable"]
@@ -218,7 +221,8 @@ def test_a_mesh_that_does_not_fit_is_refused(small, count, fields, words):
     [((2, 1, 4), 4), ((1, 2, 4), 4), ((2, 2, 2), 8), ((8, 1, 1), 3), ((1, 1, 8), 2)],
 )
 def test_each_process_feeds_rows_of_its_own(small, monkeypatch, sizes, processes):
-    """Data times fsdp is a multiple of the processes, or refused: a tensor axis would cross them."""
+    """Data times fsdp is a multiple of the processes, or refused: a tensor axis would cross
+    them."""
     config = small(
         **{f"mesh.{axis}": size for axis, size in zip(AXES, sizes, strict=True)},
         **{"train.batch_size": 16},
@@ -232,8 +236,8 @@ def test_each_process_feeds_rows_of_its_own(small, monkeypatch, sizes, processes
 
 
 def test_rules_fit_whatever_adapter_is_accepted():
-    """Every method with every choice of targets and of add_to that AdapterConfig takes: each leaf of the model has a
-    rule, and each rule a leaf."""
+    """Every method with every choice of targets and of add_to that AdapterConfig takes: each leaf
+    of the model has a rule, and each rule a leaf."""
     base = [f"params/{path}" for path in leaf_shapes(TINY)]
     accepted = set()
     choices = [c for n in range(8) for c in itertools.combinations(PROJECTIONS, n)]

@@ -1,4 +1,5 @@
-"""The training step: what it changes, what it averages over, and what its compiled program never computes."""
+"""The training step: what it changes, what it averages over, and what its compiled program never
+computes."""
 
 import functools
 import math
@@ -28,14 +29,16 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 def methods(*fast):
-    """All methods; those not named are held to the same, but not on every run: each costs a compilation."""
+    """All methods; those not named are held to the same, but not on every run: each costs a
+    compilation."""
     return [
         pytest.param(method, marks=[] if method in fast else pytest.mark.slow) for method in METHODS
     ]
 
 
 def draw(method, config=TINY, rank=8, zero_side=True):
-    """Random variables with ordinary sizes; the side that starts at zero is zero unless told otherwise."""
+    """Random variables with ordinary sizes; the side that starts at zero is zero unless told
+    otherwise."""
     rng = np.random.default_rng(0)
     zero = "A" if method.startswith(("ff", "zf")) else "B"
     leaves = {}
@@ -55,7 +58,8 @@ def draw(method, config=TINY, rank=8, zero_side=True):
 
 
 def batch_of(rows=4, T=12, vocabulary=TINY.vocab_size, seed=1):
-    """A packed random batch: two segments a row, counted tokens that differ from row to row, none in the last."""
+    """A packed random batch: two segments a row, counted tokens that differ from row to row, none
+    in the last."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocabulary, (rows, T + 1)).astype(np.int32)
     counted = rng.random((rows, T)) < np.linspace(1, 0, rows)[:, None]
@@ -105,7 +109,8 @@ def step_of(method):
 
 @functools.cache
 def trained_run(method):
-    """20 steps on one batch: `(variables at the start, all 21 states, frozen, metrics of each step, batch)`."""
+    """20 steps on one batch: `(variables at the start, all 21 states, frozen, metrics of each step,
+    batch)`."""
     variables, batch = draw(method), batch_of()
     state, frozen = start(*optimizer_of(method))
     states, metrics = [state], []
@@ -119,11 +124,12 @@ def trained_run(method):
 @pytest.mark.parametrize("method", methods("fft", "lora", "ffa", "ffba", "zflora"))
 def test_training_moves_the_adapter_and_nothing_else(method):
     before, states, frozen, metrics, batch = trained_run(method)
-    # Every piece of every layer has a gradient by step 2: its first moment is no longer zero. After step 1 the
-    # side that does not begin at zero has none yet; fft and ffa have no such side.
+    # Every piece of every layer has a gradient by step 2: its first moment is no longer zero. After
+    # step 1 the side that does not begin at zero has none yet; fft and ffa have no such side.
     silent = [silent_pieces(optax.tree.get(states[n].optimizer, "mu"), 8) for n in (1, 2)]
     assert bool(silent[0]) == (method not in ("fft", "ffa")) and not silent[1]
-    # The frozen base that was passed to the steps is unchanged, decay or not; what trains has moved.
+    # The frozen base that was passed to the steps is unchanged, decay or not; what trains has
+    # moved.
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(frozen))
     after = paths(combine(states[-1].trainable, frozen))
     moved = {path for path, leaf in paths(before).items() if not np.array_equal(leaf, after[path])}
@@ -187,8 +193,8 @@ def sgd_step(accumulation, batch, variables):
 
 
 def test_micro_batches_are_one_big_batch(monkeypatch):
-    """Rows with unequal counts, the last with none: sums are divided once, by the count of all. The micro-batches score
-    the vocabulary in blocks, as large ones are."""
+    """Rows with unequal counts, the last with none: sums are divided once, by the count of all. The
+    micro-batches score the vocabulary in blocks, as large ones are."""
     variables, batch = draw("ffba", zero_side=False), batch_of()
     whole, whole_metrics = sgd_step(1, batch, variables)
     monkeypatch.setattr(loss, "_BLOCK", 64)
@@ -213,8 +219,8 @@ def test_a_batch_without_counted_tokens_only_decays():
 
 
 def test_norms_beside_the_adapter_and_a_mask_for_each_step():
-    """By path rule the norms train too. With dropout, the same batch has another gradient at another step, and the same
-    one whenever that step is run again."""
+    """By path rule the norms train too. With dropout, the same batch has another gradient at
+    another step, and the same one whenever that step is run again."""
     config = get_config("tiny", "lora")
     config.adapter.rank, config.train.trainable = 8, "params/.*norm/scale"
     variables, batch = draw("lora", zero_side=False), batch_of()
@@ -233,8 +239,9 @@ def test_norms_beside_the_adapter_and_a_mask_for_each_step():
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The compiled step. Sizes whose kernels share their shapes with nothing else: 32 positions, rank 16.
+# --------------------------------------------------------------------------------------------------
+# The compiled step. Sizes whose kernels share their shapes with nothing else: 32 positions,
+# rank 16.
 
 MIDDLE = LlamaConfig(
     vocab_size=512,
@@ -251,7 +258,8 @@ KERNEL_SHAPES = {(256, 384), (256, 192), (384, 256), (256, 1024), (1024, 256)}
 
 @functools.cache
 def compiled_step(method, base_too):
-    """The step of `method` compiled from shapes alone, differentiating the base's leaves too or not."""
+    """The step of `method` compiled from shapes alone, differentiating the base's leaves too or
+    not."""
     adapter = AdapterConfig(method, 16)
     variables = {"params": abstract_base(MIDDLE), "adapter": abstract_adapter(MIDDLE, adapter)}
     trained = {path: base_too or path.startswith("adapter") for path in paths(variables)}
@@ -296,8 +304,8 @@ def test_differentiating_the_base_would_show():
 
 @pytest.mark.parametrize("method", methods("lora", "ffba", "zflora")[1:])
 def test_the_base_costs_no_gradient(method):
-    """No product of the program is a kernel's gradient; memory lies below that of the same step differentiating the
-    base too by at least the kernels, and below the kernels themselves."""
+    """No product of the program is a kernel's gradient; memory lies below that of the same step
+    differentiating the base too by at least the kernels, and below the kernels themselves."""
     ours = compiled_step(method, False)
     bytes_of_kernels = sum(4 * leaf.size for leaf in kernels().values())
     assert held(compiled_step(method, True)) - held(ours) > 0.9 * bytes_of_kernels

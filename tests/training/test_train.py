@@ -1,4 +1,5 @@
-"""The training command end to end: what a run leaves behind, every method, every field of the configuration."""
+"""The training command end to end: what a run leaves behind, every method, every field of the
+configuration."""
 
 import ast
 import dataclasses
@@ -60,7 +61,8 @@ def checkpoint(workdir, step):
 
 
 def test_a_run_leaves_what_the_readme_names(tmp_path, small, monkeypatch):
-    """Norms train too; the best step is not the last; the best and the latest checkpoint stay; a task is scored."""
+    """Norms train too; the best step is not the last; the best and the latest checkpoint stay; a
+    task is scored."""
     validation = {0: 5.0, 2: 4.0, 4: 3.0, 6: 3.5, 8: 3.2}
     monkeypatch.setattr(loop, "validation_loss", lambda run: validation[int(run.state.step)])
     config = small(
@@ -155,7 +157,8 @@ def test_lora_is_saved_as_peft(tmp_path, small):
     "method", [pytest.param(m, marks=pytest.mark.slow) if m in DOUBLES else m for m in OTHERS]
 )
 def test_every_method_trains(tmp_path, small, monkeypatch, method):
-    """Every piece of the adapter in every layer has a gradient; the frozen base keeps its bits under weight decay."""
+    """Every piece of the adapter in every layer has a gradient; the frozen base keeps its bits
+    under weight decay."""
     runs, prepare = [], loop.prepare
 
     def noted(config, workdir):
@@ -179,8 +182,9 @@ def test_every_method_trains(tmp_path, small, monkeypatch, method):
 
 
 def test_bfloat16_base_and_compute(tmp_path, small, hf_directory):
-    """A checkpoint directory, within bfloat16's resolution of float32; what trains stays float32. The other commands
-    take the adapter of either over this base, in either dtype, and over another base refuse it."""
+    """A checkpoint directory, within bfloat16's resolution of float32; what trains stays float32.
+    The other commands take the adapter of either over this base, in either dtype, and over another
+    base refuse it."""
     model = str(hf_directory(tmp_path / "model"))
     settings = {"model.weights": model, "train.steps": 3, "train.eval_every": 0}
     run(small(**settings), tmp_path / "a")
@@ -276,8 +280,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(
 
 
 def test_zflora_needs_a_second_layer(small, hf_directory, tmp_path):
-    """Its q, k and v read in layer 0 what nothing has written: one layer has leaves without a value, which orbax
-    refuses."""
+    """Its q, k and v read in layer 0 what nothing has written: one layer has leaves without a
+    value, which orbax refuses."""
     model = hf_directory(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     save_file(
@@ -315,7 +319,8 @@ def test_a_configuration_of_another_form(tmp_path):
 
 
 def test_a_run_from_before_a_field_was_there_goes_on(tmp_path, small):
-    """What config.json and a checkpoint do not say is the default; another value than that is refused."""
+    """What config.json and a checkpoint do not say is the default; another value than that is
+    refused."""
     config = small(**{"train.steps": 4})
     run(config, tmp_path / "w")
     path = tmp_path / "w/config.json"
@@ -336,9 +341,10 @@ def test_a_run_from_before_a_field_was_there_goes_on(tmp_path, small):
         run(small(**{"train.steps": 4, "data.weights": "1"}), tmp_path / "w")
 
 
-# ------------------------------------------------------------------------------------------------ fields
+# ------------------------------------------------------------------------------------------- fields
 
-# What is computed from a field is in the program of the step, the state it starts from, or what it reads.
+# What is computed from a field is in the program of the step, the state it starts from, or what it
+# reads.
 COMPUTED = {
     "adapter.method": "ffba",
     "adapter.rank": 4,
@@ -418,7 +424,8 @@ ELSEWHERE = {
 
 
 def prepared(config, tmp_path):
-    """Digests of a run before its first step: of what it reads and starts from, then of the step's program."""
+    """Digests of a run before its first step: of what it reads and starts from, then of the step's
+    program."""
     made = loop.prepare(config, tmp_path / "absent")
     batches = [next(made.iterator) for _ in range(2)]
     validation = [example.tokens for example in made.inputs.validation]
@@ -507,7 +514,8 @@ def test_what_is_due_after_a_step(small):
 
 
 def test_fields_of_the_loop(tmp_path, small, monkeypatch):
-    """The fields of ELSEWHERE: when lines, validations and checkpoints are written, and what scoring is given."""
+    """The fields of ELSEWHERE: when lines, validations and checkpoints are written, and what
+    scoring is given."""
     asked = {}
 
     def scored(tasks, _, settings):
