@@ -291,12 +291,32 @@ def two_steps(model, params, tokens, select=None, slots=12):
     return jnp.concatenate(logits, axis=1), cache
 
 
+def last_logits_in_float64(config, adapter_config, base, adapter, tokens):
+    """What `two_steps` gives, of whole rows at once, unfused, each product in float64."""
+    mask = np.ones(tokens.shape, bool)
+    mask[1, 0] = False
+    with jax.enable_x64(True):
+        base, adapter = jax.tree.map(lambda x: x.astype(jnp.float64), (base, adapter))
+        variables = {"params": base, "adapter": adapter}
+        return Llama(config, adapter_config).apply(variables, tokens, mask=mask)[:, 4:]
+
+
 def varied(path, leaf):
     """Biases and scales that are not all alike."""
     name = jax.tree_util.keystr(path)
     if "bias" not in name and "scale" not in name:
         return leaf
     return leaf + 0.3 * jax.random.normal(jax.random.key(len(name)), leaf.shape)
+
+
+def base_of(config):
+    """One whose best tokens are clear, and whose biases and scales are not all alike."""
+    base = spread(init_base(jax.random.key(0), config))
+    return jax.tree_util.tree_map_with_path(varied, base)
+
+
+def random_tokens(config, rows):
+    return jax.random.randint(jax.random.key(2), (rows, 6), 0, config.vocab_size)
 
 
 def compare(
@@ -310,10 +330,9 @@ def compare(
     slots=12,
 ):
     """Whole steps in our kernels beside XLA's, logits and cache."""
-    base = spread(init_base(jax.random.key(0), config))
-    base = quantize_base(jax.tree_util.tree_map_with_path(varied, base), format)
+    base = quantize_base(base_of(config), format)
     params = fuse(base, adapter, config, adapter_config, layout)
-    tokens = jax.random.randint(jax.random.key(2), (rows, 6), 0, config.vocab_size)
+    tokens = random_tokens(config, rows)
     plain, ours = (
         two_steps(
             Llama(config, adapter_config, decode_kernels=kernels), params, tokens, select, slots
@@ -396,12 +415,20 @@ def test_codes(method, format, banked):
 @pytest.mark.usefixtures("on_this_machine")
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_shapes_of_presets(preset):
-    """One layer of each, with a vocabulary that is soon computed."""
+    """One layer of each, with a vocabulary that is soon computed, beside float64: XLA's float32
+    sums thousands of products one after another, and is up to 3e-5 away from it."""
     one_layer = {"num_hidden_layers": 1, "vocab_size": 1000, "no_rope_layers": ()}
     config = dataclasses.replace(LlamaConfig.preset(preset), **one_layer)
     adapter_config = AdapterConfig("ffba_qg_add", 32)
     adapter = random_adapter(config, adapter_config, 1, std=0.05)
-    compare(adapter_config, adapter, config=config, rows=2)
+    base = base_of(config)
+    tokens = random_tokens(config, 2)
+    params = fuse(base, adapter, config, adapter_config, LAYOUT)
+    model = Llama(config, adapter_config, decode_kernels="layer")
+    found, _ = two_steps(model, params, tokens)
+    expected = last_logits_in_float64(config, adapter_config, base, adapter, tokens)
+    bound = 1e-5 * float(jnp.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
 
 
 @pytest.mark.usefixtures("on_this_machine")
