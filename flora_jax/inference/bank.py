@@ -30,6 +30,7 @@ from flora_jax.adapters import (
 from flora_jax.errors import UserError, near_misses, require
 from flora_jax.models.config import LlamaConfig
 
+_UNKNOWN = object()  # what a place holds until it is written, or if that was interrupted
 _write = jax.jit(
     write_adapter, static_argnames=("config", "adapter_config", "layout"), donate_argnames="layers"
 )
@@ -70,10 +71,10 @@ class Bank:
             for name, adapter in adapters.items()
         }
         self.params = fuse(base, None, config, None, layout)
-        self.places: list[str | None] = [None]
         self.side_by_side = False
         if self.adapter_config is not None:
-            self.params = make_room(self.params, config, self.adapter_config, 1)
+            self._make_room(1)
+        self.places: list[Any] = [None]
 
     @property
     def names(self) -> list[str]:
@@ -94,17 +95,22 @@ class Bank:
         if self.side_by_side or self.adapter_config is None:
             return
         if len(names) > 1:
-            places = len(self._parts)
-            self.params = make_room(self.params, self._config, self.adapter_config, places)
-            self.places = [None] * places
-            self.side_by_side = True
+            self._make_room(len(self._parts))
             for place, name in enumerate(self._parts):
                 self._put(place, name)
+            self.side_by_side = True
         elif set(names) != set(self.places):
+            if Layout.of(self.params).adapters > 1:  # a bank that was interrupted
+                self._make_room(1)
             self._put(0, next(iter(names)))
+
+    def _make_room(self, places: int) -> None:
+        self.places = [_UNKNOWN] * places
+        self.params = make_room(self.params, self._config, self.adapter_config, places)
 
     def _put(self, place: int, name: str | None) -> None:
         """Writes an adapter's columns and rows to a place; None: zeros."""
+        self.places[place] = _UNKNOWN
         parts = self._parts.get(name)
         if parts is None:
             parts = jax.tree.map(np.zeros_like, next(iter(self._parts.values())))

@@ -2,6 +2,7 @@
 alone."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from flora_jax.adapters import (
 )
 from flora_jax.analysis.unmerged import SevenDense, UnmergedDense, unmerge
 from flora_jax.errors import UserError
+from flora_jax.inference import bank
 from flora_jax.inference.generator import Generator
 from flora_jax.models.config import LlamaConfig
 from flora_jax.models.llama import init_base
@@ -95,6 +97,38 @@ def test_a_thousand_switches_leave_the_base_alone(two_layers, prompts):
         same = jax.tree.map(lambda a, b: bool((a == b).all()), generator.params, expected)
         assert jax.tree.all(same)
     assert len({tuple(g[0].tokens) for g in first.values()}) == 4
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_interrupted_switch_changes_no_answer(two_layers, prompts, monkeypatch, at):
+    """Ctrl-C at one of three writes: of a switch, and of a bank of two."""
+    config, base = two_layers
+    adapter_config = AdapterConfig("ffba", rank=8, alpha=12.0)
+    adapters = {name: random_adapter(config, adapter_config, i) for i, name in enumerate("ab")}
+    generator = Generator(config, base, adapters, adapter_config, max_length=64, batch_size=8)
+    alone = {}
+    for name in ("b", None, "a"):
+        generator.use(name)
+        alone[name] = generator.generate(prompts, 6)
+
+    write = bank._write
+
+    def interrupted(*arguments):
+        if next(writes) == at:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    both = ["a", "b", "b", None, "a"]
+    for names in (["a"] * 5, ["b"] * 5, [None] * 5, both):
+        generator = Generator(config, base, adapters, adapter_config, max_length=64, batch_size=8)
+        writes = itertools.count(1)
+        monkeypatch.setattr(bank, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generator.use("b")
+            generator.generate(prompts, 6, adapter_names=both)
+        monkeypatch.undo()
+        expected = [alone[name][i] for i, name in enumerate(names)]
+        assert generator.generate(prompts, 6, adapter_names=names) == expected
 
 
 @pytest.mark.parametrize("method", ["lora", "ffba", "fpa"])
