@@ -67,16 +67,14 @@ def build(method: str, preset: str, rank: int, dtype: str) -> tuple[Any, int | N
 def _model(method: str, config: Any, adapter_config: Any) -> Any:
     import transformers
 
-    fields = {k: v for k, v in config.to_hf().items() if k not in ("model_type", "architectures")}
     if method not in ("bare", "peft"):
-        from flora_jax.interop.formats import remote_config
+        from flora_jax.interop.formats import base_config, remote_config
         from flora_jax.interop.remote_code import configuration_flora_llama as configuration
         from flora_jax.interop.remote_code import modeling_flora_llama as modeling
 
-        flora = remote_config(adapter_config)["flora"]
-        asked = configuration.FloraLlamaConfig(**fields, flora=flora)
-        return modeling.FloraLlamaForCausalLM(asked)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
+        fields = {**base_config(config), **remote_config(adapter_config)}
+        return modeling.FloraLlamaForCausalLM(configuration.FloraLlamaConfig.from_dict(fields))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config.to_hf()))
     if method == "bare":
         return model
     import peft

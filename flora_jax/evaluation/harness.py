@@ -78,9 +78,9 @@ class HarnessLM(TemplateLM):
     """A model as the harness's language model: one process, right-padded batches.
 
     max_length: tokens that the model reads at once, by default max_position_embeddings; longer
-    input is cut from the left with a warning. seed: of sampled generations. Arithmetic is in the
-    base's dtype. Raises UserError for sizes out of range and a tokenizer without a bos or eos
-    token.
+    input is cut from the left with a warning. seed: of sampled generations. chat: whether prompts
+    are conversations, from the first that is rendered on. Arithmetic is in the base's dtype. Raises
+    UserError for sizes out of range and a tokenizer without a bos or eos token.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class HarnessLM(TemplateLM):
         self.max_length = max_length or limit
         self.max_gen_toks = 256  # the harness's default, for tasks that set none
         self._generator: Generator | None = None
-        self._chat = False
+        self.chat = False
 
     @property
     def eot_token_id(self) -> int | None:
@@ -144,7 +144,7 @@ class HarnessLM(TemplateLM):
             self.tokenizer.chat_template is not None,
             "apply_chat_template: the tokenizer has no chat template",
         )
-        self._chat = True  # the harness uses the template for all prompts or for none
+        self.chat = True  # the harness uses the template for all prompts or for none
         return render(
             self.tokenizer,
             chat_history,
@@ -160,7 +160,7 @@ class HarnessLM(TemplateLM):
         A text that begins with bos gets no second one. A chat has the special tokens of its
         template alone, as in training.
         """
-        special = add_special_tokens is not False and not self._chat
+        special = add_special_tokens is not False and not self.chat
         return encode_open(self.tokenizer, string, special)
 
     def loglikelihood(
@@ -411,6 +411,7 @@ def evaluate_harness(
         f"limit={limit} must be a positive integer (leave it out for all documents)",
     )
     packages = versions(*_PACKAGES)
+    lm.chat = False  # as an evaluation before this one may have left it
     asked = {
         "num_fewshot": num_fewshot,
         "limit": limit,

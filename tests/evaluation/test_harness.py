@@ -328,6 +328,24 @@ def test_a_chat_has_the_special_tokens_of_its_template_alone(base):
     )
 
 
+def test_a_chat_leaves_the_next_evaluation_its_bos(base, monkeypatch):
+    tokenizer = sentencepiece("bpe", "first", VICUNA)
+    lm = HarnessLM(adapted(base, tokenizer))
+    said = [{"role": "user", "content": "hello"}]
+
+    def evaluate(lm, apply_chat_template, **others):
+        text = lm.apply_chat_template(said) if apply_chat_template else "hello"
+        return {"ids": lm.tok_encode(text)}
+
+    monkeypatch.setattr(harness, "simple_evaluate", evaluate)
+    chat, plain = (
+        harness.evaluate_harness(lm, [], apply_chat_template=asked)["lm_eval"]["ids"]
+        for asked in (True, False)
+    )
+    assert chat[0] != 1
+    assert plain == tokenizer("hello").input_ids
+
+
 def test_what_cannot_be_scored_is_refused(models, base):
     _, ours = models()
     lm = ours(1)

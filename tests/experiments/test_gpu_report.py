@@ -171,6 +171,17 @@ def test_a_signal_ends_it_whole(tmp_path):
     assert (tmp_path / "out/report.tar").exists()
 
 
+@pytest.mark.parametrize("method", gpu_report.GPU.torch)
+def test_models_in_torch(method):
+    """PEFT's, and ours in the code of their exports."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    model, _ = gpu_peers.build(method, "tiny", 8, "float32")
+    with torch.inference_mode():
+        logits = model(torch.zeros((1, 4), dtype=torch.long)).logits
+    assert logits.shape[:2] == (1, 4) and torch.isfinite(logits).all()
+
+
 @pytest.mark.parametrize("scale", [gpu_report.GPU, gpu_report.CPU])
 def test_every_cell_is_a_command(scale, tmp_path):
     """Names are told apart, flags are known, and what is asked for comes in the order of its
