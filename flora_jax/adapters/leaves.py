@@ -269,18 +269,16 @@ def check_fused(
         f"the fused tree holds {_held(layout.rank)}, but adapter_config is of {_held(wanted)}",
     )
     expected = {}
-    found = {}
-    for i in range(config.num_hidden_layers):
-        layer = fused.get("layers", {}).get(str(i), {})
-        for block, products in BLOCKS.items():
-            for product in products:
-                shapes = layout.fused_shapes(
-                    config.widths, adapter_config, product, product in config.biases
-                )
+    for block, products in BLOCKS.items():
+        for product in products:
+            shapes = layout.fused_shapes(
+                config.widths, adapter_config, product, product in config.biases
+            )
+            for i in range(config.num_hidden_layers):
                 path = f"layers/{i}/{block}/{product}"
                 expected |= {f"{path}/{name}": shape for name, shape in shapes.items()}
-                there = shapes_of(layer.get(block, {}).get(product))
-                found |= {f"{path}/{name}": shape for name, shape in there.items()}
+    leaves = shapes_of({"layers": fused.get("layers", {})})
+    found = {path: shape for path, shape in leaves.items() if path.split("/")[2] in BLOCKS}
     method = (
         f"{adapter_config.method} at rank {layout.rank}" if layout.adapters else "the bare base"
     )

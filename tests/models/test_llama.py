@@ -15,7 +15,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from support import FAST_COMPILE, random_adapter
 
-from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter, fuse
+from flora_jax.adapters import METHODS, AdapterConfig, abstract_adapter, fuse, split
 from flora_jax.errors import UserError
 from flora_jax.models import attention
 from flora_jax.models.architectures import PRODUCTS
@@ -415,6 +415,17 @@ def test_a_fused_tree_of_another_adapter_is_refused(served_by, places, words):
     with pytest.raises(UserError) as error:
         jax.eval_shape(lambda v: Llama(TINY, served_by).apply(v, TOKENS, select=select), fused)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_fused_tree_of_a_deeper_model_is_refused():
+    variables = model_of(FFBA)[0]
+    fused = fuse(variables["params"], variables["adapter"], TINY, FFBA)
+    shallow = dataclasses.replace(TINY, num_hidden_layers=1)
+    words = r"fused leaf 'layers/1/attention/o/kernel' is .* has none of that name"
+    with pytest.raises(UserError, match=words):
+        Llama(shallow, FFBA).apply({"params": fused}, TOKENS)
+    with pytest.raises(UserError, match=words):
+        split(fused, shallow, FFBA)
 
 
 def test_a_zflora_of_another_rank_is_refused():
