@@ -13,6 +13,8 @@ from flax.traverse_util import flatten_dict
 
 from flora_jax.adapters import abstract_adapter
 from flora_jax.analysis.compilers import has_compiler
+from flora_jax.data import encode_each
+from flora_jax.data.sources import open_records
 from flora_jax.models import decode_attention, decode_layer
 from flora_jax.training.measure import MEASURED
 
@@ -30,6 +32,23 @@ def random_adapter(config, adapter_config, seed, std=0.1):
     return structure.unflatten(
         [std * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     )
+
+
+def load_records(*where):
+    """`open_records`, all of them at once."""
+    return list(open_records(*where))
+
+
+def encode_all(examples, tokenizer, **how):
+    """`encode_each`, with what it keeps in a list."""
+    kept = []
+    return kept, encode_each(examples, len(examples), tokenizer, kept.append, **how)
+
+
+def encode(example, tokenizer, **how):
+    """Of one example that fits."""
+    [[encoded], _] = encode_all([example], tokenizer, **how)
+    return encoded
 
 
 def interpret_decode_kernels(monkeypatch):

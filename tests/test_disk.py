@@ -17,7 +17,7 @@ import pytest
 from support import numbers
 
 from flora_jax import export, finetune
-from flora_jax.data.sources import load_records
+from flora_jax.data.sources import open_records
 from flora_jax.data.tasks import get_task
 from flora_jax.errors import UserError, WriteError, disk_fault, run_command
 from flora_jax.files import write_result
@@ -163,11 +163,11 @@ def test_a_cache_that_finds_no_room(tmp_path):
         full(1_000),
         pytest.raises(UserError, match=r"cache directory .*File too large.*FLORA_CACHE") as error,
     ):
-        load_records(task, "train", None, tmp_path / "cache")
+        open_records(task, "train", None, tmp_path / "cache")
     assert "\n" not in str(error.value) and not [
         p for p in (tmp_path / "cache").rglob("*") if p.is_file()
     ]
-    assert len(load_records(task, "train", None, tmp_path / "cache")) == 200
+    assert len(open_records(task, "train", None, tmp_path / "cache")) == 200
 
 
 def test_what_each_writer_says_of_a_disk():

@@ -31,7 +31,6 @@ from flora_jax.adapters.leaves import (
 )
 from flora_jax.adapters.methods import BLOCKS, METHODS, PRODUCTS, PROJECTIONS, Method
 from flora_jax.adapters.products import (
-    keep_own,
     multiply,
     multiply_transposed,
     repeat_and_add,
@@ -96,7 +95,6 @@ __all__ = [
     "init_adapter",
     "is_quantized",
     "join",
-    "keep_own",
     "make_room",
     "merge",
     "merged_kernel",

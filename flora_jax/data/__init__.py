@@ -3,8 +3,6 @@
 from flora_jax.data.encode import (
     Encoded,
     EncodeReport,
-    encode,
-    encode_all,
     encode_each,
     encode_prompt,
 )
@@ -13,13 +11,10 @@ from flora_jax.data.sources import (
     data_hash,
     has_split,
     load_examples,
-    load_records,
     open_examples,
-    open_records,
 )
 from flora_jax.data.tasks import (
     CONTAMINATED,
-    MIXTURES,
     TASKS,
     Example,
     Message,
@@ -34,7 +29,6 @@ from flora_jax.data.tasks import (
 
 __all__ = [
     "CONTAMINATED",
-    "MIXTURES",
     "TASKS",
     "EncodeReport",
     "Encoded",
@@ -43,8 +37,6 @@ __all__ = [
     "Task",
     "data_hash",
     "dedupe",
-    "encode",
-    "encode_all",
     "encode_each",
     "encode_prompt",
     "eval_batches",
@@ -54,9 +46,7 @@ __all__ = [
     "label_request",
     "lm_eval_request",
     "load_examples",
-    "load_records",
     "open_examples",
-    "open_records",
     "prompt_digests",
     "train_iterator",
 ]

@@ -65,59 +65,6 @@ class EncodeReport:
     longest: int  # of all examples, kept or not
 
 
-def encode(
-    example: Example,
-    tokenizer: Tokenizer,
-    *,
-    style: Style,
-    loss_on: LossOn,
-    max_length: int,
-) -> Encoded | None:
-    """Tokens and loss mask of one example, or None if its n - 1 positions exceed `max_length`.
-
-    Style 'plain': the prompt as the tokenizer encodes it (BOS by its own policy), a space, the
-    answer, EOS; the answer and EOS count in the loss. 'llm_adapters': the same, with the prompt in
-    that project's frame. 'chat': the tokenizer's chat template; of each assistant turn everything
-    after its prompt counts, end-of-turn token included. With `loss_on='all'` every token counts. A
-    turn that is not to be trained on never counts. Raises UserError for what the style cannot
-    express, and for a conversation that becomes several examples (see `encode_each`).
-    """
-    _check(tokenizer, style, loss_on)
-    [found] = _finish([_plan(example, tokenizer, style, loss_on)], tokenizer)
-    require(
-        len(found) == 1,
-        f"the tokenizer's chat template makes {len(found)} training examples of this "
-        "conversation; encode_all gives them",
-    )
-    if len(found[0].tokens) - 1 > max_length:
-        return None
-    return found[0]
-
-
-def encode_all(
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    *,
-    style: Style,
-    loss_on: LossOn,
-    max_length: int,
-    silent: bool = False,
-) -> tuple[list[Encoded], EncodeReport]:
-    """`encode_each` of a sequence, with the encoded examples in a list."""
-    kept = []
-    report = encode_each(
-        examples,
-        len(examples),
-        tokenizer,
-        kept.append,
-        style=style,
-        loss_on=loss_on,
-        max_length=max_length,
-        silent=silent,
-    )
-    return kept, report
-
-
 def encode_each(
     examples: Iterable[Example],
     total: int,
@@ -129,7 +76,14 @@ def encode_each(
     max_length: int,
     silent: bool = False,
 ) -> EncodeReport:
-    """Calls `keep` with each example that fits, as `encode` encodes it, and returns the counts.
+    """Calls `keep` with each example encoded whose n - 1 positions are at most `max_length`, and
+    returns the counts.
+
+    Style 'plain': the prompt as the tokenizer encodes it (BOS by its own policy), a space, the
+    answer, EOS; the answer and EOS count in the loss. 'llm_adapters': the same, with the prompt in
+    that project's frame. 'chat': the tokenizer's chat template; of each assistant turn everything
+    after its prompt counts, end-of-turn token included. With `loss_on='all'` every token counts. A
+    turn that is not to be trained on never counts.
 
     If the chat template changes a turn once others follow it (as where it strips the thinking of
     earlier turns), a conversation becomes one example per turn that is trained on, each with the

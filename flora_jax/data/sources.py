@@ -59,13 +59,6 @@ def load_examples(
     return list(open_examples(task, split, data_dir, cache_dir))
 
 
-def load_records(
-    task: Task, split: str, data_dir: str | Path | None, cache_dir: str | Path | None = None
-) -> list[Record]:
-    """`open_records`, all of them at once."""
-    return list(open_records(task, split, data_dir, cache_dir))
-
-
 def open_examples(
     task: Task, split: str, data_dir: str | Path | None, cache_dir: str | Path | None = None
 ) -> Sequence[Example]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from support import ROOT
+from support import ROOT, load_records
 from tensorflow_datasets.core import registered
 
 from flora_jax.data import catalogue, sources
@@ -256,10 +256,8 @@ def test_an_element_is_read_as_the_same_record_of_a_file(
     capfd.readouterr()
     task, file = get_task(name), TASKS[name].files.get(split, f"{split}.jsonl")
     write(tmp_path / name / file, [record])
-    wanted = sources.load_records(task, split, tmp_path, tmp_path / "cache")
-    assert (
-        sources.load_records(task, split, f"tfds:{tmp_path / 'tfds'}", tmp_path / "cache") == wanted
-    )
+    wanted = load_records(task, split, tmp_path, tmp_path / "cache")
+    assert load_records(task, split, f"tfds:{tmp_path / 'tfds'}", tmp_path / "cache") == wanted
     examples = sources.load_examples(task, split, f"tfds:{tmp_path / 'tfds'}", tmp_path / "cache")
     assert examples == sources.load_examples(task, split, tmp_path, tmp_path / "cache")
     assert capfd.readouterr() == ("", "")
@@ -331,25 +329,22 @@ def test_hash_and_cache_follow_the_data_and_not_its_place(tmp_path, monkeypatch)
     }
     assert hashes["test", "a"] == hashes["test", "b"] != hashes["test", "c"]
     assert hashes["train", "a"] == hashes["train", "c"] != hashes["test", "a"]
-    first = sources.load_records(task, "test", f"tfds:{tmp_path / 'a'}", cache)
-    assert (
-        len(first) == 3
-        and len(sources.load_records(task, "test", f"tfds:{tmp_path / 'c'}", cache)) == 2
-    )
+    first = load_records(task, "test", f"tfds:{tmp_path / 'a'}", cache)
+    assert len(first) == 3 and len(load_records(task, "test", f"tfds:{tmp_path / 'c'}", cache)) == 2
     monkeypatch.setattr(
         sources, "_prepare", lambda *args: pytest.fail("prepared what the cache holds")
     )
-    assert sources.load_records(task, "test", f"tfds:{tmp_path / 'b'}", cache) == first
+    assert load_records(task, "test", f"tfds:{tmp_path / 'b'}", cache) == first
     # TFDS's own folder, as $TFDS_DATA_DIR sets it
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "a"))
-    assert sources.load_records(task, "test", "tfds", cache) == first
+    assert load_records(task, "test", "tfds", cache) == first
 
 
 def test_a_folder_whose_path_is_a_pattern(tmp_path, monkeypatch):
     """TFDS looks for its files with glob; `~` and its own folder too may lead there."""
     home, folder = tmp_path / "a[b]*?%s {x}~", tmp_path / "a[b]*?%s {x}~/data [v=1]"
     prepare(tmp_path / "plain", "piqa", validation=[PIQA, {**PIQA, "goal": "How [to] sit?"}])
-    wanted = sources.load_records(
+    wanted = load_records(
         get_task("piqa"), "test", f"tfds:{tmp_path / 'plain'}", tmp_path / "cache"
     )
     home.mkdir()
@@ -357,13 +352,11 @@ def test_a_folder_whose_path_is_a_pattern(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(folder))
     for i, name in enumerate((f"tfds:{folder}", "tfds:~/data [v=1]", "tfds")):
-        assert (
-            sources.load_records(get_task("piqa"), "test", name, tmp_path / f"cache{i}") == wanted
-        )
+        assert load_records(get_task("piqa"), "test", name, tmp_path / f"cache{i}") == wanted
     with pytest.raises(
         UserError, match=re.escape(f"TFDS hellaswag is not prepared in {folder}, and")
     ):
-        sources.load_records(get_task("hellaswag"), "test", "tfds:~/data [v=1]", tmp_path / "cache")
+        load_records(get_task("hellaswag"), "test", "tfds:~/data [v=1]", tmp_path / "cache")
 
 
 def test_splits_and_tasks_that_need_no_catalogue(tmp_path):
@@ -376,11 +369,7 @@ def test_splits_and_tasks_that_need_no_catalogue(tmp_path):
     write(tmp_path / "mine.jsonl", [{"prompt": "p", "completion": "c"}])
     assert sources.has_split(get_task(str(tmp_path / "mine.jsonl")), "train", "tfds")
     assert (
-        len(
-            sources.load_records(
-                get_task("chain_sum", {"test": 3}), "test", "tfds", tmp_path / "cache"
-            )
-        )
+        len(load_records(get_task("chain_sum", {"test": 3}), "test", "tfds", tmp_path / "cache"))
         == 3
     )
     with pytest.raises(UserError, match=r"split 'tests' .*did you mean 'test'"):
@@ -393,18 +382,13 @@ def test_texts_that_are_empty_are_left_out(tmp_path):
         tmp_path, "samsum", train=[record, {**record, "dialogue": ""}, {**record, "summary": " "}]
     )
     assert (
-        len(
-            sources.load_records(
-                get_task("samsum"), "train", f"tfds:{tmp_path}", tmp_path / "cache"
-            )
-        )
-        == 1
+        len(load_records(get_task("samsum"), "train", f"tfds:{tmp_path}", tmp_path / "cache")) == 1
     )
 
 
 def refused(words, name, split, directory):
     with pytest.raises(UserError, match=words) as error:
-        sources.load_records(get_task(name), split, directory, Path(directory[5:]) / "cache")
+        load_records(get_task(name), split, directory, Path(directory[5:]) / "cache")
     return str(error.value)
 
 
@@ -474,7 +458,7 @@ def test_absent_files_name_the_catalogue(tmp_path):
     for name, other in (("piqa", True), ("samsum", True), ("dialogsum", False)):
         for folder in (tmp_path, None):
             with pytest.raises(UserError) as error:
-                sources.load_records(get_task(name), "test", folder)
+                load_records(get_task(name), "test", folder)
             assert ("tfds" in str(error.value)) == other
 
 
@@ -502,7 +486,5 @@ def test_hellaswag_files_of_either_layout_are_one_record(tmp_path):
         folder = tmp_path / name / "hellaswag"
         folder.mkdir(parents=True)
         (folder / "validation.jsonl").write_text(json.dumps(record))
-        found += sources.load_records(
-            get_task("hellaswag"), "test", folder.parent, tmp_path / "cache"
-        )
+        found += load_records(get_task("hellaswag"), "test", folder.parent, tmp_path / "cache")
     assert found[0] == found[1] and found[0]["answer"] == "ending3"

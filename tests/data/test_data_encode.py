@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
+from support import encode, encode_all
 
-from flora_jax.data.encode import encode, encode_all, encode_prompt
+from flora_jax.data.encode import encode_prompt
 from flora_jax.data.tasks import Example, Message
 from flora_jax.errors import UserError
 from flora_jax.models.tokenizer import byte_tokenizer
@@ -166,7 +167,8 @@ def test_loss_on_all(byte):
 
 def test_max_length_counts_positions(byte):
     example = talk("Hi?", "Yes")  # 8 tokens: 7 positions
-    assert encode(example, byte, style="plain", loss_on="answer", max_length=6) is None
+    with pytest.raises(UserError, match="too short for each of the 1 examples"):
+        encode(example, byte, style="plain", loss_on="answer", max_length=6)
     assert len(encode(example, byte, style="plain", loss_on="answer", max_length=7).tokens) == 8
 
 

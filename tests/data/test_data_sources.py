@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, load_records
 
 from flora_jax.data import builders, sources, tasks
 from flora_jax.data.generated import draw
@@ -50,40 +50,40 @@ def test_records_survive_the_cache_in_order_and_as_text(tmp_path, cache):
     ]
     write(tmp_path / "AddSub" / "test.json", wanted)
     task = get_task("AddSub")
-    assert sources.load_records(task, "test", tmp_path, cache) == wanted  # prepared
-    assert sources.load_records(task, "test", tmp_path, cache) == wanted  # from the cache
+    assert load_records(task, "test", tmp_path, cache) == wanted  # prepared
+    assert load_records(task, "test", tmp_path, cache) == wanted  # from the cache
 
 
 def test_changed_data_is_rebuilt_and_unchanged_data_is_not(tmp_path, cache, monkeypatch):
     path, task = write(tmp_path / "AddSub" / "test.json", [record()]), get_task("AddSub")
-    sources.load_records(task, "test", tmp_path, cache)
+    load_records(task, "test", tmp_path, cache)
     write(path, [record(answer="6")])
-    assert sources.load_records(task, "test", tmp_path, cache)[0]["answer"] == "6"
+    assert load_records(task, "test", tmp_path, cache)[0]["answer"] == "6"
     monkeypatch.setattr(
         sources, "_prepare", lambda *args: pytest.fail("prepared what the cache holds")
     )
     write(path, [record()])
-    assert sources.load_records(task, "test", tmp_path, cache)[0]["answer"] == "5"
+    assert load_records(task, "test", tmp_path, cache)[0]["answer"] == "5"
 
 
 def test_cache_is_under_flora_cache_by_default(tmp_path, monkeypatch):
     monkeypatch.setenv("FLORA_CACHE", str(tmp_path / "here"))
     write(tmp_path / "AddSub" / "test.json", [record()])
-    sources.load_records(get_task("AddSub"), "test", tmp_path)
+    load_records(get_task("AddSub"), "test", tmp_path)
     assert list((tmp_path / "here" / "tfds").rglob("*.array_record*"))
 
 
 def test_an_unwritable_cache_names_itself(tmp_path):
     write(tmp_path / "AddSub" / "test.json", [record()])
     with pytest.raises(UserError, match=r"cache directory .*file.* cannot be written"):
-        sources.load_records(
+        load_records(
             get_task("AddSub"), "test", tmp_path, write(tmp_path / "file", "not a directory")
         )
 
 
 def _load_addsub(arguments):
     data_dir, cache_dir = arguments
-    return len(sources.load_records(get_task("AddSub"), "test", data_dir, cache_dir))
+    return len(load_records(get_task("AddSub"), "test", data_dir, cache_dir))
 
 
 def test_two_processes_prepare_the_same_data(tmp_path):
@@ -100,7 +100,7 @@ def test_damaged_prepared_data_names_itself(tmp_path):
     write(tmp_path / "AddSub" / "test.json", [record()])
 
     def load():
-        return sources.load_records(get_task("AddSub"), "test", tmp_path, tmp_path / "cache")
+        return load_records(get_task("AddSub"), "test", tmp_path, tmp_path / "cache")
 
     load()
     [entry] = (tmp_path / "cache" / "tfds").iterdir()
@@ -127,7 +127,7 @@ def test_losing_the_race_keeps_the_winner(tmp_path):
 
 def test_preparing_prints_nothing(tmp_path, capfd):
     write(tmp_path / "AddSub" / "test.json", [record()])
-    sources.load_records(get_task("AddSub"), "test", tmp_path, tmp_path / "cache")
+    load_records(get_task("AddSub"), "test", tmp_path, tmp_path / "cache")
     assert capfd.readouterr() == ("", "")
 
 
@@ -158,7 +158,7 @@ def test_records_are_read_one_at_a_time(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(sources, "raw_records", counted)
     monkeypatch.setattr(builders, "open_writer", lambda *_: Writer())
     with pytest.raises(UserError, match=r"mine\.jsonl:96: field 'completion' is missing"):
-        sources.load_records(get_task(str(path)), "train", None, tmp_path / "cache")
+        load_records(get_task(str(path)), "train", None, tmp_path / "cache")
     assert len(known) == 90 and all(i - 10 <= done <= i for i, done in enumerate(ahead))
     assert not list((tmp_path / "cache" / "tfds").iterdir())
     monkeypatch.undo()
@@ -380,7 +380,7 @@ def test_hostile_files(tmp_path, cache, task, file, content, message):
 def test_text_that_is_not_utf8(tmp_path, cache):
     write(tmp_path / "test.jsonl", "").write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(UserError, match=r"test\.jsonl: byte 12 is not UTF-8"):
-        sources.load_records(get_task("jsonl"), "test", tmp_path, cache)
+        load_records(get_task("jsonl"), "test", tmp_path, cache)
 
 
 def test_a_sample_is_never_a_test_set(tmp_path, cache):
@@ -388,25 +388,25 @@ def test_a_sample_is_never_a_test_set(tmp_path, cache):
     with pytest.raises(
         UserError, match=r"test\.json is missing.*has sample\.json \(a sample is never a test set\)"
     ):
-        sources.load_records(get_task("SVAMP"), "test", tmp_path, cache)
+        load_records(get_task("SVAMP"), "test", tmp_path, cache)
     with pytest.raises(UserError, match=r"split 'sample' .*never a test set"):
-        sources.load_records(get_task("SVAMP"), "sample", tmp_path, cache)
+        load_records(get_task("SVAMP"), "sample", tmp_path, cache)
     path = write(tmp_path / "sample.jsonl", GOOD_LINE)
     with pytest.raises(UserError, match="a sample is never a test set"):
-        sources.load_records(get_task(str(path)), "test", tmp_path, cache)
+        load_records(get_task(str(path)), "test", tmp_path, cache)
 
 
 def test_what_is_missing_or_unknown_is_said(tmp_path, cache):
     with pytest.raises(UserError, match="task 'ARC-Esay' is unknown; did you mean 'ARC-Easy'"):
         get_task("ARC-Esay")
     with pytest.raises(UserError, match=r"split 'tests' .*did you mean 'test'"):
-        sources.load_records(get_task("piqa"), "tests", tmp_path, cache)
+        load_records(get_task("piqa"), "tests", tmp_path, cache)
     with pytest.raises(UserError, match=r"piqa/ has no data files; the LLM-Adapters repository"):
-        sources.load_records(get_task("piqa"), "test", tmp_path, cache)
+        load_records(get_task("piqa"), "test", tmp_path, cache)
     with pytest.raises(UserError, match=r"task 'piqa' is read from files; set data\.dir"):
-        sources.load_records(get_task("piqa"), "test", None, cache)
+        load_records(get_task("piqa"), "test", None, cache)
     with pytest.raises(UserError, match=r"nowhere\.jsonl is missing"):
-        sources.load_records(get_task("nowhere.jsonl"), "test", None, cache)
+        load_records(get_task("nowhere.jsonl"), "test", None, cache)
 
 
 # ---- generated problems
@@ -415,7 +415,7 @@ def test_what_is_missing_or_unknown_is_said(tmp_path, cache):
 @pytest.mark.parametrize("name", ["chain_sum", "basic_arithmetic"])
 def test_generated_splits_are_disjoint_right_and_deterministic(name, tmp_path, cache):
     task = get_task(name, {"train": 1500, "validation": 50, "test": 150})
-    splits = {s: sources.load_records(task, s, None, cache) for s in sources.SPLITS}
+    splits = {s: load_records(task, s, None, cache) for s in sources.SPLITS}
     assert [len(splits[s]) for s in sources.SPLITS] == [1500, 50, 150]
     questions = {s: {r["question"] for r in records} for s, records in splits.items()}
     assert len(questions["test"]) == 150  # all different
@@ -429,7 +429,7 @@ def test_generated_splits_are_disjoint_right_and_deterministic(name, tmp_path, c
             "State the final answer to the following arithmetic problem:"
         )
         assert eval(sum_.removeprefix("Calculate").strip(" =.")) == int(r["answer"])
-    assert sources.load_records(task, "train", None, tmp_path) == splits["train"]
+    assert load_records(task, "train", None, tmp_path) == splits["train"]
 
 
 def test_the_training_seed_moves_training_alone_and_far():
@@ -442,7 +442,7 @@ def test_the_training_seed_moves_training_alone_and_far():
 
 
 def test_generator_settings_reach_the_problems_and_are_checked(cache):
-    records = sources.load_records(
+    records = load_records(
         get_task(
             "chain_sum", {"max_terms": 2, "max_digits": 1, "train": 9, "test": 9, "validation": 9}
         ),
@@ -459,14 +459,12 @@ def test_generator_settings_reach_the_problems_and_are_checked(cache):
         with pytest.raises(UserError, match=message):
             get_task("chain_sum", overrides)
     with pytest.raises(UserError, match=r"generator settings .* are refused"):
-        sources.load_records(get_task("chain_sum", {"min_terms": 5}), "test", None, cache)
+        load_records(get_task("chain_sum", {"min_terms": 5}), "test", None, cache)
     with pytest.raises(UserError, match=r"generator settings .* are refused: .*digits"):
-        sources.load_records(
-            get_task("chain_sum", {"max_digits": 5000, "test": 9}), "test", None, cache
-        )
+        load_records(get_task("chain_sum", {"max_digits": 5000, "test": 9}), "test", None, cache)
     tiny_space = {"max_terms": 2, "max_digits": 1, "test": 300}
     with pytest.raises(UserError, match=r"only \d+ of test=300 problems are new"):
-        sources.load_records(get_task("chain_sum", tiny_space), "test", None, cache)
+        load_records(get_task("chain_sum", tiny_space), "test", None, cache)
     assert get_task("gsm8k", {"train": 3}) is TASKS["gsm8k"]
 
 
@@ -750,9 +748,7 @@ def test_a_listed_file_is_no_must(tmp_path, cache):
     none."""
     for name, answer in (("train", "1"), ("train_decontaminated", "2")):
         write(tmp_path / f"mawps/{name}.json", [record(answer=answer)])
-        assert (
-            sources.load_records(get_task("mawps"), "train", tmp_path, cache)[0]["answer"] == answer
-        )
+        assert load_records(get_task("mawps"), "train", tmp_path, cache)[0]["answer"] == answer
     article = {"article": "Long.", "highlights": "Short."}
     write(tmp_path / "cnn_dailymail/test.jsonl", json.dumps(article))
     assert sources.load_examples(get_task("cnn_dailymail"), "test", tmp_path, cache)[

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from flora_jax.config import check_config
-from flora_jax.data import MIXTURES, get_task, open_examples
+from flora_jax.data import get_task, open_examples
 from flora_jax.data.store import StoreWriter
+from flora_jax.data.tasks import MIXTURES
 from flora_jax.errors import UserError
 from flora_jax.models.tokenizer import byte_tokenizer
 from flora_jax.progress import progress
