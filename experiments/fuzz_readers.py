@@ -19,14 +19,16 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from experiments import gpu_table, quantized_training, real_text
-from flora_jax import evaluate, export, generate, harness, latency, launches, train
+from flora_jax import evaluate, export, generate, harness, latency, launches
 from flora_jax.adapters import AdapterConfig, init_adapter, paths
 from flora_jax.analysis import latency_run
 from flora_jax.commands import read_flags
 from flora_jax.config import get_config
+from flora_jax.config_files import read_command
 from flora_jax.data import get_task, load_examples
 from flora_jax.errors import run_command
 from flora_jax.files import write_json
+from flora_jax.finetune import run
 from flora_jax.interop.adapter_files import load_adapter, read_trained_on, save_adapter
 from flora_jax.models.adapted import base_fingerprint
 from flora_jax.models.config import LlamaConfig
@@ -149,7 +151,7 @@ def make_run(folder: Path) -> None:
     config.data.validation_size = 2
     config.train.update({"steps": 1, "batch_size": 2, "eval_every": 1, "save_every": 1})
     config.eval.tasks = ""
-    train.run(config, folder / "run")
+    run(config, folder / "run")
 
 
 RECORDS = {
@@ -290,7 +292,7 @@ def read_results(folder: Path) -> None:
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], Any], list[str]]] = {
-    "train": (train.parse, ["--config", "configs/tiny.py", "--workdir", "w"]),
+    "train": (read_command, ["--config", "configs/tiny.py", "--workdir", "w"]),
     "evaluate": (evaluate.main, ["--model", "nowhere", "--tasks", "gsm8k", "--limit", "2"]),
     "generate": (generate.main, ["--model", "nowhere", "--prompt", "a", "--max_new_tokens", "2"]),
     "export": (export.main, ["--workdir", "nowhere", "--format", "merged", "--out", "o"]),

@@ -16,6 +16,7 @@ from flora_jax.errors import (
     path_flag,
     require,
 )
+from flora_jax.files import write_result
 from flora_jax.models.config import DTYPES, QUANTIZATIONS, SERVED
 
 Flags = Mapping[str, Mapping[str, Any]]
@@ -51,6 +52,17 @@ def read_flags(module: str, about: str, flags: Flags, argv: list[str]) -> argpar
     return parser.parse_args(argv[1:])
 
 
+def asked_model(args: argparse.Namespace) -> tuple[str, str | None, str, str, str]:
+    """What the flags of MODEL, DTYPE and QUANTIZATION say, as `load_adapted` takes it."""
+    return args.model, args.adapter, args.dtype, args.quantization, args.template_arguments
+
+
+def about_model(args: argparse.Namespace, fingerprint: str) -> dict[str, Any]:
+    """What a result file says of the model that was asked for and found."""
+    names = ("model", "adapter", "quantization", "template_arguments")
+    return {"base_fingerprint": fingerprint, **{name: getattr(args, name) for name in names}}
+
+
 def check_positive(args: argparse.Namespace, *names: str) -> None:
     """Raises UserError for a given flag that is not positive."""
     for name in names:
@@ -74,6 +86,12 @@ def check_result(path: str | None) -> None:
     require(not (path and Path(path).is_dir()), f"--out {path} is a directory; name a file")
     if path:
         check_writable(Path(path), "--out")
+
+
+def write_out(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Writes the result file, if one is wanted."""
+    if args.out:
+        write_result(Path(args.out), result, f"--out {args.out}")
 
 
 def hangups() -> tuple[int, ...]:

@@ -82,7 +82,6 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("train.chunk_tokens", _POSITIVE),
     ("eval.limit", _POSITIVE),
     ("eval.batch_size", _POSITIVE),
-    ("eval.max_length", _POSITIVE),
     ("distributed.processes", _POSITIVE),
     ("train.seed", _NOT_NEGATIVE),
     ("train.eval_every", _NOT_NEGATIVE),

@@ -1,4 +1,4 @@
-"""Files of configurations: `--config` names one, or one of those that come with the package.
+"""Files of configurations, and the command line that names one and sets its fields.
 
 Such a file is Python, and is run.
 """
@@ -9,13 +9,82 @@ import inspect
 import os
 import re
 import runpy
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
+from flora_jax.config import fields
 from flora_jax.errors import UserError, near_misses, require
+
+_LONGEST = 100  # characters of a flag
+
+
+def read_command(argv: list[str], about: str = "") -> tuple[ConfigDict, str, int]:
+    """The configuration, the workdir and the steps to profile of a command line of training; about:
+    what --help shows first. Raises UserError for what is wrong."""
+    # Twice: what --config.FIELD may name is known once --config is read.
+    first = flags.FlagValues()
+    known = flags.FlagValues()
+    path = flags.DEFINE_string("config", None, "A file of configs/.", flag_values=first)
+    workdir = flags.DEFINE_string(
+        "workdir",
+        None,
+        "Directory of the run; made if absent, resumed if it holds this run.",
+        flag_values=known,
+    )
+    profile = flags.DEFINE_integer(
+        "profile",
+        0,
+        "Steps of which to write JAX's profile, after the first three.",
+        lower_bound=0,
+        flag_values=known,
+    )
+    flags.DEFINE_bool(
+        "help", False, "Show this text.", short_name="h", flag_values=known, allow_overwrite=False
+    )
+    config = None
+    _check_lengths(argv)
+    try:
+        for values in (first, known):
+            # flags may stand after an argument that is none, which is then named below
+            values.set_gnu_getopt()
+        rest = first(argv, known_only=True)
+        if path.value is not None:
+            config = read_config(path.value)
+            _check_names(rest, list(fields(config)))
+            config_flags.DEFINE_config_dict("config", config, flag_values=known, sys_argv=rest)
+        rest = known(rest)
+    except flags.Error as error:
+        raise UserError(f"{error}; fields are listed in flora_jax/config.py") from None
+    if known.help:
+        print(about, "--config FILE", "--config.FIELD=VALUE", known.get_help(), sep="\n")
+        sys.exit(0)
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; fields are set as --config.FIELD=VALUE")
+    for flag in (path, workdir):
+        require(flag.value is not None, f"--{flag.name} is missing")
+    return config, workdir.value, profile.value
+
+
+def _check_lengths(argv: list[str]) -> None:
+    """Raises UserError for a flag longer than any: absl would look for near misses, and recurse."""
+    for argument in argv[1:]:
+        name = argument.partition("=")[0]
+        require(
+            not name.startswith("-") or len(name) <= _LONGEST,
+            f"{name!r} is no flag; fields are listed in flora_jax/config.py",
+        )
+
+
+def _check_names(argv: list[str], known: list[str]) -> None:
+    for argument in argv[1:]:
+        found = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        if found and found[1] not in known:
+            raise UserError(f"config.{found[1]} is no field; {near_misses(found[1], known)}")
 
 
 def read_config(path: str | Path) -> ConfigDict:

@@ -6,9 +6,16 @@ python -m flora_jax.evaluate --model smollm2-135m-instruct --tasks ARC-Easy,piqa
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from flora_jax.commands import DTYPE, MODEL, QUANTIZATION, RESULT, read_flags
+from flora_jax.commands import (
+    DTYPE,
+    MODEL,
+    QUANTIZATION,
+    RESULT,
+    about_model,
+    asked_model,
+    read_flags,
+    write_out,
+)
 from flora_jax.errors import run_command
 
 FLAGS = {
@@ -22,16 +29,12 @@ FLAGS = {
     ),
     "protocol": dict(default="lm_eval", help="lm_eval (default) or llm_adapters"),
     "prompt_style": dict(default="plain", help="plain (default), chat or llm_adapters"),
-    "published_faults": dict(
-        action="store_true", help="llm_adapters with the faults of its published scripts"
-    ),
+    "published_faults": dict(action="store_true", help="those of llm_adapters' published scripts"),
     "num_fewshot": dict(type=int, default=0, help="solved training examples before each question"),
     "generator": dict(default="", help="of generated tasks, FIELD=NUMBER,… such as max_terms=2"),
     "limit": dict(type=int, help="score the first N test examples of each task; default all"),
     "batch_size": dict(type=int, default=16),
-    "max_length": dict(
-        type=int, default=1024, help="tokens of prompt and generated answer together"
-    ),
+    "max_length": dict(type=int, default=1024, help="tokens of prompt and answer together"),
     "max_new_tokens": dict(
         type=int,
         help="of a generated answer; default the task's own number, "
@@ -52,37 +55,20 @@ def main(argv: list[str]) -> None:
     """The command."""
     args = read_flags("flora_jax.evaluate", __doc__, FLAGS, argv)
     # After the arguments are read: these imports take seconds.
-    from flora_jax.adapters import served_format
     from flora_jax.evaluation.request import read_request
     from flora_jax.evaluation.run import describe, evaluate_tasks
     from flora_jax.evaluation.task_data import check_seen
-    from flora_jax.files import keep_programs, write_result
+    from flora_jax.files import keep_programs
     from flora_jax.interop.adapter_files import load_adapted, read_trained_on
 
     request = read_request(args)
-    trained_on = None
-    if args.adapter:
-        trained_on = read_trained_on(args.adapter)
+    trained_on = read_trained_on(args.adapter) if args.adapter else None
     seen = check_seen(request.tasks, trained_on, args.allow_contaminated)
     keep_programs()
-    model = load_adapted(
-        args.model, args.adapter, args.dtype, args.quantization, args.template_arguments
-    )
-    about = {
-        "model": args.model,
-        "adapter": args.adapter,
-        "base_fingerprint": model.fingerprint,
-        "quantization": args.quantization,
-        "generated_in": served_format(args.quantization),
-        "template_arguments": args.template_arguments,
-        "seed": args.seed,
-        "limit": args.limit,
-        "generator": request.generator,
-        "share_of_test_in_train": seen,
-    }
+    model = load_adapted(*asked_model(args))
+    about = about_model(args, model.fingerprint) | request.about | {"share_of_test_in_train": seen}
     result = evaluate_tasks(request.tasks, model, request.settings, about=about)
-    if args.out:
-        write_result(Path(args.out), result, f"--out {args.out}")
+    write_out(args, result)
     for name, scores in result["tasks"].items():
         print(f"{name:16} {describe(scores)}  n {scores['n']}")
 

@@ -21,9 +21,7 @@ FLAGS = {
         type=path_flag, help="… and the adapter directory that belongs to it, ours or a PEFT LoRA"
     ),
     "format": dict(
-        required=True,
-        dest="form",
-        help="merged, peft, transformers or vllm: docs/export.md",
+        required=True, dest="form", help="merged, peft, transformers or vllm: docs/export.md"
     ),
     "dtype": dict(
         choices=DTYPES,

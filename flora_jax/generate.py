@@ -11,6 +11,7 @@ from flora_jax.commands import (
     DTYPE,
     MODEL,
     QUANTIZATION,
+    asked_model,
     check_positive,
     check_template,
     read_flags,
@@ -47,9 +48,7 @@ def main(argv: list[str]) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     _check(args)
     keep_programs()
-    model = load_adapted(
-        args.model, args.adapter, args.dtype, args.quantization, args.template_arguments
-    )
+    model = load_adapted(*asked_model(args))
     style = "plain"
     if args.chat:
         style = "chat"

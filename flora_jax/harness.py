@@ -7,16 +7,18 @@ python -m flora_jax.harness --model smollm2-135m-instruct --tasks arc_easy,piqa 
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 from flora_jax.commands import (
     DTYPE,
     MODEL,
     QUANTIZATION,
     RESULT,
+    about_model,
+    asked_model,
     check_result,
     check_template,
     read_flags,
+    write_out,
 )
 from flora_jax.errors import path_flag, require, run_command, split_names
 
@@ -24,9 +26,7 @@ FLAGS = {
     **MODEL,
     "tasks": dict(required=True, help="comma-separated names of harness tasks, groups or tags"),
     "include_path": dict(type=path_flag, help="folder of task files beside the harness's own"),
-    "num_fewshot": dict(
-        type=int, help="solved examples before each question; default the task's own"
-    ),
+    "num_fewshot": dict(type=int, help="solved examples before a question; default the task's"),
     "limit": dict(type=int, help="score the first N documents of each task; default all"),
     "apply_chat_template": dict(action="store_true", help="ask in the tokenizer's chat template"),
     "batch_size": dict(type=int, default=16),
@@ -54,32 +54,23 @@ def main(argv: list[str]) -> None:
     )
     # After the arguments are read: these imports take seconds.
     from flora_jax.evaluation.harness import HarnessLM, evaluate_harness, load_harness_tasks, table
-    from flora_jax.files import keep_programs, write_result
+    from flora_jax.files import keep_programs
     from flora_jax.interop.adapter_files import load_adapted
     from flora_jax.models.loading import load_config
 
     load_config(args.model)  # before the harness reads its thousands of tasks
     tasks = load_harness_tasks(split_names(args.tasks), args.include_path)
     keep_programs()
-    model = load_adapted(
-        args.model, args.adapter, args.dtype, args.quantization, args.template_arguments
-    )
+    model = load_adapted(*asked_model(args))
     result = evaluate_harness(
         HarnessLM(model, batch_size=args.batch_size, max_length=args.max_length),
         tasks,
         num_fewshot=args.num_fewshot,
         limit=args.limit,
         apply_chat_template=args.apply_chat_template,
-        about={
-            "model": args.model,
-            "adapter": args.adapter,
-            "base_fingerprint": model.fingerprint,
-            "quantization": args.quantization,
-            "template_arguments": args.template_arguments,
-        },
+        about=about_model(args, model.fingerprint),
     )
-    if args.out:
-        write_result(Path(args.out), result, f"--out {args.out}")
+    write_out(args, result)
     print(table(result))
 
 

@@ -11,8 +11,8 @@ import pytest
 from documents import TEXTS, commands, python
 from support import ROOT
 
-from flora_jax import train
 from flora_jax.commands import read_flags
+from flora_jax.config_files import read_command
 from flora_jax.errors import CommandParser
 from tools import drawings
 from tools import tables as stored_tables
@@ -38,7 +38,7 @@ def test_a_command_is_one(command):
     if flags == []:
         return
     if name == "flora_jax.train":
-        train.parse(["train", *flags])
+        read_command(["train", *flags])
     elif name.startswith("flora_jax"):
         read_flags(name, module.__doc__, module.FLAGS, [name, *flags])
     elif hasattr(module, "FLAGS"):

@@ -11,7 +11,7 @@ from experiments.fuzz import inputs
 from experiments.fuzz_faults import spoil
 from experiments.load import Models, calls
 from experiments.soak import soak
-from flora_jax import train
+from flora_jax.config_files import read_command
 from flora_jax.data.records import raw_records
 from flora_jax.errors import UserError
 from flora_jax.files import read_json
@@ -137,7 +137,7 @@ def test_a_template_that_is_no_text(template, hf_directory, tmp_path):
 
 def test_a_flag_longer_than_any():
     with pytest.raises(UserError, match="is no flag"):
-        train.parse(["train", "--config", "configs/tiny.py", "--workdir", "w", "--rank" * 1000])
+        read_command(["train", "--config", "configs/tiny.py", "--workdir", "w", "--rank" * 1000])
 
 
 @pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
+from flora_jax.adapters import served_format
 from flora_jax.commands import check_positive, check_result, check_template
 from flora_jax.data.tasks import get_task
 from flora_jax.errors import require, split_names
@@ -13,11 +15,11 @@ from flora_jax.evaluation.task_data import Settings, TaskData, is_generated, loa
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Tasks with their data, the settings, and the fields set for generated tasks."""
+    """Tasks with their data, the settings, and what a result says of the flags beside these."""
 
     tasks: list[TaskData]
     settings: Settings
-    generator: dict[str, int]
+    about: dict[str, Any]
 
 
 def read_request(args: argparse.Namespace) -> Request:
@@ -51,7 +53,13 @@ def read_request(args: argparse.Namespace) -> Request:
         seed=args.seed,
         generator=generator,
     )
-    return Request(tasks, settings, generator)
+    about = {
+        "generated_in": served_format(args.quantization),
+        "seed": args.seed,
+        "limit": args.limit,
+        "generator": generator,
+    }
+    return Request(tasks, settings, about)
 
 
 def _read_generator(text: str) -> dict[str, int]:

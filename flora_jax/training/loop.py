@@ -26,7 +26,14 @@ from flora_jax.errors import Stopped, expand_path, writing
 from flora_jax.training import report
 from flora_jax.training.checkpoints import Checkpoints, adapter_meta, check_meta, readable
 from flora_jax.training.cluster import settle, together
-from flora_jax.training.measure import Clock, Flops, Trace, peak_flops, peak_memory
+from flora_jax.training.measure import (
+    Clock,
+    Flops,
+    Trace,
+    check_profile,
+    peak_flops,
+    peak_memory,
+)
 from flora_jax.training.optimizer import make_schedule
 from flora_jax.training.rules import combine
 from flora_jax.training.run import Result, Run, prepare
@@ -77,6 +84,7 @@ def run_steps(
     checkpoints = Checkpoints(workdir / "checkpoints", run.config.train.keep)
     validated = resume(run, checkpoints, workdir)
     start = int(run.state.step)
+    check_profile(profile, start, run.config.train.steps)
     if _is_first() and not name:
         report.print_start(run, start)
     metrics = None

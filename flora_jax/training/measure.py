@@ -19,20 +19,26 @@ import jax
 import numpy as np
 
 from flora_jax.adapters import Quantized, Tree, paths
+from flora_jax.errors import require
 from flora_jax.models.config import LlamaConfig
 
+_WARM_UP = 3  # steps that are not profiled
 # Values of a log line that differ from run to run.
 MEASURED = ("tokens_per_second", "mfu", "peak_memory_gb")
 # Dense bfloat16 products with float32 sums, FLOP/s, by what JAX calls the device: its makers' data
-# sheets. A longer name comes before one that it begins with.
+# sheets. Whole names: an L40 is no L4.
 PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
+    "NVIDIA GH200 480GB": 989e12,
     "NVIDIA H200": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA GH200": 989e12,
-    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA L4": 121e12,
     "NVIDIA A10G": 70e12,
@@ -44,10 +50,7 @@ PEAK_FLOPS = {
 def peak_flops(device: jax.Device, dtype: str) -> float | None:
     """FLOP/s that the device can do in a compute dtype; None where that is not known: other
     devices, a part of one (MIG), and float32, whose products may be of several kinds."""
-    kind = device.device_kind
-    if dtype != "bfloat16" or "MIG" in kind:
-        return None
-    return next((rate for name, rate in PEAK_FLOPS.items() if kind.startswith(name)), None)
+    return PEAK_FLOPS.get(device.device_kind) if dtype == "bfloat16" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,15 +138,24 @@ class Clock:
         return found
 
 
+def check_profile(profiled: int, start: int, steps: int) -> None:
+    """Raises UserError if a run of `steps`, at step `start`, has too few left to profile."""
+    needed = start + _WARM_UP + profiled
+    since = f"of those after {start} " if start else ""
+    require(
+        not profiled or steps >= needed,
+        f"--profile={profiled} needs config.train.steps={steps} to be at least {needed}: the first "
+        f"{_WARM_UP} steps {since}are left out of it",
+    )
+
+
 class Trace:
     """JAX's profile of some steps, in a folder that xprof and Perfetto open (perfetto_trace.json.gz
-    under it). It begins after the `WARM_UP` first steps, which compile."""
-
-    WARM_UP = 3
+    under it). It begins after the first three steps, which compile."""
 
     def __init__(self, folder: Path, start: int, steps: int):
         self.folder = folder
-        first = start + self.WARM_UP + 1
+        first = start + _WARM_UP + 1
         self._steps = range(first, first + steps)
         self._running = False
 

@@ -16,12 +16,11 @@ import pytest
 from support import ROOT, computed_lines
 
 from flora_jax.config import check_config
-from flora_jax.config_files import read_config
+from flora_jax.config_files import read_command, read_config
 from flora_jax.data import train_iterator
 from flora_jax.errors import UserError
 from flora_jax.files import write_json
 from flora_jax.models.tokenizer import load_tokenizer
-from flora_jax.train import parse
 from flora_jax.training.inputs import load_inputs
 from flora_jax.training.workdir import check_workdir
 
@@ -293,7 +292,7 @@ def test_the_batch_script_is_a_command_that_trains():
     [line] = [line for line in text.splitlines() if "flora_jax.train" in line]
     assert line.startswith("srun ")
     words = line.split("flora_jax.train", 1)[1].replace('"', "").split()
-    config, workdir, _ = parse(["train", *words])
+    config, workdir, _ = read_command(["train", *words])
     assert config.distributed.auto and workdir
     config.data.dir = None  # the reader's own
     check_config(config)

@@ -91,6 +91,8 @@ def test_a_peak_is_of_a_device_that_is_known():
     assert peak("NVIDIA H100 80GB HBM3") == 989e12
     assert peak("NVIDIA H100 PCIe") == 756e12
     assert peak("NVIDIA L40S") == 362e12
+    assert peak("NVIDIA L40") is None
+    assert peak("NVIDIA GeForce RTX 4090 Laptop GPU") is None
     assert peak("NVIDIA H100 80GB HBM3", "float32") is None
     assert peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
     assert peak("cpu") is None
@@ -112,6 +114,8 @@ def test_a_profile_of_some_steps(small, tmp_path):
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     steps = [event["args"]["step_num"] for event in events if event.get("name") == "train"]
     assert sorted(set(steps)) == ["4", "5"]
+    with pytest.raises(UserError, match=r"steps=6 to be at least 11: the first 3 .* after 6 are"):
+        train(small(**{"train.steps": 6}), tmp_path, profile=2)
 
 
 def test_a_profile_longer_than_the_run_is_refused():
