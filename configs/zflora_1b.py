@@ -2,7 +2,7 @@
 
     python -m flora_jax.train --config configs/zflora_1b.py --workdir runs/zflora_1b --config.data.dir=DIR
 
-Trains 15,106,048 parameters in the start table, -28.0 % of ffba's 20,971,520. The rate is the
+Trains 20,874,240 parameters in the start table, -0.5 % of ffba's 20,971,520. The rate is the
 method's own, found on SmolLM2-135M; on this model it is a starting point.
 """
 
@@ -11,5 +11,5 @@ from flora_jax.config import get_config as base_config
 
 def get_config():
     config = base_config("llama3.2-1b", "zflora")
-    config.adapter.rank = 32
+    config.adapter.rank = 45
     return config

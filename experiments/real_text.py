@@ -33,7 +33,7 @@ from flora_jax.train import run
 
 MODEL = "smollm2-135m-instruct"
 TASKS = ("ARC-Easy", "openbookqa")
-# As near to the 5.53 M parameters of ffba at rank 32 as the ranks allow (zflora's must divide 576).
+# As near to the 5.53 M parameters of ffba at rank 32 as the ranks allow.
 RANKS = {
     "fft": 1,
     "lora": 18,
@@ -42,7 +42,7 @@ RANKS = {
     "ffba": 32,
     "ffba_qg_add": 32,
     "ffba_qd_add": 32,
-    "zflora": 32,
+    "zflora": 30,
 }
 
 FLAGS: Flags = {

@@ -11,9 +11,12 @@ import pytest
 from documents import TEXTS, commands, python
 from support import ROOT
 
+from flora_jax.adapters import AdapterConfig
+from flora_jax.analysis.variants import rank_for, trained_parameters
 from flora_jax.commands import read_flags
-from flora_jax.config_files import read_command
+from flora_jax.config_files import own_configs, read_command, read_config
 from flora_jax.errors import CommandParser
+from flora_jax.models.config import LlamaConfig
 from tools import drawings
 from tools import tables as stored_tables
 
@@ -148,6 +151,19 @@ def test_a_page_keeps_what_stands_around_its_tables(results):
     made = stored_tables.with_tables(page.format(""))
     table = "| method | ms |\n|---|---|\n| b | 7 |\n| a | 6 |\n\n"
     assert made == page.format(table) == stored_tables.with_tables(made)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in own_configs() if re.search("_[13]b$", name) and name[:3] != "fft"]
+)
+def test_a_configuration_is_at_equal_parameters_and_names_them(name):
+    config = read_config(name)
+    model = LlamaConfig.preset(config.model.preset)
+    ffba = AdapterConfig("ffba", read_config(f"ffba_{name[-2:]}").adapter.rank)
+    method = config.adapter.method
+    assert config.adapter.rank == rank_for(method, model, trained_parameters(model, ffba))
+    trained = trained_parameters(model, AdapterConfig(method, config.adapter.rank))
+    assert f"\nTrains {trained:,} parameters" in own_configs()[name].read_text(encoding="utf-8")
 
 
 def test_the_readme_is_short():

@@ -87,13 +87,13 @@ def adapter_configs(
         if method is None:
             out[name] = None
             continue
-        out[name] = AdapterConfig(method, lora_rank(config, rank, equal_parameters, method))
+        out[name] = AdapterConfig(method, rank_beside_ffba(method, config, rank, equal_parameters))
         out[name].check(config.widths)
     return out
 
 
-def lora_rank(config: LlamaConfig, rank: int, equal_parameters: bool, method: str = "lora") -> int:
-    """The rank of a method (the peer's is LoRA) beside ffba at `rank`."""
+def rank_beside_ffba(method: str, config: LlamaConfig, rank: int, equal_parameters: bool) -> int:
+    """The rank of a method beside ffba at `rank`."""
     if not equal_parameters:
         return rank
     return rank_for(method, config, trained_parameters(config, AdapterConfig("ffba", rank)))

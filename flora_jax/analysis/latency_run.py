@@ -259,7 +259,7 @@ def _peer(
     """PEFT's LoRA on the same base, and its size."""
     from flora_jax.analysis.peer import Peer
 
-    rank = comparison.lora_rank(config, args.rank, args.equal_parameters)
+    rank = comparison.rank_beside_ffba("lora", config, args.rank, args.equal_parameters)
     peer = Peer(config, base, rank)
     read = sizes[comparison.REFERENCE].read_bytes + peer.parameters * jnp.dtype(args.dtype).itemsize
     return peer, Size(rank, peer.parameters, read)

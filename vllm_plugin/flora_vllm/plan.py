@@ -31,8 +31,9 @@ class Base:
     """How the base differs from a plain Llama.
 
     biases: its products that have one; qk_norm: whether each head of q and k has a norm;
-    no_rope_layers: those without rotary embeddings; residual_multiplier: of what a block adds to
-    the stream; attention_multiplier: of the products of q and k.
+    no_rope_layers: those without rotary embeddings; embedding_multiplier: of the embeddings;
+    residual_multiplier: of what a block adds to the stream; attention_multiplier: of the products
+    of q and k; logits_divisor: of the logits.
     """
 
     biases: tuple[str, ...]
