@@ -92,6 +92,7 @@ def tests(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tests.xml"
         flags = ["tests/test_gpu.py", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={file}"]
+        flags.append("-vv")  # should it be stopped, the log says what has passed
         # Most of their time is compiling, on one core each. They share the device's memory.
         flags += ["-n", str(_test_processes()), "--dist", "worksteal"]
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

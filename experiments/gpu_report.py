@@ -5,9 +5,10 @@
 
 A cell is one measurement in a process of its own, with a time limit of its own. It writes its JSON
 when it ends, in a folder named after the device. The same command resumes the report, on another
-machine with `--resume OUT/report.tar`; finished cells are not repeated, and those that crashed or
-hung are tried again last. Compiled programs and XLA's choice of kernels are kept in OUT/cache and
-packed, too. Weights are random: no network, no data and no files are needed.
+machine with `--resume OUT/*.tar`; finished cells are not repeated, and those that crashed or hung
+are tried again last. Results and logs are packed into OUT/report.tar; compiled programs and XLA's
+choice of kernels, which are kept in OUT/cache, into OUT/cache-1.tar and on, of 15 MB each. Weights
+are random: no network, no data and no files are needed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from flora_jax.models.config import DECODE_ROWS, LlamaConfig
 SCHEMA_VERSION = 1
 RESULT = "report.json"
 PACKED = "report.tar"
+CACHE = "cache"
+_PART = 15e6  # bytes of a part of the packed cache
 _CLOSING = 15  # seconds kept for the table and the tar
 _LEAST = 8  # seconds; with fewer left no cell is begun
 _GRACE = 5  # seconds between asking a cell to end and killing it
@@ -157,7 +160,8 @@ def _others(scale: Scale, results: Path) -> list[Cell]:
     adapters, batch = scale.banks
     few = _flags(prompt_length=scale.prompt_length, new_tokens=scale.new_tokens)
     bank = ("experiments.bank", *plain, *few, *_flags(adapters=adapters, batch_size=batch))
-    quantised = ("experiments.quantized_latency", *plain, *few, *_flags(batch_sizes=1))
+    turn = _flags(turn_tokens=scale.new_tokens - 1)  # as a latency cell
+    quantised = ("experiments.quantized_latency", *plain, *few, *turn, *_flags(batch_sizes=1))
     out = [
         Cell(f"plan-{first}", (*plan, *_flags(results=results)), 240),
         Cell(f"bank-{first}", bank, 300),
@@ -174,6 +178,16 @@ def _others(scale: Scale, results: Path) -> list[Cell]:
     return out
 
 
+def _alone(scale: Scale, preset: str, limit: int) -> list[Cell]:
+    """An architecture's cells at batch 1, those of the table first."""
+    parts = (("latency", scale.methods), ("profile", scale.profiled), ("latency", scale.others))
+    return [
+        _measure(scale, kind, preset, method, (1, scale.prompt_length), limit)
+        for kind, methods in parts
+        for method in methods
+    ]
+
+
 def cells(scale: Scale, results: Path) -> list[Cell]:
     """All cells, the most valuable first. results: the folder of this device."""
     first = scale.presets[0]
@@ -182,14 +196,12 @@ def cells(scale: Scale, results: Path) -> list[Cell]:
         Cell("device", ("experiments.gpu_cells", "device"), 60),
         Cell("tests", ("experiments.gpu_cells", "tests"), 240),
     ]
-    for preset in scale.presets:
-        limit = 150 if preset == first else 240
-        for kind, methods in (
-            ("latency", scale.methods),
-            ("profile", scale.profiled),
-            ("latency", scale.others),
-        ):
-            out += [_measure(scale, kind, preset, method, alone, limit) for method in methods]
+    small, *others = (
+        _alone(scale, preset, 240 - 90 * (preset == first)) for preset in scale.presets
+    )
+    out += small
+    # Of the larger ones the table, and what else there is of them at the end.
+    out += [cell for one in others for cell in one[: len(scale.methods)]]
     # Ours once more after torch's first, to see whether the device has changed meanwhile.
     ours = _measure(scale, "latency", first, "ffba", alone, 150)
     again = dataclasses.replace(ours, name=ours.name.replace("ffba", "ffba_again"))
@@ -204,6 +216,7 @@ def cells(scale: Scale, results: Path) -> list[Cell]:
         for method in scale.methods
     ]
     out += last
+    out += [cell for one in others for cell in one[len(scale.methods) :]]
     out += [
         _measure(scale, "latency", preset, method, alone, 400)
         for preset in scale.large
@@ -266,14 +279,17 @@ def run_cells(
     before: Mapping[str, str],
 ) -> Iterator[tuple[Cell, str]]:
     """Yields each cell with what became of it. Finished cells are not run again, and those that
-    failed `before` come last. deadline: by `time.monotonic()`."""
+    failed `before` come last, as those of our kernels do once one of them failed. deadline: by
+    `time.monotonic()`."""
     waiting = [cell for cell in asked if not (results / f"{cell.name}.json").is_file()]
     tried = [cell for cell in waiting if cell.name in before]
     fresh = [cell for cell in waiting if cell.name not in before]
     for cell in asked:
         if cell not in waiting:
             yield cell, "done"
-    for cell in [*fresh, *tried]:
+    queue = [*fresh, *tried]
+    while queue:
+        cell = queue.pop(0)
         left = deadline - time.monotonic()
         if left < _LEAST:
             yield cell, "not begun"
@@ -281,6 +297,8 @@ def run_cells(
         said = run_cell(cell, results, logs, min(cell.limit, left), environment)
         if said.startswith("stopped") and left < cell.limit:
             said = "out of time"  # no failure of its own
+        elif said != "done" and IN_KERNELS in cell.name:
+            queue.sort(key=lambda one: IN_KERNELS in one.name)
         yield cell, said
 
 
@@ -320,36 +338,53 @@ def device_kind(device: str, environment: Mapping[str, str]) -> str:
 
 
 def pack(out: Path) -> Path:
-    """Writes OUT/report.tar with results, logs and caches, whole or not at all."""
-    target = out / PACKED
-    half = out / f".{PACKED}.unfinished"
+    """Writes OUT/report.tar with results and logs."""
+    own = [path for path in sorted(out.iterdir()) if path.suffix != ".tar" and path.name != CACHE]
+    return _pack(out / PACKED, own)
+
+
+def pack_cache(out: Path) -> list[Path]:
+    """Writes OUT/cache-1.tar and on with what was compiled, in parts that can be carried."""
+    parts: list[list[Path]] = []
+    room = 0.0
+    for path in sorted(file for file in (out / CACHE).rglob("*") if file.is_file()):
+        room -= path.stat().st_size
+        if room < 0:
+            parts.append([])
+            room = _PART - path.stat().st_size
+        parts[-1].append(path)
+    return [_pack(out / f"{CACHE}-{i}.tar", part) for i, part in enumerate(parts, 1)]
+
+
+def _pack(target: Path, paths: Sequence[Path]) -> Path:
+    """Writes a tar of what lies beside it, whole or not at all."""
+    half = target.with_name(f".{target.stem}.unfinished.tar")
     with tarfile.open(half, "w") as tar:
-        for path in sorted(out.iterdir()):
-            if path.name not in (target.name, half.name):
-                tar.add(path, arcname=path.name)
-    half.replace(target)
-    return target
+        for path in paths:
+            tar.add(path, arcname=path.relative_to(target.parent))
+    return half.replace(target)
 
 
-def unpack(file: Path, out: Path) -> None:
-    """Unpacks another start's report.tar into OUT, where existing files stay. Raises UserError for
-    any other file."""
-    try:
-        with tarfile.open(file) as tar:
-            members = tar.getmembers()
-            if RESULT not in {member.name for member in members}:
-                raise UserError(f"--resume {file} holds no {RESULT}; give a report's {PACKED}")
-            for member in members:
-                if not (out / member.name).exists():
-                    tar.extract(member, out, filter="data")
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"--resume {file} cannot be unpacked ({error})") from None
+def unpack(files: Sequence[Path], out: Path) -> None:
+    """Unpacks another start's tars into OUT, where existing files stay. Raises UserError for any
+    other file, and if the report itself is not among them."""
+    for file in files:
+        try:
+            with tarfile.open(file) as tar:
+                for member in tar.getmembers():
+                    if not (out / member.name).exists():
+                        tar.extract(member, out, filter="data")
+        except (OSError, tarfile.TarError) as error:
+            raise UserError(f"--resume {file} cannot be unpacked ({error})") from None
+    if not (out / RESULT).is_file():
+        given = " ".join(map(str, files))
+        raise UserError(f"--resume {given} holds no {RESULT}; give a report's {PACKED}")
 
 
 FLAGS: Flags = {
     "--minutes": dict(type=float, required=True, help="for everything"),
     "--out": dict(type=Path, required=True, help="a directory: new, empty or of the same command"),
-    "--resume": dict(type=Path, help="report.tar of an earlier start"),
+    "--resume": dict(type=Path, nargs="+", help="the tars of an earlier start"),
     "--device": dict(choices=("gpu", "cpu"), default="gpu"),
     "--preset": dict(help="one architecture in place of the device's own"),
     "--rank": dict(type=int, help="of ffba; others at equal parameters"),
@@ -415,7 +450,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv, "python -m experiments.gpu_report", __doc__, FLAGS)
     scale, arguments = _check(args)
     report = _open(args, arguments)
-    around = environment(args.device, args.out.absolute() / "cache")
+    around = environment(args.device, args.out.absolute() / CACHE)
     kind = device_kind(args.device, around)
     slug = re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_")
     results = args.out / slug
@@ -434,23 +469,28 @@ def main(argv: list[str]) -> None:
         with _stoppable():
             for cell, what in run_cells(asked, results, logs, deadline, around, dict(failed)):
                 said[cell.name] = what
-                failed.pop(cell.name, None)
-                if what not in ("done", "not begun", "out of time"):
+                if what == "done":
+                    failed.pop(cell.name, None)
+                elif what not in ("not begun", "out of time"):
                     failed[cell.name] = what
                 write_json(args.out / RESULT, report)
+                pack(args.out)
                 left = (deadline - time.monotonic()) / 60
                 counted = f"{len(said)} of {len(asked)}"
                 line = f"{counted}  {cell.name}: {what}; {left:.1f} minutes left"
                 print(line, file=sys.stderr, flush=True)
     finally:
+        # Before the table, which may find something damaged.
+        packed = [pack(args.out), *pack_cache(args.out)]
         # Late, as it imports JAX: cells have the device to themselves.
         from experiments.gpu_table import table
 
         text = table(results, {cell.name: said.get(cell.name, "not begun") for cell in asked})
         (results / "report.md").write_text(text, encoding="utf-8")
-        packed = pack(args.out)
+        pack(args.out)
         print(text)
-        print(f"{packed}: {packed.stat().st_size / 1e6:.1f} MB", file=sys.stderr, flush=True)
+        for file in packed:
+            print(f"{file}: {file.stat().st_size / 1e6:.1f} MB", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def times(folder):
 
 
 def test_a_report_and_its_resumption(tmp_path, capsys):
-    """Two real cells; the same command again, and a start from the tar, repeat neither."""
+    """Two real cells; the same command again, and a start from the tars, repeat neither."""
     out, names = tmp_path / "a", ("device", "latency-tiny-ffba-b1-p8")
     command = [*FLAGS, "--cells", ",".join(names)]
     gpu_report.main([*command, "--out", str(out)])
@@ -70,17 +70,32 @@ def test_a_report_and_its_resumption(tmp_path, capsys):
     with tarfile.open(out / "report.tar") as tar:
         packed = set(tar.getnames())
     assert {"report.json", "cpu/device.json", "logs/cpu/device.log"} <= packed
-    assert any(name.startswith("cache/jax/jit_") for name in packed)
+    with tarfile.open(out / "cache-1.tar") as tar:
+        assert any(name.startswith("cache/jax/jit_") for name in tar.getnames())
 
     before = times(out / "cpu")
     gpu_report.main([*command, "--out", str(out)])
     assert times(out / "cpu") == before
     other = tmp_path / "b"
-    gpu_report.main([*command, "--out", str(other), "--resume", str(out / "report.tar")])
+    tars = [*map(str, out.glob("*.tar"))]
+    gpu_report.main([*command, "--out", str(other), "--resume", *tars])
     assert {name: (other / "cpu" / name).read_bytes() for name in before} == {
         name: (out / "cpu" / name).read_bytes() for name in before
     }
     assert sorted(os.listdir(other / "cache/jax")) == sorted(os.listdir(out / "cache/jax"))
+
+
+def test_what_was_compiled_is_packed_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "_PART", 25)
+    sizes = {"a": 10, "b": 10, "c": 10, "d": 40, "e": 10}
+    (tmp_path / "cache/jax").mkdir(parents=True)
+    for name, size in sizes.items():
+        (tmp_path / "cache/jax" / name).write_bytes(bytes(size))
+    held = []
+    for file in gpu_report.pack_cache(tmp_path):
+        with tarfile.open(file) as tar:
+            held.append("".join(name.removeprefix("cache/jax/") for name in tar.getnames()))
+    assert held == ["ab", "c", "d", "e"]
 
 
 MODULES = {
@@ -136,6 +151,11 @@ def test_a_cell_that_crashes_or_hangs_stops_no_other(run, tmp_path):
     said = run(["crash", "fine-1", "fine-3"], before=["crash"])
     assert list(said) == ["fine-1", "fine-3", "crash"]
     assert times(tmp_path / "results").items() >= before.items()
+
+
+def test_a_kernel_that_fails_does_not_hold_up_the_rest(run):
+    said = run(["bad-base_in_kernels", "fine-ffba_in_kernels", "fine-1", "fine-2"])
+    assert list(said) == ["bad-base_in_kernels", "fine-1", "fine-2", "fine-ffba_in_kernels"]
 
 
 def test_it_ends_in_time(run, monkeypatch):
@@ -231,8 +251,12 @@ def test_the_table_in_closed_form(tmp_path):
             "read_bytes": 3e6,
         }
         cell = {**common, **own, "method": method, "rank": rank}
-        (tmp_path / f"latency-{method}.json").write_text(json.dumps(cell))
+        (tmp_path / f"latency-p-{method}-b1-p8.json").write_text(json.dumps(cell))
+    (tmp_path / "latency-p-base_again-b1-p8.json").write_text(
+        json.dumps({**common, **own, "method": "base", "rank": None})
+    )
     text = gpu_table.table(tmp_path, {"tests": "stopped after 9 s", "latency-ffba": "done"})
+    assert "| base_again | – |" in text
     assert "| ffba | 32 | 1.010 | 1.650 | 1.100 [1.100, 1.100] | 2.000 | 27 % | 80 % | – |" in text
     assert "| 1.125 | 0.750 [0.750, 0.750] | 2.000 | – | – | – |" in text
     assert "| base | – | 1.010 | 1.500 | 1.000 [1.000, 1.000] | 2.000 | – | – | – |" in text
