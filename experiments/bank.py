@@ -88,8 +88,10 @@ def decode_gathered(
     A and B are gathered anew for every token.
 
     The step is written for one row and mapped; the base's products still take all rows at once.
+    Logits are behind the mapping: a lone row's would be computed twice (`Llama.logits`).
     """
     B = len(token)
+    first = {path: leaf[0] for path, leaf in stacks.items()}
 
     def by_row(leaves):
         return tuple(leaf.reshape(B, -1, *leaf.shape[1:]) for leaf in leaves)
@@ -101,19 +103,25 @@ def decode_gathered(
         own: Tree, token: Array, k: Any, v: Any, valid: Array, index: Array
     ) -> tuple[Array, Any, Any, Array]:
         variables = {"params": unflatten_dict({**shared, **own})}
-        logits, one = model.apply(
-            variables, token[None, None], cache=KVCache(k, v, valid[None], index)
+        hidden, one = model.apply(
+            variables,
+            token[None, None],
+            cache=KVCache(k, v, valid[None], index),
+            method=Llama.hidden,
         )
-        return jnp.argmax(logits[0, 0]).astype(jnp.int32), one.k, one.v, one.valid[0]
+        return hidden[0, 0], one.k, one.v, one.valid[0]
 
     rows = jax.vmap(row, (0, 0, 0, 0, 0, None))
 
     def body(_: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
         token, cache = carry
         own = jax.tree.map(lambda leaf: leaf[ids], stacks)
-        token, k, v, valid = rows(
+        hidden, k, v, valid = rows(
             own, token, by_row(cache.k), by_row(cache.v), cache.valid, cache.index
         )
+        variables = {"params": unflatten_dict({**shared, **first})}
+        logits = model.apply(variables, hidden, method=Llama.logits)
+        token = jnp.argmax(logits, -1).astype(jnp.int32)
         return token, KVCache(together(k), together(v), valid, cache.index + 1)
 
     return jax.lax.fori_loop(0, steps, body, (token, cache))

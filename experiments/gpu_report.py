@@ -70,7 +70,7 @@ class Scale:
     rows: int
     length: int
     settings: tuple[tuple[int, int], ...]  # batch size and prompt length of the wider table
-    banks: tuple[str, int]  # adapters, batch size
+    banks: tuple[tuple[int, ...], int]  # adapters, batch size
     large: tuple[
         str, ...
     ]  # architectures for our kernels alone; without any there are none of these
@@ -94,7 +94,7 @@ GPU = Scale(
     rows=8,
     length=1024,
     settings=((8, 512), (32, 512), (8, 2048), (32, 2048), (1, 512), (1, 2048)),
-    banks=("1,4,16", 32),
+    banks=((1, 4, 16), 32),
     large=("llama3.1-8b",),
     patience=1.0,
 )
@@ -113,7 +113,7 @@ CPU = Scale(
     rows=2,
     length=64,
     settings=((2, 16),),
-    banks=("1,2", 2),
+    banks=((1, 2), 2),
     large=(),
     patience=0.25,
 )
@@ -159,12 +159,16 @@ def _others(scale: Scale, results: Path) -> list[Cell]:
     plain = (*_flags(model="random", preset=first), *sizes, *_flags(rounds=scale.rounds))
     adapters, batch = scale.banks
     few = _flags(prompt_length=scale.prompt_length, new_tokens=scale.new_tokens)
-    bank = ("experiments.bank", *plain, *few, *_flags(adapters=adapters, batch_size=batch))
+    banks = [
+        (f"bank-{first}-{count}", ("experiments.bank", *plain, *few, *_flags(adapters=count)))
+        for count in adapters
+    ]
+    rows = _flags(batch_size=batch)
     turn = _flags(turn_tokens=scale.new_tokens - 1)  # as a latency cell
     quantised = ("experiments.quantized_latency", *plain, *few, *turn, *_flags(batch_sizes=1))
     out = [
         Cell(f"plan-{first}", (*plan, *_flags(results=results)), 240),
-        Cell(f"bank-{first}", bank, 300),
+        *(Cell(name, (*bank, *rows), 180) for name, bank in banks),
         Cell(f"switching-{first}", ("experiments.switching", *plain), 180),
         Cell(f"quantized-{first}", quantised, 240),
     ]
@@ -172,7 +176,7 @@ def _others(scale: Scale, results: Path) -> list[Cell]:
         ours = _flags(decode_kernels="layer")
         most = _flags(batch_size=DECODE_ROWS)
         out += [
-            Cell(f"bank-{first}{IN_KERNELS}", (*bank, *most, *ours), 300),
+            *(Cell(f"{name}{IN_KERNELS}", (*bank, *most, *ours), 180) for name, bank in banks),
             Cell(f"quantized-{first}{IN_KERNELS}", (*quantised, *ours), 240),
         ]
     return out

@@ -216,6 +216,8 @@ def main(argv: list[str]) -> None:
         print(json.dumps(measure_memory(args.memory, batch)))
         return
     # Not above: the processes whose memory is measured do without them.
+    import jax
+
     from experiments.report import beside
     from flora_jax.analysis.results import about_process
     from flora_jax.files import write_json
@@ -223,6 +225,11 @@ def main(argv: list[str]) -> None:
     if round(args.answers * args.length) < 2:  # PEFT's side drops the last target
         raise UserError(
             f"--answers {args.answers} of --length {args.length} leaves too few targets; raise one"
+        )
+    if jax.default_backend() != "cpu":
+        raise UserError(
+            "PEFT's side runs on the CPU: set JAX_PLATFORMS=cpu, or compare on a GPU by "
+            "experiments.gpu_report --cells 'train*,torch_train*'"
         )
     if args.out:
         check_writable(beside(args.out, ".json"), "--out")

@@ -225,7 +225,7 @@ def test_every_cell_is_a_command(scale, tmp_path):
         f"torch_latency-{first}-peft-b1-p{scale.prompt_length}",
         f"train-{first}-lora",
         f"plan-{first}",
-        f"bank-{first}",
+        f"bank-{first}-1",
         f"switching-{first}",
         f"quantized-{first}",
     ]
