@@ -395,7 +395,7 @@ def test_what_cannot_be_laid_out_is_refused():
         ),
         (
             lambda: split(fuse(base, random_adapter(lora), TINY, lora), TINY, ffa),
-            "qkv/k_B' is (8, 32), but ffa at rank 8 has none",
+            "attention/o/o_B' is (8, 96), but ffa at rank 8 has none",
         ),
         (
             lambda: fuse(shallow, None, TINY, None),

@@ -258,7 +258,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(
     config = small(**{"optim.learning_rate": 1e38, "optim.warmup_steps": 0, "train.eval_every": 0})
     with pytest.raises(FloatingPointError, match=r"at step 2; lower config\.optim\.learning_rate"):
         run(config, tmp_path / "a")
-    monkeypatch.setattr(command, "parse", lambda argv: (config, str(tmp_path / "b"), 0))
+    monkeypatch.setattr(command, "read_command", lambda *_: (config, str(tmp_path / "b"), 0))
     with pytest.raises(SystemExit) as stopped:
         run_command(main, ["train"])
     error = capsys.readouterr().err.splitlines()[-1]
