@@ -371,18 +371,24 @@ def _pack(target: Path, paths: Sequence[Path]) -> Path:
 
 def unpack(files: Sequence[Path], out: Path) -> None:
     """Unpacks another start's tars into OUT, where existing files stay. Raises UserError for any
-    other file, and if the report itself is not among them."""
-    for file in files:
+    other file, and if the report itself is not among them; nothing is unpacked then."""
+    with contextlib.ExitStack() as opened:
+        tars = []
+        for file in files:
+            try:
+                tars.append(opened.enter_context(tarfile.open(file)))
+            except (OSError, tarfile.TarError) as error:
+                raise UserError(f"--resume {file} cannot be unpacked ({error})") from None
+        given = f"--resume {' '.join(map(str, files))}"
         try:
-            with tarfile.open(file) as tar:
+            if not any(RESULT in tar.getnames() for tar in tars):
+                raise UserError(f"{given} holds no {RESULT}; give a report's {PACKED}")
+            for tar in tars:
                 for member in tar.getmembers():
                     if not (out / member.name).exists():
                         tar.extract(member, out, filter="data")
         except (OSError, tarfile.TarError) as error:
-            raise UserError(f"--resume {file} cannot be unpacked ({error})") from None
-    if not (out / RESULT).is_file():
-        given = " ".join(map(str, files))
-        raise UserError(f"--resume {given} holds no {RESULT}; give a report's {PACKED}")
+            raise UserError(f"{given} cannot be unpacked ({error})") from None
 
 
 FLAGS: Flags = {

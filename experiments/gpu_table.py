@@ -71,9 +71,9 @@ def _times(here: list[dict[str, Any]], gb_per_s: float | None) -> list[str]:
     for one, ratio in sorted(zip(here, ratios, strict=True), key=lambda pair: pair[1]["median"]):
         tpot = statistics.median(one["tpot_ms"])
         ttft = paired_ratio(one["ttft_ms"], one["base_ttft_ms"])["median"]
-        # What our kernels gain is not the method's.
         # Above batch 1 the cache, which is not counted, is much of what is read.
         alone = gb_per_s and one["batch_size"] == 1
+        # What our kernels gain is not the method's.
         compared = loras and one["rank"] and not one["method"].endswith(IN_KERNELS)
         beside = claims(ratio["median"], loras[0]) if compared else {}
         rows.append(

@@ -325,6 +325,7 @@ def test_bad_input(tmp_path, capsys):
     with tarfile.open(tmp_path / "y.tar", "w") as tar:
         tar.add(tmp_path / "x.tar", arcname="x")
     line(["holds no report.json"], "--out", tmp_path / "d", "--resume", tmp_path / "y.tar")
+    assert not list((tmp_path / "d").iterdir())  # so that the right file can follow
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("")
     line(["not empty", "report.json"], "--out", tmp_path / "full")
